@@ -1,0 +1,84 @@
+"""Command line of `python -m models.bundle`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from models.bundle import Bundle
+from models.errors import BundleError
+from models.manifest import Manifest
+
+
+@click.group(epilog="Example: python -m models.bundle verify models/zoo/elpv")
+def main() -> None:
+    """Look at a bundle, or check every byte of it."""
+
+
+@main.command(epilog="Example: python -m models.bundle inspect models/zoo/elpv --json")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def inspect(folder: Path, as_json: bool) -> None:
+    """Print what FOLDER says of itself; every byte is verified first."""
+    manifest = opened(folder).manifest
+    click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(summary(manifest)))
+
+
+@main.command(epilog="Example: python -m models.bundle verify models/zoo/elpv")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(folder: Path, as_json: bool) -> None:
+    """Check every file of FOLDER against its manifest, and the integer tables against each other."""
+    bundle = opened(folder)
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    result = {
+        "name": bundle.manifest.name,
+        "fingerprint": bundle.manifest.fingerprint,
+        "files": len(bundle.manifest.files),
+        "bytes": size,
+        "ok": True,
+    }
+    click.echo(json.dumps(result) if as_json else f"ok: {folder}: {result['files']} files, {size} bytes, {bundle.manifest.fingerprint}")
+
+
+def opened(folder: Path) -> Bundle:
+    """Open and check a bundle, or end the program with one line."""
+    try:
+        bundle = Bundle.open(folder)
+        bundle.codec()
+        bundle.tensors(bundle.manifest.weights)
+    except BundleError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    return bundle
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """A page for a person."""
+    lines = [
+        f"{manifest.name}: {manifest.task}, {len(manifest.labels)} labels, {manifest.licence}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"made by      {manifest.training.command} (seed {manifest.training.seed}, {manifest.training.seconds:.0f} s)",
+        f"input        {manifest.preprocessing.crop[0]}x{manifest.preprocessing.crop[1]} RGB",
+    ]
+    for segment, exit_ in zip(manifest.segments, manifest.exits, strict=True):
+        lines.append(
+            f"{exit_.name:<12} after {segment.output}, {segment.macs / 1e6:.0f} MMAC:"
+            f" accuracy {exit_.accuracy:.3f}, agreement {exit_.agreement:.3f}"
+        )
+    for index, rate in enumerate(manifest.bottleneck.rates):
+        lines.append(
+            f"rate {index}       {rate.mean_bytes:.0f} B mean, {rate.max_bytes} B at most:"
+            f" accuracy {rate.accuracy:.3f}, agreement {rate.agreement:.3f}"
+        )
+    for threshold in manifest.thresholds:
+        lines.append(
+            f"exit from    {threshold.confidence:.3f}: loss <= {threshold.epsilon:.1%} with confidence"
+            f" {1 - threshold.delta:.0%} (n={threshold.samples}, coverage {threshold.coverage:.1%})"
+        )
+    for name, score in manifest.scores.items():
+        lines.append(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+    return lines

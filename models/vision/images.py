@@ -1,0 +1,60 @@
+"""Photos: bytes from outside -> RGB pixels -> network input. Knows nothing about what is done with them."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.errors import InvalidInput
+from models.manifest import Preprocessing
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 50_000_000  # a 50-megapixel camera; decoded to 150 MB, met before anything is decompressed
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file into RGB.
+
+    Raises InvalidInput when it is of another format, broken, or larger than MAX_PIXELS.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InvalidInput(f"image has {width}x{height} pixels, at most {MAX_PIXELS} are taken")
+            return image.convert("RGB")
+    except InvalidInput:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and others
+        raise InvalidInput(f"not a readable {', '.join(FORMATS)} image of {len(data)} bytes") from error
+
+
+def encode_image(image: Image.Image, form: Literal["jpeg", "png", "webp"], quality: int) -> bytes:
+    """A photo as a file; grey photos are stored with one channel where the format has it."""
+    buffer = io.BytesIO()
+    image.save(buffer, form.upper(), quality=quality)
+    return buffer.getvalue()
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether the three channels of an RGB image are equal."""
+    pixels_HW3 = np.asarray(image)
+    return bool((pixels_HW3 == pixels_HW3[..., :1]).all())
+
+
+def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.float32]:
+    """RGB image -> float32 array of shape (3, crop height, crop width)."""
+    shorter = min(image.size)
+    if shorter != spec.resize:
+        scale = spec.resize / shorter
+        size = (max(spec.resize, round(image.width * scale)), max(spec.resize, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    height, width = spec.crop
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels_HW3 = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)
+    mean, deviation = np.array(spec.mean, np.float32), np.array(spec.deviation, np.float32)
+    return np.ascontiguousarray(((pixels_HW3 / np.float32(255) - mean) / deviation).transpose(2, 0, 1))

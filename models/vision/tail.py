@@ -1,0 +1,71 @@
+"""The cloud's half of a split classifier, run by PyTorch. Knows nothing about queues or the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.bundle import Bundle
+from models.catalog import BUILDERS
+from models.errors import BundleError
+from models.vision.efficientnet_lite import fuse_batch_norms
+from models.vision.split import SplitClassifier
+
+Floats = NDArray[np.float32]
+
+
+class Tail:
+    """Answers batches of latents and of whole images with one set of weights."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Build the architecture and load its weights. Raises BundleError when they do not fit."""
+        fused = fuse_batch_norms(load_split(bundle))
+        self._split = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def answer_latents(self, latents: Sequence[Floats], rates: Sequence[int]) -> Floats:
+        """Dequantised latents (C, H, W) with their rates -> probabilities_BK."""
+        latent_BCHW = torch.from_numpy(np.stack(latents)).to(memory_format=torch.channels_last)
+        features_BCHW = self._split.decoder(latent_BCHW, torch.tensor(list(rates)))
+        return probabilities(self._split.tail(features_BCHW))
+
+    @torch.inference_mode()
+    def answer_images(self, images: Sequence[Floats]) -> Floats:
+        """Preprocessed images (3, H, W) -> probabilities_BK of the unsplit cloud model."""
+        images_B3HW = torch.from_numpy(np.stack(images)).to(memory_format=torch.channels_last)
+        return probabilities(self._split(images_B3HW))
+
+
+def load_split(bundle: Bundle) -> SplitClassifier:
+    """The bundle's network with its weights in float32, in eval mode. Raises BundleError."""
+    architecture = bundle.manifest.architecture
+    builder = BUILDERS.get(architecture.builder)
+    if builder is None:
+        raise BundleError(f"{bundle.folder}: no builder {architecture.builder!r}, there are {', '.join(BUILDERS)}")
+    stored = {name: torch.from_numpy(array) for name, array in bundle.tensors(bundle.manifest.weights).items()}
+    try:
+        with torch.device("meta"):
+            split = builder(architecture)
+        expected = split.state_dict()
+        for name in sorted(expected.keys() ^ stored.keys()):
+            raise BundleError(f"{bundle.folder}: weights {'lack' if name in expected else 'have unknown'} {name}")
+        for name, tensor in stored.items():
+            if tensor.shape != expected[name].shape:
+                shapes = f"{tuple(tensor.shape)}, the architecture says {tuple(expected[name].shape)}"
+                raise BundleError(f"{bundle.folder}: weight {name} has shape {shapes}")
+            stored[name] = tensor.to(expected[name].dtype)
+        split.load_state_dict(stored, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise BundleError(f"{bundle.folder}: the architecture cannot be built: {error}") from error
+    return split.eval().requires_grad_(False)
+
+
+def probabilities(logits_BK: Tensor) -> Floats:
+    """Softmax as float32 NumPy."""
+    result: Floats = F.softmax(logits_BK.float(), dim=1).numpy()
+    return result
