@@ -126,9 +126,10 @@ def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes])
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    read_manifest(partial)  # before a file is written under a name that it would refuse
     for name, data in files.items():
         (partial / name).write_bytes(data)
-    (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     Bundle.open(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -156,7 +157,7 @@ def read_plain(path: Path, limit: int) -> bytes:
 def first_problem(error: ValidationError) -> str:
     """The first thing wrong with a manifest, in one line."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(step) for step in problem["loc"]) or "manifest"
+    where = ascii(".".join(str(step)[:50] for step in problem["loc"]))[1:-1] or "manifest"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}: {problem['msg']}{more}"
 

@@ -41,7 +41,11 @@ def verify(folder: Path, as_json: bool) -> None:
         "bytes": size,
         "ok": True,
     }
-    click.echo(json.dumps(result) if as_json else f"ok: {folder}: {result['files']} files, {size} bytes, {bundle.manifest.fingerprint}")
+    click.echo(
+        json.dumps(result)
+        if as_json
+        else f"ok: {folder}: {result['files']} files, {size} bytes, {bundle.manifest.fingerprint}"
+    )
 
 
 def opened(folder: Path) -> Bundle:

@@ -60,6 +60,13 @@ class Architecture(Part):
     decoder_channels: Channels
     rates: Annotated[int, Field(ge=1, le=64)]
 
+    @field_validator("cuts")
+    @classmethod
+    def _cuts_rise(cls, cuts: tuple[int, ...]) -> tuple[int, ...]:
+        if list(cuts) != sorted(set(cuts)):
+            raise ValueError(f"cuts {cuts} must rise from each to the next")
+        return cuts
+
 
 class Segment(Part):
     """A run of the head's blocks as ONNX: features of `input` -> features of `output` and logits of one exit."""
@@ -71,7 +78,7 @@ class Segment(Part):
 
 
 class Exit(Part):
-    """An early exit after the segment of the same index, measured on the calibration part as if every input left there."""
+    """An early exit after the segment of its index, measured on the calibration part as if every input left there."""
 
     name: Name
     accuracy: Fraction
@@ -171,7 +178,9 @@ class Manifest(Part):
         if not len(self.segments) == len(self.exits) == len(self.architecture.cuts):
             raise ValueError("segments, exits and architecture.cuts must be of one length")
         if self.segments[0].input != (3, *self.preprocessing.crop):
-            raise ValueError(f"segment 0 takes {self.segments[0].input}, the crop gives {(3, *self.preprocessing.crop)}")
+            raise ValueError(
+                f"segment 0 takes {self.segments[0].input}, the crop gives {(3, *self.preprocessing.crop)}"
+            )
         for index, (before, after) in enumerate(zip(self.segments, self.segments[1:], strict=False)):
             if before.output != after.input:
                 raise ValueError(f"segment {index} gives {before.output}, segment {index + 1} takes {after.input}")

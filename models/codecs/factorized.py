@@ -28,6 +28,7 @@ from models.errors import BundleError, InvalidInput, PayloadCorrupt, PayloadTooL
 FREQUENCY_BITS = 16  # CompressAI's precision
 CODER_BITS = 24  # constriction's
 MAX_SYMBOLS = 4096  # a channel's alphabet; larger ones are a broken table, not a better prior
+MAX_INTEGER = 1 << 23  # float32 still tells neighbours apart, and int32 sums cannot wrap
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
@@ -74,7 +75,9 @@ class FactorizedCodec:
         if latent_CHW.shape != self.shape_CHW:
             raise InvalidInput(f"latent has shape {latent_CHW.shape}, the bundle says {self.shape_CHW}")
         rounded = np.rint(np.nan_to_num(latent_CHW * tables.gain_C[:, None, None]))
-        return np.clip(rounded, tables.first_C[:, None, None], tables.last_C[:, None, None]).astype(np.int32)
+        clipped = np.clip(rounded, tables.first_C[:, None, None], tables.last_C[:, None, None])
+        integers_CHW: Integers = clipped.astype(np.int32)
+        return integers_CHW
 
     def dequantise(self, integers_CHW: Integers, rate: int) -> Floats:
         """The latent that the integers stand for."""
@@ -145,11 +148,15 @@ def check_tables(rate: int, tables: RateTables, channels: int) -> None:
         raise BundleError(f"tables of rate {rate} are for {sorted(lengths)} channels, expected {channels}")
     if not (np.isfinite(tables.gain_C).all() and (tables.gain_C > 0).all()):
         raise BundleError(f"gains of rate {rate} must be positive and finite")
+    if (np.abs(tables.first_C.astype(np.int64)) > MAX_INTEGER).any():
+        raise BundleError(f"first integers of rate {rate} must lie within {MAX_INTEGER} of zero")
     for channel, frequencies in enumerate(tables.frequencies):
         if not 2 <= len(frequencies) <= MAX_SYMBOLS or (frequencies < 1).any():
             raise BundleError(f"table of rate {rate}, channel {channel}: needs 2 to {MAX_SYMBOLS} frequencies >= 1")
         if frequencies.sum() != 1 << FREQUENCY_BITS:
-            raise BundleError(f"table of rate {rate}, channel {channel}: frequencies must add up to 2**{FREQUENCY_BITS}")
+            raise BundleError(
+                f"table of rate {rate}, channel {channel}: frequencies must add up to 2**{FREQUENCY_BITS}"
+            )
 
 
 def to_tensors(rates: tuple[RateTables, ...]) -> dict[str, NDArray[Any]]:

@@ -20,7 +20,9 @@ def main() -> None:
 
 @main.command(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv --seed 0")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/elpv"), show_default=True, help="Checkpoints.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Path("runs/elpv"), show_default=True, help="Checkpoints."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")

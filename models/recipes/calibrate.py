@@ -12,7 +12,9 @@ from models.manifest import Interval, Threshold
 
 DELTA = 0.1  # a certificate fails with at most this probability
 EPSILONS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
-GRID = tuple(round(1.0 - step / 200, 3) for step in range(100))  # confidences 1.000, 0.995 ... 0.505, conservative first
+GRID = tuple(
+    round(1.0 - step / 200, 3) for step in range(100)
+)  # confidences 1.000, 0.995 ... 0.505, conservative first
 NEVER = 2.0  # a confidence that no exit reaches
 
 Bools = NDArray[np.bool_]

@@ -1,7 +1,7 @@
 """CompressAI's EntropyBottleneck, importable beside CPU PyTorch, and its freezing into integer tables.
 
-CompressAI imports torchvision, whose CPU operators are missing beside CPU PyTorch; it only needs their schemas to exist.
-Import CompressAI through this module alone.
+CompressAI imports torchvision, whose CPU operators are missing beside CPU PyTorch; it only needs their schemas to
+exist. Import CompressAI through this module alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def declare_torchvision_schemas() -> None:
     """Declare `nms` and `qnms` unless a real torchvision operator library has done so."""
     if not hasattr(torch.ops.torchvision, "nms"):
         for name in ("nms", "qnms"):
-            _SCHEMAS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _SCHEMAS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
+_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 declare_torchvision_schemas()
 
 from compressai.entropy_models import EntropyBottleneck  # noqa: E402
@@ -42,9 +42,7 @@ def freeze(prior: EntropyBottleneck, gain_C: Tensor) -> RateTables:
     prior.quantiles[:, 0, 1] = 0
     prior.update(force=True)
     cdfs_CL = prior._quantized_cdf.numpy().astype(np.int64)
-    frequencies = tuple(
-        np.diff(cdf[:length]) for cdf, length in zip(cdfs_CL, prior._cdf_length.tolist(), strict=True)
-    )
+    frequencies = tuple(np.diff(cdf[:length]) for cdf, length in zip(cdfs_CL, prior._cdf_length.tolist(), strict=True))
     return RateTables(
         gain_C=gain_C.numpy().astype(np.float32),
         first_C=prior._offset.numpy().astype(np.int32),

@@ -4,8 +4,8 @@
                              -> encoder -> round -> decoder -> tail    <- cloud logits, labels, tail features, bits
 
 Two stages after Entropic Student (Matsubara et al., WACV 2022), with the joint loss of Duan & Zhu ("Efficient Feature
-Compression for Edge-Cloud Systems", PCS 2022) in the first; the second freezes encoder and priors and tunes the decoder.
-The tail stays the cloud model's own, so whole images and bottleneck payloads are answered by one set of weights.
+Compression for Edge-Cloud Systems", PCS 2022) in the first; the second freezes encoder and priors and tunes the
+decoder. The tail stays the cloud model's own, so whole images and bottleneck payloads are answered by one set of weights.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class Distillation(nn.Module):
 
     def tail_points(self, features_BCHW: Tensor) -> list[Tensor]:
         """Features half-way through the tail and before the classifier, then logits."""
-        blocks = self.split.backbone.blocks[self.split.cuts[-1] :]
+        blocks = list(self.split.backbone.blocks)[self.split.cuts[-1] :]
         half = len(blocks) // 2
-        middle = blocks[:half](features_BCHW)
-        last = blocks[half:-1](middle)
+        middle = nn.Sequential(*blocks[:half])(features_BCHW)
+        last = nn.Sequential(*blocks[half:-1])(middle)
         return [middle, last, blocks[-1](last)]
 
     def answer_loss(self, logits_BK: Tensor, wanted_BK: Tensor, target_BK: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """ELPV, end to end: fine-tune the cloud model, then distil exits and a bottleneck out of it, then write the bundle.
 
-    photographs -> EfficientNet-Lite2 (cloud) -> [frozen] -> exits + bottleneck (device) -> tables, thresholds -> bundle
+photographs -> EfficientNet-Lite2 (cloud) -> [frozen] -> exits + bottleneck (device) -> tables, thresholds -> bundle
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from models.vision.efficientnet_lite import EfficientNetLite
 from models.vision.split import SplitClassifier
 
 CLOUD_SIZES = ((10, 224), (18, 300))  # (until epoch, pixels): progressive resizing, EfficientNetV2 section 4.3
+REFINE_EPOCHS = 12  # a second cosine cycle at full size, SGDR section 3: the first ends before the loss does
 BATCH = 16
 MEAN, DEVIATION = 127 / 255, 128 / 255  # EfficientNet-Lite's own
 PREPROCESSING = Preprocessing(resize=300, crop=(300, 300), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
@@ -62,7 +63,7 @@ def normalise(images_BHW: Tensor) -> Tensor:
 def batches(photos: Photos, size: int, generator: torch.Generator) -> Iterator[Batch]:
     """One epoch of augmented batches at `size` pixels, in random order; a last partial batch is left out."""
     order = torch.randperm(len(photos), generator=generator)
-    for chosen in order.split(BATCH):
+    for chosen in torch.split(order, BATCH):
         if len(chosen) < BATCH:
             return
         images_B1HW = torch.from_numpy(photos.images_NHW[chosen.numpy()]).float().div_(255).unsqueeze(1)
@@ -80,12 +81,12 @@ def soft_cross_entropy(logits_B2: Tensor, defect_B: Tensor) -> Tensor:
 
 
 def train_cloud(run: Run, photos: Photos) -> EfficientNetLite:
-    """Fine-tune EfficientNet-Lite2 from ImageNet weights; returns the averaged network in eval mode."""
+    """Fine-tune EfficientNet-Lite2 from ImageNet weights in two cycles; returns the averaged network in eval mode."""
     torch.manual_seed(run.seed)
     net = EfficientNetLite("efficientnet_lite2", classes=2, dropout=0.3)
     load_lite2(net)
     net.set_drop_path(0.1)
-    net = net.to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def epoch_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         size = next(pixels for until, pixels in CLOUD_SIZES if epoch < until)
@@ -97,8 +98,13 @@ def train_cloud(run: Run, photos: Photos) -> EfficientNetLite:
         right = (logits_B2.argmax(1) == (batch.defect_B >= 0.5)).float().mean()
         return soft_cross_entropy(logits_B2, batch.defect_B), {"right": right.item()}
 
-    schedule = Schedule(epochs=CLOUD_SIZES[-1][0], steps=len(photos) // BATCH, peak_lr=5e-4)
-    average = run.fit("cloud", net, epoch_batches, loss_of, schedule)
+    def refine_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        return batches(photos, PREPROCESSING.crop[0], generator)
+
+    steps = len(photos) // BATCH
+    average = run.fit("cloud", net, epoch_batches, loss_of, Schedule(CLOUD_SIZES[-1][0], steps, peak_lr=5e-4))
+    net.load_state_dict(average.state_dict())
+    average = run.fit("refine", net, refine_batches, loss_of, Schedule(REFINE_EPOCHS, steps, peak_lr=3e-4))
     assert isinstance(average, EfficientNetLite)
     return average
 
@@ -109,7 +115,7 @@ def train_bridge(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillat
     split = SplitClassifier(ARCHITECTURE)
     split.backbone.load_state_dict(cloud.state_dict())
     module = Distillation(split, ARCHITECTURE.latent_channels, Weights(PER_KILOBYTE))
-    module = module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def epoch_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         return batches(photos, PREPROCESSING.crop[0], generator)
@@ -129,7 +135,9 @@ def train_bridge(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillat
 def samples(photos: Photos) -> export.Samples:
     """Photographs as the device's preprocessing gives them."""
     images = [
-        np.ascontiguousarray(np.broadcast_to((grey_HW.astype(np.float32) / 255 - MEAN) / DEVIATION, (3, *grey_HW.shape)))
+        np.ascontiguousarray(
+            np.broadcast_to((grey_HW.astype(np.float32) / 255 - MEAN) / DEVIATION, (3, *grey_HW.shape))
+        )
         for grey_HW in photos.images_NHW
     ]
     return export.Samples([image.astype(np.float32) for image in images], photos.labels_N)

@@ -103,7 +103,12 @@ def onnx_bytes(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int) -> b
     names = [f"y{index}" for index in range(outputs)]
     with torch.no_grad():
         torch.onnx.export(
-            module.eval(), (torch.zeros(1, *shape_CHW),), buffer, input_names=["x"], output_names=names, dynamo=False
+            module.eval(),
+            (torch.zeros(1, *shape_CHW),),
+            buffer,  # type: ignore[arg-type]  # the exporter in use (dynamo=False) writes to open files too
+            input_names=["x"],
+            output_names=names,
+            dynamo=False,
         )
     return buffer.getvalue()
 
@@ -191,9 +196,7 @@ def calibrated(measured: Measured, labels_N: NDArray[np.int64], cuts: Sequence[i
         }
         for sizes_N, answer_N in zip(measured.bytes_RN, measured.rates_RNK.argmax(2), strict=True)
     ]
-    thresholds = certify(
-        measured.exits_ENK.max(2), measured.exits_ENK.argmax(2) == labels_N, cloud_N == labels_N
-    )
+    thresholds = certify(measured.exits_ENK.max(2), measured.exits_ENK.argmax(2) == labels_N, cloud_N == labels_N)
     return {"exits": exits, "rates": rates, "thresholds": [t.model_dump() for t in thresholds]}
 
 

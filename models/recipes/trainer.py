@@ -20,6 +20,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from models.errors import InvalidInput
+
 Batches = Callable[[int, torch.Generator], Iterable[Any]]  # one epoch: (epoch, randomness) -> batches
 Loss = Callable[[Any], tuple[Tensor, dict[str, float]]]
 
@@ -67,6 +69,7 @@ class Run:
         """Train `module` in place and return the moving average of it, in eval mode.
 
         Resumes from `folder/<stage>.ckpt` when one is there; an epoch is the unit of work that can be lost.
+        Raises InvalidInput when that checkpoint belongs to another seed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         trainable = [p for p in module.parameters() if p.requires_grad]
@@ -106,6 +109,8 @@ class Run:
         if not path.exists():
             return 0
         state = torch.load(path, weights_only=True)
+        if state.get("seed", self.seed) != self.seed:
+            raise InvalidInput(f"{path} was made with seed {state['seed']}, this run has seed {self.seed}")
         module.load_state_dict(state["module"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -120,6 +125,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         state = {
+            "seed": self.seed,
             "epoch": epoch,
             "module": module.state_dict(),
             "average": average.state_dict(),

@@ -41,7 +41,8 @@ class Head:
 def softmax(logits_K: Floats) -> Floats:
     """Probabilities of one input."""
     weights_K = np.exp(logits_K - logits_K.max())
-    return weights_K / weights_K.sum()
+    probabilities_K: Floats = weights_K / weights_K.sum()
+    return probabilities_K
 
 
 def session(
@@ -58,10 +59,13 @@ def session(
     except BundleError:
         raise
     except Exception as error:  # onnxruntime's own classes share no public base
-        raise BundleError(f"{bundle.folder / name}: not a usable ONNX graph: {str(error).splitlines()[0][:200]}") from error
+        raise BundleError(
+            f"{bundle.folder / name}: not a usable ONNX graph: {str(error).splitlines()[0][:200]}"
+        ) from error
+    if [node.name for node in found.get_inputs()] != ["x"]:
+        raise BundleError(f"{bundle.folder / name}: expected one input named x")
     for kind, nodes, shapes in (("input", found.get_inputs(), inputs), ("output", found.get_outputs(), outputs)):
         got = [tuple(node.shape) for node in nodes]
         if got != [(1, *shape) for shape in shapes]:
             raise BundleError(f"{bundle.folder / name}: {kind} shapes {got}, the manifest says {shapes}")
     return found
-

@@ -26,11 +26,18 @@ def open_image(data: bytes) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InvalidInput(f"image has {width}x{height} pixels, at most {MAX_PIXELS} are taken")
-            return image.convert("RGB")
+            return eight_bits(image).convert("RGB")
     except InvalidInput:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and others
         raise InvalidInput(f"not a readable {', '.join(FORMATS)} image of {len(data)} bytes") from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Inspection cameras write 16-bit greys: keep their upper eight bits, where Pillow's own conversion clips at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def encode_image(image: Image.Image, form: Literal["jpeg", "png", "webp"], quality: int) -> bytes:
@@ -48,13 +55,13 @@ def is_grey(image: Image.Image) -> bool:
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.float32]:
     """RGB image -> float32 array of shape (3, crop height, crop width)."""
-    shorter = min(image.size)
-    if shorter != spec.resize:
-        scale = spec.resize / shorter
-        size = (max(spec.resize, round(image.width * scale)), max(spec.resize, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BILINEAR)
+    scale = spec.resize / min(image.size)
+    scaled_width, scaled_height = (max(spec.resize, round(side * scale)) for side in image.size)
     height, width = spec.crop
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels_HW3 = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)
+    left, top = (scaled_width - width) // 2, (scaled_height - height) // 2
+    across, down = image.width / scaled_width, image.height / scaled_height
+    # Only the crop is computed: a 1 x 65,535 photo would grow to gigabytes if it were scaled as a whole.
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    pixels_HW3 = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box), dtype=np.float32)
     mean, deviation = np.array(spec.mean, np.float32), np.array(spec.deviation, np.float32)
     return np.ascontiguousarray(((pixels_HW3 / np.float32(255) - mean) / deviation).transpose(2, 0, 1))

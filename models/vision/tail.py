@@ -60,7 +60,7 @@ def load_split(bundle: Bundle) -> SplitClassifier:
                 raise BundleError(f"{bundle.folder}: weight {name} has shape {shapes}")
             stored[name] = tensor.to(expected[name].dtype)
         split.load_state_dict(stored, assign=True)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError) as error:
         raise BundleError(f"{bundle.folder}: the architecture cannot be built: {error}") from error
     return split.eval().requires_grad_(False)
 

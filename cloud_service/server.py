@@ -1,0 +1,107 @@
+"""The service's life: load, warm up, serve, drain.
+
+On SIGTERM: health says NOT_SERVING, streams are asked to half-close, the queue is emptied, then the port is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from dataclasses import dataclass
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.process_collector import ProcessCollector
+
+from cloud_service.config import CloudConfig, Tls
+from cloud_service.inference import Answerer
+from cloud_service.metrics import CloudMetrics
+from cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
+from cloud_service.worker import Worker
+from models.bundle import Bundle
+from models.errors import InvalidInput
+from protos import limits
+
+MAX_CONCURRENT_CALLS = 1024  # open streams and calls; above it gRPC answers RESOURCE_EXHAUSTED at once
+
+log = logging.getLogger("isthmus.cloud")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Ports that were really taken."""
+
+    grpc_port: int
+    metrics_port: int | None
+
+
+async def serve(config: CloudConfig) -> None:
+    """Run until SIGTERM or SIGINT, then drain. Raises BundleError or InvalidInput before the port opens."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    answerers = [Answerer(Bundle.open(folder)) for folder in config.bundles]
+    for answerer in answerers:
+        answerer.warm_up()
+    bundles = tuple(answerer.info for answerer in answerers)
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    metrics = CloudMetrics(registry, bundles)
+    worker = Worker({a.info.fingerprint: a for a in answerers}, config.batch, config.queue_limit, metrics)
+    servicer = Servicer(worker, service_info(bundles), metrics)
+    server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+    attach(servicer, server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    bound = Bound(bind(server, config.listen, config.tls), serve_metrics(config.metrics, registry))
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    running = asyncio.create_task(worker.run())
+    await server.start()
+    for name in ("", SERVICE_NAME):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    names = ", ".join(f"{info.name} {info.fingerprint.hex()[:12]}" for info in bundles)
+    log.info("serving %s on port %d, metrics on port %s", names, bound.grpc_port, bound.metrics_port)
+    await stopping.wait()
+    log.info("draining, at most %.0f s", config.drain_s)
+    await health_servicer.enter_graceful_shutdown()
+    servicer.drain()
+    try:
+        await asyncio.wait_for(servicer.drained(), config.drain_s)
+    except TimeoutError:
+        log.warning("some streams did not half-close in time")
+    stopped = asyncio.create_task(server.stop(config.drain_s))
+    worker.drain()
+    await running
+    await stopped
+    log.info("drained")
+
+
+def bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
+    """Take the port. Raises InvalidInput when it cannot be had or a certificate cannot be read."""
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+        roots = tls.client_ca.read_bytes() if tls.client_ca else None
+        credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
+        return server.add_secure_port(address, credentials)
+    except (RuntimeError, OSError) as error:
+        raise InvalidInput(f"cannot listen on {address}: {str(error).splitlines()[0]}") from error
+
+
+def serve_metrics(address: str | None, registry: CollectorRegistry) -> int | None:
+    """Serve /metrics over HTTP in a thread of its own. Raises InvalidInput when the port cannot be had."""
+    if address is None:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        server, _ = start_http_server(int(port), host, registry)
+    except (OSError, ValueError, OverflowError) as error:
+        raise InvalidInput(f"cannot serve metrics on {address}: {error}") from error
+    return int(server.server_port)

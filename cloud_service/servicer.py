@@ -1,0 +1,141 @@
+"""The service's door: unpack, submit, await, pack. The only module of the cloud that knows gRPC contexts and stubs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from cloud_service.metrics import CloudMetrics
+from cloud_service.worker import Worker
+from models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError
+from models.types import BundleInfo, CloudAnswer, ServiceInfo
+from protos import limits, status, wire
+from protos.isthmus.v1 import isthmus_pb2 as pb
+from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Servicer(pb_grpc.IsthmusServicer):
+    """isthmus.v1.Isthmus over one worker."""
+
+    def __init__(self, worker: Worker, info: ServiceInfo, metrics: CloudMetrics) -> None:
+        self._worker = worker
+        self._info = info
+        self._metrics = metrics
+        self._draining = asyncio.Event()
+        self._streams = 0
+
+    def drain(self) -> None:
+        """Ask every stream to half-close; what is outstanding is still answered."""
+        self._draining.set()
+
+    async def drained(self) -> None:
+        """Return when no stream is left."""
+        while self._streams:
+            await asyncio.sleep(0.02)
+
+    async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # type: ignore[override]
+        response = await self._answer(request, "Infer", context.time_remaining())
+        if response.HasField("error"):
+            await context.abort(status.code_of(response.error.code), response.error.message)
+        return response
+
+    async def InferStream(  # type: ignore[override]
+        self, requests: AsyncIterator[pb.InferRequest], context: Context
+    ) -> AsyncIterator[pb.InferResponse]:
+        ready: asyncio.Queue[pb.InferResponse | None] = asyncio.Queue()
+        feeder = asyncio.create_task(self._feed(requests, ready))
+        farewell = asyncio.create_task(self._farewell(ready))
+        self._streams += 1
+        try:
+            while (response := await ready.get()) is not None:
+                yield response
+        finally:
+            self._streams -= 1
+            farewell.cancel()
+            feeder.cancel()
+
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # type: ignore[override]
+        started_s = time.monotonic()
+        if len(request.padding) > limits.MAX_PROBE_BYTES:
+            error = InvalidInput(f"padding has {len(request.padding)} bytes, at most {limits.MAX_PROBE_BYTES} are taken")
+            code, text = status.of_error(error)
+            self._metrics.answered("Describe", code.name, time.monotonic() - started_s)
+            await context.abort(code, text)
+        self._metrics.answered("Describe", "OK", time.monotonic() - started_s)
+        return wire.pack_service(self._info)
+
+    async def _feed(
+        self, requests: AsyncIterator[pb.InferRequest], ready: asyncio.Queue[pb.InferResponse | None]
+    ) -> None:
+        """Answer what arrives, at most MAX_STREAM_INFLIGHT at once; None follows the last answer."""
+        places = asyncio.Semaphore(limits.MAX_STREAM_INFLIGHT)
+
+        async def answer(message: pb.InferRequest) -> None:
+            try:
+                ready.put_nowait(await self._answer(message, "InferStream", None))
+            finally:
+                places.release()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                async for message in requests:
+                    await places.acquire()
+                    group.create_task(answer(message))
+        finally:
+            ready.put_nowait(None)
+
+    async def _farewell(self, ready: asyncio.Queue[pb.InferResponse | None]) -> None:
+        await self._draining.wait()
+        ready.put_nowait(wire.pack_error(0, Draining("the service is shutting down; send nothing more here")))
+
+    async def _answer(self, message: pb.InferRequest, method: str, remaining_s: float | None) -> pb.InferResponse:
+        """Answer one message, errors included. `remaining_s` is the call's own deadline, if it has one."""
+        started_s = time.monotonic()
+        self._metrics.started()
+        try:
+            response = wire.pack_answer(message.request_id, await self._submit(message, remaining_s))
+            code = grpc.StatusCode.OK
+        except IsthmusError as error:
+            response, (code, _) = wire.pack_error(message.request_id, error), status.of_error(error)
+        except Exception as error:  # a fault of ours harms this input alone
+            self._metrics.log_failure("input failed")
+            response, (code, _) = wire.pack_error(message.request_id, error), status.of_error(error)
+        finally:
+            self._metrics.ended()
+        self._metrics.answered(method, code.name, time.monotonic() - started_s)
+        return response
+
+    async def _submit(self, message: pb.InferRequest, remaining_s: float | None) -> CloudAnswer:
+        try:
+            request = wire.unpack_request(message)
+        except IsthmusError as error:
+            self._metrics.unreadable(error, on_arrival=True)
+            raise
+        if remaining_s is not None and remaining_s <= 0:
+            self._metrics.rejected("deadline")
+            raise DeadlineExceeded("the call's deadline had passed on arrival")
+        try:
+            return await self._worker.submit(request)
+        except IsthmusError as error:
+            self._metrics.unreadable(error, on_arrival=False)
+            raise
+
+
+def service_info(bundles: tuple[BundleInfo, ...]) -> ServiceInfo:
+    """What `Describe` answers."""
+    return ServiceInfo(version("isthmus"), limits.WIRE_VERSION, bundles)
+
+
+def attach(servicer: Servicer, server: grpc.aio.Server) -> None:
+    """Register the service on a server."""
+    pb_grpc.add_IsthmusServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Isthmus"].full_name

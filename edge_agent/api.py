@@ -1,0 +1,127 @@
+"""The agent's local HTTP API. Knows nothing about models or the link beyond EdgeAgent.
+
+POST /v1/infer    body: a JPEG, PNG or WebP file -> the answer as JSON
+GET  /v1/status   bundle, breaker, link estimates
+GET  /healthz     200 as long as the agent can answer, with or without a cloud
+GET  /metrics     Prometheus
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from edge_agent.metrics import EdgeMetrics
+from edge_agent.vision import EdgeAgent
+from models.errors import InvalidInput
+from protos.limits import MAX_IMAGE_BYTES
+
+MAX_WAITING = 32  # photos in the house at once; above it 503, because a queue on a device only makes answers late
+MAX_COMPUTING = 4  # of them in threads; ONNX Runtime uses every core for each
+MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES  # a camera's own file; it is made smaller before it travels
+
+
+class Api:
+    """Handlers over one agent."""
+
+    def __init__(self, agent: EdgeAgent, metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
+        self._agent = agent
+        self._metrics = metrics
+        self._registry = registry
+        self._waiting = 0
+        self._places = asyncio.Semaphore(MAX_COMPUTING)
+
+    async def infer(self, request: Request) -> Response:
+        if self._waiting >= MAX_WAITING:
+            return problem(503, f"{MAX_WAITING} photos are being answered already", {"Retry-After": "1"})
+        self._waiting += 1
+        try:
+            deadline_s = deadline(request)
+            photo = await body(request)
+            async with self._places:
+                answer = await run_in_threadpool(self._agent.infer, photo, deadline_s)
+            return JSONResponse(answer.as_dict())
+        except TooLarge as error:
+            return problem(413, str(error))
+        except InvalidInput as error:
+            self._metrics.refused()
+            return problem(400, str(error))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        finally:
+            self._waiting -= 1
+
+    async def status(self, request: Request) -> Response:
+        manifest, link = self._agent.manifest, self._agent.link
+        estimate = link.estimate if link else None
+        return JSONResponse(
+            {
+                "bundle": {"name": manifest.name, "fingerprint": manifest.fingerprint, "labels": manifest.labels},
+                "mode": self._agent.config.mode,
+                "objective": self._agent.config.objective,
+                "exit_confidence": self._agent.goal.exit_confidence,
+                "cloud": link.state if link else None,
+                "cloud_problem": link.refusal if link else None,
+                "link": {"rtt_s": estimate.rtt_s, "bytes_per_s": estimate.bytes_per_s} if estimate else None,
+            }
+        )
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        self._metrics.link(self._agent.link)
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class TooLarge(Exception):
+    """A body over MAX_BODY_BYTES."""
+
+
+def create_app(agent: EdgeAgent, metrics: EdgeMetrics, registry: CollectorRegistry) -> Starlette:
+    """The ASGI application."""
+    api = Api(agent, metrics, registry)
+    return Starlette(
+        routes=[
+            Route("/v1/infer", api.infer, methods=["POST"]),
+            Route("/v1/status", api.status),
+            Route("/healthz", api.health),
+            Route("/metrics", api.metrics),
+        ]
+    )
+
+
+async def body(request: Request) -> bytes:
+    """The body, read no further than the cap. Raises TooLarge, InvalidInput when it is empty."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY_BYTES:
+            raise TooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+    if not data:
+        raise InvalidInput("the body is empty, expected a JPEG, PNG or WebP file")
+    return bytes(data)
+
+
+def deadline(request: Request) -> float | None:
+    """`?deadline_ms=` in seconds. Raises InvalidInput."""
+    text = request.query_params.get("deadline_ms")
+    if text is None:
+        return None
+    try:
+        milliseconds = float(text)
+    except ValueError:
+        milliseconds = -1.0
+    if not 1 <= milliseconds <= 600_000:
+        raise InvalidInput(f"deadline_ms is {text[:20]!r}, expected 1 to 600000")
+    return milliseconds / 1000
+
+
+def problem(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": code}}, status_code=code, headers=headers)

@@ -1,0 +1,49 @@
+"""Settings of the agent, parsed once by `__main__` or given by whoever builds an EdgeAgent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge_agent.policy.breaker import BreakerLimits
+from edge_agent.policy.plan import Objective, Prices
+
+Mode = Literal["auto", "edge", "split", "offload"]
+MODES: tuple[Mode, ...] = ("auto", "edge", "split", "offload")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files: `ca` signs the cloud's certificate; `certificate` and `key` are the device's own, for mutual TLS."""
+
+    ca: Path
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """How a photo is stored when it is sent whole."""
+
+    form: Literal["jpeg", "png", "webp"] = "jpeg"
+    quality: int = 75  # of jpeg and webp; png is lossless
+
+
+@dataclass(frozen=True)
+class EdgeConfig:
+    """`cloud` is host:port, None for a device alone. `mode` other than auto pins one arm, for comparison."""
+
+    bundle: Path
+    cloud: str | None = None
+    mode: Mode = "auto"
+    objective: Objective = "fastest"
+    epsilon: float = 0.02  # certified loss of accuracy at the exits: picks the bundle's threshold
+    min_agreement: float = 0.95  # of a rate with the cloud model, on the calibration part
+    deadline_s: float = 1.0
+    connect_s: float = 2.0  # how long to wait for the first probe before starting without a cloud
+    threads: int = 0  # of ONNX Runtime; 0 for every core
+    prices: Prices = Prices()
+    whole_image: WholeImage = WholeImage()
+    breaker: BreakerLimits = BreakerLimits()
+    tls: Tls | None = None

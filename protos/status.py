@@ -1,0 +1,70 @@
+"""Our errors <-> gRPC status codes. Complete both ways: every error has a code, every code an error (tested)."""
+
+from __future__ import annotations
+
+import grpc
+
+from models import errors
+from protos.limits import MAX_ERROR_CHARACTERS
+
+# Most specific first is not needed: an error's own class is looked up, then its bases.
+CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
+    errors.CallerError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.BundleError: grpc.StatusCode.INTERNAL,  # of the service's own bundle: no fault of this caller
+    errors.UnknownBundle: grpc.StatusCode.NOT_FOUND,
+    errors.UnsupportedVersion: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.PayloadCorrupt: grpc.StatusCode.DATA_LOSS,
+    errors.PayloadTooLarge: grpc.StatusCode.OUT_OF_RANGE,
+    errors.LinkError: grpc.StatusCode.UNAVAILABLE,
+    errors.LinkDown: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.ServiceError: grpc.StatusCode.INTERNAL,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.IsthmusError: grpc.StatusCode.INTERNAL,
+}
+
+ERRORS: dict[grpc.StatusCode, type[errors.IsthmusError]] = {
+    grpc.StatusCode.CANCELLED: errors.LinkDown,
+    grpc.StatusCode.UNKNOWN: errors.ServiceError,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidInput,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.NOT_FOUND: errors.UnknownBundle,
+    grpc.StatusCode.ALREADY_EXISTS: errors.InvalidInput,
+    grpc.StatusCode.PERMISSION_DENIED: errors.CallerError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.CallerError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.UnsupportedVersion,
+    grpc.StatusCode.ABORTED: errors.ServiceError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedVersion,
+    grpc.StatusCode.OUT_OF_RANGE: errors.PayloadTooLarge,
+    grpc.StatusCode.INTERNAL: errors.ServiceError,
+    grpc.StatusCode.UNAVAILABLE: errors.LinkDown,
+    grpc.StatusCode.DATA_LOSS: errors.PayloadCorrupt,
+}
+
+
+def of_error(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The code and the one line a caller may see. What is not ours is INTERNAL, and its text stays here."""
+    for kind in type(error).__mro__:
+        if kind in CODES:
+            code = CODES[kind]
+            if code is grpc.StatusCode.INTERNAL:
+                return code, "the service failed on this input"
+            return code, str(error)[:MAX_ERROR_CHARACTERS]
+    return grpc.StatusCode.INTERNAL, "the service failed on this input"
+
+
+def to_error(code: grpc.StatusCode, text: str) -> errors.IsthmusError:
+    """The error that a status from the other side means."""
+    kind = ERRORS.get(code, errors.ServiceError)
+    return kind(f"cloud: {code.name}: {text[:MAX_ERROR_CHARACTERS]}")
+
+
+def code_of(number: int) -> grpc.StatusCode:
+    """A status code from its number on the wire; UNKNOWN for one that does not exist."""
+    for code in grpc.StatusCode:
+        if code.value[0] == number:
+            return code
+    return grpc.StatusCode.UNKNOWN

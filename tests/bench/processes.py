@@ -1,0 +1,97 @@
+"""Real processes for contracts, demos and benchmarks: the cloud service as an operator would start it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 60.0  # importing PyTorch on a busy machine
+
+
+def free_port() -> int:
+    """A port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class CloudProcess:
+    """`python -m cloud_service` on a loopback port; killed and started again at will, always on the same ports."""
+
+    def __init__(self, *bundles: Path, arguments: tuple[str, ...] = ()) -> None:
+        self.port, self.metrics_port = free_port(), free_port()
+        self._arguments = [sys.executable, "-m", "cloud_service", "--listen", f"127.0.0.1:{self.port}"]
+        self._arguments += ["--metrics", f"127.0.0.1:{self.metrics_port}", *arguments]
+        for bundle in bundles:
+            self._arguments += ["--bundle", str(bundle)]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = tempfile.NamedTemporaryFile(prefix="cloud-", suffix=".log")  # noqa: SIM115
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> CloudProcess:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+        self.log.close()
+
+    def start(self, wait: bool = True) -> CloudProcess:
+        """Start it and, unless told otherwise, wait until its health says SERVING."""
+        self.process = subprocess.Popen(
+            self._arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=dict(os.environ)
+        )
+        if wait:
+            self.wait_serving()
+        return self
+
+    def wait_serving(self) -> None:
+        deadline_s = time.monotonic() + START_S
+        while time.monotonic() < deadline_s:
+            if self.process is not None and self.process.poll() is not None:
+                raise RuntimeError(f"the cloud ended with {self.process.returncode}:\n{self.read_log()}")
+            if self.health() == health_pb2.HealthCheckResponse.SERVING:
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"the cloud did not serve within {START_S:.0f} s:\n{self.read_log()}")
+
+    def health(self) -> int | None:
+        """The health it reports, None when it does not answer."""
+        with grpc.insecure_channel(self.target) as channel:
+            try:
+                reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1)
+            except grpc.RpcError:
+                return None
+        return int(reply.status)
+
+    def kill(self) -> None:
+        """SIGKILL: no goodbye."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, timeout_s: float = 30.0) -> int | None:
+        """SIGTERM and wait; the exit status."""
+        if self.process is None or self.process.poll() is not None:
+            return self.process.returncode if self.process else None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def read_log(self) -> str:
+        return Path(self.log.name).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,121 @@
+"""An emulated link: a TCP proxy with a rate and a delay in each direction, which counts every byte.
+
+What a real access link does to a connection, without root: bytes queue for the rate, then travel for half the round
+trip. The kernel's own buffers stay in front of it, so TCP sees loopback: loss and slow start are not emulated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+CHUNK_BYTES = 1460  # one Ethernet segment: a large upload must not block a small one for longer
+
+
+@dataclass(frozen=True)
+class LinkSpec:
+    """`rate_bps` bits a second in each direction (None: unlimited), `rtt_s` round trip added to loopback's own."""
+
+    rate_bps: float | None = 2e6
+    rtt_s: float = 0.040
+
+
+class Direction:
+    """Bytes one way: queue for the rate, then fly for half the round trip."""
+
+    def __init__(self, spec: LinkSpec) -> None:
+        self._spec = spec
+        self._free_at_s = 0.0
+        self.bytes = 0
+
+    async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        flying: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=4096)
+        landing = asyncio.create_task(self._land(flying, writer))
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await reader.read(CHUNK_BYTES):
+                now_s = loop.time()
+                if self._spec.rate_bps is not None:
+                    self._free_at_s = max(self._free_at_s, now_s) + 8 * len(data) / self._spec.rate_bps
+                    now_s = self._free_at_s
+                self.bytes += len(data)
+                await flying.put((now_s + self._spec.rtt_s / 2, data))
+                await asyncio.sleep(max(now_s - loop.time(), 0))
+            await flying.put((loop.time() + self._spec.rtt_s / 2, b""))
+            await landing
+        except (ConnectionError, asyncio.CancelledError):
+            landing.cancel()
+        finally:
+            writer.close()
+
+    async def _land(self, flying: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            at_s, data = await flying.get()
+            await asyncio.sleep(max(at_s - loop.time(), 0))
+            if not data:
+                return
+            writer.write(data)
+            await writer.drain()
+
+
+class LinkProxy:
+    """Listens on a free loopback port and forwards to `target_port`; runs in a thread of its own."""
+
+    def __init__(self, target_port: int, spec: LinkSpec) -> None:
+        self._target_port = target_port
+        self.up, self.down = Direction(spec), Direction(spec)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="link-proxy", daemon=True)
+        self._thread.start()
+        self._black_hole = False
+        self._server = self._run(asyncio.start_server(self._connection, "127.0.0.1", 0))
+        self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def __enter__(self) -> LinkProxy:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def cut(self) -> None:
+        """Break every connection; new ones are taken."""
+        self._run(self._cut())
+
+    def black_hole(self, on: bool) -> None:
+        """While on, bytes of new connections go nowhere and nothing is refused: a half-open link."""
+        self._black_hole = on
+
+    def close(self) -> None:
+        self._run(self._cut())
+        self._server.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _cut(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            if self._black_hole:
+                await asyncio.sleep(3600)
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+            await asyncio.gather(self.up.pump(reader, far_writer), self.down.pump(far_reader, writer))
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+            self._tasks.discard(task)

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from models import bundle as bundles
+from models.bundle import Bundle
+from models.codecs import factorized
+from models.errors import BundleError
+from tests.conftest import Parts, paper_tables
+
+FINGERPRINT = "481ed5ed4cde9b414303f8a0e7520127d156d3ed30192a35995003fc2e480d6e"  # of the paper bundle: canonical JSON and hashing may never change
+
+
+def refused(folder: Path, *words: str) -> None:
+    """Opening `folder` raises a BundleError whose message has all of `words`."""
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_is_written_is_read(paper: Parts, tmp_path: Path) -> None:
+    opened = Bundle.open(paper.write(tmp_path / "b"))
+    assert {name: opened.read(name) for name in paper.files} == paper.files
+    content = opened.manifest.model_dump(mode="json")
+    assert {key: content[key] for key in paper.manifest} == paper.manifest
+
+
+def test_weights_come_back_as_arrays(paper: Parts, tmp_path: Path) -> None:
+    weights = Bundle.open(paper.write(tmp_path / "b")).tensors("weights.safetensors")
+    np.testing.assert_array_equal(weights["w"], np.arange(6).reshape(2, 3))
+
+
+def test_codec_has_the_tables_shape_and_cap_of_the_manifest(paper: Parts, tmp_path: Path) -> None:
+    codec = Bundle.open(paper.write(tmp_path / "b")).codec()
+    assert (codec.shape_CHW, codec.max_bytes, len(codec.rates)) == ((2, 4, 4), 64, 1)
+    assert [list(f) for f in codec.rates[0].frequencies] == [[32768, 16384, 16383, 1], [60000, 5535, 1]]
+
+
+def test_manifest_bytes_are_golden(paper: Parts, tmp_path: Path, golden: Callable[[str, bytes], None]) -> None:
+    golden("manifest_v1.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
+
+
+def test_fingerprint_is_golden(paper: Parts, tmp_path: Path) -> None:
+    assert Bundle.open(paper.write(tmp_path / "b")).fingerprint.hex() == FINGERPRINT
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_fields(paper: Parts) -> None:
+    backwards = dict(reversed(paper.manifest.items()))
+    assert bundles.fingerprint_of(paper.manifest) == bundles.fingerprint_of(backwards)
+
+
+def test_fingerprint_changes_with_any_file(paper: Parts, tmp_path: Path) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    paper.files["head0.onnx"] += b"!"
+    assert Bundle.open(paper.write(tmp_path / "b")).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "tables.safetensors", "head0.onnx", "encoder.onnx"])
+def test_a_changed_byte_is_refused(paper: Parts, tmp_path: Path, name: str) -> None:
+    path = paper.write(tmp_path / "b") / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path / "b", name, "SHA-256")
+
+
+def test_a_truncated_file_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "head0.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(tmp_path / "b", "head0.onnx", "16 bytes, the manifest says 17")
+
+
+def test_a_longer_file_is_refused_without_being_read_whole(paper: Parts, tmp_path: Path) -> None:
+    with (paper.write(tmp_path / "b") / "head0.onnx").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse; reading it would not fit into memory
+    refused(tmp_path / "b", "head0.onnx", "18 bytes, the manifest says 17")
+
+
+def test_a_missing_file_is_refused(paper: Parts, tmp_path: Path) -> None:
+    (paper.write(tmp_path / "b") / "encoder.onnx").unlink()
+    refused(tmp_path / "b", "encoder.onnx", "cannot be read")
+
+
+def test_a_symlinked_file_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "encoder.onnx"
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    refused(tmp_path / "b", "encoder.onnx", "not a regular file")
+
+
+def test_a_symlinked_manifest_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "manifest.json"
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    refused(tmp_path / "b", "manifest.json", "not a regular file")
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "encoder.onnx"
+    path.unlink()
+    os.mkfifo(path)
+    refused(tmp_path / "b", "encoder.onnx", "not a regular file")
+
+
+def test_no_folder_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "b", "no such bundle folder")
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "manifest.json", "cannot be read")
+
+
+def test_a_wrong_fingerprint_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"paper"', '"paperr"', 1), encoding="utf-8")
+    refused(tmp_path / "b", "manifest.json", "fingerprint")
+
+
+def test_reading_a_file_that_is_not_listed_is_refused(paper: Parts, tmp_path: Path) -> None:
+    opened = Bundle.open(paper.write(tmp_path / "b"))
+    with pytest.raises(BundleError, match="lists no file"):
+        opened.read("manifest.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(paper: Parts, tmp_path: Path, value: float) -> None:
+    paper.replace(tmp_path / "b", "weights.safetensors", safetensors.numpy.save({"w": np.array([1.0, value])}))
+    opened = Bundle.open(tmp_path / "b")
+    with pytest.raises(BundleError, match=r"weights\.safetensors: tensor w .* not finite"):
+        opened.tensors("weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 64,
+        b"\x02\0\0\0\0\0\0\0{}junk",
+        b'\x3c\0\0\0\0\0\0\0{"a":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}      \0\0',
+    ],
+    ids=["empty", "header of 2**64 bytes", "trailing bytes", "a type NumPy lacks"],
+)
+def test_what_is_not_safetensors_is_refused(paper: Parts, tmp_path: Path, data: bytes) -> None:
+    opened = Bundle.open(paper.replace(tmp_path / "b", "weights.safetensors", data))
+    with pytest.raises(BundleError, match=r"weights\.safetensors: not a safetensors file"):
+        opened.tensors("weights.safetensors")
+
+
+def off_by_one(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.frequencies"][0] += 1
+
+
+def zero_frequency(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.frequencies"][:2] += [-1 << 15, 1 << 15]
+
+
+def lengths_too_long(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.lengths"][0] += 1
+
+
+def negative_length(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.lengths"][:] = [-1, 8]
+
+
+def no_gain(tensors: dict[str, NDArray[Any]]) -> None:
+    del tensors["rate0.gain"]
+
+
+def zero_gain(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.gain"][1] = 0
+
+
+def double_gain(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.gain"] = tensors["rate0.gain"].astype(np.float64)
+
+
+def one_channel(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.first"] = tensors["rate0.first"][:1]
+
+
+def far_from_zero(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.first"][0] = np.iinfo(np.int32).max
+
+
+def escape_alone(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["rate0.frequencies"] = np.array([1 << 16, 60_000, 5_535, 1], np.int32)
+    tensors["rate0.lengths"] = np.array([1, 3], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (off_by_one, "channel 0: frequencies must add up to"),
+        (zero_frequency, "channel 0: needs 2 to 4096 frequencies >= 1"),
+        (lengths_too_long, "rate0.lengths add up to 8, there are 7"),
+        (negative_length, "rate0.lengths"),
+        (no_gain, "rate0.gain is missing"),
+        (zero_gain, "gains of rate 0 must be positive"),
+        (double_gain, "rate0.gain is float64"),
+        (one_channel, "channels, expected 2"),
+        (far_from_zero, "first integers of rate 0"),
+        (escape_alone, "channel 0: needs 2 to 4096"),
+    ],
+)
+def test_broken_tables_are_refused(
+    paper: Parts, tmp_path: Path, change: Callable[[dict[str, NDArray[Any]]], None], message: str
+) -> None:
+    tensors = paper_tables()
+    change(tensors)
+    opened = Bundle.open(paper.replace(tmp_path / "b", "tables.safetensors", safetensors.numpy.save(tensors)))
+    with pytest.raises(BundleError) as caught:
+        opened.codec()
+    assert message in str(caught.value)
+
+
+def test_tables_survive_the_way_through_tensors() -> None:
+    tensors = paper_tables()
+    again = factorized.to_tensors(factorized.from_tensors(tensors, 1))
+    assert tensors.keys() == again.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(again[name], array)
+        assert again[name].dtype == array.dtype
+
+
+def test_a_failed_write_leaves_the_old_bundle(paper: Parts, tmp_path: Path) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    paper.manifest["labels"] = ["only one"]
+    with pytest.raises(BundleError, match="labels"):
+        paper.write(tmp_path / "b")
+    assert Bundle.open(tmp_path / "b").fingerprint == before
+
+
+def test_a_crash_while_writing_leaves_the_old_bundle(
+    paper: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        patched.setattr(Path, "write_bytes", lambda path, data: (_ for _ in ()).throw(OSError("disk full")))
+        paper.write(tmp_path / "b")
+    assert Bundle.open(tmp_path / "b").fingerprint == before
+    assert Bundle.open(paper.write(tmp_path / "b")).fingerprint == before  # remains of the crash are in no one's way
+
+
+def test_writing_replaces_every_old_file(paper: Parts, tmp_path: Path) -> None:
+    paper.files["extra"] = b"x"
+    paper.write(tmp_path / "b")
+    del paper.files["extra"]
+    paper.write(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", *sorted([*paper.files, "manifest.json"])]
+
+
+def test_writing_refuses_a_file_name_that_leaves_the_folder(paper: Parts, tmp_path: Path) -> None:
+    paper.files["../escaped"] = b"x"
+    with pytest.raises(BundleError, match="files"):
+        paper.write(tmp_path / "b")
+    assert not (tmp_path / "escaped").exists()
+
+
+def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "models.bundle", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def test_the_module_is_a_command(paper: Parts, tmp_path: Path) -> None:
+    done = command("verify", paper.write(tmp_path / "b"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ok: ")

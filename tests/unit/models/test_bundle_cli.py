@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner, Result
+
+from models.bundle import Bundle
+from models.bundle_cli import main
+from tests.conftest import Parts, paper_tables
+
+
+def command(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_verify_names_files_bytes_and_fingerprint(paper: Parts, tmp_path: Path) -> None:
+    folder = paper.write(tmp_path / "b")
+    done = command("verify", folder)
+    size = sum(map(len, paper.files.values()))
+    assert done.exit_code == 0
+    assert done.stdout == f"ok: {folder}: 4 files, {size} bytes, {Bundle.open(folder).fingerprint.hex()}\n"
+
+
+def test_verify_writes_json(paper: Parts, tmp_path: Path) -> None:
+    result = json.loads(command("verify", paper.write(tmp_path / "b"), "--json").stdout)
+    assert result["ok"] is True
+    assert result["name"] == "paper"
+
+
+def test_inspect_shows_what_a_person_asks_for(paper: Parts, tmp_path: Path) -> None:
+    shown = command("inspect", paper.write(tmp_path / "b")).stdout
+    for words in ("Apache-2.0", "8x8 RGB", "exit0", "rate 0", "loss <= 1.0% with confidence 90%", "0.7500 [0.5000"):
+        assert words in shown
+
+
+def test_inspect_as_json_is_the_manifest(paper: Parts, tmp_path: Path) -> None:
+    folder = paper.write(tmp_path / "b")
+    shown = json.loads(command("inspect", folder, "--json").stdout)
+    assert shown == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_a_broken_bundle_ends_with_one_line_and_code_1(paper: Parts, tmp_path: Path, verb: str) -> None:
+    (paper.write(tmp_path / "b") / "head0.onnx").write_bytes(b"?")
+    done = command(verb, tmp_path / "b")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_verify_looks_into_the_tables(paper: Parts, tmp_path: Path) -> None:
+    tensors = paper_tables()
+    tensors["rate0.frequencies"][0] += 1
+    paper.replace(tmp_path / "b", "tables.safetensors", safetensors.numpy.save(tensors))
+    assert command("verify", tmp_path / "b").exit_code == 1
+
+
+def test_a_forgotten_argument_is_a_usage_error() -> None:
+    assert command("verify").exit_code == 2
+
+
+@pytest.mark.parametrize("words", [("--help",), ("inspect", "--help"), ("verify", "--help")])
+def test_help_has_an_example(words: tuple[str, ...]) -> None:
+    assert "Example: python -m models.bundle" in command(*words).stdout

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.bundle import Bundle
+from models.errors import BundleError
+from tests.conftest import Parts
+
+Content = dict[str, Any]
+
+
+def put(*path_and_value: Any) -> Callable[[Content], None]:
+    """A change that puts the last argument where the others lead."""
+    *path, last, value = path_and_value
+
+    def change(content: Content) -> None:
+        for step in path:
+            content = content[step]
+        content[last] = value
+
+    return change
+
+
+def list_file(new: str) -> Callable[[Content], None]:
+    """One more file, listed under a name that leads elsewhere."""
+
+    def change(content: Content) -> None:
+        content["files"][new] = content["files"]["head0.onnx"]
+
+    return change
+
+
+WRONG = {
+    "unknown version": (put("schema_version", 2), "schema_version 2, this program reads 1"),
+    "version as text": (put("schema_version", "1"), "schema_version"),
+    "no version": (lambda content: content.pop("schema_version"), "schema_version None"),
+    "unknown field": (put("surprise", 1), "surprise"),
+    "missing field": (lambda content: content.pop("licence"), "licence"),
+    "unknown task": (put("task", "telepathy"), "task"),
+    "absolute path": (list_file("/etc/passwd"), "files"),
+    "parent path": (list_file("../head0.onnx"), "files"),
+    "two dots": (list_file(".."), "files"),
+    "backslash path": (list_file("a\\head0.onnx"), "files"),
+    "sub-folder": (list_file("sub/head0.onnx"), "files"),
+    "line break in a name": (list_file("head0.onnx\n"), "files"),
+    "path in a segment alone": (put("segments", 0, "file", "../x"), "segments.0.file"),
+    "file that is not listed": (put("weights", "other.safetensors"), "files does not list other.safetensors"),
+    "size below zero": (put("files", "head0.onnx", "size", -1), "files.head0.onnx.size"),
+    "size of a terabyte": (put("files", "head0.onnx", "size", 1 << 40), "files.head0.onnx.size"),
+    "hash that is none": (put("files", "head0.onnx", "sha256", "x" * 64), "files.head0.onnx.sha256"),
+    "one label": (put("labels", ["good"]), "labels"),
+    "a label more than classes": (put("labels", ["a", "b", "c"]), "2 classes, but 3 labels"),
+    "class more than labels": (put("architecture", "classes", 3), "3 classes, but 2 labels"),
+    "shape with no channels": (put("segments", 0, "output", [0, 4, 4]), "segments.0.output"),
+    "shape of two numbers": (put("segments", 0, "output", [4, 4]), "segments.0.output"),
+    "input that the crop does not give": (put("segments", 0, "input", [3, 9, 8]), "the crop gives (3, 8, 8)"),
+    "crop larger than the photo": (put("preprocessing", "crop", [9, 8]), "preprocessing"),
+    "deviation of zero": (put("preprocessing", "deviation", [0.5, 0, 0.5]), "preprocessing.deviation.1"),
+    "mean that is no number": (put("preprocessing", "mean", [0.5, float("nan"), 0.5]), "preprocessing.mean.1"),
+    "infinite seconds": (put("training", "seconds", float("inf")), "training.seconds"),
+    "latent of other channels": (put("bottleneck", "latent", [3, 4, 4]), "latent_channels"),
+    "another number of rates": (put("architecture", "rates", 2), "rates"),
+    "another number of cuts": (put("architecture", "cuts", [2, 5]), "one length"),
+    "cuts that fall": (put("architecture", "cuts", [5, 2]), "cuts (5, 2) must rise"),
+    "a cut twice": (put("architecture", "cuts", [2, 2]), "cuts (2, 2) must rise"),
+    "no exit": (put("exits", []), "exits"),
+    "cap without a bound": (put("bottleneck", "max_payload_bytes", 1 << 30), "bottleneck.max_payload_bytes"),
+    "accuracy above one": (put("exits", 0, "accuracy", 1.5), "exits.0.accuracy"),
+    "text as number": (put("tail_macs", "many"), "tail_macs"),
+    "101 files": (
+        lambda content: content["files"].update({f"f{i}": content["files"]["head0.onnx"] for i in range(97)}),
+        "101 files, at most 100",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG.keys())
+def test_a_manifest_that_cannot_be_true_is_refused_by_name(
+    paper: Parts, tmp_path: Path, change: Callable[[Content], Any], words: str
+) -> None:
+    folder = paper.tamper(tmp_path / "b", change)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    assert "manifest.json" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_segments_must_fit_each_other(paper: Parts, tmp_path: Path) -> None:
+    def change(content: Content) -> None:
+        content["segments"].append({**content["segments"][0], "input": [17, 4, 4]})
+        content["exits"].append(content["exits"][0])
+        content["architecture"]["cuts"] = [2, 5]
+
+    folder = paper.tamper(tmp_path / "b", change)
+    with pytest.raises(BundleError, match="segment 0 gives .* segment 1 takes"):
+        Bundle.open(folder)
+
+
+def test_a_manifest_cannot_be_changed_once_read(paper: Parts, tmp_path: Path) -> None:
+    manifest = Bundle.open(paper.write(tmp_path / "b")).manifest
+    with pytest.raises(ValueError, match="frozen"):
+        manifest.name = "other"  # type: ignore[misc]
