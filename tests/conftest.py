@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,14 +114,16 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_split: SplitClass
         preprocessing=PREPROCESSING,
         max_payload_bytes=4096,
     )
-    return export.write(
-        tmp_path_factory.mktemp("zoo") / "tiny",
-        trained,
-        about={"name": "tiny", "labels": ("good", "bad"), "licence": "none: random weights"},
-        training={"command": "tests/conftest.py", "seed": 0, "seconds": 0.0, "data": "none"},
-        calibration=random_samples(6, seed=1),
-        test=random_samples(4, seed=2),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's ONNX exporter warns of itself and of shapes it takes as constants
+        return export.write(
+            tmp_path_factory.mktemp("zoo") / "tiny",
+            trained,
+            about={"name": "tiny", "labels": ("good", "bad"), "licence": "none: random weights"},
+            training={"command": "tests/conftest.py", "seed": 0, "seconds": 0.0, "data": "none"},
+            calibration=random_samples(6, seed=1),
+            test=random_samples(4, seed=2),
+        )
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ class CloudProcess:
         for bundle in bundles:
             self._arguments += ["--bundle", str(bundle)]
         self.process: subprocess.Popen[bytes] | None = None
+        self.log_text = ""  # once it has ended
         self.log = tempfile.NamedTemporaryFile(prefix="cloud-", suffix=".log")  # noqa: SIM115
 
     @property
@@ -46,6 +47,7 @@ class CloudProcess:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+        self.log_text = self.read_log()
         self.log.close()
 
     def start(self, wait: bool = True) -> CloudProcess:

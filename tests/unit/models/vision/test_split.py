@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.vision.split import SplitClassifier
+
+
+@pytest.fixture(scope="module")
+def images_B3HW() -> Tensor:
+    torch.manual_seed(1)
+    return torch.rand(3, 3, 64, 64) * 2 - 1
+
+
+@torch.inference_mode()
+def test_the_segments_in_a_row_are_the_trunk(tiny_split: SplitClassifier, images_B3HW: Tensor) -> None:
+    chained_BCHW = tiny_split.segment(1, tiny_split.segment(0, images_B3HW))
+    torch.testing.assert_close(chained_BCHW, tiny_split.trunk(images_B3HW), rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_tail_of_trunk_is_the_backbone(tiny_split: SplitClassifier, images_B3HW: Tensor) -> None:
+    joined_BK = tiny_split.tail(tiny_split.trunk(images_B3HW))
+    torch.testing.assert_close(joined_BK, tiny_split.backbone(images_B3HW), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(joined_BK, tiny_split(images_B3HW), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_bottleneck_gives_back_the_trunks_shape(tiny_split: SplitClassifier, images_B3HW: Tensor) -> None:
+    features_BCHW = tiny_split.trunk(images_B3HW)
+    latent_BCHW = tiny_split.encoder(features_BCHW)
+    assert latent_BCHW.shape == (3, 4, *features_BCHW.shape[2:])
+    assert tiny_split.decoder(latent_BCHW, torch.tensor([0, 1, 0])).shape == features_BCHW.shape
+
+
+@torch.inference_mode()
+def test_each_input_is_decoded_at_its_own_rate(tiny_split: SplitClassifier) -> None:
+    latent_BCHW = torch.ones(1, 4, 8, 8).expand(2, -1, -1, -1)
+    mixed_BCHW = tiny_split.decoder(latent_BCHW, torch.tensor([0, 1]))
+    assert not torch.allclose(mixed_BCHW[0], mixed_BCHW[1])
+    for rate in (0, 1):
+        alone_BCHW = tiny_split.decoder(latent_BCHW[:1], torch.tensor([rate]))
+        torch.testing.assert_close(alone_BCHW[0], mixed_BCHW[rate], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_an_exit_sees_a_crack_of_one_pixel(tiny_split: SplitClassifier, images_B3HW: Tensor) -> None:
+    features_BCHW = tiny_split.segment(0, images_B3HW[:1])
+    cracked_BCHW = features_BCHW.clone()
+    cracked_BCHW[:, :, 3, 3] += 10
+    assert not torch.allclose(tiny_split.exits[0](cracked_BCHW), tiny_split.exits[0](features_BCHW), atol=1e-3)
+
+
+def test_one_state_dict_holds_every_part(tiny_split: SplitClassifier) -> None:
+    assert {name.split(".")[0] for name in tiny_split.state_dict()} == {"backbone", "exits", "encoder", "decoder"}

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from models.bundle import Bundle
+from models.errors import BundleError
+from models.vision.head import Head
+from models.vision.tail import Tail, load_split
+from tests.conftest import random_samples
+
+IMAGES = random_samples(3, seed=5).images
+
+
+@torch.inference_mode()
+def test_a_whole_image_meets_no_bottleneck(tiny_bundle: Bundle) -> None:
+    head, split = Head(tiny_bundle, threads=1), load_split(tiny_bundle)
+    features = [head.segment(1, head.segment(0, image_CHW)[0])[0] for image_CHW in IMAGES]
+    joined_BK = split.tail(torch.from_numpy(np.stack(features))).softmax(1)
+    np.testing.assert_allclose(Tail(tiny_bundle).answer_images(IMAGES), joined_BK, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_latents_are_answered_by_decoder_and_tail_at_their_rates(tiny_bundle: Bundle) -> None:
+    split = load_split(tiny_bundle)
+    latents = list(np.random.default_rng(0).normal(size=(3, *tiny_bundle.manifest.bottleneck.latent)))
+    latents = [latent_CHW.astype(np.float32) for latent_CHW in latents]
+    answers_BK = Tail(tiny_bundle).answer_latents(latents, [1, 0, 1])
+    features_BCHW = split.decoder(torch.from_numpy(np.stack(latents)), torch.tensor([1, 0, 1]))
+    np.testing.assert_allclose(answers_BK, split.tail(features_BCHW).softmax(1), atol=1e-4)
+    np.testing.assert_allclose(answers_BK.sum(1), 1, atol=1e-5)
+
+
+def test_an_answer_does_not_depend_on_the_batch(tiny_bundle: Bundle) -> None:
+    tail = Tail(tiny_bundle)
+    alone_BK = np.concatenate([tail.answer_images([image_CHW]) for image_CHW in IMAGES])
+    np.testing.assert_allclose(tail.answer_images(IMAGES), alone_BK, atol=1e-5)
+
+
+def with_weights(tiny_bundle: Bundle, change: Callable[[dict[str, Any]], Any], monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """The tiny bundle as if its weights file held what `change` makes of it."""
+    tensors = safetensors.numpy.load((tiny_bundle.folder / "weights.safetensors").read_bytes())
+    change(tensors)
+    monkeypatch.setattr(Bundle, "tensors", lambda self, name: tensors)
+    return tiny_bundle
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("exits.0.linear.bias"), r"weights lack exits\.0\.linear\.bias"),
+        (lambda t: t.update(extra=np.zeros(3)), "weights have unknown extra"),
+        (
+            lambda t: t.update({"exits.0.linear.bias": np.zeros(3, np.float32)}),
+            r"weight exits\.0\.linear\.bias has shape \(3,\), the architecture says \(2,\)",
+        ),
+    ],
+    ids=["lacking", "unknown", "wrong shape"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    tiny_bundle: Bundle, change: Callable[[dict[str, Any]], Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BundleError, match=words):
+        load_split(with_weights(tiny_bundle, change, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        ({"builder": "transformer"}, "no builder 'transformer', there are split_classifier"),
+        ({"backbone": "resnet50"}, "the architecture cannot be built: 'resnet50'"),
+        ({"cuts": (2, 99)}, "the architecture cannot be built"),
+        ({"classes": 3}, "has shape"),
+        ({"cuts": (2, 7)}, "has shape|lack|unknown"),
+    ],
+    ids=["builder", "backbone", "cut behind the end", "classes", "other cut"],
+)
+def test_an_architecture_that_does_not_fit_is_refused(tiny_bundle: Bundle, update: dict[str, Any], words: str) -> None:
+    manifest = tiny_bundle.manifest
+    lying = manifest.model_copy(update={"architecture": manifest.architecture.model_copy(update=update)})
+    with pytest.raises(BundleError, match=words):
+        load_split(Bundle(tiny_bundle.folder, lying))
+
+
+def test_weights_are_stored_as_halves_and_used_as_floats(tiny_bundle: Bundle) -> None:
+    stored = tiny_bundle.tensors("weights.safetensors")["backbone.blocks.0.0.weight"]
+    assert stored.dtype == np.float16
+    used = load_split(tiny_bundle).state_dict()["backbone.blocks.0.0.weight"]
+    assert used.dtype == torch.float32
+    np.testing.assert_array_equal(used, stored.astype(np.float32))
+
+
+def test_the_file_is_smaller_than_its_floats(tiny_bundle: Bundle) -> None:
+    path: Path = tiny_bundle.folder / "weights.safetensors"
+    floats = sum(tensor.numel() for tensor in load_split(tiny_bundle).state_dict().values()) * 4
+    assert path.stat().st_size < 0.6 * floats
