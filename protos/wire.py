@@ -14,7 +14,6 @@ import zlib
 from models.errors import (
     DeadlineExceeded,
     InvalidInput,
-    IsthmusError,
     PayloadCorrupt,
     PayloadTooLarge,
     UnsupportedVersion,
@@ -29,8 +28,8 @@ MICROSECONDS = 1_000_000
 
 def pack_request(request: CloudRequest) -> pb.InferRequest:
     """Raises DeadlineExceeded when less than a millisecond is left."""
-    budget_ms = math.floor(request.budget_s * 1000)
-    if budget_ms < 1:
+    budget_ms = min(request.budget_s * 1000, limits.MAX_BUDGET_MS)
+    if not budget_ms >= 1:
         raise DeadlineExceeded("less than a millisecond is left to ask the cloud")
     bundle = request.fingerprint[: limits.BUNDLE_ID_BYTES]
     payload = request.payload
@@ -38,7 +37,7 @@ def pack_request(request: CloudRequest) -> pb.InferRequest:
         wire_version=limits.WIRE_VERSION,
         bundle=bundle,
         request_id=request.request_id,
-        budget_ms=min(budget_ms, limits.MAX_BUDGET_MS),
+        budget_ms=math.floor(budget_ms),
         crc32=checksum(bundle, payload.codec, payload.rate, payload.data),
         codec=pb.Codec.ValueType(payload.codec),
         rate=payload.rate,

@@ -25,12 +25,14 @@ declare_torchvision_schemas()
 
 from compressai.entropy_models import EntropyBottleneck  # noqa: E402
 
+INIT_SCALE = 2.0  # integers; CompressAI's 10 takes a thousand steps to come down
+
 __all__ = ["EntropyBottleneck", "freeze", "new_prior"]
 
 
 def new_prior(channels: int) -> EntropyBottleneck:
     """A factorized prior whose medians stay at zero, so that integers are plain rounded values."""
-    prior = EntropyBottleneck(channels)
+    prior = EntropyBottleneck(channels, init_scale=INIT_SCALE)
     prior.quantiles.requires_grad_(False)
     return prior
 

@@ -27,7 +27,7 @@ class Weights:
 
     per_kilobyte: tuple[float, ...]
     labels: float = 0.5
-    features: float = 0.5
+    features: float = 1.0
 
 
 class Distillation(nn.Module):
@@ -39,7 +39,7 @@ class Distillation(nn.Module):
         self.weights = weights
         rates = len(weights.per_kilobyte)
         # Coarse to fine steps to start from; training moves them.
-        steps = torch.linspace(0.0, 1.5, rates)[:, None].expand(rates, latent_channels)
+        steps = torch.linspace(1.0, 2.5, rates)[:, None].expand(rates, latent_channels)
         self.log_gain_RC = nn.Parameter(steps.clone())
         self.priors = nn.ModuleList(new_prior(latent_channels) for _ in range(rates))
         split.backbone.requires_grad_(False)
@@ -56,8 +56,11 @@ class Distillation(nn.Module):
             module.requires_grad_(False)
         self.log_gain_RC.requires_grad_(False)
 
-    def loss(self, images_B3HW: Tensor, target_BK: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures of one batch; the batch is dealt out over the rates in turn."""
+    def loss(self, images_B3HW: Tensor, target_BK: Tensor, ramp: float = 1.0) -> tuple[Tensor, dict[str, float]]:
+        """Loss and figures of one batch; the batch is dealt out over the rates in turn.
+
+        `ramp` in [0, 1] scales the price of bytes: charged in full from the start, it empties the latent for good.
+        """
         split = self.split
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             features = [split.segment(0, images_B3HW)]
@@ -79,7 +82,7 @@ class Distillation(nn.Module):
         figures = {"task": task.item(), "exits": exit_loss.item(), "features": distance.item()}
         for rate in range(len(self.priors)):
             figures[f"bytes{rate}"] = 1024 * kilobytes_B[rate_B == rate].mean().item()
-        return task + exit_loss + self.weights.features * distance + rate_loss, figures
+        return task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
 
     def bridge(self, features_BCHW: Tensor, rate_B: Tensor) -> tuple[Tensor, Tensor]:
         """Bits of each input under its rate's prior (noisy), and its decoded features (rounded, straight through)."""

@@ -6,7 +6,7 @@ photographs -> EfficientNet-Lite2 (cloud) -> [frozen] -> exits + bottleneck (dev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ ARCHITECTURE = Architecture(
     rates=len(PER_KILOBYTE),
 )
 MAX_PAYLOAD_BYTES = 4096
-BRIDGE_EPOCHS, DECODER_EPOCHS = 16, 4
+BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS = 14, 5, 3
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Batch:
 
     images_B3HW: Tensor
     defect_B: Tensor
+    ramp: float = 1.0  # of the price of bytes
 
 
 def normalise(images_BHW: Tensor) -> Tensor:
@@ -117,17 +118,22 @@ def train_bridge(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillat
     module = Distillation(split, ARCHITECTURE.latent_channels, Weights(PER_KILOBYTE))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def epoch_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def bridge_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        for batch in batches(photos, PREPROCESSING.crop[0], generator):
+            yield replace(batch, ramp=min(epoch / RAMP_EPOCHS, 1.0))
+
+    def decoder_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         return batches(photos, PREPROCESSING.crop[0], generator)
 
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        return module.loss(batch.images_B3HW, torch.stack([1 - batch.defect_B, batch.defect_B], 1))
+        target_B2 = torch.stack([1 - batch.defect_B, batch.defect_B], 1)
+        return module.loss(batch.images_B3HW, target_B2, batch.ramp)
 
     steps = len(photos) // BATCH
-    average = run.fit("bridge", module, epoch_batches, loss_of, Schedule(BRIDGE_EPOCHS, steps, peak_lr=2e-3))
+    average = run.fit("bridge", module, bridge_batches, loss_of, Schedule(BRIDGE_EPOCHS, steps, peak_lr=2e-3))
     module.load_state_dict(average.state_dict())
     module.freeze_encoder()
-    average = run.fit("decoder", module, epoch_batches, loss_of, Schedule(DECODER_EPOCHS, steps, peak_lr=5e-4))
+    average = run.fit("decoder", module, decoder_batches, loss_of, Schedule(DECODER_EPOCHS, steps, peak_lr=5e-4))
     assert isinstance(average, Distillation)
     return average
 

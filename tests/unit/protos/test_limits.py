@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import grpc
+
+from protos import limits
+from protos.isthmus.v1 import isthmus_pb2 as pb
+
+
+def test_the_largest_image_fits_into_a_message() -> None:
+    message = pb.InferRequest(
+        wire_version=limits.WIRE_VERSION,
+        bundle=b"\xff" * limits.BUNDLE_ID_BYTES,
+        request_id=(1 << 32) - 1,
+        budget_ms=limits.MAX_BUDGET_MS,
+        crc32=1,
+        codec=pb.CODEC_IMAGE,
+        payload=bytes(limits.MAX_IMAGE_BYTES),
+    )
+    assert message.ByteSize() <= limits.MAX_MESSAGE_BYTES
+
+
+def test_the_largest_answer_fits_into_a_message() -> None:
+    answer = pb.InferResponse(request_id=(1 << 32) - 1, probabilities=[0.5] * limits.MAX_LABELS)
+    assert answer.ByteSize() <= limits.MAX_MESSAGE_BYTES
+
+
+def test_the_service_allows_pings_as_often_as_devices_send_them() -> None:
+    client, server = dict(limits.client_options()), dict(limits.server_options())
+    assert int(server["grpc.http2.min_recv_ping_interval_without_data_ms"]) < int(client["grpc.keepalive_time_ms"])
+
+
+def test_a_channel_takes_the_options() -> None:
+    with grpc.insecure_channel("127.0.0.1:9", options=limits.client_options()) as channel:
+        assert channel is not None
+    assert not dict(limits.client_options()).keys() & {"grpc.keepalive_timeout_ms"}  # no effect, see limits
