@@ -39,7 +39,11 @@ class CloudMetrics:
             registry=registry,
         )
         self._queue_wait = Histogram(
-            "isthmus_cloud_queue_wait_seconds", "Wait for a batch.", ["model"], buckets=LATENCY_BUCKETS, registry=registry
+            "isthmus_cloud_queue_wait_seconds",
+            "Wait for a batch.",
+            ["model"],
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
         )
         self._compute = Histogram(
             "isthmus_cloud_compute_duration_seconds",
@@ -65,7 +69,9 @@ class CloudMetrics:
         self._decode = Counter(
             "isthmus_cloud_decode_failures", "Payloads that could not be read.", ["reason"], registry=registry
         )
-        Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry).labels(version("isthmus")).set(1)
+        Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry).labels(version("isthmus")).set(
+            1
+        )
         model_info = Gauge("isthmus_model_info", "Bundles held.", ["model", "version"], registry=registry)
         for bundle in bundles:
             model_info.labels(bundle.name, bundle.fingerprint.hex()[:12]).set(1)

@@ -64,7 +64,9 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # type: ignore[override]
         started_s = time.monotonic()
         if len(request.padding) > limits.MAX_PROBE_BYTES:
-            error = InvalidInput(f"padding has {len(request.padding)} bytes, at most {limits.MAX_PROBE_BYTES} are taken")
+            error = InvalidInput(
+                f"padding has {len(request.padding)} bytes, at most {limits.MAX_PROBE_BYTES} are taken"
+            )
             code, text = status.of_error(error)
             self._metrics.answered("Describe", code.name, time.monotonic() - started_s)
             await context.abort(code, text)

@@ -1,8 +1,8 @@
 """One device's day: the edge half of Isthmus.
 
-    from edge_agent import EdgeAgent, EdgeConfig
-    with EdgeAgent(EdgeConfig(bundle="models/zoo/elpv", cloud="cloud:50051")) as agent:
-        print(agent.infer("photo.jpg").label)
+from edge_agent import EdgeAgent, EdgeConfig
+with EdgeAgent(EdgeConfig(bundle="models/zoo/elpv", cloud="cloud:50051")) as agent:
+    print(agent.infer("photo.jpg").label)
 """
 
 from edge_agent.answer import Answer

@@ -64,7 +64,9 @@ class EdgeMetrics:
         self._throughput = Gauge(
             "isthmus_edge_link_throughput_bytes_per_second", "Estimated uplink bandwidth.", registry=registry
         )
-        Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry).labels(version("isthmus")).set(1)
+        Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry).labels(version("isthmus")).set(
+            1
+        )
         model_info = Gauge("isthmus_model_info", "Bundle in use.", ["model", "version"], registry=registry)
         model_info.labels(manifest.name, manifest.fingerprint[:12]).set(1)
         self._start_at_zero(manifest)

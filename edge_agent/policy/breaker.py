@@ -1,7 +1,7 @@
 """Circuit breaker: a cloud that fails is left alone, then probed, so that it costs no request after the first few.
 
-    closed --failures in a row--> open --probe answered--> half open --request answered--> closed
-                                   ^------------------------------------request failed------'
+closed --failures in a row--> open --probe answered--> half open --request answered--> closed
+                               ^------------------------------------request failed------'
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which way one input goes next. Called before the head runs and after each exit, cheapest first.
 
-    confident enough at an exit           -> answer there
-    else, of the ways that meet quality   -> the one predicted fastest or cheapest: run on, split at a rate, whole image
-    no way to the cloud within the deadline -> run on; behind the last exit: answer there, degraded
+confident enough at an exit           -> answer there
+else, of the ways that meet quality   -> the one predicted fastest or cheapest: run on, split at a rate, whole image
+no way to the cloud within the deadline -> run on; behind the last exit: answer there, degraded
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Where one input stands. `confidence` of the exit just passed, None before the first; `cloud` says why not, if not."""
+    """Where one input stands: `confidence` of the exit just passed, None before the first; why the cloud is out, if so."""
 
     exit_name: str | None
     confidence: float | None
@@ -72,12 +72,14 @@ def plan(situation: Situation, goal: Goal) -> Plan:
     confidence = situation.confidence
     if confidence is not None and confidence >= goal.exit_confidence:
         return Plan("exit", f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} is enough")
-    options = [option for option in situation.options if option.route == "continue" or option.seconds <= situation.left_s]
+    options = [o for o in situation.options if o.route == "continue" or o.seconds <= situation.left_s]
     if not options:
         reason = situation.cloud_refused or f"nothing answers within the {1000 * situation.left_s:.0f} ms left"
         return Plan("fallback", f"{reason}; {situation.exit_name} is the best there is")
     best = min(options, key=lambda option: option.seconds if goal.objective == "fastest" else option.usd)
-    unsure = "" if confidence is None else f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} needed; "
+    unsure = ""
+    if confidence is not None:
+        unsure = f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} needed; "
     if situation.cloud_refused and best.route == "continue":
         return Plan("continue", f"{unsure}{situation.cloud_refused}")
     others = ", ".join(describe(option) for option in options if option is not best)

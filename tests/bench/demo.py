@@ -128,7 +128,18 @@ def table(result: dict[str, Any]) -> Table:
         title=f"{n} ELPV test photos, {rate}, {link['rtt_ms']:g} ms round trip; cloud model "
         f"{result['cloud_model']['accuracy']:.1%} on them"
     )
-    columns = ("accuracy", "agreement", "B/photo", "B/upload", "wire B/photo", "to cloud", "mean ms", "p50", "p99", "$/1000")
+    columns = (
+        "accuracy",
+        "agreement",
+        "B/photo",
+        "B/upload",
+        "wire B/photo",
+        "to cloud",
+        "mean ms",
+        "p50",
+        "p99",
+        "$/1000",
+    )
     made.add_column("arm")
     for column in columns:
         made.add_column(column, justify="right")
@@ -156,7 +167,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    colours = {"edge_only": "tab:gray", "offload_jpeg75": "tab:orange", "offload_webp75": "tab:purple", "isthmus": "tab:blue"}
+    colours = {
+        "edge_only": "tab:gray",
+        "offload_jpeg75": "tab:orange",
+        "offload_webp75": "tab:purple",
+        "isthmus": "tab:blue",
+    }
     for name, row in result["arms"].items():
         low, high = row["accuracy_95"]
         errors = [[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]]
@@ -165,7 +181,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             max(size, 10), 100 * row["accuracy"], yerr=errors, fmt="o", ms=9, capsize=4, color=colours[name],
             label=f"{TITLES[name]}: {size:.0f} B, {row['latency_ms']['mean']:.0f} ms mean",
         )  # fmt: skip
-    axes.axhline(100 * result["cloud_model"]["accuracy"], ls="--", color="black", lw=1, label="cloud model, untouched photos")
+    axes.axhline(
+        100 * result["cloud_model"]["accuracy"], ls="--", color="black", lw=1, label="cloud model, untouched photos"
+    )
     axes.set_xscale("log")
     axes.set_xlim(8, 20_000)
     axes.set_xlabel("bytes sent per photo (nothing sent is drawn at 10)")
@@ -208,9 +226,7 @@ def demo(count: int, spec: LinkSpec, bundle: Path) -> dict[str, Any]:
 @click.option("--bundle", default=BUNDLE, type=click.Path(path_type=Path))
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the picture here (PNG).")
-def main(
-    photos: int, mbit: float, rtt_ms: float, bundle: Path, json_path: Path | None, plot_path: Path | None
-) -> None:
+def main(photos: int, mbit: float, rtt_ms: float, bundle: Path, json_path: Path | None, plot_path: Path | None) -> None:
     """Inspect solar cells four ways over an emulated link and compare."""
     try:
         result = demo(photos, LinkSpec(mbit * 1e6 or None, rtt_ms / 1000), bundle)

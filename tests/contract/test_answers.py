@@ -16,8 +16,8 @@ from PIL import Image
 from edge_agent import EdgeAgent
 from edge_agent.config import WholeImage
 from models.bundle import Bundle
-from models.vision.head import Head
 from models.types import CloudRequest, Codec, Payload
+from models.vision.head import Head
 from models.vision.images import encode_image, open_image, preprocess
 from models.vision.tail import Tail
 from protos import limits, wire
@@ -70,9 +70,7 @@ def test_unary_and_stream_agree(cloud: CloudProcess, tiny_bundle: Bundle) -> Non
     assert alone.probabilities == streamed.probabilities
 
 
-def test_many_at_once_get_their_own_answers(
-    cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image
-) -> None:
+def test_many_at_once_get_their_own_answers(cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image) -> None:
     agent = new_agent(cloud.target, mode="split", deadline_s=30.0)
     photos = [photo.rotate(90 * turn) for turn in range(4)] * 8
     alone = [agent.infer(turned).probabilities for turned in photos[:4]]

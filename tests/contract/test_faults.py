@@ -31,9 +31,7 @@ def late(answers: list[Answer], deadline_s: float = DEADLINE_S) -> list[Answer]:
     return [answer for answer in answers if answer.stage_ms["total"] > 1000 * (deadline_s + GRACE_S)]
 
 
-def test_killed_in_mid_run_and_started_again(
-    tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image
-) -> None:
+def test_killed_in_mid_run_and_started_again(tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image) -> None:
     """SIGKILL while photos are in flight: each is answered exactly once, in time; the cloud is used again afterwards."""
     with CloudProcess(tiny_bundle.folder, arguments=("--threads", "1")) as cloud:
         agent = new_agent(cloud.target, mode="split", deadline_s=DEADLINE_S)
@@ -74,12 +72,16 @@ def test_drains_on_sigterm_without_a_failed_request(
             results = [answer.result() for answer in answers]
         assert cloud.stop() == 0
     # What was sent before the service said goodbye is answered by it; only later inputs stay on the device.
-    assert all("but" not in r.why or "shutting down" in r.why or "connect" in r.why or "being tried" in r.why for r in results)
+    assert all(
+        "but" not in r.why or "shutting down" in r.why or "connect" in r.why or "being tried" in r.why for r in results
+    )
     assert any(not result.degraded for result in results)
     assert "drained" in cloud.log_text
 
 
-def test_requests_in_flight_at_sigterm_are_answered(tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image) -> None:
+def test_requests_in_flight_at_sigterm_are_answered(
+    tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image
+) -> None:
     """The batch waits a second to fill, so that all eight are in the queue when the signal comes."""
     arguments = ("--threads", "1", "--max-wait-ms", "1000", "--max-batch", "64")
     with CloudProcess(tiny_bundle.folder, arguments=arguments) as cloud:

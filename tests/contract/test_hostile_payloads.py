@@ -132,7 +132,12 @@ def test_refused_with_a_clear_status(
         stub.Infer(spoil(good), timeout=10)
     assert caught.value.code() is code
     details = caught.value.details() or ""
-    assert words in details and "\n" not in details and "Traceback" not in details and "/" not in details.replace("CRC/", "")
+    assert (
+        words in details
+        and "\n" not in details
+        and "Traceback" not in details
+        and "/" not in details.replace("CRC/", "")
+    )
 
 
 def test_one_bad_message_of_a_stream_harms_no_other(stub: pb_grpc.IsthmusStub, good: pb.InferRequest) -> None:
@@ -151,7 +156,11 @@ def test_one_bad_message_of_a_stream_harms_no_other(stub: pb_grpc.IsthmusStub, g
 
 
 def test_others_go_on_while_a_peer_attacks(
-    cloud: CloudProcess, stub: pb_grpc.IsthmusStub, good: pb.InferRequest, new_agent: Callable[..., EdgeAgent], photo: Image.Image
+    cloud: CloudProcess,
+    stub: pb_grpc.IsthmusStub,
+    good: pb.InferRequest,
+    new_agent: Callable[..., EdgeAgent],
+    photo: Image.Image,
 ) -> None:
     stop = threading.Event()
     attacks = 0

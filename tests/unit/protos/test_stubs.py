@@ -28,8 +28,6 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / FOLDER
 
 
-@pytest.mark.parametrize(
-    "name", ["isthmus_pb2.py", "isthmus_pb2.pyi", "isthmus_pb2_grpc.py", "isthmus_pb2_grpc.pyi"]
-)
+@pytest.mark.parametrize("name", ["isthmus_pb2.py", "isthmus_pb2.pyi", "isthmus_pb2_grpc.py", "isthmus_pb2_grpc.pyi"])
 def test_committed_stubs_are_those_of_the_contract(fresh: Path, name: str) -> None:
     assert (ROOT / FOLDER / name).read_text() == (fresh / name).read_text(), "run make protos"

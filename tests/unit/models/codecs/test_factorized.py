@@ -16,7 +16,9 @@ from models.codecs.factorized import FactorizedCodec, Floats, Integers, RateTabl
 from models.errors import BundleError, InvalidInput, PayloadCorrupt, PayloadTooLarge
 
 CAP = 1 << 16
-LARGE_SHA256 = "4d14ed543d62f34e498fbfb803a394d1e86ea5055e50761a1c189fcb9caf8abb"  # of a payload of random tables and integers
+LARGE_SHA256 = (
+    "4d14ed543d62f34e498fbfb803a394d1e86ea5055e50761a1c189fcb9caf8abb"  # of a payload of random tables and integers
+)
 
 
 def random_frequencies(rng: np.random.Generator, symbols: int) -> NDArray[np.int64]:

@@ -23,9 +23,7 @@ def file(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize(("form", "error"), [("jpeg", 12.0), ("png", 0.0), ("webp", 12.0)])
-def test_what_is_encoded_is_opened(
-    photo: Image.Image, form: Literal["jpeg", "png", "webp"], error: float
-) -> None:
+def test_what_is_encoded_is_opened(photo: Image.Image, form: Literal["jpeg", "png", "webp"], error: float) -> None:
     opened = open_image(encode_image(photo, form, quality=90))
     assert opened.mode == "RGB"
     difference = np.asarray(opened).astype(float) - np.asarray(photo)

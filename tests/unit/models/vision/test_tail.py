@@ -43,7 +43,9 @@ def test_an_answer_does_not_depend_on_the_batch(tiny_bundle: Bundle) -> None:
     np.testing.assert_allclose(tail.answer_images(IMAGES), alone_BK, atol=1e-5)
 
 
-def with_weights(tiny_bundle: Bundle, change: Callable[[dict[str, Any]], Any], monkeypatch: pytest.MonkeyPatch) -> Bundle:
+def with_weights(
+    tiny_bundle: Bundle, change: Callable[[dict[str, Any]], Any], monkeypatch: pytest.MonkeyPatch
+) -> Bundle:
     """The tiny bundle as if its weights file held what `change` makes of it."""
     tensors = safetensors.numpy.load((tiny_bundle.folder / "weights.safetensors").read_bytes())
     change(tensors)
