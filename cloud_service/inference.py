@@ -41,6 +41,11 @@ class Answerer:
         self._codec = bundle.codec()
         self._tail = Tail(bundle)
 
+    def check(self, payload: Payload) -> None:
+        """Raise PayloadTooLarge or InvalidInput when size or rate alone tell that this bundle cannot read it."""
+        if payload.codec is Codec.FACTORIZED:
+            self._codec.check(len(payload.data), payload.rate)
+
     def answer(self, codec: Codec, payloads: Sequence[Payload]) -> list[tuple[float, ...] | IsthmusError]:
         """Probabilities or an error for each payload of one codec; a bad one harms no other."""
         results: list[tuple[float, ...] | IsthmusError] = []

@@ -6,6 +6,7 @@ Everything here but `_compute` runs on the event loop's thread, so the queue nee
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from cloud_service.metrics import CloudMetrics
 from models.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from models.types import CloudAnswer, CloudRequest, Codec, Payload
 from protos.limits import BUNDLE_ID_BYTES
+
+MAX_WAITING_BYTES = 128 << 20  # thirty of the largest photos: a queue is bounded in bytes too
 
 
 @dataclass
@@ -49,7 +52,8 @@ class Worker:
     async def submit(self, request: CloudRequest) -> CloudAnswer:
         """Queue one input and wait for its answer.
 
-        Raises UnknownBundle, Overloaded (queue full), Draining, DeadlineExceeded, or what decoding and tail raise.
+        Raises UnknownBundle, Overloaded (queue full), Draining, DeadlineExceeded, or what decoding and tail raise;
+        a payload that the bundle cannot have written is refused before it is queued.
         """
         if request.fingerprint not in self._answerers:
             held = ", ".join(sorted(key.hex() for key in self._answerers))
@@ -57,9 +61,11 @@ class Worker:
         if self._draining:
             self._metrics.rejected("draining")
             raise Draining("the service is shutting down")
-        if len(self._waiting) >= self._queue_limit:
+        self._answerers[request.fingerprint].check(request.payload)
+        waiting_bytes = sum(len(waiting.payload.data) for waiting in self._waiting.values())
+        if len(self._waiting) >= self._queue_limit or waiting_bytes > MAX_WAITING_BYTES:
             self._metrics.rejected("queue")
-            raise Overloaded(f"{self._queue_limit} inputs are waiting already")
+            raise Overloaded(f"{len(self._waiting)} inputs of {waiting_bytes} bytes are waiting already")
         now_s = time.monotonic()
         key = (request.fingerprint, int(request.payload.codec))
         work = Work(next(self._tickets), key, now_s, now_s + request.budget_s)
@@ -94,10 +100,8 @@ class Worker:
 
     async def _arrival(self, wait_s: float | None) -> None:
         self._changed.clear()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), wait_s)
-        except TimeoutError:
-            pass
 
     async def _compute(self, batch: list[Waiting]) -> None:
         fingerprint, codec = batch[0].work.key

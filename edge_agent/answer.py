@@ -14,7 +14,8 @@ class Answer:
     """`route` says who answered: an exit, the cloud (split or whole image), or the best exit for want of a cloud.
 
     bytes_up, bytes_down: our messages with gRPC's 5-byte prefix, HTTP/2 apart. stage_ms: decode, head, encode, cloud
-    (cloud_queue and cloud_compute are parts of it), total. degraded: the owner's quality was not to be had. cost_usd: at the configured prices.
+    (cloud_queue and cloud_compute are parts of it), total. degraded: the owner's quality was not to be had.
+    cost_usd: at the configured prices.
     """
 
     label: str

@@ -63,7 +63,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, bytes], None]:
 
 
 def laplace_tables(widths: tuple[float, ...], gain: float) -> RateTables:
-    """Tables of one rate: a rounded Laplace distribution of each width (in integers) over -20 .. 20, then the escape."""
+    """Tables of one rate: a rounded Laplace distribution of each width over -20 .. 20, then the escape."""
     frequencies = []
     for width in widths:
         mass = np.exp(-np.abs(np.arange(-20, 21)) / width)

@@ -48,7 +48,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Where one input stands: `confidence` of the exit just passed, None before the first; why the cloud is out, if so."""
+    """Where one input stands: `confidence` of the exit just passed (None before the first), why the cloud is out."""
 
     exit_name: str | None
     confidence: float | None

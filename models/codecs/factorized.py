@@ -107,9 +107,8 @@ class FactorizedCodec:
 
         Raises PayloadTooLarge above the cap, PayloadCorrupt when the bytes are not what `encode` writes.
         """
+        self.check(len(data), rate)
         tables = self._tables(rate)
-        if len(data) > self.max_bytes:
-            raise PayloadTooLarge(f"{len(data)} bytes, the bundle's cap is {self.max_bytes}")
         if len(data) % 4 or (data and data[-4:] == bytes(4)):
             raise PayloadCorrupt(f"{len(data)} bytes are not a sequence of 32-bit rANS words")
         coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
@@ -121,6 +120,12 @@ class FactorizedCodec:
         if not coder.is_empty() or (symbols_CN == escapes_C1).any():
             raise PayloadCorrupt(f"{len(data)} bytes do not decode under the tables of rate {rate}")
         return symbols_CN.reshape(self.shape_CHW) + tables.first_C[:, None, None]
+
+    def check(self, size: int, rate: int) -> None:
+        """Raise PayloadTooLarge or InvalidInput when no payload of this size and rate can be ours."""
+        self._tables(rate)
+        if size > self.max_bytes:
+            raise PayloadTooLarge(f"{size} bytes, the bundle's cap is {self.max_bytes}")
 
     def ideal_bits(self, integers_CHW: Integers, rate: int) -> float:
         """Code length under the frozen frequencies: the bound that `encode` is measured against."""

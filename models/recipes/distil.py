@@ -5,7 +5,7 @@
 
 Two stages after Entropic Student (Matsubara et al., WACV 2022), with the joint loss of Duan & Zhu ("Efficient Feature
 Compression for Edge-Cloud Systems", PCS 2022) in the first; the second freezes encoder and priors and tunes the
-decoder. The tail stays the cloud model's own, so whole images and bottleneck payloads are answered by one set of weights.
+decoder. The tail stays the cloud model's own: whole images and bottleneck payloads are answered by one set of weights.
 """
 
 from __future__ import annotations

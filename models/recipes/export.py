@@ -6,6 +6,7 @@ Everything measured here runs the shipped parts: ONNX Runtime's head, the entrop
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import platform
 import tempfile
@@ -125,7 +126,7 @@ def head_parts(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, Any], 
     split, files, segments = trained.split, {}, []
     x_BCHW = torch.zeros(1, 3, *trained.preprocessing.crop)
     starts = (0, *trained.architecture.cuts)
-    for index, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         part = WithExit(split.backbone.blocks[start:stop], split.exits[index])
         name = f"head{index}.onnx"
         files[name] = onnx_bytes(part, x_BCHW.shape[1:], outputs=2)

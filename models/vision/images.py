@@ -29,7 +29,7 @@ def open_image(data: bytes) -> Image.Image:
             return eight_bits(image).convert("RGB")
     except InvalidInput:
         raise
-    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and others
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error …
         raise InvalidInput(f"not a readable {', '.join(FORMATS)} image of {len(data)} bytes") from error
 
 

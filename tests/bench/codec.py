@@ -97,8 +97,8 @@ def main(bundle: Path, photos: int, json_path: Path | None) -> None:
         overhead = sum(row["bytes"] for row in each) / sum(row["ideal_bytes"] for row in each) - 1
         rows[-1] |= {"rate": rate, "overhead_vs_ideal": overhead}
         click.echo(
-            f"rate {rate}: {rows[-1]['bytes']:.0f} B (ideal {rows[-1]['ideal_bytes']:.0f}, CompressAI "
-            f"{rows[-1]['compressai_bytes']:.0f}), {rows[-1]['ours_ms']:.2f} ms against {rows[-1]['compressai_ms']:.2f} ms"
+            "rate {rate}: {bytes:.0f} B (ideal {ideal_bytes:.0f}, CompressAI {compressai_bytes:.0f}), "
+            "{ours_ms:.2f} ms against {compressai_ms:.2f} ms".format(**rows[-1])
         )
     result = {
         "machine": f"{platform.machine()}, one thread",

@@ -32,7 +32,7 @@ def late(answers: list[Answer], deadline_s: float = DEADLINE_S) -> list[Answer]:
 
 
 def test_killed_in_mid_run_and_started_again(tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image) -> None:
-    """SIGKILL while photos are in flight: each is answered exactly once, in time; the cloud is used again afterwards."""
+    """SIGKILL while photos are in flight: each is answered exactly once, in time; the cloud is used again later."""
     with CloudProcess(tiny_bundle.folder, arguments=("--threads", "1")) as cloud:
         agent = new_agent(cloud.target, mode="split", deadline_s=DEADLINE_S)
         answers: list[Answer] = []

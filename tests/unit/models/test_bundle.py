@@ -18,7 +18,8 @@ from models.codecs import factorized
 from models.errors import BundleError
 from tests.conftest import Parts, paper_tables
 
-FINGERPRINT = "481ed5ed4cde9b414303f8a0e7520127d156d3ed30192a35995003fc2e480d6e"  # of the paper bundle: canonical JSON and hashing may never change
+# Of the paper bundle: canonical JSON and hashing may never change.
+FINGERPRINT = "481ed5ed4cde9b414303f8a0e7520127d156d3ed30192a35995003fc2e480d6e"
 
 
 def refused(folder: Path, *words: str) -> None:
