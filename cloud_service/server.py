@@ -86,11 +86,11 @@ def bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
     """Take the port. Raises InvalidInput when it cannot be had or a certificate cannot be read."""
     try:
         if tls is None:
-            return server.add_insecure_port(address)
+            return int(server.add_insecure_port(address))
         pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
         roots = tls.client_ca.read_bytes() if tls.client_ca else None
         credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
-        return server.add_secure_port(address, credentials)
+        return int(server.add_secure_port(address, credentials))
     except (RuntimeError, OSError) as error:
         raise InvalidInput(f"cannot listen on {address}: {str(error).splitlines()[0]}") from error
 

@@ -18,8 +18,6 @@ from protos import limits, status, wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
 
 class Servicer(pb_grpc.IsthmusServicer):
     """isthmus.v1.Isthmus over one worker."""
@@ -40,14 +38,14 @@ class Servicer(pb_grpc.IsthmusServicer):
         while self._streams:
             await asyncio.sleep(0.02)
 
-    async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # type: ignore[override]
+    async def Infer(self, request: pb.InferRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.InferResponse:
         response = await self._answer(request, "Infer", context.time_remaining())
         if response.HasField("error"):
             await context.abort(status.code_of(response.error.code), response.error.message)
         return response
 
-    async def InferStream(  # type: ignore[override]
-        self, requests: AsyncIterator[pb.InferRequest], context: Context
+    async def InferStream(
+        self, requests: AsyncIterator[pb.InferRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.InferResponse]:
         ready: asyncio.Queue[pb.InferResponse | None] = asyncio.Queue()
         feeder = asyncio.create_task(self._feed(requests, ready))
@@ -61,7 +59,9 @@ class Servicer(pb_grpc.IsthmusServicer):
             farewell.cancel()
             feeder.cancel()
 
-    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # type: ignore[override]
+    async def Describe(
+        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.DescribeResponse:
         started_s = time.monotonic()
         if len(request.padding) > limits.MAX_PROBE_BYTES:
             error = InvalidInput(
@@ -137,7 +137,7 @@ def service_info(bundles: tuple[BundleInfo, ...]) -> ServiceInfo:
 
 def attach(servicer: Servicer, server: grpc.aio.Server) -> None:
     """Register the service on a server."""
-    pb_grpc.add_IsthmusServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_IsthmusServicer_to_server(servicer, server)
 
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Isthmus"].full_name

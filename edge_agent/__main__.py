@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -152,7 +152,7 @@ def opened(config: EdgeConfig, metrics: Any = None) -> EdgeAgent:
         fail(error)
 
 
-def fail(error: Exception) -> Any:
+def fail(error: Exception) -> NoReturn:
     click.echo(f"error: {error}", err=True)
     sys.exit(1)
 

@@ -122,7 +122,7 @@ class Link:
     ) -> None:
         """`late` is called for each answer that came after its deadline. Nothing is awaited here."""
         self._channel = open_channel(target, tls)
-        self._stub = pb_grpc.IsthmusStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = pb_grpc.IsthmusStub(self._channel)
         self._fingerprint = fingerprint
         self._labels = labels
         self._late = late

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ Photo = Image.Image | bytes | str | os.PathLike[str]
 
 FALLBACK_RESERVE_S = 0.02  # kept back from the deadline for the device's own work after a late cloud
 NEVER = 2.0
+MAX_FILE_BYTES = 64 << 20  # a camera's own file; what it decodes to is bounded apart
 
 
 class Visit:
@@ -226,7 +228,7 @@ class EdgeAgent:
         return self._answer(route, visit.exits[-1], visit, why=step.why)
 
     def _answer(
-        self, route: AnswerRoute, probabilities_K: NDArray[np.floating], visit: Visit, why: str, rate: int | None = None
+        self, route: AnswerRoute, probabilities_K: NDArray[Any], visit: Visit, why: str, rate: int | None = None
     ) -> Answer:
         index = int(probabilities_K.argmax())
         local = route in ("exit", "fallback")
@@ -274,13 +276,13 @@ def as_image(photo: Photo) -> Image.Image:
     if isinstance(photo, Image.Image):
         return photo.convert("RGB")
     if isinstance(photo, (str, os.PathLike)):
+        path = Path(photo)
         try:
-            path = Path(photo)
-            if path.stat().st_size > 16 * MAX_IMAGE_BYTES:
-                raise InvalidInput(f"{path}: larger than {16 * MAX_IMAGE_BYTES} bytes")
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise InvalidInput(f"{path}: larger than {MAX_FILE_BYTES} bytes")
             photo = path.read_bytes()
         except OSError as error:
-            raise InvalidInput(f"{photo}: {error.strerror}") from error
+            raise InvalidInput(f"{path}: {error.strerror}") from error
     return open_image(photo)
 
 

@@ -34,7 +34,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Inspection cameras write 16-bit greys: keep their upper eight bits, where Pillow's own conversion clips at 255."""
+    """Inspection cameras write 16-bit greys: keep their upper eight bits; Pillow's own conversion clips at 255."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
