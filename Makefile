@@ -1,46 +1,52 @@
-# Every target makes the environment first: `make demo` and `make test` work as the first command on a fresh clone.
 PYTHON ?= python3
+# Where the CPU build of PyTorch comes from, if not from your default index:
+#   make env TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
-COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint types bench protos up down
 
-help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+help:  ## show this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env: $(STAMP) ## make .venv with everything that demo, tests and training need
+env: $(STAMP)  ## make .venv with everything (other targets do it by themselves)
 
 $(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Isthmus needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
-	@echo "installing into .venv, about two minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edge,cloud,train,dev]'
+	@echo "installing into .venv; the first time this takes a few minutes"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,cloud,train,dev]'
 	@touch $@
 
-demo: env ## inspect solar cells over an emulated thin link, four ways side by side
+demo: env  ## compare the arms on 200 photos over an emulated thin link
+	@mkdir -p runs
 	$(BIN)/python -m tests.bench.demo --json runs/demo.json --plot runs/demo.png
 
-test: env ## run every test
-	$(BIN)/python -m pytest -q
+test: env  ## run every test
+	$(BIN)/python -m pytest tests -q
 
-lint: env ## style and import rules
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	PYTHONPATH=. $(BIN)/lint-imports
+lint: env  ## style, formatting, and who may import whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
 
-types: env ## mypy, strict
+types: env  ## mypy, strict
 	$(BIN)/mypy
 
-bench: env ## the entropy coder beside CompressAI's
+bench: env  ## measure the codec
+	@mkdir -p runs
 	$(BIN)/python -m tests.bench.codec --json runs/codec.json
 
-protos: env ## generate the stubs anew
+protos: env  ## generate the stubs again
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
-	  --mypy_out=quiet:. --mypy_grpc_out=quiet:. protos/isthmus/v1/isthmus.proto
+		--mypy_out=. --mypy_grpc_out=. protos/isthmus/v1/isthmus.proto
 
-up: ## build and start cloud and Prometheus with compose
+up:  ## build and start the cloud service and Prometheus (COMPOSE_PROFILES=edge,grafana for more)
 	$(COMPOSE) up --build --detach
 
-down: ## stop them
-	$(COMPOSE) --profile edge down --remove-orphans
+down:  ## stop them, whatever profile they were started with
+	COMPOSE_PROFILES=edge,grafana $(COMPOSE) down

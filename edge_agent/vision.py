@@ -24,7 +24,7 @@ from models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown
 from models.manifest import Manifest
 from models.types import Codec, Payload
 from models.vision.head import Head
-from models.vision.images import encode_image, is_grey, open_image, preprocess
+from models.vision.images import encode_image, is_grey, open_image, preprocess, shrink
 from protos.limits import MAX_IMAGE_BYTES
 
 Floats = NDArray[np.float32]
@@ -196,7 +196,7 @@ class EdgeAgent:
         """The whole photo as the cloud needs it: no larger than the network's input, grey when it is grey."""
         whole = self.config.whole_image
         with visit.stage("encode"):
-            small = shrink(image, self.manifest)
+            small = shrink(image, self.manifest.preprocessing.resize)
             data = encode_image(small.convert("L") if is_grey(small) else small, whole.form, whole.quality)
         if len(data) > MAX_IMAGE_BYTES:
             raise PayloadTooLarge(f"the photo has {len(data)} bytes as {whole.form}, the cap is {MAX_IMAGE_BYTES}")
@@ -284,16 +284,6 @@ def as_image(photo: Photo) -> Image.Image:
         except OSError as error:
             raise InvalidInput(f"{path}: {error.strerror}") from error
     return open_image(photo)
-
-
-def shrink(image: Image.Image, manifest: Manifest) -> Image.Image:
-    """The photo at the size the cloud would bring it to anyway, when it is larger."""
-    shorter, wanted = min(image.size), manifest.preprocessing.resize
-    if shorter <= wanted:
-        return image
-    scale = wanted / shorter
-    size = (max(wanted, round(image.width * scale)), max(wanted, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def degraded_reason(error: IsthmusError) -> str:

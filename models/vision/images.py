@@ -53,6 +53,15 @@ def is_grey(image: Image.Image) -> bool:
     return bool((pixels_HW3 == pixels_HW3[..., :1]).all())
 
 
+def shrink(image: Image.Image, pixels: int) -> Image.Image:
+    """The image with its shorter side at most `pixels`, proportions kept; a small one stays as it is."""
+    shorter = min(image.size)
+    if shorter <= pixels:
+        return image
+    width, height = (max(pixels, round(side * pixels / shorter)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.float32]:
     """RGB image -> float32 array of shape (3, crop height, crop width)."""
     scale = spec.resize / min(image.size)

@@ -103,4 +103,4 @@ def test_segments_must_fit_each_other(paper: Parts, tmp_path: Path) -> None:
 def test_a_manifest_cannot_be_changed_once_read(paper: Parts, tmp_path: Path) -> None:
     manifest = Bundle.open(paper.write(tmp_path / "b")).manifest
     with pytest.raises(ValueError, match="frozen"):
-        manifest.name = "other"  # type: ignore[misc]
+        manifest.name = "other"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -33,8 +35,8 @@ def test_the_encoder_equals_pytorchs(tiny_bundle: Bundle) -> None:
     np.testing.assert_allclose(latent_CHW, split.encoder(features_1CHW)[0], atol=1e-3, rtol=1e-3)
 
 
-def test_a_file_that_is_no_graph_is_refused(paper: Parts, tmp_path: pytest.TempPathFactory) -> None:
-    opened = Bundle.open(paper.write(tmp_path / "b"))  # type: ignore[operator]
+def test_a_file_that_is_no_graph_is_refused(paper: Parts, tmp_path: Path) -> None:
+    opened = Bundle.open(paper.write(tmp_path / "b"))
     with pytest.raises(BundleError, match=r"head0\.onnx: not a usable ONNX graph") as caught:
         Head(opened)
     assert "\n" not in str(caught.value)
