@@ -45,9 +45,11 @@ class Distillation(nn.Module):
         split.backbone.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Distillation:
-        """The backbone stays in eval mode: its batch-norm statistics are the cloud model's."""
+        """What is frozen stays in eval mode, so that its batch-norm statistics stay what they are."""
         super().train(mode)
-        self.split.backbone.eval()
+        for module in self.split.children():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
         return self
 
     def freeze_encoder(self) -> None:

@@ -146,7 +146,9 @@ class Run:
 
     def seconds(self) -> float:
         """Time spent training, over all stages and resumed runs."""
-        return sum(float(json.loads(line)["seconds"]) for line in self.log.read_text(encoding="utf-8").splitlines())
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        whole = (line for line in lines if line.endswith("}"))  # a killed run may leave half a line
+        return sum(float(json.loads(line)["seconds"]) for line in whole)
 
 
 @torch.no_grad()

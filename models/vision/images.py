@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.errors import InvalidInput
 from models.manifest import Preprocessing
@@ -17,7 +17,7 @@ MAX_PIXELS = 50_000_000  # a 50-megapixel camera; decoded to 150 MB, met before 
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file into RGB.
+    """Decode a JPEG, PNG or WebP file into RGB, upright as its EXIF orientation says.
 
     Raises InvalidInput when it is of another format, broken, or larger than MAX_PIXELS.
     """
@@ -26,7 +26,7 @@ def open_image(data: bytes) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise InvalidInput(f"image has {width}x{height} pixels, at most {MAX_PIXELS} are taken")
-            return eight_bits(image).convert("RGB")
+            return eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except InvalidInput:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error …

@@ -253,6 +253,17 @@ def test_a_crash_while_writing_leaves_the_old_bundle(
     assert Bundle.open(paper.write(tmp_path / "b")).fingerprint == before  # remains of the crash are in no one's way
 
 
+def test_bytes_that_do_not_reach_the_disk_leave_the_old_bundle(
+    paper: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    whole = Path.write_bytes
+    with monkeypatch.context() as patched, pytest.raises(BundleError, match="the manifest says"):
+        patched.setattr(Path, "write_bytes", lambda path, data: whole(path, data[:-1]))
+        paper.write(tmp_path / "b")
+    assert Bundle.open(tmp_path / "b").fingerprint == before
+
+
 def test_writing_replaces_every_old_file(paper: Parts, tmp_path: Path) -> None:
     paper.files["extra"] = b"x"
     paper.write(tmp_path / "b")

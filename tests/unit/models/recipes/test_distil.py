@@ -79,7 +79,6 @@ def test_the_second_stage_trains_the_decoder_alone(module: Distillation, batch: 
     assert {name.split(".")[1] for name in names} == {"decoder"}
 
 
-@pytest.mark.xfail(strict=True, reason="train() puts the frozen encoder's and exits' batch norms back into train mode")
 def test_the_second_stage_leaves_running_statistics_of_what_is_frozen(
     module: Distillation, batch: tuple[Tensor, Tensor]
 ) -> None:

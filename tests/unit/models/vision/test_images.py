@@ -95,3 +95,14 @@ def test_scaling_the_crop_alone_equals_cropping_the_scaled_photo(width: int, hei
 def test_other_formats_are_refused(photo: Image.Image, form: str) -> None:
     with pytest.raises(InvalidInput, match="not a readable JPEG, PNG, WEBP image"):
         open_image(file(photo, form))
+
+
+def test_a_phone_photo_stands_upright() -> None:
+    """Phones store the sensor's picture and a note how to turn it."""
+    sideways = Image.fromarray(np.linspace(0, 255, 32 * 16 * 3, dtype=np.uint8).reshape(32, 16, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise to stand upright
+    buffer = io.BytesIO()
+    sideways.save(buffer, "PNG", exif=exif)
+    upright = np.asarray(open_image(buffer.getvalue()))
+    np.testing.assert_array_equal(upright, np.rot90(np.asarray(sideways), -1))
