@@ -13,6 +13,7 @@ import asyncio
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -93,8 +94,15 @@ def create_app(agent: EdgeAgent, metrics: EdgeMetrics, registry: CollectorRegist
             Route("/v1/status", api.status),
             Route("/healthz", api.health),
             Route("/metrics", api.metrics),
-        ]
+        ],
+        exception_handlers={HTTPException: plain},
     )
+
+
+def plain(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the shape of every other error."""
+    assert isinstance(error, HTTPException)  # the only class it is registered for
+    return problem(error.status_code, error.detail, dict(error.headers or {}))
 
 
 async def body(request: Request) -> bytes:

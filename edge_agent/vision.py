@@ -155,8 +155,11 @@ class EdgeAgent:
             self.metrics.passed(self.manifest.exits[index].name, float(probabilities_K.max()))
 
     def _carry_out(self, step: Plan, visit: Visit, image: Image.Image, pixels_CHW: Floats) -> Answer:
-        if step.route in ("exit", "fallback"):
-            return self._answer_here(step, visit, pixels_CHW, "cloud_down" if step.route == "fallback" else None)
+        if step.route == "exit":
+            return self._answer_here(step, visit, pixels_CHW, None)
+        if step.route == "fallback":
+            cloud_out = self.link is None or self.link.usable() is not None
+            return self._answer_here(step, visit, pixels_CHW, "cloud_down" if cloud_out else "deadline")
         try:
             payload = self._pack_image(visit, image) if step.route == "offload" else self._encode(visit, step)
             reply = self._ask(payload, visit)
