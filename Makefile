@@ -43,7 +43,7 @@ bench: env  ## measure the codec
 
 protos: env  ## generate the stubs again
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
-		--mypy_out=. --mypy_grpc_out=. protos/isthmus/v1/isthmus.proto
+		--mypy_out=quiet:. --mypy_grpc_out=quiet:. protos/isthmus/v1/isthmus.proto
 
 up:  ## build and start the cloud service and Prometheus (COMPOSE_PROFILES=edge,grafana for more)
 	$(COMPOSE) up --build --detach

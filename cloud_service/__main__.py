@@ -24,7 +24,14 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
     context_settings={"auto_envvar_prefix": "ISTHMUS_CLOUD", "show_default": True},
     epilog="Example: cloud-service --bundle models/zoo/elpv --listen 0.0.0.0:50051 --metrics 0.0.0.0:9101",
 )
-@click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), help="A bundle; repeatable.")
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    envvar="ISTHMUS_CLOUD_BUNDLE",
+    help="A bundle to serve; repeatable, in the environment separated by colons.",
+)
 @click.option("--listen", default="127.0.0.1:50051", help="gRPC address; port 0 picks a free one.")
 @click.option("--metrics", default="127.0.0.1:9101", help="Address of /metrics; empty for none.")
 @click.option("--threads", default=0, help="PyTorch threads; 0 for every core.")

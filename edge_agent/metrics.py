@@ -13,7 +13,7 @@ from models.manifest import Manifest
 
 LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 CONFIDENCE_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
-BITS_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8)
+SIZE_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROUTES = ("exit", "split", "offload", "fallback")
 REASONS = ("cloud_down", "deadline", "rejected", "too_large")
 
@@ -44,11 +44,11 @@ class EdgeMetrics:
         self._bytes = Counter(
             "isthmus_edge_offload_bytes", "Message bytes, gRPC prefix included.", ["direction"], registry=registry
         )
-        self._bits = Histogram(
-            "isthmus_edge_bottleneck_bits_per_element",
-            "Coded size of a latent over its elements.",
+        self._size = Histogram(
+            "isthmus_edge_bottleneck_size_bytes",
+            "Entropy-coded size of a latent, framing left out.",
             ["model"],
-            buckets=BITS_BUCKETS,
+            buckets=SIZE_BUCKETS,
             registry=registry,
         )
         self._head = self._stage("head", "Trunk and exits.", registry)
@@ -90,8 +90,8 @@ class EdgeMetrics:
     def passed(self, exit_name: str, confidence: float) -> None:
         self._confidence.labels(self._model, exit_name).observe(confidence)
 
-    def encoded(self, bits_per_element: float) -> None:
-        self._bits.labels(self._model).observe(bits_per_element)
+    def encoded(self, size: int) -> None:
+        self._size.labels(self._model).observe(size)
 
     def degraded(self, reason: str) -> None:
         self._degraded.labels(reason).inc()
@@ -125,5 +125,5 @@ class EdgeMetrics:
             self._bytes.labels(direction)
         for reason in REASONS:
             self._degraded.labels(reason)
-        for family in (self._bits, self._head, self._encode):
+        for family in (self._size, self._head, self._encode):
             family.labels(self._model)

@@ -192,7 +192,7 @@ class EdgeAgent:
         self.costs.encode_s.observe(visit.stage_ms["encode"] / 1000)
         self.costs.rate_bytes[rate].observe(len(data))
         if self.metrics:
-            self.metrics.encoded(8 * len(data) / latent_CHW.size)
+            self.metrics.encoded(len(data))
         return Payload(Codec.FACTORIZED, rate, data)
 
     def _pack_image(self, visit: Visit, image: Image.Image) -> Payload:

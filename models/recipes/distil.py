@@ -3,9 +3,9 @@
     images -> trunk (frozen) -> exits                                  <- cloud logits, labels
                              -> encoder -> round -> decoder -> tail    <- cloud logits, labels, tail features, bits
 
-Two stages after Entropic Student (Matsubara et al., WACV 2022), with the joint loss of Duan & Zhu ("Efficient Feature
-Compression for Edge-Cloud Systems", PCS 2022) in the first; the second freezes encoder and priors and tunes the
-decoder. The tail stays the cloud model's own: whole images and bottleneck payloads are answered by one set of weights.
+Three stages. The first two are Entropic Student's (Matsubara et al., WACV 2022), the first of them with the joint loss
+of Duan & Zhu ("Efficient Feature Compression for Edge-Cloud Systems", PCS 2022); the second freezes encoder and priors
+and tunes the decoder. The third frees the tail, which learns to answer untouched and decoded features alike.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Distillation(nn.Module):
         """What is frozen stays in eval mode, so that its batch-norm statistics stay what they are."""
         super().train(mode)
         for module in self.split.children():
-            if not any(parameter.requires_grad for parameter in module.parameters()):
+            if module is self.split.backbone or not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         return self
 
@@ -57,6 +57,10 @@ class Distillation(nn.Module):
         for module in (self.split.encoder, self.priors, self.split.exits):
             module.requires_grad_(False)
         self.log_gain_RC.requires_grad_(False)
+
+    def free_tail(self) -> None:
+        """Third stage: one tail learns to answer untouched and decoded features alike."""
+        self.split.backbone.blocks[self.split.cuts[-1] :].requires_grad_(True)
 
     def loss(self, images_B3HW: Tensor, target_BK: Tensor, ramp: float = 1.0) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures of one batch; the batch is dealt out over the rates in turn.
@@ -68,7 +72,9 @@ class Distillation(nn.Module):
             features = [split.segment(0, images_B3HW)]
             for index in range(1, len(split.cuts)):
                 features.append(split.segment(index, features[-1]))
-            teacher = self.tail_points(features[-1])
+        with torch.autocast("cpu", torch.bfloat16):
+            untouched = self.tail_points(features[-1])
+        teacher = [point.detach() for point in untouched]
         rate_B = torch.arange(len(images_B3HW)) % len(self.weights.per_kilobyte)
         bits_B, decoded_BCHW = self.bridge(features[-1], rate_B)
         with torch.autocast("cpu", torch.bfloat16):
@@ -81,10 +87,11 @@ class Distillation(nn.Module):
         distance = sum((relative_distance(t, s) for t, s in pairs), start=torch.zeros(())) / len(pairs)
         kilobytes_B = bits_B / 8 / 1024
         rate_loss = (kilobytes_B * torch.tensor(self.weights.per_kilobyte)[rate_B]).mean()
-        figures = {"task": task.item(), "exits": exit_loss.item(), "features": distance.item()}
+        clean = F.cross_entropy(untouched[-1].float(), target_BK)  # without gradient while the tail is frozen
+        figures = {"clean": clean.item(), "task": task.item(), "exits": exit_loss.item(), "features": distance.item()}
         for rate in range(len(self.priors)):
             figures[f"bytes{rate}"] = 1024 * kilobytes_B[rate_B == rate].mean().item()
-        return task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
+        return clean + task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
 
     def bridge(self, features_BCHW: Tensor, rate_B: Tensor) -> tuple[Tensor, Tensor]:
         """Bits of each input under its rate's prior (noisy), and its decoded features (rounded, straight through)."""

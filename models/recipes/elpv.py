@@ -43,7 +43,7 @@ ARCHITECTURE = Architecture(
     rates=len(PER_KILOBYTE),
 )
 MAX_PAYLOAD_BYTES = 4096
-BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS = 14, 5, 3
+BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 14, 5, 3, 8
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def train_cloud(run: Run, photos: Photos) -> EfficientNetLite:
 
 
 def train_bridge(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillation:
-    """Distil exits and bottleneck out of the frozen cloud model, in two stages; returns the averaged module."""
+    """Distil exits and bottleneck out of the cloud model, in three stages; returns the averaged module."""
     torch.manual_seed(run.seed)
     split = SplitClassifier(ARCHITECTURE)
     split.backbone.load_state_dict(cloud.state_dict())
@@ -134,6 +134,9 @@ def train_bridge(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillat
     module.load_state_dict(average.state_dict())
     module.freeze_encoder()
     average = run.fit("decoder", module, decoder_batches, loss_of, Schedule(DECODER_EPOCHS, steps, peak_lr=5e-4))
+    module.load_state_dict(average.state_dict())
+    module.free_tail()
+    average = run.fit("tail", module, decoder_batches, loss_of, Schedule(TAIL_EPOCHS, steps, peak_lr=2e-4))
     assert isinstance(average, Distillation)
     return average
 

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cloud_service.metrics import METHODS, REJECTIONS, CloudMetrics
+from models.errors import InvalidInput, IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
+from models.types import BundleInfo
+
+INFO = BundleInfo(bytes(32), "fake", "classification", 2, 1)
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry: CollectorRegistry) -> CloudMetrics:
+    return CloudMetrics(registry, [INFO])
+
+
+def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+    families = list(text_string_to_metric_families(generate_latest(registry).decode()))
+    assert families
+    assert all(family.name.startswith("isthmus_") for family in families)
+    for method in METHODS:
+        assert registry.get_sample_value("isthmus_cloud_requests_total", {"method": method, "code": "OK"}) == 0
+    for reason in REJECTIONS:
+        assert registry.get_sample_value("isthmus_cloud_requests_rejected_total", {"reason": reason}) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "on_arrival", "reason"),
+    [
+        (PayloadCorrupt("x"), True, "checksum"),
+        (PayloadCorrupt("x"), False, "corrupt"),
+        (PayloadTooLarge("x"), True, "too_large"),
+        (UnsupportedVersion("x"), True, "version"),
+    ],
+)
+def test_unreadable_payloads_are_counted_by_what_was_wrong(
+    metrics: CloudMetrics, registry: CollectorRegistry, error: IsthmusError, on_arrival: bool, reason: str
+) -> None:
+    metrics.unreadable(error, on_arrival=on_arrival)
+    assert registry.get_sample_value("isthmus_cloud_decode_failures_total", {"reason": reason}) == 1
+
+
+def test_other_errors_are_no_decode_failures(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+    before = generate_latest(registry)
+    metrics.unreadable(InvalidInput("x"), on_arrival=True)
+    assert generate_latest(registry) == before
+
+
+def test_a_batch_counts_its_inputs_waits_and_time(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+    metrics.batch("fake", [0.1, 0.2], 0.5)
+    value, model = registry.get_sample_value, {"model": "fake"}
+    assert value("isthmus_cloud_queue_wait_seconds_sum", model) == pytest.approx(0.3)
+    assert value("isthmus_cloud_batch_size_sum", model) == 2
+    assert value("isthmus_cloud_compute_duration_seconds_sum", model) == 0.5
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_is_content(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+    result = subprocess.run(["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True)
+    assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
