@@ -1,0 +1,66 @@
+"""TLS and mutual TLS between two real processes, with certificates made for the test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from PIL import Image
+
+from edge_agent import EdgeAgent
+from edge_agent.config import Tls
+from models.bundle import Bundle
+from tests.bench.processes import CloudProcess
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ca.pem; server, device and a stranger's device, each with certificate and key."""
+    folder = tmp_path_factory.mktemp("tls")
+    ours, strangers = trustme.CA(), trustme.CA()
+    ours.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for name, issuer in (("server", ours), ("device", ours), ("stranger", strangers)):
+        certificate = issuer.issue_cert("localhost", common_name=name)
+        certificate.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+        certificate.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_bundle: Bundle, papers: Path) -> Iterator[CloudProcess]:
+    arguments = ("--threads", "1", "--tls-certificate", f"{papers}/server.pem", "--tls-key", f"{papers}/server.key")
+    cloud = CloudProcess(tiny_bundle.folder, arguments=(*arguments, "--tls-client-ca", f"{papers}/ca.pem"))
+    cloud.start(wait=False)
+    yield cloud
+    cloud.__exit__()
+
+
+def test_a_device_with_our_papers_is_answered(
+    locked: CloudProcess, papers: Path, new_agent: Callable[..., EdgeAgent], photo: Image.Image
+) -> None:
+    tls = Tls(papers / "ca.pem", papers / "device.pem", papers / "device.key")
+    agent = new_agent(f"localhost:{locked.port}", mode="split", tls=tls, connect_s=0.0, deadline_s=5.0)
+    for _ in range(600):  # the service is still importing PyTorch
+        if agent.infer(photo).route == "split":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the cloud never answered")
+
+
+@pytest.mark.parametrize("name", [None, "stranger"])
+def test_others_stay_outside_and_answer_alone(
+    locked: CloudProcess, papers: Path, new_agent: Callable[..., EdgeAgent], photo: Image.Image, name: str | None
+) -> None:
+    tls = Tls(papers / "ca.pem", *((papers / f"{name}.pem", papers / f"{name}.key") if name else (None, None)))
+    answer = new_agent(f"localhost:{locked.port}", mode="split", tls=tls, connect_s=3.0).infer(photo)
+    assert answer.degraded
+    assert answer.bytes_up == 0
+
+
+def test_plain_text_stays_outside(
+    locked: CloudProcess, new_agent: Callable[..., EdgeAgent], photo: Image.Image
+) -> None:
+    assert new_agent(f"localhost:{locked.port}", mode="split", connect_s=3.0).infer(photo).degraded
