@@ -14,7 +14,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cloud_service.batching import BatchLimits
 from cloud_service.config import CloudConfig, Tls
-from cloud_service.server import serve
 from models.errors import IsthmusError
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -77,6 +76,8 @@ def main(
         drain_s=drain_s,
         tls=Tls(tls_certificate, tls_key, tls_client_ca) if tls_certificate and tls_key else None,
     )
+    from cloud_service.server import serve  # PyTorch takes seconds to import, and --check runs often
+
     try:
         asyncio.run(serve(config))
     except IsthmusError as error:

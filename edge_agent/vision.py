@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from edge_agent.costs import Costs
 from edge_agent.link import Link, Reply
 from edge_agent.metrics import EdgeMetrics
 from edge_agent.policy.plan import Goal, Plan, Situation, plan
+from edge_agent.visit import Visit
 from models.bundle import Bundle
 from models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, PayloadTooLarge
 from models.manifest import Manifest
@@ -32,32 +31,8 @@ Photo = Image.Image | bytes | str | os.PathLike[str]
 
 FALLBACK_RESERVE_S = 0.02  # kept back from the deadline for the device's own work after a late cloud
 NEVER = 2.0
+HEAD_IDLE_AT_MOST = 20  # a wrong estimate of the head must not keep it from being run and measured for ever
 MAX_FILE_BYTES = 64 << 20  # a camera's own file; what it decodes to is bounded apart
-
-
-class Visit:
-    """What one photo has gone through so far."""
-
-    def __init__(self, deadline_s: float) -> None:
-        self.started_s = time.monotonic()
-        self.deadline_s = self.started_s + deadline_s
-        self.stage_ms: dict[str, float] = {}
-        self.exits: list[Floats] = []  # probabilities of each exit passed
-        self.features: Floats | None = None
-        self.up_bytes = 0
-        self.down_bytes = 0
-
-    @property
-    def left_s(self) -> float:
-        return self.deadline_s - time.monotonic()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self.stage_ms[name] = self.stage_ms.get(name, 0.0) + 1000 * (time.monotonic() - started_s)
 
 
 class EdgeAgent:
@@ -78,6 +53,7 @@ class EdgeAgent:
         self.goal = Goal(config.objective, exit_confidence(bundle.manifest, config.epsilon))
         self._codec = bundle.codec()
         self._head = Head(bundle, config.threads)
+        self._head_idle = 0  # photos since the head was last run
         self._warm_up()
         self.link: Link | None = None
         if config.cloud is not None and config.mode != "edge":
@@ -139,12 +115,17 @@ class EdgeAgent:
             cloud_refused=refused,
         )
         step = plan(situation, self.goal)
+        if step.route == "offload" and not passed:
+            self._head_idle += 1
+            if self._head_idle >= HEAD_IDLE_AT_MOST:
+                step = Plan("continue", f"{step.why}; but the head was not measured for {self._head_idle} photos")
         if passed:
             self.costs.exit_share[passed - 1].observe(step.route == "exit")
         return step
 
     def _run_segment(self, visit: Visit, pixels_CHW: Floats) -> None:
         index = len(visit.exits)
+        self._head_idle = 0
         before_ms = visit.stage_ms.get("head", 0.0)
         with visit.stage("head"):
             source = pixels_CHW if visit.features is None else visit.features
@@ -254,18 +235,18 @@ class EdgeAgent:
         )
 
     def _warm_up(self) -> None:
-        """Run the head twice on a blank image: the first call allocates, the second is timed for the estimates."""
+        """Run the head on a blank image a few times, so that the estimates start from the truth."""
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
-        for _ in range(2):
+        for _ in range(3):
             visit = Visit(self.config.deadline_s)
             for index in range(self._head.exits):
                 started_s = time.monotonic()
                 source = blank_CHW if visit.features is None else visit.features
                 visit.features, _ = self._head.segment(index, source)
-                self.costs.segment_s[index].value = time.monotonic() - started_s
+                self.costs.segment_s[index].observe(time.monotonic() - started_s)
             started_s = time.monotonic()
             self._head.encode(visit.features)  # type: ignore[arg-type]
-            self.costs.encode_s.value = time.monotonic() - started_s
+            self.costs.encode_s.observe(time.monotonic() - started_s)
 
 
 def exit_confidence(manifest: Manifest, epsilon: float) -> float:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.errors import BundleError
+
+# ONNX Runtime reports to its makers unless told not to before it is loaded; its own switch comes too late.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime
 
 Floats = NDArray[np.float32]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from edge_agent.config import WholeImage
 from edge_agent.link import Reply
 from edge_agent.metrics import EdgeMetrics
 from edge_agent.policy.estimates import LinkEstimate
-from edge_agent.vision import NEVER, exit_confidence
+from edge_agent.vision import HEAD_IDLE_AT_MOST, NEVER, exit_confidence
 from models.bundle import Bundle
 from models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
 from models.types import CloudAnswer, Codec, Payload
@@ -204,3 +205,18 @@ def test_epsilon_picks_the_certified_threshold(tiny_bundle: Bundle) -> None:
 def test_settings_that_contradict_each_other_are_refused(tiny_bundle: Bundle, mode: str) -> None:
     with pytest.raises(InvalidInput, match=mode):
         EdgeAgent(EdgeConfig(tiny_bundle.folder, None, mode))  # type: ignore[arg-type]
+
+
+def test_a_wrong_estimate_of_the_head_does_not_last(case: Case, photo: Image.Image) -> None:
+    """While whole images win, the head is not run and its estimate would never be put right."""
+    case.link.estimate = LinkEstimate(0.0, 1e9)
+    case.agent.costs.cloud_s_per_mac.value = 1e-15
+    for average in case.agent.costs.segment_s:
+        average.value = 10.0
+    routes = [case.agent.infer(photo).route for _ in range(HEAD_IDLE_AT_MOST)]
+    assert routes[:-1] == ["offload"] * (HEAD_IDLE_AT_MOST - 1)
+    assert case.agent.costs.segment_s[0].value < 10.0
+
+
+def test_nothing_is_reported_to_the_makers_of_the_runtime() -> None:
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
