@@ -28,64 +28,32 @@ class CloudMetrics:
     """One instance a service; every name starts with isthmus_."""
 
     def __init__(self, registry: CollectorRegistry, bundles: Sequence[BundleInfo]) -> None:
-        self._requests = Counter(
-            "isthmus_cloud_requests", "Inputs answered, by gRPC code.", ["method", "code"], registry=registry
-        )
-        self._duration = Histogram(
-            "isthmus_cloud_request_duration_seconds",
-            "From arrival of an input to its answer.",
-            ["method"],
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
-        self._queue_wait = Histogram(
-            "isthmus_cloud_queue_wait_seconds",
-            "Wait for a batch.",
-            ["model"],
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
-        self._compute = Histogram(
-            "isthmus_cloud_compute_duration_seconds",
-            "Decoding and tail of one batch.",
-            ["model"],
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"isthmus_cloud_{name}", text, labels, registry=registry)
+
+        def seconds(name: str, text: str, label: str) -> Histogram:
+            full = f"isthmus_cloud_{name}_seconds"
+            return Histogram(full, text, [label], buckets=LATENCY_BUCKETS, registry=registry)
+
+        self._requests = counter("requests", "Inputs answered, by gRPC code.", "method", "code")
+        self._duration = seconds("request_duration", "From arrival of an input to its answer.", "method")
+        self._queue_wait = seconds("queue_wait", "Wait for a batch.", "model")
+        self._compute = seconds("compute_duration", "Decoding and tail of one batch.", "model")
         self._batch_size = Histogram(
             "isthmus_cloud_batch_size", "Inputs a batch.", ["model"], buckets=BATCH_BUCKETS, registry=registry
         )
         self._depth = Gauge("isthmus_cloud_queue_depth", "Inputs waiting for a batch.", registry=registry)
         self._inflight = Gauge("isthmus_cloud_inflight_requests", "Inputs being answered.", registry=registry)
-        self._rejected = Counter(
-            "isthmus_cloud_requests_rejected", "Inputs refused unread.", ["reason"], registry=registry
-        )
-        self._expired = Counter(
-            "isthmus_cloud_expired_work",
-            "Inputs whose deadline passed: in the queue (not computed) or while they were computed.",
-            ["stage"],
-            registry=registry,
-        )
-        self._decode = Counter(
-            "isthmus_cloud_decode_failures", "Payloads that could not be read.", ["reason"], registry=registry
-        )
-        Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry).labels(version("isthmus")).set(
-            1
-        )
-        model_info = Gauge("isthmus_model_info", "Bundles held.", ["model", "version"], registry=registry)
+        self._rejected = counter("requests_rejected", "Inputs refused unread.", "reason")
+        expired = "Inputs whose deadline passed: in the queue (not computed) or while they were computed."
+        self._expired = counter("expired_work", expired, "stage")
+        self._decode = counter("decode_failures", "Payloads that could not be read.", "reason")
+        build = Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry)
+        build.labels(version("isthmus")).set(1)
+        held = Gauge("isthmus_model_info", "Bundles held.", ["model", "version"], registry=registry)
         for bundle in bundles:
-            model_info.labels(bundle.name, bundle.fingerprint.hex()[:12]).set(1)
-            for family in (self._queue_wait, self._compute, self._batch_size):
-                family.labels(bundle.name)
-        for method in METHODS:
-            self._requests.labels(method, "OK")
-            self._duration.labels(method)
-        for reason in REJECTIONS:
-            self._rejected.labels(reason)
-        for stage in ("queue", "compute"):
-            self._expired.labels(stage)
-        for reason in ("checksum", *DECODE_FAILURES.values()):
-            self._decode.labels(reason)
+            held.labels(bundle.name, bundle.fingerprint.hex()[:12]).set(1)
+        self._start_at_zero(bundles)
 
     def answered(self, method: str, code: str, duration_s: float) -> None:
         self._requests.labels(method, code).inc()
@@ -121,3 +89,18 @@ class CloudMetrics:
     def log_failure(self, what: str) -> None:
         """A failure of ours, with its traceback, in the log alone."""
         log.exception(what)
+
+    def _start_at_zero(self, bundles: Sequence[BundleInfo]) -> None:
+        """Known labels exist from the start, so that a first failure is a rise and not a birth."""
+        for bundle in bundles:
+            for family in (self._queue_wait, self._compute, self._batch_size):
+                family.labels(bundle.name)
+        for method in METHODS:
+            self._requests.labels(method, "OK")
+            self._duration.labels(method)
+        for reason in REJECTIONS:
+            self._rejected.labels(reason)
+        for stage in ("queue", "compute"):
+            self._expired.labels(stage)
+        for reason in ("checksum", *DECODE_FAILURES.values()):
+            self._decode.labels(reason)
