@@ -75,10 +75,9 @@ async def serve(config: CloudConfig) -> None:
         await asyncio.wait_for(servicer.drained(), config.drain_s)
     except TimeoutError:
         log.warning("some streams did not half-close in time")
-    stopped = asyncio.create_task(server.stop(config.drain_s))
+    await server.stop(config.drain_s)  # the worker goes on: calls that came in with the signal are answered too
     worker.drain()
     await running
-    await stopped
     log.info("drained")
 
 

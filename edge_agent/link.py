@@ -171,8 +171,8 @@ class Link:
             with self._lock:
                 self._breaker.succeeded()  # it is there, it just did not like the input
             raise
-        except IsthmusError as error:
-            self._failed(str(error))
+        except BaseException as error:  # an interrupt too: it may have been the trial, which nobody would give back
+            self._failed(str(error) or type(error).__name__)
             raise
         with self._lock:
             self._breaker.succeeded()

@@ -10,6 +10,7 @@ import itertools
 import os
 import platform
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -102,7 +103,8 @@ def onnx_bytes(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int) -> b
     """A module as an ONNX graph with input `x` of batch 1 and static shape."""
     buffer = io.BytesIO()
     names = [f"y{index}" for index in range(outputs)]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own: shapes are static here, and it says that it is old
         torch.onnx.export(
             module.eval(),
             (torch.zeros(1, *shape_CHW),),

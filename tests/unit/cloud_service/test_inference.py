@@ -63,6 +63,23 @@ def test_a_broken_image_harms_no_batch_mate(answerer: Answerer, photo: Image.Ima
     assert [type(result) for result in results] == [tuple, InvalidInput, InvalidInput]
 
 
+def test_an_input_that_exhausts_the_memory_is_refused_alone(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer, good = Answerer(tiny_bundle), latent_payload(tiny_bundle, 0, 1)
+    greedy = latent_payload(tiny_bundle, 1, 1)
+    decode = answerer._codec.decode
+
+    def exhausting(data: bytes, rate: int) -> Any:
+        if data == greedy.data:
+            raise MemoryError
+        return decode(data, rate)
+
+    monkeypatch.setattr(answerer._codec, "decode", exhausting)
+    results = answerer.answer(Codec.FACTORIZED, [good, greedy, good])
+    assert [type(result) for result in results] == [tuple, Overloaded, tuple]
+
+
 @pytest.mark.parametrize(
     ("payload", "error"),
     [

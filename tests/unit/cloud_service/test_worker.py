@@ -148,6 +148,34 @@ def test_a_full_queue_refuses_at_once() -> None:
     assert scenario(play).count("isthmus_cloud_requests_rejected_total", reason="queue") == 1
 
 
+def test_a_queue_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud_service.worker.MAX_WAITING_BYTES", 15)
+
+    async def play(house: House) -> None:
+        house.fake.gate.clear()
+        busy = house.ask(b"0")
+        await asyncio.sleep(0.02)
+        waiting = [house.ask(bytes(8)) for _ in range(2)]
+        await queued(house, 2)
+        with pytest.raises(Overloaded, match="16 bytes"):
+            await house.ask(b"2")
+        house.fake.gate.set()
+        await asyncio.gather(busy, *waiting)
+
+    assert scenario(play).count("isthmus_cloud_requests_rejected_total", reason="queue") == 1
+
+
+def test_a_deadline_that_passes_while_it_is_computed_is_counted_and_still_answered() -> None:
+    async def play(house: House) -> None:
+        house.fake.gate.clear()
+        hasty = house.ask(b"\xff", budget_s=0.05)
+        await asyncio.sleep(0.1)
+        house.fake.gate.set()
+        assert (await hasty).probabilities == (1.0, 0.0)
+
+    assert scenario(play).count("isthmus_cloud_expired_work_total", stage="compute") == 1
+
+
 def test_expired_work_is_never_computed() -> None:
     async def play(house: House) -> None:
         house.fake.gate.clear()

@@ -216,3 +216,28 @@ def test_no_time_left_is_said_before_anything_is_sent(cloud: Cloud, link: Link) 
     with pytest.raises(DeadlineExceeded):
         link.ask(PAYLOAD, 0.0)
     assert cloud.servicer.requests == []
+
+
+def test_a_cloud_that_goes_away_fails_everything_outstanding_at_once(cloud: Cloud, link: Link) -> None:
+    link.ask(PAYLOAD, 5.0)
+    cloud.servicer.react = lambda request: []
+    with ThreadPoolExecutor(3) as threads:
+        asks = [threads.submit(link.ask, PAYLOAD, 60.0) for _ in range(3)]
+        until(lambda: len(cloud.servicer.requests) == 4)
+        cloud.server.stop(None).wait()
+        assert [type(ask.exception(30)) for ask in asks] == [LinkDown] * 3
+
+
+def test_an_interrupted_ask_does_not_keep_the_trial(cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in an interpreter that lives on: were the trial never given back, no photo would reach the cloud again."""
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    assert link.state == "half_open"
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            link.ask(PAYLOAD, 5.0)
+    until(lambda: link.state == "half_open")
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.policy.breaker import STATES, Breaker, BreakerLimits
+from edge_agent.policy.breaker import Breaker, BreakerLimits
 
 LIMITS = BreakerLimits(failures=3, first_s=1.0, last_s=4.0)
 
@@ -89,19 +89,45 @@ def test_a_probe_of_a_closed_breaker_is_ignored(answered: bool) -> None:
     assert breaker.state == "closed"
 
 
+class Model:
+    """The breaker once more, as a table: what each event does in each state."""
+
+    def __init__(self) -> None:
+        self.state, self.row, self.trial, self.cooldown_s, self.probe_at_s = "open", 0, False, 1.0, float("-inf")
+
+    def event(self, name: str, now_s: float) -> bool | None:
+        match self.state, name:
+            case "closed", "take":
+                return True
+            case "half_open", "take":
+                first, self.trial = not self.trial, True
+                return first
+            case "open", "take":
+                return False
+            case (("closed" | "half_open"), "ok"):
+                self.state, self.row, self.cooldown_s = "closed", 0, 1.0
+            case "closed", "fail" if self.row < 2:
+                self.row += 1
+            case (("closed" | "half_open"), "fail") | ("open", "probe fail"):
+                self.state, self.row, self.probe_at_s = "open", 0, now_s + self.cooldown_s
+                self.cooldown_s = min(2 * self.cooldown_s, 4.0)
+            case "open", "probe ok":
+                self.state, self.trial, self.row = "half_open", False, 0
+        return None
+
+
 @given(st.lists(st.sampled_from(["take", "ok", "fail", "probe ok", "probe fail"]), max_size=60))
-def test_an_open_breaker_lets_nothing_through_whatever_happened(events: list[str]) -> None:
-    breaker, now_s = Breaker(LIMITS), 0.0
-    for event in events:
-        now_s += 1.0
-        if event == "take":
-            assert breaker.take() in ((False,) if breaker.state == "open" else (True, False))
-        elif event == "ok":
-            breaker.succeeded()
-        elif event == "fail":
-            breaker.failed(now_s)
-        else:
-            breaker.probed(event == "probe ok", now_s)
-        assert breaker.state in STATES
-        if breaker.state == "open":
-            assert breaker.probe_at_s <= now_s + LIMITS.last_s
+def test_every_history_is_the_models(events: list[str]) -> None:
+    breaker, model = Breaker(LIMITS), Model()
+    for now_s, event in enumerate(events):
+        expected = model.event(event, now_s)
+        match event:
+            case "take":
+                assert breaker.take() is expected
+            case "ok":
+                breaker.succeeded()
+            case "fail":
+                breaker.failed(now_s)
+            case _:
+                breaker.probed(event == "probe ok", now_s)
+        assert (breaker.state, breaker.probe_at_s) == (model.state, model.probe_at_s)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from cloud_service.config import CloudConfig, Tls
+from cloud_service.server import bind, serve, serve_metrics
+from cloud_service.servicer import Servicer
+from models.bundle import Bundle
+from models.errors import BundleError, InvalidInput
+from models.types import CloudRequest, Codec, Payload
+from protos import limits, wire
+from protos.isthmus.v1 import isthmus_pb2 as pb
+from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """An address that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield f"127.0.0.1:{other.getsockname()[1]}"
+
+
+def try_bind(address: str, tls: Tls | None = None) -> int:
+    async def play() -> int:
+        return bind(grpc.aio.server(options=limits.server_options()), address, tls)
+
+    return asyncio.run(play())
+
+
+def test_port_zero_is_a_port_that_was_free() -> None:
+    assert try_bind("127.0.0.1:0") > 0
+
+
+def test_a_taken_port_is_an_error_that_names_it(taken: str) -> None:
+    with pytest.raises(InvalidInput, match=taken):
+        try_bind(taken)
+
+
+def test_certificates_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="No such file"):
+        try_bind("127.0.0.1:0", Tls(tmp_path / "none.pem", tmp_path / "none.key"))
+
+
+def test_files_that_are_no_certificates_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "junk.pem").write_bytes(b"no certificate")
+    with pytest.raises(InvalidInput, match="cannot listen"):
+        try_bind("127.0.0.1:0", Tls(tmp_path / "junk.pem", tmp_path / "junk.pem"))
+
+
+def test_metrics_are_served_over_http() -> None:
+    port = serve_metrics("127.0.0.1:0", CollectorRegistry())
+    assert port
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        assert reply.status == 200
+
+
+def test_metrics_can_be_left_out() -> None:
+    assert serve_metrics(None, CollectorRegistry()) is None
+
+
+@pytest.mark.parametrize("address", ["9101", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:70000"])
+def test_a_wrong_metrics_address_is_named(address: str) -> None:
+    with pytest.raises(InvalidInput, match=f"cannot serve metrics on {address}"):
+        serve_metrics(address, CollectorRegistry())
+
+
+def test_a_taken_metrics_port_is_named(taken: str) -> None:
+    with pytest.raises(InvalidInput, match=taken):
+        serve_metrics(taken, CollectorRegistry())
+
+
+def test_a_bundle_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        asyncio.run(serve(CloudConfig((tmp_path,), "127.0.0.1:0", None)))
+
+
+async def listening(serving: asyncio.Task[None], caplog: pytest.LogCaptureFixture) -> str:
+    """The service's address, from its log."""
+    while not (ports := [record.args[1] for record in caplog.records if record.msg.startswith("serving")]):  # type: ignore[index]
+        if serving.done():
+            serving.result()
+        await asyncio.sleep(0.01)
+    return f"127.0.0.1:{ports[0]}"
+
+
+def request(bundle: Bundle, request_id: int) -> pb.InferRequest:
+    codec = bundle.codec()
+    payload = Payload(Codec.FACTORIZED, 0, codec.encode(np.zeros(codec.shape_CHW, np.int32), 0))
+    return wire.pack_request(CloudRequest(request_id, bundle.fingerprint, 10.0, payload))
+
+
+def test_sigterm_turns_health_off_says_farewell_and_waits_for_streams(
+    tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def play() -> None:
+        serving = asyncio.create_task(serve(CloudConfig((tiny_bundle.folder,), "127.0.0.1:0", None)))
+        async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            check = health_pb2.HealthCheckRequest(service="isthmus.v1.Isthmus")
+            assert (await health.Check(check)).status == health_pb2.HealthCheckResponse.SERVING
+            call = pb_grpc.IsthmusStub(channel).InferStream()
+            await call.write(request(tiny_bundle, 1))
+            assert (await call.read()).request_id == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (await call.read()).request_id == 0
+            assert (await health.Check(check)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert not serving.done()
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
+            await serving
+
+    with caplog.at_level(logging.INFO, "isthmus.cloud"):
+        asyncio.run(asyncio.wait_for(play(), 30))
+    assert caplog.messages[-1] == "drained"
+
+
+def test_a_stream_that_arrives_with_sigterm_is_answered_too(
+    tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accepted by gRPC, its handler not yet begun: not counted, so that `drained` returns at once."""
+
+    async def uncounted(servicer: Servicer) -> None:
+        return None
+
+    monkeypatch.setattr(Servicer, "drained", uncounted)
+
+    async def play() -> None:
+        serving = asyncio.create_task(serve(CloudConfig((tiny_bundle.folder,), "127.0.0.1:0", None)))
+        async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
+            call = pb_grpc.IsthmusStub(channel).InferStream()
+            await call.write(request(tiny_bundle, 1))
+            assert (await call.read()).request_id == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (await call.read()).request_id == 0
+            await asyncio.sleep(0.1)
+            await call.write(request(tiny_bundle, 2))
+            assert len((await call.read()).probabilities) == 2
+            await call.done_writing()
+            await serving
+
+    with caplog.at_level(logging.INFO, "isthmus.cloud"):
+        asyncio.run(asyncio.wait_for(play(), 30))

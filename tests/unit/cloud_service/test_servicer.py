@@ -1,0 +1,269 @@
+"""The door over a real gRPC server in this process; behind it a fake with the face of `Worker`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cloud_service.metrics import CloudMetrics
+from cloud_service.servicer import Servicer, attach, service_info
+from models import errors
+from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload
+from protos import limits, wire
+from protos.isthmus.v1 import isthmus_pb2 as pb
+from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+
+INFO = BundleInfo(bytes(range(32)), "fake", "classification", 2, 3)
+Status = grpc.StatusCode
+
+
+class FakeWorker:
+    """Answers with the payload's first byte, or raises what the payload names in `failures`, once `gate` is open."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures: dict[bytes, Exception] = {}
+        self.inside = self.most_inside = self.seen = 0
+
+    async def submit(self, request: CloudRequest) -> CloudAnswer:
+        self.seen += 1
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        try:
+            await self.gate.wait()
+            if (failure := self.failures.get(request.payload.data)) is not None:
+                raise failure
+            share = request.payload.data[0] / 255
+            return CloudAnswer((share, 1 - share), 0.001, 0.002)
+        finally:
+            self.inside -= 1
+
+
+class House:
+    """A servicer with its fake worker, its metrics and a client's stub."""
+
+    def __init__(self) -> None:
+        self.worker, self.registry = FakeWorker(), CollectorRegistry()
+        metrics = CloudMetrics(self.registry, [INFO])
+        self.servicer = Servicer(self.worker, service_info((INFO,)), metrics)  # type: ignore[arg-type]
+        self.stub: Any = None
+
+    def count(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+
+def scenario(play: Callable[[House], Coroutine[Any, Any, None]]) -> House:
+    """Run `play` against a server on a free port."""
+
+    async def both() -> House:
+        house = House()
+        server = grpc.aio.server(options=limits.server_options())
+        attach(house.servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                house.stub = pb_grpc.IsthmusStub(channel)
+                await asyncio.wait_for(play(house), 30)
+        finally:
+            await server.stop(None)
+        return house
+
+    return asyncio.run(both())
+
+
+def request(request_id: int, data: bytes = b"\xff") -> pb.InferRequest:
+    payload = Payload(Codec.FACTORIZED, 0, data)
+    return wire.pack_request(CloudRequest(request_id, INFO.fingerprint, 10.0, payload))
+
+
+def spoilt(request_id: int, **fields: Any) -> pb.InferRequest:
+    message = request(request_id)
+    for name, value in fields.items():
+        setattr(message, name, value)
+    return message
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+def test_unary_answers_with_what_the_cloud_spent() -> None:
+    async def play(house: House) -> None:
+        response = await house.stub.Infer(request(7))
+        assert response.request_id == 7
+        assert wire.unpack_answer(response, 2) == CloudAnswer((1.0, 0.0), 0.001, 0.002)
+
+    house = scenario(play)
+    assert house.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
+    assert house.count("isthmus_cloud_inflight_requests") == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "text"),
+    [
+        (errors.UnknownBundle("not held"), Status.NOT_FOUND, "not held"),
+        (errors.PayloadCorrupt("does not decode"), Status.DATA_LOSS, "does not decode"),
+        (errors.PayloadTooLarge("over the cap"), Status.OUT_OF_RANGE, "over the cap"),
+        (errors.InvalidInput("no such rate"), Status.INVALID_ARGUMENT, "no such rate"),
+        (errors.Overloaded("queue full"), Status.RESOURCE_EXHAUSTED, "queue full"),
+        (errors.Draining("shutting down"), Status.UNAVAILABLE, "shutting down"),
+        (errors.DeadlineExceeded("expired"), Status.DEADLINE_EXCEEDED, "expired"),
+        (errors.ServiceError("weights in /srv/secret"), Status.INTERNAL, "the service failed on this input"),
+        (KeyError("/srv/secret"), Status.INTERNAL, "the service failed on this input"),
+    ],
+)
+def test_unary_errors_are_status_codes_and_keep_our_secrets(failure: Exception, code: Status, text: str) -> None:
+    async def play(house: House) -> None:
+        house.worker.failures[b"bad!"] = failure
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await house.stub.Infer(request(1, b"bad!"))
+        assert (caught.value.code(), caught.value.details()) == (code, text)
+        assert (await house.stub.Infer(request(2))).request_id == 2
+
+    house = scenario(play)
+    assert house.count("isthmus_cloud_requests_total", method="Infer", code=code.name) == 1
+    assert house.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
+    assert house.count("isthmus_cloud_inflight_requests") == 0
+
+
+def test_a_fault_of_ours_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def play(house: House) -> None:
+        house.worker.failures[b"bad!"] = KeyError("what went wrong")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await house.stub.Infer(request(1, b"bad!"))
+
+    with caplog.at_level(logging.ERROR, "isthmus.cloud"):
+        scenario(play)
+    assert "what went wrong" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "reason"),
+    [
+        ({"wire_version": 2}, Status.FAILED_PRECONDITION, "version"),
+        ({"payload": b"flipped"}, Status.DATA_LOSS, "checksum"),
+        ({"bundle": b"short"}, Status.INVALID_ARGUMENT, None),
+        ({"budget_ms": 0}, Status.INVALID_ARGUMENT, None),
+        ({"codec": 99}, Status.INVALID_ARGUMENT, None),
+    ],
+)
+def test_what_cannot_be_read_never_reaches_the_worker(fields: dict[str, Any], code: Status, reason: str | None) -> None:
+    async def play(house: House) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await house.stub.Infer(spoilt(1, **fields))
+        assert caught.value.code() is code
+        assert house.worker.seen == 0
+
+    house = scenario(play)
+    counted = {
+        sample.labels["reason"]: sample.value
+        for family in house.registry.collect()
+        for sample in family.samples
+        if sample.name == "isthmus_cloud_decode_failures_total"
+    }
+    assert {name for name, value in counted.items() if value} == ({reason} if reason else set())
+
+
+def test_a_stream_answers_each_input_and_errors_travel_in_responses() -> None:
+    async def play(house: House) -> None:
+        house.worker.failures[b"bad!"] = errors.PayloadCorrupt("bad")
+        messages = [request(1), request(2, b"bad!"), spoilt(3, wire_version=9), request(4, b"\x00")]
+        answers = {response.request_id: response async for response in house.stub.InferStream(iter(messages))}
+        assert sorted(answers) == [1, 2, 3, 4]
+        assert [answers[number].error.code for number in (1, 2, 3, 4)] == [
+            0,
+            Status.DATA_LOSS.value[0],
+            Status.FAILED_PRECONDITION.value[0],
+            0,
+        ]
+        assert list(answers[4].probabilities) == [0.0, 1.0]
+
+    house = scenario(play)
+    assert house.count("isthmus_cloud_requests_total", method="InferStream", code="OK") == 2
+
+
+def test_a_stream_is_not_read_beyond_its_places_and_all_is_answered_later() -> None:
+    async def play(house: House) -> None:
+        house.worker.gate.clear()
+        count = limits.MAX_STREAM_INFLIGHT + 20
+        call = house.stub.InferStream(iter([request(number + 1) for number in range(count)]))
+        await until(lambda: house.worker.inside == limits.MAX_STREAM_INFLIGHT)
+        await asyncio.sleep(0.05)
+        assert house.worker.seen == limits.MAX_STREAM_INFLIGHT
+        house.worker.gate.set()
+        answered = [response.request_id async for response in call]
+        assert sorted(answered) == list(range(1, count + 1))
+        assert house.worker.most_inside == limits.MAX_STREAM_INFLIGHT
+
+    scenario(play)
+
+
+def test_a_caller_that_hangs_up_leaves_nothing_behind() -> None:
+    async def play(house: House) -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        house.worker.gate.clear()
+        call = house.stub.InferStream(iter([request(1), request(2)]))
+        await until(lambda: house.worker.inside == 2)
+        call.cancel()
+        await until(lambda: house.worker.inside == 0)
+        await asyncio.wait_for(house.servicer.drained(), 10)
+        assert complaints == []
+
+    assert scenario(play).count("isthmus_cloud_inflight_requests") == 0
+
+
+def test_a_unary_caller_whose_deadline_passes_takes_its_input_along() -> None:
+    async def play(house: House) -> None:
+        house.worker.gate.clear()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await house.stub.Infer(request(1), timeout=0.2)
+        assert caught.value.code() is Status.DEADLINE_EXCEEDED
+        await until(lambda: house.worker.inside == 0)
+
+    assert scenario(play).count("isthmus_cloud_inflight_requests") == 0
+
+
+def test_draining_says_farewell_and_answers_what_is_outstanding() -> None:
+    async def play(house: House) -> None:
+        house.worker.gate.clear()
+        call = house.stub.InferStream()
+        await call.write(request(1))
+        await until(lambda: house.worker.inside == 1)
+        house.servicer.drain()
+        farewell = await call.read()
+        assert (farewell.request_id, farewell.error.code) == (0, Status.UNAVAILABLE.value[0])
+        drained = asyncio.create_task(house.servicer.drained())
+        await call.done_writing()
+        await asyncio.sleep(0.05)
+        assert not drained.done()
+        house.worker.gate.set()
+        answer = await call.read()
+        assert (answer.request_id, list(answer.probabilities)) == (1, [1.0, 0.0])
+        assert await call.read() is grpc.aio.EOF
+        await drained
+
+    scenario(play)
+
+
+def test_describe_tells_what_is_held_and_takes_padding_up_to_its_cap() -> None:
+    async def play(house: House) -> None:
+        response = await house.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES)))
+        assert wire.unpack_service(response).bundles == (INFO,)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await house.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES + 1)))
+        assert caught.value.code() is Status.INVALID_ARGUMENT
+        assert str(limits.MAX_PROBE_BYTES) in caught.value.details()
+
+    house = scenario(play)
+    codes = ("OK", "INVALID_ARGUMENT")
+    assert [house.count("isthmus_cloud_requests_total", method="Describe", code=code) for code in codes] == [1, 1]
