@@ -33,7 +33,7 @@ SETTINGS = [
     option("--mode", type=click.Choice(MODES), default="auto", help="auto lets the router choose; others pin one arm."),
     option("--objective", type=click.Choice(["fastest", "cheapest"]), default="fastest"),
     option("--epsilon", type=click.FloatRange(0, 1), default=0.005, help="Certified loss of accuracy at the exits."),
-    option("--min-agreement", type=click.FloatRange(0, 1), default=0.95, help="Of a rate with the cloud model."),
+    option("--min-agreement", type=click.FloatRange(0, 1), default=0.96, help="Of a rate with the cloud model."),
     option("--deadline-ms", type=click.FloatRange(1, 600_000), default=1000.0),
     option("--threads", type=click.IntRange(0, 256), default=0, help="ONNX Runtime threads; 0 for every core."),
     option("--image-format", type=click.Choice(["jpeg", "png", "webp"]), default="jpeg", help="Of a photo sent whole."),

@@ -39,7 +39,7 @@ class EdgeConfig:
     mode: Mode = "auto"
     objective: Objective = "fastest"
     epsilon: float = 0.005  # certified loss of accuracy at the exits: picks the bundle's threshold
-    min_agreement: float = 0.95  # of a rate with the cloud model, on the calibration part
+    min_agreement: float = 0.96  # of a rate with the cloud model, on the calibration part
     deadline_s: float = 1.0
     connect_s: float = 2.0  # how long to wait for the first probe before starting without a cloud
     threads: int = 0  # of ONNX Runtime; 0 for every core
