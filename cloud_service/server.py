@@ -1,6 +1,6 @@
 """The service's life: load, warm up, serve, drain.
 
-On SIGTERM: health says NOT_SERVING, streams are asked to half-close, the queue is emptied, then the port is closed.
+On SIGTERM: health says NOT_SERVING, streams are asked to half-close, then the port is closed; the worker goes last.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def serve(config: CloudConfig) -> None:
         await asyncio.wait_for(servicer.drained(), config.drain_s)
     except TimeoutError:
         log.warning("some streams did not half-close in time")
-    await server.stop(config.drain_s)  # the worker goes on: calls that came in with the signal are answered too
+    await server.stop(config.drain_s)  # calls that came in with the signal are still answered
     worker.drain()
     await running
     log.info("drained")

@@ -54,14 +54,14 @@ class Stream:
         self._call: Any = stub.InferStream(self._requests())
         threading.Thread(target=self._read, name="isthmus-link", daemon=True).start()
 
-    def send(self, message: pb.InferRequest) -> Future[pb.InferResponse]:
-        """Raises LinkDown when the stream has ended."""
+    def send(self, message: pb.InferRequest) -> Future[pb.InferResponse] | None:
+        """None when the stream has ended: nothing was sent then."""
         future: Future[pb.InferResponse] = Future()
-        with self._lock:
+        with self._lock:  # held for the queue too: no message may come behind the end that `retire` puts there
             if not self.open:
-                raise LinkDown("the stream to the cloud has ended")
+                return None
             self._pending[message.request_id] = future
-        self._outgoing.put(message)
+            self._outgoing.put(message)
         return future
 
     def give_up(self, request_id: int) -> None:
@@ -73,7 +73,7 @@ class Stream:
         """Send nothing more; outstanding answers are still collected."""
         with self._lock:
             self.open = False
-        self._outgoing.put(None)
+            self._outgoing.put(None)
 
     def cancel(self) -> None:
         self.retire()
@@ -190,9 +190,9 @@ class Link:
         self._channel.close()
 
     def _exchange(self, payload: Payload, started_s: float, budget_s: float) -> Reply:
-        stream, request_id = self._open_stream()
+        request_id = self._request_id()
         message = wire.pack_request(CloudRequest(request_id, self._fingerprint, budget_s, payload))
-        future = stream.send(message)
+        stream, future = self._send(message)
         try:
             response = future.result(max(started_s + budget_s - time.monotonic(), 0.001))
         except FutureTimeout as error:
@@ -203,12 +203,21 @@ class Link:
         up_bytes = message.ByteSize() + GRPC_PREFIX_BYTES
         return Reply(answer, up_bytes, response.ByteSize() + GRPC_PREFIX_BYTES, elapsed_s)
 
-    def _open_stream(self) -> tuple[Stream, int]:
+    def _request_id(self) -> int:
         with self._lock:
-            if self._stream is None or not self._stream.open:
-                self._stream = Stream(self._stub, self._late)
             self._next_id = self._next_id % wire.UINT32 + 1
-            return self._stream, self._next_id
+            return self._next_id
+
+    def _send(self, message: pb.InferRequest) -> tuple[Stream, Future[pb.InferResponse]]:
+        """Send on the open stream, on a new one when that has ended. Raises LinkDown when the new one ends at once."""
+        with self._lock:
+            future = self._stream.send(message) if self._stream else None
+            if self._stream is None or future is None:
+                self._stream = Stream(self._stub, self._late)
+                future = self._stream.send(message)
+            if future is None:
+                raise LinkDown("the stream to the cloud ended at once")
+            return self._stream, future
 
     def _failed(self, reason: str) -> None:
         with self._lock:

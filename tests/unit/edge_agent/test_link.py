@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
 import pytest
 
-from edge_agent.link import Link
+from edge_agent.link import Link, Stream
 from edge_agent.policy.breaker import BreakerLimits
 from models.errors import DeadlineExceeded, Draining, IsthmusError, LinkDown, Overloaded, PayloadCorrupt
 from models.types import BundleInfo, CloudAnswer, Codec, Payload, ServiceInfo
@@ -22,6 +23,7 @@ from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 FINGERPRINT = bytes(range(32))
 PAYLOAD = Payload(Codec.FACTORIZED, 0, b"\x01\x02\x03\x04")
 ANSWER = CloudAnswer((0.25, 0.75), 0.001, 0.002)
+UNANSWERED = 1 << 31  # a request that nobody waits for
 FAST = BreakerLimits(failures=3, first_s=0.05, last_s=0.1)
 
 Reaction = Callable[[pb.InferRequest], list[pb.InferResponse]]
@@ -161,6 +163,43 @@ def test_a_draining_service_gets_nothing_more_but_still_answers(cloud: Cloud, li
     cloud.servicer.react = good
     link.ask(PAYLOAD, 5.0)
     assert cloud.servicer.streams == 2
+
+
+def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link.ask(PAYLOAD, 5.0)
+    send, farewells = Stream.send, iter([True])
+
+    def interrupted(stream: Stream, message: pb.InferRequest) -> Any:
+        if next(farewells, False):
+            stream.retire()
+        return send(stream, message)
+
+    monkeypatch.setattr(Stream, "send", interrupted)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert len(cloud.servicer.requests) == 2
+
+
+def test_a_message_on_its_way_out_is_sent_before_the_stream_half_closes(cloud: Cloud, link: Link) -> None:
+    class Slow(SimpleQueue[Any]):
+        """Lets a farewell try to overtake each message."""
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if item is not None:
+                farewell = threading.Thread(target=stream.retire)
+                farewell.start()
+                farewell.join(0.1)
+            super().put(item)
+
+    link.ask(PAYLOAD, 5.0)
+    stream = link._stream
+    assert stream is not None
+    queue, stream._outgoing = stream._outgoing, Slow()
+    queue.put(pb.InferRequest(request_id=UNANSWERED))  # wakes the sender, which then reads from the new queue
+    until(lambda: len(cloud.servicer.requests) == 2)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert cloud.servicer.streams == 1
 
 
 def test_after_failures_in_a_row_the_cloud_is_not_asked(cloud: Cloud, link: Link) -> None:
