@@ -91,7 +91,7 @@ def test_the_second_stage_leaves_running_statistics_of_what_is_frozen(
 
 def test_figures_tell_the_bytes_of_each_rate(module: Distillation, batch: tuple[Tensor, Tensor]) -> None:
     _, figures = module.loss(*batch)
-    assert figures.keys() == {"task", "exits", "features", "bytes0", "bytes1"}
+    assert figures.keys() == {"clean", "task", "exits", "features", "bytes0", "bytes1"}
     assert 0 < figures["bytes0"] < figures["bytes1"]  # the finer steps cost more
 
 
