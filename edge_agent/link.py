@@ -21,7 +21,7 @@ import grpc
 from edge_agent.config import Tls
 from edge_agent.policy.breaker import Breaker, BreakerLimits, State
 from edge_agent.policy.estimates import LinkEstimate, LinkEstimator
-from models.errors import CallerError, DeadlineExceeded, IsthmusError, LinkDown, UnknownBundle
+from models.errors import CallerError, DeadlineExceeded, Draining, IsthmusError, LinkDown, UnknownBundle
 from models.types import CloudAnswer, CloudRequest, Payload
 from protos import limits, status, wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
@@ -50,15 +50,15 @@ class Stream:
         self._pending: dict[int, Future[pb.InferResponse]] = {}
         self._lock = threading.Lock()
         self._late = late
-        self.open = True
+        self.ended: IsthmusError | None = None
         self._call: Any = stub.InferStream(self._requests())
         threading.Thread(target=self._read, name="isthmus-link", daemon=True).start()
 
     def send(self, message: pb.InferRequest) -> Future[pb.InferResponse] | None:
-        """None when the stream has ended: nothing was sent then."""
+        """None when the stream has ended, for the reason in `ended`: nothing was sent then."""
         future: Future[pb.InferResponse] = Future()
         with self._lock:  # held for the queue too: no message may come behind the end that `retire` puts there
-            if not self.open:
+            if self.ended:
                 return None
             self._pending[message.request_id] = future
             self._outgoing.put(message)
@@ -69,14 +69,14 @@ class Stream:
         with self._lock:
             self._pending.pop(request_id, None)
 
-    def retire(self) -> None:
+    def retire(self, reason: IsthmusError) -> None:
         """Send nothing more; outstanding answers are still collected."""
         with self._lock:
-            self.open = False
+            self.ended = self.ended or reason
             self._outgoing.put(None)
 
     def cancel(self) -> None:
-        self.retire()
+        self.retire(LinkDown("the stream was given up"))
         self._call.cancel()
 
     def _requests(self) -> Iterator[pb.InferRequest]:
@@ -88,12 +88,12 @@ class Stream:
         try:
             for response in self._call:
                 if response.request_id == 0:
-                    self.retire()
+                    self.retire(Draining("the cloud is shutting down"))
                 else:
                     self._deliver(response)
         except grpc.RpcError as failure:
             error = rpc_error(failure)
-        self.retire()
+        self.retire(error)
         with self._lock:
             pending, self._pending = self._pending, {}
         for future in pending.values():
@@ -209,14 +209,14 @@ class Link:
             return self._next_id
 
     def _send(self, message: pb.InferRequest) -> tuple[Stream, Future[pb.InferResponse]]:
-        """Send on the open stream, on a new one when that has ended. Raises LinkDown when the new one ends at once."""
+        """Send on the open stream, on a new one when that has ended. Raises what ended the new one too, if at once."""
         with self._lock:
             future = self._stream.send(message) if self._stream else None
             if self._stream is None or future is None:
                 self._stream = Stream(self._stub, self._late)
                 future = self._stream.send(message)
             if future is None:
-                raise LinkDown("the stream to the cloud ended at once")
+                raise self._stream.ended or LinkDown("the stream to the cloud ended")
             return self._stream, future
 
     def _failed(self, reason: str) -> None:
