@@ -172,7 +172,7 @@ def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
 
     def interrupted(stream: Stream, message: pb.InferRequest) -> Any:
         if next(farewells, False):
-            stream.retire()
+            stream.retire(Draining("farewell"))
         return send(stream, message)
 
     monkeypatch.setattr(Stream, "send", interrupted)
@@ -188,7 +188,7 @@ def test_a_message_on_its_way_out_is_sent_before_the_stream_half_closes(
 
         def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
             if item is not None and link._stream is not None:
-                farewell = threading.Thread(target=link._stream.retire)
+                farewell = threading.Thread(target=link._stream.retire, args=(Draining("farewell"),))
                 farewell.start()
                 farewell.join(0.1)
             super().put(item)
