@@ -5,6 +5,7 @@
     │   ├── InvalidInput        an image, argument or message that cannot be used
     │   ├── BundleError         a bundle on disk is missing, changed, of another version or inconsistent
     │   ├── UnknownBundle       the other side does not hold this fingerprint
+    │   ├── ContextGone         the service no longer holds this session's context: open it again
     │   ├── UnsupportedVersion  the other side speaks another wire version
     │   ├── PayloadCorrupt      checksum, truncation or symbols that the tables cannot produce
     │   └── PayloadTooLarge     over a cap, whether met when encoding or when receiving
@@ -39,6 +40,10 @@ class BundleError(CallerError):
 
 class UnknownBundle(CallerError):
     """The service does not hold the bundle of this fingerprint."""
+
+
+class ContextGone(CallerError):
+    """The service does not hold the context of this session, or not these tokens: open it again from token 0."""
 
 
 class UnsupportedVersion(CallerError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from models.language.session import ModelInfo
+
 
 class Codec(IntEnum):
     """What a payload is. The numbers are on the wire."""
@@ -59,3 +61,4 @@ class ServiceInfo:
     version: str
     wire_version: int
     bundles: tuple[BundleInfo, ...]
+    models: tuple[ModelInfo, ...] = ()

@@ -15,6 +15,10 @@ MAX_LABELS = 100_000
 MAX_BUNDLES = 1000
 MAX_ERROR_CHARACTERS = 500
 
+MAX_TOKENS = 1 << 18  # of a session: far above the context of what runs here, far below what hurts
+MAX_DRAFT = 64  # tokens of a round; acceptance beyond that is rare, and a round is computed whole
+MAX_LOGPROBS = 20  # as many as the API that people use allows
+
 MAX_BUDGET_MS = 600_000  # nobody waits ten minutes for one photo; keeps a wild number out of the queue's arithmetic
 MAX_STREAM_INFLIGHT = 64  # outstanding requests of one stream; above it the service stops reading that stream
 

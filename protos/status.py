@@ -13,6 +13,7 @@ CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     errors.BundleError: grpc.StatusCode.INTERNAL,  # of the service's own bundle: no fault of this caller
     errors.UnknownBundle: grpc.StatusCode.NOT_FOUND,
+    errors.ContextGone: grpc.StatusCode.ABORTED,
     errors.UnsupportedVersion: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PayloadCorrupt: grpc.StatusCode.DATA_LOSS,
     errors.PayloadTooLarge: grpc.StatusCode.OUT_OF_RANGE,
@@ -36,7 +37,7 @@ ERRORS: dict[grpc.StatusCode, type[errors.IsthmusError]] = {
     grpc.StatusCode.UNAUTHENTICATED: errors.CallerError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.FAILED_PRECONDITION: errors.UnsupportedVersion,
-    grpc.StatusCode.ABORTED: errors.ServiceError,
+    grpc.StatusCode.ABORTED: errors.ContextGone,
     grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedVersion,
     grpc.StatusCode.OUT_OF_RANGE: errors.PayloadTooLarge,
     grpc.StatusCode.INTERNAL: errors.ServiceError,

@@ -18,6 +18,7 @@ from models.errors import (
     PayloadTooLarge,
     UnsupportedVersion,
 )
+from models.language.session import ModelInfo
 from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo
 from protos import limits, status
 from protos.isthmus.v1 import isthmus_pb2 as pb
@@ -107,7 +108,11 @@ def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
         pb.Bundle(fingerprint=b.fingerprint, name=b.name, task=b.task, labels=b.labels, rates=b.rates)
         for b in info.bundles
     ]
-    return pb.DescribeResponse(version=info.version, wire_version=info.wire_version, bundles=bundles)
+    models = [
+        pb.Model(fingerprint=m.fingerprint, name=m.name, vocab=m.vocab, context=m.context, numerics=m.numerics)
+        for m in info.models
+    ]
+    return pb.DescribeResponse(version=info.version, wire_version=info.wire_version, bundles=bundles, models=models)
 
 
 def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
@@ -116,13 +121,16 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
         raise UnsupportedVersion(
             f"the service reads wire version {message.wire_version}, we write {limits.WIRE_VERSION}"
         )
-    if len(message.bundles) > limits.MAX_BUNDLES:
+    if len(message.bundles) + len(message.models) > limits.MAX_BUNDLES:
         raise InvalidInput(f"the service lists {len(message.bundles)} bundles, at most {limits.MAX_BUNDLES} are read")
     for b in message.bundles:
         if len(b.fingerprint) != limits.FINGERPRINT_BYTES or not 0 < b.labels <= limits.MAX_LABELS or not b.rates:
             raise InvalidInput("the service lists a bundle whose fingerprint, labels or rates cannot be true")
+    if any(len(m.fingerprint) != limits.FINGERPRINT_BYTES for m in message.models):
+        raise InvalidInput("the service lists a model whose fingerprint cannot be true")
     bundles = tuple(BundleInfo(b.fingerprint, b.name, b.task, b.labels, b.rates) for b in message.bundles)
-    return ServiceInfo(message.version, message.wire_version, bundles)
+    models = tuple(ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics) for m in message.models)
+    return ServiceInfo(message.version, message.wire_version, bundles, models)
 
 
 def checksum(bundle: bytes, codec: Codec, rate: int, data: bytes) -> int:

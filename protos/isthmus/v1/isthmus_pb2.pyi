@@ -151,6 +151,220 @@ class Error(_message.Message):
 Global___Error: _TypeAlias = Error  # noqa: Y015
 
 @_typing.final
+class GenerateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def open(self) -> Global___Open: ...
+    @_builtins.property
+    def round(self) -> Global___Round: ...
+    def __init__(
+        self,
+        *,
+        open: Global___Open | None = ...,
+        round: Global___Round | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "open", b"open", "round", b"round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "open", b"open", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "round"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Open(_message.Message):
+    """Names a session and says which tokens it has. The first message of a stream, and again after ABORTED."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIRE_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    wire_version: _builtins.int
+    """limits.WIRE_VERSION of the sender"""
+    model: _builtins.bytes
+    """the first 8 bytes of the SHA-256 over weights, configuration and tokenizer"""
+    session: _builtins.bytes
+    """16 bytes, random, chosen by the device: the name of the context"""
+    start: _builtins.int
+    """tokens of the session that the service should still hold"""
+    crc32: _builtins.int
+    """CRC-32 (zlib) of every token of the session, each as little-endian uint32"""
+    temperature: _builtins.float
+    """0: greedy"""
+    top_p: _builtins.float
+    """above 0, at most 1"""
+    seed: _builtins.int
+    """of the noise that device and cloud share"""
+    logprobs: _builtins.int
+    """0: none; n + 1: of each token, and of the n likeliest"""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """those from position `start` on; start + tokens is at least 1"""
+
+    def __init__(
+        self,
+        *,
+        wire_version: _builtins.int = ...,
+        model: _builtins.bytes = ...,
+        session: _builtins.bytes = ...,
+        start: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        crc32: _builtins.int = ...,
+        temperature: _builtins.float = ...,
+        top_p: _builtins.float = ...,
+        seed: _builtins.int = ...,
+        logprobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "logprobs", b"logprobs", "model", b"model", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Open: _TypeAlias = Open  # noqa: Y015
+
+@_typing.final
+class Round(_message.Message):
+    """"From position `base` the text goes on with `draft`." The service answers with how much of it is its own choice too,
+    and with the token that follows. It answers with no token when the text had already gone another way.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    EXTEND_FIELD_NUMBER: _builtins.int
+    base: _builtins.int
+    """position of the first draft token, at most the number of committed tokens"""
+    extend: _builtins.int
+    """tokens that the service may go on decoding afterwards; the next round ends this"""
+    @_builtins.property
+    def draft(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """token ids, at most limits.MAX_DRAFT"""
+
+    def __init__(
+        self,
+        *,
+        base: _builtins.int = ...,
+        draft: _abc.Iterable[_builtins.int] | None = ...,
+        extend: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "draft", b"draft", "extend", b"extend"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Round: _TypeAlias = Round  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    EXTENSION_FIELD_NUMBER: _builtins.int
+    QUEUE_US_FIELD_NUMBER: _builtins.int
+    COMPUTE_US_FIELD_NUMBER: _builtins.int
+    PASSES_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    base: _builtins.int
+    """committed tokens before this response"""
+    accepted: _builtins.int
+    """draft tokens that are committed now"""
+    extension: _builtins.bool
+    """made by `extend`: it answers no round"""
+    queue_us: _builtins.int
+    """microseconds between arrival and first pass"""
+    compute_us: _builtins.int
+    """microseconds of the passes it took part in"""
+    passes: _builtins.int
+    """forward passes it took part in"""
+    held: _builtins.int
+    """in the first response after Open: its tokens whose state was held already"""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the service's own, committed behind them"""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprobs]:
+        """one for each committed token, when asked for"""
+
+    @_builtins.property
+    def error(self) -> Global___Error: ...
+    def __init__(
+        self,
+        *,
+        base: _builtins.int = ...,
+        accepted: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        extension: _builtins.bool = ...,
+        queue_us: _builtins.int = ...,
+        compute_us: _builtins.int = ...,
+        passes: _builtins.int = ...,
+        held: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___Logprobs] | None = ...,
+        error: Global___Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base", b"base", "compute_us", b"compute_us", "error", b"error", "extension", b"extension", "held", b"held", "logprobs", b"logprobs", "passes", b"passes", "queue_us", b"queue_us", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class Logprobs(_message.Message):
+    """Natural logarithms of probabilities at temperature 1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWN_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    own: _builtins.float
+    """of the committed token"""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """the likeliest, likeliest first"""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """theirs"""
+
+    def __init__(
+        self,
+        *,
+        own: _builtins.float = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["own", b"own", "tokens", b"tokens", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Logprobs: _TypeAlias = Logprobs  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -177,22 +391,26 @@ class DescribeResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
     BUNDLES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """of the service's software"""
     wire_version: _builtins.int
     """the only one it reads"""
     @_builtins.property
     def bundles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bundle]: ...
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         wire_version: _builtins.int = ...,
         bundles: _abc.Iterable[Global___Bundle] | None = ...,
+        models: _abc.Iterable[Global___Model] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "version", b"version", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "models", b"models", "version", b"version", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,3 +449,38 @@ class Bundle(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Bundle: _TypeAlias = Bundle  # noqa: Y015
+
+@_typing.final
+class Model(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VOCAB_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    NUMERICS_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.bytes
+    """SHA-256 over weights, configuration and tokenizer, 32 bytes"""
+    name: _builtins.str
+    vocab: _builtins.int
+    """number of token ids"""
+    context: _builtins.int
+    """tokens of prompt and answer together"""
+    numerics: _builtins.str
+    """type and rows of a pass: equal answers need equal numerics"""
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.bytes = ...,
+        name: _builtins.str = ...,
+        vocab: _builtins.int = ...,
+        context: _builtins.int = ...,
+        numerics: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fingerprint", b"fingerprint", "name", b"name", "numerics", b"numerics", "vocab", b"vocab"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Model: _TypeAlias = Model  # noqa: Y015

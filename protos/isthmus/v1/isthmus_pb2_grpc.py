@@ -44,6 +44,11 @@ class IsthmusStub:
                 request_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
                 response_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.stream_stream(
+                '/isthmus.v1.Isthmus/Generate',
+                request_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/isthmus.v1.Isthmus/Describe',
                 request_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.SerializeToString,
@@ -70,6 +75,15 @@ class IsthmusServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request_iterator, context):
+        """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
+        ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
+        token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away.
         """
@@ -89,6 +103,11 @@ def add_IsthmusServicer_to_server(servicer, server):
                     servicer.InferStream,
                     request_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.FromString,
                     response_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.SerializeToString,
+            ),
+            'Generate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.FromString,
+                    response_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -150,6 +169,33 @@ class Isthmus:
             '/isthmus.v1.Isthmus/InferStream',
             protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
             protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/isthmus.v1.Isthmus/Generate',
+            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.SerializeToString,
+            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,11 @@ class IsthmusStub:
     An error of one input travels in its response and harms no other. A response with request_id 0 and an error
     UNAVAILABLE says that the service is draining: send nothing more, half-close, collect what is outstanding.
     """
+    Generate: _grpc.StreamStreamMultiCallable[_isthmus_pb2.GenerateRequest, _isthmus_pb2.GenerateResponse]
+    """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
+    ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
+    token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]
     """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away."""
 
@@ -52,6 +57,11 @@ class IsthmusAsyncStub(IsthmusStub):
     """Many inputs over one long-lived stream; answers come in the order in which they are ready.
     An error of one input travels in its response and harms no other. A response with request_id 0 and an error
     UNAVAILABLE says that the service is draining: send nothing more, half-close, collect what is outstanding.
+    """
+    Generate: _aio.StreamStreamMultiCallable[_isthmus_pb2.GenerateRequest, _isthmus_pb2.GenerateResponse]  # type: ignore[assignment]
+    """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
+    ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
+    token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
     """
     Describe: _aio.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]  # type: ignore[assignment]
     """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away."""
@@ -74,6 +84,17 @@ class IsthmusServicer(metaclass=_abc_1.ABCMeta):
         """Many inputs over one long-lived stream; answers come in the order in which they are ready.
         An error of one input travels in its response and harms no other. A response with request_id 0 and an error
         UNAVAILABLE says that the service is draining: send nothing more, half-close, collect what is outstanding.
+        """
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request_iterator: _MaybeAsyncIterator[_isthmus_pb2.GenerateRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_isthmus_pb2.GenerateResponse], _abc.AsyncIterator[_isthmus_pb2.GenerateResponse]]:
+        """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
+        ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
+        token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
         """
 
     @_abc_1.abstractmethod

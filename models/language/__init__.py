@@ -1,0 +1,1 @@
+"""Language models: checkpoints, tokenizer, decoder and KV cache, sampling, drafts."""

@@ -1,0 +1,68 @@
+"""What device and cloud say to each other about one answer of a language model. Frozen values, no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.language.sampling import GREEDY, Sampling
+
+SESSION_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A session of `start` + len(tokens) tokens, of which the cloud should hold the first `start`.
+
+    `logprobs` None: none; n: of each committed token and of the n likeliest.
+    """
+
+    model: bytes
+    session: bytes
+    start: int
+    tokens: tuple[int, ...]
+    crc32: int  # of all tokens of the session
+    sampling: Sampling = GREEDY
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """ "From position `base` the text goes on with `draft`." Then the cloud may decode `extend` tokens by itself."""
+
+    base: int
+    draft: tuple[int, ...] = ()
+    extend: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms at temperature 1: of the committed token, and (id, value) of the likeliest."""
+
+    own: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The text grew from `base` tokens by `accepted` of the draft and by `tokens`. No growth: the draft was stale."""
+
+    base: int
+    accepted: int = 0
+    tokens: tuple[int, ...] = ()
+    extension: bool = False
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    passes: int = 0
+    held: int = 0
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a service says of a language model it holds."""
+
+    fingerprint: bytes
+    name: str
+    vocab: int
+    context: int
+    numerics: str

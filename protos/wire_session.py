@@ -1,0 +1,145 @@
+"""models.language.session <-> messages of `Generate`. Checked here, before anything is allocated for them.
+
+Opening, Round -> pack_opening, pack_round -> GenerateRequest ~~~ unpack_generate -> Opening or Round
+Committed -> pack_committed -> GenerateResponse ~~~ unpack_committed -> Committed or an error
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from models.errors import InvalidInput, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
+from models.language.sampling import Sampling
+from models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
+from protos import limits, status
+from protos.isthmus.v1 import isthmus_pb2 as pb
+from protos.wire import MICROSECONDS, microseconds
+
+
+def pack_opening(opening: Opening) -> pb.GenerateRequest:
+    sampling = opening.sampling
+    return pb.GenerateRequest(
+        open=pb.Open(
+            wire_version=limits.WIRE_VERSION,
+            model=opening.model[: limits.BUNDLE_ID_BYTES],
+            session=opening.session,
+            start=opening.start,
+            tokens=opening.tokens,
+            crc32=opening.crc32,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            logprobs=0 if opening.logprobs is None else opening.logprobs + 1,
+        )
+    )
+
+
+def pack_round(round_: Round) -> pb.GenerateRequest:
+    return pb.GenerateRequest(round=pb.Round(base=round_.base, draft=round_.draft, extend=round_.extend))
+
+
+def unpack_generate(message: pb.GenerateRequest) -> Opening | Round:
+    """Raises UnsupportedVersion, InvalidInput, PayloadTooLarge or PayloadCorrupt, each naming what was expected."""
+    kind = message.WhichOneof("kind")
+    if kind == "open":
+        return unpack_opening(message.open)
+    if kind == "round":
+        return unpack_round(message.round)
+    raise InvalidInput("the message is neither an opening nor a round")
+
+
+def unpack_opening(message: pb.Open) -> Opening:
+    if message.wire_version != limits.WIRE_VERSION:
+        raise UnsupportedVersion(f"wire version {message.wire_version}, this service reads {limits.WIRE_VERSION}")
+    if len(message.model) != limits.BUNDLE_ID_BYTES:
+        raise InvalidInput(f"model has {len(message.model)} bytes, expected {limits.BUNDLE_ID_BYTES}")
+    if len(message.session) != SESSION_BYTES:
+        raise InvalidInput(f"session has {len(message.session)} bytes, expected {SESSION_BYTES}")
+    total = message.start + len(message.tokens)
+    if not 1 <= total <= limits.MAX_TOKENS:
+        raise PayloadTooLarge(f"the session has {total} tokens, expected 1 to {limits.MAX_TOKENS}")
+    if not message.start and (found := checksum(message.tokens)) != message.crc32:
+        raise PayloadCorrupt(f"CRC-32 of the tokens is {found:08x}, the opening says {message.crc32:08x}")
+    if message.logprobs > limits.MAX_LOGPROBS + 1:
+        raise InvalidInput(f"logprobs asks for {message.logprobs - 1}, at most {limits.MAX_LOGPROBS} are given")
+    # A float32 of the wire is rounded, so that 1.1 stays what was asked: noise and threshold depend on it.
+    sampling = Sampling(round(message.temperature, 6), round(message.top_p, 6), message.seed)
+    return Opening(
+        model=message.model,
+        session=message.session,
+        start=message.start,
+        tokens=tuple(message.tokens),
+        crc32=message.crc32,
+        sampling=sampling,
+        logprobs=message.logprobs - 1 if message.logprobs else None,
+    )
+
+
+def unpack_round(message: pb.Round) -> Round:
+    if len(message.draft) > limits.MAX_DRAFT:
+        raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, at most {limits.MAX_DRAFT} are verified")
+    if not 1 <= message.base <= limits.MAX_TOKENS or message.extend > limits.MAX_TOKENS:
+        raise InvalidInput(f"base {message.base} and extend {message.extend}: at most {limits.MAX_TOKENS} tokens")
+    return Round(message.base, tuple(message.draft), message.extend)
+
+
+def pack_committed(committed: Committed) -> pb.GenerateResponse:
+    rows = [
+        pb.Logprobs(own=row.own, tokens=[id_ for id_, _ in row.top], values=[value for _, value in row.top])
+        for row in committed.logprobs
+    ]
+    return pb.GenerateResponse(
+        base=committed.base,
+        accepted=committed.accepted,
+        tokens=committed.tokens,
+        extension=committed.extension,
+        queue_us=microseconds(committed.queue_s),
+        compute_us=microseconds(committed.compute_s),
+        passes=committed.passes,
+        held=committed.held,
+        logprobs=rows,
+    )
+
+
+def pack_generate_error(error: Exception) -> pb.GenerateResponse:
+    code, text = status.of_error(error)
+    return pb.GenerateResponse(error=pb.Error(code=code.value[0], message=text))
+
+
+def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
+    """Raises the error that the response carries, or InvalidInput for tokens that the model does not have."""
+    if message.HasField("error"):
+        raise status.to_error(status.code_of(message.error.code), message.error.message)
+    if message.accepted > limits.MAX_DRAFT or len(message.tokens) > limits.MAX_TOKENS:
+        raise InvalidInput("the cloud committed more tokens than it was asked for")
+    if any(id_ >= vocab for id_ in message.tokens):
+        raise InvalidInput(f"the cloud sent a token outside of the vocabulary of {vocab}")
+    return Committed(
+        base=message.base,
+        accepted=message.accepted,
+        tokens=tuple(message.tokens),
+        extension=message.extension,
+        queue_s=message.queue_us / MICROSECONDS,
+        compute_s=message.compute_us / MICROSECONDS,
+        passes=message.passes,
+        held=message.held,
+        logprobs=tuple(unpack_logprobs(row, vocab) for row in message.logprobs),
+    )
+
+
+def unpack_logprobs(row: pb.Logprobs, vocab: int) -> Logprobs:
+    values = [row.own, *row.values]
+    if len(row.tokens) != len(row.values) or any(id_ >= vocab for id_ in row.tokens):
+        raise InvalidInput("the cloud sent log probabilities of tokens that do not exist")
+    if any(math.isnan(value) or value > 1e-3 for value in values):
+        raise InvalidInput("the cloud sent numbers that are not log probabilities")
+    return Logprobs(row.own, tuple(zip(row.tokens, row.values, strict=True)))
+
+
+def checksum(tokens: Sequence[int]) -> int:
+    """CRC-32 of token ids, each as little-endian uint32."""
+    return zlib.crc32(np.asarray(tokens, "<u4").tobytes())
