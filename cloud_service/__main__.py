@@ -31,6 +31,16 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
     envvar="ISTHMUS_CLOUD_BUNDLE",
     help="A bundle to serve; repeatable, in the environment separated by colons.",
 )
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    envvar="ISTHMUS_CLOUD_MODEL",
+    help="A language model to serve: a GGUF file, a Hugging Face folder, or smollm2; repeatable.",
+)
+@click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float32"]), help="Of language models.")
+@click.option("--width", default=16, type=click.IntRange(1, 256), help="Rows of a decoder's forward pass.")
+@click.option("--context-mb", default=2048, type=click.IntRange(1), help="Memory of all sessions of a model.")
 @click.option("--listen", default="127.0.0.1:50051", help="gRPC address; port 0 picks a free one.")
 @click.option("--metrics", default="127.0.0.1:9101", help="Address of /metrics; empty for none.")
 @click.option("--threads", default=0, help="PyTorch threads; 0 for every core.")
@@ -45,6 +55,10 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--json", "as_json", is_flag=True, help="Log as JSON lines; with --check, print JSON.")
 def main(
     bundles: tuple[Path, ...],
+    models: tuple[str, ...],
+    dtype: str,
+    width: int,
+    context_mb: int,
     listen: str,
     metrics: str,
     threads: int,
@@ -58,16 +72,20 @@ def main(
     check: str | None,
     as_json: bool,
 ) -> None:
-    """Serve the cloud half of bundles to devices."""
+    """Serve the cloud half of bundles, and language models, to devices."""
     if check:
         sys.exit(print_health(check, as_json))
-    if not bundles:
-        raise click.UsageError("give at least one --bundle")
+    if not bundles and not models:
+        raise click.UsageError("give at least one --bundle or --model")
     if (tls_certificate is None) != (tls_key is None) or (tls_client_ca and not tls_key):
         raise click.UsageError("--tls-certificate and --tls-key go together, --tls-client-ca needs both")
     start_logging(as_json)
     config = CloudConfig(
         bundles=bundles,
+        models=models,
+        dtype=dtype,
+        width=width,
+        context_bytes=context_mb << 20,
         listen=listen,
         metrics=metrics or None,
         threads=threads,

@@ -57,3 +57,31 @@ def next_batch(queue: Sequence[Work], now_s: float, limits: BatchLimits) -> Batc
             return BatchPlan((), expired, left_s)
         chosen = oldest
     return BatchPlan(tuple(chosen[: limits.max_size]), expired, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Rows that one session could have in the next pass, and the number of the pass that last served it."""
+
+    ticket: int
+    rows: int
+    served: int
+
+
+def next_pass(wants: Sequence[Want], width: int) -> list[tuple[int, int]]:
+    """(ticket, rows) of the next pass of `width` rows, at most.
+
+    The least recently served come first, each with half a pass at most; what is left then goes to them in the same
+    order. So a long prompt fills what others leave, and holds nobody up.
+    """
+    order = sorted((want for want in wants if want.rows), key=lambda want: (want.served, want.ticket))
+    given: dict[int, int] = {}
+    left = width
+    for share in (max(width // 2, 1), width):
+        for want in order:
+            had = given.get(want.ticket, 0)
+            rows = min(max(min(want.rows, share) - had, 0), left)
+            if rows:
+                given[want.ticket] = had + rows
+                left -= rows
+    return list(given.items())

@@ -21,7 +21,11 @@ class Tls:
 class CloudConfig:
     """`listen` and `metrics` are host:port; port 0 picks a free one."""
 
-    bundles: tuple[Path, ...]
+    bundles: tuple[Path, ...] = ()
+    models: tuple[str, ...] = ()  # GGUF files, Hugging Face folders, or `smollm2`
+    dtype: str = "bfloat16"  # of a language model's matrix products
+    width: int = 16  # rows of a decoder's forward pass
+    context_bytes: int = 2 << 30  # of all sessions' keys and values, for each model
     listen: str = "127.0.0.1:50051"
     metrics: str | None = "127.0.0.1:9101"
     threads: int = 0  # of PyTorch; 0 for every core

@@ -18,12 +18,16 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.process_collector import ProcessCollector
 
 from cloud_service.config import CloudConfig, Tls
+from cloud_service.generation import Generation
+from cloud_service.generation_metrics import GenerationMetrics
 from cloud_service.inference import Answerer
 from cloud_service.metrics import CloudMetrics
 from cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
 from cloud_service.worker import Worker
 from models.bundle import Bundle
 from models.errors import InvalidInput
+from models.language.checkpoint import Checkpoint
+from models.language.decoder import DTYPES, Decoder
 from protos import limits
 
 MAX_CONCURRENT_CALLS = 1024  # open streams and calls; above it gRPC answers RESOURCE_EXHAUSTED at once
@@ -51,7 +55,9 @@ async def serve(config: CloudConfig) -> None:
     ProcessCollector(registry=registry)
     metrics = CloudMetrics(registry, bundles)
     worker = Worker({a.info.fingerprint: a for a in answerers}, config.batch, config.queue_limit, metrics)
-    servicer = Servicer(worker, service_info(bundles), metrics)
+    generations = [load_model(source, config, registry) for source in config.models]
+    models = tuple(generation.info for generation in generations)
+    servicer = Servicer(worker, service_info(bundles, models), metrics, generations)
     server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
     attach(servicer, server)
     health_servicer = health.aio.HealthServicer()
@@ -61,24 +67,35 @@ async def serve(config: CloudConfig) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    running = asyncio.create_task(worker.run())
+    running = [asyncio.create_task(part.run()) for part in (worker, *generations)]
     await server.start()
     for name in ("", SERVICE_NAME):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    names = ", ".join(f"{info.name} {info.fingerprint.hex()[:12]}" for info in bundles)
+    names = ", ".join(f"{info.name} {info.fingerprint.hex()[:12]}" for info in (*bundles, *models))
     log.info("serving %s on port %d, metrics on port %s", names, bound.grpc_port, bound.metrics_port)
     await stopping.wait()
     log.info("draining, at most %.0f s", config.drain_s)
     await health_servicer.enter_graceful_shutdown()
     servicer.drain()
+    for generation in generations:
+        generation.drain()
     try:
         await asyncio.wait_for(servicer.drained(), config.drain_s)
     except TimeoutError:
         log.warning("some streams did not half-close in time")
     await server.stop(config.drain_s)  # calls that came in with the signal are still answered
     worker.drain()
-    await running
+    await asyncio.gather(*running)
     log.info("drained")
+
+
+def load_model(source: str, config: CloudConfig, registry: CollectorRegistry) -> Generation:
+    """A language model, warm. Raises BundleError, ServiceError when its answers would depend on the batch."""
+    checkpoint = Checkpoint.open(source)
+    decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
+    generation = Generation(checkpoint, decoder, config.context_bytes, GenerationMetrics(registry, checkpoint.name))
+    generation.warm_up()
+    return generation
 
 
 def bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:

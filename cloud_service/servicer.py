@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import grpc
 
+from cloud_service.generation import Generation
 from cloud_service.metrics import CloudMetrics
+from cloud_service.talk import Talk
 from cloud_service.worker import Worker
 from models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError
+from models.language.session import Committed, ModelInfo
 from models.types import BundleInfo, CloudAnswer, ServiceInfo
-from protos import limits, status, wire
+from protos import limits, status, wire, wire_session
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
@@ -22,8 +25,13 @@ from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 class Servicer(pb_grpc.IsthmusServicer):
     """isthmus.v1.Isthmus over one worker."""
 
-    def __init__(self, worker: Worker, info: ServiceInfo, metrics: CloudMetrics) -> None:
+    def __init__(
+        self, worker: Worker, info: ServiceInfo, metrics: CloudMetrics, generations: Sequence[Generation] = ()
+    ) -> None:
         self._worker = worker
+        self._generations = {
+            generation.info.fingerprint[: limits.BUNDLE_ID_BYTES]: generation for generation in generations
+        }
         self._info = info
         self._metrics = metrics
         self._draining = asyncio.Event()
@@ -58,6 +66,30 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._streams -= 1
             farewell.cancel()
             feeder.cancel()
+
+    async def Generate(
+        self, requests: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        talk = Talk(self._generations)
+        feeder = asyncio.create_task(talk.listen(requests))
+        self._streams += 1
+        try:
+            while True:
+                answer = await talk.answers.get()
+                if answer is None:
+                    break
+                if isinstance(answer, Committed):
+                    yield wire_session.pack_committed(answer)
+                    continue
+                code = status.of_error(answer)[0].name
+                self._metrics.answered("Generate", code, 0.0)
+                yield wire_session.pack_generate_error(answer)
+                if isinstance(answer, Draining):
+                    break
+        finally:
+            self._streams -= 1
+            feeder.cancel()
+            talk.leave()
 
     async def Describe(
         self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -130,9 +162,9 @@ class Servicer(pb_grpc.IsthmusServicer):
             raise
 
 
-def service_info(bundles: tuple[BundleInfo, ...]) -> ServiceInfo:
+def service_info(bundles: tuple[BundleInfo, ...], models: tuple[ModelInfo, ...] = ()) -> ServiceInfo:
     """What `Describe` answers."""
-    return ServiceInfo(version("isthmus"), limits.WIRE_VERSION, bundles)
+    return ServiceInfo(version("isthmus"), limits.WIRE_VERSION, bundles, models)
 
 
 def attach(servicer: Servicer, server: grpc.aio.Server) -> None:

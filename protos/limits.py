@@ -17,6 +17,7 @@ MAX_ERROR_CHARACTERS = 500
 
 MAX_TOKENS = 1 << 18  # of a session: far above the context of what runs here, far below what hurts
 MAX_DRAFT = 64  # tokens of a round; acceptance beyond that is rare, and a round is computed whole
+MAX_ROUNDS = 8  # of one session that wait in the cloud: a device that drafts ahead has two or three
 MAX_LOGPROBS = 20  # as many as the API that people use allows
 
 MAX_BUDGET_MS = 600_000  # nobody waits ten minutes for one photo; keeps a wild number out of the queue's arithmetic

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +37,16 @@ class LlamaConfig:
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3: RMSNorm of each query and key head
     rope_scaling: RopeScaling | None = None
+
+
+def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
+    """Rotary frequencies in radians a token (head_dim / 2,) (Su et al., 2021)."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    turns = scaling.original_context * frequencies / (2 * math.pi)  # within the original context
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(smooth, 0, 1)
+    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)

@@ -1,0 +1,140 @@
+"""One session's text in the cloud, and how a round makes it grow. No queue, no thread, no network.
+
+tokens (committed)  t0 t1 ... t(L-1)
+draft               from position `base`: what it shares with the committed is cut off, another text makes it stale
+rows fed            tokens[cache.length:] + draft; the row of position p decides the token of position p + 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from models.language.kv_cache import KVCache
+from models.language.sampling import Floats, Sampling, choose, log_softmax
+from models.language.session import Committed, Logprobs, Round
+
+
+@dataclass
+class Work:
+    """A round under way: `fed` tokens of committed text and draft have been run, `matched` of the draft are confirmed."""
+
+    draft: tuple[int, ...]
+    skipped: int  # draft tokens that were committed already when the round began
+    extend: int
+    extension: bool
+    arrived_s: float
+    started_s: float | None = None
+    matched: int = 0
+    compute_s: float = 0.0
+    passes: int = 0
+    logprobs: list[Logprobs] = field(default_factory=list)
+
+
+class Text:
+    """A session's committed tokens and the cache of their keys and values (None: evicted, to be made again)."""
+
+    def __init__(
+        self, tokens: Sequence[int], sampling: Sampling, logprobs: int | None, eos_ids: frozenset[int], context: int
+    ) -> None:
+        self.tokens = list(tokens)
+        self.sampling = sampling
+        self.cache: KVCache | None = None
+        self.work: Work | None = None
+        self._logprobs = logprobs
+        self._eos_ids = eos_ids
+        self._context = context
+        self._ended = False
+
+    def begin(self, round_: Round, arrived_s: float) -> Committed | None:
+        """Take up a round. A stale one, or one with nothing left to decide, is answered at once."""
+        length = len(self.tokens)
+        known = self.tokens[round_.base : round_.base + len(round_.draft)]
+        if round_.base > length or list(round_.draft[: len(known)]) != known:
+            return Committed(length)
+        if self.finished:
+            return Committed(round_.base, len(known))
+        draft = round_.draft[len(known) :][: self._context - length - 1]
+        self.work = Work(draft, len(known), round_.extend, False, arrived_s)
+        return None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing can follow: an end-of-text token was committed, or the context is full."""
+        return self._ended or len(self.tokens) >= self._context
+
+    @property
+    def rows(self) -> int:
+        """Rows that the round could still use."""
+        if self.work is None:
+            return 0
+        return len(self.tokens) + len(self.work.draft) - (self.cache.length if self.cache else 0)
+
+    def next_ids(self, count: int) -> list[int]:
+        """The next `count` tokens to feed."""
+        assert self.work is not None and self.cache is not None
+        start = self.cache.length
+        return [*self.tokens, *self.work.draft][start : start + count]
+
+    def decides(self, count: int) -> bool:
+        """Whether the next `count` rows decide a token."""
+        assert self.cache is not None
+        return self.cache.length + count >= len(self.tokens)
+
+    def settle(self, logits_NV: Floats | None, count: int, seconds: float) -> Committed | None:
+        """Take `count` rows' logits (None when they decide nothing) after a pass; what it committed, if it ended it."""
+        work, cache = self.work, self.cache
+        assert work is not None and cache is not None
+        work.compute_s += seconds
+        work.passes += 1
+        if logits_NV is None:
+            return None
+        length, first = len(self.tokens), cache.length - count
+        for row in range(count):
+            index = first + row + 1 - length  # of the draft token that this row confirms or not
+            if index < work.matched:  # the text itself, or run again after an eviction
+                continue
+            token = choose(logits_NV[row], self.sampling, length + index)
+            self._note(work, logits_NV[row], token)
+            if index < len(work.draft) and work.draft[index] == token:
+                work.matched += 1
+                if token in self._eos_ids:
+                    return self._commit(work, ())
+                continue
+            return self._commit(work, (token,))
+        return None
+
+    def next_extension(self, now_s: float) -> None:
+        """Go on alone after a round that allows it."""
+        work = self.work
+        assert work is not None
+        self.work = None
+        if work.extend and not self.finished:
+            self.work = Work((), 0, work.extend - 1, True, now_s)
+
+    def _commit(self, work: Work, own: tuple[int, ...]) -> Committed:
+        assert self.cache is not None
+        base = len(self.tokens)
+        self.tokens += [*work.draft[: work.matched], *own]
+        self._ended = self.tokens[-1] in self._eos_ids
+        self.cache.truncate(min(self.cache.length, base + work.matched))
+        queue_s = (work.started_s or work.arrived_s) - work.arrived_s
+        return Committed(
+            base=base - work.skipped,
+            accepted=work.skipped + work.matched,
+            tokens=own,
+            extension=work.extension,
+            queue_s=queue_s,
+            compute_s=work.compute_s,
+            passes=work.passes,
+            logprobs=tuple(work.logprobs),
+        )
+
+    def _note(self, work: Work, logits_V: Floats, token: int) -> None:
+        if self._logprobs is None:
+            return
+        logs_V = log_softmax(logits_V)
+        top = np.argsort(-logs_V, kind="stable")[: self._logprobs]
+        work.logprobs.append(Logprobs(float(logs_V[token]), tuple((int(id_), float(logs_V[id_])) for id_ in top)))

@@ -1,0 +1,81 @@
+"""What flows between the prompt loop and those who ask it: the HTTP API, the chat, the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from models.language.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from models.language.tokenizer import Tokenizer
+
+Arm = Literal["edge", "cloud", "verify"]
+ARMS: tuple[Arm, ...] = ("edge", "cloud", "verify")
+Source = Literal["edge", "cloud", "draft"]  # draft: made on the device and confirmed by the cloud
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One answer wanted. `top_logprobs` None: no log probabilities; 0: the token's own; n: the n likeliest as well."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    arm: Arm
+    sampling: Sampling = GREEDY
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A committed token: it will not be taken back. `top` holds (id, log probability), likeliest first."""
+
+    id: int
+    source: Source
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How an answer came to be. Counts of tokens, bytes of our messages with gRPC's prefix, seconds."""
+
+    finish: Literal["stop", "length"]  # end-of-text token, or max_tokens
+    prompt_tokens: int
+    tokens: int
+    arm: Arm
+    why: str  # of the arm or of a change of it in mid-answer
+    accepted: int = 0  # draft tokens that the cloud confirmed
+    rejected: int = 0
+    rounds: int = 0  # that the cloud answered
+    cached: int = 0  # prompt tokens whose state the cloud still held
+    bytes_up: int = 0
+    bytes_down: int = 0
+    rtt_s: float | None = None
+    cloud_s: float = 0.0  # queue and compute
+    degraded: bool = False  # the cloud was lost, and the device went on alone
+
+
+class Generator(Protocol):
+    """The prompt loop, as those who ask it see it."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together."""
+
+    def arms(self) -> tuple[Arm, ...]:
+        """Those that can be asked for now: without a cloud only edge."""
+
+    def generate(self, ask: Ask) -> Iterator[Token | Summary]:
+        """Tokens as they are committed, and last a Summary. A generator that blocks; closing it ends the cloud session.
+
+        Raises IsthmusError.
+        """
