@@ -19,7 +19,7 @@ from models.language.session import Committed, Logprobs, Round
 
 @dataclass
 class Work:
-    """A round under way: `fed` tokens of committed text and draft have been run, `matched` of the draft are confirmed."""
+    """A round under way; `matched` tokens of its draft are confirmed so far."""
 
     draft: tuple[int, ...]
     skipped: int  # draft tokens that were committed already when the round began

@@ -67,11 +67,12 @@ async def serve(config: CloudConfig) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    running = [asyncio.create_task(part.run()) for part in (worker, *generations)]
+    running = [asyncio.create_task(worker.run()), *(asyncio.create_task(g.run()) for g in generations)]
     await server.start()
     for name in ("", SERVICE_NAME):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    names = ", ".join(f"{info.name} {info.fingerprint.hex()[:12]}" for info in (*bundles, *models))
+    held = [(info.name, info.fingerprint) for info in bundles] + [(info.name, info.fingerprint) for info in models]
+    names = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in held)
     log.info("serving %s on port %d, metrics on port %s", names, bound.grpc_port, bound.metrics_port)
     await stopping.wait()
     log.info("draining, at most %.0f s", config.drain_s)

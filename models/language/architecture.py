@@ -49,4 +49,5 @@ def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     turns = scaling.original_context * frequencies / (2 * math.pi)  # within the original context
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(smooth, 0, 1)
-    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+    scaled: NDArray[np.float32] = ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+    return scaled

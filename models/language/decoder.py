@@ -46,7 +46,7 @@ class Linear:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, width: int) -> None:
         self._bias_O = bias_O
         # The packed product is what torch.compile itself emits on a CPU, twice as fast; private, hence the exact pin.
-        self._packed = weight_OI.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._packed = weight_OI.device.type == "cpu" and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         pack = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=width) if self._packed else Tensor.contiguous
         self._weight = pack(weight_OI)
 
@@ -154,7 +154,7 @@ class Decoder:
         config = self.config
         sizes = [config.heads, config.kv_heads, config.kv_heads]
         qkv_NXD = layer.qkv(self._norm(x_NH, layer.input_norm_H).to(self.dtype)).view(self.width, -1, config.head_dim)
-        q_NHD, k_NKD, v_NKD = qkv_NXD.split(sizes, dim=1)
+        q_NHD, k_NKD, v_NKD = torch.split(qkv_NXD, sizes, dim=1)
         q_NHD, k_NKD = q_NHD.float(), k_NKD.float()
         if layer.q_norm_D is not None and layer.k_norm_D is not None:
             q_NHD, k_NKD = self._norm(q_NHD, layer.q_norm_D), self._norm(k_NKD, layer.k_norm_D)

@@ -11,7 +11,7 @@ GROWTH_TOKENS = 256  # capacity grows in steps of this many tokens
 
 
 class KVCache:
-    """Rotated keys and values of layers [start, stop), each (kv_heads, capacity, head_dim), the first `length` valid."""
+    """Rotated keys and values of some layers, each (kv_heads, capacity, head_dim); the first `length` are valid."""
 
     def __init__(self, config: LlamaConfig, layers: range, dtype: torch.dtype) -> None:
         self._shape = (2, config.kv_heads, GROWTH_TOKENS, config.head_dim)

@@ -53,7 +53,8 @@ class OnnxDecoder:
 
     def extend(self, ids: Sequence[int]) -> Floats:
         """Append tokens; logits (vocab,) for the one that follows. Raises InvalidInput when they do not fit."""
-        return self.logits(self._hidden(ids)[-1:])[0]
+        logits_V: Floats = self.logits(self._hidden(ids)[-1:])[0]
+        return logits_V
 
     def extend_all(self, ids: Sequence[int]) -> Floats:
         """Append tokens; logits (len(ids), vocab) behind each of them."""
@@ -85,7 +86,8 @@ class OnnxDecoder:
         self._layers.run_with_iobinding(binding)
         self.length = total
         hidden_1NH: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
-        return hidden_1NH[0]
+        hidden_NH: Floats = hidden_1NH[0]
+        return hidden_NH
 
 
 def session(model: ModelProto, threads: int) -> ort.InferenceSession:

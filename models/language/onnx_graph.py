@@ -33,8 +33,8 @@ def quantise8(weight_OI: Floats) -> tuple[Bytes, Floats]:
     """Codes (O, I / 32, 32) around 128 and scales (O, I / 32). Raises BundleError unless 32 divides I."""
     blocks_OGB = in_blocks(weight_OI)
     scale_OG = np.maximum(np.abs(blocks_OGB).max(-1) / 127, 1e-12).astype(np.float32)
-    codes_OGB = np.rint(blocks_OGB / scale_OG[..., None]) + 128
-    return codes_OGB.astype(np.uint8), scale_OG
+    codes_OGB = (np.rint(blocks_OGB / scale_OG[..., None]) + 128).astype(np.uint8)
+    return codes_OGB, scale_OG
 
 
 def quantise4(weight_OI: Floats) -> tuple[Bytes, Floats, Bytes]:
@@ -58,8 +58,7 @@ def in_pairs(codes: Bytes) -> Bytes:
     """Two 4-bit codes a byte along the last axis, the first in the low half."""
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
-    packed: Bytes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return packed
+    return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
 
 
 class Graph:
@@ -117,7 +116,7 @@ def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int)
     graph.node("Identity", [x], ["out"])
     caches = [f"{index}.{part}" for index in layers for part in ("key", "value")]
     cache_shape = [1, config.kv_heads, context, config.head_dim]
-    hidden = [1, "S", config.hidden]
+    hidden: list[int | str] = [1, "S", config.hidden]
     inputs = [value("hidden", hidden), value("last", [1], TensorProto.INT32), value("total", [], TensorProto.INT32)]
     inputs += [value(f"past.{cache}", cache_shape) for cache in caches]
     outputs = [value("out", hidden), *(value(f"present.{cache}", cache_shape) for cache in caches)]

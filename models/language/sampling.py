@@ -1,7 +1,7 @@
 """Which token follows: greedy, or sampled with noise that device and cloud share.
 
 A sampled token is the argmax of logits / temperature + Gumbel noise, and the noise is a function of seed and position
-alone (the Gumbel-max trick). So the cloud's answer is one fixed sequence for a seed, whoever drafts: a draft is accepted
+alone (the Gumbel-max trick). So the cloud's answer is one fixed sequence for a seed, whoever drafts: a draft counts
 exactly when it is that token, and the distribution is the cloud's own. A device that drafts with the same noise is
 accepted nearly as often as under rejection sampling, with no probabilities on the wire (Daliri, Musco, Suresh,
 "Coupling without Communication and Drafter-Invariant Speculative Decoding", 2024).
