@@ -1,69 +1,43 @@
 """Continuous batching of language sessions: one compute thread, passes of one shape, rows of many sessions in each.
 
-Everything here but `_compute` runs on the event loop's thread. While a pass runs, the loop only appends to a session's
-rounds and marks sessions as left; all else of a session belongs to the pass.
+Everything here but `_compute` runs on the event loop's thread. From the plan to the answers of a pass `_busy` is held:
+meanwhile the loop only appends to a session's rounds and marks sessions as left or ending.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 
 from cloud_service.batching import Want, next_pass
-from cloud_service.contexts import Contexts
 from cloud_service.generation_metrics import GenerationMetrics
-from cloud_service.rounds import Text
-from models.errors import ContextGone, Draining, InvalidInput, IsthmusError, Overloaded, ServiceError
+from cloud_service.sessions import IDLE_S, Answer, Answers, Session, Sessions
+from models.errors import Draining, IsthmusError, Overloaded, ServiceError
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, check_rows
-from models.language.session import Committed, ModelInfo, Opening, Round
+from models.language.session import ModelInfo, Opening, Round
 from protos.limits import MAX_ROUNDS
-from protos.wire_session import checksum
 
-MAX_SESSIONS = 4096  # texts kept, with or without state: a few kilobytes each
 STAY_PASSES = 32  # how long a session at work keeps its state when others want the memory: less would only thrash
-IDLE_S = 600.0  # how long a state is kept that no device is connected to
 
-Answer = Committed | IsthmusError
-
-
-@dataclass(eq=False)
-class Session:
-    """A text, its rounds in order of arrival, and the queue of whoever is connected to it."""
-
-    name: bytes
-    ticket: int
-    text: Text
-    answers: asyncio.Queue[Answer | None]
-    rounds: deque[tuple[Round, float]] = field(default_factory=deque)
-    attached: bool = True
-    served: int = 0  # number of the pass that last had rows of it
-    admitted: int = 0  # number of the pass before which it was given memory
-    held: int = 0  # tokens whose state was there when it was opened; said once
+Plan = list[tuple[Session, int]]  # rows of each session in a pass
 
 
 class Generation:
     """One language model over sessions within a memory budget."""
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, budget_bytes: int, metrics: GenerationMetrics) -> None:
-        dtype = str(decoder.dtype).removeprefix("torch.")
-        config = checkpoint.config
-        self.info = ModelInfo(
-            checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, f"{dtype}/{decoder.width}"
-        )
-        self._config, self._eos_ids = config, checkpoint.tokenizer.eos_ids
+        config, dtype = checkpoint.config, str(decoder.dtype).removeprefix("torch.")
+        numerics = f"{dtype}/{decoder.width}"
+        self.info = ModelInfo(checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics)
         self._decoder = decoder
-        self._contexts = Contexts(budget_bytes, IDLE_S)
         self._metrics = metrics
-        self._sessions: dict[bytes, Session] = {}
-        self._tickets = itertools.count()
+        self._sessions = Sessions(decoder, checkpoint.tokenizer.eos_ids, budget_bytes, metrics)
         self._passes = 0
         self._changed = asyncio.Event()
-        self._computing = asyncio.Lock()
+        self._busy = asyncio.Lock()
         self._draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
@@ -71,102 +45,107 @@ class Generation:
         """Compile kernels, and prove that answers do not depend on the batch. Raises ServiceError when they do."""
         check_rows(self._decoder)
 
-    async def open(self, opening: Opening, answers: asyncio.Queue[Answer | None]) -> Session:
+    async def open(self, opening: Opening, answers: Answers) -> Session:
         """A session with these tokens, its state taken over as far as it is held. What follows goes to `answers`.
 
         Raises InvalidInput, ContextGone, Overloaded or Draining.
         """
-        if self._draining:
-            raise Draining("the service is shutting down")
-        if opening.session not in self._sessions:
-            return self._open(opening, None, answers)
-        async with self._computing:  # the state that is taken over may be part of a pass
-            return self._open(opening, self._sessions.get(opening.session), answers)
-
-    def _open(self, opening: Opening, former: Session | None, answers: asyncio.Queue[Answer | None]) -> Session:
-        tokens = self._tokens(opening, former)
-        probe = self._decoder.new_cache()
-        if probe.bytes_for(len(tokens) + 1) > self._contexts.budget_bytes:
-            raise Overloaded(f"the state of {len(tokens)} tokens does not fit into {self._contexts.budget_bytes} bytes")
-        if former is None and len(self._sessions) >= MAX_SESSIONS:
-            raise Overloaded(f"{MAX_SESSIONS} sessions are open already")
-        text = Text(tokens, opening.sampling, opening.logprobs, self._eos_ids, self._config.context)
-        session = Session(opening.session, next(self._tickets), text, answers, served=self._passes)
-        if former is not None:
-            self._take_over(former, session)
-        self._sessions[session.name] = session
-        self._record(session)
-        return session
+        async with self._busy:  # the state that is taken over may be part of a pass
+            self._check_open()
+            return self._sessions.open(opening, answers, self._passes)
 
     def add(self, session: Session, round_: Round) -> None:
-        """Queue a round. Raises InvalidInput for tokens that the model lacks, Overloaded, ContextGone."""
-        if self._sessions.get(session.name) is not session:
-            raise ContextGone("this session was opened again elsewhere")
-        self._check_ids(round_.draft)
+        """Queue a round. Raises InvalidInput for tokens that the model lacks, Overloaded, Draining.
+
+        Of a session that was opened again elsewhere it is dropped: its device has been told.
+        """
+        self._check_open()
+        if session not in self._sessions:
+            return
+        self._sessions.check_ids(round_.draft)
         if len(session.rounds) >= MAX_ROUNDS:
             raise Overloaded(f"{MAX_ROUNDS} rounds of this session are waiting already")
         session.rounds.append((round_, time.monotonic()))
         self._changed.set()
 
+    def end(self, session: Session) -> None:
+        """The device sends no more rounds: None follows the answers of those that are outstanding."""
+        session.ending = True
+        if session not in self._sessions:
+            session.end()
+        self._changed.set()
+
     def leave(self, session: Session) -> None:
-        """The device has gone; its state stays until the memory is wanted."""
-        session.attached = False
-        session.rounds.clear()
-        if self._sessions.get(session.name) is session:
-            self._record(session)
+        """The device has gone; the state stays until the memory is wanted."""
+        self._sessions.leave(session)
         self._changed.set()
 
     def drain(self) -> None:
         """Tell every device to go elsewhere, with the tokens it has; `run` returns after the pass at hand."""
         self._draining = True
-        for session in self._sessions.values():
-            if session.attached:
-                session.answers.put_nowait(Draining("the service is shutting down"))
+        for session in self._sessions:
+            session.tell(Draining("the service is shutting down"))
         self._changed.set()
 
     async def run(self) -> None:
-        """Compute passes until drained and idle."""
+        """Compute passes until drained."""
         while True:
-            self._begin_rounds()
-            plan = self._plan()
-            if plan:
-                await self._pass(plan)
-            elif self._draining:
+            async with self._busy:
+                for session in self._sessions:
+                    self._begin(session)
+                plan = self._plan()
+                if plan:
+                    await self._pass(plan)
+            if not plan and self._draining:
                 break
-            else:
+            if not plan:
                 await self._arrival()
         self._thread.shutdown()
 
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Draining("the service is shutting down")
+
     async def _arrival(self) -> None:
+        self._sessions.forget_idle()
         self._changed.clear()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), IDLE_S / 10)
-        except TimeoutError:
-            for name in self._contexts.idle(time.monotonic()):
-                self._evict(name, "idle")
 
-    def _begin_rounds(self) -> None:
-        for session in self._sessions.values():
-            if self._draining or not session.attached:
-                session.rounds.clear()
-                session.text.work = None
-            if session.rounds and session.text.work is not None and session.text.work.extension:
-                session.text.work = None  # a round ends what the cloud was decoding by itself
-            while session.text.work is None and session.rounds:
-                at_once = session.text.begin(*session.rounds.popleft())
-                if at_once is not None:
-                    session.answers.put_nowait(at_once)
+    def _begin(self, session: Session) -> None:
+        """Take up the next round that needs a pass; those that need none are answered at once."""
+        text = session.text
+        if self._draining or not session.attached:
+            session.rounds.clear()
+            text.work = None
+        if session.rounds and text.work is not None and text.work.extension:
+            text.work = None  # a round ends what the cloud was decoding by itself
+        while text.work is not None or session.rounds:
+            if text.work is None and (at_once := text.begin(*session.rounds.popleft())) is not None:
+                session.tell(at_once)
+            elif self._sessions.fits(session):
+                return
+            else:
+                self._fail(session, self._sessions.too_large(len(text.tokens)))
+        if session.ending:
+            session.end()
 
-    def _plan(self) -> list[tuple[Session, int]]:
+    def _plan(self) -> Plan:
         """Rows of the next pass, for sessions that have memory: who is at work keeps it, who waits longest gets it."""
-        waiting = [session for session in self._sessions.values() if session.text.work is not None]
-        served = [session for session in waiting if self._stays(session)]
-        others = [session for session in waiting if session not in served]
-        for session in served + sorted(others, key=lambda session: (session.served, session.ticket)):
-            if self._make_room(session, keep={other.name for other in served}) and session not in served:
-                served.append(session)
-        by_ticket = {session.ticket: session for session in served}
-        wants = [Want(session.ticket, session.text.rows, session.served) for session in served]
+        waiting = [session for session in self._sessions if session.text.work is not None]
+        stay = sorted(filter(self._stays, waiting), key=lambda session: (session.admitted, session.ticket))
+        staying = {session.name for session in stay}
+        others = [session for session in waiting if session.name not in staying]
+        served: dict[bytes, Session] = {}
+        for session in stay:  # the first always gets what it needs, if need be from those behind it
+            if self._sessions.make_room(session, served.keys(), self._passes):
+                served[session.name] = session
+        for session in sorted(others, key=lambda session: (session.served, session.ticket)):
+            if not self._sessions.make_room(session, served.keys() | staying, self._passes):
+                break  # or small ones would overtake a large one for ever
+            served[session.name] = session
+        by_ticket = {session.ticket: session for session in served.values()}
+        wants = [Want(ticket, session.text.rows, session.served) for ticket, session in by_ticket.items()]
         return [(by_ticket[ticket], rows) for ticket, rows in next_pass(wants, self._decoder.width)]
 
     def _stays(self, session: Session) -> bool:
@@ -174,30 +153,15 @@ class Generation:
         at_work = work is not None and (work.passes > 0 or self._passes - session.admitted < STAY_PASSES)
         return at_work and session.text.cache is not None
 
-    def _make_room(self, session: Session, keep: set[bytes]) -> bool:
-        text = session.text
-        assert text.work is not None
-        cache = text.cache or self._decoder.new_cache()
-        size = cache.bytes_for(len(text.tokens) + len(text.work.draft))
-        victims = self._contexts.victims(session.name, size, keep)
-        if victims is None:
-            return False
-        for name in victims:
-            self._evict(name, "budget")
-        if text.cache is None:
-            text.cache, session.admitted = cache, self._passes
-        self._contexts.record(session.name, max(size, cache.bytes), time.monotonic(), attached=True)
-        return True
-
-    async def _pass(self, plan: list[tuple[Session, int]]) -> None:
+    async def _pass(self, plan: Plan) -> None:
         started_s = time.monotonic()
         for session, _ in plan:
             assert session.text.work is not None
             session.text.work.started_s = session.text.work.started_s or started_s
         loop = asyncio.get_running_loop()
+        answers: list[Answer | None]
         try:
-            async with self._computing:
-                answers = await loop.run_in_executor(self._thread, self._compute, plan)
+            answers = await loop.run_in_executor(self._thread, self._compute, plan)
         except Exception:  # whatever went wrong, every device hears of it and the service lives on
             self._metrics.log_failure("pass failed")
             answers = [ServiceError("the pass failed") for _ in plan]
@@ -207,9 +171,9 @@ class Generation:
         for (session, _), answer in zip(plan, answers, strict=True):
             session.served = self._passes
             self._answer(session, answer, now_s)
-        self._metrics.contexts(len(self._contexts), self._contexts.held_bytes)
+        self._sessions.measure()
 
-    def _compute(self, plan: list[tuple[Session, int]]) -> list[Answer | None]:
+    def _compute(self, plan: Plan) -> list[Answer | None]:
         """One forward pass; what each session's round committed, if it ended."""
         started_s = time.monotonic()
         ids, spans, decides = [], [], False
@@ -234,59 +198,16 @@ class Generation:
         if answer is None:
             return
         if isinstance(answer, IsthmusError):
-            session.text.work, session.text.cache = None, None
-            self._contexts.drop(session.name)
-        else:
-            work = session.text.work
-            assert work is not None
-            self._metrics.committed(work.matched, len(work.draft), len(answer.tokens))
-            session.text.next_extension(now_s)
-            answer, session.held = with_held(answer, session.held), 0
-        session.answers.put_nowait(answer)
-
-    def _tokens(self, opening: Opening, former: Session | None) -> list[int]:
-        """All tokens of the session. Raises InvalidInput, ContextGone."""
-        self._check_ids(opening.tokens)
-        kept = former.text.tokens[: opening.start] if former is not None else []
-        tokens = [*kept, *opening.tokens]
-        if len(kept) < opening.start or checksum(tokens) != opening.crc32:
-            raise ContextGone(f"the first {opening.start} tokens of this session are not held here")
-        if len(tokens) >= self._config.context:
-            raise InvalidInput(f"{len(tokens)} tokens leave no room in the model's context of {self._config.context}")
-        return tokens
-
-    def _check_ids(self, ids: tuple[int, ...]) -> None:
-        if ids and max(ids) >= self._config.vocab:
-            raise InvalidInput(f"token {max(ids)} is outside of the model's vocabulary of {self._config.vocab}")
-
-    def _take_over(self, former: Session, session: Session) -> None:
-        if former.attached:
-            former.answers.put_nowait(ContextGone("this session was opened again elsewhere"))
-        former.rounds.clear()
-        former.text.work = None
-        cache, former.text.cache = former.text.cache, None
-        if cache is None:
+            self._fail(session, answer)
             return
-        same = itertools.takewhile(
-            lambda pair: pair[0] == pair[1], zip(former.text.tokens, session.text.tokens, strict=False)
-        )
-        cache.truncate(min(cache.length, sum(1 for _ in same), len(session.text.tokens) - 1))
-        session.text.cache, session.held = cache, cache.length
+        work = session.text.work
+        assert work is not None
+        own = min(len(answer.tokens), 1)  # at most the last is new
+        self._metrics.committed(work.matched, len(work.draft), own)
+        session.text.next_extension(now_s)
+        session.tell(answer)
 
-    def _record(self, session: Session) -> None:
-        size = session.text.cache.bytes if session.text.cache else 0
-        self._contexts.record(session.name, size, time.monotonic(), attached=session.attached)
-
-    def _evict(self, name: bytes, reason: str) -> None:
-        """Forget a session's state, and its text too when no device is connected to it."""
-        session = self._sessions[name]
-        session.text.cache = None
-        self._contexts.drop(name)
-        self._metrics.evicted(reason)
-        if not session.attached:
-            del self._sessions[name]
-
-
-def with_held(answer: Committed, held: int) -> Committed:
-    """The first answer after an opening says how much was held."""
-    return replace(answer, held=held) if held else answer
+    def _fail(self, session: Session, error: IsthmusError) -> None:
+        session.text.work = None
+        self._sessions.forget_state(session)
+        session.tell(error)

@@ -13,7 +13,7 @@ from models.types import BundleInfo
 
 LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-METHODS = ("Infer", "InferStream", "Describe")
+METHODS = ("Infer", "InferStream", "Generate", "Describe")
 REJECTIONS = ("queue", "deadline", "draining")
 DECODE_FAILURES: dict[type[IsthmusError], str] = {
     PayloadCorrupt: "corrupt",

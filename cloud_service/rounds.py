@@ -1,7 +1,7 @@
 """One session's text in the cloud, and how a round makes it grow. No queue, no thread, no network.
 
 tokens (committed)  t0 t1 ... t(L-1)
-draft               from position `base`: what it shares with the committed is cut off, another text makes it stale
+draft               from position `base`: what it shares with the committed is skipped, another text makes it stale
 rows fed            tokens[cache.length:] + draft; the row of position p decides the token of position p + 1
 """
 
@@ -21,8 +21,9 @@ from models.language.session import Committed, Logprobs, Round
 class Work:
     """A round under way; `matched` tokens of its draft are confirmed so far."""
 
-    draft: tuple[int, ...]
-    skipped: int  # draft tokens that were committed already when the round began
+    base: int
+    skipped: int  # tokens from `base` on that were sent, and committed already when the round began
+    draft: tuple[int, ...]  # the others
     extend: int
     extension: bool
     arrived_s: float
@@ -55,9 +56,9 @@ class Text:
         if round_.base > length or list(round_.draft[: len(known)]) != known:
             return Committed(length)
         if self.finished:
-            return Committed(round_.base, len(known))
+            return Committed(round_.base, len(known), tuple(self.tokens[round_.base + len(known) :]))
         draft = round_.draft[len(known) :][: self._context - length - 1]
-        self.work = Work(draft, len(known), round_.extend, False, arrived_s)
+        self.work = Work(round_.base, len(known), draft, round_.extend, False, arrived_s)
         return None
 
     @property
@@ -112,19 +113,20 @@ class Text:
         assert work is not None
         self.work = None
         if work.extend and not self.finished:
-            self.work = Work((), 0, work.extend - 1, True, now_s)
+            self.work = Work(len(self.tokens), 0, (), work.extend - 1, True, now_s)
 
     def _commit(self, work: Work, own: tuple[int, ...]) -> Committed:
         assert self.cache is not None
-        base = len(self.tokens)
+        length = len(self.tokens)
+        unsent = self.tokens[work.base + work.skipped :]  # the draft ended inside of the text
         self.tokens += [*work.draft[: work.matched], *own]
         self._ended = self.tokens[-1] in self._eos_ids
-        self.cache.truncate(min(self.cache.length, base + work.matched))
+        self.cache.truncate(min(self.cache.length, length + work.matched))
         queue_s = (work.started_s or work.arrived_s) - work.arrived_s
         return Committed(
-            base=base - work.skipped,
+            base=work.base,
             accepted=work.skipped + work.matched,
-            tokens=own,
+            tokens=(*unsent, *own),
             extension=work.extension,
             queue_s=queue_s,
             compute_s=work.compute_s,

@@ -19,7 +19,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from cloud_service.config import CloudConfig, Tls
 from cloud_service.generation import Generation
-from cloud_service.generation_metrics import GenerationMetrics
+from cloud_service.generation_metrics import GenerationFamilies, GenerationMetrics
 from cloud_service.inference import Answerer
 from cloud_service.metrics import CloudMetrics
 from cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
@@ -55,7 +55,8 @@ async def serve(config: CloudConfig) -> None:
     ProcessCollector(registry=registry)
     metrics = CloudMetrics(registry, bundles)
     worker = Worker({a.info.fingerprint: a for a in answerers}, config.batch, config.queue_limit, metrics)
-    generations = [load_model(source, config, registry) for source in config.models]
+    families = GenerationFamilies(registry)
+    generations = [load_model(source, config, families) for source in config.models]
     models = tuple(generation.info for generation in generations)
     servicer = Servicer(worker, service_info(bundles, models), metrics, generations)
     server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
@@ -90,11 +91,12 @@ async def serve(config: CloudConfig) -> None:
     log.info("drained")
 
 
-def load_model(source: str, config: CloudConfig, registry: CollectorRegistry) -> Generation:
+def load_model(source: str, config: CloudConfig, families: GenerationFamilies) -> Generation:
     """A language model, warm. Raises BundleError, ServiceError when its answers would depend on the batch."""
     checkpoint = Checkpoint.open(source)
     decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
-    generation = Generation(checkpoint, decoder, config.context_bytes, GenerationMetrics(registry, checkpoint.name))
+    metrics = GenerationMetrics(families, checkpoint.name)
+    generation = Generation(checkpoint, decoder, config.context_bytes, metrics)
     generation.warm_up()
     return generation
 

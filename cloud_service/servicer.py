@@ -6,19 +6,22 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
-from cloud_service.generation import Answer, Generation, Session
+from cloud_service.generation import Generation
 from cloud_service.metrics import CloudMetrics
+from cloud_service.sessions import Answers, Session
 from cloud_service.worker import Worker
-from models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, UnknownBundle
+from models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, ServiceError, UnknownBundle
 from models.language.session import Committed, ModelInfo, Opening
 from models.types import BundleInfo, CloudAnswer, ServiceInfo
 from protos import limits, status, wire, wire_session
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+
+T = TypeVar("T")
 
 
 class Servicer(pb_grpc.IsthmusServicer):
@@ -56,7 +59,8 @@ class Servicer(pb_grpc.IsthmusServicer):
     ) -> AsyncIterator[pb.InferResponse]:
         ready: asyncio.Queue[pb.InferResponse | None] = asyncio.Queue()
         feeder = asyncio.create_task(self._feed(requests, ready))
-        farewell = asyncio.create_task(self._farewell(ready))
+        bye = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
+        farewell = asyncio.create_task(self._farewell(ready, bye))
         self._streams += 1
         try:
             while (response := await ready.get()) is not None:
@@ -69,24 +73,18 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def Generate(
         self, requests: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
-        talk = Talk(self._generations)
+        talk = Talk(self._generations, self._metrics)
         feeder = asyncio.create_task(talk.listen(requests))
+        farewell = asyncio.create_task(self._farewell(talk.answers, Draining("the service is shutting down")))
         self._streams += 1
         try:
-            while True:
-                answer = await talk.answers.get()
-                if answer is None:
-                    break
-                if isinstance(answer, Committed):
-                    yield wire_session.pack_committed(answer)
-                    continue
-                code = status.of_error(answer)[0].name
-                self._metrics.answered("Generate", code, 0.0)
-                yield wire_session.pack_generate_error(answer)
+            while (answer := await talk.answers.get()) is not None:
+                yield self._pack(answer)
                 if isinstance(answer, Draining):
                     break
         finally:
             self._streams -= 1
+            farewell.cancel()
             feeder.cancel()
             talk.leave()
 
@@ -124,9 +122,17 @@ class Servicer(pb_grpc.IsthmusServicer):
         finally:
             ready.put_nowait(None)
 
-    async def _farewell(self, ready: asyncio.Queue[pb.InferResponse | None]) -> None:
+    async def _farewell(self, queue: asyncio.Queue[T], bye: T) -> None:
         await self._draining.wait()
-        ready.put_nowait(wire.pack_error(0, Draining("the service is shutting down; send nothing more here")))
+        queue.put_nowait(bye)
+
+    def _pack(self, answer: Committed | IsthmusError) -> pb.GenerateResponse:
+        if isinstance(answer, IsthmusError):
+            self._metrics.answered("Generate", status.of_error(answer)[0].name, 0.0)
+            return wire_session.pack_generate_error(answer)
+        if not answer.extension:
+            self._metrics.answered("Generate", "OK", answer.queue_s + answer.compute_s)
+        return wire_session.pack_committed(answer)
 
     async def _answer(self, message: pb.InferRequest, method: str, remaining_s: float | None) -> pb.InferResponse:
         """Answer one message, errors included. `remaining_s` is the call's own deadline, if it has one."""
@@ -164,11 +170,13 @@ class Servicer(pb_grpc.IsthmusServicer):
 class Talk:
     """What one device says about one answer. `answers` ends with None after the last of a stream that half-closed."""
 
-    def __init__(self, generations: Mapping[bytes, Generation]) -> None:
+    def __init__(self, generations: Mapping[bytes, Generation], metrics: CloudMetrics) -> None:
         self._generations = generations
+        self._metrics = metrics
         self._generation: Generation | None = None
         self._session: Session | None = None
-        self.answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._opened = False  # or tried to
+        self.answers: Answers = asyncio.Queue()
 
     async def listen(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
         """Take messages until the device half-closes. What is wrong with one is answered, and the next one read."""
@@ -177,7 +185,15 @@ class Talk:
                 await self._take(message)
             except IsthmusError as error:
                 self.answers.put_nowait(error)
-        self.answers.put_nowait(None)
+            except Exception:  # a fault of ours
+                self._metrics.log_failure("message failed")
+                self.answers.put_nowait(ServiceError("the message failed"))
+            while self.answers.qsize() >= limits.MAX_STREAM_INFLIGHT:  # it sends, and does not read
+                await asyncio.sleep(0.02)
+        if self._generation is not None and self._session is not None:
+            self._generation.end(self._session)
+        else:
+            self.answers.put_nowait(None)
 
     def leave(self) -> None:
         """The device has gone."""
@@ -186,17 +202,20 @@ class Talk:
         self._session = None
 
     async def _take(self, message: pb.GenerateRequest) -> None:
+        """Rounds that were on their way when their opening failed are dropped: the one error answers them all."""
+        if message.WhichOneof("kind") == "open":
+            self.leave()
+            self._opened = True
         request = wire_session.unpack_generate(message)
         if isinstance(request, Opening):
-            self.leave()
             self._generation = self._generations.get(request.model)
             if self._generation is None:
                 held = ", ".join(sorted(key.hex() for key in self._generations)) or "none"
                 raise UnknownBundle(f"model {request.model.hex()} is not held here, there is {held}")
             self._session = await self._generation.open(request, self.answers)
-        elif self._generation is None or self._session is None:
+        elif not self._opened:
             raise InvalidInput("a round came before its session was opened")
-        else:
+        elif self._generation is not None and self._session is not None:
             self._generation.add(self._session, request)
 
 

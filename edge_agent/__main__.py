@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from edge_agent.answer import Answer
-from edge_agent.config import MODES, EdgeConfig, Tls, WholeImage
+from edge_agent.config import MODES, EdgeConfig, LanguageConfig, Tls, WholeImage
+from edge_agent.generation import ARMS
 from edge_agent.policy.plan import Prices
 from edge_agent.vision import EdgeAgent
-from models.errors import IsthmusError
+from models.errors import InvalidInput, IsthmusError
+from models.language.sampling import Sampling
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,34 +30,50 @@ def option(flag: str, **settings: Any) -> Callable[[Command], Command]:
     return click.option(flag, envvar=f"ISTHMUS_EDGE_{name}", show_envvar=True, show_default=True, **settings)
 
 
-SETTINGS = [
-    option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/elpv")),
+DEFAULT_BUNDLE = Path("models/zoo/elpv")
+CLOUD = [
     option("--cloud", metavar="HOST:PORT", help="The cloud service; without it the device answers alone."),
+    option("--tls-ca", type=FILE, help="PEM; turns TLS on."),
+    option("--tls-certificate", type=FILE, help="PEM of this device, for mutual TLS."),
+    option("--tls-key", type=FILE),
+    option("--threads", type=click.IntRange(0, 256), default=0, help="ONNX Runtime threads; 0 for every core."),
+    option("--usd-per-gb", type=click.FloatRange(0), default=0.50, help="Price of the uplink."),
+    option("--usd-per-cloud-hour", type=click.FloatRange(0), default=0.05),
+]
+PHOTOS = [
+    option("--bundle", type=click.Path(path_type=Path), help=f"Of a vision model.  [default: {DEFAULT_BUNDLE}]"),
     option("--mode", type=click.Choice(MODES), default="auto", help="auto lets the router choose; others pin one arm."),
     option("--objective", type=click.Choice(["fastest", "cheapest"]), default="fastest"),
     option("--epsilon", type=click.FloatRange(0, 1), default=0.005, help="Certified loss of accuracy at the exits."),
     option("--min-agreement", type=click.FloatRange(0, 1), default=0.96, help="Of a rate with the cloud model."),
     option("--deadline-ms", type=click.FloatRange(1, 600_000), default=1000.0),
-    option("--threads", type=click.IntRange(0, 256), default=0, help="ONNX Runtime threads; 0 for every core."),
     option("--image-format", type=click.Choice(["jpeg", "png", "webp"]), default="jpeg", help="Of a photo sent whole."),
     option("--image-quality", type=click.IntRange(1, 100), default=75),
-    option("--usd-per-gb", type=click.FloatRange(0), default=0.50, help="Price of the uplink."),
-    option("--usd-per-cloud-hour", type=click.FloatRange(0), default=0.05),
-    option("--tls-ca", type=FILE, help="PEM; turns TLS on."),
-    option("--tls-certificate", type=FILE, help="PEM of this device, for mutual TLS."),
-    option("--tls-key", type=FILE),
+]
+MODEL_HELP = "A language model: GGUF file, Hugging Face folder, or smollm2. --cloud may then name several, by commas."
+LANGUAGE = [
+    option("--device-model", help="A smaller model with the same tokenizer, for the device."),
+    option("--device-bits", type=click.Choice(["4", "8"]), default="8", help="Of the device's weights."),
+    option("--draft", type=click.Choice(["model", "lookup"]), default="model", help="Where drafts come from."),
+    option("--context", type=click.IntRange(16), default=2048, help="Tokens that the device's model holds."),
+    option("--on-loss", type=click.Choice(["alone", "wait"]), default="alone", help="No cloud left in mid-answer."),
 ]
 
 
-def settings(command: Command) -> Command:
-    """The options that `infer` and `run` share."""
-    for decorate in reversed(SETTINGS):
-        command = decorate(command)
-    return command
+def settings(*groups: list[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+    """Options that several commands share."""
+
+    def decorate(command: Command) -> Command:
+        for group in reversed(groups):
+            for add in reversed(group):
+                command = add(command)
+        return command
+
+    return decorate
 
 
 def to_config(
-    bundle: Path,
+    bundle: Path | None,
     cloud: str | None,
     mode: str,
     objective: str,
@@ -69,11 +88,12 @@ def to_config(
     tls_ca: Path | None,
     tls_certificate: Path | None,
     tls_key: Path | None,
+    **language: Any,
 ) -> EdgeConfig:
-    """Checked options -> EdgeConfig."""
+    """Checked options -> EdgeConfig; those of a language model are not for it."""
     return EdgeConfig(
-        bundle=bundle,
-        cloud=cloud or None,
+        bundle=bundle or DEFAULT_BUNDLE,
+        cloud=cloud.split(",")[0] if cloud else None,
         mode=mode,  # type: ignore[arg-type]
         objective=objective,  # type: ignore[arg-type]
         epsilon=epsilon,
@@ -86,15 +106,43 @@ def to_config(
     )
 
 
+def to_language_config(
+    model: str,
+    cloud: str | None,
+    device_model: str | None,
+    device_bits: str,
+    draft: str,
+    context: int,
+    on_loss: str,
+    threads: int,
+    tls_ca: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    **photos: Any,
+) -> LanguageConfig:
+    """Checked options -> LanguageConfig; those of a vision model are not for it."""
+    return LanguageConfig(
+        model=model,
+        clouds=tuple(target.strip() for target in cloud.split(",") if target.strip()) if cloud else (),
+        device_model=device_model,
+        device_bits=int(device_bits),  # type: ignore[arg-type]
+        draft=draft,  # type: ignore[arg-type]
+        context=context,
+        on_loss=on_loss,  # type: ignore[arg-type]
+        threads=threads,
+        tls=Tls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
+    )
+
+
 @click.group(epilog="Example: edge-agent infer photo.jpg --cloud cloud:50051")
 def main() -> None:
-    """Answer photos on this device, with the help of the cloud where it pays."""
+    """Answer photos and prompts on this device, with the help of the cloud where it pays."""
 
 
 @main.command(epilog="Example: edge-agent infer photo.jpg --cloud cloud:50051 --json")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@settings
+@settings(PHOTOS, CLOUD)
 def infer(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Answer each of FILES (JPEG, PNG or WebP)."""
     with opened(to_config(**options)) as agent:
@@ -111,37 +159,112 @@ def infer(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     sys.exit(1 if failed else 0)
 
 
-@main.command(epilog="Example: edge-agent run --cloud cloud:50051 --listen 127.0.0.1:8080")
+@main.command(epilog="Example: edge-agent run --model smollm2 --cloud cloud:50051 --listen 127.0.0.1:8080")
 @option("--listen", default="127.0.0.1:8080", help="HTTP address.")
+@option("--model", help=MODEL_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the start-up line as JSON.")
-@settings
-def run(listen: str, as_json: bool, **options: Any) -> None:
-    """Serve the local HTTP API: POST /v1/infer, GET /v1/status, /healthz, /metrics."""
+@settings(PHOTOS, LANGUAGE, CLOUD)
+def run(listen: str, model: str | None, as_json: bool, **options: Any) -> None:
+    """Serve the local HTTP API: photos (/v1/infer), prompts as OpenAI does (/v1/chat/completions, /v1/completions,
+    /v1/models), /healthz, /metrics.
+
+    With --model alone there are no photos, without it no prompts.
+    """
     import uvicorn  # the web server is not needed by `infer`
     from prometheus_client import CollectorRegistry
     from prometheus_client.process_collector import ProcessCollector
 
     from edge_agent.api import create_app
-    from edge_agent.metrics import EdgeMetrics
-    from models.bundle import read_manifest
 
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise click.UsageError(f"--listen {listen!r} is not HOST:PORT")
-    config = to_config(**options)
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    line: dict[str, Any] = {"listen": listen}
+    with ExitStack() as stack:
+        photos, prompts = None, list[Any]()
+        if model is None or options["bundle"] is not None:
+            photos = open_photos(to_config(**options), registry)
+            agent = stack.enter_context(photos[0])
+            line |= {"bundle": agent.manifest.name, "cloud": clouds([agent.link] if agent.link else [])}
+        if model is not None:
+            language, prompts = open_language(to_language_config(model, **options), registry)
+            stack.enter_context(language)
+            line |= {"model": language.name, "cloud": clouds(list(language.replicas))}
+        names = " and ".join(line[key] for key in ("bundle", "model") if key in line)
+        click.echo(json.dumps(line) if as_json else f"{names} on http://{listen}, {line['cloud']}")
+        app = create_app(registry, photos, prompts)
+        uvicorn.run(app, host=host, port=int(port), log_level="warning", timeout_keep_alive=30)
+
+
+@main.command(epilog="Example: edge-agent chat --model smollm2 --cloud cloud:50051 --arm verify")
+@option("--model", default="smollm2", help=MODEL_HELP)
+@option("--arm", type=click.Choice(["auto", *ARMS]), default="auto", help="auto: verify with a cloud, else edge.")
+@option("--system", default="", help="What the model is told first.")
+@option("--max-tokens", type=click.IntRange(1), help="Of an answer.  [default: what the context leaves]")
+@option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy.")
+@option("--seed", type=click.IntRange(0), default=0)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object an answer; questions are lines of the input.")
+@settings(LANGUAGE, CLOUD)
+def chat(
+    model: str,
+    arm: str,
+    system: str,
+    max_tokens: int | None,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Talk to a language model; each token has the colour of where it was made."""
+    from rich.console import Console
+
+    from edge_agent.chat import ChatSettings
+    from edge_agent.chat import chat as talk
+
+    config = to_language_config(model, **options)
+    prices = Prices(options["usd_per_gb"] / 1e9, options["usd_per_cloud_hour"] / 3600)
+    wanted = {"auto": "verify" if config.clouds else "edge"}.get(arm, arm)
+    with open_language(config)[0] as agent:
+        if wanted not in agent.arms():
+            raise click.UsageError(f"--arm {wanted} needs --cloud")
+        chat_settings = ChatSettings(system, max_tokens, Sampling(temperature, seed=seed), prices, as_json)
+        source = None if sys.stdin.isatty() else sys.stdin
+        failed = talk(agent, wanted, Console(highlight=False), chat_settings, source)  # type: ignore[arg-type]
+    sys.exit(1 if failed else 0)
+
+
+def open_photos(config: EdgeConfig, registry: Any) -> tuple[EdgeAgent, Any]:
+    """An agent for photos and its metrics, or the end of the program with one line."""
+    from edge_agent.metrics import EdgeMetrics
+    from models.bundle import read_manifest
+
     try:
         metrics = EdgeMetrics(registry, read_manifest(config.bundle))
     except IsthmusError as error:
         fail(error)
-    with opened(config, metrics) as agent:
-        cloud = f"cloud {config.cloud} {agent.link.state}" if agent.link else "no cloud"
-        line = {"listen": listen, "bundle": agent.manifest.name, "cloud": cloud}
-        click.echo(json.dumps(line) if as_json else f"{agent.manifest.name} on http://{listen}, {cloud}")
-        uvicorn.run(
-            create_app(agent, metrics, registry), host=host, port=int(port), log_level="warning", timeout_keep_alive=30
-        )
+    return opened(config, metrics), metrics
+
+
+def open_language(config: LanguageConfig, registry: Any = None) -> tuple[Any, list[Any]]:
+    """An agent for prompts and its HTTP routes, or the end of the program with one line."""
+    try:
+        from edge_agent.language import LanguageAgent
+        from edge_agent.language_metrics import LanguageMetrics
+        from edge_agent.openai_api import routes
+    except ImportError as error:
+        fail(InvalidInput(f"{error.name} is missing: a language model needs pip install 'isthmus[edge,llm]'"))
+    try:
+        agent = LanguageAgent(config, LanguageMetrics(registry) if registry is not None else None)
+    except (IsthmusError, OSError) as error:
+        fail(error)
+    return agent, routes(agent)
+
+
+def clouds(links: Sequence[Any]) -> str:
+    """Clouds and their state, for the start-up line."""
+    return ", ".join(f"cloud {link.target} {link.state}" for link in links) or "no cloud"
 
 
 def opened(config: EdgeConfig, metrics: Any = None) -> EdgeAgent:

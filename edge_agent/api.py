@@ -2,6 +2,7 @@
 
 POST /v1/infer    body: a JPEG, PNG or WebP file -> the answer as JSON
 GET  /v1/status   bundle, breaker, link estimates
+     /v1/chat/completions, /v1/completions, /v1/models   see openai_api, with a language model
 GET  /healthz     200 as long as the agent can answer, with or without a cloud
 GET  /metrics     Prometheus
 """
@@ -9,6 +10,7 @@ GET  /metrics     Prometheus
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -31,10 +33,9 @@ MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES  # a camera's own file; it is made smaller 
 class Api:
     """Handlers over one agent."""
 
-    def __init__(self, agent: EdgeAgent, metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
+    def __init__(self, agent: EdgeAgent, metrics: EdgeMetrics) -> None:
         self._agent = agent
         self._metrics = metrics
-        self._registry = registry
         self._waiting = 0
         self._places = asyncio.Semaphore(MAX_COMPUTING)
 
@@ -73,30 +74,33 @@ class Api:
             }
         )
 
-    async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def metrics(self, request: Request) -> Response:
-        self._metrics.link(self._agent.link)
-        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
-
 
 class TooLarge(Exception):
     """A body over MAX_BODY_BYTES."""
 
 
-def create_app(agent: EdgeAgent, metrics: EdgeMetrics, registry: CollectorRegistry) -> Starlette:
-    """The ASGI application."""
-    api = Api(agent, metrics, registry)
-    return Starlette(
-        routes=[
-            Route("/v1/infer", api.infer, methods=["POST"]),
-            Route("/v1/status", api.status),
-            Route("/healthz", api.health),
-            Route("/metrics", api.metrics),
-        ],
-        exception_handlers={HTTPException: plain},
-    )
+def create_app(
+    registry: CollectorRegistry,
+    photos: tuple[EdgeAgent, EdgeMetrics] | None = None,
+    language: Sequence[Route] = (),
+) -> Starlette:
+    """The ASGI application: for photos, for a language model, or for both."""
+    routes = [Route("/healthz", health), *language]
+    if photos is not None:
+        api = Api(*photos)
+        routes += [Route("/v1/infer", api.infer, methods=["POST"]), Route("/v1/status", api.status)]
+
+    async def export(request: Request) -> Response:
+        if photos is not None:
+            agent, metrics = photos
+            metrics.link(agent.link)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(routes=[*routes, Route("/metrics", export)], exception_handlers={HTTPException: plain})
+
+
+async def health(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
 
 
 def plain(request: Request, error: Exception) -> Response:

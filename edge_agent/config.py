@@ -47,3 +47,20 @@ class EdgeConfig:
     whole_image: WholeImage = WholeImage()
     breaker: BreakerLimits = BreakerLimits()
     tls: Tls | None = None
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """`model` and `device_model`: a GGUF file, a Hugging Face folder, or `smollm2`; the cloud holds `model`."""
+
+    model: str
+    clouds: tuple[str, ...] = ()  # host:port, in order of preference
+    device_model: str | None = None  # a smaller one with the same tokenizer; None: `model` itself
+    device_bits: Literal[4, 8] = 8  # of the device's weights
+    draft: Literal["model", "lookup"] = "model"
+    context: int = 2048  # tokens that the device's own model holds
+    on_loss: Literal["alone", "wait"] = "alone"  # what to do when no cloud is left in mid-answer
+    wait_s: float = 30.0  # how long to wait then
+    connect_s: float = 2.0
+    threads: int = 0  # of ONNX Runtime; 0 for every core
+    tls: Tls | None = None

@@ -19,15 +19,15 @@ from typing import Any
 import grpc
 
 from edge_agent.config import Tls
+from edge_agent.conversation import GRPC_PREFIX_BYTES, Conversation, ConversationReply, rpc_error
 from edge_agent.policy.breaker import Breaker, BreakerLimits, State
 from edge_agent.policy.estimates import LinkEstimate, LinkEstimator
 from models.errors import CallerError, DeadlineExceeded, Draining, IsthmusError, LinkDown, UnknownBundle
 from models.types import CloudAnswer, CloudRequest, Payload
-from protos import limits, status, wire
+from protos import limits, wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
-GRPC_PREFIX_BYTES = 5  # flag and length before each message
 PROBE_TIMEOUT_S = 2.0
 PROBE_BYTES = 8192  # enough to see a thin link's bandwidth: 33 ms at 2 Mbit/s
 
@@ -120,7 +120,11 @@ class Link:
         breaker: BreakerLimits = BreakerLimits(),
         late: Callable[[], None] = lambda: None,
     ) -> None:
-        """`late` is called for each answer that came after its deadline. Nothing is awaited here."""
+        """`fingerprint` of a bundle with `labels` classes, or of a language model with as many token ids.
+
+        `late` is called for each answer that came after its deadline. Nothing is awaited here.
+        """
+        self.target = target
         self._channel = open_channel(target, tls)
         self._stub = pb_grpc.IsthmusStub(self._channel)
         self._fingerprint = fingerprint
@@ -179,6 +183,30 @@ class Link:
             cloud_s = reply.answer.queue_s + reply.answer.compute_s
             self._estimator.observe(reply.up_bytes, reply.elapsed_s - cloud_s)
         return reply
+
+    def converse(self) -> Conversation:
+        """A stream of rounds about one answer of a language model. Raises LinkDown while it is left alone."""
+        if self._breaker.state == "open":
+            raise LinkDown(self.refusal or "the cloud is not answering")
+        return Conversation(self._stub, self._labels, self._heard)
+
+    def _heard(self, reply: ConversationReply | IsthmusError) -> None:
+        """What a conversation says of the link."""
+        if isinstance(reply, IsthmusError):
+            self._failed(str(reply))
+            return
+        with self._lock:
+            self._breaker.succeeded()
+            if reply.elapsed_s is not None:
+                self._estimator.observe(reply.up_bytes, reply.elapsed_s)
+
+    def alive(self, timeout_s: float) -> bool:
+        """Whether the cloud answers a Describe now: a slow answer is no lost one."""
+        try:
+            self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return True
 
     def close(self) -> None:
         """End the stream and the channel."""
@@ -265,8 +293,9 @@ class Link:
             raise rpc_error(failure) from failure
         elapsed_s = time.monotonic() - started_s
         info = wire.unpack_service(message)
-        if self._fingerprint not in {bundle.fingerprint for bundle in info.bundles}:
-            held = ", ".join(f"{b.name} {b.fingerprint.hex()[:12]}" for b in info.bundles)
+        offered = [*((b.name, b.fingerprint) for b in info.bundles), *((m.name, m.fingerprint) for m in info.models)]
+        if self._fingerprint not in {fingerprint for _, fingerprint in offered}:
+            held = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in offered)
             raise UnknownBundle(f"the cloud does not hold bundle {self._fingerprint.hex()[:12]}, it holds {held}")
         return elapsed_s, request.ByteSize() + GRPC_PREFIX_BYTES
 
@@ -279,8 +308,3 @@ def open_channel(target: str, tls: Tls | None) -> grpc.Channel:
     certificate = tls.certificate.read_bytes() if tls.certificate else None
     credentials = grpc.ssl_channel_credentials(tls.ca.read_bytes(), key, certificate)
     return grpc.secure_channel(target, credentials, limits.client_options())
-
-
-def rpc_error(failure: grpc.RpcError) -> IsthmusError:
-    """gRPC's exception as ours."""
-    return status.to_error(failure.code(), failure.details() or "")

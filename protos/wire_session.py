@@ -60,8 +60,10 @@ def unpack_opening(message: pb.Open) -> Opening:
     if len(message.session) != SESSION_BYTES:
         raise InvalidInput(f"session has {len(message.session)} bytes, expected {SESSION_BYTES}")
     total = message.start + len(message.tokens)
-    if not 1 <= total <= limits.MAX_TOKENS:
-        raise PayloadTooLarge(f"the session has {total} tokens, expected 1 to {limits.MAX_TOKENS}")
+    if not total:
+        raise InvalidInput("the session has no tokens, expected at least 1")
+    if total > limits.MAX_TOKENS:
+        raise PayloadTooLarge(f"the session has {total} tokens, expected at most {limits.MAX_TOKENS}")
     if not message.start and (found := checksum(message.tokens)) != message.crc32:
         raise PayloadCorrupt(f"CRC-32 of the tokens is {found:08x}, the opening says {message.crc32:08x}")
     if message.logprobs > limits.MAX_LOGPROBS + 1:
@@ -82,8 +84,10 @@ def unpack_opening(message: pb.Open) -> Opening:
 def unpack_round(message: pb.Round) -> Round:
     if len(message.draft) > limits.MAX_DRAFT:
         raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, at most {limits.MAX_DRAFT} are verified")
-    if not 1 <= message.base <= limits.MAX_TOKENS or message.extend > limits.MAX_TOKENS:
-        raise InvalidInput(f"base {message.base} and extend {message.extend}: at most {limits.MAX_TOKENS} tokens")
+    if not 1 <= message.base <= limits.MAX_TOKENS:
+        raise InvalidInput(f"base is {message.base}, expected 1 to {limits.MAX_TOKENS}")
+    if message.extend > limits.MAX_TOKENS:
+        raise InvalidInput(f"extend is {message.extend}, expected at most {limits.MAX_TOKENS}")
     return Round(message.base, tuple(message.draft), message.extend)
 
 
@@ -118,6 +122,8 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
         raise InvalidInput("the cloud committed more tokens than it was asked for")
     if any(id_ >= vocab for id_ in message.tokens):
         raise InvalidInput(f"the cloud sent a token outside of the vocabulary of {vocab}")
+    if len(message.logprobs) > message.accepted + len(message.tokens):
+        raise InvalidInput("the cloud sent log probabilities of more tokens than it committed")
     return Committed(
         base=message.base,
         accepted=message.accepted,
@@ -133,9 +139,9 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
 
 def unpack_logprobs(row: pb.Logprobs, vocab: int) -> Logprobs:
     values = [row.own, *row.values]
-    if len(row.tokens) != len(row.values) or any(id_ >= vocab for id_ in row.tokens):
+    if not len(row.tokens) == len(row.values) <= limits.MAX_LOGPROBS or any(id_ >= vocab for id_ in row.tokens):
         raise InvalidInput("the cloud sent log probabilities of tokens that do not exist")
-    if any(math.isnan(value) or value > 1e-3 for value in values):
+    if not all(math.isfinite(value) and value <= 1e-3 for value in values):
         raise InvalidInput("the cloud sent numbers that are not log probabilities")
     return Logprobs(row.own, tuple(zip(row.tokens, row.values, strict=True)))
 

@@ -115,7 +115,10 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, x_NH: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Rows behind the last of these layers (width, hidden), float32; each span's cache is extended to its end."""
+        """Rows behind the last of these layers (width, hidden), float32; each span's cache is extended to its end.
+
+        Raises ValueError above the model's context, with every cache as long as before.
+        """
         positions = [span.start + row for span in spans for row in range(span.count)]
         cos_N1D, sin_N1D = self._rotation(positions)
         for span in spans:
@@ -189,8 +192,8 @@ class Group:
 
 
 def padded_tokens(tokens: int, context: int) -> int:
-    """`tokens` in whole pages, within the context."""
-    return min(-(-tokens // PAGE_TOKENS) * PAGE_TOKENS, context)
+    """`tokens` in whole pages; the last page ends with the context. More than the context stay what they are."""
+    return max(tokens, min(-(-tokens // PAGE_TOKENS) * PAGE_TOKENS, context))
 
 
 def same_shape(span: Span, context: int) -> list[Group]:
@@ -240,7 +243,7 @@ def check_rows(decoder: Decoder, tokens: int = PAGE_TOKENS + 12) -> None:
 
     Raises ServiceError when a token's logits differ between a pass of its own, a block, and a mixed batch.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, tokens = torch.Generator().manual_seed(0), min(tokens, decoder.config.context)
     ids = torch.randint(decoder.config.vocab, (tokens,), generator=generator).tolist()
     alone = run_rows(decoder, ids, [1] * tokens)
     blocks = run_rows(decoder, ids, chunks(tokens, decoder.width))

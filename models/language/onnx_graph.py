@@ -21,6 +21,7 @@ from models.language.architecture import LlamaConfig, rope_frequencies
 from models.language.checkpoint import Checkpoint
 
 BLOCK = 32  # weights that share a scale
+HEAD_STEP = 16  # elements; GroupQueryAttention with rotary embeddings takes heads of multiples of this
 MAX_GRAPH_BYTES = 1_900_000_000  # protobuf's own limit is 2 GiB
 ORT_DOMAIN = "com.microsoft"
 INTEGER_PRODUCTS = 4  # MatMulNBits' accuracy_level: activations are quantised to 8 bits for each block
@@ -106,8 +107,13 @@ class Graph:
 
 
 def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int) -> ModelProto:
-    """Layers as a graph; caches (1, kv_heads, context, head_dim) go in as past.* and out as present.*."""
+    """Layers as a graph; caches (1, kv_heads, context, head_dim) go in as past.* and out as present.*.
+
+    Raises BundleError for sizes that ONNX Runtime's operators do not take, and for too large a model.
+    """
     config, graph = checkpoint.config, Graph()
+    if config.head_dim % HEAD_STEP:
+        raise BundleError(f"head size is {config.head_dim}, a device needs a multiple of {HEAD_STEP}")
     angles_TD2 = np.arange(context, dtype=np.float32)[:, None] * rope_frequencies(config)
     rotation = graph.constant("cos", np.cos(angles_TD2)), graph.constant("sin", np.sin(angles_TD2))
     x = "hidden"

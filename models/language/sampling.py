@@ -44,7 +44,8 @@ def choose(logits_V: Floats, sampling: Sampling, position: int) -> int:
     """The token at `position` (0 for the first of the prompt); of equals the lowest id."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    scaled_V = logits_V.astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):  # at a temperature of almost 0 only the likeliest stay above -inf
+        scaled_V = (logits_V.astype(np.float64) - float(logits_V.max())) / sampling.temperature
     if sampling.top_p < 1:
         scaled_V = nucleus(scaled_V, sampling.top_p)
     return int((scaled_V + gumbel(len(scaled_V), sampling.seed, position)).argmax())

@@ -44,7 +44,11 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The text grew from `base` tokens by `accepted` of the draft and by `tokens`. No growth: the draft was stale."""
+    """From position `base` the text is the first `accepted` of the draft, then `tokens`.
+
+    `base` is the round's, and both count tokens too that were committed before the round came; `logprobs` are of the
+    new ones alone, the last. Neither: the draft was stale (`base` is the number of committed tokens), or the text ended.
+    """
 
     base: int
     accepted: int = 0

@@ -285,9 +285,9 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     base: _builtins.int
-    """committed tokens before this response"""
+    """position from which the text is: `accepted` of the draft, then `tokens`"""
     accepted: _builtins.int
-    """draft tokens that are committed now"""
+    """first tokens of the draft, with those that were committed before it came"""
     extension: _builtins.bool
     """made by `extend`: it answers no round"""
     queue_us: _builtins.int
@@ -300,11 +300,11 @@ class GenerateResponse(_message.Message):
     """in the first response after Open: its tokens whose state was held already"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """the service's own, committed behind them"""
+        """the service's own, with those that were committed before the draft came"""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprobs]:
-        """one for each committed token, when asked for"""
+        """when asked for: one for each newly committed token, the last ones of these"""
 
     @_builtins.property
     def error(self) -> Global___Error: ...

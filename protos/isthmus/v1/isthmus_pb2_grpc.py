@@ -78,7 +78,8 @@ class IsthmusServicer:
     def Generate(self, request_iterator, context):
         """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
         ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
-        token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
+        token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
+        An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

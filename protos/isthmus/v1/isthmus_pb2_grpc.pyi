@@ -43,7 +43,8 @@ class IsthmusStub:
     Generate: _grpc.StreamStreamMultiCallable[_isthmus_pb2.GenerateRequest, _isthmus_pb2.GenerateResponse]
     """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
     ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
-    token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
+    token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
+    An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
     """
     Describe: _grpc.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]
     """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away."""
@@ -61,7 +62,8 @@ class IsthmusAsyncStub(IsthmusStub):
     Generate: _aio.StreamStreamMultiCallable[_isthmus_pb2.GenerateRequest, _isthmus_pb2.GenerateResponse]  # type: ignore[assignment]
     """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
     ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
-    token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
+    token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
+    An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
     """
     Describe: _aio.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]  # type: ignore[assignment]
     """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away."""
@@ -94,7 +96,8 @@ class IsthmusServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_isthmus_pb2.GenerateResponse], _abc.AsyncIterator[_isthmus_pb2.GenerateResponse]]:
         """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
         ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
-        token 0 on the same stream and go on. An error UNAVAILABLE: the service is draining, go elsewhere.
+        token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
+        An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
         """
 
     @_abc_1.abstractmethod

@@ -19,7 +19,7 @@ def client(tiny_bundle: Bundle) -> Iterator[TestClient]:
     registry = CollectorRegistry()
     metrics = EdgeMetrics(registry, tiny_bundle.manifest)
     with EdgeAgent(EdgeConfig(tiny_bundle.folder, threads=1), metrics) as agent:
-        yield TestClient(api.create_app(agent, metrics, registry))
+        yield TestClient(api.create_app(registry, (agent, metrics)))
 
 
 @pytest.fixture

@@ -1,0 +1,191 @@
+"""The sessions of one language model: how one is opened or taken over, who may have memory, what its device is told.
+
+Knows nothing about passes or threads: `generation` calls it between two passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+
+from cloud_service.contexts import Contexts
+from cloud_service.generation_metrics import GenerationMetrics
+from cloud_service.rounds import Text
+from models.errors import ContextGone, InvalidInput, IsthmusError, Overloaded
+from models.language.decoder import Decoder
+from models.language.session import Committed, Opening, Round
+from protos.wire_session import checksum
+
+MAX_SESSIONS = 4096  # texts kept, with or without state: a few kilobytes each
+IDLE_S = 600.0  # how long a state is kept that no device is connected to
+
+Answer = Committed | IsthmusError
+Answers = asyncio.Queue[Answer | None]
+
+
+@dataclass(eq=False)
+class Session:
+    """A text, its rounds in order of arrival, and the queue of whoever is connected to it."""
+
+    name: bytes
+    ticket: int
+    text: Text
+    answers: Answers
+    rounds: deque[tuple[Round, float]] = field(default_factory=deque)
+    attached: bool = True
+    ending: bool = False  # the device has half-closed: None follows the last answer
+    served: int = 0  # number of the pass that last had rows of it
+    admitted: int = 0  # number of the pass before which it was given memory
+    held: int = 0  # tokens whose state was there when it was opened; said once
+
+    def tell(self, answer: Answer) -> None:
+        """The first answer after an opening says how much was held. A device that has gone hears nothing."""
+        if isinstance(answer, Committed) and self.held:
+            answer, self.held = replace(answer, held=self.held), 0
+        if self.attached:
+            self.answers.put_nowait(answer)
+
+    def end(self) -> None:
+        """All that was outstanding is answered."""
+        self.ending = False
+        self.answers.put_nowait(None)
+
+
+class Sessions:
+    """Texts by the name their device chose, and the memory of their states within a budget."""
+
+    def __init__(
+        self, decoder: Decoder, eos_ids: frozenset[int], budget_bytes: int, metrics: GenerationMetrics
+    ) -> None:
+        self._decoder, self._config, self._eos_ids = decoder, decoder.config, eos_ids
+        self._empty = decoder.new_cache()
+        self._contexts = Contexts(budget_bytes, IDLE_S)
+        self._metrics = metrics
+        self._by_name: dict[bytes, Session] = {}
+        self._tickets = itertools.count()
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._by_name.values())
+
+    def __contains__(self, session: Session) -> bool:
+        """False too for one that was opened again elsewhere."""
+        return self._by_name.get(session.name) is session
+
+    def open(self, opening: Opening, answers: Answers, passes: int) -> Session:
+        """A session of these tokens, with its former state. Raises InvalidInput, ContextGone, Overloaded."""
+        former = self._by_name.get(opening.session)
+        tokens = self._tokens(opening, former)
+        if self._empty.bytes_for(len(tokens)) > self._contexts.budget_bytes:
+            raise self.too_large(len(tokens))
+        if former is None and len(self._by_name) >= MAX_SESSIONS:
+            self._forget_stalest()
+        text = Text(tokens, opening.sampling, opening.logprobs, self._eos_ids, self._config.context)
+        session = Session(opening.session, next(self._tickets), text, answers, served=passes)
+        if former is not None:
+            take_over(former, session)
+        self._by_name[session.name] = session
+        self._record(session)
+        return session
+
+    def check_ids(self, ids: Collection[int]) -> None:
+        """Raises InvalidInput for tokens that the model lacks."""
+        if ids and max(ids) >= self._config.vocab:
+            raise InvalidInput(f"token {max(ids)} is outside of the model's vocabulary of {self._config.vocab}")
+
+    def leave(self, session: Session) -> None:
+        """The device has gone; the state stays until the memory is wanted. Its size may be growing in a pass."""
+        session.attached = False
+        session.rounds.clear()
+        if session in self:
+            self._contexts.detach(session.name, time.monotonic())
+
+    def fits(self, session: Session) -> bool:
+        """Whether the state would fit alone."""
+        return self._needs(session) <= self._contexts.budget_bytes
+
+    def too_large(self, tokens: int) -> Overloaded:
+        budget_bytes = self._contexts.budget_bytes
+        return Overloaded(f"the state of {tokens} tokens does not fit into the {budget_bytes} bytes of this service")
+
+    def make_room(self, session: Session, keep: Collection[bytes], passes: int) -> bool:
+        """Give memory for the round at hand, if need be that of others but not of those in `keep`."""
+        text, size_bytes = session.text, self._needs(session)
+        victims = self._contexts.victims(session.name, size_bytes, keep)
+        if victims is None:
+            return False
+        for name in victims:
+            self._evict(name, "budget")
+        if text.cache is None:
+            text.cache, session.admitted = self._decoder.new_cache(), passes
+        size_bytes = max(size_bytes, text.cache.bytes)
+        self._contexts.record(session.name, size_bytes, time.monotonic(), attached=session.attached)
+        return True
+
+    def forget_state(self, session: Session) -> None:
+        """Its cache cannot be trusted any more."""
+        session.text.cache = None
+        self._record(session)
+
+    def forget_idle(self) -> None:
+        for name in self._contexts.idle(time.monotonic()):
+            self._evict(name, "idle")
+
+    def measure(self) -> None:
+        self._metrics.contexts(len(self._contexts), self._contexts.held_bytes)
+
+    def _tokens(self, opening: Opening, former: Session | None) -> list[int]:
+        """All tokens of the session. Raises InvalidInput, ContextGone."""
+        self.check_ids(opening.tokens)
+        kept = former.text.tokens[: opening.start] if former is not None else []
+        tokens = [*kept, *opening.tokens]
+        if len(kept) < opening.start or checksum(tokens) != opening.crc32:
+            raise ContextGone(f"the first {opening.start} tokens of this session are not held here")
+        if len(tokens) >= self._config.context:
+            raise InvalidInput(f"{len(tokens)} tokens leave no room in the model's context of {self._config.context}")
+        return tokens
+
+    def _needs(self, session: Session) -> int:
+        """Bytes of its state when the round at hand has ended."""
+        work = session.text.work
+        return self._empty.bytes_for(len(session.text.tokens) + (len(work.draft) if work else 0))
+
+    def _record(self, session: Session) -> None:
+        size_bytes = session.text.cache.bytes if session.text.cache else 0
+        self._contexts.record(session.name, size_bytes, time.monotonic(), attached=session.attached)
+
+    def _forget_stalest(self) -> None:
+        name = self._contexts.stalest()
+        if name is None:
+            raise Overloaded(f"{MAX_SESSIONS} sessions are open already")
+        self._evict(name, "budget")
+
+    def _evict(self, name: bytes, reason: str) -> None:
+        """Forget a session's state, and its text too when no device is connected to it."""
+        session = self._by_name[name]
+        session.text.cache = None
+        self._contexts.drop(name)
+        self._metrics.evicted(reason)
+        self.measure()
+        if not session.attached:
+            del self._by_name[name]
+
+
+def take_over(former: Session, session: Session) -> None:
+    """Give `session` the state of the tokens that both share; whoever is connected to the former one is told."""
+    former.tell(ContextGone("this session was opened again elsewhere"))
+    if former.ending:
+        former.end()
+    former.attached = False
+    former.rounds.clear()
+    former.text.work = None
+    cache, former.text.cache = former.text.cache, None
+    if cache is None:
+        return
+    pairs = zip(former.text.tokens, session.text.tokens, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    cache.truncate(min(cache.length, same, len(session.text.tokens) - 1))  # one row at least decides what follows
+    session.text.cache, session.held = cache, cache.length

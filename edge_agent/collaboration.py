@@ -1,0 +1,344 @@
+"""One answer with the cloud: the device drafts ahead, the cloud confirms or corrects, the confirmed is the answer.
+
+    text (committed)  | ahead (drafted): in rounds under way, then not sent yet
+
+The cloud decides every token, by one routine whoever drafts, so `cloud` and `verify` give the same text. When the cloud
+is lost, the next replica goes on from the committed tokens, or the device alone until one is back.
+Knows nothing about text, only tokens; nothing about gRPC.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edge_agent.conversation import Conversation
+from edge_agent.generation import Ask, Source, Token
+from edge_agent.link import Link
+from edge_agent.policy.drafting import MAX_DRAFTS, Acceptance, Pace, next_step
+from edge_agent.policy.estimates import Average
+from edge_agent.replicas import Replicas
+from models.errors import ContextGone, DeadlineExceeded, LinkDown, LinkError, ServiceError
+from models.language.drafts import Draft
+from models.language.session import Committed, Opening, Round
+from protos.limits import MAX_DRAFT
+from protos.wire_session import checksum
+
+ALIVE_S = 0.7  # a cloud that does not answer a Describe within this is lost
+PATIENCE_S = 120.0  # for one answer of a cloud that is alive: a long prompt behind many others
+ATTEMPTS = 4  # conversations in a row without a token; then the cloud counts as lost
+FREE_S = 0.001  # drafts that cost less are made beside a stream, not instead of it
+FREE_DRAFTS = 3  # of them, at least, before a stream is interrupted
+
+OnLoss = Literal["alone", "wait"]
+
+
+@dataclass
+class Tempo:
+    """What an agent has learnt about a draft source and the cloud's speed; it outlives one answer."""
+
+    draft_s: Average = field(default_factory=lambda: Average(0.02))
+    pass_s: Average = field(default_factory=lambda: Average(0.03))
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    def pace(self, link: Link) -> Pace:
+        return Pace(link.estimate.rtt_s, self.pass_s.value, self.draft_s.value, self.acceptance.overall)
+
+
+@dataclass
+class Sent:
+    """A round under way; not `live` when the text is known to have gone another way."""
+
+    base: int
+    draft: tuple[int, ...]
+    live: bool = True
+
+
+@dataclass
+class Tally:
+    """Counts for the Summary."""
+
+    accepted: int = 0
+    rejected: int = 0
+    rounds: int = 0
+    passes: int = 0
+    cached: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    cloud_s: float = 0.0
+    rtt_s: float | None = None
+    degraded: bool = False
+    why: str = "asked for"
+
+
+class Collaboration:
+    """One answer. `tokens` yields it once; `tally` may be read at any time."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        eos_ids: frozenset[int],
+        replicas: Replicas,
+        tempo: Tempo,
+        draft: Draft | None,
+        alone: Callable[[Sequence[int]], Token] | None,
+    ) -> None:
+        """`draft` None: the cloud decodes by itself. `alone` answers when no cloud is left; None: wait for one."""
+        self._ask, self._eos_ids, self._replicas, self._tempo = ask, eos_ids, replicas, tempo
+        self._draft, self._alone = draft, alone
+        self._text = list(ask.prompt)
+        self._ahead: list[tuple[int, float]] = []  # drafted, with confidence
+        self._sent = 0  # of `_ahead`, in rounds under way
+        self._rounds: deque[Sent] = deque()
+        self._finished = False
+        self._streaming = False
+        self._seat = replicas.seat(ask.prompt)
+        self.tally = Tally()
+
+    @property
+    def finish(self) -> Literal["stop", "length"]:
+        return "stop" if self._text[-1] in self._eos_ids and self._made else "length"
+
+    @property
+    def _made(self) -> int:
+        return len(self._text) - len(self._ask.prompt)
+
+    @property
+    def _left(self) -> int:
+        return self._ask.max_tokens - self._made
+
+    def tokens(self) -> Iterator[Token]:
+        """Committed tokens. Raises what the cloud says of a wrong request, and LinkDown when nobody can go on."""
+        attempts = 0
+        while not self._finished:
+            link = self._replicas.best() if attempts < ATTEMPTS else None
+            if link is None:
+                yield from self._without_cloud()
+                attempts = 0
+                continue
+            made = self._made
+            try:
+                yield from self._with_cloud(link)
+            except (LinkError, ServiceError) as error:
+                self.tally.why = f"{error}; went on with what was committed"
+                self._replicas.lost(link)
+                attempts = 0 if self._made > made else attempts + 1
+                if attempts == ATTEMPTS and self._alone is None:
+                    raise
+
+    def close(self) -> None:
+        """Remember the session, so that the next turn of a chat finds its state in the cloud."""
+        self._replicas.keep(self._seat, self._text)
+
+    def _with_cloud(self, link: Link) -> Iterator[Token]:
+        conversation = link.converse()
+        try:
+            self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
+            if self._streams(link):
+                yield from self._stream(conversation, link)
+            else:
+                yield from self._verify(conversation, link)
+            self._seat.held = len(self._text)
+        finally:
+            conversation.close()
+            self.tally.bytes_up += conversation.bytes_up
+            self.tally.bytes_down += conversation.bytes_down
+            self.tally.rtt_s = link.estimate.rtt_s
+
+    def _open(self, conversation: Conversation, link: Link, held: int) -> None:
+        self._rounds.clear()
+        self._sent = 0
+        opening = Opening(
+            model=self._replicas.fingerprint,
+            session=self._seat.session,
+            start=held,
+            tokens=tuple(self._text[held:]),
+            crc32=checksum(self._text),
+            sampling=self._ask.sampling,
+            logprobs=self._ask.top_logprobs,
+        )
+        conversation.open(opening)
+        self._seat.target = link.target
+
+    def _streams(self, link: Link) -> bool:
+        """Whether the cloud decodes by itself: as asked, or drafting does not pay, or drafts come for nothing."""
+        if self._draft is None:
+            return True
+        pace = self._tempo.pace(link)
+        if pace.draft_s >= FREE_S and pace.streams:
+            self.tally.why = f"drafting would take {1000 * pace.verify_s:.0f} ms a token, streaming less"
+            return True
+        return pace.draft_s < FREE_S
+
+    def _stream(self, conversation: Conversation, link: Link) -> Iterator[Token]:
+        """The cloud goes on by itself; drafts that cost nothing are thrown in."""
+        free = self._draft if self._draft is not None and self._tempo.draft_s.value < FREE_S else None
+        self._streaming = True
+        self._send(conversation, (), extend=self._left - 1)
+        while not self._finished:
+            yield from self._take(self._receive(conversation, link))
+            if free is None or self._finished or any(sent.live for sent in self._rounds):
+                continue
+            ids = self._look_ahead(free, self._tempo.pace(link))
+            if len(ids) >= FREE_DRAFTS:
+                self._send(conversation, ids, extend=max(self._left - len(ids) - 1, 0))
+
+    def _look_ahead(self, draft: Draft, pace: Pace) -> tuple[int, ...]:
+        """As many free drafts as may be right and reach beyond what the cloud decodes meanwhile."""
+        self._ahead.clear()
+        wanted = min(MAX_DRAFTS + int(pace.rtt_s / max(pace.pass_s, 0.001)), MAX_DRAFT, self._left - 1)
+        likely = 1.0
+        while len(self._ahead) < wanted and likely > 0.3:
+            found = draft.next([*self._text, *(id_ for id_, _ in self._ahead)], self._ask.sampling)
+            if found is None:
+                break
+            likely *= self._tempo.acceptance.calibrated(found[1])
+            self._ahead.append(found)
+        return tuple(id_ for id_, _ in self._ahead)
+
+    def _verify(self, conversation: Conversation, link: Link) -> Iterator[Token]:
+        """Draft, send, and wait only when there is nothing better to do."""
+        assert self._draft is not None
+        self._streaming = False
+        self._send(conversation, ())  # the prompt's own round: its answer comes while the device reads the prompt
+        exhausted = False
+        while not self._finished:
+            while (committed := self._poll(conversation, link)) is not None:
+                yield from self._take(committed)
+                exhausted = False
+            if self._finished:
+                return
+            pace = self._tempo.pace(link)
+            confidences = [self._tempo.acceptance.calibrated(confidence) for _, confidence in self._ahead]
+            exhausted = exhausted or len(self._ahead) >= self._left - 1
+            under_way = sum(sent.live for sent in self._rounds)
+            step = next_step(pace, confidences, self._sent, under_way, exhausted)
+            if step == "draft":
+                exhausted = not self._draft_one()
+            elif step == "send":
+                if pace.streams or not self._ahead:
+                    yield from self._change_to_stream(conversation, link, pace)
+                    return
+                self._send(conversation, tuple(id_ for id_, _ in self._ahead[self._sent :]))
+                self._sent = len(self._ahead)
+            else:
+                yield from self._take(self._receive(conversation, link))
+                exhausted = False
+
+    def _change_to_stream(self, conversation: Conversation, link: Link, pace: Pace) -> Iterator[Token]:
+        self.tally.why = (
+            f"drafts cost {1000 * pace.verify_s:.0f} ms a token, the cloud alone {1000 * pace.stream_s:.0f} ms"
+        )
+        while self._rounds and not self._finished:
+            yield from self._take(self._receive(conversation, link))
+        if not self._finished:
+            self._ahead.clear()
+            yield from self._stream(conversation, link)
+
+    def _draft_one(self) -> bool:
+        """Draft one token more; False when the source has no idea."""
+        assert self._draft is not None
+        text = [*self._text, *(id_ for id_, _ in self._ahead)]
+        started_s = time.monotonic()
+        found = self._draft.next(text, self._ask.sampling)
+        if self._made or self._ahead:  # the first one reads the prompt
+            self._tempo.draft_s.observe(time.monotonic() - started_s)
+        if found is None or (self._ahead and self._ahead[-1][0] in self._eos_ids):
+            return False
+        self._ahead.append(found)
+        return True
+
+    def _send(self, conversation: Conversation, draft: tuple[int, ...], extend: int = 0) -> None:
+        base = len(self._text) + self._sent
+        conversation.send(Round(base, draft, extend))
+        self._rounds.append(Sent(base, draft))
+
+    def _poll(self, conversation: Conversation, link: Link) -> Committed | None:
+        """An answer that is there already."""
+        try:
+            return conversation.poll()
+        except ContextGone:
+            self._open_again(conversation, link)
+            return None
+
+    def _open_again(self, conversation: Conversation, link: Link) -> None:
+        """The cloud holds nothing of this session: bring it all, and go on."""
+        self._ahead = []
+        self._open(conversation, link, 0)
+        self._send(conversation, (), extend=self._left - 1 if self._streaming else 0)
+
+    def _receive(self, conversation: Conversation, link: Link) -> Committed:
+        """The next answer of a cloud that is alive, however slow."""
+        patience_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return conversation.receive()
+            except ContextGone:
+                self._open_again(conversation, link)
+            except DeadlineExceeded:
+                if time.monotonic() > patience_s or not link.alive(ALIVE_S):
+                    raise LinkDown("the cloud does not answer any more") from None
+
+    def _take(self, committed: Committed) -> Iterator[Token]:
+        """What an answer adds to the text."""
+        sent = Sent(committed.base, ()) if committed.extension else self._rounds.popleft()
+        self._count(committed)
+        if committed.base != sent.base or not (committed.accepted or committed.tokens):
+            return  # the draft was stale
+        ids = [*sent.draft[: committed.accepted], *committed.tokens]
+        known = len(self._text) - committed.base
+        fresh = ids[known:][: self._left]
+        self._compare(fresh)
+        rows = committed.logprobs[-len(ids[known:]) :] if committed.logprobs else ()
+        for index, id_ in enumerate(fresh):
+            source: Source = "draft" if known + index < committed.accepted else "cloud"
+            self._text.append(id_)
+            self._finished = self._left <= 0 or id_ in self._eos_ids
+            row = rows[index] if index < len(rows) else None
+            yield Token(id_, source, row.own if row else None, row.top if row else ())
+            if self._finished:
+                return
+
+    def _compare(self, fresh: Sequence[int]) -> None:
+        """Hold what was drafted against what the cloud chose: learn from it, and forget drafts of another text."""
+        matched = 0
+        for (drafted, confidence), id_ in zip(self._ahead, fresh, strict=False):
+            self._tempo.acceptance.observe(confidence, drafted == id_)
+            if drafted != id_:
+                break
+            matched += 1
+        self.tally.accepted += matched
+        if matched == min(len(fresh), len(self._ahead)):
+            self._ahead = self._ahead[matched:]
+            self._sent = max(self._sent - len(fresh), 0)
+            return
+        self.tally.rejected += max(self._sent - matched, 1)
+        self._ahead, self._sent = [], 0
+        for sent in self._rounds:
+            sent.live = False
+
+    def _count(self, committed: Committed) -> None:
+        self.tally.rounds += not committed.extension
+        self.tally.passes += committed.passes
+        self.tally.cached += committed.held
+        self.tally.cloud_s += committed.queue_s + committed.compute_s
+        if committed.passes == 1:
+            self._tempo.pass_s.observe(committed.queue_s + committed.compute_s)
+
+    def _without_cloud(self) -> Iterator[Token]:
+        """Go on alone, a token at least, until a cloud can be used again; or wait for one. Raises LinkDown."""
+        if self._alone is None:
+            self._replicas.wait()
+            return
+        self.tally.degraded = True
+        self._ahead, self._sent = [], 0
+        while not self._finished:
+            token = self._alone(self._text)
+            self._text.append(token.id)
+            self._finished = self._left <= 0 or token.id in self._eos_ids
+            yield token
+            if self._replicas.best() is not None:
+                return

@@ -1,0 +1,182 @@
+"""Prompt to tokens: on the device alone, by the cloud alone, or drafted here and confirmed there.
+
+    Ask -> edge:   the device's own model, nothing leaves it
+        -> cloud:  prompt up, tokens down            (Collaboration without a draft)
+        -> verify: drafts up, confirmations down     (Collaboration with one)
+
+Knows nothing about text beyond the tokenizer it hands on, and nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from edge_agent.collaboration import Collaboration, Tempo
+from edge_agent.config import LanguageConfig
+from edge_agent.generation import Arm, Ask, Summary, Token
+from edge_agent.language_metrics import LanguageMetrics
+from edge_agent.link import Link
+from edge_agent.policy.breaker import BreakerLimits
+from edge_agent.replicas import Replicas
+from models.errors import BundleError, InvalidInput
+from models.language.checkpoint import Checkpoint
+from models.language.drafts import Draft, LookupDraft, ModelDraft
+from models.language.onnx_decoder import OnnxDecoder
+from models.language.sampling import Floats, choose, log_softmax
+
+# A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
+BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
+
+
+class LanguageAgent:
+    """One model on the device, and the clouds that hold the large one. Answers from several threads at once."""
+
+    def __init__(self, config: LanguageConfig, metrics: LanguageMetrics | None = None) -> None:
+        """Raises BundleError, InvalidInput."""
+        self.config = config
+        checkpoint = Checkpoint.open(config.model)
+        small = Checkpoint.open(config.device_model) if config.device_model else checkpoint
+        if small.tokenizer.fingerprint != checkpoint.tokenizer.fingerprint:
+            raise BundleError(
+                f"{small.name} has another tokenizer than {checkpoint.name}: its drafts would mean nothing"
+            )
+        self.name = checkpoint.name
+        self.tokenizer = checkpoint.tokenizer
+        self.device_context = min(config.context, small.config.context)
+        self.context = checkpoint.config.context if config.clouds else self.device_context
+        self._vocab = checkpoint.config.vocab
+        self._metrics = metrics
+        decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads)
+        self._model = ModelDraft(decoder)
+        self._device = threading.Lock()  # the device's model has one cache
+        self._tempo = Tempo()
+        self._lookup_tempo = Tempo()
+        self._lookup_tempo.draft_s.observe(0.0)
+        links = [self._link(target, checkpoint) for target in config.clouds]
+        self.replicas = Replicas(links, checkpoint.fingerprint, config.wait_s)
+        for link in links:
+            link.wait_probed(config.connect_s)
+
+    def arms(self) -> tuple[Arm, ...]:
+        """Those that can be asked for: without a cloud only edge."""
+        return ("edge", "cloud", "verify") if self.config.clouds else ("edge",)
+
+    def generate(self, ask: Ask) -> Iterator[Token | Summary]:
+        """Tokens as they are committed, and last a Summary. Closing it ends the cloud session. Raises IsthmusError."""
+        ask = self._checked(ask)
+        if ask.arm == "edge":
+            return self._counted(self._edge(ask))
+        return self._counted(self._with_cloud(ask))
+
+    def close(self) -> None:
+        """End the links."""
+        self.replicas.close()
+
+    def __enter__(self) -> LanguageAgent:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _link(self, target: str, checkpoint: Checkpoint) -> Link:
+        return Link(target, checkpoint.fingerprint, checkpoint.config.vocab, self.config.tls, BREAKER)
+
+    def _checked(self, ask: Ask) -> Ask:
+        """The ask, its answer no longer than the context leaves room for."""
+        context = self.device_context if ask.arm == "edge" else self.context
+        if ask.arm not in self.arms():
+            raise InvalidInput(f"arm {ask.arm} needs a cloud, and none is configured")
+        if not ask.prompt:
+            raise InvalidInput("the prompt has no tokens, at least one is needed")
+        if ask.max_tokens < 1:
+            raise InvalidInput(f"max_tokens is {ask.max_tokens}, expected at least 1")
+        room = context - len(ask.prompt)
+        if room < 1:
+            raise InvalidInput(
+                f"the prompt has {len(ask.prompt)} tokens, arm {ask.arm} holds {context} with the answer"
+            )
+        if not 0 <= min(ask.prompt) <= max(ask.prompt) < self._vocab:
+            raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {self._vocab}")
+        return replace(ask, max_tokens=min(ask.max_tokens, room))
+
+    def _edge(self, ask: Ask) -> Iterator[Token | Summary]:
+        text = list(ask.prompt)
+        with self._device:
+            for made in range(1, ask.max_tokens + 1):
+                token = edge_token(self._model.logits(text), ask, len(text))
+                text.append(token.id)
+                yield token
+                if token.id in self.tokenizer.eos_ids:
+                    yield Summary("stop", len(ask.prompt), made, "edge", "asked for")
+                    return
+        yield Summary("length", len(ask.prompt), ask.max_tokens, "edge", "asked for")
+
+    def _with_cloud(self, ask: Ask) -> Iterator[Token | Summary]:
+        mine = self._device.acquire(blocking=False)  # while another answer has it, the cloud decodes alone
+        answer = None
+        try:
+            draft, tempo = self._draft(ask, mine)
+            alone = partial(self._alone, ask) if mine and self.config.on_loss == "alone" else None
+            answer = Collaboration(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone)
+            made = 0
+            for token in answer.tokens():
+                made += 1
+                yield token
+            yield summary(ask, answer, made)
+        finally:
+            if answer is not None:
+                answer.close()
+            if mine:
+                self._device.release()
+
+    def _draft(self, ask: Ask, mine: bool) -> tuple[Draft | None, Tempo]:
+        if ask.arm == "verify" and self.config.draft == "lookup":
+            return LookupDraft(), self._lookup_tempo
+        fits = len(ask.prompt) < self.device_context  # beyond it, in mid-answer, the cloud goes on by itself
+        if ask.arm == "verify" and self.config.draft == "model" and mine and fits:
+            return self._model, self._tempo
+        return None, self._tempo
+
+    def _alone(self, ask: Ask, text: Sequence[int]) -> Token:
+        return edge_token(self._model.logits(text), ask, len(text))
+
+    def _counted(self, events: Iterator[Token | Summary]) -> Iterator[Token | Summary]:
+        if self._metrics is None:
+            return events
+        return self._metrics.watch(events)
+
+
+def edge_token(logits_V: Floats, ask: Ask, position: int) -> Token:
+    """A token that the device decides by itself."""
+    id_ = choose(logits_V, ask.sampling, position)
+    if ask.top_logprobs is None:
+        return Token(id_, "edge")
+    logs_V = log_softmax(logits_V)
+    top = np.argsort(-logs_V, kind="stable")[: ask.top_logprobs]
+    return Token(id_, "edge", float(logs_V[id_]), tuple((int(other), float(logs_V[other])) for other in top))
+
+
+def summary(ask: Ask, answer: Collaboration, made: int) -> Summary:
+    tally = answer.tally
+    return Summary(
+        finish=answer.finish,
+        prompt_tokens=len(ask.prompt),
+        tokens=made,
+        arm=ask.arm,
+        why=tally.why,
+        accepted=tally.accepted,
+        rejected=tally.rejected,
+        rounds=tally.rounds,
+        passes=tally.passes,
+        cached=min(tally.cached, len(ask.prompt)),
+        bytes_up=tally.bytes_up,
+        bytes_down=tally.bytes_down,
+        rtt_s=tally.rtt_s,
+        cloud_s=tally.cloud_s,
+        degraded=tally.degraded,
+    )

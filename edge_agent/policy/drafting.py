@@ -1,0 +1,102 @@
+"""When to draft, when to ask the cloud, and when drafting does not pay. Pure: estimates in, a decision out.
+
+Times are seconds. A round carries its drafts up and is answered after `rtt_s` and one pass of `pass_s` in the cloud;
+further rounds go out while earlier ones are under way, so that only a wrong draft costs a round trip:
+
+    seconds a token  =  max(draft_s, pass_s / drafts a round)  +  P(wrong) * (rtt_s + pass_s + lost drafting)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+MIN_DRAFTS, MAX_DRAFTS = 4, 16  # of a round
+MAX_ROUNDS = 4  # under way at once
+MARGIN = 0.95  # drafting must look this much better than streaming: a wrong choice costs more than it saves
+BINS = 10
+PRIOR_WEIGHT = 8.0  # observations that the prior counts for, in each bin of confidence
+
+Step = Literal["draft", "send", "wait"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What things cost now, and how often a draft is right."""
+
+    rtt_s: float
+    pass_s: float  # one forward pass in the cloud, waiting in its queue included
+    draft_s: float
+    acceptance: float
+
+    @property
+    def stream_s(self) -> float:
+        """Seconds a token when the cloud decodes by itself."""
+        return self.pass_s
+
+    @property
+    def drafts(self) -> int:
+        """Drafts a round: enough that the cloud keeps up with the device."""
+        if self.draft_s <= 0:
+            return MAX_DRAFTS
+        return min(max(math.ceil(1.5 * self.pass_s / self.draft_s), MIN_DRAFTS), MAX_DRAFTS)
+
+    @property
+    def verify_s(self) -> float:
+        """Seconds a token with drafts."""
+        flow_s = max(self.draft_s, self.pass_s / self.drafts)
+        wrong = 1 - self.acceptance
+        lost_s = self.drafts * self.draft_s / 2
+        run = (1 - self.acceptance**self.drafts) / wrong if wrong > 0 else self.drafts
+        first_s = self.drafts * self.draft_s / max(run, 1)  # nothing is under way while the first round is drafted
+        return flow_s + wrong * (self.rtt_s + self.pass_s + lost_s + first_s)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the cloud had better decode by itself."""
+        return self.verify_s > MARGIN * self.stream_s
+
+
+def next_step(pace: Pace, confidences: Sequence[float], sent: int, under_way: int, exhausted: bool) -> Step:
+    """What to do with drafts of these calibrated confidences, the first `sent` of which are in rounds under way.
+
+    `exhausted`: the source has no idea how to go on, or nothing may follow.
+    """
+    unsent = len(confidences) - sent
+    likely = math.prod(confidences)
+    worthless = likely * pace.stream_s <= pace.draft_s and len(confidences) > 0  # P(all right) * what it saves
+    full = unsent >= pace.drafts
+    if not exhausted and not worthless and not full:
+        return "draft"
+    if under_way == 0 or (full and under_way < MAX_ROUNDS):
+        return "send"
+    return "wait"
+
+
+class Acceptance:
+    """How often drafts of each confidence turned out right: an online calibration over ten bins."""
+
+    def __init__(self, prior: float = 0.9) -> None:
+        self._right = [PRIOR_WEIGHT * (prior + (1 - prior) * (2 * bin_ + 1 - BINS) / BINS) for bin_ in range(BINS)]
+        self._seen = [PRIOR_WEIGHT] * BINS
+        self._overall = prior
+
+    @property
+    def overall(self) -> float:
+        """Of the last hundred drafts or so."""
+        return self._overall
+
+    def calibrated(self, confidence: float) -> float:
+        bin_ = self._bin(confidence)
+        return self._right[bin_] / self._seen[bin_]
+
+    def observe(self, confidence: float, right: bool) -> None:
+        bin_ = self._bin(confidence)
+        self._right[bin_] += right
+        self._seen[bin_] += 1
+        self._overall += (right - self._overall) / 50
+
+    def _bin(self, confidence: float) -> int:
+        return min(max(int(confidence * BINS), 0), BINS - 1)
