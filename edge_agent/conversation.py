@@ -49,22 +49,24 @@ class Conversation:
         self._outgoing: SimpleQueue[pb.GenerateRequest | None] = SimpleQueue()
         self._incoming: SimpleQueue[pb.GenerateResponse | IsthmusError] = SimpleQueue()
         self._sent: deque[tuple[float, int]] = deque()  # when, and how many bytes, for each round not yet answered
-        self._opening_bytes = 0
+        self._unanswered = 0  # bytes of an opening that the next answer answers too
         self._failure: IsthmusError | None = None
-        self.bytes_up = self.bytes_down = 0
+        self.bytes_up = self.bytes_down = self.opening_bytes = 0  # openings are part of what goes up
         self._call: Any = stub.Generate(self._requests())
         threading.Thread(target=self._read, name="isthmus-conversation", daemon=True).start()
 
     def open(self, opening: Opening) -> None:
         """Name the session and its tokens; rounds may follow at once."""
-        self._opening_bytes = self._send(wire_session.pack_opening(opening))
+        size = self._send(wire_session.pack_opening(opening))
+        self.opening_bytes += size
+        self._unanswered = size
         self._sent.clear()
 
     def send(self, round_: Round) -> None:
         """Ask for a round."""
         size = self._send(wire_session.pack_round(round_))
-        self._sent.append((time.monotonic(), size + self._opening_bytes))
-        self._opening_bytes = 0
+        self._sent.append((time.monotonic(), size + self._unanswered))
+        self._unanswered = 0
 
     def poll(self) -> Committed | None:
         """An answer that is there already, or None. Raises like `receive`."""

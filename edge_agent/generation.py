@@ -49,7 +49,9 @@ class Summary:
     accepted: int = 0  # draft tokens that the cloud confirmed
     rejected: int = 0
     rounds: int = 0  # that the cloud answered
-    passes: int = 0  # forward passes in the cloud, those that read the prompt included
+    passes: int = 0  # forward passes in the cloud that decided tokens
+    prefill_passes: int = 0  # those that only read the prompt
+    opening_bytes: int = 0  # of bytes_up: the prompt, mostly
     cached: int = 0  # prompt tokens whose state the cloud still held
     bytes_up: int = 0
     bytes_down: int = 0

@@ -173,6 +173,8 @@ def summary(ask: Ask, answer: Collaboration, made: int) -> Summary:
         rejected=tally.rejected,
         rounds=tally.rounds,
         passes=tally.passes,
+        prefill_passes=tally.prefill_passes,
+        opening_bytes=tally.opening_bytes,
         cached=min(tally.cached, len(ask.prompt)),
         bytes_up=tally.bytes_up,
         bytes_down=tally.bytes_down,

@@ -126,8 +126,9 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
     for b in message.bundles:
         if len(b.fingerprint) != limits.FINGERPRINT_BYTES or not 0 < b.labels <= limits.MAX_LABELS or not b.rates:
             raise InvalidInput("the service lists a bundle whose fingerprint, labels or rates cannot be true")
-    if any(len(m.fingerprint) != limits.FINGERPRINT_BYTES for m in message.models):
-        raise InvalidInput("the service lists a model whose fingerprint cannot be true")
+    for m in message.models:
+        if len(m.fingerprint) != limits.FINGERPRINT_BYTES or not m.vocab or not m.context:
+            raise InvalidInput("the service lists a model whose fingerprint, vocabulary or context cannot be true")
     bundles = tuple(BundleInfo(b.fingerprint, b.name, b.task, b.labels, b.rates) for b in message.bundles)
     models = tuple(ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics) for m in message.models)
     return ServiceInfo(message.version, message.wire_version, bundles, models)

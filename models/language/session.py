@@ -47,7 +47,7 @@ class Committed:
     """From position `base` the text is the first `accepted` of the draft, then `tokens`.
 
     `base` is the round's, and both count tokens too that were committed before the round came; `logprobs` are of the
-    new ones alone, the last. Neither: the draft was stale (`base` is the number of committed tokens), or the text ended.
+    new ones alone, the last. Neither: the draft was stale, and `base` is the length of the text; or the text has ended.
     """
 
     base: int

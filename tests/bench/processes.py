@@ -28,9 +28,13 @@ def free_port() -> int:
 class CloudProcess:
     """`python -m cloud_service` on a loopback port; killed and started again at will, always on the same ports."""
 
-    def __init__(self, *bundles: Path, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, *bundles: Path, arguments: tuple[str, ...] = (), module: str = "cloud_service", cpus: str = ""
+    ) -> None:
+        """`cpus`: the cores it may use, as taskset takes them."""
         self.port, self.metrics_port = free_port(), free_port()
-        self._arguments = [sys.executable, "-m", "cloud_service", "--listen", f"127.0.0.1:{self.port}"]
+        pinned = ["taskset", "-c", cpus] if cpus else []
+        self._arguments = [*pinned, sys.executable, "-m", module, "--listen", f"127.0.0.1:{self.port}"]
         self._arguments += ["--metrics", f"127.0.0.1:{self.metrics_port}", *arguments]
         for bundle in bundles:
             self._arguments += ["--bundle", str(bundle)]
@@ -43,7 +47,11 @@ class CloudProcess:
         return f"127.0.0.1:{self.port}"
 
     def __enter__(self) -> CloudProcess:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         self.stop()

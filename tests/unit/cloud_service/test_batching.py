@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_service.batching import BatchLimits, Work, next_batch
+from cloud_service.batching import BatchLimits, Want, Work, next_batch, next_pass
 
 A, B = (b"bundle a", 1), (b"bundle b", 1)
 LIMITS = BatchLimits(max_size=3, max_wait_s=0.010)
@@ -90,3 +92,58 @@ def test_nobody_starves(queue: list[Work], max_size: int) -> None:
         seen += [item.ticket for item in gone]
         queue = [item for item in queue if item not in gone]
     assert len(seen) == len(set(seen))
+
+
+def test_a_pass_without_wants_is_empty() -> None:
+    assert next_pass([], 16) == []
+    assert next_pass([Want(1, 0, 0)], 16) == []
+
+
+def test_a_lonely_prompt_fills_the_pass() -> None:
+    assert next_pass([Want(1, 500, 0)], 16) == [(1, 16)]
+
+
+def test_a_long_prompt_takes_what_others_leave() -> None:
+    wants = [Want(1, 500, 3), Want(2, 1, 4), Want(3, 5, 4)]
+    assert next_pass(wants, 16) == [(1, 10), (2, 1), (3, 5)]
+
+
+def test_the_least_recently_served_come_first() -> None:
+    wants = [Want(1, 8, 7), Want(2, 8, 5), Want(3, 8, 6)]
+    assert next_pass(wants, 16) == [(2, 8), (3, 8)]
+
+
+all_wants = st.lists(
+    st.builds(Want, ticket=st.integers(0, 99), rows=st.integers(0, 40), served=st.integers(0, 9)),
+    max_size=20,
+    unique_by=lambda want: want.ticket,
+)
+
+
+@given(all_wants, st.integers(1, 20))
+def test_what_every_pass_keeps(wants: list[Want], width: int) -> None:
+    plan = next_pass(wants, width)
+    wanted = {want.ticket: want.rows for want in wants}
+    given_rows = dict(plan)
+    assert len(given_rows) == len(plan)
+    assert all(0 < rows <= wanted[ticket] for ticket, rows in plan)
+    assert sum(given_rows.values()) == min(width, sum(wanted.values()))  # no row is left empty that somebody wants
+
+
+@given(all_wants, st.integers(1, 20), st.randoms())
+def test_a_pass_does_not_depend_on_the_order_of_the_wants(wants: list[Want], width: int, random: Random) -> None:
+    shuffled = random.sample(wants, len(wants))
+    assert next_pass(wants, width) == next_pass(shuffled, width)
+
+
+@given(all_wants, st.integers(2, 20))
+def test_everyone_who_waits_is_served_within_a_pass_for_every_two(wants: list[Want], width: int) -> None:
+    """However long the others' prompts are, and though they want as much again after each pass."""
+    waiting = {want.ticket for want in wants if want.rows}
+    number = 100
+    for _ in range(-(-len(waiting) // 2)):
+        number += 1
+        served = {ticket for ticket, _ in next_pass(wants, width)}
+        waiting -= served
+        wants = [Want(want.ticket, want.rows, number if want.ticket in served else want.served) for want in wants]
+    assert not waiting

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from models.errors import (
     UnknownBundle,
     UnsupportedVersion,
 )
+from models.language.session import ModelInfo
 from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo
 from protos import limits, wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
@@ -47,6 +49,12 @@ def test_infer_error_is_golden(golden: Callable[[str, bytes], None]) -> None:
 
 def test_describe_response_is_golden(golden: Callable[[str, bytes], None]) -> None:
     golden("describe_response_v1.bin", wire.pack_service(SERVICE).SerializeToString(deterministic=True))
+
+
+def test_describe_response_with_a_language_model_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    model = ModelInfo(FINGERPRINT, "SmolLM2", 49_152, 8192, "bfloat16/16")
+    message = wire.pack_service(dataclasses.replace(SERVICE, models=(model,)))
+    golden("describe_models_v1.bin", message.SerializeToString(deterministic=True))
 
 
 def test_describe_request_is_golden(golden: Callable[[str, bytes], None]) -> None:
@@ -102,9 +110,22 @@ def test_an_answer_arrives_as_it_was_sent(weights: list[int], queue_us: int, com
         ),
         max_size=3,
     ),
+    models=st.lists(
+        st.builds(
+            ModelInfo,
+            fingerprint=st.binary(min_size=32, max_size=32),
+            name=st.text(),
+            vocab=st.integers(1, wire.UINT32),
+            context=st.integers(1, limits.MAX_TOKENS),
+            numerics=st.text(),
+        ),
+        max_size=3,
+    ),
 )
-def test_a_services_description_arrives_as_it_was_sent(version: str, bundles: list[BundleInfo]) -> None:
-    info = ServiceInfo(version, limits.WIRE_VERSION, tuple(bundles))
+def test_a_services_description_arrives_as_it_was_sent(
+    version: str, bundles: list[BundleInfo], models: list[ModelInfo]
+) -> None:
+    info = ServiceInfo(version, limits.WIRE_VERSION, tuple(bundles), tuple(models))
     assert wire.unpack_service(sent(wire.pack_service(info))) == info
 
 
@@ -188,6 +209,11 @@ def test_an_error_of_code_ok_is_the_services_fault() -> None:
         wire.unpack_answer(pb.InferResponse(error=pb.Error(), probabilities=[0.5, 0.5]), labels=2)
 
 
+def described_model(**fields: Any) -> pb.DescribeResponse:
+    good = {"fingerprint": FINGERPRINT, "name": "a", "vocab": 10, "context": 20, "numerics": "float32/8"}
+    return pb.DescribeResponse(wire_version=1, models=[pb.Model(**{**good, **fields})])
+
+
 def described(**fields: Any) -> pb.DescribeResponse:
     good = {"fingerprint": FINGERPRINT, "name": "a", "task": "b", "labels": 2, "rates": 1}
     return pb.DescribeResponse(wire_version=1, bundles=[pb.Bundle(**{**good, **fields})])
@@ -203,7 +229,18 @@ BAD_SERVICES: dict[str, tuple[pb.DescribeResponse, type[IsthmusError]]] = {
         pb.DescribeResponse(wire_version=1, bundles=list(described().bundles) * (limits.MAX_BUNDLES + 1)),
         InvalidInput,
     ),
+    "short fingerprint of a model": (described_model(fingerprint=bytes(8)), InvalidInput),
+    "model without tokens": (described_model(vocab=0), InvalidInput),
+    "model without context": (described_model(context=0), InvalidInput),
+    "too many models": (
+        pb.DescribeResponse(wire_version=1, models=list(described_model().models) * (limits.MAX_BUNDLES + 1)),
+        InvalidInput,
+    ),
 }
+
+
+def test_the_descriptions_that_those_are_bent_from_are_good() -> None:
+    assert len(wire.unpack_service(described()).bundles) == len(wire.unpack_service(described_model()).models) == 1
 
 
 @pytest.mark.parametrize(("message", "kind"), BAD_SERVICES.values(), ids=BAD_SERVICES.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.errors import ServiceError
 from models.language import decoder as decoders
-from models.language.checkpoint import Checkpoint, smollm2_path
+from models.language.checkpoint import Checkpoint
 from models.language.decoder import (
     DTYPES,
     PAGE_TOKENS,
@@ -26,6 +27,7 @@ from models.language.decoder import (
     chunks,
     padded_tokens,
     run_rows,
+    same_shape,
 )
 from models.language.kv_cache import KVCache
 from tests.bench.tiny_llama import write_tiny_llama
@@ -51,6 +53,18 @@ TEXT = (
     "The isthmus of Corinth joins the Peloponnese to the mainland of Greece. In antiquity ships were dragged across it"
     " on a paved road; today a narrow canal of six kilometres cuts through the rock."
 )
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+}
 COMMITTED = 2 * PAGE_TOKENS + 40  # tokens of a session in the tests of company
 
 
@@ -105,13 +119,13 @@ def test_logits_equal_transformers(transformers: Any, tmp_path: Path, name: str)
 
 
 def test_smollm2_equals_transformers(transformers: Any) -> None:
-    """Their configuration and code, our tensors: those equal theirs one by one in test_checkpoint, which takes longer."""
-    checkpoint, path = Checkpoint.open("smollm2"), smollm2_path()
+    """Their code and our tensors, which test_checkpoint compares one by one with theirs."""
+    checkpoint = Checkpoint.open("smollm2")
     ids = checkpoint.tokenizer.encode(TEXT)[:40]
     assert len(ids) == 40
     found = run_rows(Decoder.load(checkpoint, torch.float32), ids, chunks(40, WIDTH))
+    config = transformers.LlamaConfig(**SMOLLM2)
     with torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tensors = {name: torch.from_numpy(checkpoint.tensor(name)) for name in model.state_dict()}
     model.load_state_dict(tensors, assign=True)
@@ -120,7 +134,6 @@ def test_smollm2_equals_transformers(transformers: Any) -> None:
         expected = model.eval()(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     assert torch.equal(found.argmax(1), expected.argmax(1))
-    print((found-expected).abs().max())
 
 
 def test_bfloat16_agrees_roughly(tiny: Checkpoint) -> None:
@@ -137,7 +150,7 @@ def test_bfloat16_agrees_roughly(tiny: Checkpoint) -> None:
 
 @pytest.mark.parametrize("cuts", [(0, 1, 3), (0, 2, 3), (0, 1, 2, 3)])
 def test_tail_of_head_is_the_whole(decoder: Decoder, cuts: tuple[int, ...]) -> None:
-    parts = [decoder[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [decoder[start:stop] for start, stop in itertools.pairwise(cuts)]
     caches, whole, ids = [part.new_cache() for part in parts], decoder.new_cache(), random_ids(PAGE_TOKENS + 20)
     for start in range(0, len(ids), 9):
         block = ids[start : start + 9]
@@ -243,14 +256,15 @@ def test_check_rows_sees_rows_that_add_up(decoder: Decoder, monkeypatch: pytest.
         check_rows(decoder)
 
 
+@pytest.mark.parametrize("rows", [7, WIDTH])  # of a mixed batch, of a block
 def test_check_rows_sees_attention_that_depends_on_the_batch(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     attention = decoders.F.scaled_dot_product_attention
 
     def sloppy(q_NKGD: Tensor, *others: Any, **options: Any) -> Tensor:
         mixed: Tensor = attention(q_NKGD, *others, **options)
-        return mixed * (1 + 2**-6 * (len(q_NKGD) == 7))
+        return mixed * (1 + 2**-6 * (len(q_NKGD) == rows))
 
     monkeypatch.setattr(decoders.F, "scaled_dot_product_attention", sloppy)
     with pytest.raises(ServiceError, match="other bits in other company"):
@@ -281,6 +295,19 @@ def test_check_rows_of_a_short_context(tmp_path: Path) -> None:
 )
 def test_padded_tokens(tokens: int, context: int, expected: int) -> None:
     assert padded_tokens(tokens, context) == expected
+
+
+def test_rows_that_read_equally_many_pages(decoder: Decoder) -> None:
+    """A span is cut at the end of each page; a row sees itself and what is before it."""
+    start, context = PAGE_TOKENS - 3, 2 * PAGE_TOKENS + 2
+    groups = same_shape(Span(decoder.new_cache(), start, PAGE_TOKENS + 5), context)
+    assert [(group.count, group.tokens) for group in groups] == [(3, 64), (64, 128), (2, 130)]
+    position = start
+    for group in groups:
+        assert group.mask_N11T.shape == (group.count, 1, 1, group.tokens)
+        for mask_T in group.mask_N11T[:, 0, 0]:
+            assert mask_T.nonzero().flatten().tolist() == list(range(position + 1))
+            position += 1
 
 
 @pytest.mark.timeout(30)

@@ -14,8 +14,17 @@ from hypothesis.extra import numpy as nps
 from models.errors import BundleError
 from models.language import onnx_graph
 from models.language.checkpoint import Checkpoint
-from models.language.onnx_graph import BLOCK, Bytes, Floats, Graph, head_graph, in_pairs, layers_graph
-from models.language.onnx_graph import quantise4, quantise8
+from models.language.onnx_graph import (
+    BLOCK,
+    Bytes,
+    Floats,
+    Graph,
+    head_graph,
+    in_pairs,
+    layers_graph,
+    quantise4,
+    quantise8,
+)
 from tests.bench.tiny_llama import write_tiny_llama
 
 matrices = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
@@ -23,6 +32,13 @@ matrices = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
         np.float32, (shape[0], shape[1] * BLOCK), elements=st.floats(-(2**100), 2**100, width=32), fill=st.just(0.0)
     )
 )
+
+SIDES = pytest.mark.parametrize("side", [0.0, 1.0, -1.0])
+
+
+def on_one_side(weight_OI: Floats, side: float) -> Floats:
+    """As they are, or all above zero, or all below."""
+    return weight_OI if side == 0 else np.asarray((np.abs(weight_OI) + 1) * side, np.float32)
 
 
 def unpacked(pairs: Bytes, count: int) -> Bytes:
@@ -43,7 +59,9 @@ def expand4(pairs: Bytes, scale_OG: Floats, zeros: Bytes) -> Floats:
 
 
 @given(weight_OI=matrices)
-def test_8_bits_are_within_half_a_step(weight_OI: Floats) -> None:
+@SIDES
+def test_8_bits_are_within_half_a_step(side: float, weight_OI: Floats) -> None:
+    weight_OI = on_one_side(weight_OI, side)
     codes_OGB, scale_OG = quantise8(weight_OI)
     rows, groups = len(weight_OI), weight_OI.shape[1] // BLOCK
     assert (codes_OGB.shape, codes_OGB.dtype) == ((rows, groups, BLOCK), np.uint8)
@@ -56,7 +74,9 @@ def test_8_bits_are_within_half_a_step(weight_OI: Floats) -> None:
 
 
 @given(weight_OI=matrices)
-def test_4_bits_are_within_half_a_step(weight_OI: Floats) -> None:
+@SIDES
+def test_4_bits_are_within_half_a_step(side: float, weight_OI: Floats) -> None:
+    weight_OI = on_one_side(weight_OI, side)
     pairs, scale_OG, zeros = quantise4(weight_OI)
     rows, groups = len(weight_OI), weight_OI.shape[1] // BLOCK
     assert (pairs.shape, pairs.dtype) == ((rows, groups, BLOCK // 2), np.uint8)
@@ -146,7 +166,12 @@ def test_graph_of_some_layers(tmp_path: Path, bits: int) -> None:
     """Only these layers' caches, in order: the graph of a cut."""
     model = layers_graph(Checkpoint.open(write_tiny_llama(tmp_path, layers=3)), range(1, 3), 16, bits)
     caches = ["1.key", "1.value", "2.key", "2.value"]
-    assert [value.name for value in model.graph.input] == ["hidden", "last", "total", *(f"past.{name}" for name in caches)]
+    assert [value.name for value in model.graph.input] == [
+        "hidden",
+        "last",
+        "total",
+        *(f"past.{name}" for name in caches),
+    ]
     assert [value.name for value in model.graph.output] == ["out", *(f"present.{name}" for name in caches)]
     assert not any(initialiser.name.startswith("0.") for initialiser in model.graph.initializer)
     settings = [

@@ -1,0 +1,195 @@
+"""Decoding on the device: our ONNX graphs beside llama.cpp and transformers, in one run, turn by turn.
+
+`tokens_per_s` of our 8-bit weights, `ratio_to_llamacpp`, `ratio_to_transformers` (float32), and `agreement`: on how many
+of the tokens of real text the device's greedy choice is that of transformers in float32, with a 95 % interval.
+llama.cpp is run by an interpreter that has llama-cpp-python (--llamacpp; it builds from source, so it is not among
+our dependencies); without one its figures are null.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from models.language.checkpoint import Checkpoint, smollm2_path
+from models.language.onnx_decoder import OnnxDecoder
+from models.recipes.calibrate import interval
+
+TEXT = (
+    "The first bridge between the two towns was made of wood, and it burned down in the year of the great fire. "
+    "Forty years later an engineer from the coast drew a steel arch, and the people began to argue about its price."
+)
+LLAMA_CPP = """
+import json, sys, time
+from llama_cpp import Llama
+path, ids, tokens, threads = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+model = Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+for line in sys.stdin:
+    model.reset()
+    start = time.perf_counter()
+    model.eval(ids)
+    read = time.perf_counter()
+    for _ in range(tokens):
+        model.eval([model.sample(temp=0.0)])
+    print(json.dumps([len(ids) / (read - start), tokens / (time.perf_counter() - read)]), flush=True)
+"""
+
+Speeds = tuple[float, float]  # tokens a second: reading the prompt, decoding
+
+
+def onnx_engine(checkpoint: Checkpoint, bits: int, threads: int, ids: list[int], tokens: int) -> Callable[[], Speeds]:
+    decoder = OnnxDecoder(checkpoint, 1024, bits, threads)
+
+    def run() -> Speeds:
+        decoder.truncate(0)
+        start_s = time.perf_counter()
+        logits_V = decoder.extend(ids)
+        read_s = time.perf_counter()
+        for _ in range(tokens):
+            logits_V = decoder.extend([int(logits_V.argmax())])
+        return len(ids) / (read_s - start_s), tokens / (time.perf_counter() - read_s)
+
+    return run
+
+
+def transformers_model(dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import models.recipes.compressai_entropy  # noqa: F401  # lets torchvision be imported
+
+    path = smollm2_path()
+    return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=getattr(torch, dtype))
+
+
+def transformers_engine(model: Any, threads: int, ids: list[int], tokens: int) -> Callable[[], Speeds]:
+    import torch
+
+    def run() -> Speeds:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            start_s = time.perf_counter()
+            out = model(torch.tensor([ids]), use_cache=True)
+            read_s = time.perf_counter()
+            for _ in range(tokens):
+                token = out.logits[:, -1:].argmax(-1)
+                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        return len(ids) / (read_s - start_s), tokens / (time.perf_counter() - read_s)
+
+    return run
+
+
+class LlamaCpp:
+    """llama.cpp in a process of its own."""
+
+    def __init__(self, interpreter: str, threads: int, ids: list[int], tokens: int) -> None:
+        arguments = [str(smollm2_path()), json.dumps(ids), str(tokens), str(threads)]
+        self._process = subprocess.Popen(
+            [interpreter, "-c", LLAMA_CPP, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self) -> Speeds:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise click.ClickException("llama.cpp ended; is llama-cpp-python installed for that interpreter?")
+        read, decoded = json.loads(line)
+        return read, decoded
+
+    def close(self) -> None:
+        self._process.kill()
+
+
+def agreement(checkpoint: Checkpoint, model: Any, texts: list[list[int]], threads: int) -> dict[str, Any]:
+    """Of 8 and 4 bits with transformers in float32, token by token of the texts."""
+    import torch
+
+    same: dict[int, list[np.ndarray[Any, Any]]] = {8: [], 4: []}
+    with torch.inference_mode():
+        expected = [model(torch.tensor([ids])).logits[0].argmax(-1).numpy() for ids in texts]
+    for bits, rows in same.items():
+        decoder = OnnxDecoder(checkpoint, 1024, bits, threads)
+        for ids, choice_N in zip(texts, expected, strict=True):
+            decoder.truncate(0)
+            rows.append(decoder.extend_all(ids).argmax(-1) == choice_N)
+    return {f"{bits}-bit": interval(np.concatenate(rows)).model_dump() for bits, rows in same.items()}
+
+
+def passages(checkpoint: Checkpoint, file: Path | None, count: int) -> list[list[int]]:
+    ids = checkpoint.tokenizer.encode(file.read_text() if file else TEXT * 4)
+    return [ids[start : start + 256] for start in range(0, min(len(ids), 256 * count), 256)]
+
+
+@click.command(
+    epilog="Example: python -m tests.bench.decoder --llamacpp /opt/llama/bin/python --json runs/decoder.json"
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
+@click.option("--llamacpp", help="A Python interpreter with llama-cpp-python.")
+@click.option("--text", type=click.Path(path_type=Path, exists=True), help="For the agreement; not trained on.")
+@click.option("--threads", default=os.cpu_count() or 1, show_default=True)
+@click.option("--tokens", default=64, show_default=True, help="Decoded in each turn.")
+@click.option("--turns", default=7, show_default=True)
+@click.option("--quick", is_flag=True, help="Two turns of 8 tokens, one passage.")
+def main(
+    json_file: Path, llamacpp: str | None, text: Path | None, threads: int, tokens: int, turns: int, quick: bool
+) -> None:
+    """Measure engines turn by turn, and print medians."""
+    tokens, turns, count = (8, 2, 1) if quick else (tokens, turns, 12)
+    checkpoint = Checkpoint.open("smollm2")
+    ids = checkpoint.tokenizer.encode(TEXT)
+    reference = transformers_model("float32")
+    engines: dict[str, Callable[[], Speeds]] = {
+        "onnx 8-bit": onnx_engine(checkpoint, 8, threads, ids, tokens),
+        "onnx 4-bit": onnx_engine(checkpoint, 4, threads, ids, tokens),
+        "transformers float32": transformers_engine(reference, threads, ids, tokens),
+        "transformers bfloat16": transformers_engine(transformers_model("bfloat16"), threads, ids, tokens),
+    }
+    if llamacpp:
+        engines["llama.cpp Q4_1"] = LlamaCpp(llamacpp, threads, ids, tokens)
+    speeds: dict[str, list[Speeds]] = {name: [] for name in engines}
+    for turn in range(turns + 1):
+        for name, engine in engines.items():
+            speed = engine()
+            if turn:  # the first warms up
+                speeds[name].append(speed)
+        print(f"turn {turn} of {turns}", file=sys.stderr)
+    read = {name: statistics.median(row[0] for row in rows) for name, rows in speeds.items()}
+    decoded = {name: statistics.median(row[1] for row in rows) for name, rows in speeds.items()}
+    ratios = [
+        ours[1] / theirs[1]
+        for ours, theirs in zip(speeds["onnx 8-bit"], speeds.get("llama.cpp Q4_1", []), strict=False)
+    ]
+    plain = [a[1] / b[1] for a, b in zip(speeds["onnx 8-bit"], speeds["transformers float32"], strict=True)]
+    result = {
+        "tokens_per_s": decoded["onnx 8-bit"],
+        "ratio_to_llamacpp": statistics.median(ratios) if ratios else None,
+        "ratio_to_transformers": statistics.median(plain),
+        "agreement": agreement(checkpoint, reference, passages(checkpoint, text, count), threads),
+        "decode_tokens_per_s": decoded,
+        "prefill_tokens_per_s": read,
+        "threads": threads,
+        "turns": turns,
+        "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "transformers", "torch")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    click.echo(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The arms beside each other: tokens a second, time to the first token, bytes and cloud work for each token.
+
+    arms and drafts  x  round trip 5 .. 150 ms  x  a cloud of this speed, and four times slower
+
+Device and cloud have a core each where there are two, so that neither takes the other's time; the link between them is
+emulated (round trip only). Each setting answers the same prompts greedily; an arm's first answer is not counted, it
+learns the link. Can be interrupted: settings that are in the JSON file already are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from edge_agent.config import LanguageConfig
+from edge_agent.generation import Arm, Ask, Summary
+from edge_agent.language import LanguageAgent
+from models.language.checkpoint import Checkpoint
+from tests.bench.processes import CloudProcess
+from tests.bench.prompts import load_prompts
+from tests.bench.proxy import LinkProxy, LinkSpec
+
+RTTS_MS = (5, 20, 50, 100, 150)
+SLOWDOWNS = (1, 4)
+WIDTH = 16  # rows of a pass, padding included
+LONGEST_TOKENS = 400
+# name: arm, weights of the device's model, source of drafts
+METHODS: dict[str, tuple[Arm, int, str]] = {
+    "cloud": ("cloud", 8, "model"),
+    "verify, 8-bit copy": ("verify", 8, "model"),
+    "verify, 4-bit copy": ("verify", 4, "model"),
+    "verify, prompt lookup": ("verify", 8, "lookup"),
+    "edge, 8-bit": ("edge", 8, "model"),
+}
+
+Row = dict[str, Any]
+
+
+def answer(agent: LanguageAgent, prompt: tuple[int, ...], arm: Arm, tokens: int) -> tuple[Summary, float, float]:
+    """The summary of one answer, seconds to its first token, and in all."""
+    started_s, first_s = time.perf_counter(), 0.0
+    for event in agent.generate(Ask(prompt, tokens, arm)):
+        if isinstance(event, Summary):
+            return event, first_s, time.perf_counter() - started_s
+        first_s = first_s or time.perf_counter() - started_s
+    raise RuntimeError("the answer ended without a summary")
+
+
+def measure(agent: LanguageAgent, prompts: list[tuple[int, ...]], arm: Arm, tokens: int, flops: int) -> Row:
+    answer(agent, prompts[0], arm, tokens)
+    runs = [answer(agent, prompt, arm, tokens) for prompt in prompts]
+    made = sum(summary.tokens for summary, _, _ in runs)
+    passes = sum(summary.passes for summary, _, _ in runs)
+    drafts = sum(summary.accepted + summary.rejected for summary, _, _ in runs)
+    rounds = sum(summary.rounds for summary, _, _ in runs)
+    way = sum(summary.bytes_up + summary.bytes_down - summary.opening_bytes for summary, _, _ in runs)
+    return {
+        "prompts": len(prompts),
+        "tokens": made,
+        "tokens_per_s": statistics.median(summary.tokens / total_s for summary, _, total_s in runs),
+        "tokens_per_s_after_first": made / sum(total_s - first_s for _, first_s, total_s in runs),
+        "first_token_ms": statistics.median(1000 * first_s for _, first_s, _ in runs),
+        "bytes_up_per_token": sum(summary.bytes_up for summary, _, _ in runs) / made,
+        "bytes_down_per_token": sum(summary.bytes_down for summary, _, _ in runs) / made,
+        "bytes_per_round": way / rounds if rounds and arm == "verify" else None,
+        "cloud_passes_per_token": passes / made,
+        "cloud_gflops_per_token": passes * WIDTH * flops / made / 1e9,
+        "acceptance": sum(summary.accepted for summary, _, _ in runs) / drafts if drafts else None,
+        "why": runs[-1][0].why,
+    }
+
+
+def agents(stack: ExitStack, model: str, target: str, threads: int) -> dict[tuple[int, str], LanguageAgent]:
+    """An agent for each way of drafting."""
+    ways = sorted({(bits, draft) for _, bits, draft in METHODS.values()})
+    made = {}
+    for bits, draft in ways:
+        config = LanguageConfig(
+            model, (target,), device_bits=bits, draft=draft, threads=threads, connect_s=10.0  # type: ignore[arg-type]
+        )  # fmt: skip
+        made[bits, draft] = stack.enter_context(LanguageAgent(config))
+    return made
+
+
+def run(model: str, prompts: list[tuple[int, ...]], settings: Row, rows: list[Row], save: Any) -> None:
+    """Every setting that has no row yet."""
+    done = {(row["method"], row["rtt_ms"], row["slowdown"]) for row in rows}
+    todo = [key for key in product(METHODS, settings["rtts_ms"], settings["slowdowns"]) if key not in done]
+    cores = sorted(os.sched_getaffinity(0))
+    mine, theirs = (cores[:1], cores[1:]) if len(cores) > 1 else (cores, cores)
+    os.sched_setaffinity(0, mine)
+    flops = 2 * parameters(model)
+    with Progress() as bar:
+        task = bar.add_task("settings", total=len(todo))
+        for slowdown, rtt_ms in product(settings["slowdowns"], settings["rtts_ms"]):
+            names = [name for name, rtt, slow in todo if (rtt, slow) == (rtt_ms, slowdown)]
+            if not names:
+                continue
+            os.environ["ISTHMUS_BENCH_SLOWDOWN"] = str(slowdown)
+            with ExitStack() as stack:
+                cloud = CloudProcess(
+                    arguments=("--model", model), module="tests.bench.slow_cloud", cpus=",".join(map(str, theirs))
+                )
+                stack.enter_context(cloud)
+                proxy = stack.enter_context(LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)))
+                by_way = agents(stack, model, f"127.0.0.1:{proxy.port}", len(mine))
+                for name in names:
+                    arm, bits, draft = METHODS[name]
+                    row = measure(by_way[bits, draft], prompts, arm, settings["max_tokens"], flops)
+                    rows.append({"method": name, "rtt_ms": rtt_ms, "slowdown": slowdown, **row})
+                    save()
+                    bar.advance(task)
+
+
+def parameters(model: str) -> int:
+    """Weights that one row of a pass meets: all but the embedding, and the head."""
+    config = Checkpoint.open(model).config
+    attention = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    return config.layers * (attention + 3 * config.hidden * config.ffn) + config.hidden * config.vocab
+
+
+def table(rows: list[Row]) -> Table:
+    page = Table("cloud", "round trip", "method", "tokens/s", "first ms", "B up", "B down", "passes", "accepted")
+    for row in sorted(rows, key=lambda row: (row["slowdown"], row["rtt_ms"], row["method"])):
+        accepted = "" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
+        page.add_row(
+            f"{row['slowdown']}x", f"{row['rtt_ms']} ms", row["method"], f"{row['tokens_per_s']:.1f}",
+            f"{row['first_token_ms']:.0f}", f"{row['bytes_up_per_token']:.1f}", f"{row['bytes_down_per_token']:.1f}",
+            f"{row['cloud_passes_per_token']:.2f}", accepted,
+        )  # fmt: skip
+    return page
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    slowdowns = sorted({row["slowdown"] for row in rows})
+    figure = Figure(figsize=(5.2 * len(slowdowns), 4), layout="constrained")
+    for index, slowdown in enumerate(slowdowns):
+        axes = figure.add_subplot(1, len(slowdowns), index + 1)
+        for name in METHODS:
+            points = sorted(
+                (r["rtt_ms"], r["tokens_per_s"]) for r in rows if (r["method"], r["slowdown"]) == (name, slowdown)
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(title="cloud as it is" if slowdown == 1 else f"cloud {slowdown} times slower", xlabel="round trip, ms")
+        axes.set(ylabel="tokens/s, median of answers", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+@click.command(epilog="Example: python -m tests.bench.language --prompts prompts.jsonl --json runs/language.json")
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="Spec-Bench JSON lines, or text lines.")
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--n", default=8, type=click.IntRange(1), show_default=True, help="Prompts.")
+@click.option("--tokens", default=64, type=click.IntRange(2), show_default=True, help="Of each answer, at most.")
+@click.option("--quick", is_flag=True, help="One round trip, one speed, two prompts, 12 tokens.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path))
+def main(
+    prompts: Path | None, model: str, n: int, tokens: int, quick: bool, json_file: Path, plot_file: Path | None
+) -> None:
+    """Measure every arm on every link."""
+    n, tokens = (2, 12) if quick else (n, tokens)
+    settings: Row = {
+        "model": model,
+        "prompts": n,
+        "max_tokens": tokens,
+        "rtts_ms": [20] if quick else list(RTTS_MS),
+        "slowdowns": [1] if quick else list(SLOWDOWNS),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores; device and cloud have one each",
+    }
+    former = json.loads(json_file.read_text()) if json_file.exists() else {}
+    rows: list[Row] = former["rows"] if former.get("settings") == settings else []
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        json_file.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+    ids = load_prompts(prompts, Checkpoint.open(model).tokenizer, n, LONGEST_TOKENS)
+    run(model, ids, settings, rows, save)
+    Console().print(table(rows))
+    if plot_file:
+        plot(rows, plot_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Is `verify` token for token what `cloud` gives? Two real processes, every kind of draft, restarts in mid-answer.
+
+Each prompt is answered by `cloud` and then by `verify`; several prompts at once share the cloud's batches, the first
+ones run alone. The drafts: the device's model with 8- and with 4-bit weights, prompt lookup, random tokens, always
+wrong, wrong every third token, always right, an end of text at every place. The cloud is killed and started again
+while answers are under way; the device waits for it and goes on from the tokens it has.
+
+Writes `prompts`, `tokens`, `mismatches` (tokens), `restarts`, `bytes_per_round`, `cloud_passes_per_token`. Can be
+interrupted: finished prompts are kept beside the JSON file and not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import Progress
+
+from edge_agent.collaboration import Collaboration, Tempo
+from edge_agent.generation import Ask
+from edge_agent.language import BREAKER
+from edge_agent.link import Link
+from edge_agent.replicas import Replicas
+from models.language.checkpoint import Checkpoint
+from models.language.drafts import Draft, LookupDraft, ModelDraft
+from models.language.onnx_decoder import OnnxDecoder
+from models.language.sampling import Sampling
+from tests.bench.processes import CloudProcess
+from tests.bench.prompts import RandomDraft, ScriptedDraft, load_prompts, stubborn
+
+SCRIPTED = ("random", "wrong", "wrong-third", "right", "end-of-text")
+MODELS = {"model-8bit": 8, "model-4bit": 4}
+ALONE = 12  # prompts that run by themselves, before the batches are mixed
+LONGEST_TOKENS = 700
+WAIT_S = 120.0  # a cloud that was killed needs to load its model again
+
+
+@dataclass
+class Case:
+    """One prompt, answered twice."""
+
+    prompt: int
+    draft: str
+    alone: bool
+    tokens: int
+    mismatches: int
+    rounds: int
+    passes: int
+    round_bytes: int
+    accepted: int
+    rejected: int
+    reopened: bool
+
+
+class Bench:
+    """Answers prompts through one link."""
+
+    def __init__(self, checkpoint: Checkpoint, target: str, tokens: int, sampling: Sampling) -> None:
+        self.checkpoint, self.tokens, self.sampling = checkpoint, tokens, sampling
+        link = Link(target, checkpoint.fingerprint, checkpoint.config.vocab, None, BREAKER)
+        link.wait_probed(10.0)
+        self.replicas = Replicas([link], checkpoint.fingerprint, WAIT_S)
+        self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in MODELS.items()}
+        self.tempos = {name: Tempo() for name in MODELS}
+        self.locks = {name: threading.Lock() for name in MODELS}
+
+    def answer(self, prompt: tuple[int, ...], draft: Draft | None, tempo: Tempo) -> tuple[list[int], Collaboration]:
+        ask = Ask(prompt, self.tokens, "verify" if draft else "cloud", self.sampling)
+        run = Collaboration(ask, self.checkpoint.tokenizer.eos_ids, self.replicas, tempo, draft, None)
+        try:
+            return [token.id for token in run.tokens()], run
+        finally:
+            run.close()
+
+    def case(self, index: int, prompt: tuple[int, ...], name: str, alone: bool) -> Case:
+        expected, first = self.answer(prompt, None, Tempo())
+        if name in self.models:
+            with self.locks[name]:
+                found, run = self.answer(prompt, self.models[name], self.tempos[name])
+        else:
+            found, run = self.answer(prompt, self.draft(name, expected, len(prompt), index), stubborn_for(name))
+        wrong = sum(a != b for a, b in zip(expected, found, strict=False)) + abs(len(expected) - len(found))
+        tally = run.tally
+        round_bytes = tally.bytes_up + tally.bytes_down - tally.opening_bytes
+        reopened = "went on" in tally.why or "went on" in first.tally.why
+        return Case(
+            index, name, alone, len(found), wrong, tally.rounds, tally.passes, round_bytes, tally.accepted,
+            tally.rejected, reopened,
+        )  # fmt: skip
+
+    def draft(self, name: str, expected: list[int], prompt_tokens: int, seed: int) -> Draft:
+        eos = min(self.checkpoint.tokenizer.eos_ids)
+        if name == "lookup":
+            return LookupDraft()
+        if name == "random":
+            return RandomDraft(self.checkpoint.config.vocab, seed)
+        every = {"right": 0, "wrong": 1, "wrong-third": 3, "end-of-text": 1}[name]
+        return ScriptedDraft(expected, prompt_tokens, every, eos if name == "end-of-text" else 5)
+
+
+def stubborn_for(name: str) -> Tempo:
+    tempo = stubborn()
+    if name == "lookup":
+        tempo.draft_s.value = 0.0
+    return tempo
+
+
+def jobs(prompts: list[tuple[int, ...]]) -> Iterator[tuple[int, tuple[int, ...], str, bool]]:
+    names = (*MODELS, "lookup", *SCRIPTED)
+    for index, prompt in enumerate(prompts):
+        alone = index < ALONE
+        yield index, prompt, ("model-8bit" if alone else names[index % len(names)]), alone
+
+
+class Killer(threading.Thread):
+    """Kills the cloud and starts it again, `restarts` times over the run."""
+
+    def __init__(self, cloud: CloudProcess, done: list[Case], total: int, restarts: int) -> None:
+        super().__init__(daemon=True)
+        self._cloud, self._done = cloud, done
+        self._at = [ALONE + (total - ALONE) * (step + 1) // (restarts + 1) for step in range(restarts)]
+        self.count = 0
+
+    def run(self) -> None:
+        for at in self._at:
+            while len(self._done) < at:
+                time.sleep(0.05)
+            self._cloud.kill()
+            self.count += 1
+            self._cloud.start()
+
+
+def run(bench: Bench, todo: list[Any], workers: int, keep: Any, cases: list[Case]) -> None:
+    """The lonely prompts first, then the others on `workers` threads."""
+    failures: list[BaseException] = []
+    for batch, threads in (([job for job in todo if job[3]], 1), ([job for job in todo if not job[3]], workers)):
+        waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for job in batch:
+            waiting.put(job)
+
+        def work(waiting: queue.SimpleQueue[Any] = waiting) -> None:
+            while not failures:
+                try:
+                    job = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    case = bench.case(*job)
+                except BaseException as error:
+                    failures.append(error)
+                    return
+                cases.append(case)
+                keep(case)
+
+        crew = [threading.Thread(target=work) for _ in range(threads)]
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def report(cases: list[Case], restarts: int, settings: dict[str, Any]) -> dict[str, Any]:
+    rounds = sum(case.rounds for case in cases)
+    alone = [case for case in cases if case.alone]
+    by_draft = {
+        name: {
+            "prompts": len(rows := [case for case in cases if case.draft == name]),
+            "tokens": sum(case.tokens for case in rows),
+            "mismatches": sum(case.mismatches for case in rows),
+            "rounds": sum(case.rounds for case in rows),
+            "acceptance": ratio(sum(c.accepted for c in rows), sum(c.accepted + c.rejected for c in rows)),
+        }
+        for name in sorted({case.draft for case in cases})
+    }
+    return {
+        **settings,
+        "prompts": len(cases),
+        "tokens": sum(case.tokens for case in cases),
+        "mismatches": sum(case.mismatches for case in cases),
+        "restarts": restarts,
+        "answers_with_a_restart": sum(case.reopened for case in cases),
+        "bytes_per_round": ratio(sum(case.round_bytes for case in cases), rounds),
+        "cloud_passes_per_token": ratio(sum(case.passes for case in alone), sum(case.tokens for case in alone)),
+        "cloud_passes_per_token_is": "of prompts alone, drafts by the 8-bit copy, reading the prompt not counted",
+        "by_draft": by_draft,
+        "machine": f"{platform.machine()}; device and cloud share it",
+    }
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+@click.command(epilog="Example: python -m tests.bench.lossless --n 300 --tokens 64 --json runs/lossless.json")
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="Spec-Bench JSON lines, or text lines.")
+@click.option("--n", default=16, type=click.IntRange(1), show_default=True)
+@click.option("--tokens", default=32, type=click.IntRange(2), show_default=True, help="Of each answer, at most.")
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--workers", default=6, show_default=True, help="Answers at once.")
+@click.option("--restarts", default=2, show_default=True, help="How often the cloud is killed.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
+def main(
+    prompts: Path | None,
+    n: int,
+    tokens: int,
+    model: str,
+    dtype: str,
+    temperature: float,
+    workers: int,
+    restarts: int,
+    json_file: Path,
+) -> None:
+    """Compare `verify` with `cloud`, token by token."""
+    checkpoint = Checkpoint.open(model)
+    todo = list(jobs(load_prompts(prompts, checkpoint.tokenizer, n, LONGEST_TOKENS)))
+    settings = {"model": checkpoint.name, "dtype": dtype, "temperature": temperature, "max_tokens": tokens}
+    partial = json_file.with_suffix(".partial")
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    lines = partial.read_text().splitlines() if partial.exists() else []
+    kept = [json.loads(line) for line in lines]
+    cases = [Case(**row["case"]) for row in kept if row["settings"] == settings]
+    done = {case.prompt for case in cases}
+    arguments = ("--model", model, "--dtype", dtype)
+    with CloudProcess(arguments=arguments) as cloud, Progress() as bar, partial.open("a") as log:
+        task = bar.add_task("prompts", total=n, completed=len(done))
+
+        def keep(case: Case) -> None:
+            log.write(json.dumps({"settings": settings, "case": asdict(case)}) + "\n")
+            log.flush()
+            bar.advance(task)
+
+        bench = Bench(checkpoint, cloud.target, tokens, Sampling(temperature, seed=7))
+        killer = Killer(cloud, cases, n, restarts)
+        killer.start()
+        run(bench, [job for job in todo if job[0] not in done], workers, keep, cases)
+        bench.replicas.close()
+    result = report(sorted(cases, key=lambda case: case.prompt), killer.count, settings)
+    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    partial.unlink()
+    click.echo(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

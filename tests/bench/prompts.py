@@ -1,0 +1,78 @@
+"""Prompts for the language benchmarks, and drafts that are good, bad or hostile."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from edge_agent.collaboration import Tempo
+from edge_agent.policy.drafting import Acceptance
+from models.language.sampling import Sampling
+from models.language.tokenizer import Message, Tokenizer
+
+FEW = (
+    "Explain what a suspension bridge is.",
+    "List five fruits.",
+    "Write two lines about the sea.",
+    "What is 12 + 30?",
+)
+
+
+def load_prompts(file: Path | None, tokenizer: Tokenizer, count: int, longest: int) -> list[tuple[int, ...]]:
+    """The first `count` prompts of at most `longest` tokens, spread over the file, as token ids of a chat.
+
+    Lines are JSON as in Spec-Bench ({"turns": [...]}), or {"prompt": ...}, or plain text; without a file, a few.
+    """
+    texts = list(FEW) if file is None else [text_of(line) for line in file.read_text().splitlines() if line.strip()]
+    chats = [tuple(tokenizer.chat([Message("user", text)])) for text in texts]
+    fitting = [ids for ids in chats if len(ids) <= longest]
+    order = random.Random(0).sample(fitting, min(count, len(fitting)))
+    return (order * -(-count // len(order)))[:count]
+
+
+def text_of(line: str) -> str:
+    if not line.lstrip().startswith("{"):
+        return line
+    record = json.loads(line)
+    return str(record["turns"][0] if "turns" in record else record["prompt"])
+
+
+class RandomDraft:
+    """Any token at all."""
+
+    def __init__(self, vocab: int, seed: int) -> None:
+        self._vocab, self._random = vocab, random.Random(seed)
+
+    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float]:
+        return self._random.randrange(self._vocab), 0.9
+
+
+class ScriptedDraft:
+    """Knows the answer, and says it, or something near it: right, always wrong, or wrong now and then."""
+
+    def __init__(self, answer: Sequence[int], prompt_tokens: int, wrong_every: int, liar: int) -> None:
+        """`wrong_every` 0: always right; 1: always wrong; n: every n-th token is `liar` instead."""
+        self._answer, self._start, self._wrong_every, self._liar = answer, prompt_tokens, wrong_every, liar
+
+    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+        index = len(text) - self._start
+        if index >= len(self._answer):
+            return None
+        wrong = self._wrong_every and index % self._wrong_every == self._wrong_every - 1
+        return (self._liar if wrong else self._answer[index]), 0.9
+
+
+class Faithful(Acceptance):
+    """Believes in its drafts whatever happens, so that bad ones are sent too."""
+
+    def observe(self, confidence: float, right: bool) -> None:
+        pass
+
+
+def stubborn() -> Tempo:
+    """A tempo at which drafting always seems to pay."""
+    tempo = Tempo(acceptance=Faithful(0.99))
+    tempo.draft_s.observe(0.002)
+    return tempo

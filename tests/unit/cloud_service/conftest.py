@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from models.language import kv_cache
+from models.language.checkpoint import Checkpoint
+from models.language.decoder import PAGE_TOKENS, Decoder
+from tests.bench.tiny_llama import write_tiny_llama
+from tests.unit.cloud_service.tiny import CONTEXT, ENDS, WIDTH, House, Play, Scenario
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    checkpoint = Checkpoint.open(write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", context=CONTEXT))
+    assert checkpoint.tokenizer.eos_ids == ENDS
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def decoder(checkpoint: Checkpoint) -> Decoder:
+    return Decoder.load(checkpoint, torch.float32, WIDTH)
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches grow by a page, so that short texts compete for memory."""
+    monkeypatch.setattr(kv_cache, "GROWTH_TOKENS", PAGE_TOKENS)
+
+
+@pytest.fixture
+def scenario(checkpoint: Checkpoint, decoder: Decoder, small_steps: None) -> Scenario:
+    """Run a play beside the passes of a generation with memory for `pages` pages of 64 tokens."""
+
+    def run(play: Play, pages: int = 100) -> House:
+        async def both() -> House:
+            house = House(checkpoint, decoder, pages)
+            running = asyncio.create_task(house.generation.run())
+            await asyncio.wait_for(play(house), 60)
+            house.decoder.gate.set()
+            house.generation.drain()
+            await asyncio.wait_for(running, 10)
+            return house
+
+        house = asyncio.run(both())
+        assert house.most_bytes <= house.budget_bytes
+        return house
+
+    return run

@@ -1,0 +1,297 @@
+"""Whatever the company, the drafts and the memory, each text is its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import Draining, Overloaded, ServiceError
+from models.language.checkpoint import Checkpoint
+from models.language.decoder import Decoder
+from models.language.sampling import GREEDY, Sampling
+from models.language.session import Round
+from protos.limits import MAX_ROUNDS
+from tests.unit.cloud_service.tiny import (
+    CONTEXT,
+    SAMPLED,
+    WIDTH,
+    Device,
+    House,
+    Scenario,
+    plain,
+    prompts,
+    until,
+)
+
+
+async def write_together(
+    house: House, decoder: Decoder, asked: Sequence[list[int]], count: int, sampling: Sampling = GREEDY
+) -> None:
+    """A device for each prompt, all at once; each text is that of plain decoding."""
+    expected = [plain(decoder, prompt, count, sampling) for prompt in asked]
+    devices = [Device(house, number, prompt, sampling) for number, prompt in enumerate(asked)]
+    async with asyncio.TaskGroup() as group:
+        for number, device in enumerate(devices):
+            await device.open()
+            group.create_task(device.write(expected[number], np.random.default_rng(number)))
+    for device, text in zip(devices, expected, strict=True):
+        assert device.tokens[: len(text)] == text
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_sessions_at_once_write_what_each_would_alone(scenario: Scenario, decoder: Decoder, sampling: Sampling) -> None:
+    house = scenario(lambda house: write_together(house, decoder, prompts(6), 30, sampling))
+    used, passes = sum(house.decoder.rows), len(house.decoder.rows)
+    assert house.count("decoder_rows_total", kind="used") == used
+    assert house.count("decoder_rows_total", kind="padding") == WIDTH * passes - used
+    assert house.count("tokens_committed_total") >= 100
+    assert house.count("draft_tokens_total", result="accepted") > 0
+    assert house.count("draft_tokens_total", result="rejected") > 0
+    assert house.count("context_evictions_total", reason="budget") == 0
+
+
+@pytest.mark.parametrize("pages", [3, 4, 5])
+def test_sessions_that_evict_each_other_all_finish(scenario: Scenario, decoder: Decoder, pages: int) -> None:
+    """Texts grow from one page to two or three in the midst, so that even a single session may need all there is."""
+    house = scenario(lambda house: write_together(house, decoder, prompts(7, longest=80, seed=2), 70), pages=pages)
+    assert house.count("context_evictions_total", reason="budget") > 0
+    assert house.count("contexts_bytes") <= house.budget_bytes
+
+
+def test_an_extension_streams_tokens_behind_its_round(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(house: House) -> None:
+        expected = plain(decoder, [5, 6, 7], 8)
+        device = Device(house, 1, [5, 6, 7])
+        await device.open()
+        answers = [await device.ask(expected[3:5], extend=5)]
+        answers += [await device.receive() for _ in range(5)]
+        assert [answer.extension for answer in answers] == [False] + [True] * 5
+        assert [answer.base for answer in answers] == [3, 6, 7, 8, 9, 10]
+        assert device.tokens == [*expected, *plain(decoder, expected, 1)[-1:]][: len(device.tokens)]
+        assert len(device.tokens) == 11
+        await asyncio.sleep(0.05)
+        assert device.answers.empty()
+
+    scenario(play)
+
+
+def test_a_round_ends_an_extension(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(house: House) -> None:
+        expected = plain(decoder, [5, 6, 7], 100)
+        device = Device(house, 1, [5, 6, 7])
+        await device.open()
+        await device.ask(extend=90)
+        for _ in range(3):
+            await device.receive()
+        device.send()
+        while (await device.receive()).extension:
+            pass
+        assert device.tokens == expected[: len(device.tokens)]
+        assert len(device.tokens) < 90
+        await asyncio.sleep(0.05)
+        assert device.answers.empty()
+        await device.ask(expected[len(device.tokens) : len(device.tokens) + 4])
+        assert device.tokens == expected[: len(device.tokens)]
+
+    scenario(play)
+
+
+def test_rounds_ahead_are_answered_in_order(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(house: House) -> None:
+        expected = plain(decoder, [9, 8], 12)
+        device = Device(house, 1, [9, 8])
+        await device.open()
+        assert device.session is not None
+        drafts = [tuple(expected[2:5]), tuple(expected[5:8]), tuple(expected[8:10])]
+        for base, draft in zip((2, 5, 8), drafts, strict=True):
+            house.generation.add(device.session, Round(base, draft))
+        answers = [await device.receive(draft) for draft in drafts]
+        assert [(answer.base, answer.accepted) for answer in answers] == [(2, 3), (5, 3), (8, 2)]
+        assert device.tokens == expected[:11]
+
+    scenario(play)
+
+
+def test_a_device_that_leaves_in_the_midst_of_a_round_harms_nobody(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(house: House) -> None:
+        leaver, stayer = Device(house, 1, list(range(10, 50))), Device(house, 2, [7, 8, 9])
+        await leaver.open()
+        await stayer.open()
+        house.decoder.gate.clear()
+        leaver.send([1, 2, 3])
+        stayer.send()
+        await until(lambda: house.decoder.inside)
+        leaver.leave()
+        house.decoder.gate.set()
+        await stayer.receive()
+        await stayer.ask(extend=10)
+        for _ in range(10):
+            await stayer.receive()
+        assert stayer.tokens == plain(decoder, [7, 8, 9], 12)
+        assert leaver.answers.empty()
+        await leaver.open(start=40)
+        await leaver.ask()
+        assert leaver.tokens == plain(decoder, list(range(10, 50)), 1)
+
+    scenario(play)
+
+
+def test_too_many_waiting_rounds_are_refused_and_the_others_answered(scenario: Scenario) -> None:
+    async def play(house: House) -> None:
+        device = Device(house, 1, [5, 6, 7])
+        await device.open()
+        for _ in range(MAX_ROUNDS):
+            device.send()
+        with pytest.raises(Overloaded, match=f"{MAX_ROUNDS} rounds"):
+            device.send()
+        answers = [await device.receive() for _ in range(MAX_ROUNDS)]
+        assert [answer.base for answer in answers] == [3] * MAX_ROUNDS
+        assert len(device.tokens) == 3 + MAX_ROUNDS
+
+    scenario(play)
+
+
+def test_a_failing_pass_is_told_to_everyone_in_it_and_the_next_one_works(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(house: House) -> None:
+        devices = [Device(house, number, [7, 8, 9 + number]) for number in range(3)]
+        for device in devices:
+            await device.open()
+            await device.ask()
+        house.decoder.failure = RuntimeError("a kernel broke")
+        house.decoder.gate.clear()
+        for device in devices:
+            device.send([1, 2])
+        house.decoder.gate.set()
+        for device in devices:
+            with pytest.raises(ServiceError, match="the pass failed"):
+                await device.receive()
+        house.decoder.failure = None
+        for number, device in enumerate(devices):
+            await device.ask()
+            assert device.tokens == plain(decoder, [7, 8, 9 + number], 2)
+
+    scenario(play)
+
+
+def test_draining_tells_every_device_and_ends(scenario: Scenario) -> None:
+    async def play(house: House) -> None:
+        devices = [Device(house, number, [7, 8, 9]) for number in range(3)]
+        for device in devices:
+            await device.open()
+        devices[0].leave()
+        house.decoder.gate.clear()
+        devices[1].send(extend=100)
+        await until(lambda: house.decoder.inside)
+        late = asyncio.create_task(Device(house, 5, [1, 2]).open())
+        await asyncio.sleep(0)
+        house.generation.drain()
+        house.decoder.gate.set()
+        for device in devices[1:]:
+            with pytest.raises(Draining):
+                await device.receive()
+        with pytest.raises(Draining):
+            devices[2].send()
+        with pytest.raises(Draining):
+            await late
+        assert devices[0].answers.empty()
+
+    scenario(play)
+
+
+def test_many_sessions_on_a_narrow_pass_share_it_fairly(scenario: Scenario) -> None:
+    """With a long prompt beside them, 32 sessions are served at least two a pass."""
+
+    async def play(house: House) -> None:
+        hog = Device(house, 99, [4] * 200)
+        devices = [Device(house, number, [7, 8, number]) for number in range(32)]
+        await hog.open()
+        for device in devices:
+            await device.open()
+            await device.ask()
+        hog.send()
+        await until(lambda: len(house.decoder.rows) > 40)
+        before = len(house.decoder.rows)
+
+        async def passes(device: Device) -> int:
+            await device.ask()
+            return len(house.decoder.rows) - before
+
+        waited = await asyncio.gather(*(passes(device) for device in devices))
+        assert max(waited) <= 32 // 2 + 2  # the pass that was under way, and the hog itself
+        await hog.receive()
+
+    house = scenario(play)
+    assert max(house.decoder.rows) <= WIDTH
+
+
+def test_memory_for_one_is_shared_by_all_in_turn(scenario: Scenario) -> None:
+    """Endless extensions of others do not keep anyone waiting for ever."""
+
+    async def play(house: House) -> None:
+        devices = [Device(house, number, [7, 8, number]) for number in range(4)]
+        for device in devices[:3]:
+            await device.open()
+            await device.ask(extend=200 if device is devices[0] else 0)
+        await devices[3].open()
+        before = len(house.decoder.rows)
+        await devices[3].ask()
+        assert len(house.decoder.rows) - before < 50
+
+    scenario(play, pages=1)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_none_follows_the_last_answer_of_a_device_that_ended(scenario: Scenario, rounds: int) -> None:
+    async def play(house: House) -> None:
+        device = Device(house, 1, [7, 8, 9])
+        await device.open()
+        house.decoder.gate.clear()
+        for _ in range(rounds):
+            device.send(extend=4)
+        assert device.session is not None
+        house.generation.end(device.session)
+        house.decoder.gate.set()
+        answers = []
+        while (answer := await device.answers.get()) is not None:
+            answers.append(answer)
+        assert len(answers) == rounds + (4 if rounds else 0)
+
+    scenario(play)
+
+
+def test_log_probabilities_come_with_each_token(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(house: House) -> None:
+        expected = plain(decoder, [5, 6, 7], 8)
+        device = Device(house, 1, [5, 6, 7])
+        await device.open(logprobs=2)
+        committed = await device.ask(expected[3:6])
+        assert len(committed.logprobs) == 4
+        for row, id_ in zip(committed.logprobs, expected[3:7], strict=True):
+            assert row.top[0] == (id_, row.own)  # greedy: the likeliest
+
+    scenario(play)
+
+
+def test_info_names_the_model_and_its_numerics(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    async def play() -> None:
+        info = House(checkpoint, decoder, 1).generation.info
+        assert (info.name, info.vocab, info.context, info.numerics) == ("tiny", 259, CONTEXT, f"float32/{WIDTH}")
+        assert info.fingerprint == checkpoint.fingerprint
+
+    asyncio.run(play())
+
+
+def test_warm_up_proves_the_rows(checkpoint: Checkpoint, decoder: Decoder, tmp_path: Path) -> None:
+    async def play() -> None:
+        house = House(checkpoint, decoder, 1)
+        house.generation.warm_up()
+        forward = decoder.forward
+        house.decoder.forward = lambda x_NH, spans: forward(x_NH, spans) + float(len(spans))  # type: ignore[method-assign]
+        with pytest.raises(ServiceError, match="other bits in other company"):
+            house.generation.warm_up()
+
+    asyncio.run(play())

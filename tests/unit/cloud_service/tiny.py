@@ -1,0 +1,147 @@
+"""Sessions over a real, tiny decoder, watched in its passes and its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry
+
+from cloud_service.generation import Generation
+from cloud_service.generation_metrics import GenerationFamilies, GenerationMetrics
+from cloud_service.sessions import Answers, Session
+from models.errors import IsthmusError
+from models.language.checkpoint import Checkpoint
+from models.language.decoder import PAGE_TOKENS, Decoder, Span
+from models.language.sampling import GREEDY, Sampling, choose
+from models.language.session import Committed, Opening, Round
+from protos.wire_session import checksum
+
+WIDTH, CONTEXT = 8, 256
+ENDS = {0, 2}  # <|endoftext|> and <|im_end|>
+SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=11)
+
+
+def plain(decoder: Decoder, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+    """`prompt` and `count` tokens, decoded alone and one by one; fewer where the text ends."""
+    tokens, cache = list(prompt), decoder.new_cache()
+    for position in range(len(prompt) + count - 1):
+        x_NH = decoder.forward(decoder.embed([tokens[position]]), [Span(cache, position, 1)])
+        if position + 1 == len(tokens):
+            tokens.append(choose(decoder.logits(x_NH)[0].numpy(), sampling, position + 1))
+            if tokens[-1] in ENDS:
+                break
+    return tokens
+
+
+class Watched:
+    """A decoder that counts its passes, can be held up or fail, and looks at the memory behind each pass."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.gate = threading.Event()
+        self.gate.set()
+        self.inside = False
+        self.failure: Exception | None = None
+        self.rows: list[int] = []  # of each pass
+        self.look: Callable[[], None] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        self.inside = True
+        self.gate.wait(10)
+        self.inside = False
+        self.rows.append(sum(span.count for span in spans))
+        if self.failure is not None:
+            raise self.failure
+        x_NH = self._decoder.forward(x_NH, spans)
+        self.look()
+        return x_NH
+
+
+class House:
+    """A generation, its watched decoder and its metrics; the memory is looked at behind each pass."""
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, pages: int) -> None:
+        self.decoder, self.registry = Watched(decoder), CollectorRegistry()
+        self.budget_bytes = decoder.new_cache().bytes_for(PAGE_TOKENS) * pages
+        self.most_bytes = 0
+        self.decoder.look = self.look
+        metrics = GenerationMetrics(GenerationFamilies(self.registry), "tiny")
+        watched: Any = self.decoder
+        self.generation = Generation(checkpoint, watched, self.budget_bytes, metrics)
+
+    def look(self) -> None:
+        caches = [session.text.cache for session in self.generation._sessions]
+        self.most_bytes = max(self.most_bytes, sum(cache.bytes for cache in caches if cache is not None))
+
+    def count(self, name: str, **labels: str) -> float:
+        value = self.registry.get_sample_value(f"isthmus_cloud_{name}", {"model": "tiny", **labels})
+        assert value is not None
+        return value
+
+
+Play = Callable[[House], Awaitable[None]]
+Scenario = Callable[..., House]
+
+
+class Device:
+    """One device: its text, and the queue that its stream would read."""
+
+    def __init__(self, house: House, name: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> None:
+        self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
+        self.tokens = list(prompt)
+        self.answers: Answers = asyncio.Queue()
+        self.session: Session | None = None
+        self.last = Committed(0)
+
+    async def open(self, start: int = 0, crc32: int | None = None, logprobs: int | None = None) -> None:
+        crc32 = checksum(self.tokens) if crc32 is None else crc32
+        tokens = tuple(self.tokens[start:])
+        opening = Opening(
+            self.generation.info.fingerprint[:8], self.name, start, tokens, crc32, self.sampling, logprobs
+        )
+        self.session = await self.generation.open(opening, self.answers)
+
+    def send(self, draft: Sequence[int] = (), extend: int = 0) -> None:
+        assert self.session is not None
+        self.generation.add(self.session, Round(len(self.tokens), tuple(draft), extend))
+
+    async def receive(self, draft: Sequence[int] = ()) -> Committed:
+        answer = await asyncio.wait_for(self.answers.get(), 30)
+        if isinstance(answer, IsthmusError):
+            raise answer
+        assert answer is not None
+        if answer.accepted or answer.tokens:
+            self.tokens[answer.base :] = [*draft[: answer.accepted], *answer.tokens]
+        return answer
+
+    async def ask(self, draft: Sequence[int] = (), extend: int = 0) -> Committed:
+        self.send(draft, extend)
+        return await self.receive(draft)
+
+    def leave(self) -> None:
+        assert self.session is not None
+        self.generation.leave(self.session)
+
+    async def write(self, expected: Sequence[int], rng: np.random.Generator) -> None:
+        """Reach `expected` with drafts that are right in part."""
+        while len(self.tokens) < len(expected):
+            right = expected[len(self.tokens) : len(self.tokens) + int(rng.integers(0, 12))]
+            await self.ask([id_ if rng.random() < 0.8 else int(rng.integers(0, 259)) for id_ in right])
+
+
+def prompts(count: int, longest: int = 50, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 259, int(rng.integers(2, longest))).tolist() for _ in range(count)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+from google.protobuf.message import DecodeError, Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import (
+    ContextGone,
+    InvalidInput,
+    IsthmusError,
+    PayloadCorrupt,
+    PayloadTooLarge,
+    UnsupportedVersion,
+)
+from models.language.sampling import MAX_SEED, Sampling
+from models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
+from protos import limits, wire, wire_session
+from protos.isthmus.v1 import isthmus_pb2 as pb
+
+GRPC_PREFIX_BYTES = 5
+VOCAB = 49_152
+MODEL = bytes(range(32))
+TOKENS = (1, 4093, 198, 49_151, 0)
+OPENING = Opening(
+    model=MODEL[:8],
+    session=bytes(range(100, 116)),
+    start=0,
+    tokens=TOKENS,
+    crc32=wire_session.checksum(TOKENS),
+    sampling=Sampling(0.7, 0.95, 1234),
+    logprobs=3,
+)
+ROUND = Round(300, (10_000, 20_000, 30_000, 40_000), 16)
+COMMITTED = Committed(
+    base=300,
+    accepted=1,
+    tokens=(31_337,),
+    extension=True,
+    queue_s=0.0015,
+    compute_s=0.02,
+    passes=2,
+    held=128,
+    logprobs=(Logprobs(-0.5, ((7, -0.5), (8, -1.5))), Logprobs(-2.0, ((9, -0.25), (31_337, -2.0)))),
+)
+
+M = TypeVar("M", bound=Message)
+
+
+def sent(message: M) -> M:
+    """What arrives at the other end."""
+    return type(message).FromString(message.SerializeToString())
+
+
+def test_opening_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    golden("generate_open_v1.bin", wire_session.pack_opening(OPENING).SerializeToString(deterministic=True))
+
+
+def test_round_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    golden("generate_round_v1.bin", wire_session.pack_round(ROUND).SerializeToString(deterministic=True))
+
+
+def test_committed_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    golden("generate_committed_v1.bin", wire_session.pack_committed(COMMITTED).SerializeToString(deterministic=True))
+
+
+def test_error_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    message = wire_session.pack_generate_error(ContextGone("the first 12 tokens are not held"))
+    golden("generate_error_v1.bin", message.SerializeToString(deterministic=True))
+
+
+ids = st.integers(0, wire.UINT32)
+samplings = st.builds(  # six decimals arrive exactly, though the wire carries float32
+    Sampling,
+    temperature=st.integers(0, 2_000_000).map(lambda millionths: millionths / 1e6),
+    top_p=st.integers(1, 1_000_000).map(lambda millionths: millionths / 1e6),
+    seed=st.integers(0, MAX_SEED),
+)
+
+
+@st.composite
+def openings(draw: st.DrawFn) -> Opening:
+    start = draw(st.sampled_from([0, 0, 1, 77]))
+    tokens = tuple(draw(st.lists(ids, min_size=0 if start else 1, max_size=50)))
+    return Opening(
+        model=draw(st.binary(min_size=32, max_size=32)),
+        session=draw(st.binary(min_size=SESSION_BYTES, max_size=SESSION_BYTES)),
+        start=start,
+        tokens=tokens,
+        crc32=draw(ids) if start else wire_session.checksum(tokens),
+        sampling=draw(samplings),
+        logprobs=draw(st.none() | st.integers(0, limits.MAX_LOGPROBS)),
+    )
+
+
+@given(opening=openings())
+def test_an_opening_arrives_as_it_was_sent(opening: Opening) -> None:
+    arrived = wire_session.unpack_generate(sent(wire_session.pack_opening(opening)))
+    assert isinstance(arrived, Opening)
+    assert arrived.model == opening.model[: limits.BUNDLE_ID_BYTES]
+    for name in ("session", "start", "tokens", "crc32", "sampling", "logprobs"):
+        assert getattr(arrived, name) == getattr(opening, name)
+
+
+@given(
+    base=st.integers(1, limits.MAX_TOKENS),
+    draft=st.lists(ids, max_size=limits.MAX_DRAFT).map(tuple),
+    extend=st.integers(0, limits.MAX_TOKENS),
+)
+def test_a_round_arrives_as_it_was_sent(base: int, draft: tuple[int, ...], extend: int) -> None:
+    round_ = Round(base, draft, extend)
+    assert wire_session.unpack_generate(sent(wire_session.pack_round(round_))) == round_
+
+
+tokens = st.integers(0, VOCAB - 1)
+floats = st.floats(-1000, 0, width=32)
+rows = st.builds(Logprobs, own=floats, top=st.lists(st.tuples(tokens, floats), max_size=limits.MAX_LOGPROBS).map(tuple))
+
+
+@st.composite
+def commits(draw: st.DrawFn) -> Committed:
+    accepted = draw(st.integers(0, limits.MAX_DRAFT))
+    own = tuple(draw(st.lists(tokens, max_size=4)))
+    return Committed(
+        base=draw(ids),
+        accepted=accepted,
+        tokens=own,
+        extension=draw(st.booleans()),
+        queue_s=draw(ids) / 1e6,
+        compute_s=draw(ids) / 1e6,
+        passes=draw(ids),
+        held=draw(ids),
+        logprobs=tuple(draw(st.lists(rows, max_size=min(accepted + len(own), 3)))),
+    )
+
+
+@given(committed=commits())
+def test_what_was_committed_arrives_as_it_was_sent(committed: Committed) -> None:
+    assert wire_session.unpack_committed(sent(wire_session.pack_committed(committed)), VOCAB) == committed
+
+
+def test_an_error_arrives_as_an_error() -> None:
+    with pytest.raises(ContextGone, match="12 tokens are not held"):
+        wire_session.unpack_committed(
+            sent(wire_session.pack_generate_error(ContextGone("12 tokens are not held"))), VOCAB
+        )
+
+
+def test_a_fault_of_the_service_keeps_its_secrets() -> None:
+    message = wire_session.pack_generate_error(KeyError("/srv/secret"))
+    assert "secret" not in message.error.message
+    assert message.error.code == 13
+
+
+def test_the_checksum_is_the_crc_that_the_contract_describes() -> None:
+    assert OPENING.crc32 == zlib.crc32(b"".join(token.to_bytes(4, "little") for token in TOKENS))
+
+
+NAN, INF = math.nan, math.inf
+BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
+    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 1"),
+    "next version": ({"wire_version": 2}, UnsupportedVersion, "wire version 2, this service reads 1"),
+    "no model": ({"model": b""}, InvalidInput, "model has 0 bytes, expected 8"),
+    "whole fingerprint": ({"model": MODEL}, InvalidInput, "model has 32 bytes, expected 8"),
+    "no session": ({"session": b""}, InvalidInput, "session has 0 bytes, expected 16"),
+    "long session": ({"session": bytes(17)}, InvalidInput, "session has 17 bytes, expected 16"),
+    "no tokens": ({"tokens": []}, InvalidInput, "the session has no tokens, expected at least 1"),
+    "huge start": ({"start": wire.UINT32}, PayloadTooLarge, "4294967300 tokens, expected at most 262144"),
+    "too many tokens": ({"tokens": [0] * (limits.MAX_TOKENS + 1)}, PayloadTooLarge, "262145 tokens, expected at most"),
+    "too many together": ({"start": limits.MAX_TOKENS - 4}, PayloadTooLarge, "262145 tokens"),
+    "other token": ({"tokens": [1, 4093, 198, 49_151, 1]}, PayloadCorrupt, "CRC-32 of the tokens is"),
+    "other order": ({"tokens": [4093, 1, 198, 49_151, 0]}, PayloadCorrupt, "CRC-32"),
+    "no checksum": ({"crc32": 0}, PayloadCorrupt, "the opening says 00000000"),
+    "temperature NaN": ({"temperature": NAN}, InvalidInput, "temperature is nan, expected 0 to 2"),
+    "temperature infinite": ({"temperature": INF}, InvalidInput, "temperature is inf, expected 0 to 2"),
+    "temperature negative": ({"temperature": -0.5}, InvalidInput, "temperature is -0.5, expected 0 to 2"),
+    "temperature wild": ({"temperature": 2.5}, InvalidInput, "temperature is 2.5, expected 0 to 2"),
+    "top_p NaN": ({"top_p": NAN}, InvalidInput, "top_p is nan, expected above 0, at most 1"),
+    "top_p infinite": ({"top_p": -INF}, InvalidInput, "top_p is -inf, expected above 0"),
+    "top_p zero": ({"top_p": 0.0}, InvalidInput, "top_p is 0.0, expected above 0"),
+    "top_p above one": ({"top_p": 1.5}, InvalidInput, "top_p is 1.5, expected above 0, at most 1"),
+    "seed too large": ({"seed": MAX_SEED + 1}, InvalidInput, f"seed is {MAX_SEED + 1}, expected 0 to {MAX_SEED}"),
+    "many logprobs": ({"logprobs": 22}, InvalidInput, "logprobs asks for 21, at most 20 are given"),
+}
+
+
+@pytest.mark.parametrize(("fields", "kind", "words"), BAD_OPENINGS.values(), ids=BAD_OPENINGS.keys())
+def test_a_bad_field_of_an_opening_is_refused_by_name(
+    fields: dict[str, Any], kind: type[IsthmusError], words: str
+) -> None:
+    message = wire_session.pack_opening(OPENING)
+    for name, value in fields.items():
+        if name == "tokens":
+            message.open.tokens[:] = value
+        else:
+            setattr(message.open, name, value)
+    with pytest.raises(kind) as caught:
+        wire_session.unpack_generate(message)
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+
+
+BAD_ROUNDS: dict[str, tuple[pb.Round, type[IsthmusError], str]] = {
+    "no base": (pb.Round(draft=[1]), InvalidInput, "base is 0, expected 1 to 262144"),
+    "huge base": (pb.Round(base=limits.MAX_TOKENS + 1), InvalidInput, "base is 262145, expected 1 to 262144"),
+    "huge extend": (pb.Round(base=1, extend=wire.UINT32), InvalidInput, "extend is 4294967295, expected at most"),
+    "long draft": (
+        pb.Round(base=1, draft=[1] * (limits.MAX_DRAFT + 1)),
+        PayloadTooLarge,
+        "the draft has 65 tokens, at most 64 are verified",
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "kind", "words"), BAD_ROUNDS.values(), ids=BAD_ROUNDS.keys())
+def test_a_bad_field_of_a_round_is_refused_by_name(message: pb.Round, kind: type[IsthmusError], words: str) -> None:
+    with pytest.raises(kind) as caught:
+        wire_session.unpack_generate(pb.GenerateRequest(round=message))
+    assert words in str(caught.value)
+
+
+def test_a_message_of_neither_kind_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="neither an opening nor a round"):
+        wire_session.unpack_generate(pb.GenerateRequest())
+
+
+def row(own: float = -1.0, tokens: tuple[int, ...] = (1,), values: tuple[float, ...] = (-1.0,)) -> pb.GenerateResponse:
+    return pb.GenerateResponse(base=9, tokens=[1], logprobs=[pb.Logprobs(own=own, tokens=tokens, values=values)])
+
+
+BAD_RESPONSES: dict[str, tuple[pb.GenerateResponse, str]] = {
+    "token outside": (pb.GenerateResponse(tokens=[VOCAB]), "outside of the vocabulary of 49152"),
+    "accepted too many": (pb.GenerateResponse(accepted=limits.MAX_DRAFT + 1), "more tokens than it was asked for"),
+    "committed too many": (pb.GenerateResponse(tokens=[0] * (limits.MAX_TOKENS + 1)), "more tokens than it was asked"),
+    "logprobs of no token": (pb.GenerateResponse(logprobs=[pb.Logprobs(own=-1)]), "more tokens than it committed"),
+    "more ids than values": (row(tokens=(1, 2)), "log probabilities of tokens that do not exist"),
+    "more values than ids": (row(values=(-1.0, -2.0)), "log probabilities of tokens that do not exist"),
+    "id outside": (row(tokens=(VOCAB,)), "log probabilities of tokens that do not exist"),
+    "wild number of ids": (row(tokens=(1,) * 21, values=(-1.0,) * 21), "log probabilities of tokens that do not exist"),
+    "own NaN": (row(own=NAN), "not log probabilities"),
+    "own infinite": (row(own=-INF), "not log probabilities"),
+    "own positive": (row(own=0.5), "not log probabilities"),
+    "value NaN": (row(values=(NAN,)), "not log probabilities"),
+    "value positive": (row(values=(INF,)), "not log probabilities"),
+}
+
+
+@pytest.mark.parametrize(("message", "words"), BAD_RESPONSES.values(), ids=BAD_RESPONSES.keys())
+def test_a_response_that_cannot_be_true_is_refused(message: pb.GenerateResponse, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        wire_session.unpack_committed(message, VOCAB)
+
+
+def test_the_response_that_those_are_bent_from_is_good() -> None:
+    assert wire_session.unpack_committed(row(), VOCAB).logprobs == (Logprobs(-1.0, ((1, -1.0),)),)
+
+
+@given(st.binary(max_size=120))
+def test_arbitrary_bytes_are_a_message_or_an_error_of_ours(data: bytes) -> None:
+    try:
+        arrived = wire_session.unpack_generate(pb.GenerateRequest.FromString(data))
+    except (IsthmusError, DecodeError):
+        return
+    assert isinstance(arrived, Opening | Round)
+
+
+GOOD = [wire_session.pack_opening(OPENING).SerializeToString(), wire_session.pack_round(ROUND).SerializeToString()]
+
+
+@given(st.sampled_from(GOOD), st.integers(0, 8 * 90), st.integers(0, 8 * 90))
+def test_flipped_bits_are_a_message_within_limits_or_an_error_of_ours(good: bytes, first: int, second: int) -> None:
+    data = bytearray(good)
+    for bit in (first, second):
+        data[bit // 8 % len(data)] ^= 1 << bit % 8
+    try:
+        arrived = wire_session.unpack_generate(pb.GenerateRequest.FromString(bytes(data)))
+    except (IsthmusError, DecodeError):
+        return
+    if isinstance(arrived, Opening):
+        assert arrived.start or wire_session.checksum(arrived.tokens) == arrived.crc32
+        assert len(arrived.session) == SESSION_BYTES
+    else:
+        assert 1 <= arrived.base <= limits.MAX_TOKENS
+        assert len(arrived.draft) <= limits.MAX_DRAFT
+
+
+def test_a_round_of_8_drafts_and_its_answer_are_at_most_200_bytes() -> None:
+    up = wire_session.pack_round(Round(8191, tuple(range(40_000, 40_008)), 0)).ByteSize()
+    committed = Committed(8191, 8, (49_151,), False, 0.100001, 0.300001, 3, 8191)
+    down = wire_session.pack_committed(committed).ByteSize()
+    assert up + down + 2 * GRPC_PREFIX_BYTES <= 200
