@@ -118,11 +118,12 @@ class Generation:
         if self._draining or not session.attached:
             session.rounds.clear()
             text.work = None
-        if session.rounds and text.work is not None and text.work.extension:
-            text.work = None  # a round ends what the cloud was decoding by itself
         while text.work is not None or session.rounds:
-            if text.work is None and (at_once := text.begin(*session.rounds.popleft())) is not None:
-                session.tell(at_once)
+            if session.rounds and (text.work is None or text.work.extension):
+                text.work = None  # a round ends what the cloud was decoding by itself
+                at_once = text.begin(*session.rounds.popleft())
+                if at_once is not None:
+                    session.tell(at_once)
             elif self._sessions.fits(session):
                 return
             else:
@@ -134,14 +135,13 @@ class Generation:
         """Rows of the next pass, for sessions that have memory: who is at work keeps it, who waits longest gets it."""
         waiting = [session for session in self._sessions if session.text.work is not None]
         stay = sorted(filter(self._stays, waiting), key=lambda session: (session.admitted, session.ticket))
-        staying = {session.name for session in stay}
-        others = [session for session in waiting if session.name not in staying]
+        others = [session for session in waiting if not self._stays(session)]
         served: dict[bytes, Session] = {}
         for session in stay:  # the first always gets what it needs, if need be from those behind it
             if self._sessions.make_room(session, served.keys(), self._passes):
                 served[session.name] = session
         for session in sorted(others, key=lambda session: (session.served, session.ticket)):
-            if not self._sessions.make_room(session, served.keys() | staying, self._passes):
+            if not self._sessions.make_room(session, served.keys(), self._passes):
                 break  # or small ones would overtake a large one for ever
             served[session.name] = session
         by_ticket = {session.ticket: session for session in served.values()}

@@ -50,10 +50,15 @@ class Text:
         self._ended = False
 
     def begin(self, round_: Round, arrived_s: float) -> Committed | None:
-        """Take up a round. A stale one, or one with nothing left to decide, is answered at once."""
+        """Take up a round. A stale one, or one with nothing left to decide, is answered at once.
+
+        Behind a stale one too the cloud may go on by itself.
+        """
         length = len(self.tokens)
         known = self.tokens[round_.base : round_.base + len(round_.draft)]
         if round_.base > length or list(round_.draft[: len(known)]) != known:
+            if round_.extend and not self.finished:
+                self.work = Work(length, 0, (), round_.extend - 1, True, arrived_s)
             return Committed(length)
         if self.finished:
             return Committed(round_.base, len(known), tuple(self.tokens[round_.base + len(known) :]))

@@ -18,7 +18,7 @@ from typing import Literal
 from edge_agent.conversation import Conversation
 from edge_agent.generation import Ask, Source, Token
 from edge_agent.link import Link
-from edge_agent.policy.drafting import MAX_DRAFTS, Acceptance, Pace, next_step
+from edge_agent.policy.drafting import MAX_DRAFTS, Acceptance, Measured, Pace, next_step
 from edge_agent.policy.estimates import Average
 from edge_agent.replicas import Replicas
 from models.errors import ContextGone, DeadlineExceeded, LinkDown, LinkError, ServiceError
@@ -43,9 +43,11 @@ class Tempo:
     draft_s: Average = field(default_factory=lambda: Average(0.02))
     pass_s: Average = field(default_factory=lambda: Average(0.03))
     acceptance: Acceptance = field(default_factory=Acceptance)
+    measured: Measured = field(default_factory=Measured)
 
     def pace(self, link: Link) -> Pace:
-        return Pace(link.estimate.rtt_s, self.pass_s.value, self.draft_s.value, self.acceptance.overall)
+        rtt_s = link.estimate.rtt_s
+        return Pace(rtt_s, self.pass_s.value, self.draft_s.value, self.acceptance.overall, self.measured.value)
 
 
 @dataclass
@@ -173,7 +175,8 @@ class Collaboration:
             return True
         pace = self._tempo.pace(link)
         if pace.draft_s >= FREE_S and pace.streams:
-            self.tally.why = f"drafting would take {1000 * pace.verify_s:.0f} ms a token, streaming less"
+            self.tally.why = why_streaming(pace)
+            self._tempo.measured.refused()
             return True
         return pace.draft_s < FREE_S
 
@@ -188,7 +191,7 @@ class Collaboration:
                 continue
             ids = self._look_ahead(free, self._tempo.pace(link))
             if len(ids) >= FREE_DRAFTS:
-                self._send(conversation, ids, extend=max(self._left - len(ids) - 1, 0))
+                self._send(conversation, ids, extend=self._left - 1)  # all of the draft may be wrong
 
     def _look_ahead(self, draft: Draft, pace: Pace) -> tuple[int, ...]:
         """As many free drafts as may be right and reach beyond what the cloud decodes meanwhile."""
@@ -208,10 +211,11 @@ class Collaboration:
         assert self._draft is not None
         self._streaming = False
         self._send(conversation, ())  # the prompt's own round: its answer comes while the device reads the prompt
-        exhausted = False
+        exhausted, clock = False, Clock(self._tempo.measured)
         while not self._finished:
             while (committed := self._poll(conversation, link)) is not None:
                 yield from self._take(committed)
+                clock.made(self._made)
                 exhausted = False
             if self._finished:
                 return
@@ -230,12 +234,11 @@ class Collaboration:
                 self._sent = len(self._ahead)
             else:
                 yield from self._take(self._receive(conversation, link))
+                clock.made(self._made)
                 exhausted = False
 
     def _change_to_stream(self, conversation: Conversation, link: Link, pace: Pace) -> Iterator[Token]:
-        self.tally.why = (
-            f"drafts cost {1000 * pace.verify_s:.0f} ms a token, the cloud alone {1000 * pace.stream_s:.0f} ms"
-        )
+        self.tally.why = why_streaming(pace)
         while self._rounds and not self._finished:
             yield from self._take(self._receive(conversation, link))
         if not self._finished:
@@ -349,3 +352,25 @@ class Collaboration:
             yield token
             if self._replicas.best() is not None:
                 return
+
+
+class Clock:
+    """Times committed tokens from the first of an answer on: before it, the prompt is read."""
+
+    def __init__(self, measured: Measured) -> None:
+        self._measured = measured
+        self._made = 0
+        self._at_s = 0.0
+
+    def made(self, tokens: int) -> None:
+        """So many tokens of the answer are there now."""
+        now_s = time.monotonic()
+        if self._made and tokens > self._made:
+            self._measured.observe(now_s - self._at_s, tokens - self._made)
+        if tokens > self._made:
+            self._made, self._at_s = tokens, now_s
+
+
+def why_streaming(pace: Pace) -> str:
+    drafting_ms = 1000 * max(pace.verify_s, pace.measured_s or 0.0)
+    return f"drafting takes {drafting_ms:.0f} ms a token here, the cloud alone {1000 * pace.stream_s:.0f} ms"

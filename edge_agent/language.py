@@ -10,6 +10,7 @@ Knows nothing about text beyond the tokenizer it hands on, and nothing about HTT
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,8 @@ from models.language.sampling import Floats, choose, log_softmax
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
+
+WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
 
 class LanguageAgent:
@@ -55,6 +58,11 @@ class LanguageAgent:
         self._model = ModelDraft(decoder)
         self._device = threading.Lock()  # the device's model has one cache
         self._tempo = Tempo()
+        for _ in range(WARM_UP_TOKENS):
+            started_s = time.monotonic()
+            decoder.extend([0])
+            self._tempo.draft_s.observe(time.monotonic() - started_s)
+        decoder.truncate(0)
         self._lookup_tempo = Tempo()
         self._lookup_tempo.draft_s.observe(0.0)
         links = [self._link(target, checkpoint) for target in config.clouds]

@@ -15,9 +15,13 @@ from typing import Literal
 
 MIN_DRAFTS, MAX_DRAFTS = 4, 16  # of a round
 MAX_ROUNDS = 4  # under way at once
-MARGIN = 0.95  # drafting must look this much better than streaming: a wrong choice costs more than it saves
+MARGIN = 0.9  # drafting must look this much better than streaming: a wrong choice costs more than it saves
 BINS = 10
 PRIOR_WEIGHT = 8.0  # observations that the prior counts for, in each bin of confidence
+
+ENOUGH_TOKENS = 12.0
+FORGET_TOKEN = 0.98  # a token counts half after 34 others
+RETRY_ANSWERS = 30  # one answer in so many may be spent on finding out whether drafting pays by now
 
 Step = Literal["draft", "send", "wait"]
 
@@ -30,6 +34,7 @@ class Pace:
     pass_s: float  # one forward pass in the cloud, waiting in its queue included
     draft_s: float
     acceptance: float
+    measured_s: float | None = None  # seconds a token that drafting really took lately
 
     @property
     def stream_s(self) -> float:
@@ -56,7 +61,7 @@ class Pace:
     @property
     def streams(self) -> bool:
         """Whether the cloud had better decode by itself."""
-        return self.verify_s > MARGIN * self.stream_s
+        return max(self.verify_s, self.measured_s or 0.0) > MARGIN * self.stream_s
 
 
 def next_step(pace: Pace, confidences: Sequence[float], sent: int, under_way: int, exhausted: bool) -> Step:
@@ -100,3 +105,28 @@ class Acceptance:
 
     def _bin(self, confidence: float) -> int:
         return min(max(int(confidence * BINS), 0), BINS - 1)
+
+
+class Measured:
+    """Seconds a token that drafting really took lately; forgotten when it has kept drafting away for long."""
+
+    def __init__(self) -> None:
+        self._seconds = self._tokens = 0.0
+        self._refused = 0
+
+    @property
+    def value(self) -> float | None:
+        """None before there were enough tokens to say."""
+        return self._seconds / self._tokens if self._tokens >= ENOUGH_TOKENS else None
+
+    def observe(self, seconds: float, tokens: int) -> None:
+        keep = FORGET_TOKEN**tokens
+        self._seconds = keep * self._seconds + seconds
+        self._tokens = keep * self._tokens + tokens
+
+    def refused(self) -> None:
+        """An answer was streamed because of it; after many of them, things may have changed."""
+        self._refused += 1
+        if self._refused >= RETRY_ANSWERS:
+            self._seconds = self._tokens = 0.0
+            self._refused = 0

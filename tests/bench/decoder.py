@@ -1,7 +1,7 @@
 """Decoding on the device: our ONNX graphs beside llama.cpp and transformers, in one run, turn by turn.
 
-`tokens_per_s` of our 8-bit weights, `ratio_to_llamacpp`, `ratio_to_transformers` (float32), and `agreement`: on how many
-of the tokens of real text the device's greedy choice is that of transformers in float32, with a 95 % interval.
+`tokens_per_s` of our 8-bit weights, `ratio_to_llamacpp`, `ratio_to_transformers` (float32), and `agreement`: on how
+many tokens of real text the device's greedy choice is that of transformers in float32, with a 95 % interval.
 llama.cpp is run by an interpreter that has llama-cpp-python (--llamacpp; it builds from source, so it is not among
 our dependencies); without one its figures are null.
 """
@@ -129,14 +129,19 @@ def agreement(checkpoint: Checkpoint, model: Any, texts: list[list[int]], thread
     return {f"{bits}-bit": interval(np.concatenate(rows)).model_dump() for bits, rows in same.items()}
 
 
+def ratio(speeds: dict[str, list[Speeds]], other: str) -> float | None:
+    """Median over the turns of our decoding speed over the other's."""
+    pairs = zip(speeds["onnx 8-bit"], speeds.get(other, []), strict=False)
+    ratios = [ours[1] / theirs[1] for ours, theirs in pairs]
+    return statistics.median(ratios) if ratios else None
+
+
 def passages(checkpoint: Checkpoint, file: Path | None, count: int) -> list[list[int]]:
     ids = checkpoint.tokenizer.encode(file.read_text() if file else TEXT * 4)
     return [ids[start : start + 256] for start in range(0, min(len(ids), 256 * count), 256)]
 
 
-@click.command(
-    epilog="Example: python -m tests.bench.decoder --llamacpp /opt/llama/bin/python --json runs/decoder.json"
-)
+@click.command(epilog="Example: python -m tests.bench.decoder --llamacpp /opt/bin/python --json runs/decoder.json")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 @click.option("--llamacpp", help="A Python interpreter with llama-cpp-python.")
 @click.option("--text", type=click.Path(path_type=Path, exists=True), help="For the agreement; not trained on.")
@@ -176,8 +181,8 @@ def main(
     plain = [a[1] / b[1] for a, b in zip(speeds["onnx 8-bit"], speeds["transformers float32"], strict=True)]
     result = {
         "tokens_per_s": decoded["onnx 8-bit"],
-        "ratio_to_llamacpp": statistics.median(ratios) if ratios else None,
-        "ratio_to_transformers": statistics.median(plain),
+        "ratio_to_llamacpp": ratio(speeds, "llama.cpp Q4_1"),
+        "ratio_to_transformers": ratio(speeds, "transformers float32"),
         "agreement": agreement(checkpoint, reference, passages(checkpoint, text, count), threads),
         "decode_tokens_per_s": decoded,
         "prefill_tokens_per_s": read,

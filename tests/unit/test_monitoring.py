@@ -12,6 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
+from cloud_service.generation_metrics import GenerationFamilies, GenerationMetrics
 from cloud_service.metrics import CloudMetrics
 from edge_agent.metrics import EdgeMetrics
 from models.bundle import Bundle
@@ -40,6 +41,7 @@ def registries(tiny_bundle: Bundle) -> tuple[CollectorRegistry, CollectorRegistr
     EdgeMetrics(edge, manifest)
     info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, manifest.task, len(manifest.labels), 2)
     CloudMetrics(cloud, (info,))
+    GenerationMetrics(GenerationFamilies(cloud), "tiny")
     return edge, cloud
 
 

@@ -209,6 +209,18 @@ def test_a_base_beyond_the_text_is_stale() -> None:
     assert new_text(PROMPT).begin(Round(4, (1,)), 0.0) == Committed(3)
 
 
+def test_behind_a_stale_round_the_cloud_may_go_on_by_itself() -> None:
+    text, device = new_text(PROMPT), Device(PROMPT)
+    assert text.begin(Round(4, (1,), extend=2), 0.0) == Committed(3)
+    for _ in range(2):
+        committed = finish(text)
+        assert committed.extension
+        device.take(committed)
+        text.next_extension(0.0)
+    assert text.work is None
+    assert device.tokens == text.tokens == EXPECTED[:5]
+
+
 def test_a_draft_that_ends_inside_of_the_text_is_told_the_rest() -> None:
     text = new_text(PROMPT)
     play(text, Round(3, tuple(EXPECTED[3:6])))

@@ -20,10 +20,12 @@ from cloud_service.server import bind, serve, serve_metrics
 from cloud_service.servicer import Servicer
 from models.bundle import Bundle
 from models.errors import BundleError, InvalidInput
+from models.language.session import Opening, Round
 from models.types import CloudRequest, Codec, Payload
-from protos import limits, wire
+from protos import limits, wire, wire_session
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from tests.bench.tiny_llama import write_tiny_llama
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_a_taken_metrics_port_is_named(taken: str) -> None:
 
 def test_a_bundle_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError):
-        asyncio.run(serve(CloudConfig((tmp_path,), "127.0.0.1:0", None)))
+        asyncio.run(serve(CloudConfig(bundles=(tmp_path,), listen="127.0.0.1:0", metrics=None)))
 
 
 async def listening(serving: asyncio.Task[None], caplog: pytest.LogCaptureFixture) -> str:
@@ -106,7 +108,8 @@ def test_sigterm_turns_health_off_says_farewell_and_waits_for_streams(
     tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def play() -> None:
-        serving = asyncio.create_task(serve(CloudConfig((tiny_bundle.folder,), "127.0.0.1:0", None)))
+        config = CloudConfig(bundles=(tiny_bundle.folder,), listen="127.0.0.1:0", metrics=None)
+        serving = asyncio.create_task(serve(config))
         async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             check = health_pb2.HealthCheckRequest(service="isthmus.v1.Isthmus")
@@ -138,7 +141,8 @@ def test_a_stream_that_arrives_with_sigterm_is_answered_too(
     monkeypatch.setattr(Servicer, "drained", uncounted)
 
     async def play() -> None:
-        serving = asyncio.create_task(serve(CloudConfig((tiny_bundle.folder,), "127.0.0.1:0", None)))
+        config = CloudConfig(bundles=(tiny_bundle.folder,), listen="127.0.0.1:0", metrics=None)
+        serving = asyncio.create_task(serve(config))
         async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
             call = pb_grpc.IsthmusStub(channel).InferStream()
             await call.write(request(tiny_bundle, 1))
@@ -153,3 +157,35 @@ def test_a_stream_that_arrives_with_sigterm_is_answered_too(
 
     with caplog.at_level(logging.INFO, "isthmus.cloud"):
         asyncio.run(asyncio.wait_for(play(), 30))
+
+
+def test_language_models_are_served_beside_each_other_and_drained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [write_tiny_llama(tmp_path / name, seed=seed, context=64) for seed, name in enumerate(("one", "two"))]
+    models = tuple(str(folder) for folder in folders)
+    config = CloudConfig(models=models, dtype="float32", width=4, listen="127.0.0.1:0", metrics=None)
+
+    async def play() -> None:
+        serving = asyncio.create_task(serve(config))
+        async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
+            stub = pb_grpc.IsthmusStub(channel)
+            infos = wire.unpack_service(await stub.Describe(pb.DescribeRequest())).models
+            assert [(info.name, info.context, info.numerics) for info in infos] == [
+                (name, 64, "float32/4") for name in ("one", "two")
+            ]
+            calls = [stub.Generate() for _ in infos]
+            for info, call in zip(infos, calls, strict=True):
+                opening = Opening(info.fingerprint, bytes(16), 0, (5, 6, 7), wire_session.checksum((5, 6, 7)))
+                await call.write(wire_session.pack_opening(opening))
+                await call.write(wire_session.pack_round(Round(3)))
+                assert len((await call.read()).tokens) == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            for call in calls:
+                assert (await call.read()).error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+                assert await call.read() is grpc.aio.EOF
+            await serving
+
+    with caplog.at_level(logging.INFO, "isthmus.cloud"):
+        asyncio.run(asyncio.wait_for(play(), 30))
+    assert caplog.messages[-1] == "drained"

@@ -10,6 +10,7 @@ from cloud_service import sessions
 from models.errors import ContextGone, InvalidInput, Overloaded
 from models.language.decoder import Decoder
 from models.language.session import Committed, Round
+from protos.limits import MAX_ROUNDS
 from tests.unit.cloud_service.tiny import (
     CONTEXT,
     ENDS,
@@ -133,7 +134,8 @@ def test_a_session_opened_by_a_second_stream_is_taken_from_the_first(scenario: S
         await second.open(start=21)
         with pytest.raises(ContextGone, match="opened again elsewhere"):
             await first.receive()
-        first.send([1, 2])
+        for _ in range(MAX_ROUNDS + 1):
+            first.send([1, 2])
         first.leave()
         assert (await second.ask()).held == 20
         assert second.tokens == plain(decoder, list(range(10, 30)), 2)

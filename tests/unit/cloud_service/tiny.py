@@ -58,9 +58,9 @@ class Watched:
         self.gate.wait(10)
         self.inside = False
         self.rows.append(sum(span.count for span in spans))
-        if self.failure is not None:
-            raise self.failure
         x_NH = self._decoder.forward(x_NH, spans)
+        if self.failure is not None:
+            raise self.failure  # when the caches have grown already
         self.look()
         return x_NH
 
