@@ -20,7 +20,7 @@ from models.language.decoder import Decoder, Span, check_rows
 from models.language.session import ModelInfo, Opening, Round
 from protos.limits import MAX_ROUNDS
 
-STAY_PASSES = 32  # how long a session at work keeps its state when others want the memory: less would only thrash
+STAY_PASSES = 32  # how long a session at work keeps its whole state when others want the memory: less would only thrash
 
 Plan = list[tuple[Session, int]]  # rows of each session in a pass
 
@@ -170,6 +170,8 @@ class Generation:
         self._metrics.passed(sum(rows for _, rows in plan), self._decoder.width, now_s - started_s)
         for (session, _), answer in zip(plan, answers, strict=True):
             session.served = self._passes
+            if session.reading and answer is not None:
+                session.admitted, session.reading = self._passes, False
             self._answer(session, answer, now_s)
         self._sessions.measure()
 

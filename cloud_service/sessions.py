@@ -39,7 +39,8 @@ class Session:
     attached: bool = True
     ending: bool = False  # the device has half-closed: None follows the last answer
     served: int = 0  # number of the pass that last had rows of it
-    admitted: int = 0  # number of the pass before which it was given memory
+    admitted: int = 0  # number of the pass before which it was given memory, then of that which made its state whole
+    reading: bool = False  # its state is not whole yet since it was given memory
     held: int = 0  # tokens whose state was there when it was opened; said once
 
     def tell(self, answer: Answer) -> None:
@@ -120,7 +121,7 @@ class Sessions:
         for name in victims:
             self._evict(name, "budget")
         if text.cache is None:
-            text.cache, session.admitted = self._decoder.new_cache(), passes
+            text.cache, session.admitted, session.reading = self._decoder.new_cache(), passes, True
         size_bytes = max(size_bytes, text.cache.bytes)
         self._contexts.record(session.name, size_bytes, time.monotonic(), attached=session.attached)
         return True
@@ -179,9 +180,6 @@ def take_over(former: Session, session: Session) -> None:
     former.tell(ContextGone("this session was opened again elsewhere"))
     if former.ending:
         former.end()
-    former.attached = False
-    former.rounds.clear()
-    former.text.work = None
     cache, former.text.cache = former.text.cache, None
     if cache is None:
         return

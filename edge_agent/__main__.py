@@ -226,9 +226,9 @@ def chat(
     config = to_language_config(model, **options)
     prices = Prices(options["usd_per_gb"] / 1e9, options["usd_per_cloud_hour"] / 3600)
     wanted = {"auto": "verify" if config.clouds else "edge"}.get(arm, arm)
+    if wanted != "edge" and not config.clouds:
+        raise click.UsageError(f"--arm {wanted} needs --cloud")
     with open_language(config)[0] as agent:
-        if wanted not in agent.arms():
-            raise click.UsageError(f"--arm {wanted} needs --cloud")
         chat_settings = ChatSettings(system, max_tokens, Sampling(temperature, seed=seed), prices, as_json)
         source = None if sys.stdin.isatty() else sys.stdin
         failed = talk(agent, wanted, Console(highlight=False), chat_settings, source)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ from edge_agent.link import Link
 from edge_agent.policy.drafting import MAX_DRAFTS, Acceptance, Measured, Pace, next_step
 from edge_agent.policy.estimates import Average
 from edge_agent.replicas import Replicas
-from models.errors import ContextGone, DeadlineExceeded, LinkDown, LinkError, ServiceError
+from models.errors import ContextGone, DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
 from models.language.drafts import Draft
 from models.language.session import Committed, Opening, Round
 from protos.limits import MAX_DRAFT
@@ -33,7 +33,7 @@ ATTEMPTS = 4  # conversations in a row without a token; then the cloud counts as
 FREE_S = 0.001  # drafts that cost less are made beside a stream, not instead of it
 FREE_DRAFTS = 3  # of them, at least, before a stream is interrupted
 
-OnLoss = Literal["alone", "wait"]
+ASKED = "asked for"
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Tally:
     cloud_s: float = 0.0
     rtt_s: float | None = None
     degraded: bool = False
-    why: str = "asked for"
+    why: str = ASKED
 
 
 class Collaboration:
@@ -88,9 +88,12 @@ class Collaboration:
         replicas: Replicas,
         tempo: Tempo,
         draft: Draft | None,
-        alone: Callable[[Sequence[int]], Token] | None,
+        alone: Callable[[Sequence[int]], Token | None] | None,
     ) -> None:
-        """`draft` None: the cloud decodes by itself. `alone` answers when no cloud is left; None: wait for one."""
+        """`draft` None: the cloud decodes by itself. `alone` makes a token when no cloud is left; None: wait for one.
+
+        It gives None for a text that it cannot hold.
+        """
         self._ask, self._eos_ids, self._replicas, self._tempo = ask, eos_ids, replicas, tempo
         self._draft, self._alone = draft, alone
         self._text = list(ask.prompt)
@@ -99,6 +102,7 @@ class Collaboration:
         self._rounds: deque[Sent] = deque()
         self._finished = False
         self._streaming = False
+        self._reopened: int | None = None  # tokens made when the cloud last had to be brought everything again
         self._read = False  # whether the cloud has read the prompt: its passes for it decide no tokens
         self._seat = replicas.seat(ask.prompt)
         self.tally = Tally()
@@ -115,38 +119,45 @@ class Collaboration:
     def _left(self) -> int:
         return self._ask.max_tokens - self._made
 
-    def tokens(self) -> Iterator[Token]:
+    def tokens(self) -> Generator[Token, None, None]:
         """Committed tokens. Raises what the cloud says of a wrong request, and LinkDown when nobody can go on."""
-        attempts = 0
+        attempts, failure = 0, None
         while not self._finished:
+            made = self._made
             link = self._replicas.best() if attempts < ATTEMPTS else None
             if link is None:
-                yield from self._without_cloud()
+                yield from self._without_cloud(failure if attempts == ATTEMPTS else None)
+            else:
+                failure = yield from self._attempt(link)
+            if self._made > made:
                 attempts = 0
-                continue
-            made = self._made
-            try:
-                yield from self._with_cloud(link)
-            except (LinkError, ServiceError) as error:
-                self.tally.why = f"{error}; went on with what was committed"
-                self._replicas.lost(link)
-                attempts = 0 if self._made > made else attempts + 1
-                if attempts == ATTEMPTS and self._alone is None:
-                    raise
+            elif link is not None:
+                attempts += 1
 
     def close(self) -> None:
         """Remember the session, so that the next turn of a chat finds its state in the cloud."""
         self._replicas.keep(self._seat, self._text)
 
+    def _attempt(self, link: Link) -> Generator[Token, None, LinkError | ServiceError | None]:
+        """As many tokens as this cloud gives; what ended it too early."""
+        try:
+            yield from self._with_cloud(link)
+        except (LinkError, ServiceError) as error:
+            self.tally.why = f"{error}; went on with what was committed"
+            self._seat.held = 0  # what is left there of the session is not known
+            self._replicas.lost(link, error)
+            return error
+        return None
+
     def _with_cloud(self, link: Link) -> Iterator[Token]:
         conversation = link.converse()
         try:
+            self._reopened = None
             self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
             if self._streams(link):
                 yield from self._stream(conversation, link)
             else:
                 yield from self._verify(conversation, link)
-            self._seat.held = len(self._text)
         finally:
             conversation.close()
             self.tally.bytes_up += conversation.bytes_up
@@ -167,7 +178,7 @@ class Collaboration:
             logprobs=self._ask.top_logprobs,
         )
         conversation.open(opening)
-        self._seat.target = link.target
+        self._seat.target, self._seat.held = link.target, held
 
     def _streams(self, link: Link) -> bool:
         """Whether the cloud decodes by itself: as asked, or drafting does not pay, or drafts come for nothing."""
@@ -192,10 +203,11 @@ class Collaboration:
             ids = self._look_ahead(free, self._tempo.pace(link))
             if len(ids) >= FREE_DRAFTS:
                 self._send(conversation, ids, extend=self._left - 1)  # all of the draft may be wrong
+                self._sent = len(ids)
 
     def _look_ahead(self, draft: Draft, pace: Pace) -> tuple[int, ...]:
         """As many free drafts as may be right and reach beyond what the cloud decodes meanwhile."""
-        self._ahead.clear()
+        self._ahead, self._sent = [], 0
         wanted = min(MAX_DRAFTS + int(pace.rtt_s / max(pace.pass_s, 0.001)), MAX_DRAFT, self._left - 1)
         likely = 1.0
         while len(self._ahead) < wanted and likely > 0.3:
@@ -242,18 +254,20 @@ class Collaboration:
         while self._rounds and not self._finished:
             yield from self._take(self._receive(conversation, link))
         if not self._finished:
-            self._ahead.clear()
+            self._ahead, self._sent = [], 0
             yield from self._stream(conversation, link)
 
     def _draft_one(self) -> bool:
         """Draft one token more; False when the source has no idea."""
         assert self._draft is not None
         text = [*self._text, *(id_ for id_, _ in self._ahead)]
+        if self._ahead and text[-1] in self._eos_ids:
+            return False
         started_s = time.monotonic()
         found = self._draft.next(text, self._ask.sampling)
         if self._made or self._ahead:  # the first one reads the prompt
             self._tempo.draft_s.observe(time.monotonic() - started_s)
-        if found is None or (self._ahead and self._ahead[-1][0] in self._eos_ids):
+        if found is None:
             return False
         self._ahead.append(found)
         return True
@@ -272,7 +286,10 @@ class Collaboration:
             return None
 
     def _open_again(self, conversation: Conversation, link: Link) -> None:
-        """The cloud holds nothing of this session: bring it all, and go on."""
+        """The cloud holds nothing of this session: bring it all, and go on. Raises LinkDown when that did not help."""
+        if self._reopened == self._made:
+            raise LinkDown("the cloud keeps losing this session")
+        self._reopened = self._made
         self._ahead = []
         self._open(conversation, link, 0)
         self._send(conversation, (), extend=self._left - 1 if self._streaming else 0)
@@ -290,10 +307,14 @@ class Collaboration:
                     raise LinkDown("the cloud does not answer any more") from None
 
     def _take(self, committed: Committed) -> Iterator[Token]:
-        """What an answer adds to the text."""
+        """What an answer adds to the text. Raises ServiceError for one that no round of this text can have."""
+        if committed.base > len(self._text) or not (committed.extension or self._rounds):
+            raise ServiceError("the cloud answered what it was not asked")
         sent = Sent(committed.base, ()) if committed.extension else self._rounds.popleft()
         self._count(committed)
         if committed.base != sent.base or not (committed.accepted or committed.tokens):
+            if sent.live:
+                raise ServiceError("the cloud holds another text than it committed")
             return  # the draft was stale
         ids = [*sent.draft[: committed.accepted], *committed.tokens]
         known = len(self._text) - committed.base
@@ -303,6 +324,8 @@ class Collaboration:
         for index, id_ in enumerate(fresh):
             source: Source = "draft" if known + index < committed.accepted else "cloud"
             self._text.append(id_)
+            self._seat.held = len(self._text)
+            self.tally.accepted += source == "draft"
             self._finished = self._left <= 0 or id_ in self._eos_ids
             row = rows[index] if index < len(rows) else None
             yield Token(id_, source, row.own if row else None, row.top if row else ())
@@ -317,12 +340,11 @@ class Collaboration:
             if drafted != id_:
                 break
             matched += 1
-        self.tally.accepted += matched
         if matched == min(len(fresh), len(self._ahead)):
             self._ahead = self._ahead[matched:]
             self._sent = max(self._sent - len(fresh), 0)
             return
-        self.tally.rejected += max(self._sent - matched, 1)
+        self.tally.rejected += max(self._sent - matched, 0)
         self._ahead, self._sent = [], 0
         for sent in self._rounds:
             sent.live = False
@@ -338,15 +360,22 @@ class Collaboration:
         if committed.passes == 1:
             self._tempo.pass_s.observe(committed.queue_s + committed.compute_s)
 
-    def _without_cloud(self) -> Iterator[Token]:
-        """Go on alone, a token at least, until a cloud can be used again; or wait for one. Raises LinkDown."""
-        if self._alone is None:
-            self._replicas.wait()
-            return
-        self.tally.degraded = True
+    def _without_cloud(self, failure: IsthmusError | None) -> Iterator[Token]:
+        """Go on alone, a token at least, until a cloud can be used again; or wait for one. Raises LinkDown.
+
+        `failure` ends the answer instead of waiting: clouds are there, and fail.
+        """
         self._ahead, self._sent = [], 0
         while not self._finished:
-            token = self._alone(self._text)
+            token = self._alone(self._text) if self._alone else None
+            if token is None:
+                if failure is not None:
+                    raise failure
+                self._replicas.wait()
+                return
+            if not self.tally.degraded and self.tally.why == ASKED:
+                self.tally.why = "no cloud answers"
+            self.tally.degraded = True
             self._text.append(token.id)
             self._finished = self._left <= 0 or token.id in self._eos_ids
             yield token

@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from models.errors import DeadlineExceeded, IsthmusError, LinkDown
+from models.errors import ContextGone, DeadlineExceeded, IsthmusError, LinkDown
 from models.language.session import Committed, Opening, Round
 from protos import status, wire_session
 from protos.isthmus.v1 import isthmus_pb2 as pb
@@ -130,6 +130,8 @@ class Conversation:
                 self._incoming.put(response)
         except grpc.RpcError as failure:
             error = rpc_error(failure)
+            if isinstance(error, DeadlineExceeded | ContextGone):  # of an answer they mean that the stream goes on
+                error = LinkDown(str(error))
         self._outgoing.put(None)
         self._incoming.put(error)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -52,7 +53,7 @@ class LanguageAgent:
         self.tokenizer = checkpoint.tokenizer
         self.device_context = min(config.context, small.config.context)
         self.context = checkpoint.config.context if config.clouds else self.device_context
-        self._vocab = checkpoint.config.vocab
+        self._vocab = min(checkpoint.config.vocab, small.config.vocab)  # they may be padded differently
         self._metrics = metrics
         decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads)
         self._model = ModelDraft(decoder)
@@ -112,7 +113,7 @@ class LanguageAgent:
             raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {self._vocab}")
         return replace(ask, max_tokens=min(ask.max_tokens, room))
 
-    def _edge(self, ask: Ask) -> Iterator[Token | Summary]:
+    def _edge(self, ask: Ask) -> Generator[Token | Summary, None, None]:
         text = list(ask.prompt)
         with self._device:
             for made in range(1, ask.max_tokens + 1):
@@ -124,7 +125,7 @@ class LanguageAgent:
                     return
         yield Summary("length", len(ask.prompt), ask.max_tokens, "edge", "asked for")
 
-    def _with_cloud(self, ask: Ask) -> Iterator[Token | Summary]:
+    def _with_cloud(self, ask: Ask) -> Generator[Token | Summary, None, None]:
         mine = self._device.acquire(blocking=False)  # while another answer has it, the cloud decodes alone
         answer = None
         try:
@@ -132,9 +133,10 @@ class LanguageAgent:
             alone = partial(self._alone, ask) if mine and self.config.on_loss == "alone" else None
             answer = Collaboration(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone)
             made = 0
-            for token in answer.tokens():
-                made += 1
-                yield token
+            with closing(answer.tokens()) as tokens:
+                for token in tokens:
+                    made += 1
+                    yield token
             yield summary(ask, answer, made)
         finally:
             if answer is not None:
@@ -150,10 +152,12 @@ class LanguageAgent:
             return self._model, self._tempo
         return None, self._tempo
 
-    def _alone(self, ask: Ask, text: Sequence[int]) -> Token:
+    def _alone(self, ask: Ask, text: Sequence[int]) -> Token | None:
+        if len(text) > self.device_context:
+            return None
         return edge_token(self._model.logits(text), ask, len(text))
 
-    def _counted(self, events: Iterator[Token | Summary]) -> Iterator[Token | Summary]:
+    def _counted(self, events: Generator[Token | Summary, None, None]) -> Iterator[Token | Summary]:
         if self._metrics is None:
             return events
         return self._metrics.watch(events)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -36,18 +37,19 @@ class LanguageMetrics:
         for direction in ("up", "down"):
             self._bytes.labels(direction)
 
-    def watch(self, events: Iterator[Token | Summary]) -> Iterator[Token | Summary]:
-        """Hand on an answer and count it."""
+    def watch(self, events: Generator[Token | Summary, None, None]) -> Iterator[Token | Summary]:
+        """Hand on an answer and count it; closing this closes it."""
         started_s, first = time.monotonic(), True
-        for event in events:
-            if isinstance(event, Summary):
-                self._ended(event)
-            else:
-                self._tokens.labels(event.source).inc()
-                if first:
-                    self._first.observe(time.monotonic() - started_s)
-                    first = False
-            yield event
+        with closing(events):
+            for event in events:
+                if isinstance(event, Summary):
+                    self._ended(event)
+                else:
+                    self._tokens.labels(event.source).inc()
+                    if first:
+                        self._first.observe(time.monotonic() - started_s)
+                        first = False
+                yield event
 
     def _ended(self, summary: Summary) -> None:
         self._answers.labels(summary.arm, str(summary.degraded).lower()).inc()

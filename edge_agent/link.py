@@ -176,7 +176,7 @@ class Link:
                 self._breaker.succeeded()  # it is there, it just did not like the input
             raise
         except BaseException as error:  # an interrupt too: it may have been the trial, which nobody would give back
-            self._failed(str(error) or type(error).__name__)
+            self.failed(str(error) or type(error).__name__)
             raise
         with self._lock:
             self._breaker.succeeded()
@@ -193,7 +193,7 @@ class Link:
     def _heard(self, reply: ConversationReply | IsthmusError) -> None:
         """What a conversation says of the link."""
         if isinstance(reply, IsthmusError):
-            self._failed(str(reply))
+            self.failed(str(reply))
             return
         with self._lock:
             self._breaker.succeeded()
@@ -247,7 +247,8 @@ class Link:
                 raise self._stream.ended or LinkDown("the stream to the cloud ended")
             return self._stream, future
 
-    def _failed(self, reason: str) -> None:
+    def failed(self, reason: str) -> None:
+        """A request met a dead, late or overloaded cloud."""
         with self._lock:
             self._breaker.failed(time.monotonic())
             opened = self._breaker.state == "open"

@@ -36,6 +36,7 @@ from models.errors import DeadlineExceeded, InvalidInput, LinkError, ServiceErro
 log = logging.getLogger("isthmus.edge")
 PRIVATE = "x-isthmus-private"
 NOT_PRIVATE = ("", "0", "false", "no")  # anything else in that header keeps the request on the device
+JSON = "application/json"
 EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -92,6 +93,7 @@ class Endpoint:
         try:
             if request.method != "POST":
                 raise ApiError(405, f"{request.method} is not supported here, expected POST")
+            check_content_type(request)
             with self._house.place():
                 job = await self._job(request)
                 async with while_connected(receive):
@@ -234,6 +236,15 @@ async def watch(receive: Receive, scope: anyio.CancelScope) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
+
+
+def check_content_type(request: Request) -> None:
+    """Raises ApiError 415. Any web page may post other types to this address without asking the browser's leave."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON:
+        raise ApiError(
+            415, f"Content-Type is {kind[:100] or 'missing'}, expected {JSON}", code="unsupported_media_type"
+        )
 
 
 async def body(request: Request, most: int) -> bytes:

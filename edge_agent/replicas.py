@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from edge_agent.link import Link
@@ -45,18 +45,18 @@ class Replicas:
     def __bool__(self) -> bool:
         return bool(self._links)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(list(self._links))
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self._links)
 
     def best(self) -> Link | None:
         """The first that is not left alone at present."""
-        return next((link for link in list(self._links) if link.state != "open"), None)
+        return next((link for link in self._links if link.state != "open"), None)
 
-    def lost(self, link: Link) -> None:
-        """Others first from now on."""
+    def lost(self, link: Link, error: Exception) -> None:
+        """Others first from now on, and this one only when it answers a probe."""
+        link.failed(str(error))
         with self._lock:
-            self._links.remove(link)
-            self._links.append(link)
+            self._links = [*(other for other in self._links if other is not link), link]
 
     def wait(self) -> Link:
         """Wait for a cloud. Raises LinkDown after `wait_s`."""

@@ -46,7 +46,7 @@ class ModelDraft:
             return self._logits_V
         common = min(common, len(text) - 1)
         self._decoder.truncate(common)
-        self._run = list(text[:common])
+        self._run, self._logits_V = list(text[:common]), None  # should this fail, nothing is known behind `_run`
         self._logits_V = self._decoder.extend(text[common:])
         self._run = list(text)
         return self._logits_V

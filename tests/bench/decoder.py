@@ -49,6 +49,10 @@ for line in sys.stdin:
 Speeds = tuple[float, float]  # tokens a second: reading the prompt, decoding
 
 
+def source(model: str) -> Path:
+    return smollm2_path() if model == "smollm2" else Path(model)
+
+
 def onnx_engine(checkpoint: Checkpoint, bits: int, threads: int, ids: list[int], tokens: int) -> Callable[[], Speeds]:
     decoder = OnnxDecoder(checkpoint, 1024, bits, threads)
 
@@ -64,14 +68,15 @@ def onnx_engine(checkpoint: Checkpoint, bits: int, threads: int, ids: list[int],
     return run
 
 
-def transformers_model(dtype: str) -> Any:
+def transformers_model(model: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     import models.recipes.compressai_entropy  # noqa: F401  # lets torchvision be imported
 
-    path = smollm2_path()
-    return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=getattr(torch, dtype))
+    path = source(model)
+    folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+    return AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=file, dtype=getattr(torch, dtype))
 
 
 def transformers_engine(model: Any, threads: int, ids: list[int], tokens: int) -> Callable[[], Speeds]:
@@ -94,8 +99,8 @@ def transformers_engine(model: Any, threads: int, ids: list[int], tokens: int) -
 class LlamaCpp:
     """llama.cpp in a process of its own."""
 
-    def __init__(self, interpreter: str, threads: int, ids: list[int], tokens: int) -> None:
-        arguments = [str(smollm2_path()), json.dumps(ids), str(tokens), str(threads)]
+    def __init__(self, interpreter: str, model: str, threads: int, ids: list[int], tokens: int) -> None:
+        arguments = [str(source(model)), json.dumps(ids), str(tokens), str(threads)]
         self._process = subprocess.Popen(
             [interpreter, "-c", LLAMA_CPP, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -144,27 +149,35 @@ def passages(checkpoint: Checkpoint, file: Path | None, count: int) -> list[list
 @click.command(epilog="Example: python -m tests.bench.decoder --llamacpp /opt/bin/python --json runs/decoder.json")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 @click.option("--llamacpp", help="A Python interpreter with llama-cpp-python.")
+@click.option("--model", default="smollm2", show_default=True)
 @click.option("--text", type=click.Path(path_type=Path, exists=True), help="For the agreement; not trained on.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True)
 @click.option("--tokens", default=64, show_default=True, help="Decoded in each turn.")
 @click.option("--turns", default=7, show_default=True)
 @click.option("--quick", is_flag=True, help="Two turns of 8 tokens, one passage.")
 def main(
-    json_file: Path, llamacpp: str | None, text: Path | None, threads: int, tokens: int, turns: int, quick: bool
+    json_file: Path,
+    llamacpp: str | None,
+    model: str,
+    text: Path | None,
+    threads: int,
+    tokens: int,
+    turns: int,
+    quick: bool,
 ) -> None:
     """Measure engines turn by turn, and print medians."""
     tokens, turns, count = (8, 2, 1) if quick else (tokens, turns, 12)
-    checkpoint = Checkpoint.open("smollm2")
+    checkpoint = Checkpoint.open(model)
     ids = checkpoint.tokenizer.encode(TEXT)
-    reference = transformers_model("float32")
+    reference = transformers_model(model, "float32")
     engines: dict[str, Callable[[], Speeds]] = {
         "onnx 8-bit": onnx_engine(checkpoint, 8, threads, ids, tokens),
         "onnx 4-bit": onnx_engine(checkpoint, 4, threads, ids, tokens),
         "transformers float32": transformers_engine(reference, threads, ids, tokens),
-        "transformers bfloat16": transformers_engine(transformers_model("bfloat16"), threads, ids, tokens),
+        "transformers bfloat16": transformers_engine(transformers_model(model, "bfloat16"), threads, ids, tokens),
     }
     if llamacpp:
-        engines["llama.cpp Q4_1"] = LlamaCpp(llamacpp, threads, ids, tokens)
+        engines["llama.cpp Q4_1"] = LlamaCpp(llamacpp, model, threads, ids, tokens)
     speeds: dict[str, list[Speeds]] = {name: [] for name in engines}
     for turn in range(turns + 1):
         for name, engine in engines.items():
@@ -174,12 +187,8 @@ def main(
         print(f"turn {turn} of {turns}", file=sys.stderr)
     read = {name: statistics.median(row[0] for row in rows) for name, rows in speeds.items()}
     decoded = {name: statistics.median(row[1] for row in rows) for name, rows in speeds.items()}
-    ratios = [
-        ours[1] / theirs[1]
-        for ours, theirs in zip(speeds["onnx 8-bit"], speeds.get("llama.cpp Q4_1", []), strict=False)
-    ]
-    plain = [a[1] / b[1] for a, b in zip(speeds["onnx 8-bit"], speeds["transformers float32"], strict=True)]
     result = {
+        "model": checkpoint.name,
         "tokens_per_s": decoded["onnx 8-bit"],
         "ratio_to_llamacpp": ratio(speeds, "llama.cpp Q4_1"),
         "ratio_to_transformers": ratio(speeds, "transformers float32"),

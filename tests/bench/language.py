@@ -70,7 +70,7 @@ def measure(agent: LanguageAgent, prompts: list[tuple[int, ...]], arm: Arm, toke
         "prompts": len(prompts),
         "tokens": made,
         "tokens_per_s": statistics.median(summary.tokens / total_s for summary, _, total_s in runs),
-        "tokens_per_s_after_first": made / sum(total_s - first_s for _, first_s, total_s in runs),
+        "tokens_per_s_after_first": (made - len(runs)) / sum(total_s - first_s for _, first_s, total_s in runs),
         "first_token_ms": statistics.median(1000 * first_s for _, first_s, _ in runs),
         "bytes_up_per_token": sum(summary.bytes_up for summary, _, _ in runs) / made,
         "bytes_down_per_token": sum(summary.bytes_down for summary, _, _ in runs) / made,

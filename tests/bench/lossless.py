@@ -38,7 +38,7 @@ from tests.bench.prompts import RandomDraft, ScriptedDraft, load_prompts, stubbo
 
 SCRIPTED = ("random", "wrong", "wrong-third", "right", "end-of-text")
 MODELS = {"model-8bit": 8, "model-4bit": 4}
-ALONE = 12  # prompts that run by themselves, before the batches are mixed
+ALONE = 12  # prompts, of a quarter at most, that run by themselves before the batches are mixed
 LONGEST_TOKENS = 700
 WAIT_S = 120.0  # a cloud that was killed needs to load its model again
 
@@ -116,8 +116,12 @@ def stubborn_for(name: str) -> Tempo:
 def jobs(prompts: list[tuple[int, ...]]) -> Iterator[tuple[int, tuple[int, ...], str, bool]]:
     names = (*MODELS, "lookup", *SCRIPTED)
     for index, prompt in enumerate(prompts):
-        alone = index < ALONE
+        alone = index < lonely(len(prompts))
         yield index, prompt, ("model-8bit" if alone else names[index % len(names)]), alone
+
+
+def lonely(prompts: int) -> int:
+    return min(ALONE, prompts // 4)
 
 
 class Killer(threading.Thread):
@@ -126,13 +130,14 @@ class Killer(threading.Thread):
     def __init__(self, cloud: CloudProcess, done: list[Case], total: int, restarts: int) -> None:
         super().__init__(daemon=True)
         self._cloud, self._done = cloud, done
-        self._at = [ALONE + (total - ALONE) * (step + 1) // (restarts + 1) for step in range(restarts)]
+        alone = lonely(total)
+        self._at = [alone + (total - alone) * (step + 1) // (restarts + 1) for step in range(restarts)]
         self.count = 0
 
     def run(self) -> None:
         for at in self._at:
             while len(self._done) < at:
-                time.sleep(0.05)
+                time.sleep(0.005)
             self._cloud.kill()
             self.count += 1
             self._cloud.start()
@@ -245,6 +250,7 @@ def main(
         killer = Killer(cloud, cases, n, restarts)
         killer.start()
         run(bench, [job for job in todo if job[0] not in done], workers, keep, cases)
+        killer.join()
         bench.replicas.close()
     result = report(sorted(cases, key=lambda case: case.prompt), killer.count, settings)
     json_file.write_text(json.dumps(result, indent=1) + "\n")

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0  # importing PyTorch on a busy machine
@@ -103,5 +105,55 @@ class CloudProcess:
             self.process.kill()
             return self.process.wait()
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of `isthmus_cloud_<name>` over what `labels` leave open."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as reply:
+            families = text_string_to_metric_families(reply.read().decode())
+        samples = [sample for family in families for sample in family.samples if sample.name == f"isthmus_cloud_{name}"]
+        if not samples:
+            raise KeyError(f"the service exports no isthmus_cloud_{name}")
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
     def read_log(self) -> str:
         return Path(self.log.name).read_text(encoding="utf-8", errors="replace")
+
+
+class EdgeProcess:
+    """`python -m edge_agent run` with a language model, on a loopback port."""
+
+    def __init__(self, model: Path, *arguments: str) -> None:
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self._arguments = [sys.executable, "-m", "edge_agent", "run", "--model", str(model)]
+        self._arguments += ["--listen", f"127.0.0.1:{port}", *arguments]
+        self._log = tempfile.NamedTemporaryFile(prefix="edge-", suffix=".log")  # noqa: SIM115
+
+    def __enter__(self) -> EdgeProcess:
+        self.process = subprocess.Popen(
+            self._arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+        )
+        deadline_s = time.monotonic() + START_S
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline_s:
+                self.process.kill()
+                raise RuntimeError(f"the agent does not serve:\n{self.read_log()}")
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()
+
+    def read_log(self) -> str:
+        return Path(self._log.name).read_text(encoding="utf-8", errors="replace")
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/healthz", timeout=1) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False

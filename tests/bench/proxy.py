@@ -30,6 +30,7 @@ class Direction:
         self._spec = spec
         self._free_at_s = 0.0
         self.bytes = 0
+        self.silent = False  # bytes are taken and go nowhere
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         flying: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=4096)
@@ -37,6 +38,8 @@ class Direction:
         loop = asyncio.get_running_loop()
         try:
             while data := await reader.read(CHUNK_BYTES):
+                if self.silent:
+                    continue
                 now_s = loop.time()
                 if self._spec.rate_bps is not None:
                     self._free_at_s = max(self._free_at_s, now_s) + 8 * len(data) / self._spec.rate_bps
@@ -89,6 +92,10 @@ class LinkProxy:
     def black_hole(self, on: bool) -> None:
         """While on, bytes of new connections go nowhere and nothing is refused: a half-open link."""
         self._black_hole = on
+
+    def silence(self, on: bool) -> None:
+        """While on, bytes of connections that stand go nowhere: a cable that was pulled out."""
+        self.up.silent = self.down.silent = on
 
     def close(self) -> None:
         self._run(self._end())

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 from edge_agent import EdgeAgent, EdgeConfig
 from edge_agent.policy.breaker import BreakerLimits
 from models.bundle import Bundle
+from models.language.huggingface import WEIGHTS
 from tests.bench.processes import CloudProcess
+from tests.bench.tiny_llama import write_tiny_llama
 
+LANGUAGE = ("--dtype", "float32", "--threads", "1")
 FAST_BREAKER = BreakerLimits(failures=3, first_s=0.1, last_s=0.5)
 
 
@@ -36,3 +41,19 @@ def new_agent(tiny_bundle: Bundle) -> Iterator[Callable[..., EdgeAgent]]:
     yield build
     for agent in opened:
         agent.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random language model of 259 bytes and marks, with a context of 512 tokens. Read only."""
+    return write_tiny_llama(tmp_path_factory.mktemp("language") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def endless_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one that hardly ever ends its answers: the marks of an end have logit 0, the best token about 5."""
+    folder = write_tiny_llama(tmp_path_factory.mktemp("language") / "endless", seed=1)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    tensors["model.embed_tokens.weight"][[0, 2]] = 0
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder

@@ -23,6 +23,7 @@ from tests.unit.edge_agent.scripted import Scripted
 HI: Any = [{"role": "user", "content": "hi"}]
 LIMITS = Limits()
 CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
 
 
 class Failing(Scripted):
@@ -274,8 +275,8 @@ def test_a_failure_in_mid_stream_is_an_event_and_ends_it() -> None:
 
 def test_a_body_over_the_cap() -> None:
     api = client(Scripted(), Limits(body_bytes=1000))
-    assert_error(api.post(CHAT, content=(bytes(100) for _ in range(1000))), 413)
-    assert_error(api.post(CHAT, content=b"\xff" * 1000), 400)
+    assert_error(api.post(CHAT, content=(bytes(100) for _ in range(1000)), headers=JSON), 413)
+    assert_error(api.post(CHAT, content=b"\xff" * 1000, headers=JSON), 400)
 
 
 def test_other_methods() -> None:
@@ -289,3 +290,22 @@ def test_a_full_house_says_so_and_places_are_given_back() -> None:
     good = {"model": "auto", "messages": HI}
     codes = [api.post(CHAT, json=body).status_code for body in (good, {}, {**good, "stream": True}, good)]
     assert codes == [200, 400, 200, 200]
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "text/plain; charset=application/json", "multipart/form-data", "application/jsonx", None]
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_what_a_web_page_may_post_without_a_preflight_is_refused(path: str, kind: str | None) -> None:
+    generator = Scripted()
+    body = json.dumps({"model": "auto", "messages": HI, "prompt": "hi"}).encode()
+    reply = client(generator).post(path, content=body, headers={"content-type": kind} if kind else None)
+    assert_error(reply, 415, type="invalid_request_error", code="unsupported_media_type")
+    assert "application/json" in reply.json()["error"]["message"]
+    assert generator.asks == []
+
+
+def test_a_content_type_may_have_parameters_and_capitals() -> None:
+    body = json.dumps({"model": "auto", "messages": HI}).encode()
+    kind = {"content-type": "Application/JSON; charset=utf-8"}
+    assert client(Scripted()).post(CHAT, content=body, headers=kind).status_code == 200

@@ -1,0 +1,72 @@
+"""What the contracts of language share: a bench over one link, asking an agent, watching a cloud's memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_agent.config import LanguageConfig
+from edge_agent.generation import Arm, Ask, Summary, Token
+from edge_agent.language import LanguageAgent
+from models.language.sampling import GREEDY, Sampling
+
+CHATTER = Sampling(0.8, seed=7)  # its noise depends on the position, so a token lost or doubled changes all that follow
+
+
+def language_agent(model: Path, *clouds: str, **settings: Any) -> LanguageAgent:
+    settings = {"threads": 1, "connect_s": 10.0, "device_bits": 4, **settings}
+    return LanguageAgent(LanguageConfig(str(model), clouds, **settings))
+
+
+def prompt_of(agent: LanguageAgent, text: str) -> tuple[int, ...]:
+    return tuple(agent.tokenizer.encode(text))
+
+
+class Answer:
+    """An answer with the time of every token, on the clock of `time.monotonic`."""
+
+    def __init__(
+        self,
+        agent: LanguageAgent,
+        prompt: Sequence[int],
+        tokens: int,
+        arm: Arm = "verify",
+        sampling: Sampling = GREEDY,
+        meanwhile: Callable[[int], None] = lambda made: None,
+    ) -> None:
+        """`meanwhile` is called after each token with their number."""
+        self.tokens: list[Token] = []
+        self.at_s = [time.monotonic()]
+        self.summary: Summary | None = None
+        for event in agent.generate(Ask(tuple(prompt), tokens, arm, sampling)):
+            assert self.summary is None, "a summary is the last event"
+            if isinstance(event, Summary):
+                self.summary = event
+                continue
+            self.tokens.append(event)
+            self.at_s.append(time.monotonic())
+            meanwhile(len(self.tokens))
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def how(self) -> Summary:
+        assert self.summary is not None
+        return self.summary
+
+    @property
+    def longest_gap_s(self) -> float:
+        return max(later - sooner for sooner, later in zip(self.at_s, self.at_s[1:], strict=False))
+
+
+def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come to pass"
+        time.sleep(0.02)
+
+
