@@ -69,6 +69,8 @@ async def serve(config: CloudConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     running = [asyncio.create_task(worker.run()), *(asyncio.create_task(g.run()) for g in generations)]
+    for task in running:
+        task.add_done_callback(lambda _: stopping.set())  # a worker that dies must not leave a service that looks well
     await server.start()
     for name in ("", SERVICE_NAME):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from cloud_service.generation import Generation
 from cloud_service.metrics import CloudMetrics
@@ -179,7 +180,20 @@ class Talk:
         self.answers: Answers = asyncio.Queue()
 
     async def listen(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
-        """Take messages until the device half-closes. What is wrong with one is answered, and the next one read."""
+        """Take messages until the device half-closes. What is wrong with one is answered, and the next one read.
+
+        Bytes that are no message at all count as the end: gRPC reads nothing behind them.
+        """
+        try:
+            await self._listen(requests)
+        except DecodeError:
+            self.answers.put_nowait(InvalidInput("the stream carries bytes that are not a message"))
+        if self._generation is not None and self._session is not None:
+            self._generation.end(self._session)
+        else:
+            self.answers.put_nowait(None)
+
+    async def _listen(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
         async for message in requests:
             try:
                 await self._take(message)
@@ -190,10 +204,6 @@ class Talk:
                 self.answers.put_nowait(ServiceError("the message failed"))
             while self.answers.qsize() >= limits.MAX_STREAM_INFLIGHT:  # it sends, and does not read
                 await asyncio.sleep(0.02)
-        if self._generation is not None and self._session is not None:
-            self._generation.end(self._session)
-        else:
-            self.answers.put_nowait(None)
 
     def leave(self) -> None:
         """The device has gone."""

@@ -49,6 +49,11 @@ class Tempo:
         rtt_s = link.estimate.rtt_s
         return Pace(rtt_s, self.pass_s.value, self.draft_s.value, self.acceptance.overall, self.measured.value)
 
+    def refused(self) -> None:
+        """An answer was streamed because drafting does not pay; after many of them that is not believed any more."""
+        if self.measured.refused():
+            self.acceptance.forget()
+
 
 @dataclass
 class Sent:
@@ -186,8 +191,8 @@ class Collaboration:
             return True
         pace = self._tempo.pace(link)
         if pace.draft_s >= FREE_S and pace.streams:
-            self.tally.why = why_streaming(pace)
-            self._tempo.measured.refused()
+            self._explain(pace)
+            self._tempo.refused()
             return True
         return pace.draft_s < FREE_S
 
@@ -204,6 +209,11 @@ class Collaboration:
             if len(ids) >= FREE_DRAFTS:
                 self._send(conversation, ids, extend=self._left - 1)  # all of the draft may be wrong
                 self._sent = len(ids)
+
+    def _explain(self, pace: Pace) -> None:
+        """Say why it streams, unless there is worse to say."""
+        if self.tally.why == ASKED:
+            self.tally.why = why_streaming(pace)
 
     def _look_ahead(self, draft: Draft, pace: Pace) -> tuple[int, ...]:
         """As many free drafts as may be right and reach beyond what the cloud decodes meanwhile."""
@@ -225,7 +235,7 @@ class Collaboration:
         self._send(conversation, ())  # the prompt's own round: its answer comes while the device reads the prompt
         exhausted, clock = False, Clock(self._tempo.measured)
         while not self._finished:
-            while (committed := self._poll(conversation, link)) is not None:
+            while not self._finished and (committed := self._poll(conversation, link)) is not None:
                 yield from self._take(committed)
                 clock.made(self._made)
                 exhausted = False
@@ -250,7 +260,7 @@ class Collaboration:
                 exhausted = False
 
     def _change_to_stream(self, conversation: Conversation, link: Link, pace: Pace) -> Iterator[Token]:
-        self.tally.why = why_streaming(pace)
+        self._explain(pace)
         while self._rounds and not self._finished:
             yield from self._take(self._receive(conversation, link))
         if not self._finished:

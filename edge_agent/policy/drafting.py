@@ -86,7 +86,7 @@ class Acceptance:
     def __init__(self, prior: float = 0.9) -> None:
         self._right = [PRIOR_WEIGHT * (prior + (1 - prior) * (2 * bin_ + 1 - BINS) / BINS) for bin_ in range(BINS)]
         self._seen = [PRIOR_WEIGHT] * BINS
-        self._overall = prior
+        self._overall = self._prior = prior
 
     @property
     def overall(self) -> float:
@@ -102,6 +102,10 @@ class Acceptance:
         self._right[bin_] += right
         self._seen[bin_] += 1
         self._overall += (right - self._overall) / 50
+
+    def forget(self) -> None:
+        """Nothing was drafted for long: what was seen of late says little."""
+        self._overall = self._prior
 
     def _bin(self, confidence: float) -> int:
         return min(max(int(confidence * BINS), 0), BINS - 1)
@@ -124,9 +128,11 @@ class Measured:
         self._seconds = keep * self._seconds + seconds
         self._tokens = keep * self._tokens + tokens
 
-    def refused(self) -> None:
-        """An answer was streamed because of it; after many of them, things may have changed."""
+    def refused(self) -> bool:
+        """An answer was streamed because of it. After many of them things may have changed: True when forgotten."""
         self._refused += 1
-        if self._refused >= RETRY_ANSWERS:
-            self._seconds = self._tokens = 0.0
-            self._refused = 0
+        if self._refused < RETRY_ANSWERS:
+            return False
+        self._seconds = self._tokens = 0.0
+        self._refused = 0
+        return True

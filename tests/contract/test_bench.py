@@ -51,6 +51,57 @@ def test_codec_benchmark_quick(tmp_path: Path) -> None:
         assert row["compressai_bytes"] == pytest.approx(row["bytes"], rel=0.05, abs=16)
 
 
-@pytest.mark.parametrize("module", ["tests.bench.demo", "tests.bench.codec"])
+def test_lossless_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
+    figures = tmp_path / "lossless.json"
+    settings = ("--dtype", "float32", "--n", "10", "--tokens", "12", "--restarts", "1")
+    run("tests.bench.lossless", "--model", str(tiny_llama), *settings, "--json", str(figures))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert (result["prompts"], result["mismatches"], result["restarts"]) == (10, 0, 1)
+    assert 10 < result["tokens"] <= 10 * 12
+    assert 0 < result["bytes_per_round"] and 0 < result["cloud_passes_per_token"] <= 1
+    by_draft = result["by_draft"]
+    assert {"model-8bit", "model-4bit", "lookup", "random", "wrong", "right"} <= set(by_draft)
+    assert sum(row["tokens"] for row in by_draft.values()) == result["tokens"]
+    assert by_draft["wrong"]["acceptance"] == 0 and by_draft["right"]["acceptance"] == 1
+    assert list(tmp_path.iterdir()) == [figures], "what was kept for an interruption is gone"
+
+
+def test_language_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
+    figures, picture = tmp_path / "language.json", tmp_path / "language.png"
+    arguments = ("--model", str(tiny_llama), "--quick", "--json", str(figures), "--plot", str(picture))
+    printed = run("tests.bench.language", *arguments)
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert result["settings"]["rtts_ms"] == [20]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 5
+    for name, row in rows.items():
+        assert {"rtt_ms", "slowdown", "bytes_up_per_token", "bytes_down_per_token", "bytes_per_round", "why"} <= set(row)
+        assert {"cloud_gflops_per_token", "acceptance", "tokens_per_s_after_first"} <= set(row)
+        assert row["tokens_per_s"] > 0 and 2 < row["tokens"] <= 24
+        alone = name.startswith("edge")
+        assert (row["bytes_up_per_token"] == 0) == alone and (row["cloud_passes_per_token"] == 0) == alone
+        assert alone or row["first_token_ms"] >= 20, "the emulated round trip is part of it"
+    assert rows["cloud"]["tokens"] == rows["verify, 8-bit copy"]["tokens"]
+    assert picture.stat().st_size > 10_000 and "verif" in printed
+
+
+def test_decoder_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
+    """Without llama.cpp, which is not among the dependencies."""
+    figures = tmp_path / "decoder.json"
+    run("tests.bench.decoder", "--model", str(tiny_llama), "--quick", "--threads", "1", "--json", str(figures))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert result["model"] == tiny_llama.name and result["turns"] == 2
+    assert result["tokens_per_s"] > 0 and result["ratio_to_transformers"] > 0 and result["ratio_to_llamacpp"] is None
+    eight, four = (result["agreement"][name] for name in ("8-bit", "4-bit"))
+    assert eight["value"] > 0.8 and four["value"] < eight["value"], "8 bits keep more of a random model than 4"
+    for row in (eight, four):
+        assert row["low"] <= row["value"] <= row["high"] and row["samples"] == 256
+    assert set(result["decode_tokens_per_s"]) == set(result["prefill_tokens_per_s"])
+
+
+MODULES = ["demo", "codec", "lossless", "language", "decoder"]
+
+
+@pytest.mark.parametrize("module", [f"tests.bench.{name}" for name in MODULES])
 def test_help_has_an_example(module: str) -> None:
     assert f"Example: python -m {module}" in run(module, "--help")

@@ -131,7 +131,9 @@ def test_sessions_that_push_each_other_out(cloud: CloudProcess, tiny_llama: Path
     with CloudProcess(arguments=arguments) as small:
         benches = [Bench(Checkpoint.open(tiny_llama), place.target, TOKENS, CHATTER) for place in (cloud, small)]
         texts = [tuple(3 + (7 * size + step) * step % 256 for step in range(size)) for size in sizes]
+        before = cloud.metric("decoder_rows_total", kind="used")
         expected = [benches[0].answer(text, None, Tempo())[0] for text in texts]
+        enough = cloud.metric("decoder_rows_total", kind="used") - before
         seen: list[float] = []
         done = threading.Event()
 
@@ -151,5 +153,6 @@ def test_sessions_that_push_each_other_out(cloud: CloudProcess, tiny_llama: Path
                 bench.replicas.close()
         assert found == expected
         assert small.metric("context_evictions_total", reason="budget") > 0
+        assert small.metric("decoder_rows_total", kind="used") < 5 * enough, "it reads texts again for a token each"
         assert max(seen) <= BUDGET_BYTES and max(seen) > BUDGET_BYTES - 3 * STEP_BYTES
         assert small.metric("tokens_committed_total") == sum(map(len, expected))

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.generation import Arm
 from edge_agent.language import LanguageAgent
 from tests.bench.processes import CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of, until
 
-TOKENS, STRIKE = 120, 25  # of an answer; after so many something happens
+TOKENS, STRIKE = 90, 20  # of an answer; after so many something happens
 BACK_S = 2.0  # promised: an answer goes on within so long
 GRACE_S = 0.5  # two shared cores
-SLOWDOWN = 10  # a pass takes about 10 ms, so that the end of an answer is not under way before something happens
+SLOWDOWN = 6  # a pass takes about 6 ms, so that the end of an answer is not under way before something happens
 
 Clouds = tuple[CloudProcess, CloudProcess]
+Expected = tuple[tuple[int, ...], list[int]]  # a prompt, and its answer when nothing happens
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +37,29 @@ def processes(endless_llama: Path) -> Iterator[Clouds]:
                 process.__exit__()
 
 
-@pytest.fixture
-def clouds(processes: Clouds) -> Clouds:
-    """Both serve, whatever the test before did to them."""
+def serving(processes: Clouds) -> None:
     for process in processes:
         if process.process is None or process.process.poll() is not None:
             process.start(wait=False)
     for process in processes:
         process.wait_serving()
-    return processes
 
 
 @pytest.fixture
-def expected(clouds: Clouds, endless_llama: Path) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """A prompt and its answer when nothing happens."""
-    with language_agent(endless_llama, clouds[1].target) as agent:
+def clouds(processes: Clouds) -> Clouds:
+    """Both serve, whatever the test before did to them."""
+    serving(processes)
+    return processes
+
+
+@pytest.fixture(scope="module")
+def expected(processes: Clouds, endless_llama: Path) -> Expected:
+    serving(processes)
+    with language_agent(endless_llama, processes[1].target) as agent:
         prompt = prompt_of(agent, "Tell me a long story.")
         answer = Answer(agent, prompt, TOKENS, "cloud", CHATTER)
     assert len(answer.ids) == TOKENS, "the model was to write until it is stopped"
-    yield prompt, answer.ids
+    return prompt, answer.ids
 
 
 def at_token(strike: Callable[[], object], number: int = STRIKE) -> Callable[[int], None]:
@@ -67,7 +73,7 @@ def at_token(strike: Callable[[], object], number: int = STRIKE) -> Callable[[in
 
 
 @pytest.mark.parametrize("arm", ["cloud", "verify"])
-def test_killed_and_started_again(clouds: Clouds, endless_llama: Path, expected, arm) -> None:  # type: ignore[no-untyped-def]
+def test_killed_and_started_again(clouds: Clouds, endless_llama: Path, expected: Expected, arm: Arm) -> None:
     """SIGKILL, nobody else to ask: the agent waits, opens the session again with what it has, and misses nothing."""
     prompt, ids = expected
 
@@ -82,11 +88,10 @@ def test_killed_and_started_again(clouds: Clouds, endless_llama: Path, expected,
     assert {token.source for token in answer.tokens} <= {"cloud", "draft"}
 
 
-@pytest.mark.parametrize("arm", ["cloud", "verify"])
-def test_killed_and_on_alone(clouds: Clouds, endless_llama: Path, expected, arm) -> None:  # type: ignore[no-untyped-def]
+def test_killed_and_on_alone(clouds: Clouds, endless_llama: Path, expected: Expected) -> None:
     prompt, ids = expected
     with language_agent(endless_llama, clouds[0].target, on_loss="alone") as agent:
-        answer = Answer(agent, prompt, TOKENS, arm, CHATTER, at_token(clouds[0].kill))
+        answer = Answer(agent, prompt, TOKENS, "verify", CHATTER, at_token(clouds[0].kill))
     assert len(answer.ids) == TOKENS
     assert answer.how.degraded and answer.longest_gap_s <= BACK_S + GRACE_S
     alone = [token.source for token in answer.tokens].index("edge")
@@ -95,35 +100,36 @@ def test_killed_and_on_alone(clouds: Clouds, endless_llama: Path, expected, arm)
 
 
 def went_on(agent: LanguageAgent, answer: Answer, ids: list[int], second: CloudProcess, before: float) -> None:
-    """The second replica took over: the same tokens, soon, and those it did not decide are not of it."""
+    """The second replica took over, soon: the same tokens, of which it decided the rest."""
     assert answer.ids == ids
     assert not answer.how.degraded and answer.longest_gap_s <= BACK_S + GRACE_S
     assert {token.source for token in answer.tokens} <= {"cloud", "draft"}
-    assert 0 < second.metric("tokens_committed_total") - before <= TOKENS - STRIKE
+    assert 0 < second.metric("tokens_committed_total") - before < TOKENS
     best = agent.replicas.best()
     assert best is not None and best.target == second.target, "who failed stands behind the others"
 
 
-@pytest.mark.parametrize("arm", ["cloud", "verify"])
-def test_killed_with_a_second_replica(clouds: Clouds, endless_llama: Path, expected, arm) -> None:  # type: ignore[no-untyped-def]
+def test_killed_with_a_second_replica(clouds: Clouds, endless_llama: Path, expected: Expected) -> None:
     prompt, ids = expected
     before = clouds[1].metric("tokens_committed_total")
     with language_agent(endless_llama, clouds[0].target, clouds[1].target) as agent:
-        answer = Answer(agent, prompt, TOKENS, arm, CHATTER, at_token(clouds[0].kill))
+        answer = Answer(agent, prompt, TOKENS, "verify", CHATTER, at_token(clouds[0].kill))
         went_on(agent, answer, ids, clouds[1], before)
 
 
-@pytest.mark.parametrize("arm", ["cloud", "verify"])
-def test_sigterm_in_mid_answer(clouds: Clouds, endless_llama: Path, expected, arm) -> None:  # type: ignore[no-untyped-def]
+def test_sigterm_in_mid_answer(clouds: Clouds, endless_llama: Path, expected: Expected) -> None:
     """The service says goodbye, the device takes its tokens elsewhere, and the process ends in order."""
     prompt, ids = expected
     before, said = clouds[1].metric("tokens_committed_total"), clouds[0].read_log().count("drained")
     assert clouds[0].process is not None
     with language_agent(endless_llama, clouds[0].target, clouds[1].target) as agent:
-        answer = Answer(agent, prompt, TOKENS, arm, CHATTER, at_token(clouds[0].process.terminate))
+        answer = Answer(agent, prompt, TOKENS, "verify", CHATTER, at_token(clouds[0].process.terminate))
         went_on(agent, answer, ids, clouds[1], before)
     assert clouds[0].process.wait(10) == 0
     assert clouds[0].read_log().count("drained") == said + 1
+
+
+Lose = Callable[[LinkProxy], None]
 
 
 def cut(proxy: LinkProxy) -> None:
@@ -138,9 +144,8 @@ def pull(proxy: LinkProxy) -> None:
     proxy.silence(True)
 
 
-@pytest.mark.parametrize("arm", ["cloud", "verify"])
-@pytest.mark.parametrize("lose", [cut, pull])
-def test_a_link_that_swallows_everything(clouds: Clouds, endless_llama: Path, expected, lose, arm) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("lose", "arm"), [(cut, "verify"), (pull, "verify"), (pull, "cloud")])
+def test_a_link_that_swallows_everything(clouds: Clouds, endless_llama: Path, expected: Expected, lose: Lose, arm: Arm) -> None:
     prompt, ids = expected
     before = clouds[1].metric("tokens_committed_total")
     with (
@@ -151,7 +156,7 @@ def test_a_link_that_swallows_everything(clouds: Clouds, endless_llama: Path, ex
         went_on(agent, answer, ids, clouds[1], before)
 
 
-def test_a_second_turn_after_a_restart(clouds: Clouds, endless_llama: Path, expected) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_turn_after_a_restart(clouds: Clouds, endless_llama: Path, expected: Expected) -> None:
     """The service forgot the session: nothing is cached, the device brings all of it, the tokens are the same."""
     prompt, ids = expected
     longer = (*prompt, *ids[:40], *prompt)

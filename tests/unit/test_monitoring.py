@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 
 from cloud_service.generation_metrics import GenerationFamilies, GenerationMetrics
 from cloud_service.metrics import CloudMetrics
+from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.metrics import EdgeMetrics
 from models.bundle import Bundle
 from models.types import BundleInfo
@@ -39,6 +40,7 @@ def registries(tiny_bundle: Bundle) -> tuple[CollectorRegistry, CollectorRegistr
     manifest = tiny_bundle.manifest
     edge, cloud = CollectorRegistry(), CollectorRegistry()
     EdgeMetrics(edge, manifest)
+    LanguageMetrics(edge)
     info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, manifest.task, len(manifest.labels), 2)
     CloudMetrics(cloud, (info,))
     GenerationMetrics(GenerationFamilies(cloud), "tiny")

@@ -11,6 +11,7 @@ from models.errors import ContextGone, InvalidInput, Overloaded
 from models.language.decoder import Decoder
 from models.language.session import Committed, Round
 from protos.limits import MAX_ROUNDS
+from protos.wire_session import checksum
 from tests.unit.cloud_service.tiny import (
     CONTEXT,
     ENDS,
@@ -83,8 +84,9 @@ def test_a_context_that_is_not_held_is_gone(scenario: Scenario) -> None:
         with pytest.raises(ContextGone):
             await device.open(start=31, crc32=1)
         device.tokens += [1] * 5
-        with pytest.raises(ContextGone):
-            await device.open(start=36)
+        for crc32 in (None, checksum(device.tokens[:31])):
+            with pytest.raises(ContextGone):
+                await device.open(start=36, crc32=crc32)
         device.tokens = device.tokens[:31]
         await device.open(start=31)
         assert (await device.ask()).held == 30
@@ -292,5 +294,19 @@ def test_sessions_are_bounded_and_one_without_a_device_makes_room(
         await third.ask()
         with pytest.raises(ContextGone):
             await first.open(start=3)
+
+    scenario(play)
+
+
+def test_memory_that_a_pass_takes_for_a_device_that_leaves_is_counted(scenario: Scenario) -> None:
+    async def play(house: House) -> None:
+        device = Device(house, 1, [7, 8, 9])
+        await device.open()
+        house.decoder.gate.clear()
+        device.send()
+        await until(lambda: house.decoder.inside)
+        device.leave()
+        house.decoder.gate.set()
+        await until(lambda: house.count("contexts_bytes") == house.most_bytes > 0)
 
     scenario(play)

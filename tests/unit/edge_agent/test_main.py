@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from starlette.testclient import TestClient
 
-from edge_agent.__main__ import main
-from edge_agent.config import EdgeConfig
+from edge_agent.__main__ import chat, main, run, to_language_config
+from edge_agent.config import EdgeConfig, LanguageConfig
 from models.bundle import Bundle
+from tests.bench.tiny_llama import write_tiny_llama
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_a_wrong_call_ends_with_one_clear_line(arguments: tuple[str, ...], words
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-@pytest.mark.parametrize("command", [(), ("infer",), ("run",)])
+@pytest.mark.parametrize("command", [(), ("infer",), ("run",), ("chat",)])
 def test_help_has_an_example(command: tuple[str, ...]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -94,3 +96,83 @@ def test_the_agent_imports_no_pytorch() -> None:
     code = "import edge_agent.api, edge_agent.__main__, sys; print(sys.modules.keys() & {'torch', 'compressai'})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", scale=0.3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("chat", "--model", "/nowhere.gguf"), 1, "/nowhere.gguf: no such file"),
+        (("run", "--model", "/nowhere.gguf"), 1, "/nowhere.gguf: no such file"),
+        (("chat", "--model", "/nowhere.gguf", "--arm", "verify"), 2, "--arm verify needs --cloud"),
+        (("chat", "--arm", "cloud", "--cloud", " , "), 2, "--arm cloud needs --cloud"),
+        (("chat", "--arm", "sideways"), 2, "sideways"),
+        (("chat", "--temperature", "3"), 2, "temperature"),
+        (("chat", "--max-tokens", "0"), 2, "max-tokens"),
+        (("run", "--device-bits", "5"), 2, "device-bits"),
+        (("run", "--context", "1"), 2, "context"),
+    ],
+)
+def test_a_wrong_call_about_prompts_ends_with_one_clear_line(arguments: tuple[str, ...], code: int, words: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert code == 2 or len(result.stderr.splitlines()) == 1
+
+
+def test_a_chat_of_lines_with_a_model_on_the_device(model: str) -> None:
+    arguments = ["chat", "--model", model, "--json", "--max-tokens", "4", "--threads", "1"]
+    result = CliRunner().invoke(main, arguments, input="hi\n\nand you\n")
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["arm"] == "edge" and not row["degraded"]
+        assert row["made"] == {"edge": row["tokens"], "draft": 0, "cloud": 0} and 1 <= row["tokens"] <= 4
+
+
+def test_a_chat_of_which_an_answer_failed_says_so(model: str) -> None:
+    arguments = ["chat", "--model", model, "--json", "--max-tokens", "4", "--threads", "1", "--context", "80"]
+    result = CliRunner().invoke(main, arguments, input="far too long " * 20 + "\nhi\n")
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 2
+
+
+def test_command_line_and_language_config_have_the_same_defaults() -> None:
+    for command in (chat, run):
+        context = command.make_context(str(command.name), ["--model", "m"])
+        context.params.pop("arm", None)
+        assert to_language_config(**context.params) == LanguageConfig("m")
+
+
+def test_several_clouds_by_commas() -> None:
+    context = run.make_context(
+        "run", ["--model", "m", "--cloud", "a:1, b:2,", "--on-loss", "wait", "--device-bits", "4"]
+    )
+    config = to_language_config(**context.params)
+    assert config == LanguageConfig("m", ("a:1", "b:2"), on_loss="wait", device_bits=4)
+
+
+def test_run_serves_prompts_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+
+    def serve(app: Any, **settings: Any) -> None:
+        client = TestClient(app)
+        served.append(client.get("/v1/models").json())
+        body = {"model": "auto", "prompt": "hi", "max_tokens": 2}
+        served.append(client.post("/v1/completions", json=body).json())
+        served.append(client.get("/metrics").text)
+
+    monkeypatch.setattr("uvicorn.run", serve)
+    result = invoke("run", "--model", model, "--json", "--threads", "1", "--listen", "127.0.0.1:0")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"listen": "127.0.0.1:0", "model": "tiny", "cloud": "no cloud"}
+    assert any(entry["id"].startswith("tiny") for entry in served[0]["data"])
+    tokens = served[1]["usage"]["completion_tokens"]
+    assert 1 <= tokens <= 2
+    assert f'isthmus_edge_tokens_total{{source="edge"}} {float(tokens)}' in served[2]

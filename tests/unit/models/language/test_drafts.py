@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import InvalidInput
+from models.language.checkpoint import Checkpoint
+from models.language.drafts import NGRAM_CONFIDENCE, LookupDraft, ModelDraft, probability, shared_length
+from models.language.onnx_decoder import OnnxDecoder
+from models.language.sampling import GREEDY, Sampling, choose
+from tests.bench.tiny_llama import write_tiny_llama
+
+CONTEXT = 64
+
+texts = st.lists(st.integers(0, 3), max_size=24)  # few tokens, so that they repeat themselves
+
+
+def lookup(text: list[int]) -> tuple[int, float] | None:
+    return LookupDraft().next(text, GREEDY)
+
+
+def by_hand(text: list[int]) -> tuple[int, float] | None:
+    """Prompt lookup, written down without an index."""
+    for length in (4, 3, 2):
+        for start in range(len(text) - length - 1, -1, -1):
+            if text[start : start + length] == text[-length:]:
+                return text[start + length], NGRAM_CONFIDENCE[length]
+    return None
+
+
+def test_the_longest_end_that_came_before_wins_and_of_those_the_last() -> None:
+    assert lookup([1, 2, 3, 4, 9, 7, 3, 4, 8, 1, 2, 3, 4]) == (9, NGRAM_CONFIDENCE[4])
+    assert lookup([7, 3, 4, 8, 5, 3, 4, 6, 0, 3, 4]) == (6, NGRAM_CONFIDENCE[2])
+    assert lookup([1, 2, 3, 9, 0, 2, 3, 8, 1, 2, 3]) == (9, NGRAM_CONFIDENCE[3])
+
+
+@pytest.mark.parametrize("text", [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 1]])
+def test_no_idea_about_what_did_not_come_before(text: list[int]) -> None:
+    assert lookup(text) is None
+
+
+@given(texts)
+def test_it_is_prompt_lookup(text: list[int]) -> None:
+    assert lookup(text) == by_hand(text)
+
+
+@given(texts, st.lists(st.tuples(st.integers(0, 30), texts), max_size=6))
+def test_a_text_that_grows_or_goes_another_way_is_as_if_read_afresh(
+    text: list[int], changes: list[tuple[int, list[int]]]
+) -> None:
+    draft = LookupDraft()
+    for kept, more in [(0, text), *changes]:
+        text = [*text[:kept], *more]
+        assert draft.next(text, GREEDY) == by_hand(text)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> OnnxDecoder:
+    folder = write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama", scale=0.3)
+    return OnnxDecoder(Checkpoint.open(folder), CONTEXT, threads=1)
+
+
+def afresh(decoder: OnnxDecoder, text: list[int], sampling: Sampling) -> tuple[int, float]:
+    decoder.truncate(0)
+    logits_V = decoder.extend(text)
+    token = choose(logits_V, sampling, len(text))
+    return token, probability(logits_V, token)
+
+
+def test_a_model_drafts_as_if_it_ran_each_text_from_its_beginning(decoder: OnnxDecoder) -> None:
+    """Texts that grow, are cut, branch off, come twice, or begin differently."""
+    rng = np.random.default_rng(0)
+    text, seen = [1], []
+    for step in range(60):
+        kept = int(rng.choice([len(text), len(text), rng.integers(0, len(text) + 1), 0]))
+        text = [*text[:kept], *rng.integers(0, 259, rng.integers(0 if kept else 1, 5)).tolist()][:CONTEXT]
+        seen.append((list(text), GREEDY if step % 3 else Sampling(1.0, 0.9, step)))
+    expected = [afresh(decoder, *one) for one in seen]
+    decoder.truncate(0)
+    draft = ModelDraft(decoder)
+    for (text, sampling), (token, confidence) in zip(seen, expected, strict=True):
+        found = draft.next(text, sampling)
+        assert found is not None
+        assert found == (token, pytest.approx(confidence, rel=1e-3))
+        assert decoder.length == len(text)
+
+
+def test_what_was_run_is_not_run_again(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder.truncate(0)
+    fed: list[list[int]] = []
+    extend = decoder.extend
+    monkeypatch.setattr(decoder, "extend", lambda ids: fed.append(list(ids)) or extend(ids))
+    draft = ModelDraft(decoder)
+    for text in ([5, 6, 7], [5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 7, 4], [5, 6], [9]):
+        draft.next(text, GREEDY)
+    assert fed == [[5, 6, 7], [8, 9], [4], [6], [9]]
+
+
+def test_beyond_its_context_a_model_has_no_idea(decoder: OnnxDecoder) -> None:
+    decoder.truncate(0)
+    draft = ModelDraft(decoder)
+    assert draft.next([5] * CONTEXT, GREEDY) is not None
+    assert draft.next([5] * (CONTEXT + 1), GREEDY) is None
+    with pytest.raises(InvalidInput):
+        draft.logits([5] * (CONTEXT + 1))
+
+
+def test_a_text_that_could_not_be_run_leaves_nothing_behind(decoder: OnnxDecoder) -> None:
+    expected = afresh(decoder, [5, 6], GREEDY)
+    decoder.truncate(0)
+    draft = ModelDraft(decoder)
+    draft.next([5, 6, 7], GREEDY)
+    with pytest.raises(InvalidInput):
+        draft.next([5, 6, 1000], GREEDY)
+    found = draft.next([5, 6], GREEDY)
+    assert found == (expected[0], pytest.approx(expected[1], rel=1e-3))
+
+
+def test_probability_is_the_softmax_of_one_token() -> None:
+    logits_V = np.array([1.0, 3.0, -2.0], np.float32)
+    shares = [probability(logits_V, token) for token in range(3)]
+    assert shares == pytest.approx(np.exp(logits_V) / np.exp(logits_V).sum(), rel=1e-6)
+
+
+@given(texts, texts)
+def test_shared_length(one: list[int], other: list[int]) -> None:
+    length = shared_length(one, other)
+    assert one[:length] == other[:length]
+    assert length == min(len(one), len(other)) or one[length] != other[length]
