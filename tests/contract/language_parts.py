@@ -68,5 +68,3 @@ def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it did not come to pass"
         time.sleep(0.02)
-
-

@@ -145,7 +145,9 @@ def pull(proxy: LinkProxy) -> None:
 
 
 @pytest.mark.parametrize(("lose", "arm"), [(cut, "verify"), (pull, "verify"), (pull, "cloud")])
-def test_a_link_that_swallows_everything(clouds: Clouds, endless_llama: Path, expected: Expected, lose: Lose, arm: Arm) -> None:
+def test_a_link_that_swallows_everything(
+    clouds: Clouds, endless_llama: Path, expected: Expected, lose: Lose, arm: Arm
+) -> None:
     prompt, ids = expected
     before = clouds[1].metric("tokens_committed_total")
     with (

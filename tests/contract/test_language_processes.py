@@ -1,4 +1,4 @@
-"""The agent as a process: OpenAI's own client over HTTP, and a chat over its standard input, with a real cloud behind."""
+"""The agent as a process: OpenAI's own client over HTTP, a chat over standard input, and a real cloud behind."""
 
 from __future__ import annotations
 
@@ -132,7 +132,14 @@ def test_health_and_metrics(edge: EdgeProcess, client: openai.OpenAI) -> None:
 def test_bodies_that_are_no_request(edge: EdgeProcess) -> None:
     """400 and one line of JSON each; the next request is answered."""
     good = b'{"model": "edge", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}'
-    for body in (b"\xff\xfe{", good.replace(b"hi", b"\xc3\x28"), b"", b"[]", b"{" * 10_000, good.replace(b"2", b"1e999")):
+    for body in (
+        b"\xff\xfe{",
+        good.replace(b"hi", b"\xc3\x28"),
+        b"",
+        b"[]",
+        b"{" * 10_000,
+        good.replace(b"2", b"1e999"),
+    ):
         reply = httpx.post(f"{edge.url}/v1/chat/completions", content=body, headers=JSON)
         assert reply.status_code == 400, body[:40]
         message = reply.json()["error"]["message"]
@@ -142,7 +149,18 @@ def test_bodies_that_are_no_request(edge: EdgeProcess) -> None:
 
 
 def chat(model: Path, lines: str, *arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "edge_agent", "chat", "--model", str(model), "--json", "--threads", "1", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "edge_agent",
+        "chat",
+        "--model",
+        str(model),
+        "--json",
+        "--threads",
+        "1",
+        *arguments,
+    ]
     result = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]

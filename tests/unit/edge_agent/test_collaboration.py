@@ -286,6 +286,7 @@ def test_it_waits_for_a_cloud_when_told_to() -> None:
     answer = Answer(cloud, replicas=Replicas([cloud], bytes(8), 5.0)).run()  # type: ignore[list-item]
     assert answer.ids == brain.answer(PROMPT, 20)
     assert not answer.answer.tally.degraded
+    assert [talk.openings[0].start for talk in cloud.talks] == [0, 0]  # what it lost with the link is not known
 
 
 def test_waiting_ends_when_no_cloud_comes() -> None:
@@ -414,6 +415,22 @@ def test_a_seat_in_one_cloud_is_not_looked_for_in_another() -> None:
     answer = Answer(second, prompt=(*prompt, *said, 2), replicas=replicas).run()
     assert answer.ids == brain.answer((*prompt, *said, 2), 20)
     assert [opening.start for opening in second.talks[0].openings] == [0]
+
+
+def test_a_cloud_that_has_not_answered_holds_nothing_for_the_next_turn() -> None:
+    brain = Brain(22, ends=False)
+    first, second = Cloud(brain, "a"), Cloud(brain, "b", fault=at(0, error=InvalidInput("not now")))
+    replicas = Replicas([first, second], bytes(8), 1.0)  # type: ignore[list-item]
+    prompt = tuple(1 + index % 9 for index in range(40))
+    turn = (*prompt, *Answer(first, prompt=prompt, replicas=replicas).run().ids, 2)
+    replicas.lost(first, LinkDown("gone"))  # type: ignore[arg-type]
+    failed = Answer(second, prompt=turn, replicas=replicas)
+    with pytest.raises(InvalidInput):
+        failed.run()
+    failed.answer.close()
+    second.texts.clear()
+    assert Answer(second, prompt=turn, replicas=replicas).run().ids == brain.answer(turn, 20)
+    assert [opening.start for opening in second.talks[1].openings] == [0]
 
 
 @pytest.mark.parametrize(

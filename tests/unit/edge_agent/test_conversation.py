@@ -152,7 +152,7 @@ def test_time_on_the_way_is_known_only_of_a_round_that_went_alone(
 
 def test_poll_gives_what_is_there_and_never_waits(cloud: Cloud, conversation: Conversation) -> None:
     release = threading.Event()
-    cloud.servicer.react = lambda request, context: release.wait(10) and answers(request, context) or []
+    cloud.servicer.react = lambda request, context: (release.wait(10) and answers(request, context)) or []
     conversation.open(OPENING)
     conversation.send(Round(3))
     assert conversation.poll() is None
@@ -172,11 +172,16 @@ def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
     conversation.open(OPENING)
     with pytest.raises(error, match="so it is"):
         conversation.receive(5)
+    cloud.servicer.react = lambda request, context: []
+    conversation.send(Round(3))  # on its way when the opening failed: it is never answered
+    until(lambda: len(cloud.servicer.requests) == 2)
     cloud.servicer.react = answers
     conversation.open(OPENING)
     conversation.send(Round(3))
     assert conversation.receive(5) == ANSWER
-    assert [type(reply) for reply in heard] == [ConversationReply]
+    (reply,) = heard
+    assert reply.up_bytes == size(wire_session.pack_opening(OPENING)) + size(wire_session.pack_round(Round(3)))
+    assert reply.elapsed_s is not None
     assert conversation.opening_bytes == 2 * size(wire_session.pack_opening(OPENING))
 
 
@@ -264,6 +269,18 @@ def test_closing_ends_the_call_in_the_cloud_and_is_no_failure(
     until(lambda: conversation._incoming.qsize() == 1)
     assert len(heard) == 1  # the answer; nobody took the end
     until(lambda: "isthmus-conversation" not in [thread.name for thread in threading.enumerate()])
+
+
+def test_closing_stops_a_cloud_that_is_at_work(cloud: Cloud, conversation: Conversation) -> None:
+    release = threading.Event()
+    cloud.servicer.react = lambda request, context: (release.wait(10) and []) or []
+    conversation.open(OPENING)
+    until(lambda: len(cloud.servicer.requests) == 1)
+    conversation.close()
+    try:
+        assert cloud.servicer.ended.wait(5)
+    finally:
+        release.set()
 
 
 def test_a_conversation_teaches_its_link(cloud: Cloud, link: Link) -> None:

@@ -1,0 +1,47 @@
+"""The README's picture of a chat: a real cloud behind an emulated link, a real conversation, the screen as SVG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from edge_agent.chat import COLOURS, LEGEND, ChatSettings, chat
+from edge_agent.config import LanguageConfig
+from edge_agent.language import LanguageAgent
+from tests.bench.processes import CloudProcess
+from tests.bench.proxy import LinkProxy, LinkSpec
+
+QUESTIONS = (("verify", "What is a suspension bridge?"), ("cloud", "Name one of them."), ("edge", "Who invented it?"))
+
+
+@click.command(epilog="Example: python -m tests.bench.chat --svg runs/chat.svg")
+@click.option("--svg", type=click.Path(path_type=Path), required=True)
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--rtt-ms", default=50.0, show_default=True)
+@click.option("--max-tokens", default=72, show_default=True)
+def main(svg: Path, model: str, rtt_ms: float, max_tokens: int) -> None:
+    """Ask one question by each arm."""
+    console = Console(record=True, width=104, force_terminal=True, highlight=False, file=io.StringIO())
+    console.print(Text.assemble(*((f"■ {LEGEND[made]}   ", COLOURS[made]) for made in COLOURS)))
+    with (
+        CloudProcess(arguments=("--model", model)) as cloud,
+        LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)) as link,
+    ):
+        config = LanguageConfig(model, (f"127.0.0.1:{link.port}",), connect_s=10.0)
+        with LanguageAgent(config) as agent:
+            for arm, question in QUESTIONS:
+                console.print(Text(f"\n{arm} › {question}", style="bold"))
+                failed = chat(agent, arm, console, ChatSettings(max_tokens=max_tokens), io.StringIO(question))  # type: ignore[arg-type]
+                if failed:
+                    raise click.ClickException("an answer failed")
+    svg.parent.mkdir(parents=True, exist_ok=True)
+    console.save_svg(str(svg), title="edge-agent chat")
+    click.echo(f"picture: {svg}")
+
+
+if __name__ == "__main__":
+    main()
