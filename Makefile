@@ -38,9 +38,11 @@ lint: env  ## style, formatting, and who may import whom
 types: env  ## mypy, strict
 	$(BIN)/mypy
 
-bench: env  ## measure the codec
+bench: env  ## measure the codec, the device's decoder, and whether verify is lossless
 	@mkdir -p runs
 	$(BIN)/python -m tests.bench.codec --json runs/codec.json
+	$(BIN)/python -m tests.bench.decoder --json runs/decoder.json
+	$(BIN)/python -m tests.bench.lossless --json runs/lossless.json
 
 protos: env  ## generate the stubs again
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \

@@ -24,6 +24,7 @@ from edge_agent.generation import Arm, Ask, Summary, Token
 from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.link import Link
 from edge_agent.policy.breaker import BreakerLimits
+from edge_agent.policy.drafting import Acceptance
 from edge_agent.replicas import Replicas
 from models.errors import BundleError, InvalidInput
 from models.language.checkpoint import Checkpoint
@@ -34,6 +35,7 @@ from models.language.sampling import Floats, choose, log_softmax
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
 
+PRIOR_ACCEPTANCE = {8: 0.9, 4: 0.7}  # of drafts by a copy with so many bits, until its own are known
 WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
 
@@ -58,7 +60,7 @@ class LanguageAgent:
         decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads)
         self._model = ModelDraft(decoder)
         self._device = threading.Lock()  # the device's model has one cache
-        self._tempo = Tempo()
+        self._tempo = Tempo(acceptance=Acceptance(PRIOR_ACCEPTANCE[config.device_bits]))
         for _ in range(WARM_UP_TOKENS):
             started_s = time.monotonic()
             decoder.extend([0])
