@@ -12,6 +12,7 @@ from rich.text import Text
 from edge_agent.chat import COLOURS, LEGEND, ChatSettings, chat
 from edge_agent.config import LanguageConfig
 from edge_agent.language import LanguageAgent
+from tests.bench.language import share_cores
 from tests.bench.processes import CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec
 
@@ -27,11 +28,10 @@ def main(svg: Path, model: str, rtt_ms: float, max_tokens: int) -> None:
     """Ask one question by each arm."""
     console = Console(record=True, width=104, force_terminal=True, highlight=False, file=io.StringIO())
     console.print(Text.assemble(*((f"■ {LEGEND[made]}   ", COLOURS[made]) for made in COLOURS)))
-    with (
-        CloudProcess(arguments=("--model", model)) as cloud,
-        LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)) as link,
-    ):
-        config = LanguageConfig(model, (f"127.0.0.1:{link.port}",), connect_s=10.0)
+    mine, theirs = share_cores()
+    cloud = CloudProcess(arguments=("--model", model), cpus=",".join(map(str, theirs)))
+    with cloud, LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)) as link:
+        config = LanguageConfig(model, (f"127.0.0.1:{link.port}",), connect_s=10.0, threads=len(mine))
         with LanguageAgent(config) as agent:
             for arm, question in QUESTIONS:
                 console.print(Text(f"\n{arm} › {question}", style="bold"))

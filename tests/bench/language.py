@@ -98,9 +98,7 @@ def run(model: str, prompts: list[tuple[int, ...]], settings: Row, rows: list[Ro
     """Every setting that has no row yet."""
     done = {(row["method"], row["rtt_ms"], row["slowdown"]) for row in rows}
     todo = [key for key in product(METHODS, settings["rtts_ms"], settings["slowdowns"]) if key not in done]
-    cores = sorted(os.sched_getaffinity(0))
-    mine, theirs = (cores[:1], cores[1:]) if len(cores) > 1 else (cores, cores)
-    os.sched_setaffinity(0, mine)
+    mine, theirs = share_cores()
     flops = 2 * parameters(model)
     with Progress() as bar:
         task = bar.add_task("settings", total=len(todo))
@@ -122,6 +120,14 @@ def run(model: str, prompts: list[tuple[int, ...]], settings: Row, rows: list[Ro
                     rows.append({"method": name, "rtt_ms": rtt_ms, "slowdown": slowdown, **row})
                     save()
                     bar.advance(task)
+
+
+def share_cores() -> tuple[list[int], list[int]]:
+    """The device's core, which this process keeps to from now on, and the cloud's cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    mine, theirs = (cores[:1], cores[1:]) if len(cores) > 1 else (cores, cores)
+    os.sched_setaffinity(0, mine)
+    return mine, theirs
 
 
 def parameters(model: str) -> int:
