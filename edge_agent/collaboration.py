@@ -41,7 +41,7 @@ class Tempo:
     """What an agent has learnt about a draft source and the cloud's speed; it outlives one answer."""
 
     draft_s: Average = field(default_factory=lambda: Average(0.02))
-    pass_s: Average = field(default_factory=lambda: Average(0.03))
+    pass_s: Average = field(default_factory=lambda: Average(0.1))  # slow until known: then drafting is tried
     acceptance: Acceptance = field(default_factory=Acceptance)
     measured: Measured = field(default_factory=Measured)
 
