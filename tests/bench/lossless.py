@@ -34,7 +34,7 @@ from models.language.drafts import Draft, LookupDraft, ModelDraft
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.sampling import Sampling
 from tests.bench.processes import CloudProcess
-from tests.bench.prompts import RandomDraft, ScriptedDraft, load_prompts, stubborn
+from tests.bench.prompts import RandomDraft, ScriptedDraft, load_prompts, sparing, stubborn
 
 SCRIPTED = ("random", "wrong", "wrong-third", "right", "end-of-text")
 MODELS = {"model-8bit": 8, "model-4bit": 4}
@@ -69,7 +69,7 @@ class Bench:
         link.wait_probed(10.0)
         self.replicas = Replicas([link], checkpoint.fingerprint, WAIT_S)
         self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in MODELS.items()}
-        self.tempos = {name: Tempo() for name in MODELS}
+        self.tempos = {name: sparing() for name in MODELS}
         self.locks = {name: threading.Lock() for name in MODELS}
 
     def answer(self, prompt: tuple[int, ...], draft: Draft | None, tempo: Tempo) -> tuple[list[int], Collaboration]:

@@ -86,6 +86,11 @@ class Unmeasured(Measured):
         pass
 
 
+def sparing() -> Tempo:
+    """A tempo that learns how good its drafts are, before a cloud so slow that drafting pays."""
+    return Tempo(Believed(0.015), Believed(0.15), Acceptance(), Unmeasured())
+
+
 def stubborn() -> Tempo:
     """A tempo at which drafting always seems to pay, on any machine."""
     return Tempo(Believed(0.002), Believed(0.03), Faithful(0.99), Unmeasured())
