@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from models.language.kv_cache import KVCache
-from models.language.sampling import Floats, Sampling, choose, log_softmax
+from models.language.sampling import Floats, Sampling, choose, logprobs
 from models.language.session import Committed, Logprobs, Round
 
 
@@ -140,8 +138,5 @@ class Text:
         )
 
     def _note(self, work: Work, logits_V: Floats, token: int) -> None:
-        if self._logprobs is None:
-            return
-        logs_V = log_softmax(logits_V)
-        top = np.argsort(-logs_V, kind="stable")[: self._logprobs]
-        work.logprobs.append(Logprobs(float(logs_V[token]), tuple((int(id_), float(logs_V[id_])) for id_ in top)))
+        if self._logprobs is not None:
+            work.logprobs.append(Logprobs(*logprobs(logits_V, token, self._logprobs)))

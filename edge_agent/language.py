@@ -16,8 +16,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from edge_agent.collaboration import Collaboration, Tempo
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Arm, Ask, Summary, Token
@@ -30,7 +28,7 @@ from models.errors import BundleError, InvalidInput
 from models.language.checkpoint import Checkpoint
 from models.language.drafts import Draft, LookupDraft, ModelDraft
 from models.language.onnx_decoder import OnnxDecoder
-from models.language.sampling import Floats, choose, log_softmax
+from models.language.sampling import Floats, choose, logprobs
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
@@ -170,9 +168,7 @@ def edge_token(logits_V: Floats, ask: Ask, position: int) -> Token:
     id_ = choose(logits_V, ask.sampling, position)
     if ask.top_logprobs is None:
         return Token(id_, "edge")
-    logs_V = log_softmax(logits_V)
-    top = np.argsort(-logs_V, kind="stable")[: ask.top_logprobs]
-    return Token(id_, "edge", float(logs_V[id_]), tuple((int(other), float(logs_V[other])) for other in top))
+    return Token(id_, "edge", *logprobs(logits_V, id_, ask.top_logprobs))
 
 
 def summary(ask: Ask, answer: Collaboration, made: int) -> Summary:

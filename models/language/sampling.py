@@ -75,3 +75,10 @@ def log_softmax(logits_V: Floats) -> NDArray[np.float64]:
     """Natural logarithms of the probabilities at temperature 1."""
     shifted_V = logits_V.astype(np.float64) - float(logits_V.max())
     return shifted_V - float(np.log(np.exp(shifted_V).sum()))
+
+
+def logprobs(logits_V: Floats, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Log probability of `token`, and (id, log probability) of the `count` likeliest, likeliest first."""
+    logs_V = log_softmax(logits_V)
+    top = np.argsort(-logs_V, kind="stable")[:count]
+    return float(logs_V[token]), tuple((int(id_), float(logs_V[id_])) for id_ in top)
