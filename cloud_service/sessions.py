@@ -17,6 +17,7 @@ from cloud_service.generation_metrics import GenerationMetrics
 from cloud_service.rounds import Text
 from models.errors import ContextGone, InvalidInput, IsthmusError, Overloaded
 from models.language.decoder import Decoder
+from models.language.drafts import shared_length
 from models.language.session import Committed, Opening, Round
 from protos.wire_session import checksum
 
@@ -183,7 +184,6 @@ def take_over(former: Session, session: Session) -> None:
     cache, former.text.cache = former.text.cache, None
     if cache is None:
         return
-    pairs = zip(former.text.tokens, session.text.tokens, strict=False)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    same = shared_length(former.text.tokens, session.text.tokens)
     cache.truncate(min(cache.length, same, len(session.text.tokens) - 1))  # one row at least decides what follows
     session.text.cache, session.held = cache, cache.length

@@ -27,9 +27,8 @@ GRPC_PREFIX_BYTES = 5  # flag and length before each message
 
 @dataclass(frozen=True, slots=True)
 class ConversationReply:
-    """What the cloud committed. `elapsed_s` of a round without the cloud's own time; None for an extension."""
+    """What an answer says of the link: `elapsed_s` without the cloud's own time; None when it says nothing."""
 
-    committed: Committed
     up_bytes: int
     elapsed_s: float | None
 
@@ -105,11 +104,11 @@ class Conversation:
 
     def _reply(self, committed: Committed) -> ConversationReply:
         if committed.extension or not self._sent:
-            return ConversationReply(committed, 0, None)
+            return ConversationReply(0, None)
         sent_s, size = self._sent.popleft()
         way_s = time.monotonic() - sent_s - committed.queue_s - committed.compute_s
         alone = not self._sent and committed.tokens  # behind another round, or stale, it says nothing about the way
-        return ConversationReply(committed, size, max(way_s, 0.0) if alone else None)
+        return ConversationReply(size, max(way_s, 0.0) if alone else None)
 
     def _send(self, message: pb.GenerateRequest) -> int:
         if self._failure is not None:
