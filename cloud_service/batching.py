@@ -5,16 +5,16 @@ Knows nothing about payloads, networks or gRPC.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One waiting input. Only inputs of one `key` (bundle and codec) can share a batch. Times are monotonic seconds."""
+    """One waiting input. Only inputs of equal `key` can share a batch. Times are monotonic seconds."""
 
     ticket: int
-    key: tuple[bytes, int]
+    key: Hashable
     arrived_s: float
     deadline_s: float
 
@@ -42,7 +42,7 @@ def next_batch(queue: Sequence[Work], now_s: float, limits: BatchLimits) -> Batc
     A full batch goes first; otherwise the key of the longest-waiting input, once that has waited enough.
     """
     expired = tuple(work for work in queue if work.deadline_s <= now_s)
-    groups: dict[tuple[bytes, int], list[Work]] = {}
+    groups: dict[Hashable, list[Work]] = {}
     for work in queue:
         if work.deadline_s > now_s:
             groups.setdefault(work.key, []).append(work)

@@ -10,11 +10,20 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
-from models.types import BundleInfo, Codec, Payload
+from models.types import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from models.vision.images import open_image, preprocess
 from models.vision.tail import Tail
 
 Floats = NDArray[np.float32]
+Probabilities = tuple[tuple[float, ...], ...]  # of each task asked for, in the bundle's order
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What payloads must have in common to be computed together. `tap` is None for whole images."""
+
+    tap: int | None
+    tasks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Decoded:
 
 
 class Answerer:
-    """One bundle's codec and tail."""
+    """One bundle's codecs and tail."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BundleError when tables or weights do not fit."""
@@ -34,65 +43,80 @@ class Answerer:
         self.info = BundleInfo(
             fingerprint=bundle.fingerprint,
             name=self.manifest.name,
-            task=self.manifest.task,
-            labels=len(self.manifest.labels),
-            rates=len(self.manifest.bottleneck.rates),
+            tasks=tuple(TaskInfo(task.name, len(task.labels)) for task in self.manifest.tasks),
+            taps=tuple(TapInfo(tap.name, len(tap.widths[0].rates)) for tap in self.manifest.taps),
         )
-        self._codec = bundle.codec()
+        self._codecs = [bundle.codec(tap) for tap in range(len(self.manifest.taps))]
         self._tail = Tail(bundle)
 
-    def check(self, payload: Payload) -> None:
-        """Raise PayloadTooLarge or InvalidInput when size or rate alone tell that this bundle cannot read it."""
-        if payload.codec is Codec.FACTORIZED:
-            self._codec.check(len(payload.data), payload.rate)
+    def check(self, request: CloudRequest) -> None:
+        """Raise InvalidInput or PayloadTooLarge when its fields alone tell that this bundle cannot answer it."""
+        tasks, taps = self.info.tasks, self.info.taps
+        for task in request.tasks:
+            if task >= len(tasks):
+                raise InvalidInput(f"task {task} does not exist, the bundle has {numbered(tasks)}")
+        payload = request.payload
+        if payload.codec is not Codec.BOTTLENECK:
+            return
+        if payload.tap >= len(taps):
+            raise InvalidInput(f"tap {payload.tap} does not exist, the bundle has {numbered(taps)}")
+        self._codecs[payload.tap].check(len(payload.data), payload.rate)
 
-    def answer(self, codec: Codec, payloads: Sequence[Payload]) -> list[tuple[float, ...] | IsthmusError]:
-        """Probabilities or an error for each payload of one codec; a bad one harms no other."""
-        results: list[tuple[float, ...] | IsthmusError] = []
+    def answer(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
+        """Probabilities or an error for each payload of one kind; a bad one harms no other."""
+        results: list[Probabilities | IsthmusError] = []
         decoded: dict[int, Decoded] = {}
         for index, payload in enumerate(payloads):
             outcome = self._decode(payload)
             if isinstance(outcome, Decoded):
                 decoded[index] = outcome
             results.append(InvalidInput("not computed") if isinstance(outcome, Decoded) else outcome)
-        for index, probabilities in zip(decoded, self._compute(codec, list(decoded.values())), strict=True):
+        for index, probabilities in zip(decoded, self._compute(kind, list(decoded.values())), strict=True):
             results[index] = probabilities
         return results
 
     def warm_up(self) -> None:
-        """Run both ways once, so that the first device does not pay for the first call."""
-        latent_CHW = np.zeros(self.manifest.bottleneck.latent, np.float32)
-        image_3HW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
-        self._tail.answer_latents([latent_CHW], [0])
-        self._tail.answer_images([image_3HW])
+        """Run every way once, so that the first device does not pay for the first call."""
+        tasks = range(len(self.info.tasks))
+        for index, tap in enumerate(self.manifest.taps):
+            self._tail.latents_to_tasks(index, [np.zeros(tap.latent, np.float32)], [0], tasks)
+        self._tail.images_to_tasks([np.zeros((3, *self.manifest.preprocessing.crop), np.float32)], tasks)
 
     def _decode(self, payload: Payload) -> Decoded | IsthmusError:
         try:
             if payload.codec is Codec.IMAGE:
                 return Decoded(preprocess(open_image(payload.data), self.manifest.preprocessing), 0)
-            integers_CHW = self._codec.decode(payload.data, payload.rate)
-            return Decoded(self._codec.dequantise(integers_CHW, payload.rate), payload.rate)
+            codec = self._codecs[payload.tap]
+            return Decoded(codec.dequantise(codec.decode(payload.data, payload.rate), payload.rate), payload.rate)
         except IsthmusError as error:
             return error
         except MemoryError:
             return Overloaded("not enough memory for this input")
 
-    def _compute(self, codec: Codec, inputs: Sequence[Decoded]) -> list[tuple[float, ...] | IsthmusError]:
+    def _compute(self, kind: Kind, inputs: Sequence[Decoded]) -> list[Probabilities | IsthmusError]:
         """Answer a batch; when that fails, each input alone, so that one cannot take the others down."""
         if not inputs:
             return []
         try:
             arrays = [decoded.array for decoded in inputs]
-            if codec is Codec.IMAGE:
-                rows = self._tail.answer_images(arrays)
+            if kind.tap is None:
+                answers = self._tail.images_to_tasks(arrays, kind.tasks)
             else:
-                rows = self._tail.answer_latents(arrays, [decoded.rate for decoded in inputs])
+                rates = [decoded.rate for decoded in inputs]
+                answers = self._tail.latents_to_tasks(kind.tap, arrays, rates, kind.tasks)
         except (RuntimeError, MemoryError) as error:  # PyTorch reports exhausted memory as RuntimeError
             if len(inputs) > 1:
-                return [answer for decoded in inputs for answer in self._compute(codec, [decoded])]
-            kind = Overloaded if isinstance(error, MemoryError) or "memory" in str(error) else ServiceError
-            return [kind("the tail failed on this input")]
+                return [answer for decoded in inputs for answer in self._compute(kind, [decoded])]
+            error_kind = Overloaded if isinstance(error, MemoryError) or "memory" in str(error) else ServiceError
+            return [error_kind("the tail failed on this input")]
         return [
-            tuple(row.tolist()) if np.isfinite(row).all() else ServiceError("the tail gave no finite answer")
-            for row in rows
+            tuple(tuple(row.tolist()) for row in rows)
+            if all(np.isfinite(row).all() for row in rows)
+            else ServiceError("the tail gave no finite answer")
+            for rows in zip(*answers, strict=True)
         ]
+
+
+def numbered(entries: Sequence[TaskInfo | TapInfo]) -> str:
+    """What there is, for an error's text."""
+    return ", ".join(f"{index} {entry.name}" for index, entry in enumerate(entries))

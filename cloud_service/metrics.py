@@ -14,6 +14,7 @@ from models.types import BundleInfo
 LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 METHODS = ("Infer", "InferStream", "Generate", "Describe")
+IMAGE = "(image)"  # in place of a tap's name, which has no brackets
 REJECTIONS = ("queue", "deadline", "draining")
 DECODE_FAILURES: dict[type[IsthmusError], str] = {
     PayloadCorrupt: "corrupt",
@@ -48,6 +49,8 @@ class CloudMetrics:
         expired = "Inputs whose deadline passed: in the queue (not computed) or while they were computed."
         self._expired = counter("expired_work", expired, "stage")
         self._decode = counter("decode_failures", "Payloads that could not be read.", "reason")
+        self._inputs = counter("inputs", "Inputs computed, by the tap they came through.", "model", "tap")
+        self._tasks = counter("task_answers", "Inputs computed, by each task that was asked for.", "model", "task")
         build = Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry)
         build.labels(version("isthmus")).set(1)
         held = Gauge("isthmus_model_info", "Bundles held.", ["model", "version"], registry=registry)
@@ -70,6 +73,12 @@ class CloudMetrics:
             self._queue_wait.labels(model).observe(waited_s)
         self._compute.labels(model).observe(compute_s)
         self._batch_size.labels(model).observe(len(queued_s))
+
+    def computed(self, bundle: BundleInfo, tap: int | None, tasks: Sequence[int], count: int) -> None:
+        """`count` inputs of a batch that came through `tap`, or as whole images (None)."""
+        self._inputs.labels(bundle.name, IMAGE if tap is None else bundle.taps[tap].name).inc(count)
+        for task in tasks:
+            self._tasks.labels(bundle.name, bundle.tasks[task].name).inc(count)
 
     def queue_depth(self, depth: int) -> None:
         self._depth.set(depth)
@@ -95,6 +104,10 @@ class CloudMetrics:
         for bundle in bundles:
             for family in (self._queue_wait, self._compute, self._batch_size):
                 family.labels(bundle.name)
+            for tap in (IMAGE, *(tap.name for tap in bundle.taps)):
+                self._inputs.labels(bundle.name, tap)
+            for task in bundle.tasks:
+                self._tasks.labels(bundle.name, task.name)
         for method in METHODS:
             self._requests.labels(method, "OK")
             self._duration.labels(method)

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cloud_service.batching import BatchLimits, Work, next_batch
-from cloud_service.inference import Answerer
+from cloud_service.inference import Answerer, Kind, Probabilities
 from cloud_service.metrics import CloudMetrics
 from models.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
-from models.types import CloudAnswer, CloudRequest, Codec, Payload
+from models.types import CloudAnswer, CloudRequest, Codec
 from protos.limits import BUNDLE_ID_BYTES
 
 MAX_WAITING_BYTES = 128 << 20  # thirty of the largest photos: a queue is bounded in bytes too
@@ -28,7 +28,7 @@ class Waiting:
     """A queued input and whoever waits for its answer."""
 
     work: Work
-    payload: Payload
+    request: CloudRequest
     answer: asyncio.Future[CloudAnswer]
 
 
@@ -53,7 +53,7 @@ class Worker:
         """Queue one input and wait for its answer.
 
         Raises UnknownBundle, Overloaded (queue full), Draining, DeadlineExceeded, or what decoding and tail raise;
-        a payload that the bundle cannot have written is refused before it is queued.
+        what the bundle cannot have written or cannot answer is refused before it is queued.
         """
         if request.fingerprint not in self._answerers:
             held = ", ".join(sorted(key.hex() for key in self._answerers))
@@ -61,15 +61,15 @@ class Worker:
         if self._draining:
             self._metrics.rejected("draining")
             raise Draining("the service is shutting down")
-        self._answerers[request.fingerprint].check(request.payload)
-        waiting_bytes = sum(len(waiting.payload.data) for waiting in self._waiting.values())
+        self._answerers[request.fingerprint].check(request)
+        waiting_bytes = sum(len(waiting.request.payload.data) for waiting in self._waiting.values())
         if len(self._waiting) >= self._queue_limit or waiting_bytes > MAX_WAITING_BYTES:
             self._metrics.rejected("queue")
             raise Overloaded(f"{len(self._waiting)} inputs of {waiting_bytes} bytes are waiting already")
         now_s = time.monotonic()
-        key = (request.fingerprint, int(request.payload.codec))
+        key = (request.fingerprint, kind_of(request))
         work = Work(next(self._tickets), key, now_s, now_s + request.budget_s)
-        waiting = Waiting(work, request.payload, asyncio.get_running_loop().create_future())
+        waiting = Waiting(work, request, asyncio.get_running_loop().create_future())
         self._waiting[work.ticket] = waiting
         self._metrics.queue_depth(len(self._waiting))
         self._changed.set()
@@ -104,20 +104,20 @@ class Worker:
             await asyncio.wait_for(self._changed.wait(), wait_s)
 
     async def _compute(self, batch: list[Waiting]) -> None:
-        fingerprint, codec = batch[0].work.key
-        answerer = self._answerers[fingerprint]
+        answerer, kind = self._answerers[batch[0].request.fingerprint], kind_of(batch[0].request)
         started_s = time.monotonic()
-        payloads = [waiting.payload for waiting in batch]
+        payloads = [waiting.request.payload for waiting in batch]
         loop = asyncio.get_running_loop()
-        results: list[tuple[float, ...] | IsthmusError]
+        results: list[Probabilities | IsthmusError]
         try:
-            results = list(await loop.run_in_executor(self._thread, answerer.answer, Codec(codec), payloads))
+            results = list(await loop.run_in_executor(self._thread, answerer.answer, kind, payloads))
         except Exception:  # whatever went wrong, every caller gets an answer and the worker lives on
             self._metrics.log_failure("batch failed")
             results = [ServiceError("the batch failed") for _ in batch]
         ended_s = time.monotonic()
         queued_s = [started_s - waiting.work.arrived_s for waiting in batch]
         self._metrics.batch(answerer.info.name, queued_s, ended_s - started_s)
+        self._metrics.computed(answerer.info, kind.tap, kind.tasks, len(batch))
         for waiting, waited_s, result in zip(batch, queued_s, results, strict=True):
             if isinstance(result, IsthmusError):
                 self._finish(waiting, result)
@@ -133,3 +133,8 @@ class Worker:
             waiting.answer.set_exception(result)
         else:
             waiting.answer.set_result(result)
+
+
+def kind_of(request: CloudRequest) -> Kind:
+    payload = request.payload
+    return Kind(payload.tap if payload.codec is Codec.BOTTLENECK else None, request.tasks)

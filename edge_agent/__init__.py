@@ -5,8 +5,8 @@ with EdgeAgent(EdgeConfig(bundle="models/zoo/elpv", cloud="cloud:50051")) as age
     print(agent.infer("photo.jpg").label)
 """
 
-from edge_agent.answer import Answer
+from edge_agent.answer import Answer, TaskAnswer
 from edge_agent.config import EdgeConfig
 from edge_agent.vision import EdgeAgent
 
-__all__ = ["Answer", "EdgeAgent", "EdgeConfig"]
+__all__ = ["Answer", "EdgeAgent", "EdgeConfig", "TaskAnswer"]

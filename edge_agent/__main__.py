@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from edge_agent.answer import Answer
+from edge_agent.answer import page
 from edge_agent.config import MODES, EdgeConfig, LanguageConfig, Tls, WholeImage
 from edge_agent.generation import ARMS
 from edge_agent.policy.plan import Prices
@@ -24,10 +24,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PROGRESS_FROM = 10  # photos; fewer are done before a bar could be read
 
 
-def option(flag: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option that can also be set as ISTHMUS_EDGE_<NAME>."""
+def option(flag: str, *names: str, **settings: Any) -> Callable[[Command], Command]:
+    """A click option that can also be set as ISTHMUS_EDGE_<NAME>; a repeatable one with spaces between its values."""
     name = flag.removeprefix("--").replace("-", "_").upper()
-    return click.option(flag, envvar=f"ISTHMUS_EDGE_{name}", show_envvar=True, show_default=True, **settings)
+    return click.option(flag, *names, envvar=f"ISTHMUS_EDGE_{name}", show_envvar=True, show_default=True, **settings)
 
 
 DEFAULT_BUNDLE = Path("models/zoo/elpv")
@@ -46,6 +46,7 @@ PHOTOS = [
     option("--objective", type=click.Choice(["fastest", "cheapest"]), default="fastest"),
     option("--epsilon", type=click.FloatRange(0, 1), default=0.005, help="Certified loss of accuracy at the exits."),
     option("--min-agreement", type=click.FloatRange(0, 1), default=0.96, help="Of a rate with the cloud model."),
+    option("--task", "tasks", multiple=True, help="A question of the bundle, repeatable.  [default: its first]"),
     option("--deadline-ms", type=click.FloatRange(1, 600_000), default=1000.0),
     option("--image-format", type=click.Choice(["jpeg", "png", "webp"]), default="jpeg", help="Of a photo sent whole."),
     option("--image-quality", type=click.IntRange(1, 100), default=75),
@@ -79,6 +80,7 @@ def to_config(
     objective: str,
     epsilon: float,
     min_agreement: float,
+    tasks: tuple[str, ...],
     deadline_ms: float,
     threads: int,
     image_format: str,
@@ -98,6 +100,7 @@ def to_config(
         objective=objective,  # type: ignore[arg-type]
         epsilon=epsilon,
         min_agreement=min_agreement,
+        tasks=tasks,
         deadline_s=deadline_ms / 1000,
         threads=threads,
         prices=Prices(usd_per_gb / 1e9, usd_per_cloud_hour / 3600),
@@ -139,23 +142,31 @@ def main() -> None:
     """Answer photos and prompts on this device, with the help of the cloud where it pays."""
 
 
-@main.command(epilog="Example: edge-agent infer photo.jpg --cloud cloud:50051 --json")
+INFER_EXAMPLE = "edge-agent infer photo.jpg --cloud cloud:50051 --tap light --width 0.5 --rate 2 --json"
+
+
+@main.command(epilog=f"Example: {INFER_EXAMPLE}")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--tap", help="The bottleneck to send, by name; what is not named of these three the router chooses.")
+@click.option("--width", type=click.FloatRange(0, 1), help="The share of its encoder's channels.")
+@click.option("--rate", type=click.IntRange(0), help="Its rate; 0 is the cheapest.")
 @settings(PHOTOS, CLOUD)
-def infer(files: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+def infer(
+    files: tuple[Path, ...], as_json: bool, tap: str | None, width: float | None, rate: int | None, **options: Any
+) -> None:
     """Answer each of FILES (JPEG, PNG or WebP)."""
     with opened(to_config(**options)) as agent:
         failed = 0
         for file in progress(files):
             try:
-                answer = agent.infer(file)
+                answer = agent.infer(file, tap=tap, width=width, rate=rate)
             except IsthmusError as error:
                 failed += 1
                 click.echo(f"error: {file}: {error}", err=True)
                 continue
             row = {"file": str(file), **answer.as_dict()}
-            click.echo(json.dumps(row) if as_json else "\n".join(page(file, answer)))
+            click.echo(json.dumps(row) if as_json else "\n".join(page(str(file), answer)))
     sys.exit(1 if failed else 0)
 
 
@@ -288,22 +299,6 @@ def progress(files: Sequence[Path]) -> Any:
     from rich.progress import track
 
     return track(files, "photos", console=Console(stderr=True))
-
-
-def page(file: Path, answer: Answer) -> list[str]:
-    """An answer for a person."""
-    where = {
-        "exit": f"on the device at {answer.exit}",
-        "split": f"by the cloud from {answer.bytes_up} B at rate {answer.rate}",
-        "offload": f"by the cloud from the whole image, {answer.bytes_up} B",
-        "fallback": f"on the device at {answer.exit}, DEGRADED",
-    }[answer.route]
-    stages = ", ".join(f"{name} {value:.1f}" for name, value in answer.stage_ms.items() if name != "total")
-    return [
-        f"{file}: {answer.label} ({max(answer.probabilities):.1%}), {where}, {answer.stage_ms['total']:.1f} ms",
-        f"    why: {answer.why}",
-        f"    ms: {stages}",
-    ]
 
 
 if __name__ == "__main__":

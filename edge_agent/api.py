@@ -1,6 +1,7 @@
 """The agent's local HTTP API. Knows nothing about models or the link beyond EdgeAgent.
 
-POST /v1/infer    body: a JPEG, PNG or WebP file -> the answer as JSON
+POST /v1/infer    body: a JPEG, PNG or WebP file -> the answer as JSON; ?deadline_ms=
+                  ?task= names a task, repeatable; ?tap= ?width= ?rate= have the photo encoded so and sent
 GET  /v1/status   bundle, breaker, link estimates
      /v1/chat/completions, /v1/completions, /v1/models   see openai_api, with a language model
 GET  /healthz     200 as long as the agent can answer, with or without a cloud
@@ -10,7 +11,10 @@ GET  /metrics     Prometheus
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -44,10 +48,10 @@ class Api:
             return problem(503, f"{MAX_WAITING} photos are being answered already", {"Retry-After": "1"})
         self._waiting += 1
         try:
-            deadline_s = deadline(request)
+            wishes = query(request)
             photo = await body(request)
             async with self._places:
-                answer = await run_in_threadpool(self._agent.infer, photo, deadline_s)
+                answer = await run_in_threadpool(partial(self._agent.infer, photo, **wishes))
             return JSONResponse(answer.as_dict())
         except TooLarge as error:
             return problem(413, str(error))
@@ -64,7 +68,15 @@ class Api:
         estimate = link.estimate if link else None
         return JSONResponse(
             {
-                "bundle": {"name": manifest.name, "fingerprint": manifest.fingerprint, "labels": manifest.labels},
+                "bundle": {
+                    "name": manifest.name,
+                    "fingerprint": manifest.fingerprint,
+                    "tasks": {task.name: task.labels for task in manifest.tasks},
+                    "taps": {
+                        tap.name: {"widths": [w.width for w in tap.widths], "rates": len(tap.widths[0].rates)}
+                        for tap in manifest.taps
+                    },
+                },
                 "mode": self._agent.config.mode,
                 "objective": self._agent.config.objective,
                 "exit_confidence": self._agent.goal.exit_confidence,
@@ -121,18 +133,30 @@ async def body(request: Request) -> bytes:
     return bytes(data)
 
 
-def deadline(request: Request) -> float | None:
-    """`?deadline_ms=` in seconds. Raises InvalidInput."""
-    text = request.query_params.get("deadline_ms")
-    if text is None:
-        return None
+def query(request: Request) -> dict[str, Any]:
+    """Arguments of `EdgeAgent.infer` from the query. Raises InvalidInput; names are the agent's to check."""
+    given = request.query_params
+    wishes: dict[str, Any] = {"tasks": given.getlist("task") or None, "tap": given.get("tap")}
+    if "deadline_ms" in given:
+        wishes["deadline_s"] = number(given["deadline_ms"], "deadline_ms", 1, 600_000) / 1000
+    if "width" in given:
+        wishes["width"] = number(given["width"], "width", 0, 1)
+    if "rate" in given:
+        if not (rate := given["rate"]).isdecimal() or len(rate) > 9:
+            raise InvalidInput(f"rate is {rate[:20]!r}, expected a whole number")
+        wishes["rate"] = int(rate)
+    return wishes
+
+
+def number(text: str, name: str, least: float, most: float) -> float:
+    """Raises InvalidInput unless `text` is a number within these bounds."""
     try:
-        milliseconds = float(text)
+        value = float(text)
     except ValueError:
-        milliseconds = -1.0
-    if not 1 <= milliseconds <= 600_000:
-        raise InvalidInput(f"deadline_ms is {text[:20]!r}, expected 1 to 600000")
-    return milliseconds / 1000
+        value = math.nan
+    if not least <= value <= most:
+        raise InvalidInput(f"{name} is {text[:20]!r}, expected {least} to {most}")
+    return value
 
 
 def problem(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

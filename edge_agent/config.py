@@ -32,14 +32,18 @@ class WholeImage:
 
 @dataclass(frozen=True)
 class EdgeConfig:
-    """`cloud` is host:port, None for a device alone. `mode` other than auto pins one arm, for comparison."""
+    """`cloud` is host:port, None for a device alone. `mode` other than auto pins one arm, for comparison.
+
+    A request that names a tap, a width or a rate is sent so in any mode.
+    """
 
     bundle: Path
     cloud: str | None = None
     mode: Mode = "auto"
     objective: Objective = "fastest"
     epsilon: float = 0.005  # certified loss of accuracy at the exits: picks the bundle's threshold
-    min_agreement: float = 0.96  # of a rate with the cloud model, on the calibration part
+    min_agreement: float = 0.96  # of an operating point with the cloud model, on the calibration part
+    tasks: tuple[str, ...] = ()  # answered when a request names none; none: the bundle's first
     deadline_s: float = 1.0
     connect_s: float = 2.0  # how long to wait for the first probe before starting without a cloud
     threads: int = 0  # of ONNX Runtime; 0 for every core

@@ -93,7 +93,7 @@ class LanguageAgent:
         self.close()
 
     def _link(self, target: str, checkpoint: Checkpoint) -> Link:
-        return Link(target, checkpoint.fingerprint, checkpoint.config.vocab, self.config.tls, BREAKER)
+        return Link(target, checkpoint.fingerprint, (checkpoint.config.vocab,), self.config.tls, BREAKER)
 
     def _checked(self, ask: Ask) -> Ask:
         """The ask, its answer no longer than the context leaves room for."""

@@ -115,12 +115,12 @@ class Link:
         self,
         target: str,
         fingerprint: bytes,
-        labels: int,
+        labels: tuple[int, ...],
         tls: Tls | None = None,
         breaker: BreakerLimits = BreakerLimits(),
         late: Callable[[], None] = lambda: None,
     ) -> None:
-        """`fingerprint` of a bundle with `labels` classes, or of a language model with as many token ids.
+        """`fingerprint` of a bundle with `labels` classes a task, or of a language model with as many token ids.
 
         `late` is called for each answer that came after its deadline. Nothing is awaited here.
         """
@@ -160,8 +160,8 @@ class Link:
         """None when a request may be tried, else why not."""
         return None if self._breaker.state != "open" else (self.refusal or "the cloud is not answering")
 
-    def ask(self, payload: Payload, budget_s: float) -> Reply:
-        """Send one payload and wait at most `budget_s` for its answer.
+    def ask(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
+        """Send one payload and wait at most `budget_s` for its answers to `tasks`: the bundle's indices, rising.
 
         Raises LinkDown, DeadlineExceeded, or the error the cloud answered with.
         """
@@ -170,7 +170,7 @@ class Link:
                 raise LinkDown(self.refusal or "the cloud is being tried with another input")
         started_s = time.monotonic()
         try:
-            reply = self._exchange(payload, started_s, budget_s)
+            reply = self._exchange(payload, tasks, started_s, budget_s)
         except CallerError:
             with self._lock:
                 self._breaker.succeeded()  # it is there, it just did not like the input
@@ -188,7 +188,7 @@ class Link:
         """A stream of rounds about one answer of a language model. Raises LinkDown while it is left alone."""
         if self._breaker.state == "open":
             raise LinkDown(self.refusal or "the cloud is not answering")
-        return Conversation(self._stub, self._labels, self._heard)
+        return Conversation(self._stub, self._labels[0], self._heard)
 
     def _heard(self, reply: ConversationReply | IsthmusError) -> None:
         """What a conversation says of the link."""
@@ -217,9 +217,9 @@ class Link:
         self._prober.join(PROBE_TIMEOUT_S + 1)
         self._channel.close()
 
-    def _exchange(self, payload: Payload, started_s: float, budget_s: float) -> Reply:
+    def _exchange(self, payload: Payload, tasks: tuple[int, ...], started_s: float, budget_s: float) -> Reply:
         request_id = self._request_id()
-        message = wire.pack_request(CloudRequest(request_id, self._fingerprint, budget_s, payload))
+        message = wire.pack_request(CloudRequest(request_id, self._fingerprint, budget_s, payload, tasks))
         stream, future = self._send(message)
         try:
             response = future.result(max(started_s + budget_s - time.monotonic(), 0.001))
@@ -227,13 +227,13 @@ class Link:
             stream.give_up(request_id)
             raise DeadlineExceeded(f"no answer from the cloud within {1000 * budget_s:.0f} ms") from error
         elapsed_s = time.monotonic() - started_s
-        answer = wire.unpack_answer(response, self._labels)
+        answer = wire.unpack_answer(response, [self._labels[task] for task in tasks])
         up_bytes = message.ByteSize() + GRPC_PREFIX_BYTES
         return Reply(answer, up_bytes, response.ByteSize() + GRPC_PREFIX_BYTES, elapsed_s)
 
     def _request_id(self) -> int:
         with self._lock:
-            self._next_id = self._next_id % wire.UINT32 + 1
+            self._next_id = self._next_id % limits.MAX_REQUEST_ID + 1
             return self._next_id
 
     def _send(self, message: pb.InferRequest) -> tuple[Stream, Future[pb.InferResponse]]:

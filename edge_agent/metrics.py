@@ -51,6 +51,15 @@ class EdgeMetrics:
             buckets=SIZE_BUCKETS,
             registry=registry,
         )
+        self._points = Counter(
+            "isthmus_edge_bottlenecks",
+            "Latents encoded, by operating point.",
+            ["model", "tap", "width", "rate"],
+            registry=registry,
+        )
+        self._missing = Counter(
+            "isthmus_edge_missing_answers", "Tasks that went unanswered without a cloud.", ["task"], registry=registry
+        )
         self._head = self._stage("head", "Trunk and exits.", registry)
         self._encode = self._stage("encode", "Encoder and entropy coder, or image codec.", registry)
         self._degraded = Counter(
@@ -73,6 +82,8 @@ class EdgeMetrics:
 
     def answered(self, answer: Answer) -> None:
         """One finished photo."""
+        for task in answer.missing:
+            self._missing.labels(task).inc()
         self._requests.labels(answer.route, "ok", self._model).inc()
         self._duration.labels(answer.route).observe(answer.stage_ms["total"] / 1000)
         if answer.exit is not None:
@@ -90,8 +101,10 @@ class EdgeMetrics:
     def passed(self, exit_name: str, confidence: float) -> None:
         self._confidence.labels(self._model, exit_name).observe(confidence)
 
-    def encoded(self, size: int) -> None:
+    def encoded(self, size: int, tap: str, width: float, rate: int) -> None:
+        """One latent of `size` bytes, coded at an operating point."""
         self._size.labels(self._model).observe(size)
+        self._points.labels(self._model, tap, f"{width:g}", rate).inc()
 
     def degraded(self, reason: str) -> None:
         self._degraded.labels(reason).inc()
@@ -121,6 +134,12 @@ class EdgeMetrics:
         for exit_ in manifest.exits:
             self._exits.labels(self._model, exit_.name)
             self._confidence.labels(self._model, exit_.name)
+        for task in manifest.tasks[1:]:  # every exit knows the first
+            self._missing.labels(task.name)
+        for tap in manifest.taps:
+            for width in tap.widths:
+                for rate in range(len(width.rates)):
+                    self._points.labels(self._model, tap.name, f"{width.width:g}", rate)
         for direction in ("sent", "received"):
             self._bytes.labels(direction)
         for reason in REASONS:

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edge_agent.answer import Answer, AnswerRoute
+from edge_agent.answer import Answer, AnswerRoute, TaskAnswer
 from edge_agent.config import MODES, EdgeConfig
 from edge_agent.costs import Costs
 from edge_agent.link import Link, Reply
 from edge_agent.metrics import EdgeMetrics
-from edge_agent.policy.plan import Goal, Plan, Situation, plan
+from edge_agent.photos import Photo, as_image
+from edge_agent.policy.plan import Goal, Plan, Point, Situation, plan
 from edge_agent.visit import Visit
+from edge_agent.wanted import Pins, task_indices, wanted
+from edge_agent.warm_up import warm_up
 from models.bundle import Bundle
 from models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, PayloadTooLarge
-from models.manifest import Manifest
+from models.manifest import Manifest, Task
 from models.types import Codec, Payload
 from models.vision.head import Head
-from models.vision.images import encode_image, is_grey, open_image, preprocess, shrink
+from models.vision.images import encode_image, is_grey, preprocess, shrink
 from protos.limits import MAX_IMAGE_BYTES
 
 Floats = NDArray[np.float32]
-Photo = Image.Image | bytes | str | os.PathLike[str]
 
 FALLBACK_RESERVE_S = 0.02  # kept back from the deadline for the device's own work after a late cloud
 NEVER = 2.0
 HEAD_IDLE_AT_MOST = 20  # a wrong estimate of the head must not keep it from being run and measured for ever
-MAX_FILE_BYTES = 64 << 20  # a camera's own file; what it decodes to is bounded apart
 
 
 class EdgeAgent:
@@ -48,17 +50,19 @@ class EdgeAgent:
         bundle = Bundle.open(config.bundle)
         self.config = config
         self.manifest = bundle.manifest
+        task_indices(self.manifest, config.tasks)
         self.metrics = metrics
-        self.costs = Costs(bundle.manifest, config)
+        self.costs = Costs(bundle.manifest, config.prices)
         self.goal = Goal(config.objective, exit_confidence(bundle.manifest, config.epsilon))
-        self._codec = bundle.codec()
+        self._codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
         self._head = Head(bundle, config.threads)
         self._head_idle = 0  # photos since the head was last run
-        self._warm_up()
+        blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
+        warm_up(self._head, self._codecs, self.costs, blank_CHW)
         self.link: Link | None = None
         if config.cloud is not None and config.mode != "edge":
             late = metrics.late if metrics else lambda: None
-            labels = len(bundle.manifest.labels)
+            labels = tuple(len(task.labels) for task in bundle.manifest.tasks)
             self.link = Link(config.cloud, bundle.fingerprint, labels, config.tls, config.breaker, late)
             self.link.wait_probed(config.connect_s)
 
@@ -73,13 +77,26 @@ class EdgeAgent:
         if self.link is not None:
             self.link.close()
 
-    def infer(self, photo: Photo, deadline_s: float | None = None) -> Answer:
+    def infer(
+        self,
+        photo: Photo,
+        deadline_s: float | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        tap: str | None = None,
+        width: float | None = None,
+        rate: int | None = None,
+    ) -> Answer:
         """Answer one photo: a PIL image, the bytes of a JPEG, PNG or WebP file, or a path to one.
 
-        Never fails for want of a cloud: the best exit answers then, marked degraded. Raises InvalidInput when the
-        photo cannot be read.
+        `tasks` by name, all from one upload; the agent's own when none is named. With `tap` (its name), `width` (the
+        share of its encoder's channels) or `rate` the photo is encoded so and sent; what is left open the router picks.
+
+        Never fails for want of a cloud: the best exit answers then, marked degraded, and what no exit knows is listed
+        as missing. Raises InvalidInput when the photo cannot be read, or there is no such task, tap, width or rate.
         """
-        visit = Visit(deadline_s or self.config.deadline_s)
+        wish = wanted(self.costs.points, self.manifest, self.config, tasks, Pins(tap, width, rate))
+        visit = Visit(wish, deadline_s or self.config.deadline_s)
         with visit.stage("decode"):
             image = as_image(photo)
             pixels_CHW = preprocess(image, self.manifest.preprocessing)
@@ -95,33 +112,37 @@ class EdgeAgent:
 
     def _next(self, visit: Visit) -> Plan:
         """Ask the policy; a mode other than auto has its mind made up."""
-        passed, mode = len(visit.exits), self.config.mode
+        passed, mode, wish = len(visit.exits), self.config.mode, visit.wanted
         last = passed == self._head.exits
-        if mode == "offload" and not passed:
+        if mode == "offload" and not wish.pinned and not passed:
             return Plan("offload", "mode offload")
-        if mode != "auto":
+        if mode == "edge" and not wish.pinned:
             if not last:
-                return Plan("continue", f"mode {mode}")
-            return Plan("exit", "mode edge") if mode == "edge" else Plan("split", "mode split", self.costs.rates[-1])
+                return Plan("continue", "mode edge")
+            return Plan("fallback", f"mode edge; {wish.no_exit}") if wish.no_exit else Plan("exit", "mode edge")
         refused = "no cloud is configured" if self.link is None else self.link.usable()
         estimate = self.link.estimate if self.link and refused is None else None
-        confidence = float(visit.exits[-1].max()) if passed else None
         situation = Situation(
             exit_name=self.manifest.exits[passed - 1].name if passed else None,
-            confidence=confidence,
-            last=last,
-            options=self.costs.options(passed, estimate),
-            left_s=visit.left_s - FALLBACK_RESERVE_S,
+            confidence=float(visit.exits[-1].max()) if passed else None,
+            options=self.costs.options(passed, estimate, wish),
+            left_s=math.inf if wish.pinned else self._cloud_left_s(visit),
             cloud_refused=refused,
+            no_exit=wish.no_exit,
         )
         step = plan(situation, self.goal)
-        if step.route == "offload" and not passed:
+        if not passed and wish.no_exit is None and step.route in ("offload", "split"):
             self._head_idle += 1
             if self._head_idle >= HEAD_IDLE_AT_MOST:
                 step = Plan("continue", f"{step.why}; but the head was not measured for {self._head_idle} photos")
-        if passed:
+        if passed and wish.no_exit is None:
             self.costs.exit_share[passed - 1].observe(step.route == "exit")
         return step
+
+    def _cloud_left_s(self, visit: Visit) -> float:
+        """Seconds that the cloud may take: less what the device needs to answer by itself afterwards."""
+        own_s = FALLBACK_RESERVE_S if visit.exits else FALLBACK_RESERVE_S + self.costs.segment_s[0].value
+        return visit.left_s - own_s
 
     def _run_segment(self, visit: Visit, pixels_CHW: Floats) -> None:
         index = len(visit.exits)
@@ -141,40 +162,42 @@ class EdgeAgent:
         if step.route == "fallback":
             cloud_out = self.link is None or self.link.usable() is not None
             return self._answer_here(step, visit, pixels_CHW, "cloud_down" if cloud_out else "deadline")
+        tasks = tuple(sorted(visit.wanted.tasks))
         try:
-            payload = self._pack_image(visit, image) if step.route == "offload" else self._encode(visit, step)
-            reply = self._ask(payload, visit)
+            if step.point is None:
+                point, payload = None, self._pack_image(visit, image)
+            else:
+                point, payload = self._encode(visit, step.point, pixels_CHW)
+            reply = self._ask(payload, tasks, visit)
         except IsthmusError as error:
             failed = Plan("fallback", f"{step.why}; but {error}")
             return self._answer_here(failed, visit, pixels_CHW, degraded_reason(error))
-        return self._answer(
-            "offload" if payload.codec is Codec.IMAGE else "split",
-            np.array(reply.answer.probabilities),
-            visit,
-            why=step.why,
-            rate=payload.rate if payload.codec is Codec.FACTORIZED else None,
-        )
+        answers = dict(zip(tasks, map(np.array, reply.answer.probabilities), strict=True))
+        return self._answer("split" if point else "offload", answers, visit, step.why, point)
 
-    def _encode(self, visit: Visit, step: Plan) -> Payload:
-        """Bottleneck bytes at the planned rate, or the next cheaper one that keeps the cap.
+    def _encode(self, visit: Visit, planned: Point, pixels_CHW: Floats) -> tuple[Point, Payload]:
+        """Bottleneck bytes at the planned point, or at the next cheaper rate that keeps the cap.
 
         Raises PayloadTooLarge when none does; the caller then answers here.
         """
-        assert visit.features is not None and step.rate is not None  # split is planned behind the last segment
+        tap, codec = planned.tap, self._codecs[planned.tap]
+        source = visit.features if self.costs.points.after(planned) else pixels_CHW
+        assert source is not None  # a tap behind a segment is planned when that has run
         with visit.stage("encode"):
-            latent_CHW = self._head.encode(visit.features)
-            for rate in range(step.rate, -1, -1):
+            latent_CHW = self._head.encode(tap, source, planned.width)
+            for rate in range(planned.rate, -1, -1):
                 try:
-                    data = self._codec.encode(self._codec.quantise(latent_CHW, rate), rate)
+                    data = codec.encode(codec.quantise(latent_CHW, rate), rate)
                     break
                 except PayloadTooLarge:
                     if rate == 0:
                         raise
-        self.costs.encode_s.observe(visit.stage_ms["encode"] / 1000)
-        self.costs.rate_bytes[rate].observe(len(data))
+        point = replace(planned, rate=rate)
+        self.costs.encode_s[tap][point.width].observe(visit.stage_ms["encode"] / 1000)
+        self.costs.point_bytes[point].observe(len(data))
         if self.metrics:
-            self.metrics.encoded(len(data))
-        return Payload(Codec.FACTORIZED, rate, data)
+            self.metrics.encoded(len(data), *self.costs.points.parts(point))
+        return point, Payload(Codec.BOTTLENECK, tap, rate, data)
 
     def _pack_image(self, visit: Visit, image: Image.Image) -> Payload:
         """The whole photo as the cloud needs it: no larger than the network's input, grey when it is grey."""
@@ -186,20 +209,19 @@ class EdgeAgent:
             raise PayloadTooLarge(f"the photo has {len(data)} bytes as {whole.form}, the cap is {MAX_IMAGE_BYTES}")
         self.costs.image_encode_s.observe(visit.stage_ms["encode"] / 1000)
         self.costs.image_bytes.observe(len(data))
-        return Payload(Codec.IMAGE, 0, data)
+        return Payload(Codec.IMAGE, 0, 0, data)
 
-    def _ask(self, payload: Payload, visit: Visit) -> Reply:
+    def _ask(self, payload: Payload, tasks: tuple[int, ...], visit: Visit) -> Reply:
         if self.link is None:
             raise LinkDown("no cloud is configured")
         with visit.stage("cloud"):
-            reply = self.link.ask(payload, visit.left_s - FALLBACK_RESERVE_S)
+            reply = self.link.ask(payload, self._cloud_left_s(visit), tasks)
         visit.up_bytes, visit.down_bytes = reply.up_bytes, reply.down_bytes
         visit.stage_ms["cloud_queue"] = 1000 * reply.answer.queue_s
         visit.stage_ms["cloud_compute"] = 1000 * reply.answer.compute_s
-        macs = self.manifest.tail_macs
-        if payload.codec is Codec.IMAGE:
-            macs += sum(segment.macs for segment in self.manifest.segments)
-        self.costs.cloud_s_per_mac.observe((reply.answer.queue_s + reply.answer.compute_s) / macs)
+        image = payload.codec is Codec.IMAGE
+        macs = self.costs.whole_macs if image else self.costs.tail_macs[payload.tap]
+        self.costs.cloud_s_per_mac.observe((reply.answer.queue_s + reply.answer.compute_s) / max(macs, 1))
         return reply
 
     def _answer_here(self, step: Plan, visit: Visit, pixels_CHW: Floats, degraded: str | None) -> Answer:
@@ -209,22 +231,31 @@ class EdgeAgent:
         if degraded and self.metrics:
             self.metrics.degraded(degraded)
         route: AnswerRoute = "fallback" if degraded else "exit"
-        return self._answer(route, visit.exits[-1], visit, why=step.why)
+        return self._answer(route, {0: visit.exits[-1]}, visit, step.why)
 
     def _answer(
-        self, route: AnswerRoute, probabilities_K: NDArray[Any], visit: Visit, why: str, rate: int | None = None
+        self, route: AnswerRoute, found: Mapping[int, NDArray[Any]], visit: Visit, why: str, point: Point | None = None
     ) -> Answer:
-        index = int(probabilities_K.argmax())
+        """`found`: probabilities of each task that was answered, by its index."""
+        asked, tasks = visit.wanted.tasks, self.manifest.tasks
+        order = [task for task in asked if task in found] or [0]  # of exits there is nothing but the first task
+        answers = {tasks[task].name: task_answer(tasks[task], found[task]) for task in order}
+        first = answers[tasks[order[0]].name]
         local = route in ("exit", "fallback")
         visit.stage_ms["total"] = 1000 * (time.monotonic() - visit.started_s)
         cloud_s = visit.stage_ms.get("cloud_compute", 0.0) / 1000
         device_s = sum(visit.stage_ms.get(name, 0.0) for name in ("decode", "head", "encode")) / 1000
+        tap, width, rate = self.costs.points.parts(point) if point else (None, None, None)
         return Answer(
-            label=self.manifest.labels[index],
-            index=index,
-            probabilities=tuple(float(p) for p in probabilities_K),
+            label=first.label,
+            index=first.index,
+            probabilities=first.probabilities,
+            answers=answers,
+            missing=tuple(tasks[task].name for task in asked if task not in found),
             route=route,
             exit=self.manifest.exits[len(visit.exits) - 1].name if local else None,
+            tap=tap,
+            width=width,
             rate=rate,
             bytes_up=visit.up_bytes,
             bytes_down=visit.down_bytes,
@@ -234,40 +265,17 @@ class EdgeAgent:
             why=why,
         )
 
-    def _warm_up(self) -> None:
-        """Run the head on a blank image a few times, so that the estimates start from the truth."""
-        blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
-        for _ in range(3):
-            visit = Visit(self.config.deadline_s)
-            for index in range(self._head.exits):
-                started_s = time.monotonic()
-                source = blank_CHW if visit.features is None else visit.features
-                visit.features, _ = self._head.segment(index, source)
-                self.costs.segment_s[index].observe(time.monotonic() - started_s)
-            started_s = time.monotonic()
-            self._head.encode(visit.features)  # type: ignore[arg-type]
-            self.costs.encode_s.observe(time.monotonic() - started_s)
+
+def task_answer(task: Task, probabilities_K: NDArray[Any]) -> TaskAnswer:
+    """What probabilities say in the task's words."""
+    index = int(probabilities_K.argmax())
+    return TaskAnswer(task.labels[index], index, tuple(float(p) for p in probabilities_K))
 
 
 def exit_confidence(manifest: Manifest, epsilon: float) -> float:
     """The certified threshold of the largest epsilon that is no larger than asked; never exit when there is none."""
     allowed = [threshold for threshold in manifest.thresholds if threshold.epsilon <= epsilon + 1e-12]
     return max(allowed, key=lambda threshold: threshold.epsilon).confidence if allowed else NEVER
-
-
-def as_image(photo: Photo) -> Image.Image:
-    """RGB image of whatever was given. Raises InvalidInput."""
-    if isinstance(photo, Image.Image):
-        return photo.convert("RGB")
-    if isinstance(photo, (str, os.PathLike)):
-        path = Path(photo)
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise InvalidInput(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-            photo = path.read_bytes()
-        except OSError as error:
-            raise InvalidInput(f"{path}: {error.strerror}") from error
-    return open_image(photo)
 
 
 def degraded_reason(error: IsthmusError) -> str:

@@ -9,13 +9,16 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.wanted import Wanted
+
 Floats = NDArray[np.float32]
 
 
 class Visit:
-    """One photo on its way: exits passed, features behind the last of them, bytes sent and received."""
+    """One photo on its way: what is wanted, exits passed, features behind the last of them, bytes sent and received."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, wanted: Wanted, deadline_s: float) -> None:
+        self.wanted = wanted
         self.started_s = time.monotonic()
         self.deadline_s = self.started_s + deadline_s
         self.stage_ms: dict[str, float] = {}

@@ -23,8 +23,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from models.codecs import factorized
-from models.codecs.factorized import FactorizedCodec
+from models.codecs import contextual
+from models.codecs.contextual import ContextualCodec
 from models.errors import BundleError
 from models.manifest import SCHEMA_VERSION, FileEntry, Manifest
 
@@ -78,11 +78,11 @@ class Bundle:
                 raise BundleError(f"{self.folder / name}: tensor {key} holds values that are not finite")
         return tensors
 
-    def codec(self) -> FactorizedCodec:
-        """The bottleneck codec under this bundle's tables."""
-        bottleneck = self.manifest.bottleneck
-        rates = factorized.from_tensors(self.tensors(bottleneck.tables), len(bottleneck.rates))
-        return FactorizedCodec(rates, bottleneck.latent, bottleneck.max_payload_bytes)
+    def codec(self, tap: int) -> ContextualCodec:
+        """The codec of a tap, by its index, under this bundle's tables. Raises BundleError when they are broken."""
+        entry = self.manifest.taps[tap]
+        tables = contextual.from_tensors(self.tensors(entry.tables), len(entry.widths[0].rates))
+        return ContextualCodec(tables, entry.latent, entry.max_payload_bytes)
 
 
 def read_manifest(folder: Path) -> Manifest:

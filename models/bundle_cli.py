@@ -10,7 +10,9 @@ import click
 
 from models.bundle import Bundle
 from models.errors import BundleError
-from models.manifest import Manifest
+from models.manifest import Manifest, Tap
+
+SHOWN_LABELS = 10  # of a task
 
 
 @click.group(epilog="Example: python -m models.bundle verify models/zoo/elpv")
@@ -52,7 +54,8 @@ def opened(folder: Path) -> Bundle:
     """Open and check a bundle, or end the program with one line."""
     try:
         bundle = Bundle.open(folder)
-        bundle.codec()
+        for tap in range(len(bundle.manifest.taps)):
+            bundle.codec(tap)
         bundle.tensors(bundle.manifest.weights)
     except BundleError as error:
         click.echo(f"error: {error}", err=True)
@@ -63,21 +66,21 @@ def opened(folder: Path) -> Bundle:
 def summary(manifest: Manifest) -> list[str]:
     """A page for a person."""
     lines = [
-        f"{manifest.name}: {manifest.task}, {len(manifest.labels)} labels, {manifest.licence}",
+        f"{manifest.name}: {', '.join(task.name for task in manifest.tasks)}; {manifest.licence}",
         f"fingerprint  {manifest.fingerprint}",
         f"made by      {manifest.training.command} (seed {manifest.training.seed}, {manifest.training.seconds:.0f} s)",
         f"input        {manifest.preprocessing.crop[0]}x{manifest.preprocessing.crop[1]} RGB",
     ]
+    for task in manifest.tasks:
+        more = f" and {len(task.labels) - SHOWN_LABELS} more" if len(task.labels) > SHOWN_LABELS else ""
+        lines.append(f"task {task.name}: {', '.join(task.labels[:SHOWN_LABELS])}{more}")
     for segment, exit_ in zip(manifest.segments, manifest.exits, strict=True):
         lines.append(
             f"{exit_.name:<12} after {segment.output}, {segment.macs / 1e6:.0f} MMAC:"
             f" accuracy {exit_.accuracy:.3f}, agreement {exit_.agreement:.3f}"
         )
-    for index, rate in enumerate(manifest.bottleneck.rates):
-        lines.append(
-            f"rate {index}       {rate.mean_bytes:.0f} B mean, {rate.max_bytes} B at most:"
-            f" accuracy {rate.accuracy:.3f}, agreement {rate.agreement:.3f}"
-        )
+    for tap, built in zip(manifest.taps, manifest.architecture.taps, strict=True):
+        lines += tap_table(tap, built.after)
     for threshold in manifest.thresholds:
         lines.append(
             f"exit from    {threshold.confidence:.3f}: loss <= {threshold.epsilon:.1%} with confidence"
@@ -85,4 +88,22 @@ def summary(manifest: Manifest) -> list[str]:
         )
     for name, score in manifest.scores.items():
         lines.append(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+    return lines
+
+
+def tap_table(tap: Tap, after: int) -> list[str]:
+    """A line about a tap, then one for each of its widths and rates."""
+    where = f"behind segment {after - 1}" if after else "of the image"
+    latent = "x".join(map(str, tap.latent))
+    lines = [
+        f"tap {tap.name}: {where}, latent {latent}, at most {tap.max_payload_bytes} B,"
+        f" decoder and tail {tap.tail_macs / 1e6:.0f} MMAC",
+        "    width  encoder MMAC  rate  mean B  max B  accuracy  agreement",
+    ]
+    for width in tap.widths:
+        for index, rate in enumerate(width.rates):
+            lines.append(
+                f"    {width.width:5g}  {width.encoder_macs / 1e6:12.1f}  {index:4}  {rate.mean_bytes:6.0f}"
+                f"  {rate.max_bytes:5}  {rate.accuracy:8.3f}  {rate.agreement:9.3f}"
+            )
     return lines

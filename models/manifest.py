@@ -1,4 +1,4 @@
-"""What a bundle says of itself: the schema of `manifest.json`, version 1.
+"""What a bundle says of itself: the schema of `manifest.json`, version 2.
 
 Values only: reading files is `bundle`'s work. Units: sizes in pixels and bytes, times in seconds, fractions in [0, 1].
 """
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Plain names alone: no separator, no leading dot, so that no path leaves the bundle's folder.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
@@ -49,16 +49,46 @@ class Preprocessing(Part):
         return self
 
 
-class Architecture(Part):
-    """Arguments of the builder in `models.catalog`: backbone, where it is cut, the bottleneck's size."""
+class TapArchitecture(Part):
+    """A bottleneck's size. `after` counts the segments run before it; 0 encodes the image itself.
 
-    builder: Name
-    backbone: Name
-    classes: Annotated[int, Field(ge=2, le=100_000)]
-    cuts: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=8)]
+    `blocks`: behind an image, how many of the backbone's first blocks the encoder repeats; else 0. `rejoin`: the
+    backbone's block that takes the decoded features; 0 for the first one behind the last segment.
+    `widths`: the shares of the encoder's channels that a request may choose, narrowest first, the last 1.
+    """
+
+    after: Annotated[int, Field(ge=0, le=8)]
+    blocks: Annotated[int, Field(ge=0, le=1000)] = 0
+    rejoin: Annotated[int, Field(ge=0, le=1000)] = 0
     latent_channels: Channels
     decoder_channels: Channels
     rates: Annotated[int, Field(ge=1, le=64)]
+    widths: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=8)] = (1.0,)
+
+    @field_validator("widths")
+    @classmethod
+    def _widths_rise(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        if list(widths) != sorted(set(widths)) or widths[-1] != 1:
+            raise ValueError(f"widths {widths} must rise from each to the next and end with 1")
+        return widths
+
+    @model_validator(mode="after")
+    def _whole_image_or_features(self) -> TapArchitecture:
+        if (self.after == 0) != (self.blocks > 0):
+            raise ValueError("blocks must be above 0 for a tap behind the image, and 0 for any other")
+        if self.after and self.widths != (1.0,):
+            raise ValueError("only a tap behind the image has several widths")
+        return self
+
+
+class Architecture(Part):
+    """Arguments of the builder in `models.catalog`: backbone, where it is cut, bottlenecks, classes of each task."""
+
+    builder: Name
+    backbone: Name
+    classes: Annotated[tuple[Annotated[int, Field(ge=2, le=100_000)], ...], Field(min_length=1, max_length=8)]
+    cuts: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=8)]
+    taps: Annotated[tuple[TapArchitecture, ...], Field(min_length=1, max_length=8)]
 
     @field_validator("cuts")
     @classmethod
@@ -66,6 +96,20 @@ class Architecture(Part):
         if list(cuts) != sorted(set(cuts)):
             raise ValueError(f"cuts {cuts} must rise from each to the next")
         return cuts
+
+    @model_validator(mode="after")
+    def _taps_rejoin_before_the_tail(self) -> Architecture:
+        for tap in self.taps:
+            if tap.rejoin > self.cuts[-1]:
+                raise ValueError(f"a tap rejoins at block {tap.rejoin}, the tail starts at {self.cuts[-1]}")
+        return self
+
+
+class Task(Part):
+    """One question that the cloud answers. Exits answer the first task alone."""
+
+    name: Name
+    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)]
 
 
 class Segment(Part):
@@ -86,7 +130,7 @@ class Exit(Part):
 
 
 class Rate(Part):
-    """One operating point of the bottleneck, measured on the calibration part."""
+    """One operating point of a bottleneck at one width, measured on the calibration part for the first task."""
 
     mean_bytes: Annotated[float, Field(ge=0)]  # entropy-coded bytes an input
     max_bytes: Annotated[int, Field(ge=0)]
@@ -94,15 +138,24 @@ class Rate(Part):
     agreement: Fraction
 
 
-class Bottleneck(Part):
-    """The narrow place: encoder as ONNX, integer tables, and the cap on what one input may cost."""
+class Width(Part):
+    """What a width of the encoder costs, and every rate as this width fills it."""
 
+    width: Annotated[float, Field(gt=0, le=1)]
+    encoder_macs: Annotated[int, Field(ge=0)]
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1, max_length=64)]
+
+
+class Tap(Part):
+    """A narrow place: encoder as ONNX, told the width if there are several; integer tables; the cap on a payload."""
+
+    name: Name
     encoder: FileName
     tables: FileName
     latent: Shape
-    encoder_macs: Annotated[int, Field(ge=0)]
+    tail_macs: Annotated[int, Field(ge=0)]  # decoder and tail, first task
     max_payload_bytes: Annotated[int, Field(ge=16, le=1 << 20)]
-    rates: Annotated[tuple[Rate, ...], Field(min_length=1, max_length=64)]
+    widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)]
 
 
 class Threshold(Part):
@@ -143,18 +196,17 @@ class Training(Part):
 class Manifest(Part):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: Name
-    task: Literal["classification"]
-    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)]
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8)]
     licence: str
     preprocessing: Preprocessing
     architecture: Architecture
     weights: FileName
     segments: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=8)]
     exits: Annotated[tuple[Exit, ...], Field(min_length=1, max_length=8)]
-    bottleneck: Bottleneck
-    tail_macs: Annotated[int, Field(ge=0)]
+    taps: Annotated[tuple[Tap, ...], Field(min_length=1, max_length=8)]
+    tail_macs: Annotated[int, Field(ge=0)]  # behind the last segment, first task
     thresholds: tuple[Threshold, ...]
     training: Training
     scores: dict[str, Interval]
@@ -172,8 +224,9 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _parts_agree(self) -> Manifest:
         """Shapes, counts and file names must fit each other before anything is loaded."""
-        names = [self.weights, self.bottleneck.encoder, self.bottleneck.tables, *(s.file for s in self.segments)]
-        if missing := sorted(set(names) - set(self.files)):
+        files = [self.weights, *(s.file for s in self.segments)]
+        files += [name for tap in self.taps for name in (tap.encoder, tap.tables)]
+        if missing := sorted(set(files) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         if not len(self.segments) == len(self.exits) == len(self.architecture.cuts):
             raise ValueError("segments, exits and architecture.cuts must be of one length")
@@ -184,10 +237,23 @@ class Manifest(Part):
         for index, (before, after) in enumerate(zip(self.segments, self.segments[1:], strict=False)):
             if before.output != after.input:
                 raise ValueError(f"segment {index} gives {before.output}, segment {index + 1} takes {after.input}")
-        if self.architecture.rates != len(self.bottleneck.rates):
-            raise ValueError("architecture.rates and bottleneck.rates disagree")
-        if self.architecture.latent_channels != self.bottleneck.latent[0]:
-            raise ValueError("architecture.latent_channels and bottleneck.latent disagree")
-        if self.architecture.classes != len(self.labels):
-            raise ValueError(f"{self.architecture.classes} classes, but {len(self.labels)} labels")
+        if self.architecture.classes != tuple(len(task.labels) for task in self.tasks):
+            raise ValueError(f"architecture.classes is {self.architecture.classes}, tasks have other label counts")
+        for what, names in (("tasks", [t.name for t in self.tasks]), ("taps", [t.name for t in self.taps])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{what} must have different names")
+        if len(self.taps) != len(self.architecture.taps):
+            raise ValueError("taps and architecture.taps must be of one length")
+        for tap, built in zip(self.taps, self.architecture.taps, strict=True):
+            self._tap_fits(tap, built)
         return self
+
+    def _tap_fits(self, tap: Tap, built: TapArchitecture) -> None:
+        if built.after > len(self.segments):
+            raise ValueError(f"tap {tap.name} comes after {built.after} segments, there are {len(self.segments)}")
+        if built.latent_channels != tap.latent[0]:
+            raise ValueError(f"tap {tap.name}: architecture has {built.latent_channels} latent channels")
+        if built.widths != tuple(width.width for width in tap.widths):
+            raise ValueError(f"tap {tap.name}: architecture has widths {built.widths}")
+        if any(len(width.rates) != built.rates for width in tap.widths):
+            raise ValueError(f"tap {tap.name}: architecture has {built.rates} rates")

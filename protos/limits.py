@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-WIRE_VERSION = 1  # raised when an old reader would misunderstand a new message; new optional fields don't raise it
+WIRE_VERSION = 2  # raised when an old reader would misunderstand a new message; new optional fields don't raise it
 
 FINGERPRINT_BYTES = 32  # a whole SHA-256
 BUNDLE_ID_BYTES = 8  # of the SHA-256: 2**64 is plenty against accident, and 24 bytes fewer an upload
 MAX_FRAMING_BYTES = 32  # of our own around one payload; measured by a test at every field's largest usual value
+MAX_REQUEST_ID = (1 << 21) - 1  # a device counts up to it and starts again: the id never costs more than three bytes
 
 MAX_IMAGE_BYTES = 4 << 20  # a 12-megapixel JPEG at quality 90
 MAX_MESSAGE_BYTES = MAX_IMAGE_BYTES + 4096  # gRPC refuses larger ones, after decompression, before we see them
 MAX_PROBE_BYTES = 64 << 10  # padding of a bandwidth probe: a quarter second at 2 Mbit/s
-MAX_LABELS = 100_000
+MAX_LABELS = 100_000  # of a task
+MAX_TASKS = 8  # of a bundle, as its manifest may have
+MAX_TAPS = 8  # likewise
+MAX_RATES = 64  # of a tap; tap and rate are one number on the wire, which for two taps fits into one byte
 MAX_BUNDLES = 1000
 MAX_ERROR_CHARACTERS = 500
 

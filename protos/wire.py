@@ -8,8 +8,11 @@ Knows nothing about channels, queues or networks; `status` turns what is raised 
 
 from __future__ import annotations
 
+import itertools
 import math
+import struct
 import zlib
+from collections.abc import Sequence
 
 from models.errors import (
     DeadlineExceeded,
@@ -19,42 +22,43 @@ from models.errors import (
     UnsupportedVersion,
 )
 from models.language.session import ModelInfo
-from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo
+from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
 from protos import limits, status
 from protos.isthmus.v1 import isthmus_pb2 as pb
 
 UINT32 = (1 << 32) - 1
 MICROSECONDS = 1_000_000
+FIRST_TASK = 1  # its bit
 
 
 def pack_request(request: CloudRequest) -> pb.InferRequest:
-    """Raises DeadlineExceeded when less than a millisecond is left."""
+    """Raises DeadlineExceeded when less than a millisecond is left, InvalidInput for what no bundle can have."""
     budget_ms = min(request.budget_s * 1000, limits.MAX_BUDGET_MS)
     if not budget_ms >= 1:
         raise DeadlineExceeded("less than a millisecond is left to ask the cloud")
-    bundle = request.fingerprint[: limits.BUNDLE_ID_BYTES]
     payload = request.payload
-    return pb.InferRequest(
+    message = pb.InferRequest(
         wire_version=limits.WIRE_VERSION,
-        bundle=bundle,
+        bundle=int.from_bytes(request.fingerprint[: limits.BUNDLE_ID_BYTES], "little"),
         request_id=request.request_id,
         budget_ms=math.floor(budget_ms),
-        crc32=checksum(bundle, payload.codec, payload.rate, payload.data),
         codec=pb.Codec.ValueType(payload.codec),
-        rate=payload.rate,
+        point=pack_point(payload.tap, payload.rate),
+        tasks=pack_tasks(request.tasks),
         payload=payload.data,
     )
+    message.crc32 = checksum(message)
+    return message
 
 
 def unpack_request(message: pb.InferRequest) -> CloudRequest:
     """Raises UnsupportedVersion, InvalidInput, PayloadTooLarge or PayloadCorrupt, each naming what was expected.
 
-    `fingerprint` of the result is the short form that was sent.
+    `fingerprint` of the result is the short form that was sent. Tap, rate and tasks are any that fit into their fields:
+    the bundle knows which of them it has.
     """
     if message.wire_version != limits.WIRE_VERSION:
         raise UnsupportedVersion(f"wire version {message.wire_version}, this service reads {limits.WIRE_VERSION}")
-    if len(message.bundle) != limits.BUNDLE_ID_BYTES:
-        raise InvalidInput(f"bundle has {len(message.bundle)} bytes, expected {limits.BUNDLE_ID_BYTES}")
     if message.request_id == 0:
         raise InvalidInput("request_id is 0, expected at least 1")
     if not 1 <= message.budget_ms <= limits.MAX_BUDGET_MS:
@@ -64,23 +68,45 @@ def unpack_request(message: pb.InferRequest) -> CloudRequest:
     if len(message.payload) > limits.MAX_IMAGE_BYTES:
         raise PayloadTooLarge(f"payload has {len(message.payload)} bytes, at most {limits.MAX_IMAGE_BYTES} are taken")
     codec = Codec(message.codec)
-    if codec is Codec.IMAGE and message.rate:
-        raise InvalidInput(f"rate is {message.rate}, expected 0 for a whole image")
-    found = checksum(message.bundle, codec, message.rate, message.payload)
-    if found != message.crc32:
+    if codec is Codec.IMAGE and message.point:
+        raise InvalidInput(f"point is {message.point}, expected 0 for a whole image")
+    if (found := checksum(message)) != message.crc32:
         raise PayloadCorrupt(f"CRC-32 of the payload is {found:08x}, the request says {message.crc32:08x}")
+    tap, rate = unpack_point(message.point)
     return CloudRequest(
         request_id=message.request_id,
-        fingerprint=message.bundle,
+        fingerprint=message.bundle.to_bytes(limits.BUNDLE_ID_BYTES, "little"),
         budget_s=message.budget_ms / 1000,
-        payload=Payload(codec, message.rate, message.payload),
+        payload=Payload(codec, tap, rate, message.payload),
+        tasks=unpack_tasks(message.tasks),
     )
+
+
+def pack_point(tap: int, rate: int) -> int:
+    if tap < 0 or not 0 <= rate < limits.MAX_RATES:
+        raise InvalidInput(f"tap {tap}, rate {rate}: expected 0 or more, and 0 to {limits.MAX_RATES - 1}")
+    return tap * limits.MAX_RATES + rate
+
+
+def unpack_point(point: int) -> tuple[int, int]:
+    return divmod(point, limits.MAX_RATES)
+
+
+def pack_tasks(tasks: Sequence[int]) -> int:
+    if not tasks or not all(0 <= task < limits.MAX_TASKS for task in tasks):
+        raise InvalidInput(f"tasks {tuple(tasks)}: expected one or more of 0 to {limits.MAX_TASKS - 1}")
+    bits = sum(1 << task for task in set(tasks))
+    return 0 if bits == FIRST_TASK else bits
+
+
+def unpack_tasks(bits: int) -> tuple[int, ...]:
+    return tuple(task for task in range(bits.bit_length()) if bits >> task & 1) or (0,)
 
 
 def pack_answer(request_id: int, answer: CloudAnswer) -> pb.InferResponse:
     return pb.InferResponse(
         request_id=request_id,
-        probabilities=answer.probabilities,
+        probabilities=itertools.chain.from_iterable(answer.probabilities),
         queue_us=microseconds(answer.queue_s),
         compute_us=microseconds(answer.compute_s),
     )
@@ -91,21 +117,31 @@ def pack_error(request_id: int, error: Exception) -> pb.InferResponse:
     return pb.InferResponse(request_id=request_id, error=pb.Error(code=code.value[0], message=text))
 
 
-def unpack_answer(message: pb.InferResponse, labels: int) -> CloudAnswer:
-    """Raises the error that the response carries, or InvalidInput unless it holds `labels` probabilities."""
+def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudAnswer:
+    """`labels`: the number of classes of each task that was asked for, in the bundle's order.
+
+    Raises the error that the response carries, or InvalidInput unless it holds as many probabilities, sum 1 a task.
+    """
     if message.HasField("error"):
         raise status.to_error(status.code_of(message.error.code), message.error.message)
-    if len(message.probabilities) != labels:
-        raise InvalidInput(f"the cloud sent {len(message.probabilities)} probabilities, expected {labels}")
-    probabilities = tuple(message.probabilities)
-    if not all(0 <= p <= 1 for p in probabilities) or not math.isclose(sum(probabilities), 1, abs_tol=1e-3):
-        raise InvalidInput("the cloud sent numbers that are not probabilities")
-    return CloudAnswer(probabilities, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
+    if len(message.probabilities) != sum(labels):
+        raise InvalidInput(f"the cloud sent {len(message.probabilities)} probabilities, expected {sum(labels)}")
+    rest = iter(message.probabilities)
+    answers = tuple(tuple(itertools.islice(rest, count)) for count in labels)
+    for answer in answers:
+        if not all(0 <= p <= 1 for p in answer) or not math.isclose(sum(answer), 1, abs_tol=1e-3):
+            raise InvalidInput("the cloud sent numbers that are not probabilities")
+    return CloudAnswer(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
 
 
 def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
     bundles = [
-        pb.Bundle(fingerprint=b.fingerprint, name=b.name, task=b.task, labels=b.labels, rates=b.rates)
+        pb.Bundle(
+            fingerprint=b.fingerprint,
+            name=b.name,
+            tasks=[pb.Task(name=task.name, labels=task.labels) for task in b.tasks],
+            taps=[pb.Tap(name=tap.name, rates=tap.rates) for tap in b.taps],
+        )
         for b in info.bundles
     ]
     models = [
@@ -123,21 +159,35 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
         )
     if len(message.bundles) + len(message.models) > limits.MAX_BUNDLES:
         raise InvalidInput(f"the service lists {len(message.bundles)} bundles, at most {limits.MAX_BUNDLES} are read")
-    for b in message.bundles:
-        if len(b.fingerprint) != limits.FINGERPRINT_BYTES or not 0 < b.labels <= limits.MAX_LABELS or not b.rates:
-            raise InvalidInput("the service lists a bundle whose fingerprint, labels or rates cannot be true")
     for m in message.models:
         if len(m.fingerprint) != limits.FINGERPRINT_BYTES or not m.vocab or not m.context:
             raise InvalidInput("the service lists a model whose fingerprint, vocabulary or context cannot be true")
-    bundles = tuple(BundleInfo(b.fingerprint, b.name, b.task, b.labels, b.rates) for b in message.bundles)
+    bundles = tuple(unpack_bundle(bundle) for bundle in message.bundles)
     models = tuple(ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics) for m in message.models)
     return ServiceInfo(message.version, message.wire_version, bundles, models)
 
 
-def checksum(bundle: bytes, codec: Codec, rate: int, data: bytes) -> int:
-    """CRC-32 over everything that decides how the payload is read."""
-    head = bundle + int(codec).to_bytes(4, "little") + (rate & UINT32).to_bytes(4, "little")
-    return zlib.crc32(data, zlib.crc32(head))
+def unpack_bundle(message: pb.Bundle) -> BundleInfo:
+    """Raises InvalidInput for a bundle that cannot be."""
+    counted = (
+        len(message.fingerprint) == limits.FINGERPRINT_BYTES
+        and 1 <= len(message.tasks) <= limits.MAX_TASKS
+        and 1 <= len(message.taps) <= limits.MAX_TAPS
+        and all(2 <= task.labels <= limits.MAX_LABELS for task in message.tasks)
+        and all(1 <= tap.rates <= limits.MAX_RATES for tap in message.taps)
+    )
+    if not counted:
+        raise InvalidInput("the service lists a bundle whose fingerprint, labels or rates cannot be true")
+    tasks = tuple(TaskInfo(task.name, task.labels) for task in message.tasks)
+    return BundleInfo(
+        message.fingerprint, message.name, tasks, tuple(TapInfo(tap.name, tap.rates) for tap in message.taps)
+    )
+
+
+def checksum(message: pb.InferRequest) -> int:
+    """CRC-32 over everything that decides how the payload is read, and what is answered."""
+    head = struct.pack("<QiII", message.bundle, message.codec, message.point, message.tasks)
+    return zlib.crc32(message.payload, zlib.crc32(head))
 
 
 def microseconds(seconds: float) -> int:

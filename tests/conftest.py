@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,35 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from models import bundle as bundles
 from models.bundle import Bundle
-from models.codecs import factorized
-from models.codecs.factorized import RateTables
-from models.manifest import Architecture, Preprocessing
-from models.recipes import export
+from models.codecs import contextual
+from models.codecs.contexts import ALL_CONTEXTS, ENDS
+from models.codecs.tables import SHAPES
+from models.manifest import TapArchitecture
 from models.vision.split import SplitClassifier
+from tests.tiny_bundle import SIDE, TINY, random_split, write_tiny_bundle
 
 settings.register_profile("isthmus", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("isthmus")
 
 ROOT = Path(__file__).parent.parent
-SIDE = 64
-TINY = Architecture(
-    builder="split_classifier",
-    backbone="efficientnet_lite0",
-    classes=2,
-    cuts=(2, 5),
-    latent_channels=4,
-    decoder_channels=16,
-    rates=2,
-)
-PREPROCESSING = Preprocessing(resize=SIDE, crop=(SIDE, SIDE), mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.5))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,68 +48,16 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, bytes], None]:
     return check
 
 
-def laplace_tables(widths: tuple[float, ...], gain: float) -> RateTables:
-    """Tables of one rate: a rounded Laplace distribution of each width over -20 .. 20, then the escape."""
-    frequencies = []
-    for width in widths:
-        mass = np.exp(-np.abs(np.arange(-20, 21)) / width)
-        counts = np.maximum(np.floor(mass / mass.sum() * 65_000), 1).astype(np.int64)
-        counts[20] += (1 << 16) - 1 - counts.sum()
-        frequencies.append(np.append(counts, 1))
-    count = len(widths)
-    return RateTables(np.full(count, gain, np.float32), np.full(count, -20, np.int32), tuple(frequencies))
-
-
 @pytest.fixture(scope="session")
 def tiny_split() -> SplitClassifier:
-    """EfficientNet-Lite0 with seeded random weights and batch-norm statistics of random images, in eval mode."""
-    torch.manual_seed(0)
-    split = SplitClassifier(TINY)
-    norms = [module for module in split.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.2)
-    nn.init.normal_(split.decoder.rate_bias.weight, std=0.3)
-    with torch.no_grad():
-        images_B3HW = torch.rand(8, 3, SIDE, SIDE) * 2 - 1
-        early_BCHW = split.train().segment(0, images_B3HW)
-        late_BCHW = split.segment(1, early_BCHW)
-        split.exits[0](early_BCHW)
-        split.exits[1](late_BCHW)
-        split.tail(split.decoder(split.encoder(late_BCHW), torch.arange(8) % 2))
-        split.tail(late_BCHW)
-    return split.eval()
-
-
-def random_samples(count: int, seed: int) -> export.Samples:
-    """Smooth random images as the preprocessing gives them, with labels of no meaning."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.uniform(-1, 1, (count, 3, SIDE // 8, SIDE // 8)).astype(np.float32)
-    images = [image_CHW.repeat(8, axis=1).repeat(8, axis=2) for image_CHW in coarse]
-    return export.Samples(images, np.arange(count) % 2)
+    """The network of `tiny_bundle`, in eval mode. Read only."""
+    return random_split()
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_split: SplitClassifier) -> Bundle:
-    """A real bundle, small and untrained: 2 labels, 64x64 photos, 2 exits, 2 rates, latent (4, 8, 8). Read only."""
-    trained = export.Trained(
-        split=copy.deepcopy(tiny_split),
-        tables=(laplace_tables((1, 1, 1, 1), 2.0), laplace_tables((2, 2, 2, 2), 6.0)),
-        architecture=TINY,
-        preprocessing=PREPROCESSING,
-        max_payload_bytes=4096,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's ONNX exporter warns of itself and of shapes it takes as constants
-        return export.write(
-            tmp_path_factory.mktemp("zoo") / "tiny",
-            trained,
-            about={"name": "tiny", "labels": ("good", "bad"), "licence": "none: random weights"},
-            training={"command": "tests/conftest.py", "seed": 0, "seconds": 0.0, "data": "none"},
-            calibration=random_samples(6, seed=1),
-            test=random_samples(4, seed=2),
-        )
+    """A real bundle, small and untrained: see `tests.tiny_bundle`. Read only."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("zoo") / "tiny", tiny_split)
 
 
 @pytest.fixture
@@ -168,11 +102,32 @@ class Parts:
         return folder
 
 
+ROWLESS = {
+    "near_L2": (2,),
+    "slope_L": (),
+    "bias_L2": (2,),
+    "ends_L24": (2, ENDS),
+    "prior_LK": (ALL_CONTEXTS,),
+}
+
+
 def paper_tables() -> dict[str, NDArray[Any]]:
-    """One rate, two channels, small enough to check by hand."""
-    frequencies = (np.array([1 << 15, 1 << 14, (1 << 14) - 1, 1]), np.array([60_000, 5_535, 1]))
-    tables = RateTables(np.array([1.0, 2.0], np.float32), np.array([-1, 0], np.int32), frequencies)
-    return factorized.to_tensors((tables,))
+    """One rate of two channels that are always zero, and one table that nobody uses."""
+    none = {field: np.zeros((0, *shape), SHAPES[field][0]) for field, shape in ROWLESS.items()}
+    tables = contextual.Tables(
+        gain_RC=np.array([[1.0, 2.0]], np.float32),
+        low_RC=np.zeros((1, 2), np.int8),
+        high_RC=np.zeros((1, 2), np.int8),
+        table_E=np.zeros(1, np.uint8),
+        first_E=np.zeros(1, np.int16),
+        lengths_T=np.array([3], np.uint16),
+        frequencies=np.array([40_000, 20_000, 5_536], np.uint16),
+        **none,
+    )
+    return contextual.to_tensors(tables)
+
+
+PAPER_TAP = TapArchitecture(after=1, latent_channels=2, decoder_channels=16, rates=1)
 
 
 @pytest.fixture
@@ -187,22 +142,32 @@ def paper() -> Parts:
     figures = {"accuracy": 0.75, "agreement": 0.5}
     manifest: dict[str, Any] = {
         "name": "paper",
-        "task": "classification",
-        "labels": ["good", "bäd"],
+        "tasks": [{"name": "defect", "labels": ["good", "bäd"]}],
         "licence": "Apache-2.0",
         "preprocessing": {"resize": 8, "crop": [8, 8], "mean": [0.5, 0.5, 0.5], "deviation": [0.5, 0.5, 0.5]},
-        "architecture": {**TINY.model_dump(mode="json"), "cuts": [2], "latent_channels": 2, "rates": 1},
+        "architecture": TINY.model_copy(
+            update={"classes": (2,), "cuts": (2,), "taps": (PAPER_TAP,)},
+        ).model_dump(mode="json"),
         "weights": "weights.safetensors",
         "segments": [{"file": "head0.onnx", "input": [3, 8, 8], "output": [16, 4, 4], "macs": 1000}],
         "exits": [{"name": "exit0", **figures}],
-        "bottleneck": {
-            "encoder": "encoder.onnx",
-            "tables": "tables.safetensors",
-            "latent": [2, 4, 4],
-            "encoder_macs": 100,
-            "max_payload_bytes": 64,
-            "rates": [{"mean_bytes": 9.5, "max_bytes": 12, **figures}],
-        },
+        "taps": [
+            {
+                "name": "deep",
+                "encoder": "encoder.onnx",
+                "tables": "tables.safetensors",
+                "latent": [2, 4, 4],
+                "tail_macs": 3000,
+                "max_payload_bytes": 64,
+                "widths": [
+                    {
+                        "width": 1.0,
+                        "encoder_macs": 100,
+                        "rates": [{"mean_bytes": 9.5, "max_bytes": 12, **figures}],
+                    }
+                ],
+            }
+        ],
         "tail_macs": 2000,
         "thresholds": [
             {"epsilon": 0.01, "delta": 0.1, "confidence": 0.9, "coverage": 0.5, "loss": 0.0, "samples": 300}

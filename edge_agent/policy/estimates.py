@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 FORGET = 0.98  # an observation counts half after 34 others
 MEMORY_BYTES2 = 1000.0**2  # spread of sizes below which the old bandwidth is believed rather than the new points
-OUTLIER = 4.0  # one stall must not look like a slow link: an observation counts at most this many predictions
+OUTLIER = 4.0  # an observation counts at most this many predictions: one stall is no slow link, no busy device
+LOAD_WEIGHT = 0.2  # of one graph's run in what is believed of the device's load
+OWN_WEIGHT = 0.01  # of one run in what the graph is believed to take by itself: almost all that changes is the load
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +68,37 @@ class Average:
     def observe(self, value: float) -> None:
         self._count += 1
         self.value += (value - self.value) * max(self._weight, 1 / self._count)
+
+
+class Load:
+    """How many times longer graphs take now than when the device was calibrated; one for all graphs of a device."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+
+class GraphSeconds:
+    """Seconds that one graph takes: its own, slow to change, times the load of the moment.
+
+    What slows one graph down is expected to slow down every other: a busy device shows in the estimates of all graphs,
+    not only in that of the one last run, and so it shows when it is idle again.
+    """
+
+    def __init__(self, prior_s: float, load: Load) -> None:
+        self._alone = Average(prior_s)
+        self._load = load
+
+    @property
+    def value(self) -> float:
+        return self._alone.value * self._load.value
+
+    def calibrate(self, seconds: float) -> None:
+        """One run while the device does nothing else, as far as anyone knows."""
+        self._alone.observe(seconds)
+
+    def observe(self, seconds: float) -> None:
+        """One run in service."""
+        alone_s, load = max(self._alone.value, 1e-9), self._load.value
+        seconds = min(seconds, OUTLIER * alone_s * load)
+        self._alone.value = alone_s + OWN_WEIGHT * (seconds / max(load, 1e-9) - alone_s)
+        self._load.value += LOAD_WEIGHT * (seconds / alone_s - load)

@@ -1,7 +1,7 @@
 """Which way one input goes next. Called before the head runs and after each exit, cheapest first.
 
-confident enough at an exit           -> answer there
-else, of the ways that meet quality   -> the one predicted fastest or cheapest: run on, split at a rate, whole image
+confident enough at an exit           -> answer there, unless it was asked what no exit knows
+else, of the ways that meet quality   -> the one predicted fastest or cheapest: run on, split at a point, whole image
 no way to the cloud within the deadline -> run on; behind the last exit: answer there, degraded
 """
 
@@ -28,14 +28,23 @@ class Prices:
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """An operating point of the bottlenecks: indices of a tap, of one of its widths and of one of its rates."""
+
+    tap: int
+    width: int
+    rate: int
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
-    """One way on, with what it is expected to take from here. `rate` for split; `name` is for a person."""
+    """One way on, with what it is expected to take from here. `point` for split; `name` is for a person."""
 
     route: Literal["continue", "split", "offload"]
     name: str
     seconds: float
     usd: float
-    rate: int | None = None
+    point: Point | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +57,17 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Where one input stands: `confidence` of the exit just passed (None before the first), why the cloud is out."""
+    """Where one input stands: `confidence` of the exit just passed (None before the first), why the cloud is out.
+
+    `no_exit`: why no exit may answer this one, whatever its confidence.
+    """
 
     exit_name: str | None
     confidence: float | None
-    last: bool
     options: Sequence[Option]
     left_s: float
     cloud_refused: str | None
+    no_exit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +76,38 @@ class Plan:
 
     route: Route
     why: str
-    rate: int | None = None
+    point: Point | None = None
 
 
 def plan(situation: Situation, goal: Goal) -> Plan:
     """The next step of one input; a pure function of its arguments."""
-    confidence = situation.confidence
-    if confidence is not None and confidence >= goal.exit_confidence:
+    confidence, no_exit = situation.confidence, situation.no_exit
+    if no_exit is None and confidence is not None and confidence >= goal.exit_confidence:
         return Plan("exit", f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} is enough")
+    unsure = ""
+    if no_exit is not None:
+        unsure = f"{no_exit}; "
+    elif confidence is not None:
+        unsure = f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} needed; "
     options = [o for o in situation.options if o.route == "continue" or o.seconds <= situation.left_s]
     if not options:
         reason = situation.cloud_refused or f"nothing answers within the {1000 * situation.left_s:.0f} ms left"
-        return Plan("fallback", f"{reason}; {situation.exit_name} is the best there is")
-    best = min(options, key=lambda option: option.seconds if goal.objective == "fastest" else option.usd)
-    unsure = ""
-    if confidence is not None:
-        unsure = f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} needed; "
+        return Plan("fallback", f"{unsure}{reason}; {situation.exit_name} is the best there is")
+    ranked = sorted(options, key=lambda option: option.seconds if goal.objective == "fastest" else option.usd)
+    best = ranked[0]
     if situation.cloud_refused and best.route == "continue":
         return Plan("continue", f"{unsure}{situation.cloud_refused}")
-    others = ", ".join(describe(option) for option in options if option is not best)
+    others = ", ".join(describe(option) for option in rivals(ranked))
     against = f" against {others}" if others else ""
-    return Plan(best.route, f"{unsure}{goal.objective}: {describe(best)}{against}", best.rate)
+    return Plan(best.route, f"{unsure}{goal.objective}: {describe(best)}{against}", best.point)
+
+
+def rivals(ranked: Sequence[Option]) -> list[Option]:
+    """The best option of each way but the first one's, of a tap too: to name every rate and width would say less."""
+    ways: dict[tuple[str, int | None], Option] = {}
+    for option in ranked:
+        ways.setdefault((option.route, option.point.tap if option.point else None), option)
+    return list(ways.values())[1:]
 
 
 def describe(option: Option) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -27,26 +30,56 @@ def main() -> None:
 @click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
 def elpv(out: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
-    """Solar cells: fine-tune the cloud model, distil exits and bottleneck, calibrate. About an hour on two cores."""
+    """Solar cells: fine-tune the cloud model, distil exits and bottlenecks, calibrate. Three hours on two cores."""
     from models.recipes.elpv import make  # CompressAI alone takes seconds to import
 
     if threads:
         torch.set_num_threads(threads)
     command = f"python -m models.recipes elpv --seed {seed} --out {shlex.quote(str(out))}"
-    try:
+    with failing_clearly(work):
         bundle = make(out, Run(work, seed), command)
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; the same command goes on from {work}", err=True)
-        sys.exit(130)
-    except (IsthmusError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
     if as_json:
         click.echo(bundle.manifest.model_dump_json(indent=1))
         return
     click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
     for name, score in bundle.manifest.scores.items():
         click.echo(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+
+
+@main.command(epilog="Example: python -m models.recipes baselines n0 entropic-student --work runs/sc2")
+@click.argument("methods", nargs=-1)
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Path("runs/sc2"), show_default=True, help="Checkpoints."
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core.")
+@click.option("--json", "as_json", is_flag=True, help="Print the last figures of every stage as JSON.")
+def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+    """Bottlenecks of others, trained on ELPV for `tests.bench.sc2`: all METHODS unless some are named.
+
+    About half an hour a method on one core; several may run side by side.
+    """
+    from models.recipes.elpv import train_baselines
+
+    if threads:
+        torch.set_num_threads(threads)
+    with failing_clearly(work):
+        log = train_baselines(bundle, Run(work, seed), methods)
+    click.echo(json.dumps(log) if as_json else "\n".join(f"{name}: {figures}" for name, figures in log.items()))
+
+
+@contextmanager
+def failing_clearly(work: Path) -> Iterator[None]:
+    """One line and a non-zero exit for what a run can fail of."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the same command goes on from {work}", err=True)
+        sys.exit(130)
+    except (IsthmusError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

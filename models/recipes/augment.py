@@ -11,11 +11,14 @@ from torch import Tensor
 
 def random_dihedral(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """One of the eight flips and quarter turns for each image: a solar cell has no upright."""
-    views = []
-    for image_CHW, code in zip(images_BCHW, torch.randint(8, (len(images_BCHW),), generator=generator), strict=True):
-        view = torch.rot90(image_CHW, int(code) % 4, (1, 2))
-        views.append(view.flip(2) if code >= 4 else view)
-    return torch.stack(views)
+    codes = torch.randint(8, (len(images_BCHW),), generator=generator).tolist()
+    return torch.cat([dihedral(images_BCHW[i : i + 1], code) for i, code in enumerate(codes)])
+
+
+def dihedral(images_BCHW: Tensor, code: int) -> Tensor:
+    """Flip or quarter turn number `code`, 0 to 7; 0 leaves the images as they are."""
+    views_BCHW = torch.rot90(images_BCHW, code % 4, (2, 3))
+    return views_BCHW.flip(3) if code >= 4 else views_BCHW
 
 
 def random_affine(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:

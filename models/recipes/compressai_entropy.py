@@ -1,4 +1,4 @@
-"""CompressAI's EntropyBottleneck, importable beside CPU PyTorch, and its freezing into integer tables.
+"""CompressAI's EntropyBottleneck, importable beside CPU PyTorch.
 
 CompressAI imports torchvision, whose CPU operators are missing beside CPU PyTorch; it only needs their schemas to
 exist. Import CompressAI through this module alone.
@@ -6,11 +6,7 @@ exist. Import CompressAI through this module alone.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from torch import Tensor
-
-from models.codecs.factorized import RateTables
 
 
 def declare_torchvision_schemas() -> None:
@@ -24,10 +20,11 @@ _SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-u
 declare_torchvision_schemas()
 
 from compressai.entropy_models import EntropyBottleneck  # noqa: E402
+from compressai.layers import GDN1  # noqa: E402
 
 INIT_SCALE = 2.0  # integers; CompressAI's 10 takes a thousand steps to come down
 
-__all__ = ["EntropyBottleneck", "freeze", "new_prior"]
+__all__ = ["GDN1", "EntropyBottleneck", "new_prior", "ready"]
 
 
 def new_prior(channels: int) -> EntropyBottleneck:
@@ -38,15 +35,8 @@ def new_prior(channels: int) -> EntropyBottleneck:
 
 
 @torch.no_grad()
-def freeze(prior: EntropyBottleneck, gain_C: Tensor) -> RateTables:
-    """The integer tables of a trained prior: CompressAI's own 16-bit quantised CDFs."""
+def ready(prior: EntropyBottleneck) -> None:
+    """Make CompressAI's own integer tables of a trained prior, so that it can compress."""
     prior._update_quantiles()
     prior.quantiles[:, 0, 1] = 0
     prior.update(force=True)
-    cdfs_CL = prior._quantized_cdf.numpy().astype(np.int64)
-    frequencies = tuple(np.diff(cdf[:length]) for cdf, length in zip(cdfs_CL, prior._cdf_length.tolist(), strict=True))
-    return RateTables(
-        gain_C=gain_C.numpy().astype(np.float32),
-        first_C=prior._offset.numpy().astype(np.int32),
-        frequencies=frequencies,
-    )

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.codecs.factorized import RateTables
-from models.recipes.compressai_entropy import freeze, new_prior
-from models.vision.split import SplitClassifier
+from models.recipes.rates import Rates
+from models.vision.split import SplitClassifier, Tap
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,34 @@ class Weights:
 class Distillation(nn.Module):
     """The split model with what only training needs: gains and one learned prior a rate."""
 
-    def __init__(self, split: SplitClassifier, latent_channels: int, weights: Weights) -> None:
+    def __init__(self, split: SplitClassifier, tap: int, weights: Weights) -> None:
+        """`tap`: the one behind the last segment."""
         super().__init__()
         self.split = split
+        self.index = tap
         self.weights = weights
-        rates = len(weights.per_kilobyte)
-        # Coarse to fine steps to start from; training moves them.
-        steps = torch.linspace(1.0, 2.5, rates)[:, None].expand(rates, latent_channels)
-        self.log_gain_RC = nn.Parameter(steps.clone())
-        self.priors = nn.ModuleList(new_prior(latent_channels) for _ in range(rates))
-        split.backbone.requires_grad_(False)
+        self.rates = Rates(self.tap.latent_channels, weights.per_kilobyte)
+        split.requires_grad_(False)
+        self.tap.requires_grad_(True)
+        split.exits.requires_grad_(True)
+
+    @property
+    def tap(self) -> Tap:
+        """The bottleneck in training; the state dict has it once, under `split`."""
+        return self.split.tap(self.index)
 
     def train(self, mode: bool = True) -> Distillation:
         """What is frozen stays in eval mode, so that its batch-norm statistics stay what they are."""
         super().train(mode)
-        for module in self.split.children():
+        for module in (*self.split.children(), *self.tap.children()):
             if module is self.split.backbone or not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         return self
 
     def freeze_encoder(self) -> None:
         """Second stage: what decides the bytes is settled."""
-        for module in (self.split.encoder, self.priors, self.split.exits):
+        for module in (self.tap.encoder, self.rates, self.split.exits):
             module.requires_grad_(False)
-        self.log_gain_RC.requires_grad_(False)
 
     def free_tail(self) -> None:
         """Third stage: one tail learns to answer untouched and decoded features alike."""
@@ -76,7 +79,11 @@ class Distillation(nn.Module):
             untouched = self.tail_points(features[-1])
         teacher = [point.detach() for point in untouched]
         rate_B = torch.arange(len(images_B3HW)) % len(self.weights.per_kilobyte)
-        bits_B, decoded_BCHW = self.bridge(features[-1], rate_B)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent_BCHW = self.tap.encoder(features[-1])
+        bits_B, latent_BCHW = self.rates(latent_BCHW, rate_B)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded_BCHW = self.tap.decoder(latent_BCHW, rate_B)
         with torch.autocast("cpu", torch.bfloat16):
             exits = [head(f) for head, f in zip(split.exits, features, strict=True)]
             student = self.tail_points(decoded_BCHW)
@@ -85,30 +92,11 @@ class Distillation(nn.Module):
         exit_loss = sum((self.answer_loss(e, wanted_BK, target_BK) for e in exits), start=torch.zeros(()))
         pairs = [(features[-1], decoded_BCHW), *zip(teacher[:-1], student[:-1], strict=True)]
         distance = sum((relative_distance(t, s) for t, s in pairs), start=torch.zeros(())) / len(pairs)
-        kilobytes_B = bits_B / 8 / 1024
-        rate_loss = (kilobytes_B * torch.tensor(self.weights.per_kilobyte)[rate_B]).mean()
+        rate_loss, bytes_each = self.rates.price(bits_B, rate_B)
         clean = F.cross_entropy(untouched[-1].float(), target_BK)  # without gradient while the tail is frozen
         figures = {"clean": clean.item(), "task": task.item(), "exits": exit_loss.item(), "features": distance.item()}
-        for rate in range(len(self.priors)):
-            figures[f"bytes{rate}"] = 1024 * kilobytes_B[rate_B == rate].mean().item()
+        figures |= bytes_each
         return clean + task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
-
-    def bridge(self, features_BCHW: Tensor, rate_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Bits of each input under its rate's prior (noisy), and its decoded features (rounded, straight through)."""
-        with torch.autocast("cpu", torch.bfloat16):
-            latent_BCHW = self.split.encoder(features_BCHW)
-        gain_BC11 = self.log_gain_RC.exp()[rate_B][:, :, None, None]
-        scaled_BCHW = latent_BCHW.float() * gain_BC11
-        bits_B = scaled_BCHW.new_zeros(len(rate_B))
-        for rate, prior in enumerate(self.priors):
-            chosen = rate_B == rate
-            if chosen.any():
-                _, likelihood = prior(scaled_BCHW[chosen], training=True)
-                bits_B = bits_B.index_put((chosen,), -likelihood.log2().sum((1, 2, 3)))
-        rounded_BCHW = scaled_BCHW + (scaled_BCHW.round() - scaled_BCHW).detach()
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded_BCHW = self.split.decoder(rounded_BCHW / gain_BC11, rate_B)
-        return bits_B, decoded_BCHW
 
     def tail_points(self, features_BCHW: Tensor) -> list[Tensor]:
         """Features half-way through the tail and before the classifier, then logits."""
@@ -122,11 +110,6 @@ class Distillation(nn.Module):
         """Cross-entropy to the cloud model's answer and to the label."""
         mixed_BK = (1 - self.weights.labels) * wanted_BK + self.weights.labels * target_BK
         return F.cross_entropy(logits_BK.float(), mixed_BK)
-
-    def tables(self) -> tuple[RateTables, ...]:
-        """Quantiser and integer tables of every rate."""
-        gains_RC = self.log_gain_RC.detach().exp()
-        return tuple(freeze(prior, gain_C) for prior, gain_C in zip(self.priors, gains_RC, strict=True))
 
 
 def relative_distance(wanted: Tensor, got: Tensor) -> Tensor:

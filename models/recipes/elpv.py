@@ -5,44 +5,67 @@ photographs -> EfficientNet-Lite2 (cloud) -> [frozen] -> exits + bottleneck (dev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor, nn
 
 from models.bundle import Bundle
-from models.manifest import Architecture, Preprocessing
-from models.recipes import export
+from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
+from models.recipes import baselines, export, light
 from models.recipes.augment import random_affine, random_contrast, random_dihedral
+from models.recipes.bridge import Bridge
 from models.recipes.distil import Distillation, Weights
 from models.recipes.elpv_data import Photos, load
+from models.recipes.fit_tables import fit
+from models.recipes.heads import train_head
 from models.recipes.imagenet import load_lite2
+from models.recipes.rates import Rates
 from models.recipes.trainer import Run, Schedule
+from models.recipes.views import BATCH, Views
 from models.vision.efficientnet_lite import EfficientNetLite
 from models.vision.split import SplitClassifier
+from models.vision.tail import load_split
 
 CLOUD_SIZES = ((10, 224), (18, 300))  # (until epoch, pixels): progressive resizing, EfficientNetV2 section 4.3
 REFINE_EPOCHS = 12  # a second cosine cycle at full size, SGDR section 3: the first ends before the loss does
-BATCH = 16
 MEAN, DEVIATION = 127 / 255, 128 / 255  # EfficientNet-Lite's own
 PREPROCESSING = Preprocessing(resize=300, crop=(300, 300), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
-LABELS = ("functional", "defective")
+TASKS = (
+    Task(name="defect", labels=("functional", "defective")),
+    Task(name="cell_type", labels=("monocrystalline", "polycrystalline")),
+)
 LICENCE = "CC BY-NC-SA 4.0 (trained on ELPV); ImageNet weights Apache-2.0"
-PER_KILOBYTE = (3.0, 1.0, 0.3, 0.1)  # price of a coded kilobyte at each rate, in units of cross-entropy
+# Price of a coded kilobyte at each rate, in units of cross-entropy.
+LIGHT_PER_KILOBYTE = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
+DEEP_PER_KILOBYTE = (3.0, 1.0, 0.3, 0.1)
 ARCHITECTURE = Architecture(
     builder="split_classifier",
     backbone="efficientnet_lite2",
-    classes=len(LABELS),
+    classes=tuple(len(task.labels) for task in TASKS),
     cuts=(8, 12),
-    latent_channels=16,
-    decoder_channels=128,
-    rates=len(PER_KILOBYTE),
+    taps=(
+        TapArchitecture(
+            after=0,
+            blocks=7,
+            rejoin=9,
+            latent_channels=32,
+            decoder_channels=128,
+            rates=len(LIGHT_PER_KILOBYTE),
+            widths=(0.5, 0.75, 1.0),
+        ),
+        TapArchitecture(after=2, latent_channels=16, decoder_channels=128, rates=len(DEEP_PER_KILOBYTE)),
+    ),
 )
-MAX_PAYLOAD_BYTES = 4096
+LIGHT, DEEP = 0, 1  # taps
+MAX_LIGHT_BYTES, MAX_DEEP_BYTES = 4096, 2048
 BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 14, 5, 3, 8
 
 
@@ -110,12 +133,12 @@ def train_cloud(run: Run, photos: Photos) -> EfficientNetLite:
     return average
 
 
-def train_bridge(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillation:
-    """Distil exits and bottleneck out of the cloud model, in three stages; returns the averaged module."""
+def train_deep(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillation:
+    """Distil exits and the deep tap out of the cloud model, in three stages; returns the averaged module."""
     torch.manual_seed(run.seed)
     split = SplitClassifier(ARCHITECTURE)
     split.backbone.load_state_dict(cloud.state_dict())
-    module = Distillation(split, ARCHITECTURE.latent_channels, Weights(PER_KILOBYTE))
+    module = Distillation(split, DEEP, Weights(DEEP_PER_KILOBYTE))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def bridge_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -141,6 +164,60 @@ def train_bridge(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillat
     return average
 
 
+def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views, Bridge]:
+    """Slim the first blocks, then distil the light tap out of the finished network; fills the split's tap and heads."""
+    folder = run.folder / "views"
+    tap = split.tap(LIGHT)
+    encoder = tap.slim
+    split.requires_grad_(False)
+    tap.requires_grad_(True)
+    split.heads.requires_grad_(True)
+    views = light.teach(folder, photos.images_NHW, split, normalise, run.seed)
+    front = light.slim(run, views, split, encoder, tap.rejoin, normalise)
+    encoder.front.load_state_dict(front.state_dict())
+    views = light.add_front(folder, encoder.front.eval(), normalise)
+    bridge = light.bridge(run, views, photos.defect_N, split, LIGHT, normalise, LIGHT_PER_KILOBYTE)
+    encoder.bottleneck.load_state_dict(bridge.encoder.state_dict())
+    tap.decoder.load_state_dict(bridge.decoder.state_dict())
+    head = train_head(run, "cell_type", split.heads[0], bridge, views, photos.cell_types_N)
+    split.heads[0].load_state_dict(head.state_dict())
+    return views, bridge
+
+
+@torch.no_grad()
+def integers(views: Views, encode: Callable[[dict[str, Tensor]], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
+    """What the first view of every training photograph is sent as, NCHW, for each rate: the tables are fitted to it."""
+    found: list[list[NDArray[np.int32]]] = [[] for _ in rates.per_kilobyte]
+    names = tuple(views.passes[0])
+    for start in track(range(0, len(views), BATCH), "integers"):
+        rows = {
+            name: torch.from_numpy(np.array(views.passes[0][name][start : start + BATCH])).float() for name in names
+        }
+        latent_BCHW = encode(rows)
+        for rate, kept in enumerate(found):
+            kept.append(rates.integers(latent_BCHW, rate))
+    return [np.concatenate(kept) for kept in found]
+
+
+def light_latent(encoder: nn.Module, width: int, rows: dict[str, Tensor]) -> Tensor:
+    """Latent of a batch of views at one width."""
+    latent_BCHW: Tensor = encoder(normalise(rows["images"] / 255), width)
+    return latent_BCHW
+
+
+def tap_tables(views: Views, split: SplitClassifier, deep: Rates, shallow: Rates) -> tuple[export.TrainedTap, ...]:
+    """Integer tables of both taps; the light tap's hold for every width."""
+    encoder, images = split.tap(LIGHT).encoder.eval(), split.tap(DEEP).encoder.eval()
+    widths = range(len(ARCHITECTURE.taps[LIGHT].widths))
+    each = [integers(views, partial(light_latent, encoder, width), shallow) for width in widths]
+    light_integers = [np.concatenate(rate) for rate in zip(*each, strict=True)]
+    deep_integers = integers(views, lambda rows: images(rows["features"]), deep)
+    return (
+        export.TrainedTap("light", fit(light_integers, shallow.gains_RC), MAX_LIGHT_BYTES),
+        export.TrainedTap("deep", fit(deep_integers, deep.gains_RC), MAX_DEEP_BYTES),
+    )
+
+
 def samples(photos: Photos) -> export.Samples:
     """Photographs as the device's preprocessing gives them."""
     images = [
@@ -149,19 +226,20 @@ def samples(photos: Photos) -> export.Samples:
         )
         for grey_HW in photos.images_NHW
     ]
-    return export.Samples([image.astype(np.float32) for image in images], photos.labels_N)
+    return export.Samples([image.astype(np.float32) for image in images], (photos.labels_N, photos.cell_types_N))
 
 
 def make(folder: Path, run: Run, command: str) -> Bundle:
     """The whole recipe. Raises nothing of its own; interrupted, it goes on where its last epoch ended."""
     train = load("train")
     cloud = train_cloud(run, train)
-    module = train_bridge(run, train, cloud)
-    trained = export.Trained(module.split, module.tables(), ARCHITECTURE, PREPROCESSING, MAX_PAYLOAD_BYTES)
+    deep = train_deep(run, train, cloud).eval()
+    views, bridge = train_light(run, train, deep.split)
+    taps = tap_tables(views, deep.split, deep.rates, bridge.rates)
     return export.write(
         folder,
-        trained,
-        about={"name": "elpv", "labels": LABELS, "licence": LICENCE},
+        export.Trained(deep.split, taps, TASKS, ARCHITECTURE, PREPROCESSING),
+        about={"name": "elpv", "licence": LICENCE},
         training={
             "command": command,
             "seed": run.seed,
@@ -171,3 +249,18 @@ def make(folder: Path, run: Run, command: str) -> Bundle:
         calibration=samples(load("calibration")),
         test=samples(load("test")),
     )
+
+
+def train_baselines(bundle: Path, run: Run, methods: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Every setting of the methods (all when none is named) on the training part; returns each stage's last figures.
+
+    The teacher is the bundle's own cloud model; its answers are kept in `run.folder / "views"`.
+    """
+    photos, split = load("train"), load_split(Bundle.open(bundle))
+    folder = run.folder / "views"
+    light.teach(folder, photos.images_NHW, split, normalise, run.seed)
+    views = light.add_front(folder, split.tap(LIGHT).slim.front, normalise)
+    teacher = baselines.Teacher(split, normalise, photos.defect_N)
+    for method in methods or baselines.SETTINGS:
+        baselines.train_all(run, method, views, teacher)
+    return run.last_figures()

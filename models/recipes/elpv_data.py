@@ -23,15 +23,22 @@ DEFECTIVE_FROM = 0.5  # probability of a defect, as the annotators gave it
 
 @dataclass(frozen=True)
 class Photos:
-    """One part of the data: `images_NHW` uint8 300x300, `defect_N` float32 in [0, 1], `labels_N` int64 0 or 1."""
+    """One part: `images_NHW` uint8 300x300, `defect_N` float32 in [0, 1], `poly_N` whether polycrystalline."""
 
     paths: tuple[Path, ...]
     images_NHW: NDArray[np.uint8]
     defect_N: NDArray[np.float32]
+    poly_N: NDArray[np.bool_]
 
     @property
     def labels_N(self) -> NDArray[np.int64]:
+        """Class of the task `defect`: 0 functional, 1 defective."""
         return (self.defect_N >= DEFECTIVE_FROM).astype(np.int64)
+
+    @property
+    def cell_types_N(self) -> NDArray[np.int64]:
+        """Class of the task `cell_type`: 0 monocrystalline, 1 polycrystalline."""
+        return self.poly_N.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -50,13 +57,14 @@ def load(part: Part) -> Photos:
     root = Path(str(files("elpv_dataset"))) / "data"
     with (root / "labels.csv").open(encoding="utf-8") as lines:
         rows = [line.split() for line in lines if line.strip()]
-    chosen = [(root / name, float(probability)) for name, probability, _ in rows if part_of(name) == part]
+    chosen = [(root / name, float(probability), kind) for name, probability, kind in rows if part_of(name) == part]
     images = []
-    for path, _ in chosen:
+    for path, *_ in chosen:
         with Image.open(path) as image:
             images.append(np.asarray(image.convert("L")))
     return Photos(
-        paths=tuple(path for path, _ in chosen),
+        paths=tuple(path for path, *_ in chosen),
         images_NHW=np.stack(images),
-        defect_N=np.array([probability for _, probability in chosen], dtype=np.float32),
+        defect_N=np.array([probability for _, probability, _ in chosen], dtype=np.float32),
+        poly_N=np.array([kind == "poly" for *_, kind in chosen]),
     )

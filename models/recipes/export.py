@@ -5,6 +5,7 @@ Everything measured here runs the shipped parts: ONNX Runtime's head, the entrop
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -27,12 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import bundle as bundles
 from models.bundle import Bundle
-from models.codecs import factorized
-from models.codecs.factorized import RateTables
-from models.manifest import Architecture, Interval, Preprocessing
+from models.codecs import contextual
+from models.codecs.contextual import ContextualCodec, Tables
+from models.errors import PayloadTooLarge
+from models.manifest import Architecture, Interval, Preprocessing, Task
 from models.recipes.calibrate import certify, interval
+from models.recipes.slim_onnx import slim_onnx
 from models.vision.head import Head
-from models.vision.split import SplitClassifier
+from models.vision.slim import SlimEncoder
+from models.vision.split import SplitClassifier, Tap
 from models.vision.tail import Tail
 
 VERSIONS = ("torch", "compressai", "constriction", "onnxruntime", "numpy")
@@ -45,6 +49,16 @@ UNITS = {
 }
 
 Floats = NDArray[np.float32]
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TrainedTap:
+    """The integer tables of one tap, and what a payload of it may cost at most."""
+
+    name: str
+    tables: Tables
+    max_payload_bytes: int
 
 
 @dataclass(frozen=True)
@@ -52,28 +66,36 @@ class Trained:
     """What a recipe hands over."""
 
     split: SplitClassifier
-    tables: tuple[RateTables, ...]
+    taps: tuple[TrainedTap, ...]
+    tasks: tuple[Task, ...]
     architecture: Architecture
     preprocessing: Preprocessing
-    max_payload_bytes: int
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Preprocessed images (3, H, W) and their labels."""
+    """Preprocessed images (3, H, W) and their classes in each task."""
 
     images: Sequence[Floats]
-    labels_N: NDArray[np.int64]
+    labels_TN: Sequence[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class MeasuredTap:
+    """Probabilities of the first task and payload sizes at every width and rate; other tasks at the best of both."""
+
+    first_WRNK: Floats
+    bytes_WRN: NDArray[np.int64]
+    others_TNK: Sequence[Floats]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Probabilities of every way an input can be answered: E exits, R rates."""
+    """Probabilities of every way an input can be answered: E exits, the taps, the unsplit cloud model for each task."""
 
     exits_ENK: Floats
-    rates_RNK: Floats
-    cloud_NK: Floats
-    bytes_RN: NDArray[np.int64]
+    taps: Sequence[MeasuredTap]
+    cloud_TNK: Sequence[Floats]
 
 
 class WithExit(nn.Module):
@@ -116,103 +138,163 @@ def onnx_bytes(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int) -> b
     return buffer.getvalue()
 
 
-def macs(module: nn.Module, *inputs: Tensor) -> int:
+def macs(module: nn.Module, *inputs: Tensor | int) -> int:
     """Multiply-accumulate operations of one call."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)
     return int(counter.get_total_flops()) // 2
 
 
-def head_parts(trained: Trained) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, bytes]]:
-    """Manifest entries of segments and bottleneck, and the files they name."""
-    split, files, segments = trained.split, {}, []
-    x_BCHW = torch.zeros(1, 3, *trained.preprocessing.crop)
+def head_parts(trained: Trained) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, bytes]]:
+    """Manifest entries of segments and taps, and the files they name."""
+    split, segments = trained.split, []
+    files: dict[str, bytes] = {}
+    shapes: list[Shape] = [(3, *trained.preprocessing.crop)]
     starts = (0, *trained.architecture.cuts)
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
+        x_BCHW = torch.zeros(1, *shapes[-1])
         part = WithExit(split.backbone.blocks[start:stop], split.exits[index])
         name = f"head{index}.onnx"
-        files[name] = onnx_bytes(part, x_BCHW.shape[1:], outputs=2)
-        cost = macs(part, x_BCHW)
+        files[name] = onnx_bytes(part, shapes[-1], outputs=2)
         with torch.no_grad():
             y_BCHW = split.segment(index, x_BCHW)
-        segments.append({"file": name, "input": list(x_BCHW.shape[1:]), "output": list(y_BCHW.shape[1:]), "macs": cost})
-        x_BCHW = y_BCHW
-    files["encoder.onnx"] = onnx_bytes(split.encoder, x_BCHW.shape[1:], outputs=1)
-    tables = {key: torch.from_numpy(value) for key, value in factorized.to_tensors(trained.tables).items()}
-    files["tables.safetensors"] = safetensors.torch.save(tables)
-    bottleneck = {
-        "encoder": "encoder.onnx",
-        "tables": "tables.safetensors",
-        "latent": [trained.architecture.latent_channels, *x_BCHW.shape[2:]],
-        "encoder_macs": macs(split.encoder, x_BCHW),
-        "max_payload_bytes": trained.max_payload_bytes,
-    }
-    return segments, bottleneck, files
+        shapes.append(chw(y_BCHW))
+        segments.append({"file": name, "input": shapes[-2], "output": shapes[-1], "macs": macs(part, x_BCHW)})
+    taps = []
+    for index, (described, built) in enumerate(zip(trained.taps, trained.architecture.taps, strict=True)):
+        entry, own_files = tap_parts(split, split.tap(index), described, shapes[built.after])
+        taps.append(entry)
+        files |= own_files
+    return segments, taps, files
 
 
-def tail_macs(trained: Trained, latent_CHW: Sequence[int]) -> int:
-    """Cost of decoder and tail for one input."""
-    split = trained.split
-    latent_BCHW, rate_B = torch.zeros(1, *latent_CHW), torch.zeros(1, dtype=torch.long)
+def tap_parts(
+    split: SplitClassifier, tap: Tap, described: TrainedTap, input_CHW: Shape
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Manifest entry of a tap without its measured rates, and its two files."""
+    x_BCHW, rate_B = torch.zeros(1, *input_CHW), torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
-        features_BCHW = split.decoder(latent_BCHW, rate_B)
-    return macs(split.decoder, latent_BCHW, rate_B) + macs(split.backbone.blocks[split.cuts[-1] :], features_BCHW)
+        latent_BCHW = tap.encoder(x_BCHW)
+        decoded_BCHW = tap.decoder(latent_BCHW, rate_B)
+    latent_CHW = chw(latent_BCHW)
+    if isinstance(tap.encoder, SlimEncoder):
+        graph = slim_onnx(tap.encoder, input_CHW, latent_CHW)
+        costs = [(width, macs(tap.encoder, x_BCHW, index)) for index, width in enumerate(tap.encoder.widths)]
+    else:
+        graph = onnx_bytes(tap.encoder, input_CHW, outputs=1)
+        costs = [(1.0, macs(tap.encoder, x_BCHW))]
+    rest = split.backbone.section(tap.rejoin)
+    files = (f"{described.name}.onnx", f"{described.name}.safetensors")
+    entry: dict[str, Any] = {
+        "name": described.name,
+        "encoder": files[0],
+        "tables": files[1],
+        "latent": latent_CHW,
+        "tail_macs": macs(tap.decoder, latent_BCHW, rate_B) + macs(rest, decoded_BCHW),
+        "max_payload_bytes": described.max_payload_bytes,
+        "widths": [{"width": width, "encoder_macs": cost} for width, cost in costs],
+    }
+    tables = {key: torch.from_numpy(value) for key, value in contextual.to_tensors(described.tables).items()}
+    return entry, {files[0]: graph, files[1]: safetensors.torch.save(tables)}
+
+
+def chw(features_BCHW: Tensor) -> Shape:
+    """Channels, height, width."""
+    _, channels, height, width = features_BCHW.shape
+    return channels, height, width
 
 
 def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
-    """Answer every sample every way: each exit, each rate through real bytes, the unsplit cloud model."""
-    head, tail, codec = Head(opened), Tail(opened), opened.codec()
-    exits, rates, cloud, sizes = [], [], [], []
+    """Answer every sample every way: exits; taps, widths and rates through real bytes; the unsplit cloud model."""
+    head, tail, manifest = Head(opened), Tail(opened), opened.manifest
+    tasks = range(len(manifest.tasks))
+    codecs = [opened.codec(tap) for tap in range(len(manifest.taps))]
+    exits, cloud = [], []
+    taps: list[list[tuple[Any, Any, Any]]] = [[] for _ in codecs]
     for image_CHW in track(samples.images, title, disable=not os.isatty(1)):
-        features_CHW, exit_rows = image_CHW, []
+        features, exit_rows = [image_CHW], []
         for index in range(head.exits):
-            features_CHW, probabilities_K = head.segment(index, features_CHW)
+            features_CHW, probabilities_K = head.segment(index, features[-1])
+            features.append(features_CHW)
             exit_rows.append(probabilities_K)
-        latent_CHW = head.encode(features_CHW)
-        payloads = [codec.encode(codec.quantise(latent_CHW, r), r) for r in range(len(codec.rates))]
-        latents = [codec.dequantise(codec.decode(data, r), r) for r, data in enumerate(payloads)]
         exits.append(exit_rows)
-        sizes.append([len(data) for data in payloads])
-        rates.append(tail.answer_latents(latents, range(len(latents))))
-        cloud.append(tail.answer_images([image_CHW])[0])
+        cloud.append([rows[0] for rows in tail.images_to_tasks([image_CHW], tasks)])
+        for tap, codec in enumerate(codecs):
+            architecture = manifest.architecture.taps[tap]
+            first, sizes, latents = [], [], []
+            for width in range(len(architecture.widths)):
+                latent_CHW = head.encode(tap, features[architecture.after], width)
+                sent = [within_cap(codec, latent_CHW, rate) for rate in range(architecture.rates)]
+                latents = [codec.dequantise(codec.decode(data, rate), rate) for rate, data in sent]
+                first.append(tail.answer_latents(tap, latents, [rate for rate, _ in sent]))
+                sizes.append([len(data) for _, data in sent])
+            others = tail.latents_to_tasks(tap, latents[-1:], [sent[-1][0]], tasks[1:])
+            taps[tap].append((first, sizes, [rows[0] for rows in others]))
     return Measured(
         exits_ENK=np.array(exits).transpose(1, 0, 2),
-        rates_RNK=np.array(rates).transpose(1, 0, 2),
-        cloud_NK=np.array(cloud),
-        bytes_RN=np.array(sizes).T,
+        taps=[
+            MeasuredTap(
+                first_WRNK=np.array([first for first, _, _ in rows]).transpose(1, 2, 0, 3),
+                bytes_WRN=np.array([sizes for _, sizes, _ in rows]).transpose(1, 2, 0),
+                others_TNK=[np.array(task) for task in zip(*(others for _, _, others in rows), strict=True)],
+            )
+            for rows in taps
+        ],
+        cloud_TNK=[np.array(task) for task in zip(*cloud, strict=True)],
     )
 
 
-def calibrated(measured: Measured, labels_N: NDArray[np.int64], cuts: Sequence[int]) -> dict[str, Any]:
-    """Manifest entries that the calibration part decides: exits, rates, thresholds."""
-    cloud_N = measured.cloud_NK.argmax(1)
+def within_cap(codec: ContextualCodec, latent_CHW: Floats, rate: int) -> tuple[int, bytes]:
+    """The payload at a rate, or at the next cheaper one that keeps the cap, as the device does it."""
+    for cheaper in range(rate, 0, -1):
+        with contextlib.suppress(PayloadTooLarge):
+            return cheaper, codec.encode(codec.quantise(latent_CHW, cheaper), cheaper)
+    return 0, codec.encode(codec.quantise(latent_CHW, 0), 0)
+
+
+def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any]:
+    """What the calibration part decides, all for the first task: exits, rates of each tap, thresholds."""
+    cloud_N = measured.cloud_TNK[0].argmax(1)
     exits = [
         {"name": f"exit{index}", "accuracy": mean(answer_N == labels_N), "agreement": mean(answer_N == cloud_N)}
-        for index, answer_N in zip(range(len(cuts)), measured.exits_ENK.argmax(2), strict=True)
+        for index, answer_N in enumerate(measured.exits_ENK.argmax(2))
     ]
     rates = [
-        {
-            "mean_bytes": float(sizes_N.mean()),
-            "max_bytes": int(sizes_N.max()),
-            "accuracy": mean(answer_N == labels_N),
-            "agreement": mean(answer_N == cloud_N),
-        }
-        for sizes_N, answer_N in zip(measured.bytes_RN, measured.rates_RNK.argmax(2), strict=True)
+        [
+            [
+                {
+                    "mean_bytes": float(sizes_N.mean()),
+                    "max_bytes": int(sizes_N.max()),
+                    "accuracy": mean(answer_N == labels_N),
+                    "agreement": mean(answer_N == cloud_N),
+                }
+                for sizes_N, answer_N in zip(sizes_RN, first_RNK.argmax(2), strict=True)
+            ]
+            for sizes_RN, first_RNK in zip(tap.bytes_WRN, tap.first_WRNK, strict=True)
+        ]
+        for tap in measured.taps
     ]
     thresholds = certify(measured.exits_ENK.max(2), measured.exits_ENK.argmax(2) == labels_N, cloud_N == labels_N)
     return {"exits": exits, "rates": rates, "thresholds": [t.model_dump() for t in thresholds]}
 
 
-def final_scores(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Interval]:
+def final_scores(measured: Measured, trained: Trained, labels_TN: Sequence[NDArray[np.int64]]) -> dict[str, Interval]:
     """Scores on the test part, with intervals."""
-    cloud_N = measured.cloud_NK.argmax(1)
+    labels_N, cloud_N = labels_TN[0], measured.cloud_TNK[0].argmax(1)
     scores = {"test cloud accuracy": interval(cloud_N == labels_N)}
     for index, answer_N in enumerate(measured.exits_ENK.argmax(2)):
         scores[f"test exit{index} accuracy"] = interval(answer_N == labels_N)
         scores[f"test exit{index} agreement"] = interval(answer_N == cloud_N)
-    for index, answer_N in enumerate(measured.rates_RNK.argmax(2)):
-        scores[f"test rate{index} accuracy"] = interval(answer_N == labels_N)
-        scores[f"test rate{index} agreement"] = interval(answer_N == cloud_N)
+    for tap, described, built in zip(measured.taps, trained.taps, trained.architecture.taps, strict=True):
+        for width, first_RNK in zip(built.widths, tap.first_WRNK, strict=True):
+            for rate, answer_N in enumerate(first_RNK.argmax(2)):
+                name = f"test {described.name} {width:g} rate{rate}"
+                scores[f"{name} accuracy"] = interval(answer_N == labels_N)
+                scores[f"{name} agreement"] = interval(answer_N == cloud_N)
+        for task, others_NK, right_N in zip(trained.tasks[1:], tap.others_TNK, labels_TN[1:], strict=True):
+            scores[f"test {described.name} {task.name} accuracy"] = interval(others_NK.argmax(1) == right_N)
+    for task, cloud_NK, right_N in zip(trained.tasks[1:], measured.cloud_TNK[1:], labels_TN[1:], strict=True):
+        scores[f"test cloud {task.name} accuracy"] = interval(cloud_NK.argmax(1) == right_N)
     return scores
 
 
@@ -225,22 +307,22 @@ def write(
 ) -> Bundle:
     """Write the bundle: first a draft with neutral figures, then, measured as it runs, the final one.
 
-    `about` has name, labels and licence; `training` command, seed, seconds and data.
+    `about` has name and licence; `training` command, seed, seconds and data.
     """
     trained.split.eval()
     weights = halve_weights(trained.split)
-    segments, bottleneck, files = head_parts(trained)
+    segments, taps, files = head_parts(trained)
     files["weights.safetensors"] = safetensors.torch.save(weights)
-    exits = [{"name": f"exit{i}", "accuracy": 0.0, "agreement": 0.0} for i in range(len(segments))]
-    blank = {"mean_bytes": 0.0, "max_bytes": 0, "accuracy": 0.0, "agreement": 0.0}
     manifest: dict[str, Any] = {
         **about,
-        "task": "classification",
+        "tasks": [task.model_dump(mode="json") for task in trained.tasks],
         "preprocessing": trained.preprocessing.model_dump(mode="json"),
         "architecture": trained.architecture.model_dump(mode="json"),
         "weights": "weights.safetensors",
         "segments": segments,
-        "tail_macs": tail_macs(trained, bottleneck["latent"]),
+        "tail_macs": macs(
+            trained.split.backbone.blocks[trained.split.cuts[-1] :], torch.zeros(1, *segments[-1]["output"])
+        ),
         "training": {
             **training,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -248,24 +330,31 @@ def write(
         },
         "units": UNITS,
     }
+    blank = {"mean_bytes": 0.0, "max_bytes": 0, "accuracy": 0.0, "agreement": 0.0}
     draft = {
         **manifest,
-        "exits": exits,
-        "bottleneck": {**bottleneck, "rates": [blank] * len(trained.tables)},
+        "exits": [{"name": f"exit{i}", "accuracy": 0.0, "agreement": 0.0} for i in range(len(segments))],
+        "taps": with_rates(taps, [[[blank] * tap.rates] * len(tap.widths) for tap in trained.architecture.taps]),
         "thresholds": [],
         "scores": {},
     }
     with tempfile.TemporaryDirectory() as scratch:
         opened = bundles.write(Path(scratch) / "draft", draft, files)
-        decided = calibrated(
-            measure(opened, calibration, "calibration"), calibration.labels_N, trained.architecture.cuts
-        )
-        scores = final_scores(measure(opened, test, "test"), test.labels_N)
+        decided = calibrated(measure(opened, calibration, "calibration"), calibration.labels_TN[0])
+        scores = final_scores(measure(opened, test, "test"), trained, test.labels_TN)
     final = {
         **manifest,
         "exits": decided["exits"],
-        "bottleneck": {**bottleneck, "rates": decided["rates"]},
+        "taps": with_rates(taps, decided["rates"]),
         "thresholds": decided["thresholds"],
         "scores": {name: score.model_dump() for name, score in scores.items()},
     }
     return bundles.write(folder, final, files)
+
+
+def with_rates(taps: list[dict[str, Any]], rates: list[list[list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """Tap entries with the figures of every width and rate put in."""
+    return [
+        {**tap, "widths": [{**width, "rates": own} for width, own in zip(tap["widths"], each, strict=True)]}
+        for tap, each in zip(taps, rates, strict=True)
+    ]

@@ -73,7 +73,9 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         trainable = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=schedule.peak_lr, weight_decay=schedule.weight_decay)
+        scales = sorted({getattr(p, "lr_scale", 1.0) for p in trainable})
+        groups = [{"params": [p for p in trainable if getattr(p, "lr_scale", 1.0) == scale]} for scale in scales]
+        optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, weight_decay=schedule.weight_decay)
         average = deepcopy(module).requires_grad_(False)
         checkpoint = self.folder / f"{stage}.ckpt"
         first = self._resume(checkpoint, module, average, optimizer)
@@ -87,8 +89,8 @@ class Run:
                 figures: dict[str, list[float]] = {}
                 generator = torch.Generator().manual_seed(torch.initial_seed())
                 for index, batch in enumerate(batches(epoch, generator)):
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(schedule, epoch + index / schedule.steps)
+                    for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                        group["lr"] = scale * learning_rate(schedule, epoch + index / schedule.steps)
                     loss, measured = loss_of(batch)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -146,9 +148,15 @@ class Run:
 
     def seconds(self) -> float:
         """Time spent training, over all stages and resumed runs."""
+        return sum(float(line["seconds"]) for line in self._logged())
+
+    def last_figures(self) -> dict[str, dict[str, float]]:
+        """What the last epoch of every stage logged."""
+        return {line.pop("stage"): line for line in self._logged()}
+
+    def _logged(self) -> list[dict[str, Any]]:
         lines = self.log.read_text(encoding="utf-8").splitlines()
-        whole = (line for line in lines if line.endswith("}"))  # a killed run may leave half a line
-        return sum(float(json.loads(line)["seconds"]) for line in whole)
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
 
 @torch.no_grad()

@@ -155,6 +155,10 @@ class EfficientNetLite(nn.Module):
         logits_BK: Tensor = self.blocks(images_B3HW)
         return logits_BK
 
+    def section(self, start: int, stop: int | None = None) -> nn.Sequential:
+        """Blocks `start` to `stop`, shared with the whole."""
+        return nn.Sequential(*list(self.blocks)[start:stop])
+
     def set_drop_path(self, last: float) -> None:
         """Stochastic depth rising linearly to `last` at the deepest block."""
         for index, block in enumerate(self.blocks):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.errors import BundleError
+from models.errors import BundleError, InvalidInput
 
 # ONNX Runtime reports to its makers unless told not to before it is loaded; its own switch comes too late.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -19,29 +21,45 @@ Floats = NDArray[np.float32]
 
 
 class Head:
-    """Segments of the trunk, each with an exit, and the encoder behind the last."""
+    """Segments of the trunk, each with an exit, and the encoders of the taps."""
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         """`threads` for ONNX Runtime; 0 lets it take every core. Raises BundleError when a file is not what it says."""
         manifest = bundle.manifest
         self.exits = len(manifest.segments)
+        labels = (len(manifest.tasks[0].labels),)
         self._segments = [
-            session(bundle, s.file, threads, [s.input], [s.output, (len(manifest.labels),)]) for s in manifest.segments
+            session(bundle, s.file, threads, {"x": s.input}, [s.output, labels]) for s in manifest.segments
         ]
-        bottleneck = manifest.bottleneck
-        self._encoder = session(
-            bundle, bottleneck.encoder, threads, [manifest.segments[-1].output], [bottleneck.latent]
-        )
+        self._widths = [len(tap.widths) for tap in manifest.taps]
+        self._encoders = [self._encoder(bundle, index, threads) for index in range(len(manifest.taps))]
 
     def segment(self, index: int, x_CHW: Floats) -> tuple[Floats, Floats]:
         """Image (index 0) or features of the segment before -> features_CHW, probabilities_K of exit `index`."""
         features_1CHW, logits_1K = self._segments[index].run(None, {"x": x_CHW[None]})
         return features_1CHW[0], softmax(logits_1K[0])
 
-    def encode(self, features_CHW: Floats) -> Floats:
-        """Features of the last segment -> latent_CHW, not yet quantised."""
-        latent_CHW: Floats = self._encoder.run(None, {"x": features_CHW[None]})[0][0]
+    def encode(self, tap: int, x_CHW: Floats, width: int) -> Floats:
+        """Image (a tap after 0 segments) or features behind as many as it comes after -> latent_CHW, not yet quantised.
+
+        `width` indexes the tap's widths. Raises InvalidInput when there is no such width.
+        """
+        if not 0 <= width < self._widths[tap]:
+            raise InvalidInput(f"width {width} does not exist, the tap has widths 0 to {self._widths[tap] - 1}")
+        inputs: dict[str, NDArray[Any]] = {"x": x_CHW[None]}
+        if self._widths[tap] > 1:
+            inputs["width"] = np.array(width, np.int64)
+        latent_CHW: Floats = self._encoders[tap].run(None, inputs)[0][0]
         return latent_CHW
+
+    def _encoder(self, bundle: Bundle, index: int, threads: int) -> onnxruntime.InferenceSession:
+        manifest = bundle.manifest
+        tap, after = manifest.taps[index], manifest.architecture.taps[index].after
+        source = manifest.segments[after - 1].output if after else manifest.segments[0].input
+        inputs: dict[str, tuple[int, ...] | None] = {"x": source}
+        if self._widths[index] > 1:
+            inputs["width"] = None
+        return session(bundle, tap.encoder, threads, inputs, [tap.latent])
 
 
 def softmax(logits_K: Floats) -> Floats:
@@ -52,9 +70,16 @@ def softmax(logits_K: Floats) -> Floats:
 
 
 def session(
-    bundle: Bundle, name: str, threads: int, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]]
+    bundle: Bundle,
+    name: str,
+    threads: int,
+    inputs: Mapping[str, tuple[int, ...] | None],
+    outputs: Sequence[tuple[int, ...]],
 ) -> onnxruntime.InferenceSession:
-    """An ONNX graph of the bundle with exactly these shapes (batch of one left out). Raises BundleError."""
+    """An ONNX graph of the bundle with exactly these inputs and outputs. Raises BundleError.
+
+    Shapes are of float32 arrays without their batch of one; None is one int64.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -68,10 +93,12 @@ def session(
         raise BundleError(
             f"{bundle.folder / name}: not a usable ONNX graph: {str(error).splitlines()[0][:200]}"
         ) from error
-    if [node.name for node in found.get_inputs()] != ["x"]:
-        raise BundleError(f"{bundle.folder / name}: expected one input named x")
-    for kind, nodes, shapes in (("input", found.get_inputs(), inputs), ("output", found.get_outputs(), outputs)):
-        got = [tuple(node.shape) for node in nodes]
-        if got != [(1, *shape) for shape in shapes]:
+    names = [node.name for node in found.get_inputs()]
+    if names != list(inputs):
+        raise BundleError(f"{bundle.folder / name}: inputs are named {names}, expected {list(inputs)}")
+    sides = (("input", found.get_inputs(), list(inputs.values())), ("output", found.get_outputs(), list(outputs)))
+    for kind, nodes, shapes in sides:
+        got = [(node.type, tuple(node.shape)) for node in nodes]
+        if got != [("tensor(int64)", ()) if s is None else ("tensor(float)", (1, *s)) for s in shapes]:
             raise BundleError(f"{bundle.folder / name}: {kind} shapes {got}, the manifest says {shapes}")
     return found

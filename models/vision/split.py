@@ -1,13 +1,18 @@
-"""A backbone cut in two with a bottleneck between, exits on the way: the PyTorch side, for training and the cloud.
+"""A backbone cut in two with bottlenecks between, exits on the way: the PyTorch side, for training and the cloud.
 
 Knows nothing about rates' integer tables or the wire.
 
-    images_B3HW -> trunk[0] -> exit 0
-                   trunk[1] -> exit 1
-                   ...      -> encoder -> latent_BCHW ~~~ the bridge ~~~ decoder -> tail -> logits_BK
+    images_B3HW -> taps[0].encoder -----------------> latent ~ the bridge ~ taps[0].decoder -> [blocks] -+
+                -> segment 0 -> exit 0                                                                   |
+                   segment 1 -> exit 1                                                                   |
+                   ...       -> taps[1].encoder ----> latent ~ the bridge ~ taps[1].decoder -------------+-> tail
+                                                                                                         +-> heads
 
-`tail(trunk(x))` is the unsplit backbone: a whole image sent to the cloud goes that way and meets no bottleneck.
-Source: Matsubara et al., "Supervised Compression for Resource-Constrained Edge Computing Systems" (WACV 2022).
+A decoder gives the features before a block of the backbone, which goes on from there: one tail answers all taps, and
+`tail(trunk(x))` is the unsplit backbone: a whole image sent to the cloud goes that way and meets no bottleneck. The
+tail answers the first task; every other task has a small head beside it.
+Source: Matsubara et al., "Supervised Compression for Resource-Constrained Edge Computing Systems" (WACV 2022); several
+tasks from one payload: Matsubara et al., "Ladon" (WACV 2025).
 """
 
 from __future__ import annotations
@@ -15,8 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.manifest import Architecture
+from models.manifest import Architecture, TapArchitecture
 from models.vision.efficientnet_lite import EfficientNetLite, InvertedResidual, Stage, conv_bn
+from models.vision.slim import SlimEncoder
 
 EXIT_CHANNELS = 256
 
@@ -74,19 +80,73 @@ class Decoder(nn.Module):
         return features_BCHW
 
 
+class DenseDecoder(nn.Module):
+    """Latent -> trunk features: a linear map, mended by residual blocks of 3x3 convolutions that are told the rate.
+
+    As many weights as it likes, they stay in the cloud; matrix units run them faster than `Decoder`'s depthwise ones.
+    Untrained, it is the linear map alone.
+    """
+
+    BLOCKS = 3
+
+    def __init__(self, latent: int, outputs: int, hidden: int, rates: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(latent, outputs, 1)
+        self.expand = nn.Conv2d(latent, hidden, 3, padding=1)
+        self.rate_bias = nn.Embedding(rates, hidden * self.BLOCKS)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, hidden, 3, padding=1))
+            for _ in range(self.BLOCKS)
+        )
+        self.project = nn.Conv2d(hidden, outputs, 1)
+        nn.init.zeros_(self.rate_bias.weight)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+
+    def forward(self, latent_BCHW: Tensor, rate_B: Tensor) -> Tensor:
+        hidden_BCHW = self.expand(latent_BCHW)
+        biases = self.rate_bias(rate_B)[:, :, None, None].chunk(self.BLOCKS, 1)
+        for block, bias_BC11 in zip(self.blocks, biases, strict=True):
+            hidden_BCHW = hidden_BCHW + block((hidden_BCHW + bias_BC11).relu())
+        features_BCHW: Tensor = self.linear(latent_BCHW) + self.project(hidden_BCHW.relu())
+        return features_BCHW
+
+
+class Tap(nn.Module):
+    """One bottleneck: encoder for the device, decoder for the cloud."""
+
+    def __init__(self, architecture: TapArchitecture, backbone: EfficientNetLite, cuts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.latent_channels = latent = architecture.latent_channels
+        self.rejoin = architecture.rejoin or cuts[-1]
+        outputs = backbone.channels[self.rejoin - 1]
+        if architecture.after:
+            inputs = backbone.channels[cuts[architecture.after - 1] - 1]
+            self.encoder: nn.Module = Encoder(inputs, latent)
+        else:
+            self.encoder = SlimEncoder(backbone.section(0, architecture.blocks), outputs, latent, architecture.widths)
+        kind: type[Decoder | DenseDecoder] = Decoder if architecture.after else DenseDecoder
+        self.decoder = kind(latent, outputs, architecture.decoder_channels, architecture.rates)
+
+    @property
+    def slim(self) -> SlimEncoder:
+        """The encoder of a tap behind the image."""
+        assert isinstance(self.encoder, SlimEncoder)
+        return self.encoder
+
+
 class SplitClassifier(nn.Module):
-    """Backbone, cuts, exits and bottleneck as one module, so that one state dict holds all weights."""
+    """Backbone, cuts, exits, taps and heads as one module, so that one state dict holds all weights."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.cuts = architecture.cuts
-        self.backbone = EfficientNetLite(architecture.backbone, architecture.classes)
+        first, *others = architecture.classes
+        self.backbone = EfficientNetLite(architecture.backbone, first)
         widths = [self.backbone.channels[cut - 1] for cut in self.cuts]
-        self.exits = nn.ModuleList(ExitHead(width, architecture.classes) for width in widths)
-        self.encoder = Encoder(widths[-1], architecture.latent_channels)
-        self.decoder = Decoder(
-            architecture.latent_channels, widths[-1], architecture.decoder_channels, architecture.rates
-        )
+        self.exits = nn.ModuleList(ExitHead(width, first) for width in widths)
+        self.taps = nn.ModuleList(Tap(tap, self.backbone, self.cuts) for tap in architecture.taps)
+        self.heads = nn.ModuleList(ExitHead(widths[-1], classes) for classes in others)
 
     def segment(self, index: int, x_BCHW: Tensor) -> Tensor:
         """Features after cut `index`, from those after the cut before it (or from the image)."""
@@ -102,6 +162,24 @@ class SplitClassifier(nn.Module):
     def tail(self, features_BCHW: Tensor) -> Tensor:
         """Logits from features after the last cut."""
         logits_BK: Tensor = self.backbone.blocks[self.cuts[-1] :](features_BCHW)
+        return logits_BK
+
+    def tap(self, index: int) -> Tap:
+        """One bottleneck."""
+        tap = self.taps[index]
+        assert isinstance(tap, Tap)
+        return tap
+
+    def decode(self, tap: int, latent_BCHW: Tensor, rate_B: Tensor) -> Tensor:
+        """Features after the last cut, from a dequantised latent."""
+        bottleneck = self.tap(tap)
+        features_BCHW = bottleneck.decoder(latent_BCHW, rate_B)
+        decoded_BCHW: Tensor = self.backbone.blocks[bottleneck.rejoin : self.cuts[-1]](features_BCHW)
+        return decoded_BCHW
+
+    def answer(self, features_BCHW: Tensor, task: int) -> Tensor:
+        """Logits of one task from features after the last cut."""
+        logits_BK: Tensor = self.heads[task - 1](features_BCHW) if task else self.tail(features_BCHW)
         return logits_BK
 
     def forward(self, images_B3HW: Tensor) -> Tensor:

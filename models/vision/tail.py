@@ -18,27 +18,41 @@ from models.vision.split import SplitClassifier
 
 Floats = NDArray[np.float32]
 
+FIRST = (0,)  # the tasks of those who ask for the first alone
+
 
 class Tail:
-    """Answers batches of latents and of whole images with one set of weights."""
+    """Answers batches of latents and of whole images with one set of weights, each for any of the bundle's tasks."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Build the architecture and load its weights. Raises BundleError when they do not fit."""
         fused = fuse_batch_norms(load_split(bundle))
         self._split = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    @torch.inference_mode()
-    def answer_latents(self, latents: Sequence[Floats], rates: Sequence[int]) -> Floats:
-        """Dequantised latents (C, H, W) with their rates -> probabilities_BK."""
-        latent_BCHW = torch.from_numpy(np.stack(latents)).to(memory_format=torch.channels_last)
-        features_BCHW = self._split.decoder(latent_BCHW, torch.tensor(list(rates)))
-        return probabilities(self._split.tail(features_BCHW))
+    def answer_latents(self, tap: int, latents: Sequence[Floats], rates: Sequence[int]) -> Floats:
+        """Dequantised latents (C, H, W) of a tap with their rates -> probabilities_BK of the first task."""
+        return self.latents_to_tasks(tap, latents, rates, FIRST)[0]
+
+    def answer_images(self, images: Sequence[Floats]) -> Floats:
+        """Preprocessed images (3, H, W) -> probabilities_BK of the first task, by the unsplit cloud model."""
+        return self.images_to_tasks(images, FIRST)[0]
 
     @torch.inference_mode()
-    def answer_images(self, images: Sequence[Floats]) -> Floats:
-        """Preprocessed images (3, H, W) -> probabilities_BK of the unsplit cloud model."""
+    def latents_to_tasks(
+        self, tap: int, latents: Sequence[Floats], rates: Sequence[int], tasks: Sequence[int]
+    ) -> list[Floats]:
+        """Dequantised latents (C, H, W) of a tap with their rates -> probabilities_BK of each of `tasks`."""
+        latent_BCHW = torch.from_numpy(np.stack(latents)).to(memory_format=torch.channels_last)
+        return self._answers(self._split.decode(tap, latent_BCHW, torch.tensor(list(rates))), tasks)
+
+    @torch.inference_mode()
+    def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
+        """Preprocessed images (3, H, W) -> probabilities_BK of each of `tasks`; no bottleneck is met."""
         images_B3HW = torch.from_numpy(np.stack(images)).to(memory_format=torch.channels_last)
-        return probabilities(self._split(images_B3HW))
+        return self._answers(self._split.trunk(images_B3HW), tasks)
+
+    def _answers(self, features_BCHW: Tensor, tasks: Sequence[int]) -> list[Floats]:
+        return [probabilities(self._split.answer(features_BCHW, task)) for task in tasks]
 
 
 def load_split(bundle: Bundle) -> SplitClassifier:

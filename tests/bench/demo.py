@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,7 @@ def figures(arm: Arm, labels_N: NDArray[np.int64], cloud_N: NDArray[np.int64]) -
         "bytes_up_per_upload": float(up_N.sum() / uploads) if uploads else 0.0,
         "wire_bytes_up_per_image": arm.proxy.up.bytes / len(answers),
         "cloud_share": uploads / len(answers),
+        "points": Counter(f"{a.tap} {a.width:g} rate {a.rate}" for a in answers if a.width is not None),
         "degraded": sum(answer.degraded for answer in answers),
         "latency_ms": {
             "mean": float(total_N.mean()),

@@ -65,7 +65,7 @@ class Bench:
 
     def __init__(self, checkpoint: Checkpoint, target: str, tokens: int, sampling: Sampling) -> None:
         self.checkpoint, self.tokens, self.sampling = checkpoint, tokens, sampling
-        link = Link(target, checkpoint.fingerprint, checkpoint.config.vocab, None, BREAKER)
+        link = Link(target, checkpoint.fingerprint, (checkpoint.config.vocab,), None, BREAKER)
         link.wait_probed(10.0)
         self.replicas = Replicas([link], checkpoint.fingerprint, WAIT_S)
         self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in MODELS.items()}

@@ -119,11 +119,11 @@ class CloudProcess:
 
 
 class EdgeProcess:
-    """`python -m edge_agent run` with a language model, on a loopback port."""
+    """`python -m edge_agent run` on a loopback port."""
 
-    def __init__(self, model: Path, *arguments: str) -> None:
+    def __init__(self, *arguments: str) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
-        self._arguments = [sys.executable, "-m", "edge_agent", "run", "--model", str(model)]
+        self._arguments = [sys.executable, "-m", "edge_agent", "run"]
         self._arguments += ["--listen", f"127.0.0.1:{port}", *arguments]
         self._log = tempfile.NamedTemporaryFile(prefix="edge-", suffix=".log")  # noqa: SIM115
 

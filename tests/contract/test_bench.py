@@ -32,6 +32,7 @@ def test_demo_writes_table_figures_and_picture(tmp_path: Path) -> None:
         assert {"mean", "p50", "p99"} == set(row["latency_ms"])
         assert row["degraded"] == 0
     assert result["arms"]["edge_only"]["bytes_up_per_image"] == 0
+    assert sum(result["arms"]["isthmus"]["points"].values()) <= 8 and not result["arms"]["offload_jpeg75"]["points"]
     assert result["arms"]["offload_jpeg75"]["cloud_share"] == 1
     for name in ARMS[1:3]:  # the link carries at least what the messages hold
         assert result["arms"][name]["wire_bytes_up_per_image"] > result["arms"][name]["bytes_up_per_image"] > 1000

@@ -25,10 +25,10 @@ Status = grpc.StatusCode
 
 @pytest.fixture
 def good(tiny_bundle: Bundle) -> pb.InferRequest:
-    codec = tiny_bundle.codec()
+    codec = tiny_bundle.codec(1)
     rng = np.random.default_rng(0)
     integers_CHW = codec.quantise(rng.normal(size=codec.shape_CHW).astype(np.float32), 1)
-    payload = Payload(Codec.FACTORIZED, 1, codec.encode(integers_CHW, 1))
+    payload = Payload(Codec.BOTTLENECK, 1, 1, codec.encode(integers_CHW, 1))
     return wire.pack_request(CloudRequest(1, tiny_bundle.fingerprint, 10.0, payload))
 
 
@@ -41,7 +41,7 @@ def stub(cloud: CloudProcess) -> Iterator[pb_grpc.IsthmusStub]:
 
 def resealed(message: pb.InferRequest) -> pb.InferRequest:
     """The checksum made true again: what a liar sends, not a bad link."""
-    message.crc32 = wire.checksum(message.bundle, Codec(message.codec), message.rate, message.payload)
+    message.crc32 = wire.checksum(message)
     return message
 
 
@@ -71,12 +71,48 @@ def wrong_version(message: pb.InferRequest) -> pb.InferRequest:
 
 
 def wrong_bundle(message: pb.InferRequest) -> pb.InferRequest:
-    message.bundle = bytes(8)
+    message.bundle = 0
     return resealed(message)
 
 
 def wrong_rate(message: pb.InferRequest) -> pb.InferRequest:
-    message.rate = 99
+    message.point = limits.MAX_RATES + 2
+    return resealed(message)
+
+
+def wrong_tap(message: pb.InferRequest) -> pb.InferRequest:
+    message.point = 7 * limits.MAX_RATES
+    return resealed(message)
+
+
+def wild_point(message: pb.InferRequest) -> pb.InferRequest:
+    message.point = wire.UINT32
+    return resealed(message)
+
+
+def other_tap(message: pb.InferRequest) -> pb.InferRequest:
+    """A payload under another tap's tables."""
+    message.point = 1
+    return resealed(message)
+
+
+def wrong_task(message: pb.InferRequest) -> pb.InferRequest:
+    message.tasks = 0b101
+    return resealed(message)
+
+
+def every_task(message: pb.InferRequest) -> pb.InferRequest:
+    message.tasks = wire.UINT32
+    return resealed(message)
+
+
+def unsealed_task(message: pb.InferRequest) -> pb.InferRequest:
+    message.tasks = 0b10
+    return message
+
+
+def image_at_a_point(message: pb.InferRequest) -> pb.InferRequest:
+    message.codec = pb.CODEC_IMAGE
     return resealed(message)
 
 
@@ -90,7 +126,7 @@ def noise(message: pb.InferRequest) -> pb.InferRequest:
 
 
 def not_an_image(message: pb.InferRequest) -> pb.InferRequest:
-    message.codec, message.rate = pb.CODEC_IMAGE, 0
+    message.codec, message.point = pb.CODEC_IMAGE, 0
     return resealed(message)
 
 
@@ -109,9 +145,16 @@ CASES = [
     (bit_flipped, Status.DATA_LOSS, "CRC-32"),
     (oversized, Status.RESOURCE_EXHAUSTED, "larger than max"),
     (over_the_bundles_cap, Status.OUT_OF_RANGE, "cap"),
-    (wrong_version, Status.FAILED_PRECONDITION, "wire version 2, this service reads 1"),
+    (wrong_version, Status.FAILED_PRECONDITION, "wire version 3, this service reads 2"),
     (wrong_bundle, Status.NOT_FOUND, "0000000000000000"),
-    (wrong_rate, Status.INVALID_ARGUMENT, "rate 99"),
+    (wrong_rate, Status.INVALID_ARGUMENT, "rate 2 does not exist, the bundle has rates 0 to 1"),
+    (wrong_tap, Status.INVALID_ARGUMENT, "tap 7 does not exist, the bundle has 0 light, 1 deep"),
+    (wild_point, Status.INVALID_ARGUMENT, "tap 67108863 does not exist"),
+    (other_tap, Status.DATA_LOSS, "decode"),
+    (wrong_task, Status.INVALID_ARGUMENT, "task 2 does not exist, the bundle has 0 defect, 1 colour"),
+    (every_task, Status.INVALID_ARGUMENT, "task 2 does not exist"),
+    (unsealed_task, Status.DATA_LOSS, "CRC-32"),
+    (image_at_a_point, Status.INVALID_ARGUMENT, "point is 65, expected 0 for a whole image"),
     (lying_truncation, Status.DATA_LOSS, "do not decode"),
     (noise, Status.DATA_LOSS, "decode"),
     (not_an_image, Status.INVALID_ARGUMENT, "not a readable"),
@@ -178,7 +221,7 @@ def test_others_go_on_while_a_peer_attacks(
     attacker = threading.Thread(target=attack)
     attacker.start()
     agent = new_agent(cloud.target, mode="split", deadline_s=10.0)
-    answers = [agent.infer(photo) for _ in range(30)]
+    answers = [agent.infer(photo, tap="deep", rate=1) for _ in range(30)]
     stop.set()
     attacker.join()
     assert attacks >= len(CASES)

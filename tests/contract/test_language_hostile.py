@@ -84,7 +84,7 @@ def garbage(count: int) -> tuple[int, ...]:
 
 
 OPENINGS: dict[str, tuple[Spoil, Status, str]] = {
-    "wrong version": (changed(wire_version=2), Status.FAILED_PRECONDITION, "wire version 2, this service reads 1"),
+    "wrong version": (changed(wire_version=3), Status.FAILED_PRECONDITION, "wire version 3, this service reads 2"),
     "wrong model": (changed(model=bytes(8)), Status.NOT_FOUND, "0000000000000000"),
     "cut model": (changed(model=b"abc"), Status.INVALID_ARGUMENT, "model has 3 bytes, expected 8"),
     "cut session": (changed(session=b"abc"), Status.INVALID_ARGUMENT, "session has 3 bytes, expected 16"),

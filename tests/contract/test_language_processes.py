@@ -34,7 +34,7 @@ def cloud(endless_llama: Path) -> Iterator[CloudProcess]:
 
 @pytest.fixture(scope="module")
 def edge(cloud: CloudProcess, endless_llama: Path) -> Iterator[EdgeProcess]:
-    with EdgeProcess(endless_llama, "--cloud", cloud.target, "--threads", "1") as process:
+    with EdgeProcess("--model", str(endless_llama), "--cloud", cloud.target, "--threads", "1") as process:
         yield process
 
 

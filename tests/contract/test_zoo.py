@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from models.bundle import Bundle
-from models.codecs.factorized import Integers
+from models.codecs.contexts import Integers
 from models.recipes.elpv_data import load
 from models.vision.head import Head
 from models.vision.images import open_image, preprocess
@@ -37,50 +38,60 @@ def test_there_is_a_zoo_and_it_is_small() -> None:
 def test_manifest_says_how_it_was_made_and_what_it_scored(shipped: Bundle) -> None:
     manifest = shipped.manifest
     assert manifest.training.command.startswith("python -m models.recipes") and manifest.training.seconds > 0
-    assert {"test cloud accuracy", "test exit0 accuracy", "test rate0 agreement"} <= set(manifest.scores)
-    assert len(manifest.bottleneck.rates) >= 3 and len(manifest.exits) >= 1 and manifest.thresholds
+    promised = {"test cloud accuracy", "test exit0 accuracy"}
+    promised |= {f"test cloud {task.name} accuracy" for task in manifest.tasks[1:]}
+    for tap in manifest.taps:
+        for width in tap.widths:
+            assert len(width.rates) >= 3
+            promised |= {f"test {tap.name} {width.width:g} rate{rate} agreement" for rate in range(len(width.rates))}
+    assert promised <= set(manifest.scores)
+    assert len(manifest.exits) >= 1 and manifest.thresholds
 
 
 def test_only_listed_files_lie_in_the_folder(shipped: Bundle) -> None:
     assert {path.name for path in shipped.folder.iterdir()} == {*shipped.manifest.files, "manifest.json"}
 
 
-def quantised(shipped: Bundle, photos: int) -> list[list[Integers]]:
-    """Integers of real photos at every rate, as the device computes them."""
-    head, codec, found = Head(shipped, 1), shipped.codec(), []
+def quantised(shipped: Bundle, photos: int) -> Iterator[tuple[int, int, Integers]]:
+    """Tap, rate and integers of real photos at every width and rate, as the device computes them."""
+    head, manifest = Head(shipped, 1), shipped.manifest
+    codecs = [shipped.codec(tap) for tap in range(len(manifest.taps))]
     for path in load("calibration").paths[:photos]:
-        x_CHW = preprocess(open_image(path.read_bytes()), shipped.manifest.preprocessing)
+        behind = [preprocess(open_image(path.read_bytes()), manifest.preprocessing)]
         for index in range(head.exits):
-            x_CHW, _ = head.segment(index, x_CHW)
-        latent_CHW = head.encode(x_CHW)
-        found.append([codec.quantise(latent_CHW, rate) for rate in range(len(codec.rates))])
-    return found
+            behind.append(head.segment(index, behind[-1])[0])
+        for tap, built in enumerate(manifest.architecture.taps):
+            for width in range(len(built.widths)):
+                latent_CHW = head.encode(tap, behind[built.after], width)
+                for rate in range(built.rates):
+                    yield tap, rate, codecs[tap].quantise(latent_CHW, rate)
 
 
 def test_real_size_is_the_ideal_one(shipped: Bundle) -> None:
-    codec = shipped.codec()
-    for integers in quantised(shipped, 12):
-        for rate, integers_CHW in enumerate(integers):
-            ideal_bytes = codec.ideal_bits(integers_CHW, rate) / 8
-            assert len(codec.encode(integers_CHW, rate)) <= 1.02 * ideal_bytes + 32
+    codecs = [shipped.codec(tap) for tap in range(len(shipped.manifest.taps))]
+    for tap, rate, integers_CHW in quantised(shipped, 6):
+        ideal_bytes = codecs[tap].ideal_bits(integers_CHW, rate) / 8
+        assert len(codecs[tap].encode(integers_CHW, rate)) <= 1.02 * ideal_bytes + 32
 
 
 DECODE = """
 import hashlib, sys, numpy as np
 from pathlib import Path
 from models.bundle import Bundle
-codec = Bundle.open(sys.argv[1]).codec()
+bundle = Bundle.open(sys.argv[1])
+codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
 for line in sys.stdin:
-    rate, data = line.split()
-    print(hashlib.sha256(codec.decode(bytes.fromhex(data), int(rate)).astype('<i4').tobytes()).hexdigest())
+    tap, rate, data = line.split()
+    integers = codecs[int(tap)].decode(bytes.fromhex(data), int(rate))
+    print(hashlib.sha256(integers.astype('<i4').tobytes()).hexdigest())
 """
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_another_process_decodes_exactly(shipped: Bundle, threads: str) -> None:
-    codec = shipped.codec()
-    pairs = [(rate, q) for integers in quantised(shipped, 4) for rate, q in enumerate(integers)]
-    lines = "".join(f"{rate} {codec.encode(integers_CHW, rate).hex()}\n" for rate, integers_CHW in pairs)
+    codecs = [shipped.codec(tap) for tap in range(len(shipped.manifest.taps))]
+    found = list(quantised(shipped, 4))
+    lines = "".join(f"{tap} {rate} {codecs[tap].encode(integers, rate).hex()}\n" for tap, rate, integers in found)
     result = subprocess.run(
         [sys.executable, "-c", DECODE, str(shipped.folder)],
         input=lines,
@@ -91,7 +102,7 @@ def test_another_process_decodes_exactly(shipped: Bundle, threads: str) -> None:
         timeout=60,
         check=True,
     )
-    expected = [hashlib.sha256(q.astype("<i4").tobytes()).hexdigest() for _, q in pairs]
+    expected = [hashlib.sha256(q.astype("<i4").tobytes()).hexdigest() for _, _, q in found]
     assert result.stdout.split() == expected
 
 
@@ -108,13 +119,23 @@ def test_head_and_tail_joined_are_the_unsplit_network(shipped: Bundle) -> None:
         np.testing.assert_allclose(joined_K, tail.answer_images([image_CHW])[0], atol=1e-4)
 
 
+def test_every_tap_answers_every_task_with_probabilities(shipped: Bundle) -> None:
+    tail, manifest = Tail(shipped), shipped.manifest
+    for tap, rate, integers_CHW in quantised(shipped, 1):
+        latent_CHW = shipped.codec(tap).dequantise(integers_CHW, rate)
+        answers = tail.latents_to_tasks(tap, [latent_CHW], [rate], range(len(manifest.tasks)))
+        assert [answer_1K.shape for answer_1K in answers] == [(1, len(task.labels)) for task in manifest.tasks]
+        np.testing.assert_allclose([answer_1K.sum() for answer_1K in answers], 1, atol=1e-5)
+
+
 def test_payloads_of_shipped_bundles_are_golden(shipped: Bundle, request: pytest.FixtureRequest) -> None:
     """Old devices must be able to read new code's payloads: same integers, same bytes, for ever."""
-    codec, rng = shipped.codec(), np.random.default_rng(0)
-    digest = hashlib.sha256()
-    for rate, tables in enumerate(codec.rates):
-        spread_CHW = 0.3 * rng.normal(size=codec.shape_CHW).astype(np.float32) / tables.gain_C[:, None, None]
-        digest.update(codec.encode(codec.quantise(spread_CHW, rate), rate))
+    rng, digest = np.random.default_rng(0), hashlib.sha256()
+    for codec in (shipped.codec(tap) for tap in range(len(shipped.manifest.taps))):
+        for rate in range(len(codec.rates)):
+            some_CHW = np.rint(0.6 * rng.normal(size=codec.shape_CHW)).astype(np.int32)
+            within_CHW = codec.quantise(codec.dequantise(some_CHW, rate), rate)  # what the tables hold of them
+            digest.update(codec.encode(within_CHW, rate))
     path = ROOT / "tests" / "golden" / f"zoo_{shipped.manifest.name}.sha256"
     if request.config.getoption("--regenerate-golden"):
         Path(path).write_text(digest.hexdigest() + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from models.types import CloudRequest, Codec, Payload
 from protos import wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
 
-GOOD = wire.pack_request(CloudRequest(1, bytes(32), 1.0, Payload(Codec.FACTORIZED, 0, bytes(range(64)))))
+GOOD = wire.pack_request(CloudRequest(1, bytes(32), 1.0, Payload(Codec.BOTTLENECK, 1, 2, bytes(range(64))), (0, 1)))
 
 
 @given(data=st.binary(max_size=300))
@@ -23,8 +23,8 @@ def test_random_bytes_are_no_request(data: bytes) -> None:
         wire.unpack_request(pb.InferRequest.FromString(data))
 
 
-@given(data=st.binary(max_size=300), labels=st.integers(2, 10))
-def test_random_bytes_are_no_answer(data: bytes, labels: int) -> None:
+@given(data=st.binary(max_size=300), labels=st.lists(st.integers(2, 10), min_size=1, max_size=8))
+def test_random_bytes_are_no_answer(data: bytes, labels: list[int]) -> None:
     with contextlib.suppress(DecodeError), pytest.raises(IsthmusError):
         wire.unpack_answer(pb.InferResponse.FromString(data), labels)
 

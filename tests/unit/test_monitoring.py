@@ -17,7 +17,7 @@ from cloud_service.metrics import CloudMetrics
 from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.metrics import EdgeMetrics
 from models.bundle import Bundle
-from models.types import BundleInfo
+from models.types import BundleInfo, TapInfo, TaskInfo
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cloud_service" / "monitoring"
@@ -41,7 +41,8 @@ def registries(tiny_bundle: Bundle) -> tuple[CollectorRegistry, CollectorRegistr
     edge, cloud = CollectorRegistry(), CollectorRegistry()
     EdgeMetrics(edge, manifest)
     LanguageMetrics(edge)
-    info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, manifest.task, len(manifest.labels), 2)
+    tasks, taps = (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 3), TapInfo("deep", 2))
+    info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, tasks, taps)
     CloudMetrics(cloud, (info,))
     GenerationMetrics(GenerationFamilies(cloud), "tiny")
     return edge, cloud

@@ -24,39 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/isthmus/v1/isthmus.proto\x12\nisthmus.v1\"\xab\x01\n\x0cInferRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0e\n\x06\x62undle\x18\x02 \x01(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\r\x12\x11\n\tbudget_ms\x18\x04 \x01(\r\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\x12 \n\x05\x63odec\x18\x06 \x01(\x0e\x32\x11.isthmus.v1.Codec\x12\x0c\n\x04rate\x18\x07 \x01(\r\x12\x0f\n\x07payload\x18\x08 \x01(\x0c\"\x82\x01\n\rInferResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\r\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\ncompute_us\x18\x04 \x01(\r\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.isthmus.v1.Error\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"_\n\x0fGenerateRequest\x12 \n\x04open\x18\x01 \x01(\x0b\x32\x10.isthmus.v1.OpenH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.RoundH\x00\x42\x06\n\x04kind\"\xae\x01\n\x04Open\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\x0c\x12\x0f\n\x07session\x18\x03 \x01(\x0c\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\r\n\x05\x63rc32\x18\x06 \x01(\x07\x12\x13\n\x0btemperature\x18\x07 \x01(\x02\x12\r\n\x05top_p\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x10\n\x08logprobs\x18\n \x01(\r\"4\n\x05Round\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\r\x12\r\n\x05\x64raft\x18\x02 \x03(\r\x12\x0e\n\x06\x65xtend\x18\x03 \x01(\r\"\xe3\x01\n\x10GenerateResponse\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x11\n\textension\x18\x04 \x01(\x08\x12\x10\n\x08queue_us\x18\x05 \x01(\r\x12\x12\n\ncompute_us\x18\x06 \x01(\r\x12\x0e\n\x06passes\x18\x07 \x01(\r\x12\x0c\n\x04held\x18\x08 \x01(\r\x12&\n\x08logprobs\x18\t \x03(\x0b\x32\x14.isthmus.v1.Logprobs\x12 \n\x05\x65rror\x18\n \x01(\x0b\x32\x11.isthmus.v1.Error\"7\n\x08Logprobs\x12\x0b\n\x03own\x18\x01 \x01(\x02\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x03(\x02\"\"\n\x0f\x44\x65scribeRequest\x12\x0f\n\x07padding\x18\x01 \x01(\x0c\"\x81\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12#\n\x07\x62undles\x18\x03 \x03(\x0b\x32\x12.isthmus.v1.Bundle\x12!\n\x06models\x18\x04 \x03(\x0b\x32\x11.isthmus.v1.Model\"X\n\x06\x42undle\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0e\n\x06labels\x18\x04 \x01(\r\x12\r\n\x05rates\x18\x05 \x01(\r\"\\\n\x05Model\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05vocab\x18\x03 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x04 \x01(\r\x12\x10\n\x08numerics\x18\x05 \x01(\t*E\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43ODEC_FACTORIZED\x10\x01\x12\x0f\n\x0b\x43ODEC_IMAGE\x10\x02\x32\xa1\x02\n\x07Isthmus\x12<\n\x05Infer\x12\x18.isthmus.v1.InferRequest\x1a\x19.isthmus.v1.InferResponse\x12\x46\n\x0bInferStream\x12\x18.isthmus.v1.InferRequest\x1a\x19.isthmus.v1.InferResponse(\x01\x30\x01\x12I\n\x08Generate\x12\x1b.isthmus.v1.GenerateRequest\x1a\x1c.isthmus.v1.GenerateResponse(\x01\x30\x01\x12\x45\n\x08\x44\x65scribe\x12\x1b.isthmus.v1.DescribeRequest\x1a\x1c.isthmus.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/isthmus/v1/isthmus.proto\x12\nisthmus.v1\"\xbb\x01\n\x0cInferRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0e\n\x06\x62undle\x18\x02 \x01(\x06\x12\x12\n\nrequest_id\x18\x03 \x01(\r\x12\x11\n\tbudget_ms\x18\x04 \x01(\r\x12\r\n\x05\x63rc32\x18\x05 \x01(\x07\x12 \n\x05\x63odec\x18\x06 \x01(\x0e\x32\x11.isthmus.v1.Codec\x12\r\n\x05point\x18\x07 \x01(\r\x12\x0f\n\x07payload\x18\x08 \x01(\x0c\x12\r\n\x05tasks\x18\t \x01(\r\"\x82\x01\n\rInferResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\r\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x12\n\ncompute_us\x18\x04 \x01(\r\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.isthmus.v1.Error\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"_\n\x0fGenerateRequest\x12 \n\x04open\x18\x01 \x01(\x0b\x32\x10.isthmus.v1.OpenH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.RoundH\x00\x42\x06\n\x04kind\"\xae\x01\n\x04Open\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\x0c\x12\x0f\n\x07session\x18\x03 \x01(\x0c\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\r\n\x05\x63rc32\x18\x06 \x01(\x07\x12\x13\n\x0btemperature\x18\x07 \x01(\x02\x12\r\n\x05top_p\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x10\n\x08logprobs\x18\n \x01(\r\"4\n\x05Round\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\r\x12\r\n\x05\x64raft\x18\x02 \x03(\r\x12\x0e\n\x06\x65xtend\x18\x03 \x01(\r\"\xe3\x01\n\x10GenerateResponse\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x11\n\textension\x18\x04 \x01(\x08\x12\x10\n\x08queue_us\x18\x05 \x01(\r\x12\x12\n\ncompute_us\x18\x06 \x01(\r\x12\x0e\n\x06passes\x18\x07 \x01(\r\x12\x0c\n\x04held\x18\x08 \x01(\r\x12&\n\x08logprobs\x18\t \x03(\x0b\x32\x14.isthmus.v1.Logprobs\x12 \n\x05\x65rror\x18\n \x01(\x0b\x32\x11.isthmus.v1.Error\"7\n\x08Logprobs\x12\x0b\n\x03own\x18\x01 \x01(\x02\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x03(\x02\"\"\n\x0f\x44\x65scribeRequest\x12\x0f\n\x07padding\x18\x01 \x01(\x0c\"\x81\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12#\n\x07\x62undles\x18\x03 \x03(\x0b\x32\x12.isthmus.v1.Bundle\x12!\n\x06models\x18\x04 \x03(\x0b\x32\x11.isthmus.v1.Model\"k\n\x06\x42undle\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1f\n\x05tasks\x18\x03 \x03(\x0b\x32\x10.isthmus.v1.Task\x12\x1d\n\x04taps\x18\x04 \x03(\x0b\x32\x0f.isthmus.v1.Tap\"$\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x01(\r\"\"\n\x03Tap\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05rates\x18\x02 \x01(\r\"\\\n\x05Model\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05vocab\x18\x03 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x04 \x01(\r\x12\x10\n\x08numerics\x18\x05 \x01(\t*E\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43ODEC_BOTTLENECK\x10\x01\x12\x0f\n\x0b\x43ODEC_IMAGE\x10\x02\x32\xa1\x02\n\x07Isthmus\x12<\n\x05Infer\x12\x18.isthmus.v1.InferRequest\x1a\x19.isthmus.v1.InferResponse\x12\x46\n\x0bInferStream\x12\x18.isthmus.v1.InferRequest\x1a\x19.isthmus.v1.InferResponse(\x01\x30\x01\x12I\n\x08Generate\x12\x1b.isthmus.v1.GenerateRequest\x1a\x1c.isthmus.v1.GenerateResponse(\x01\x30\x01\x12\x45\n\x08\x44\x65scribe\x12\x1b.isthmus.v1.DescribeRequest\x1a\x1c.isthmus.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.isthmus.v1.isthmus_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=1361
-  _globals['_CODEC']._serialized_end=1430
+  _globals['_CODEC']._serialized_start=1470
+  _globals['_CODEC']._serialized_end=1539
   _globals['_INFERREQUEST']._serialized_start=48
-  _globals['_INFERREQUEST']._serialized_end=219
-  _globals['_INFERRESPONSE']._serialized_start=222
-  _globals['_INFERRESPONSE']._serialized_end=352
-  _globals['_ERROR']._serialized_start=354
-  _globals['_ERROR']._serialized_end=392
-  _globals['_GENERATEREQUEST']._serialized_start=394
-  _globals['_GENERATEREQUEST']._serialized_end=489
-  _globals['_OPEN']._serialized_start=492
-  _globals['_OPEN']._serialized_end=666
-  _globals['_ROUND']._serialized_start=668
-  _globals['_ROUND']._serialized_end=720
-  _globals['_GENERATERESPONSE']._serialized_start=723
-  _globals['_GENERATERESPONSE']._serialized_end=950
-  _globals['_LOGPROBS']._serialized_start=952
-  _globals['_LOGPROBS']._serialized_end=1007
-  _globals['_DESCRIBEREQUEST']._serialized_start=1009
-  _globals['_DESCRIBEREQUEST']._serialized_end=1043
-  _globals['_DESCRIBERESPONSE']._serialized_start=1046
-  _globals['_DESCRIBERESPONSE']._serialized_end=1175
-  _globals['_BUNDLE']._serialized_start=1177
-  _globals['_BUNDLE']._serialized_end=1265
-  _globals['_MODEL']._serialized_start=1267
-  _globals['_MODEL']._serialized_end=1359
-  _globals['_ISTHMUS']._serialized_start=1433
-  _globals['_ISTHMUS']._serialized_end=1722
+  _globals['_INFERREQUEST']._serialized_end=235
+  _globals['_INFERRESPONSE']._serialized_start=238
+  _globals['_INFERRESPONSE']._serialized_end=368
+  _globals['_ERROR']._serialized_start=370
+  _globals['_ERROR']._serialized_end=408
+  _globals['_GENERATEREQUEST']._serialized_start=410
+  _globals['_GENERATEREQUEST']._serialized_end=505
+  _globals['_OPEN']._serialized_start=508
+  _globals['_OPEN']._serialized_end=682
+  _globals['_ROUND']._serialized_start=684
+  _globals['_ROUND']._serialized_end=736
+  _globals['_GENERATERESPONSE']._serialized_start=739
+  _globals['_GENERATERESPONSE']._serialized_end=966
+  _globals['_LOGPROBS']._serialized_start=968
+  _globals['_LOGPROBS']._serialized_end=1023
+  _globals['_DESCRIBEREQUEST']._serialized_start=1025
+  _globals['_DESCRIBEREQUEST']._serialized_end=1059
+  _globals['_DESCRIBERESPONSE']._serialized_start=1062
+  _globals['_DESCRIBERESPONSE']._serialized_end=1191
+  _globals['_BUNDLE']._serialized_start=1193
+  _globals['_BUNDLE']._serialized_end=1300
+  _globals['_TASK']._serialized_start=1302
+  _globals['_TASK']._serialized_end=1338
+  _globals['_TAP']._serialized_start=1340
+  _globals['_TAP']._serialized_end=1374
+  _globals['_MODEL']._serialized_start=1376
+  _globals['_MODEL']._serialized_end=1468
+  _globals['_ISTHMUS']._serialized_start=1542
+  _globals['_ISTHMUS']._serialized_end=1831
 # @@protoc_insertion_point(module_scope)

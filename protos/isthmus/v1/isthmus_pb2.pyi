@@ -28,18 +28,18 @@ class _Codec:
 class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     CODEC_UNSPECIFIED: _Codec.ValueType  # 0
-    CODEC_FACTORIZED: _Codec.ValueType  # 1
-    """bottleneck integers, rANS under the bundle's tables of `rate`"""
+    CODEC_BOTTLENECK: _Codec.ValueType  # 1
+    """integers of a tap, rANS under the bundle's tables of `point`"""
     CODEC_IMAGE: _Codec.ValueType  # 2
-    """a whole JPEG, PNG or WebP file; rate is 0"""
+    """a whole JPEG, PNG or WebP file; point is 0"""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper): ...
 
 CODEC_UNSPECIFIED: Codec.ValueType  # 0
-CODEC_FACTORIZED: Codec.ValueType  # 1
-"""bottleneck integers, rANS under the bundle's tables of `rate`"""
+CODEC_BOTTLENECK: Codec.ValueType  # 1
+"""integers of a tap, rANS under the bundle's tables of `point`"""
 CODEC_IMAGE: Codec.ValueType  # 2
-"""a whole JPEG, PNG or WebP file; rate is 0"""
+"""a whole JPEG, PNG or WebP file; point is 0"""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 @_typing.final
@@ -52,37 +52,41 @@ class InferRequest(_message.Message):
     BUDGET_MS_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
-    RATE_FIELD_NUMBER: _builtins.int
+    POINT_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     """limits.WIRE_VERSION of the sender"""
-    bundle: _builtins.bytes
-    """the first 8 bytes of the bundle's SHA-256 fingerprint"""
+    bundle: _builtins.int
+    """the first 8 bytes of the bundle's SHA-256 fingerprint, little-endian"""
     request_id: _builtins.int
     """> 0, chosen by the device, unique among the outstanding requests of a stream"""
     budget_ms: _builtins.int
     """milliseconds the device will still wait, counted from sending; > 0"""
     crc32: _builtins.int
-    """CRC-32 (zlib) of: bundle, codec and rate as little-endian uint32, payload"""
+    """CRC-32 (zlib) of: bundle; codec, point and tasks as little-endian uint32; payload"""
     codec: Global___Codec.ValueType
-    rate: _builtins.int
-    """index into the bundle's rates"""
+    point: _builtins.int
+    """64 * tap + rate: indices into the bundle's taps and the tap's rates"""
     payload: _builtins.bytes
+    tasks: _builtins.int
+    """bit i asks for the bundle's task i; 0, which costs no byte, for the first task alone"""
     def __init__(
         self,
         *,
         wire_version: _builtins.int = ...,
-        bundle: _builtins.bytes = ...,
+        bundle: _builtins.int = ...,
         request_id: _builtins.int = ...,
         budget_ms: _builtins.int = ...,
         crc32: _builtins.int = ...,
         codec: Global___Codec.ValueType = ...,
-        rate: _builtins.int = ...,
+        point: _builtins.int = ...,
         payload: _builtins.bytes = ...,
+        tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_ms", b"budget_ms", "bundle", b"bundle", "codec", b"codec", "crc32", b"crc32", "payload", b"payload", "rate", b"rate", "request_id", b"request_id", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_ms", b"budget_ms", "bundle", b"bundle", "codec", b"codec", "crc32", b"crc32", "payload", b"payload", "point", b"point", "request_id", b"request_id", "tasks", b"tasks", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -100,12 +104,14 @@ class InferResponse(_message.Message):
     request_id: _builtins.int
     """of the request"""
     queue_us: _builtins.int
-    """microseconds between arrival and start of the batch"""
+    """of shape (labels,) with sum 1; empty beside an error
+    microseconds between arrival and start of the batch
+    """
     compute_us: _builtins.int
     """microseconds the batch took, decoding included"""
     @_builtins.property
     def probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """shape (labels,), sum 1; empty beside an error"""
+        """of the tasks asked for, in the bundle's order, one task after another; each"""
 
     @_builtins.property
     def error(self) -> Global___Error: ...
@@ -422,33 +428,80 @@ class Bundle(_message.Message):
 
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
-    TASK_FIELD_NUMBER: _builtins.int
-    LABELS_FIELD_NUMBER: _builtins.int
-    RATES_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    TAPS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
     """SHA-256, 32 bytes"""
     name: _builtins.str
-    task: _builtins.str
-    labels: _builtins.int
-    """number of classes"""
-    rates: _builtins.int
-    """number of bottleneck rates"""
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Task]:
+        """1 to 8, in the order of the bits of `tasks` and of an answer"""
+
+    @_builtins.property
+    def taps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tap]:
+        """1 to 8"""
+
     def __init__(
         self,
         *,
         fingerprint: _builtins.bytes = ...,
         name: _builtins.str = ...,
-        task: _builtins.str = ...,
-        labels: _builtins.int = ...,
-        rates: _builtins.int = ...,
+        tasks: _abc.Iterable[Global___Task] | None = ...,
+        taps: _abc.Iterable[Global___Tap] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "labels", b"labels", "name", b"name", "rates", b"rates", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "taps", b"taps", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Bundle: _TypeAlias = Bundle  # noqa: Y015
+
+@_typing.final
+class Task(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    labels: _builtins.int
+    """number of classes"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        labels: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class Tap(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RATES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    rates: _builtins.int
+    """1 to 64"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        rates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "rates", b"rates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tap: _TypeAlias = Tap  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):

@@ -7,11 +7,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cloud_service.metrics import METHODS, REJECTIONS, CloudMetrics
+from cloud_service.metrics import IMAGE, METHODS, REJECTIONS, CloudMetrics
 from models.errors import InvalidInput, IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
-from models.types import BundleInfo
+from models.types import BundleInfo, TapInfo, TaskInfo
 
-INFO = BundleInfo(bytes(32), "fake", "classification", 2, 1)
+INFO = BundleInfo(bytes(32), "fake", (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 2),))
 
 
 @pytest.fixture
@@ -30,6 +30,10 @@ def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: CloudMetrics
     assert all(family.name.startswith("isthmus_") for family in families)
     for method in METHODS:
         assert registry.get_sample_value("isthmus_cloud_requests_total", {"method": method, "code": "OK"}) == 0
+    for tap in ("light", IMAGE):
+        assert registry.get_sample_value("isthmus_cloud_inputs_total", {"model": "fake", "tap": tap}) == 0
+    for task in ("defect", "colour"):
+        assert registry.get_sample_value("isthmus_cloud_task_answers_total", {"model": "fake", "task": task}) == 0
     for reason in REJECTIONS:
         assert registry.get_sample_value("isthmus_cloud_requests_rejected_total", {"reason": reason}) == 0
 
@@ -62,6 +66,17 @@ def test_a_batch_counts_its_inputs_waits_and_time(metrics: CloudMetrics, registr
     assert value("isthmus_cloud_queue_wait_seconds_sum", model) == pytest.approx(0.3)
     assert value("isthmus_cloud_batch_size_sum", model) == 2
     assert value("isthmus_cloud_compute_duration_seconds_sum", model) == 0.5
+
+
+def test_inputs_are_counted_by_tap_and_by_each_task(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+    metrics.computed(INFO, 0, (0, 1), 3)
+    metrics.computed(INFO, None, (1,), 2)
+    value = registry.get_sample_value
+    inputs = [value("isthmus_cloud_inputs_total", {"model": "fake", "tap": tap}) for tap in ("light", IMAGE)]
+    tasks = [
+        value("isthmus_cloud_task_answers_total", {"model": "fake", "task": task}) for task in ("defect", "colour")
+    ]
+    assert (inputs, tasks) == ([3, 2], [3, 5])
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

@@ -99,8 +99,8 @@ async def listening(serving: asyncio.Task[None], caplog: pytest.LogCaptureFixtur
 
 
 def request(bundle: Bundle, request_id: int) -> pb.InferRequest:
-    codec = bundle.codec()
-    payload = Payload(Codec.FACTORIZED, 0, codec.encode(np.zeros(codec.shape_CHW, np.int32), 0))
+    codec = bundle.codec(0)
+    payload = Payload(Codec.BOTTLENECK, 0, 0, codec.encode(np.zeros(codec.shape_CHW, np.int32), 0))
     return wire.pack_request(CloudRequest(request_id, bundle.fingerprint, 10.0, payload))
 
 

@@ -14,12 +14,12 @@ from prometheus_client import CollectorRegistry
 from cloud_service.metrics import CloudMetrics
 from cloud_service.servicer import Servicer, attach, service_info
 from models import errors
-from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload
+from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from protos import limits, wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
-INFO = BundleInfo(bytes(range(32)), "fake", "classification", 2, 3)
+INFO = BundleInfo(bytes(range(32)), "fake", (TaskInfo("defect", 2), TaskInfo("colour", 2)), (TapInfo("light", 3),))
 Status = grpc.StatusCode
 
 
@@ -41,7 +41,7 @@ class FakeWorker:
             if (failure := self.failures.get(request.payload.data)) is not None:
                 raise failure
             share = request.payload.data[0] / 255
-            return CloudAnswer((share, 1 - share), 0.001, 0.002)
+            return CloudAnswer(tuple((share, 1 - share) for _ in request.tasks), 0.001, 0.002)
         finally:
             self.inside -= 1
 
@@ -79,9 +79,9 @@ def scenario(play: Callable[[House], Coroutine[Any, Any, None]]) -> House:
     return asyncio.run(both())
 
 
-def request(request_id: int, data: bytes = b"\xff") -> pb.InferRequest:
-    payload = Payload(Codec.FACTORIZED, 0, data)
-    return wire.pack_request(CloudRequest(request_id, INFO.fingerprint, 10.0, payload))
+def request(request_id: int, data: bytes = b"\xff", tasks: tuple[int, ...] = (0,)) -> pb.InferRequest:
+    payload = Payload(Codec.BOTTLENECK, 0, 0, data)
+    return wire.pack_request(CloudRequest(request_id, INFO.fingerprint, 10.0, payload, tasks))
 
 
 def spoilt(request_id: int, **fields: Any) -> pb.InferRequest:
@@ -100,11 +100,22 @@ def test_unary_answers_with_what_the_cloud_spent() -> None:
     async def play(house: House) -> None:
         response = await house.stub.Infer(request(7))
         assert response.request_id == 7
-        assert wire.unpack_answer(response, 2) == CloudAnswer((1.0, 0.0), 0.001, 0.002)
+        assert wire.unpack_answer(response, [2]) == CloudAnswer(((1.0, 0.0),), 0.001, 0.002)
 
     house = scenario(play)
     assert house.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
     assert house.count("isthmus_cloud_inflight_requests") == 0
+
+
+def test_the_tasks_asked_for_are_answered_one_after_another() -> None:
+    async def play(house: House) -> None:
+        both, second = request(1, b"\x33", (0, 1)), request(2, b"\xff", (1,))
+        answers = {response.request_id: response async for response in house.stub.InferStream(iter([both, second]))}
+        first, other = wire.unpack_answer(answers[1], [2, 2]).probabilities
+        assert first == other == pytest.approx((0.2, 0.8))
+        assert wire.unpack_answer(answers[2], [2]).probabilities == ((1.0, 0.0),)
+
+    scenario(play)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +160,11 @@ def test_a_fault_of_ours_is_logged_with_its_traceback(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("fields", "code", "reason"),
     [
-        ({"wire_version": 2}, Status.FAILED_PRECONDITION, "version"),
+        ({"wire_version": 1}, Status.FAILED_PRECONDITION, "version"),
         ({"payload": b"flipped"}, Status.DATA_LOSS, "checksum"),
-        ({"bundle": b"short"}, Status.INVALID_ARGUMENT, None),
+        ({"bundle": 7}, Status.DATA_LOSS, "checksum"),
+        ({"point": 1}, Status.DATA_LOSS, "checksum"),
+        ({"tasks": 2}, Status.DATA_LOSS, "checksum"),
         ({"budget_ms": 0}, Status.INVALID_ARGUMENT, None),
         ({"codec": 99}, Status.INVALID_ARGUMENT, None),
     ],

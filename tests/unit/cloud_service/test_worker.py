@@ -11,7 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cloud_service.batching import BatchLimits
-from cloud_service.metrics import CloudMetrics
+from cloud_service.inference import Kind, Probabilities
+from cloud_service.metrics import IMAGE, CloudMetrics
 from cloud_service.worker import Worker
 from models.errors import (
     DeadlineExceeded,
@@ -23,10 +24,12 @@ from models.errors import (
     ServiceError,
     UnknownBundle,
 )
-from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload
+from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 
 FINGERPRINT = bytes(range(32))
-INFO = BundleInfo(FINGERPRINT, "fake", "classification", 2, 1)
+INFO = BundleInfo(
+    FINGERPRINT, "fake", (TaskInfo("defect", 2), TaskInfo("colour", 2)), (TapInfo("light", 1), TapInfo("deep", 1))
+)
 
 
 class FakeAnswerer:
@@ -37,18 +40,22 @@ class FakeAnswerer:
         self.gate = threading.Event()
         self.gate.set()
         self.batches: list[list[bytes]] = []
+        self.kinds: list[Kind] = []
         self.failure: Exception | None = None
 
-    def check(self, payload: Payload) -> None:
-        if len(payload.data) > 8:
+    def check(self, request: CloudRequest) -> None:
+        if len(request.payload.data) > 8:
             raise PayloadTooLarge("9 bytes, the cap is 8")
 
-    def answer(self, codec: Codec, payloads: Sequence[Payload]) -> list[tuple[float, ...] | IsthmusError]:
+    def answer(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
         self.gate.wait(10)
+        self.kinds.append(kind)
         self.batches.append([payload.data for payload in payloads])
         if self.failure is not None:
             raise self.failure
-        return [PayloadCorrupt("bad") if p.data == b"bad" else (p.data[0] / 255, 0.0) for p in payloads]
+        return [
+            PayloadCorrupt("bad") if p.data == b"bad" else ((p.data[0] / 255, 0.0),) * len(kind.tasks) for p in payloads
+        ]
 
 
 class House:
@@ -59,8 +66,15 @@ class House:
         metrics = CloudMetrics(self.registry, [INFO])
         self.worker = Worker({FINGERPRINT: self.fake}, limits, queue_limit, metrics)  # type: ignore[dict-item]
 
-    def ask(self, data: bytes, budget_s: float = 10.0, codec: Codec = Codec.FACTORIZED) -> asyncio.Task[CloudAnswer]:
-        request = CloudRequest(1, FINGERPRINT[:8], budget_s, Payload(codec, 0, data))
+    def ask(
+        self,
+        data: bytes,
+        budget_s: float = 10.0,
+        codec: Codec = Codec.BOTTLENECK,
+        tap: int = 0,
+        tasks: tuple[int, ...] = (0,),
+    ) -> asyncio.Task[CloudAnswer]:
+        request = CloudRequest(1, FINGERPRINT[:8], budget_s, Payload(codec, tap, 0, data), tasks)
         return asyncio.create_task(self.worker.submit(request))
 
     def count(self, name: str, **labels: str) -> float | None:
@@ -94,28 +108,44 @@ async def queued(house: House, count: int) -> None:
 def test_each_caller_gets_its_own_answer() -> None:
     async def play(house: House) -> None:
         answers = await asyncio.gather(*(house.ask(bytes([value])) for value in range(4)))
-        assert [answer.probabilities[0] * 255 for answer in answers] == [0, 1, 2, 3]
+        assert [answer.probabilities[0][0] * 255 for answer in answers] == [0, 1, 2, 3]
 
     scenario(play)
 
 
-def test_waiting_inputs_share_a_batch_of_one_codec() -> None:
+def test_waiting_inputs_share_a_batch_of_one_codec_tap_and_set_of_tasks() -> None:
+    asked: list[tuple[bytes, dict[str, Any]]] = [
+        (b"1", {}),
+        (b"2", {"codec": Codec.IMAGE}),
+        (b"3", {"tap": 1}),
+        (b"4", {"tasks": (0, 1)}),
+        (b"5", {}),
+        (b"6", {"tap": 1}),
+    ]
+
     async def play(house: House) -> None:
         house.fake.gate.clear()
         first = house.ask(b"0")
         await asyncio.sleep(0.02)
-        rest = [house.ask(data, codec=codec) for data, codec in ((b"1", 1), (b"2", 2), (b"3", 1))]
-        await queued(house, 3)
+        rest = [house.ask(data, **fields) for data, fields in asked]
+        await queued(house, 6)
         house.fake.gate.set()
-        await asyncio.gather(first, *rest)
+        answers = await asyncio.gather(first, *rest)
+        assert [len(answer.probabilities) for answer in answers] == [1, 1, 1, 1, 2, 1, 1]
 
-    assert scenario(play).fake.batches == [[b"0"], [b"1", b"3"], [b"2"]]
+    house = scenario(play, queue_limit=8)
+    assert house.fake.batches == [[b"0"], [b"1", b"5"], [b"2"], [b"3", b"6"], [b"4"]]
+    assert house.fake.kinds == [Kind(0, (0,)), Kind(0, (0,)), Kind(None, (0,)), Kind(1, (0,)), Kind(0, (0, 1))]
+    inputs = {tap: house.count("isthmus_cloud_inputs_total", model="fake", tap=tap) for tap in ("light", "deep", IMAGE)}
+    assert inputs == {"light": 4, "deep": 2, IMAGE: 1}
+    tasks = [house.count("isthmus_cloud_task_answers_total", model="fake", task=task) for task in ("defect", "colour")]
+    assert tasks == [7, 1]
 
 
 def test_a_bad_payload_harms_no_other() -> None:
     async def play(house: House) -> None:
         good, bad = house.ask(b"\xff"), house.ask(b"bad")
-        assert (await good).probabilities == (1.0, 0.0)
+        assert (await good).probabilities == ((1.0, 0.0),)
         with pytest.raises(PayloadCorrupt):
             await bad
 
@@ -128,7 +158,7 @@ def test_a_batch_that_blows_up_is_answered_and_the_worker_lives_on() -> None:
         with pytest.raises(ServiceError):
             await house.ask(b"1")
         house.fake.failure = None
-        assert (await house.ask(b"\xff")).probabilities == (1.0, 0.0)
+        assert (await house.ask(b"\xff")).probabilities == ((1.0, 0.0),)
 
     scenario(play)
 
@@ -171,7 +201,7 @@ def test_a_deadline_that_passes_while_it_is_computed_is_counted_and_still_answer
         hasty = house.ask(b"\xff", budget_s=0.05)
         await asyncio.sleep(0.1)
         house.fake.gate.set()
-        assert (await hasty).probabilities == (1.0, 0.0)
+        assert (await hasty).probabilities == ((1.0, 0.0),)
 
     assert scenario(play).count("isthmus_cloud_expired_work_total", stage="compute") == 1
 
@@ -220,7 +250,7 @@ def test_draining_refuses_the_new_and_answers_the_old() -> None:
             await house.ask(b"2")
         house.fake.gate.set()
         await busy
-        assert (await old).probabilities == (1.0, 0.0)
+        assert (await old).probabilities == ((1.0, 0.0),)
 
     scenario(play)
 
@@ -235,7 +265,7 @@ def test_what_the_bundle_cannot_have_written_is_refused_before_it_is_queued() ->
 
 def test_an_unknown_bundle_is_told_what_is_held() -> None:
     async def play(house: House) -> None:
-        request = CloudRequest(1, bytes(8), 1.0, Payload(Codec.FACTORIZED, 0, b"1"))
+        request = CloudRequest(1, bytes(8), 1.0, Payload(Codec.BOTTLENECK, 0, 0, b"1"))
         with pytest.raises(UnknownBundle, match=f"{bytes(8).hex()}.*{FINGERPRINT[:8].hex()}"):
             await house.worker.submit(request)
 

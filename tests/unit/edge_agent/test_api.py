@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -35,6 +36,29 @@ def test_a_photo_is_answered(client: TestClient, png: bytes) -> None:
     answer = reply.json()
     assert answer["label"] in ("good", "bad")
     assert {"probabilities", "route", "exit", "rate", "bytes_up", "stage_ms", "degraded", "why"} <= set(answer)
+    assert {"answers", "missing", "tap", "width"} <= set(answer)
+
+
+def test_what_the_query_asks_for_reaches_the_agent(
+    client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    infer = EdgeAgent.infer
+
+    def listening(agent: EdgeAgent, photo: bytes, **wishes: Any) -> Any:
+        asked.append(wishes)
+        return infer(agent, photo, **wishes)
+
+    monkeypatch.setattr(EdgeAgent, "infer", listening)
+    query = "tap=light&width=0.5&rate=2&task=defect&task=colour&deadline_ms=1500"
+    reply = client.post(f"/v1/infer?{query}", content=png)
+    wishes = {"tap": "light", "width": 0.5, "rate": 2, "tasks": ["defect", "colour"], "deadline_s": 1.5}
+    assert asked == [wishes]
+    answer = reply.json()  # there is no cloud in this house
+    assert (answer["degraded"], answer["missing"], list(answer["answers"])) == (True, ["colour"], ["defect"])
+    assert answer["why"].startswith("tap light, width 0.5, rate 2 asked for; no cloud is configured")
+    client.post("/v1/infer", content=png)
+    assert asked[1] == {"tap": None, "tasks": None}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +69,17 @@ def test_a_photo_is_answered(client: TestClient, png: bytes) -> None:
         ("/v1/infer?deadline_ms=soon", b"x", 400, "deadline_ms"),
         ("/v1/infer?deadline_ms=-5", b"x", 400, "deadline_ms"),
         ("/v1/infer?deadline_ms=nan", b"x", 400, "deadline_ms"),
+        ("/v1/infer?tap=medium", b"x", 400, "tap 'medium' does not exist, there are light, deep"),
+        ("/v1/infer?tap=", b"x", 400, "tap '' does not exist"),
+        ("/v1/infer?tap=deep&width=0.5", b"x", 400, "width 0.5 does not exist at tap deep, there are 1"),
+        ("/v1/infer?width=wide", b"x", 400, "width is 'wide', expected 0 to 1"),
+        ("/v1/infer?width=nan", b"x", 400, "width is 'nan', expected 0 to 1"),
+        ("/v1/infer?rate=7", b"x", 400, "rate 7 does not exist, there are 0 to 2"),
+        ("/v1/infer?rate=-1", b"x", 400, "rate is '-1', expected a whole number"),
+        ("/v1/infer?rate=1.5", b"x", 400, "rate is '1.5', expected a whole number"),
+        ("/v1/infer?rate=" + "9" * 5000, b"x", 400, "expected a whole number"),
+        ("/v1/infer?task=size", b"x", 400, "task 'size' does not exist, there are defect, colour"),
+        ("/v1/infer?task=defect&task=", b"x", 400, "task '' does not exist"),
         ("/v1/nothing", b"x", 404, "Not Found"),
         ("/healthz", b"x", 405, "Method Not Allowed"),
     ],
@@ -88,6 +123,11 @@ def test_places_are_given_back(client: TestClient, png: bytes, monkeypatch: pyte
 def test_status_tells_bundle_and_link(client: TestClient, tiny_bundle: Bundle) -> None:
     status = client.get("/v1/status").json()
     assert status["bundle"]["fingerprint"] == tiny_bundle.manifest.fingerprint
+    assert status["bundle"]["tasks"] == {"defect": ["good", "bad"], "colour": ["red", "green", "blue"]}
+    assert status["bundle"]["taps"] == {
+        "light": {"widths": [0.5, 1.0], "rates": 3},
+        "deep": {"widths": [1.0], "rates": 2},
+    }
     assert status["cloud"] is None
     assert client.get("/healthz").status_code == 200
 

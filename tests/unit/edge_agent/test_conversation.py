@@ -83,7 +83,7 @@ def cloud() -> Iterator[Cloud]:
 
 @pytest.fixture
 def link(cloud: Cloud) -> Iterator[Link]:
-    made = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, VOCAB, breaker=BreakerLimits(1, 0.05, 0.1))
+    made = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, (VOCAB,), breaker=BreakerLimits(1, 0.05, 0.1))
     assert made.wait_probed(10)
     yield made
     made.close()
@@ -248,7 +248,7 @@ def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
     pb_grpc.add_IsthmusServicer_to_server(Ending(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    other = Link(f"127.0.0.1:{port}", FINGERPRINT, VOCAB)
+    other = Link(f"127.0.0.1:{port}", FINGERPRINT, (VOCAB,))
     conversation = Conversation(other._stub, VOCAB, lambda reply: None)
     assert conversation.receive(5) == ANSWER
     with pytest.raises(LinkDown, match="ended the stream"):

@@ -14,15 +14,15 @@ import pytest
 
 from edge_agent.link import Link, Stream
 from edge_agent.policy.breaker import BreakerLimits
-from models.errors import DeadlineExceeded, Draining, IsthmusError, LinkDown, Overloaded, PayloadCorrupt
-from models.types import BundleInfo, CloudAnswer, Codec, Payload, ServiceInfo
+from models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadCorrupt
+from models.types import BundleInfo, CloudAnswer, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
 from protos import limits, wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 FINGERPRINT = bytes(range(32))
-PAYLOAD = Payload(Codec.FACTORIZED, 0, b"\x01\x02\x03\x04")
-ANSWER = CloudAnswer((0.25, 0.75), 0.001, 0.002)
+PAYLOAD = Payload(Codec.BOTTLENECK, 0, 0, b"\x01\x02\x03\x04")
+ANSWER = CloudAnswer(((0.25, 0.75),), 0.001, 0.002)
 FAST = BreakerLimits(failures=3, first_s=0.05, last_s=0.1)
 
 Reaction = Callable[[pb.InferRequest], list[pb.InferResponse]]
@@ -48,7 +48,9 @@ class Servicer(pb_grpc.IsthmusServicer):
             yield from self.react(request)
 
     def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
-        info = BundleInfo(self.fingerprint, "fake", "classification", 2, 1)
+        info = BundleInfo(
+            self.fingerprint, "fake", (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 1),)
+        )
         return wire.pack_service(ServiceInfo("0", limits.WIRE_VERSION, (info,)))
 
 
@@ -75,7 +77,7 @@ def late() -> list[int]:
 
 @pytest.fixture
 def link(cloud: Cloud, late: list[int]) -> Iterator[Link]:
-    made = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, 2, breaker=FAST, late=lambda: late.append(1))
+    made = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, (2, 3), breaker=FAST, late=lambda: late.append(1))
     assert made.wait_probed(10)
     yield made
     made.close()
@@ -91,10 +93,38 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_an_answer_comes_with_its_bytes_and_keeps_one_stream(cloud: Cloud, link: Link) -> None:
     replies = [link.ask(PAYLOAD, 5.0) for _ in range(3)]
-    assert [reply.answer.probabilities for reply in replies] == [(0.25, 0.75)] * 3
+    assert [reply.answer.probabilities for reply in replies] == [((0.25, 0.75),)] * 3
     assert replies[0].up_bytes == cloud.servicer.requests[0].ByteSize() + 5
     assert cloud.servicer.streams == 1
     assert link.state == "closed"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "probabilities"),
+    [((0,), ((0.25, 0.75),)), ((1,), ((0.5, 0.25, 0.25),)), ((0, 1), ((0.25, 0.75), (0.5, 0.25, 0.25)))],
+)
+def test_the_tasks_asked_for_are_answered_each_by_itself(
+    cloud: Cloud, link: Link, tasks: tuple[int, ...], probabilities: tuple[tuple[float, ...], ...]
+) -> None:
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudAnswer(probabilities, 0, 0))]
+    assert link.ask(PAYLOAD, 5.0, tasks).answer.probabilities == probabilities
+    assert wire.unpack_request(cloud.servicer.requests[0]).tasks == tasks
+
+
+@pytest.mark.parametrize("probabilities", [((0.25, 0.75),), ((0.2, 0.3, 0.5),), ((0.5, 0.25, 0.25), (0.25, 0.75))])
+def test_answers_to_other_tasks_than_were_asked_for_are_not_believed(
+    cloud: Cloud, link: Link, probabilities: tuple[tuple[float, ...], ...]
+) -> None:
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudAnswer(probabilities, 0, 0))]
+    with pytest.raises(InvalidInput):
+        link.ask(PAYLOAD, 5.0, (0, 1))
+
+
+def test_request_ids_start_again_where_they_would_cost_more_bytes(cloud: Cloud, link: Link) -> None:
+    link._next_id = limits.MAX_REQUEST_ID - 1
+    for _ in range(2):
+        link.ask(PAYLOAD, 5.0)
+    assert [request.request_id for request in cloud.servicer.requests] == [limits.MAX_REQUEST_ID, 1]
 
 
 def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> None:
@@ -105,15 +135,15 @@ def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> Non
         held.append(request)
         if len(held) < 2:
             return []
-        answers = [CloudAnswer((share, 1 - share), 0, 0) for share in (0.25, 0.5)]
+        answers = [CloudAnswer(((share, 1 - share),), 0, 0) for share in (0.25, 0.5)]
         pairs = zip(sorted(held, key=lambda r: len(r.payload)), answers, strict=True)
         return [wire.pack_answer(request.request_id, answer) for request, answer in pairs][::-1]
 
     cloud.servicer.react = second_first
     with ThreadPoolExecutor(2) as threads:
-        payloads = [Payload(Codec.FACTORIZED, 0, bytes(size)) for size in (4, 8)]
+        payloads = [Payload(Codec.BOTTLENECK, 0, 0, bytes(size)) for size in (4, 8)]
         replies = list(threads.map(lambda payload: link.ask(payload, 5.0), payloads))
-    assert [reply.answer.probabilities[0] for reply in replies] == [0.25, 0.5]
+    assert [reply.answer.probabilities[0][0] for reply in replies] == [0.25, 0.5]
 
 
 def test_an_error_response_is_raised_as_its_class_and_trips_no_breaker(cloud: Cloud, link: Link) -> None:
@@ -138,7 +168,7 @@ def test_a_late_answer_is_counted_and_given_to_nobody(cloud: Cloud, link: Link, 
     cloud.servicer.react = good
     release.set()
     until(lambda: late == [1])
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
 
 
 def test_a_broken_stream_is_link_down_and_the_next_ask_opens_another(cloud: Cloud, link: Link) -> None:
@@ -151,14 +181,14 @@ def test_a_broken_stream_is_link_down_and_the_next_ask_opens_another(cloud: Clou
     with pytest.raises(IsthmusError):
         link.ask(PAYLOAD, 5.0)
     cloud.servicer.react = good
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert cloud.servicer.streams == 2
 
 
 def test_a_draining_service_gets_nothing_more_but_still_answers(cloud: Cloud, link: Link) -> None:
     farewell = wire.pack_error(0, Draining("bye"))
     cloud.servicer.react = lambda request: [farewell, *good(request)]
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     cloud.servicer.react = good
     link.ask(PAYLOAD, 5.0)
     assert cloud.servicer.streams == 2
@@ -176,7 +206,7 @@ def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
         return send(stream, message)
 
     monkeypatch.setattr(Stream, "send", interrupted)
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert len(cloud.servicer.requests) == 2
 
 
@@ -194,7 +224,7 @@ def test_a_message_on_its_way_out_is_sent_before_the_stream_half_closes(
             super().put(item)
 
     monkeypatch.setattr("edge_agent.link.SimpleQueue", Slow)
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert cloud.servicer.streams == 1
 
 
@@ -221,13 +251,13 @@ def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
             link.ask(PAYLOAD, 5.0)
     cloud.servicer.react = good
     until(lambda: link.state == "half_open")
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert link.state == "closed"
     assert link.usable() is None
 
 
 def test_a_cloud_without_our_bundle_is_refused_by_name(cloud: Cloud) -> None:
-    link = Link(f"127.0.0.1:{cloud.port}", bytes(range(1, 33)), 2, breaker=FAST)
+    link = Link(f"127.0.0.1:{cloud.port}", bytes(range(1, 33)), (2, 3), breaker=FAST)
     try:
         assert not link.wait_probed(10)
         refusal = link.usable() or ""
@@ -241,7 +271,7 @@ def test_a_cloud_without_our_bundle_is_refused_by_name(cloud: Cloud) -> None:
 def test_a_cloud_that_talks_nonsense_is_not_believed(
     cloud: Cloud, link: Link, probabilities: tuple[float, ...]
 ) -> None:
-    answer = CloudAnswer(probabilities, 0, 0)
+    answer = CloudAnswer((probabilities,), 0, 0)
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, answer)]
     with pytest.raises(IsthmusError):
         link.ask(PAYLOAD, 5.0)
@@ -275,4 +305,4 @@ def test_an_interrupted_ask_does_not_keep_the_trial(cloud: Cloud, link: Link, mo
         with pytest.raises(KeyboardInterrupt):
             link.ask(PAYLOAD, 5.0)
     until(lambda: link.state == "half_open")
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == (0.25, 0.75)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)

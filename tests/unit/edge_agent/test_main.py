@@ -55,6 +55,43 @@ def test_settings_come_from_the_environment(tiny_bundle: Bundle, photos: tuple[s
     assert json.loads(result.stdout)["why"] == "mode edge"
 
 
+def test_pins_and_tasks_reach_the_agent(tiny_bundle: Bundle, photos: tuple[str, str, str]) -> None:
+    pins = ("--tap", "light", "--width", "0.5", "--rate", "2", "--task", "colour", "--task", "defect")
+    result = invoke("infer", photos[0], "--bundle", str(tiny_bundle.folder), "--json", *pins)
+    assert result.exit_code == 0
+    row = json.loads(result.stdout)
+    assert row["why"].startswith("tap light, width 0.5, rate 2 asked for; no cloud is configured")
+    assert (row["missing"], list(row["answers"])) == (["colour"], ["defect"])
+    read = invoke("infer", photos[0], "--bundle", str(tiny_bundle.folder), *pins).stdout
+    assert "colour MISSING" in read and "DEGRADED" in read
+
+
+def test_tasks_come_from_the_environment_too(tiny_bundle: Bundle, photos: tuple[str, str, str]) -> None:
+    folder = str(tiny_bundle.folder)
+    result = invoke("infer", photos[0], "--json", ISTHMUS_EDGE_BUNDLE=folder, ISTHMUS_EDGE_TASK="defect colour")
+    assert json.loads(result.stdout)["missing"] == ["colour"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--task", "size"), "task 'size' does not exist, there are defect, colour"),
+        (("--tap", "medium"), "tap 'medium' does not exist, there are light, deep"),
+        (("--tap", "deep", "--width", "0.5"), "width 0.5 does not exist at tap deep, there are 1"),
+        (("--rate", "7"), "rate 7 does not exist, there are 0 to 2"),
+        (("--width", "7"), "--width"),
+        (("--rate", "-1"), "--rate"),
+    ],
+)
+def test_what_the_bundle_does_not_have_is_said_in_one_line(
+    tiny_bundle: Bundle, photos: tuple[str, str, str], arguments: tuple[str, ...], words: str
+) -> None:
+    result = invoke("infer", photos[0], "--bundle", str(tiny_bundle.folder), *arguments)
+    assert result.exit_code != 0 and result.stdout == ""
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -86,8 +123,8 @@ def test_command_line_and_config_have_the_same_defaults(tmp_path: Path) -> None:
     from edge_agent.__main__ import infer, to_config
 
     context = infer.make_context("infer", ["x.png"])
-    context.params.pop("files")
-    context.params.pop("as_json")
+    for name in ("files", "as_json", "tap", "width", "rate"):
+        context.params.pop(name)
     made = to_config(**context.params)
     assert made == EdgeConfig(bundle=made.bundle)
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from models import bundle as bundles
 from models.bundle import Bundle
-from models.codecs import factorized
+from models.codecs import contextual
 from models.errors import BundleError
 from tests.conftest import Parts, paper_tables
 
 # Of the paper bundle: canonical JSON and hashing may never change.
-FINGERPRINT = "481ed5ed4cde9b414303f8a0e7520127d156d3ed30192a35995003fc2e480d6e"
+FINGERPRINT = "385dfb022167c31efbc0eb9819992dfe7387e634d98daf598c67fd35dff023e8"
 
 
 def refused(folder: Path, *words: str) -> None:
@@ -43,13 +43,19 @@ def test_weights_come_back_as_arrays(paper: Parts, tmp_path: Path) -> None:
 
 
 def test_codec_has_the_tables_shape_and_cap_of_the_manifest(paper: Parts, tmp_path: Path) -> None:
-    codec = Bundle.open(paper.write(tmp_path / "b")).codec()
+    codec = Bundle.open(paper.write(tmp_path / "b")).codec(0)
     assert (codec.shape_CHW, codec.max_bytes, len(codec.rates)) == ((2, 4, 4), 64, 1)
-    assert [list(f) for f in codec.rates[0].frequencies] == [[32768, 16384, 16383, 1], [60000, 5535, 1]]
+    assert [list(f) for f in codec.tables.bank()] == [[40_000, 20_000, 5_536]]
+
+
+def test_every_tap_has_tables_of_its_own(tiny_bundle: Bundle) -> None:
+    light, deep = tiny_bundle.codec(0), tiny_bundle.codec(1)
+    assert (light.shape_CHW, len(light.rates)) == ((3, 8, 8), 3)
+    assert (deep.shape_CHW, len(deep.rates)) == ((4, 8, 8), 2)
 
 
 def test_manifest_bytes_are_golden(paper: Parts, tmp_path: Path, golden: Callable[[str, bytes], None]) -> None:
-    golden("manifest_v1.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
+    golden("manifest_v2.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
 
 
 def test_fingerprint_is_golden(paper: Parts, tmp_path: Path) -> None:
@@ -159,59 +165,44 @@ def test_what_is_not_safetensors_is_refused(paper: Parts, tmp_path: Path, data: 
 
 
 def off_by_one(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.frequencies"][0] += 1
+    tensors["frequencies"][0] += 1
 
 
 def zero_frequency(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.frequencies"][:2] += [-1 << 15, 1 << 15]
+    tensors["frequencies"][:] = [65_535, 0, 1]
 
 
 def lengths_too_long(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.lengths"][0] += 1
-
-
-def negative_length(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.lengths"][:] = [-1, 8]
+    tensors["lengths"][0] += 1
 
 
 def no_gain(tensors: dict[str, NDArray[Any]]) -> None:
-    del tensors["rate0.gain"]
+    del tensors["gain"]
 
 
 def zero_gain(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.gain"][1] = 0
+    tensors["gain"][0, 1] = 0
 
 
 def double_gain(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.gain"] = tensors["rate0.gain"].astype(np.float64)
+    tensors["gain"] = tensors["gain"].astype(np.float64)
 
 
 def one_channel(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.first"] = tensors["rate0.first"][:1]
-
-
-def far_from_zero(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.first"][0] = np.iinfo(np.int32).max
-
-
-def escape_alone(tensors: dict[str, NDArray[Any]]) -> None:
-    tensors["rate0.frequencies"] = np.array([1 << 16, 60_000, 5_535, 1], np.int32)
-    tensors["rate0.lengths"] = np.array([1, 3], np.int32)
+    for name in ("gain", "low", "high"):
+        tensors[name] = tensors[name][:, :1].copy()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (off_by_one, "channel 0: frequencies must add up to"),
-        (zero_frequency, "channel 0: needs 2 to 4096 frequencies >= 1"),
-        (lengths_too_long, "rate0.lengths add up to 8, there are 7"),
-        (negative_length, "rate0.lengths"),
-        (no_gain, "rate0.gain is missing"),
-        (zero_gain, "gains of rate 0 must be positive"),
-        (double_gain, "rate0.gain is float64"),
-        (one_channel, "channels, expected 2"),
-        (far_from_zero, "first integers of rate 0"),
-        (escape_alone, "channel 0: needs 2 to 4096"),
+        (off_by_one, "table 0: frequencies must add up to"),
+        (zero_frequency, "table 0: needs 2 to 512 frequencies >= 1"),
+        (lengths_too_long, "tables have 4 frequencies, there are 3"),
+        (no_gain, "tensor gain is missing"),
+        (zero_gain, "gains must be positive"),
+        (double_gain, "tensor gain is float64"),
+        (one_channel, "tables are for 1 channels, expected 2"),
     ],
 )
 def test_broken_tables_are_refused(
@@ -221,13 +212,13 @@ def test_broken_tables_are_refused(
     change(tensors)
     opened = Bundle.open(paper.replace(tmp_path / "b", "tables.safetensors", safetensors.numpy.save(tensors)))
     with pytest.raises(BundleError) as caught:
-        opened.codec()
+        opened.codec(0)
     assert message in str(caught.value)
 
 
 def test_tables_survive_the_way_through_tensors() -> None:
     tensors = paper_tables()
-    again = factorized.to_tensors(factorized.from_tensors(tensors, 1))
+    again = contextual.to_tensors(contextual.from_tensors(tensors, 1))
     assert tensors.keys() == again.keys()
     for name, array in tensors.items():
         np.testing.assert_array_equal(again[name], array)
@@ -236,7 +227,7 @@ def test_tables_survive_the_way_through_tensors() -> None:
 
 def test_a_failed_write_leaves_the_old_bundle(paper: Parts, tmp_path: Path) -> None:
     before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
-    paper.manifest["labels"] = ["only one"]
+    paper.manifest["tasks"] = [{"name": "defect", "labels": ["only one"]}]
     with pytest.raises(BundleError, match="labels"):
         paper.write(tmp_path / "b")
     assert Bundle.open(tmp_path / "b").fingerprint == before

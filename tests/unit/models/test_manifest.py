@@ -34,13 +34,23 @@ def list_file(new: str) -> Callable[[Content], None]:
     return change
 
 
+TAP = ("architecture", "taps", 0)
+
+
+def tap(content: Content, **fields: Any) -> Content:
+    return {**content["taps"][0], **fields}
+
+
 WRONG = {
-    "unknown version": (put("schema_version", 2), "schema_version 2, this program reads 1"),
-    "version as text": (put("schema_version", "1"), "schema_version"),
+    "version before": (put("schema_version", 1), "schema_version 1, this program reads 2"),
+    "unknown version": (put("schema_version", 3), "schema_version 3, this program reads 2"),
+    "version as text": (put("schema_version", "2"), "schema_version"),
     "no version": (lambda content: content.pop("schema_version"), "schema_version None"),
     "unknown field": (put("surprise", 1), "surprise"),
     "missing field": (lambda content: content.pop("licence"), "licence"),
-    "unknown task": (put("task", "telepathy"), "task"),
+    "no task": (put("tasks", []), "tasks"),
+    "nine tasks": (lambda content: put("tasks", content["tasks"] * 9)(content), "tasks"),
+    "a task without a name": (put("tasks", 0, "name", ""), "tasks.0.name"),
     "absolute path": (list_file("/etc/passwd"), "files"),
     "parent path": (list_file("../head0.onnx"), "files"),
     "two dots": (list_file(".."), "files"),
@@ -52,9 +62,11 @@ WRONG = {
     "size below zero": (put("files", "head0.onnx", "size", -1), "files.head0.onnx.size"),
     "size of a terabyte": (put("files", "head0.onnx", "size", 1 << 40), "files.head0.onnx.size"),
     "hash that is none": (put("files", "head0.onnx", "sha256", "x" * 64), "files.head0.onnx.sha256"),
-    "one label": (put("labels", ["good"]), "labels"),
-    "a label more than classes": (put("labels", ["a", "b", "c"]), "2 classes, but 3 labels"),
-    "class more than labels": (put("architecture", "classes", 3), "3 classes, but 2 labels"),
+    "one label": (put("tasks", 0, "labels", ["good"]), "tasks.0.labels"),
+    "a label more than classes": (put("tasks", 0, "labels", ["a", "b", "c"]), "architecture.classes is (2,)"),
+    "class more than labels": (put("architecture", "classes", [3]), "architecture.classes is (3,)"),
+    "classes of a task that is not there": (put("architecture", "classes", [2, 2]), "architecture.classes is (2, 2)"),
+    "a class of one task": (put("architecture", "classes", [1]), "architecture.classes.0"),
     "shape with no channels": (put("segments", 0, "output", [0, 4, 4]), "segments.0.output"),
     "shape of two numbers": (put("segments", 0, "output", [4, 4]), "segments.0.output"),
     "input that the crop does not give": (put("segments", 0, "input", [3, 9, 8]), "the crop gives (3, 8, 8)"),
@@ -62,13 +74,27 @@ WRONG = {
     "deviation of zero": (put("preprocessing", "deviation", [0.5, 0, 0.5]), "preprocessing.deviation.1"),
     "mean that is no number": (put("preprocessing", "mean", [0.5, float("nan"), 0.5]), "preprocessing.mean.1"),
     "infinite seconds": (put("training", "seconds", float("inf")), "training.seconds"),
-    "latent of other channels": (put("bottleneck", "latent", [3, 4, 4]), "latent_channels"),
-    "another number of rates": (put("architecture", "rates", 2), "rates"),
+    "latent of other channels": (put("taps", 0, "latent", [3, 4, 4]), "tap deep: architecture has 2 latent channels"),
+    "another number of rates": (put(*TAP, "rates", 2), "tap deep: architecture has 2 rates"),
+    "65 rates": (put(*TAP, "rates", 65), "architecture.taps.0.rates"),
+    "no tap": (put("taps", []), "taps"),
+    "a tap more than built": (lambda content: content["taps"].append(tap(content, name="light")), "of one length"),
+    "a tap of a name that is taken": (lambda content: content["taps"].append(tap(content)), "different names"),
+    "a tap behind more segments than there are": (put(*TAP, "after", 2), "comes after 2 segments, there are 1"),
+    "a tap behind an image without blocks": (put(*TAP, "after", 0), "blocks must be above 0"),
+    "blocks behind features": (put(*TAP, "blocks", 2), "blocks must be above 0"),
+    "widths behind features": (put(*TAP, "widths", [0.5, 1.0]), "only a tap behind the image has several widths"),
+    "a tap that rejoins behind the cut": (put(*TAP, "rejoin", 3), "rejoins at block 3, the tail starts at 2"),
+    "widths that fall": (put(*TAP, "widths", [1.0, 0.5]), "must rise"),
+    "widths that end below one": (put(*TAP, "widths", [0.5]), "end with 1"),
+    "a width of nothing": (put(*TAP, "widths", [0.0, 1.0]), "architecture.taps.0.widths.0"),
+    "another width": (put("taps", 0, "widths", 0, "width", 0.5), "tap deep: architecture has widths (1.0,)"),
+    "tables that are not listed": (put("taps", 0, "tables", "other"), "files does not list other"),
     "another number of cuts": (put("architecture", "cuts", [2, 5]), "one length"),
     "cuts that fall": (put("architecture", "cuts", [5, 2]), "cuts (5, 2) must rise"),
     "a cut twice": (put("architecture", "cuts", [2, 2]), "cuts (2, 2) must rise"),
     "no exit": (put("exits", []), "exits"),
-    "cap without a bound": (put("bottleneck", "max_payload_bytes", 1 << 30), "bottleneck.max_payload_bytes"),
+    "cap without a bound": (put("taps", 0, "max_payload_bytes", 1 << 30), "taps.0.max_payload_bytes"),
     "accuracy above one": (put("exits", 0, "accuracy", 1.5), "exits.0.accuracy"),
     "text as number": (put("tail_macs", "many"), "tail_macs"),
     "101 files": (

@@ -19,4 +19,4 @@ def test_values_that_flow_are_frozen(kind: type) -> None:
 
 
 def test_codec_numbers_are_on_the_wire() -> None:
-    assert {codec.name: int(codec) for codec in Codec} == {"FACTORIZED": 1, "IMAGE": 2}
+    assert {codec.name: int(codec) for codec in Codec} == {"BOTTLENECK": 1, "IMAGE": 2}

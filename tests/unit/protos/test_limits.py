@@ -9,18 +9,19 @@ from protos.isthmus.v1 import isthmus_pb2 as pb
 def test_the_largest_image_fits_into_a_message() -> None:
     message = pb.InferRequest(
         wire_version=limits.WIRE_VERSION,
-        bundle=b"\xff" * limits.BUNDLE_ID_BYTES,
+        bundle=(1 << 64) - 1,
         request_id=(1 << 32) - 1,
         budget_ms=limits.MAX_BUDGET_MS,
         crc32=1,
         codec=pb.CODEC_IMAGE,
+        tasks=(1 << limits.MAX_TASKS) - 1,
         payload=bytes(limits.MAX_IMAGE_BYTES),
     )
     assert message.ByteSize() <= limits.MAX_MESSAGE_BYTES
 
 
 def test_the_largest_answer_fits_into_a_message() -> None:
-    answer = pb.InferResponse(request_id=(1 << 32) - 1, probabilities=[0.5] * limits.MAX_LABELS)
+    answer = pb.InferResponse(request_id=(1 << 32) - 1, probabilities=[0.5] * limits.MAX_LABELS * limits.MAX_TASKS)
     assert answer.ByteSize() <= limits.MAX_MESSAGE_BYTES
 
 

@@ -22,55 +22,66 @@ from models.errors import (
     UnsupportedVersion,
 )
 from models.language.session import ModelInfo
-from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo
+from models.manifest import Manifest, TapArchitecture
+from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
 from protos import limits, wire
 from protos.isthmus.v1 import isthmus_pb2 as pb
 
 FINGERPRINT = bytes(range(32))
-REQUEST = CloudRequest(300, FINGERPRINT, 1.5, Payload(Codec.FACTORIZED, 2, b"payload bytes"))
-ANSWER = CloudAnswer((0.25, 0.75), queue_s=0.0015, compute_s=0.02)
-SERVICE = ServiceInfo("0.1.0", limits.WIRE_VERSION, (BundleInfo(FINGERPRINT, "elpv", "classification", 2, 4),))
+REQUEST = CloudRequest(300, FINGERPRINT, 1.5, Payload(Codec.BOTTLENECK, 1, 2, b"payload bytes"), tasks=(0, 2))
+ANSWER = CloudAnswer(((0.25, 0.75), (0.5, 0.375, 0.125)), queue_s=0.0015, compute_s=0.02)
+BUNDLE = BundleInfo(
+    FINGERPRINT, "elpv", (TaskInfo("defect", 2), TaskInfo("cell_type", 2)), (TapInfo("light", 6), TapInfo("deep", 4))
+)
+SERVICE = ServiceInfo("0.1.0", limits.WIRE_VERSION, (BUNDLE,))
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 
 def test_infer_request_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("infer_request_v1.bin", wire.pack_request(REQUEST).SerializeToString(deterministic=True))
+    golden("infer_request_v2.bin", wire.pack_request(REQUEST).SerializeToString(deterministic=True))
 
 
 def test_infer_response_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("infer_response_v1.bin", wire.pack_answer(300, ANSWER).SerializeToString(deterministic=True))
+    golden("infer_response_v2.bin", wire.pack_answer(300, ANSWER).SerializeToString(deterministic=True))
 
 
 def test_infer_error_is_golden(golden: Callable[[str, bytes], None]) -> None:
     message = wire.pack_error(300, UnknownBundle("no such bundle"))
-    golden("infer_error_v1.bin", message.SerializeToString(deterministic=True))
+    golden("infer_error_v2.bin", message.SerializeToString(deterministic=True))
 
 
 def test_describe_response_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("describe_response_v1.bin", wire.pack_service(SERVICE).SerializeToString(deterministic=True))
+    golden("describe_response_v2.bin", wire.pack_service(SERVICE).SerializeToString(deterministic=True))
 
 
 def test_describe_response_with_a_language_model_is_golden(golden: Callable[[str, bytes], None]) -> None:
     model = ModelInfo(FINGERPRINT, "SmolLM2", 49_152, 8192, "bfloat16/16")
     message = wire.pack_service(dataclasses.replace(SERVICE, models=(model,)))
-    golden("describe_models_v1.bin", message.SerializeToString(deterministic=True))
+    golden("describe_models_v2.bin", message.SerializeToString(deterministic=True))
 
 
 def test_describe_request_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("describe_request_v1.bin", pb.DescribeRequest(padding=bytes(3)).SerializeToString(deterministic=True))
+    golden("describe_request_v2.bin", pb.DescribeRequest(padding=bytes(3)).SerializeToString(deterministic=True))
 
 
+indices = st.integers(0, limits.MAX_RATES - 1)
 payloads = st.builds(
-    Payload, st.just(Codec.FACTORIZED), st.integers(0, (1 << 32) - 1), st.binary(max_size=200)
-) | st.builds(Payload, st.just(Codec.IMAGE), st.just(0), st.binary(max_size=200))
+    Payload, st.just(Codec.BOTTLENECK), st.integers(0, 1000), indices, st.binary(max_size=200)
+) | st.builds(Payload, st.just(Codec.IMAGE), st.just(0), st.just(0), st.binary(max_size=200))
 requests = st.builds(
     CloudRequest,
     request_id=st.integers(1, (1 << 32) - 1),
     fingerprint=st.binary(min_size=32, max_size=32),
     budget_s=st.floats(0.001, 600),
     payload=payloads,
+    tasks=st.sets(st.integers(0, limits.MAX_TASKS - 1), min_size=1).map(lambda tasks: tuple(sorted(tasks))),
 )
+
+
+def few(entries: st.SearchStrategy[T]) -> st.SearchStrategy[tuple[T, ...]]:
+    return st.lists(entries, min_size=1, max_size=8).map(tuple)
 
 
 def sent(message: M) -> M:
@@ -82,19 +93,20 @@ def sent(message: M) -> M:
 def test_a_request_arrives_as_it_was_sent(request: CloudRequest) -> None:
     arrived = wire.unpack_request(sent(wire.pack_request(request)))
     assert (arrived.request_id, arrived.payload) == (request.request_id, request.payload)
+    assert arrived.tasks == request.tasks
     assert arrived.fingerprint == request.fingerprint[: limits.BUNDLE_ID_BYTES]
     assert request.budget_s - 0.001001 <= arrived.budget_s <= request.budget_s + 1e-9
 
 
 @given(
-    weights=st.lists(st.integers(1, 1000), min_size=2, max_size=20),
+    weights=st.lists(st.lists(st.integers(1, 1000), min_size=2, max_size=20), min_size=1, max_size=limits.MAX_TASKS),
     queue_us=st.integers(0, wire.UINT32),
     compute_us=st.integers(0, wire.UINT32),
 )
-def test_an_answer_arrives_as_it_was_sent(weights: list[int], queue_us: int, compute_us: int) -> None:
-    probabilities = tuple((np.array(weights) / sum(weights)).astype(np.float32).tolist())
+def test_an_answer_arrives_as_it_was_sent(weights: list[list[int]], queue_us: int, compute_us: int) -> None:
+    probabilities = tuple(tuple((np.array(w) / sum(w)).astype(np.float32).tolist()) for w in weights)
     answer = CloudAnswer(probabilities, queue_us / 1e6, compute_us / 1e6)
-    assert wire.unpack_answer(sent(wire.pack_answer(7, answer)), len(weights)) == answer
+    assert wire.unpack_answer(sent(wire.pack_answer(7, answer)), [len(w) for w in weights]) == answer
 
 
 @given(
@@ -104,9 +116,8 @@ def test_an_answer_arrives_as_it_was_sent(weights: list[int], queue_us: int, com
             BundleInfo,
             fingerprint=st.binary(min_size=32, max_size=32),
             name=st.text(),
-            task=st.text(),
-            labels=st.integers(1, limits.MAX_LABELS),
-            rates=st.integers(1, 64),
+            tasks=few(st.builds(TaskInfo, st.text(), st.integers(2, limits.MAX_LABELS))),
+            taps=few(st.builds(TapInfo, st.text(), st.integers(1, limits.MAX_RATES))),
         ),
         max_size=3,
     ),
@@ -137,7 +148,7 @@ def leaves(kind: type[IsthmusError]) -> set[type[IsthmusError]]:
 @pytest.mark.parametrize("kind", sorted(leaves(IsthmusError), key=lambda kind: kind.__name__))
 def test_an_error_arrives_as_an_error(kind: type[IsthmusError]) -> None:
     with pytest.raises(IsthmusError) as caught:
-        wire.unpack_answer(sent(wire.pack_error(7, kind("what was wrong"))), labels=2)
+        wire.unpack_answer(sent(wire.pack_error(7, kind("what was wrong"))), [2])
     same_or_known = {errors.BundleError: errors.ServiceError, errors.Draining: errors.LinkDown}
     assert type(caught.value) is same_or_known.get(kind, kind)
 
@@ -154,20 +165,57 @@ def test_a_budget_is_sent_as_at_most_the_limit(budget_s: float) -> None:
     assert message.budget_ms == limits.MAX_BUDGET_MS
 
 
+@pytest.mark.parametrize("tasks", [(), (-1,), (0, limits.MAX_TASKS)])
+def test_a_request_for_tasks_that_no_bundle_has_is_not_sent(tasks: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match="tasks"):
+        wire.pack_request(dataclasses.replace(REQUEST, tasks=tasks))
+
+
+@pytest.mark.parametrize(("tap", "rate"), [(-1, 0), (0, -1), (0, limits.MAX_RATES)])
+def test_a_point_that_no_bundle_has_is_not_sent(tap: int, rate: int) -> None:
+    with pytest.raises(InvalidInput, match=f"tap {tap}, rate {rate}"):
+        wire.pack_request(dataclasses.replace(REQUEST, payload=Payload(Codec.BOTTLENECK, tap, rate, b"x")))
+
+
+def test_points_and_tasks_of_a_manifest_fit_into_their_fields() -> None:
+    fields = TapArchitecture.model_fields["rates"], Manifest.model_fields["taps"], Manifest.model_fields["tasks"]
+    most = [next(rule.le if hasattr(rule, "le") else rule.max_length for rule in f.metadata[::-1]) for f in fields]
+    assert most == [limits.MAX_RATES, limits.MAX_TAPS, limits.MAX_TASKS]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "bits"), [((0,), 0), ((1,), 2), ((0, 1), 3), ((1, 0), 3), ((7,), 128), ((0, 1, 2, 3, 4, 5, 6, 7), 255)]
+)
+def test_tasks_are_bits_and_the_first_alone_costs_nothing(tasks: tuple[int, ...], bits: int) -> None:
+    message = wire.pack_request(dataclasses.replace(REQUEST, tasks=tasks))
+    assert message.tasks == bits
+    assert wire.unpack_request(message).tasks == tuple(sorted(tasks))
+
+
+def test_the_first_task_may_be_spelt_out() -> None:
+    message = wire.pack_request(dataclasses.replace(REQUEST, tasks=(0,)))
+    message.tasks = 1
+    message.crc32 = wire.checksum(message)
+    assert wire.unpack_request(message).tasks == (0,)
+
+
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
-    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 1"),
-    "next version": ({"wire_version": 2}, UnsupportedVersion, "wire version 2"),
-    "no bundle": ({"bundle": b""}, InvalidInput, "bundle has 0 bytes, expected 8"),
-    "whole fingerprint": ({"bundle": FINGERPRINT}, InvalidInput, "bundle has 32 bytes, expected 8"),
-    "other bundle": ({"bundle": bytes(8)}, PayloadCorrupt, "CRC-32"),
+    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 2"),
+    "version before": ({"wire_version": 1}, UnsupportedVersion, "wire version 1, this service reads 2"),
+    "next version": ({"wire_version": 3}, UnsupportedVersion, "wire version 3"),
+    "no bundle": ({"bundle": 0}, PayloadCorrupt, "CRC-32"),
+    "other bundle": ({"bundle": 1}, PayloadCorrupt, "CRC-32"),
     "no request id": ({"request_id": 0}, InvalidInput, "request_id is 0"),
     "no budget": ({"budget_ms": 0}, InvalidInput, "budget_ms is 0, expected 1 to 600000"),
     "wild budget": ({"budget_ms": 600_001}, InvalidInput, "budget_ms is 600001"),
     "no codec": ({"codec": 0}, InvalidInput, "codec 0 is unknown, expected one of [1, 2]"),
     "unknown codec": ({"codec": 77}, InvalidInput, "codec 77 is unknown"),
     "negative codec": ({"codec": -1}, InvalidInput, "codec -1 is unknown"),
-    "image at a rate": ({"codec": 2}, InvalidInput, "rate is 2, expected 0 for a whole image"),
-    "other rate": ({"rate": 3}, PayloadCorrupt, "CRC-32"),
+    "image at a point": ({"codec": 2}, InvalidInput, "point is 66, expected 0 for a whole image"),
+    "other rate": ({"point": 67}, PayloadCorrupt, "CRC-32"),
+    "other tap": ({"point": 2}, PayloadCorrupt, "CRC-32"),
+    "other tasks": ({"tasks": 4}, PayloadCorrupt, "CRC-32"),
+    "no tasks": ({"tasks": 0}, PayloadCorrupt, "CRC-32"),
     "other payload": ({"payload": b"payload bytez"}, PayloadCorrupt, "CRC-32"),
     "empty payload": ({"payload": b""}, PayloadCorrupt, "CRC-32"),
     "no checksum": ({"crc32": 0}, PayloadCorrupt, "the request says 00000000"),
@@ -187,55 +235,75 @@ def test_a_bad_field_of_a_request_is_refused_by_name(
     assert words in str(caught.value)
 
 
-BAD_ANSWERS: dict[str, tuple[pb.InferResponse, str]] = {
-    "no probabilities": (pb.InferResponse(), "0 probabilities, expected 2"),
-    "too many": (pb.InferResponse(probabilities=[0.2, 0.3, 0.5]), "3 probabilities, expected 2"),
-    "not a number": (pb.InferResponse(probabilities=[float("nan"), 0.5]), "not probabilities"),
-    "infinite": (pb.InferResponse(probabilities=[float("inf"), 0.5]), "not probabilities"),
-    "negative": (pb.InferResponse(probabilities=[-0.5, 1.5]), "not probabilities"),
-    "sum of two": (pb.InferResponse(probabilities=[1.0, 1.0]), "not probabilities"),
-    "zeros": (pb.InferResponse(probabilities=[0.0, 0.0]), "not probabilities"),
+def test_any_bits_of_tasks_are_read_for_the_bundle_to_judge() -> None:
+    message = wire.pack_request(REQUEST)
+    message.tasks, message.point = wire.UINT32, wire.UINT32
+    message.crc32 = wire.checksum(message)
+    arrived = wire.unpack_request(message)
+    assert arrived.tasks == tuple(range(32))
+    assert (arrived.payload.tap, arrived.payload.rate) == (wire.UINT32 // 64, 63)
+
+
+BAD_ANSWERS: dict[str, tuple[list[float], str]] = {
+    "no probabilities": ([], "0 probabilities, expected 5"),
+    "of the first task alone": ([0.25, 0.75], "2 probabilities, expected 5"),
+    "too many": ([0.5, 0.5, 0.2, 0.3, 0.5, 0.0], "6 probabilities, expected 5"),
+    "not a number": ([float("nan"), 0.5, 0.2, 0.3, 0.5], "not probabilities"),
+    "infinite": ([0.5, 0.5, 0.2, float("inf"), 0.5], "not probabilities"),
+    "negative": ([-0.5, 1.5, 0.2, 0.3, 0.5], "not probabilities"),
+    "sum of two": ([1.0, 1.0, 0.2, 0.3, 0.5], "not probabilities"),
+    "second task without a sum": ([0.5, 0.5, 0.0, 0.0, 0.0], "not probabilities"),
+    "one sum over both tasks": ([0.2, 0.3, 0.1, 0.2, 0.2], "not probabilities"),
+    "sums of one across the border": ([0.5, 0.25, 0.25, 0.5, 0.5], "not probabilities"),
 }
 
 
-@pytest.mark.parametrize(("message", "words"), BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
-def test_an_answer_that_cannot_be_true_is_refused(message: pb.InferResponse, words: str) -> None:
+@pytest.mark.parametrize(("probabilities", "words"), BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
+def test_an_answer_that_cannot_be_true_is_refused(probabilities: list[float], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
-        wire.unpack_answer(message, labels=2)
+        wire.unpack_answer(pb.InferResponse(probabilities=probabilities), [2, 3])
 
 
 def test_an_error_of_code_ok_is_the_services_fault() -> None:
     with pytest.raises(errors.ServiceError):
-        wire.unpack_answer(pb.InferResponse(error=pb.Error(), probabilities=[0.5, 0.5]), labels=2)
+        wire.unpack_answer(pb.InferResponse(error=pb.Error(), probabilities=[0.5, 0.5]), [2])
 
 
 def described_model(**fields: Any) -> pb.DescribeResponse:
     good = {"fingerprint": FINGERPRINT, "name": "a", "vocab": 10, "context": 20, "numerics": "float32/8"}
-    return pb.DescribeResponse(wire_version=1, models=[pb.Model(**{**good, **fields})])
+    return pb.DescribeResponse(wire_version=limits.WIRE_VERSION, models=[pb.Model(**{**good, **fields})])
 
 
 def described(**fields: Any) -> pb.DescribeResponse:
-    good = {"fingerprint": FINGERPRINT, "name": "a", "task": "b", "labels": 2, "rates": 1}
-    return pb.DescribeResponse(wire_version=1, bundles=[pb.Bundle(**{**good, **fields})])
+    tasks, taps = [pb.Task(name="b", labels=2)], [pb.Tap(name="c", rates=1)]
+    good = {"fingerprint": FINGERPRINT, "name": "a", "tasks": tasks, "taps": taps}
+    return pb.DescribeResponse(wire_version=limits.WIRE_VERSION, bundles=[pb.Bundle(**{**good, **fields})])
+
+
+def many(entries: dict[str, list[Any]]) -> pb.DescribeResponse:
+    """More of them than are read."""
+    count = limits.MAX_BUNDLES + 1
+    return pb.DescribeResponse(
+        wire_version=limits.WIRE_VERSION, **{name: list(e) * count for name, e in entries.items()}
+    )
 
 
 BAD_SERVICES: dict[str, tuple[pb.DescribeResponse, type[IsthmusError]]] = {
-    "other version": (pb.DescribeResponse(wire_version=2), UnsupportedVersion),
+    "other version": (pb.DescribeResponse(wire_version=1), UnsupportedVersion),
     "short fingerprint": (described(fingerprint=bytes(8)), InvalidInput),
-    "no labels": (described(labels=0), InvalidInput),
-    "wild number of labels": (described(labels=limits.MAX_LABELS + 1), InvalidInput),
-    "no rates": (described(rates=0), InvalidInput),
-    "too many bundles": (
-        pb.DescribeResponse(wire_version=1, bundles=list(described().bundles) * (limits.MAX_BUNDLES + 1)),
-        InvalidInput,
-    ),
+    "no tasks": (described(tasks=[]), InvalidInput),
+    "nine tasks": (described(tasks=[pb.Task(labels=2)] * 9), InvalidInput),
+    "one label": (described(tasks=[pb.Task(labels=2), pb.Task(labels=1)]), InvalidInput),
+    "wild number of labels": (described(tasks=[pb.Task(labels=limits.MAX_LABELS + 1)]), InvalidInput),
+    "no taps": (described(taps=[]), InvalidInput),
+    "nine taps": (described(taps=[pb.Tap(rates=1)] * 9), InvalidInput),
+    "no rates": (described(taps=[pb.Tap(rates=0)]), InvalidInput),
+    "65 rates": (described(taps=[pb.Tap(rates=65)]), InvalidInput),
+    "too many bundles": (many({"bundles": list(described().bundles)}), InvalidInput),
     "short fingerprint of a model": (described_model(fingerprint=bytes(8)), InvalidInput),
     "model without tokens": (described_model(vocab=0), InvalidInput),
     "model without context": (described_model(context=0), InvalidInput),
-    "too many models": (
-        pb.DescribeResponse(wire_version=1, models=list(described_model().models) * (limits.MAX_BUNDLES + 1)),
-        InvalidInput,
-    ),
+    "too many models": (many({"models": list(described_model().models)}), InvalidInput),
 }
 
 
@@ -249,7 +317,7 @@ def test_a_description_that_cannot_be_true_is_refused(message: pb.DescribeRespon
         wire.unpack_service(message)
 
 
-@pytest.mark.parametrize("payload", [REQUEST.payload, Payload(Codec.IMAGE, 0, b"\xff\xd8\xff" + bytes(20))])
+@pytest.mark.parametrize("payload", [REQUEST.payload, Payload(Codec.IMAGE, 0, 0, b"\xff\xd8\xff" + bytes(20))])
 def test_no_flipped_bit_yields_another_payload(payload: Payload) -> None:
     request = CloudRequest(300, FINGERPRINT, 1.5, payload)
     good = wire.pack_request(request).SerializeToString()
@@ -266,14 +334,24 @@ def test_no_flipped_bit_yields_another_payload(payload: Payload) -> None:
     assert accepted < 40
 
 
-def test_framing_stays_within_its_limit_at_the_largest_usual_values() -> None:
-    payload = Payload(Codec.FACTORIZED, 63, bytes(4096))
-    message = wire.pack_request(CloudRequest((1 << 21) - 1, FINGERPRINT, 16.0, payload))
-    assert message.ByteSize() - len(payload.data) <= limits.MAX_FRAMING_BYTES
+ALL_BUT_ONE = tuple(range(limits.MAX_TASKS - 1))
+
+
+@pytest.mark.parametrize(
+    ("tap", "tasks", "payload_bytes", "framing"),
+    [(0, (0,), 127, 29), (1, (0,), 127, 29), (1, (0, 1), 127, 31), (1, ALL_BUT_ONE, 4096, 32)],
+)
+def test_framing_stays_within_its_limit_at_the_largest_usual_values(
+    tap: int, tasks: tuple[int, ...], payload_bytes: int, framing: int
+) -> None:
+    payload = Payload(Codec.BOTTLENECK, tap, limits.MAX_RATES - 1, bytes(payload_bytes))
+    message = wire.pack_request(CloudRequest(limits.MAX_REQUEST_ID, FINGERPRINT, 16.0, payload, tasks))
+    assert message.ByteSize() - payload_bytes == framing
+    assert framing <= limits.MAX_FRAMING_BYTES
 
 
 def test_the_checksum_is_the_crc_that_the_contract_describes() -> None:
-    covered = FINGERPRINT[:8] + b"\1\0\0\0" + b"\2\0\0\0" + b"payload bytes"
+    covered = FINGERPRINT[:8] + b"\1\0\0\0" + b"\x42\0\0\0" + b"\5\0\0\0" + b"payload bytes"
     assert wire.pack_request(REQUEST).crc32 == zlib.crc32(covered)
 
 

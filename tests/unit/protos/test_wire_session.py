@@ -58,20 +58,20 @@ def sent(message: M) -> M:
 
 
 def test_opening_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("generate_open_v1.bin", wire_session.pack_opening(OPENING).SerializeToString(deterministic=True))
+    golden("generate_open_v2.bin", wire_session.pack_opening(OPENING).SerializeToString(deterministic=True))
 
 
 def test_round_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("generate_round_v1.bin", wire_session.pack_round(ROUND).SerializeToString(deterministic=True))
+    golden("generate_round_v2.bin", wire_session.pack_round(ROUND).SerializeToString(deterministic=True))
 
 
 def test_committed_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("generate_committed_v1.bin", wire_session.pack_committed(COMMITTED).SerializeToString(deterministic=True))
+    golden("generate_committed_v2.bin", wire_session.pack_committed(COMMITTED).SerializeToString(deterministic=True))
 
 
 def test_error_is_golden(golden: Callable[[str, bytes], None]) -> None:
     message = wire_session.pack_generate_error(ContextGone("the first 12 tokens are not held"))
-    golden("generate_error_v1.bin", message.SerializeToString(deterministic=True))
+    golden("generate_error_v2.bin", message.SerializeToString(deterministic=True))
 
 
 ids = st.integers(0, wire.UINT32)
@@ -163,8 +163,8 @@ def test_the_checksum_is_the_crc_that_the_contract_describes() -> None:
 
 NAN, INF = math.nan, math.inf
 BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
-    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 1"),
-    "next version": ({"wire_version": 2}, UnsupportedVersion, "wire version 2, this service reads 1"),
+    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 2"),
+    "next version": ({"wire_version": 3}, UnsupportedVersion, "wire version 3, this service reads 2"),
     "no model": ({"model": b""}, InvalidInput, "model has 0 bytes, expected 8"),
     "whole fingerprint": ({"model": MODEL}, InvalidInput, "model has 32 bytes, expected 8"),
     "no session": ({"session": b""}, InvalidInput, "session has 0 bytes, expected 16"),

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.policy.plan import Goal, Objective, Option, Prices, Situation, plan
+from edge_agent.policy.plan import Goal, Objective, Option, Point, Prices, Situation, plan
 
 ON = Option("continue", "run on", 0.020, 1e-6)
-SPLIT = Option("split", "rate 1 (300 B)", 0.060, 2e-6, rate=1)
+DEEP = Point(1, 0, 1)
+SPLIT = Option("split", "deep rate 1 (300 B)", 0.060, 2e-6, DEEP)
 WHOLE = Option("offload", "whole image (5000 B)", 0.050, 9e-6)
 FASTEST, CHEAPEST = Goal("fastest", 0.9), Goal("cheapest", 0.9)
-BEHIND_LAST = Situation("exit1", 0.6, True, (WHOLE, SPLIT), left_s=1.0, cloud_refused=None)
-BETWEEN = Situation("exit0", 0.6, False, (WHOLE, ON), left_s=1.0, cloud_refused=None)
+BEHIND_LAST = Situation("exit1", 0.6, (WHOLE, SPLIT), left_s=1.0, cloud_refused=None)
+BETWEEN = Situation("exit0", 0.6, (WHOLE, ON), left_s=1.0, cloud_refused=None)
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 1.0])
@@ -26,12 +27,33 @@ def test_a_sure_exit_answers(confidence: float) -> None:
 def test_fastest_takes_the_least_time_and_cheapest_the_least_money() -> None:
     assert plan(BEHIND_LAST, FASTEST).route == "offload"
     step = plan(BEHIND_LAST, CHEAPEST)
-    assert (step.route, step.rate) == ("split", 1)
+    assert (step.route, step.point) == ("split", DEEP)
 
 
 def test_why_names_the_choice_and_what_it_was_weighed_against() -> None:
     why = plan(BEHIND_LAST, FASTEST).why
-    assert why.index("whole image") < why.index("against") < why.index("rate 1")
+    assert why.index("whole image") < why.index("against") < why.index("deep rate 1")
+
+
+def test_of_each_tap_only_the_best_is_named_beside_the_choice() -> None:
+    light = [Option("split", f"light rate {rate}", 0.01 + 0.01 * rate, 1e-6, Point(0, 0, rate)) for rate in range(3)]
+    deep = [Option("split", f"deep rate {rate}", 0.05 + 0.01 * rate, 1e-6, Point(1, 0, rate)) for rate in range(3)]
+    why = plan(replace(BEHIND_LAST, options=(WHOLE, *deep, *light)), FASTEST).why
+    assert [f"{name} rate {rate}" in why for name in ("light", "deep") for rate in range(3)] == [
+        True,
+        False,
+        False,
+    ] * 2
+
+
+def test_what_no_exit_knows_is_not_answered_by_one_however_sure() -> None:
+    lacking = replace(BEHIND_LAST, confidence=1.0, no_exit="exits do not answer colour")
+    step = plan(lacking, CHEAPEST)
+    assert (step.route, step.point) == ("split", DEEP)
+    assert step.why.startswith("exits do not answer colour; cheapest: deep rate 1")
+    out = plan(replace(lacking, options=(), cloud_refused="the cloud is down"), CHEAPEST)
+    assert out.route == "fallback"
+    assert out.why == "exits do not answer colour; the cloud is down; exit1 is the best there is"
 
 
 def test_what_cannot_answer_in_time_is_out() -> None:
@@ -57,7 +79,7 @@ def test_without_a_cloud_the_head_runs_on_then_falls_back() -> None:
 
 
 def test_before_the_first_exit_there_is_no_confidence_to_speak_of() -> None:
-    step = plan(Situation(None, None, False, (WHOLE, ON), 1.0, None), FASTEST)
+    step = plan(Situation(None, None, (WHOLE, ON), 1.0, None), FASTEST)
     assert step.route == "continue" and "sure" not in step.why
 
 
@@ -72,7 +94,7 @@ options = st.lists(
         name=st.just("way"),
         seconds=st.floats(0, 10),
         usd=st.floats(0, 1),
-        rate=st.integers(0, 3),
+        point=st.builds(Point, st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
     ),
     max_size=6,
 )
@@ -82,7 +104,7 @@ options = st.lists(
 def test_the_plan_is_pure_explained_and_the_best_of_what_is_allowed(
     ways: list[Option], confidence: float, left_s: float, objective: Objective
 ) -> None:
-    situation = Situation("exit1", confidence, True, ways, left_s, None)
+    situation = Situation("exit1", confidence, ways, left_s, None)
     step = plan(situation, Goal(objective, 0.9))
     assert step == plan(situation, Goal(objective, 0.9))
     assert step.why
@@ -94,4 +116,4 @@ def test_the_plan_is_pure_explained_and_the_best_of_what_is_allowed(
     else:
         cost = [way.seconds if objective == "fastest" else way.usd for way in allowed]
         best = allowed[cost.index(min(cost))]
-        assert (step.route, step.rate) == (best.route, best.rate)
+        assert (step.route, step.point) == (best.route, best.point)

@@ -10,6 +10,8 @@ from PIL import Image
 
 from models.recipes import elpv
 from models.recipes.elpv_data import Photos
+from models.recipes.rates import Rates
+from models.recipes.views import make_views
 from models.vision.images import preprocess
 
 
@@ -18,7 +20,9 @@ def photos() -> Photos:
     """Forty grey noise photographs."""
     rng = np.random.default_rng(0)
     defect_N = (np.arange(40) % 4 / 3).astype(np.float32)
-    return Photos((Path("none"),) * 40, rng.integers(0, 256, (40, 300, 300), dtype=np.uint8), defect_N)
+    return Photos(
+        (Path("none"),) * 40, rng.integers(0, 256, (40, 300, 300), dtype=np.uint8), defect_N, np.arange(40) % 2 == 1
+    )
 
 
 def test_training_sees_photos_as_the_device_preprocesses_them(photos: Photos) -> None:
@@ -49,3 +53,13 @@ def test_doubt_is_a_soft_target() -> None:
     logits_B2 = torch.tensor([[0.0, math.log(3.0)]])  # probabilities 1/4 and 3/4
     by_hand = -(2 / 3 * math.log(0.75) + 1 / 3 * math.log(0.25))
     assert elpv.soft_cross_entropy(logits_B2, torch.tensor([2 / 3])).item() == pytest.approx(by_hand)
+
+
+def test_integers_are_collected_for_each_rate(tmp_path: Path, photos: Photos) -> None:
+    views = make_views(tmp_path, photos.images_NHW[:, :16, :16], seed=0)
+    rates = Rates(1, (1.0, 0.1))
+    coarse, fine = elpv.integers(views, lambda rows: rows["images"].unsqueeze(1), rates)
+    images = np.asarray(views.passes[0]["images"], np.float32)[:, None]
+    np.testing.assert_array_equal(coarse, np.rint(images * rates.gains_RC[0, 0]))
+    assert fine.shape == (40, 1, 16, 16)
+    assert fine.std() > coarse.std()

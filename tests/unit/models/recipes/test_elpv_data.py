@@ -55,3 +55,7 @@ def test_photos_are_grey_squares_of_300(photos: Photos) -> None:
 def test_labels_are_the_annotators_majority(photos: Photos) -> None:
     assert sorted({round(float(p), 2) for p in photos.defect_N}) == [0.0, 0.33, 0.67, 1.0]
     np.testing.assert_array_equal(photos.labels_N, photos.defect_N > 0.5)
+
+
+def test_cell_types_are_one_crystal_or_many(photos: Photos) -> None:
+    assert np.bincount(photos.cell_types_N).tolist() == [230, 312]

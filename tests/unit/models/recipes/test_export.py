@@ -1,68 +1,128 @@
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from models.bundle import Bundle
+from models.manifest import Task
 from models.recipes import export
 from models.recipes.calibrate import interval
-from tests.conftest import random_samples
+from models.recipes.fit_tables import fit
+from models.vision.split import SplitClassifier
+from tests.tiny_bundle import GAINS, PREPROCESSING, TAPS, TASKS, TINY, random_images
+
+LABELS = (np.arange(6) % 2, np.arange(6) % 3)
+
+
+def random_samples(count: int, seed: int) -> export.Samples:
+    """Smooth random images with labels of no meaning."""
+    return export.Samples(random_images(count, seed), [labels_N[:count] for labels_N in LABELS])
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_bundle: Bundle) -> export.Measured:
-    """The calibration samples of the tiny bundle, answered again by what it ships."""
-    return export.measure(tiny_bundle, random_samples(6, seed=1), "again")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_split: SplitClassifier) -> Bundle:
+    """The tiny network, exported and measured as a recipe does it."""
+    rng = np.random.default_rng(0)
+    taps = []
+    for name, built in zip(TAPS, TINY.taps, strict=True):
+        gains_RC = np.repeat(np.array(GAINS[: built.rates], np.float32)[:, None], built.latent_channels, 1)
+        integers = [rng.laplace(0, gain, (8, built.latent_channels, 8, 8)) for gain in GAINS[: built.rates]]
+        tables = fit([np.rint(rate_NCHW).astype(np.int32) for rate_NCHW in integers], gains_RC)
+        taps.append(export.TrainedTap(name, tables, 4096))
+    trained = export.Trained(
+        copy.deepcopy(tiny_split),
+        tuple(taps),
+        tuple(Task(name=name, labels=labels) for name, labels in TASKS),
+        TINY,
+        PREPROCESSING,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's ONNX exporter warns of itself and of shapes it takes as constants
+        return export.write(
+            tmp_path_factory.mktemp("zoo") / "tiny",
+            trained,
+            about={"name": "tiny", "licence": "none: random weights"},
+            training={"command": "tests", "seed": 0, "seconds": 0.0, "data": "none"},
+            calibration=random_samples(6, seed=1),
+            test=random_samples(4, seed=2),
+        )
 
 
-def test_figures_of_rates_are_those_of_real_payloads(tiny_bundle: Bundle, measured: export.Measured) -> None:
-    for rate, sizes_N in zip(tiny_bundle.manifest.bottleneck.rates, measured.bytes_RN, strict=True):
-        assert (rate.mean_bytes, rate.max_bytes) == (float(sizes_N.mean()), int(sizes_N.max()))
-    assert measured.bytes_RN[0].mean() < measured.bytes_RN[1].mean()
+@pytest.fixture(scope="module")
+def measured(bundle: Bundle) -> export.Measured:
+    """The calibration samples, answered again by what the bundle ships."""
+    return export.measure(bundle, random_samples(6, seed=1), "again")
 
 
-def test_accuracy_and_agreement_are_counted(tiny_bundle: Bundle, measured: export.Measured) -> None:
-    labels_N, cloud_N = np.arange(6) % 2, measured.cloud_NK.argmax(1)
-    ways = [*measured.exits_ENK.argmax(2), *measured.rates_RNK.argmax(2)]
-    for figures, answer_N in zip(
-        [*tiny_bundle.manifest.exits, *tiny_bundle.manifest.bottleneck.rates], ways, strict=True
-    ):
-        assert figures.accuracy == pytest.approx((answer_N == labels_N).mean())
-        assert figures.agreement == pytest.approx((answer_N == cloud_N).mean())
+def test_figures_of_rates_are_those_of_real_payloads(bundle: Bundle, measured: export.Measured) -> None:
+    for tap, found in zip(bundle.manifest.taps, measured.taps, strict=True):
+        for width, bytes_RN in zip(tap.widths, found.bytes_WRN, strict=True):
+            for rate, sizes_N in zip(width.rates, bytes_RN, strict=True):
+                assert (rate.mean_bytes, rate.max_bytes) == (float(sizes_N.mean()), int(sizes_N.max()))
+        assert (np.diff(found.bytes_WRN.mean(2), axis=1) > 0).all()
+
+
+def test_accuracy_and_agreement_are_counted(bundle: Bundle, measured: export.Measured) -> None:
+    manifest, cloud_N = bundle.manifest, measured.cloud_TNK[0].argmax(1)
+    ways: list[tuple[float, float, Sequence[int]]] = [
+        (figures.accuracy, figures.agreement, answer_N)
+        for figures, answer_N in zip(manifest.exits, measured.exits_ENK.argmax(2), strict=True)
+    ]
+    for tap, found in zip(manifest.taps, measured.taps, strict=True):
+        rates = [rate for width in tap.widths for rate in width.rates]
+        answers = found.first_WRNK.argmax(3).reshape(len(rates), -1)
+        ways += [(r.accuracy, r.agreement, answer_N) for r, answer_N in zip(rates, answers, strict=True)]
+    assert len(ways) == 2 + 2 * 3 + 2
+    for accuracy, agreement, answer_N in ways:
+        assert accuracy == pytest.approx((answer_N == LABELS[0]).mean())
+        assert agreement == pytest.approx((answer_N == cloud_N).mean())
 
 
 def test_every_way_to_answer_gives_probabilities(measured: export.Measured) -> None:
-    for answers in (measured.exits_ENK, measured.rates_RNK, measured.cloud_NK):
+    for answers in (measured.exits_ENK, *measured.cloud_TNK, *(tap.first_WRNK for tap in measured.taps)):
         np.testing.assert_allclose(answers.sum(-1), 1, atol=1e-5)
-    assert (measured.exits_ENK.shape, measured.rates_RNK.shape, measured.cloud_NK.shape) == (
-        (2, 6, 2),
-        (2, 6, 2),
-        (6, 2),
-    )
+    assert measured.exits_ENK.shape == (2, 6, 2)
+    assert [tap.first_WRNK.shape for tap in measured.taps] == [(2, 3, 6, 2), (1, 2, 6, 2)]
+    assert [[task.shape for task in tap.others_TNK] for tap in measured.taps] == [[(6, 3)], [(6, 3)]]
+    assert [task.shape for task in measured.cloud_TNK] == [(6, 2), (6, 3)]
 
 
-def test_scores_are_of_the_test_samples(tiny_bundle: Bundle) -> None:
+def test_scores_are_of_the_test_samples(bundle: Bundle) -> None:
     samples = random_samples(4, seed=2)
-    cloud_N = export.measure(tiny_bundle, samples, "test").cloud_NK.argmax(1)
-    assert tiny_bundle.manifest.scores["test cloud accuracy"] == interval(cloud_N == samples.labels_N)
-    assert {score.samples for score in tiny_bundle.manifest.scores.values()} == {4}
+    found = export.measure(bundle, samples, "test")
+    scores = bundle.manifest.scores
+    assert scores["test cloud accuracy"] == interval(found.cloud_TNK[0].argmax(1) == samples.labels_TN[0])
+    assert scores["test light 0.5 rate2 accuracy"] == interval(
+        found.taps[0].first_WRNK[0, 2].argmax(1) == samples.labels_TN[0]
+    )
+    assert scores["test deep colour accuracy"] == interval(
+        found.taps[1].others_TNK[0].argmax(1) == samples.labels_TN[1]
+    )
+    assert {score.samples for score in scores.values()} == {4}
 
 
-def test_shapes_in_the_manifest_are_those_of_the_network(tiny_bundle: Bundle) -> None:
-    manifest = tiny_bundle.manifest
+def test_shapes_in_the_manifest_are_those_of_the_network(bundle: Bundle) -> None:
+    manifest = bundle.manifest
     assert [s.output for s in manifest.segments] == [(16, 32, 32), (40, 8, 8)]
-    assert manifest.bottleneck.latent == (4, 8, 8)
+    assert [tap.latent for tap in manifest.taps] == [(3, 8, 8), (4, 8, 8)]
+
+
+def test_costs_are_counted(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    light, deep = manifest.taps
+    assert 0 < light.widths[0].encoder_macs < light.widths[1].encoder_macs
+    assert min(*(s.macs for s in manifest.segments), deep.widths[0].encoder_macs) > 0
+    assert 0 < manifest.tail_macs < min(light.tail_macs, deep.tail_macs)  # a decoder comes on top
 
 
 def test_multiplications_are_counted_as_by_hand() -> None:
     assert export.macs(nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.zeros(1, 3, 4, 4)) == 3 * 8 * 9 * 16
-
-
-def test_the_head_is_the_cheaper_part(tiny_bundle: Bundle) -> None:
-    manifest = tiny_bundle.manifest
-    assert min(manifest.tail_macs, manifest.bottleneck.encoder_macs, *(s.macs for s in manifest.segments)) > 0
 
 
 def test_matrices_are_halved_in_the_network_too() -> None:
@@ -74,5 +134,5 @@ def test_matrices_are_halved_in_the_network_too() -> None:
     assert torch.equal(layer.weight, stored["weight"].float())
 
 
-def test_the_manifest_says_with_what_it_was_made(tiny_bundle: Bundle) -> None:
-    assert tiny_bundle.manifest.training.versions.keys() == set(export.VERSIONS)
+def test_the_manifest_says_with_what_it_was_made(bundle: Bundle) -> None:
+    assert bundle.manifest.training.versions.keys() == set(export.VERSIONS)

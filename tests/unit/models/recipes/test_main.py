@@ -1,16 +1,37 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
 from models.errors import InvalidInput
 from models.recipes import elpv
 from models.recipes.__main__ import main
+from models.recipes.baselines import settings_of
+from models.recipes.trainer import Run
 
 
-@pytest.mark.parametrize("words", [["--help"], ["elpv", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["elpv", "--help"], ["baselines", "--help"]])
 def test_help_has_an_example(words: list[str]) -> None:
-    assert "Example: python -m models.recipes elpv" in CliRunner().invoke(main, words).stdout
+    assert "Example: python -m models.recipes " in CliRunner().invoke(main, words).stdout
+
+
+def test_baselines_of_an_unknown_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(bundle: Path, run: Run, methods: tuple[str, ...]) -> None:
+        settings_of(methods[0])
+
+    monkeypatch.setattr(elpv, "train_baselines", train)
+    done = CliRunner().invoke(main, ["baselines", "n7", "--work", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: method 'n7' is unknown, expected one of entropic-student")
+
+
+def test_figures_of_the_last_epochs_come_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elpv, "train_baselines", lambda *_: {"n0": {"loss": 1.5}})
+    done = CliRunner().invoke(main, ["baselines", "n0", "--work", str(tmp_path), "--json"])
+    assert json.loads(done.stdout) == {"n0": {"loss": 1.5}}
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from models.bundle import Bundle
-from models.errors import BundleError
+from models.errors import BundleError, InvalidInput
 from models.vision.head import Head, softmax
+from models.vision.slim import FrozenSlim
 from models.vision.tail import load_split
-from tests.conftest import Parts, random_samples
+from tests.conftest import Parts
+from tests.tiny_bundle import random_images
 
-IMAGE = random_samples(1, seed=9).images[0]
+IMAGE = random_images(1, seed=9)[0]
 
 
 @torch.inference_mode()
@@ -27,12 +32,31 @@ def test_every_segment_and_exit_equals_pytorchs(tiny_bundle: Bundle) -> None:
 
 
 @torch.inference_mode()
-def test_the_encoder_equals_pytorchs(tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("width", [0, 1])
+def test_the_encoder_of_the_image_equals_pytorchs_at_each_width(tiny_bundle: Bundle, width: int) -> None:
+    head, split = Head(tiny_bundle, threads=1), load_split(tiny_bundle)
+    latent_CHW = head.encode(0, IMAGE, width)
+    assert latent_CHW.shape == tiny_bundle.manifest.taps[0].latent
+    frozen = FrozenSlim(split.taps[0].encoder)  # type: ignore[arg-type]
+    expected_1CHW = frozen.at(torch.from_numpy(IMAGE[None]), width)
+    np.testing.assert_allclose(latent_CHW, expected_1CHW[0], atol=1e-3, rtol=1e-3)
+    other_1CHW = frozen.at(torch.from_numpy(IMAGE[None]), 1 - width)
+    assert not np.allclose(latent_CHW, other_1CHW[0], atol=0.05)
+
+
+@torch.inference_mode()
+def test_the_encoder_behind_the_last_segment_equals_pytorchs(tiny_bundle: Bundle) -> None:
     head, split = Head(tiny_bundle, threads=1), load_split(tiny_bundle)
     features_1CHW = split.trunk(torch.from_numpy(IMAGE[None]))
-    latent_CHW = head.encode(features_1CHW[0].numpy())
-    assert latent_CHW.shape == tiny_bundle.manifest.bottleneck.latent
-    np.testing.assert_allclose(latent_CHW, split.encoder(features_1CHW)[0], atol=1e-3, rtol=1e-3)
+    latent_CHW = head.encode(1, features_1CHW[0].numpy(), 0)
+    assert latent_CHW.shape == tiny_bundle.manifest.taps[1].latent
+    np.testing.assert_allclose(latent_CHW, split.taps[1].encoder(features_1CHW)[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("tap", "width", "most"), [(0, 2, 1), (0, -1, 1), (1, 1, 0)])
+def test_a_width_that_is_not_there_is_refused(tiny_bundle: Bundle, tap: int, width: int, most: int) -> None:
+    with pytest.raises(InvalidInput, match=f"width {width} does not exist, the tap has widths 0 to {most}"):
+        Head(tiny_bundle, threads=1).encode(tap, IMAGE, width)
 
 
 def test_a_file_that_is_no_graph_is_refused(paper: Parts, tmp_path: Path) -> None:
@@ -47,27 +71,77 @@ def test_a_graph_of_other_shapes_is_refused(tiny_bundle: Bundle, field: str) -> 
     manifest = tiny_bundle.manifest
     channels, height, width = getattr(manifest.segments[1], field)
     wrong = manifest.segments[1].model_copy(update={field: (channels, height, width + 1)})
-    lying = manifest.model_copy(update={"segments": (manifest.segments[0], wrong)})
+    changed = manifest.model_copy(update={"segments": (manifest.segments[0], wrong)})
     with pytest.raises(BundleError, match=rf"head1\.onnx: {field} shapes .* the manifest says"):
-        Head(Bundle(tiny_bundle.folder, lying))
+        Head(Bundle(tiny_bundle.folder, changed))
+
+
+def lying(bundle: Bundle, index: int, **fields: Any) -> Bundle:
+    """The bundle as if its manifest said this of a tap."""
+    taps = list(bundle.manifest.taps)
+    taps[index] = taps[index].model_copy(update=fields)
+    return Bundle(bundle.folder, bundle.manifest.model_copy(update={"taps": tuple(taps)}))
+
+
+def test_an_encoder_of_another_latent_is_refused(tiny_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"light\.onnx: output shapes .*\(1, 3, 8, 8\).* the manifest says"):
+        Head(lying(tiny_bundle, 0, latent=(3, 8, 9)))
+
+
+def test_an_encoder_of_the_image_behind_a_segment_is_refused(tiny_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"light\.onnx: inputs are named \['x', 'width'\], expected \['x'\]"):
+        Head(lying(tiny_bundle, 1, encoder="light.onnx"))
+
+
+def test_an_encoder_that_takes_no_width_is_refused_where_there_are_two(tiny_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"deep\.onnx: inputs are named \['x'\], expected \['x', 'width'\]"):
+        Head(lying(tiny_bundle, 0, encoder="deep.onnx"))
+
+
+def bent(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[onnx.GraphProto], None]) -> None:
+    """Every bundle as if its graph `name` were changed so."""
+    read = Bundle.read
+
+    def reading(bundle: Bundle, asked: str) -> bytes:
+        if asked != name:
+            return read(bundle, asked)
+        model = onnx.load_from_string(read(bundle, name))
+        change(model.graph)
+        return bytes(model.SerializeToString())
+
+    monkeypatch.setattr(Bundle, "read", reading)
 
 
 def test_a_graph_with_another_input_name_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = tiny_bundle.read("encoder.onnx")
-    import onnx
+    def rename(graph: onnx.GraphProto) -> None:
+        graph.input[0].name = "y"
+        for node in graph.node:
+            node.input[:] = ["y" if name == "x" else name for name in node.input]
 
-    graph = onnx.load_from_string(data)
-    graph.graph.input[0].name = "y"
-    for node in graph.graph.node:
-        node.input[:] = ["y" if name == "x" else name for name in node.input]
-    monkeypatch.setattr(
-        Bundle, "read", lambda self, name: graph.SerializeToString() if name == "encoder.onnx" else READ(self, name)
-    )
-    with pytest.raises(BundleError, match=r"encoder\.onnx: expected one input named x"):
+    bent(monkeypatch, "deep.onnx", rename)
+    with pytest.raises(BundleError, match=r"deep\.onnx: inputs are named \['y'\], expected \['x'\]"):
         Head(tiny_bundle)
 
 
-READ = Bundle.read
+def test_a_width_that_is_no_scalar_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def widen(graph: onnx.GraphProto) -> None:
+        graph.input[1].type.tensor_type.shape.dim.add().dim_value = 1
+
+    bent(monkeypatch, "light.onnx", widen)
+    with pytest.raises(BundleError, match=r"light\.onnx: input shapes .* the manifest says .*None"):
+        Head(tiny_bundle)
+
+
+def test_a_graph_of_whole_numbers_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cast(graph: onnx.GraphProto) -> None:
+        graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+        graph.node.insert(0, onnx.helper.make_node("Cast", ["x"], ["cast_x"], to=onnx.TensorProto.FLOAT))
+        for node in list(graph.node)[1:]:
+            node.input[:] = ["cast_x" if name == "x" else name for name in node.input]
+
+    bent(monkeypatch, "deep.onnx", cast)
+    with pytest.raises(BundleError, match=r"deep\.onnx: input shapes .*int64"):
+        Head(tiny_bundle)
 
 
 def test_softmax_does_not_overflow() -> None:

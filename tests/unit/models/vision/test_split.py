@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from models.vision.split import SplitClassifier
+from tests.tiny_bundle import TAPS
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +28,47 @@ def test_tail_of_trunk_is_the_backbone(tiny_split: SplitClassifier, images_B3HW:
 
 
 @torch.inference_mode()
-def test_the_bottleneck_gives_back_the_trunks_shape(tiny_split: SplitClassifier, images_B3HW: Tensor) -> None:
+@pytest.mark.parametrize("width", [0, 1])
+def test_every_bottleneck_gives_back_the_trunks_shape(
+    tiny_split: SplitClassifier, images_B3HW: Tensor, width: int
+) -> None:
     features_BCHW = tiny_split.trunk(images_B3HW)
-    latent_BCHW = tiny_split.encoder(features_BCHW)
-    assert latent_BCHW.shape == (3, 4, *features_BCHW.shape[2:])
-    assert tiny_split.decoder(latent_BCHW, torch.tensor([0, 1, 0])).shape == features_BCHW.shape
+    light, deep = tiny_split.taps
+    latents = light.encoder(images_B3HW, width), deep.encoder(features_BCHW)
+    for name, tap, latent_BCHW, channels in zip(TAPS, (light, deep), latents, (3, 4), strict=True):
+        assert latent_BCHW.shape == (3, channels, *features_BCHW.shape[2:])
+        assert tap.decoder(latent_BCHW, torch.tensor([0, 1, 0])).shape == features_BCHW.shape
+        decoded_BCHW = tiny_split.decode(TAPS.index(name), latent_BCHW, torch.tensor([0, 1, 0]))
+        assert decoded_BCHW.shape == features_BCHW.shape
 
 
 @torch.inference_mode()
-def test_each_input_is_decoded_at_its_own_rate(tiny_split: SplitClassifier) -> None:
-    latent_BCHW = torch.ones(1, 4, 8, 8).expand(2, -1, -1, -1)
-    mixed_BCHW = tiny_split.decoder(latent_BCHW, torch.tensor([0, 1]))
+def test_decoded_features_go_on_from_the_block_that_takes_them(tiny_split: SplitClassifier) -> None:
+    latent_BCHW, rate_B = torch.ones(1, 3, 8, 8), torch.tensor([1])
+    features_BCHW = tiny_split.taps[0].decoder(latent_BCHW, rate_B)
+    rest_BCHW = tiny_split.backbone.blocks[5](features_BCHW)
+    torch.testing.assert_close(tiny_split.decode(0, latent_BCHW, rate_B), rest_BCHW, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tap", [0, 1])
+def test_each_input_is_decoded_at_its_own_rate(tiny_split: SplitClassifier, tap: int) -> None:
+    decoder = tiny_split.taps[tap].decoder
+    latent_BCHW = torch.ones(1, (3, 4)[tap], 8, 8).expand(2, -1, -1, -1)
+    mixed_BCHW = decoder(latent_BCHW, torch.tensor([0, 1]))
     assert not torch.allclose(mixed_BCHW[0], mixed_BCHW[1])
     for rate in (0, 1):
-        alone_BCHW = tiny_split.decoder(latent_BCHW[:1], torch.tensor([rate]))
+        alone_BCHW = decoder(latent_BCHW[:1], torch.tensor([rate]))
         torch.testing.assert_close(alone_BCHW[0], mixed_BCHW[rate], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_first_task_is_the_tails_and_every_other_has_a_head(
+    tiny_split: SplitClassifier, images_B3HW: Tensor
+) -> None:
+    features_BCHW = tiny_split.trunk(images_B3HW)
+    torch.testing.assert_close(tiny_split.answer(features_BCHW, 0), tiny_split.tail(features_BCHW), rtol=0, atol=0)
+    torch.testing.assert_close(tiny_split.answer(features_BCHW, 1), tiny_split.heads[0](features_BCHW), rtol=0, atol=0)
 
 
 @torch.inference_mode()
@@ -57,4 +84,4 @@ def test_an_exit_sees_the_brightest_pixel_beside_the_mean(tiny_split: SplitClass
 
 
 def test_one_state_dict_holds_every_part(tiny_split: SplitClassifier) -> None:
-    assert {name.split(".")[0] for name in tiny_split.state_dict()} == {"backbone", "exits", "encoder", "decoder"}
+    assert {name.split(".")[0] for name in tiny_split.state_dict()} == {"backbone", "exits", "taps", "heads"}

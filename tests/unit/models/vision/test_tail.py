@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.errors import BundleError
 from models.vision.head import Head
+from models.vision.split import SplitClassifier
 from models.vision.tail import Tail, load_split
-from tests.conftest import random_samples
+from tests.tiny_bundle import TINY, random_images
 
-IMAGES = random_samples(3, seed=5).images
+IMAGES = random_images(3, seed=5)
 
 
 @torch.inference_mode()
@@ -26,15 +28,45 @@ def test_a_whole_image_meets_no_bottleneck(tiny_bundle: Bundle) -> None:
     np.testing.assert_allclose(Tail(tiny_bundle).answer_images(IMAGES), joined_BK, atol=1e-4)
 
 
+def random_latents(bundle: Bundle, tap: int) -> list[NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=bundle.manifest.taps[tap].latent).astype(np.float32) for _ in range(3)]
+
+
 @torch.inference_mode()
-def test_latents_are_answered_by_decoder_and_tail_at_their_rates(tiny_bundle: Bundle) -> None:
-    split = load_split(tiny_bundle)
-    latents = list(np.random.default_rng(0).normal(size=(3, *tiny_bundle.manifest.bottleneck.latent)))
-    latents = [latent_CHW.astype(np.float32) for latent_CHW in latents]
-    answers_BK = Tail(tiny_bundle).answer_latents(latents, [1, 0, 1])
-    features_BCHW = split.decoder(torch.from_numpy(np.stack(latents)), torch.tensor([1, 0, 1]))
+@pytest.mark.parametrize("tap", [0, 1])
+def test_latents_are_answered_by_decoder_and_tail_at_their_rates(tiny_bundle: Bundle, tap: int) -> None:
+    split, latents = load_split(tiny_bundle), random_latents(tiny_bundle, tap)
+    answers_BK = Tail(tiny_bundle).answer_latents(tap, latents, [1, 0, 1])
+    features_BCHW = split.decode(tap, torch.from_numpy(np.stack(latents)), torch.tensor([1, 0, 1]))
     np.testing.assert_allclose(answers_BK, split.tail(features_BCHW).softmax(1), atol=1e-4)
     np.testing.assert_allclose(answers_BK.sum(1), 1, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tasks", [(0,), (1,), (0, 1)])
+def test_each_task_asked_for_is_answered_from_the_same_features(tiny_bundle: Bundle, tasks: tuple[int, ...]) -> None:
+    split, tail, latents = load_split(tiny_bundle), Tail(tiny_bundle), random_latents(tiny_bundle, 1)
+    features_BCHW = split.decode(1, torch.from_numpy(np.stack(latents)), torch.tensor([1, 0, 1]))
+    answers = tail.latents_to_tasks(1, latents, [1, 0, 1], tasks)
+    assert [answer_BK.shape for answer_BK in answers] == [(3, (2, 3)[task]) for task in tasks]
+    for task, answer_BK in zip(tasks, answers, strict=True):
+        np.testing.assert_allclose(answer_BK, split.answer(features_BCHW, task).softmax(1), atol=1e-4)
+    trunk_BCHW = split.trunk(torch.from_numpy(np.stack(IMAGES)))
+    for task, answer_BK in zip(tasks, tail.images_to_tasks(IMAGES, tasks), strict=True):
+        np.testing.assert_allclose(answer_BK, split.answer(trunk_BCHW, task).softmax(1), atol=1e-4)
+
+
+def test_the_tail_is_not_run_for_who_does_not_ask_for_the_first_task(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(split: SplitClassifier, features_BCHW: Any) -> None:
+        raise AssertionError("the tail was run")
+
+    tail, latents = Tail(tiny_bundle), random_latents(tiny_bundle, 0)
+    monkeypatch.setattr(SplitClassifier, "tail", run)
+    assert tail.latents_to_tasks(0, latents, [0, 1, 2], (1,))[0].shape == (3, 3)
+    assert tail.images_to_tasks(IMAGES, (1,))[0].shape == (3, 3)
 
 
 def test_an_answer_does_not_depend_on_the_batch(tiny_bundle: Bundle) -> None:
@@ -78,10 +110,12 @@ def test_weights_that_do_not_fit_are_refused(
         ({"builder": "transformer"}, "no builder 'transformer', there are split_classifier"),
         ({"backbone": "resnet50"}, "the architecture cannot be built: 'resnet50'"),
         ({"cuts": (2, 99)}, "the architecture cannot be built"),
-        ({"classes": 3}, "has shape"),
+        ({"classes": (3, 3)}, "has shape"),
         ({"cuts": (2, 7)}, "has shape|lack|unknown"),
+        ({"classes": (2,)}, r"have unknown heads\.0"),
+        ({"taps": TINY.taps[:1]}, r"have unknown taps\.1"),
     ],
-    ids=["builder", "backbone", "cut behind the end", "classes", "other cut"],
+    ids=["builder", "backbone", "cut behind the end", "classes", "other cut", "a task less", "a tap less"],
 )
 def test_an_architecture_that_does_not_fit_is_refused(tiny_bundle: Bundle, update: dict[str, Any], words: str) -> None:
     manifest = tiny_bundle.manifest

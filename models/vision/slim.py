@@ -1,0 +1,270 @@
+"""A slimmable encoder: one set of int8 weights, several widths, image -> latent.
+
+    image_B3HW -> the backbone's first blocks, at a width -> stride-2 inverted residual -> 1x1 -> latent_BCHW
+
+At width w every layer uses its first w of channels; each width has its own scale and bias behind each convolution.
+Weights count one byte each on the device: they are trained rounded to 8 bits, and shipped so.
+Sources: slimmable networks with switchable batch norm, Yu et al. (ICLR 2019); slimmable encoders for split computing,
+Assine et al. (WoWMoM 2023); straight-through rounding, Jacob et al. (CVPR 2018), weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.vision.efficientnet_lite import BN_EPS, BN_MOMENTUM, InvertedResidual, SameConv2d, same_padding
+
+INT8_MAX = 127
+EXPANSION = 4  # of the stride-2 block before the latent
+
+
+def share(channels: int, width: float) -> int:
+    """Channels of a layer at a width."""
+    return max(1, round(channels * width))
+
+
+def int8_scale(weight: Tensor) -> Tensor:
+    """Step of each output channel's 8-bit weights, shape (O, 1, 1, 1)."""
+    return weight.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8) / INT8_MAX
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """The weight as 8 bits hold it; gradients pass straight through."""
+    scale = int8_scale(weight)
+    return weight + ((weight / scale).round() * scale - weight).detach()
+
+
+class SlimConv(nn.Module):
+    """SAME convolution of which a width uses the first channels, batch norm of that width, ReLU6 unless linear."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int,
+        *,
+        depthwise: bool,
+        act: bool,
+        widths: Iterable[float],
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, 1 if depthwise else inputs, kernel, kernel))
+        nn.init.kaiming_normal_(self.weight, mode="fan_out")
+        self.channels = tuple(share(outputs, width) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c, eps=BN_EPS, momentum=BN_MOMENTUM) for c in self.channels)
+        self.stride, self.depthwise, self.act = stride, depthwise, act
+
+    def forward(self, x_BCHW: Tensor, width: int) -> Tensor:
+        weight = rounded(self.weight)[: self.channels[width], : 1 if self.depthwise else x_BCHW.shape[1]]
+        y_BCHW = same_conv(x_BCHW, weight, None, self.stride, depthwise=self.depthwise)
+        y_BCHW = self.norms[width](y_BCHW)
+        return F.relu6(y_BCHW) if self.act else y_BCHW
+
+    @torch.no_grad()
+    def start(self, weight: Tensor, norm: nn.BatchNorm2d, order: Tensor) -> None:
+        """Start every width from a weight, and from the batch norm behind it with its channels in `order`."""
+        self.weight.copy_(weight)
+        for channels, own in zip(self.channels, self.norms, strict=True):
+            for name, tensor in own.state_dict().items():
+                source = norm.state_dict()[name]
+                tensor.copy_(source[order[:channels]] if source.ndim else source)
+
+
+def same_conv(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, depthwise: bool) -> Tensor:
+    """Convolution with TensorFlow's SAME padding."""
+    if depthwise and x_BCHW.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):  # see SameConv2d
+            return same_conv(x_BCHW.float(), weight, bias, stride, depthwise=True).to(torch.bfloat16)
+    kernel = weight.shape[-1]
+    top, bottom = same_padding(x_BCHW.shape[2], kernel, stride)
+    left, right = same_padding(x_BCHW.shape[3], kernel, stride)
+    padding = (top, left)
+    if top != bottom or left != right:
+        x_BCHW, padding = F.pad(x_BCHW, (left, right, top, bottom)), (0, 0)
+    return F.conv2d(x_BCHW, weight, bias, stride, padding, groups=x_BCHW.shape[1] if depthwise else 1)
+
+
+class SlimBlock(nn.Module):
+    """The convolutions of a stem or an inverted residual, one after another; added to the input when shapes agree."""
+
+    def __init__(self, convs: Iterable[SlimConv], *, residual: bool) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+        self.residual = residual
+
+    def forward(self, x_BCHW: Tensor, width: int) -> Tensor:
+        y_BCHW = x_BCHW
+        for conv in self.convs:
+            y_BCHW = conv(y_BCHW, width)
+        return x_BCHW + y_BCHW if self.residual else y_BCHW
+
+
+class SlimFront(nn.Module):
+    """The backbone's first blocks, slimmable: image -> features."""
+
+    def __init__(self, backbone: nn.Sequential, widths: tuple[float, ...]) -> None:
+        """`backbone`: the blocks to repeat; their shapes are taken over here, their weights by `load`."""
+        super().__init__()
+        self.blocks = nn.ModuleList(slim_block(block, widths) for block in backbone)
+
+    def forward(self, images_B3HW: Tensor, width: int) -> Tensor:
+        x_BCHW = images_B3HW
+        for block in self.blocks:
+            x_BCHW = block(x_BCHW, width)
+        return x_BCHW
+
+    def load(self, backbone: nn.Sequential) -> None:
+        """Copy the weights of the backbone's first blocks."""
+        for own, block in zip(self.blocks, backbone, strict=True):
+            assert isinstance(own, SlimBlock)
+            for conv, (source, norm) in zip(own.convs, conv_norms(block), strict=True):
+                assert isinstance(conv, SlimConv)
+                conv.start(source.weight, norm, torch.arange(source.out_channels))
+
+
+class SlimBottleneck(nn.Module):
+    """Stride-2 inverted residual and projection, slimmable: features -> latent, of one shape at every width."""
+
+    def __init__(self, inputs: int, outputs: int, latent: int, widths: tuple[float, ...]) -> None:
+        """`outputs`: channels before the projection."""
+        super().__init__()
+        hidden, whole = inputs * EXPANSION, (1.0,) * len(widths)
+        self.squeeze = SlimBlock(
+            (
+                SlimConv(inputs, hidden, 1, 1, depthwise=False, act=True, widths=widths),
+                SlimConv(hidden, hidden, 3, 2, depthwise=True, act=True, widths=widths),
+                SlimConv(hidden, outputs, 1, 1, depthwise=False, act=False, widths=whole),
+            ),
+            residual=False,
+        )
+        self.project = SlimConv(outputs, latent, 1, 1, depthwise=False, act=False, widths=whole)
+
+    def forward(self, features_BCHW: Tensor, width: int) -> Tensor:
+        latent_BCHW: Tensor = self.project(self.squeeze(features_BCHW, width), width)
+        return latent_BCHW
+
+    @torch.no_grad()
+    def load(self, block: nn.Module) -> None:
+        """Start from the backbone's stride-2 block with the hidden channels that its projection weighs most."""
+        (expand, expand_norm), (depthwise, depthwise_norm), (project, project_norm) = conv_norms(block)
+        own = [conv for conv in self.squeeze.convs if isinstance(conv, SlimConv)]
+        order = project.weight.flatten(1).norm(dim=0).argsort(descending=True)[: len(own[1].weight)]
+        own[0].start(expand.weight[order], expand_norm, order)
+        own[1].start(depthwise.weight[order], depthwise_norm, order)
+        own[2].start(project.weight[:, order], project_norm, torch.arange(project.out_channels))
+
+
+class SlimEncoder(nn.Module):
+    """Image -> latent at one of `widths`, narrowest first."""
+
+    def __init__(self, backbone: nn.Sequential, outputs: int, latent: int, widths: tuple[float, ...]) -> None:
+        """`backbone`: the blocks to repeat; `outputs`: channels of the block that the bottleneck stands for."""
+        super().__init__()
+        self.widths = widths
+        self.front = SlimFront(backbone, widths)
+        inputs = conv_norms(backbone[-1])[-1][0].out_channels
+        self.bottleneck = SlimBottleneck(inputs, outputs, latent, widths)
+
+    def forward(self, images_B3HW: Tensor, width: int = -1) -> Tensor:
+        latent_BCHW: Tensor = self.bottleneck(self.front(images_B3HW, width), width)
+        return latent_BCHW
+
+
+def conv_norms(block: nn.Module) -> list[tuple[SameConv2d, nn.BatchNorm2d]]:
+    """The convolutions of a backbone block, each with its batch norm."""
+    modules = list(block.modules())
+    convs = [module for module in modules if isinstance(module, SameConv2d)]
+    norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+    return list(zip(convs, norms, strict=True))
+
+
+def slim_block(block: nn.Module, widths: tuple[float, ...]) -> SlimBlock:
+    """A slimmable block of the shape of a backbone's."""
+    residual = isinstance(block, InvertedResidual)
+    convs = [conv for conv, _ in conv_norms(block)]
+    return SlimBlock(
+        (
+            SlimConv(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size[0],
+                conv.stride[0],
+                depthwise=conv.groups > 1,
+                act=not (residual and conv is convs[-1]),
+                widths=widths,
+            )
+            for conv in convs
+        ),
+        residual=isinstance(block, InvertedResidual) and block.residual,
+    )
+
+
+class FrozenSlim(nn.Module):
+    """What is shipped of an encoder: int8 weights once, float16 scale and bias a width. Gives all widths' latents."""
+
+    def __init__(self, encoder: SlimEncoder) -> None:
+        super().__init__()
+        self.widths = len(encoder.widths)
+        self.blocks = nn.ModuleList(
+            FrozenBlock(block)
+            for block in (
+                *encoder.front.blocks,
+                encoder.bottleneck.squeeze,
+                SlimBlock([encoder.bottleneck.project], residual=False),
+            )
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.at(x, width) for width in range(self.widths))
+
+    def at(self, x_B3HW: Tensor, width: int) -> Tensor:
+        """The latent of one width."""
+        for block in self.blocks:
+            x_B3HW = block(x_B3HW, width)
+        return x_B3HW
+
+
+class FrozenBlock(nn.Module):
+    def __init__(self, block: SlimBlock) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(FrozenConv(conv) for conv in block.convs)
+        self.residual = block.residual
+
+    def forward(self, x_BCHW: Tensor, width: int) -> Tensor:
+        y_BCHW = x_BCHW
+        for conv in self.convs:
+            y_BCHW = conv(y_BCHW, width)
+        return x_BCHW + y_BCHW if self.residual else y_BCHW
+
+
+class FrozenConv(nn.Module):
+    """Batch norm folded into scale and bias. Buffers: `weight` int8; `scale0`, `bias0` … float16, one pair a width."""
+
+    weight: Tensor
+
+    @torch.no_grad()
+    def __init__(self, conv: SlimConv) -> None:
+        super().__init__()
+        step = int8_scale(conv.weight)
+        self.register_buffer("weight", (conv.weight / step).round().to(torch.int8))
+        for width, norm in enumerate(conv.norms):
+            assert isinstance(norm, nn.BatchNorm2d)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            self.register_buffer(f"scale{width}", (step[: len(gain), 0, 0, 0] * gain).half())
+            self.register_buffer(f"bias{width}", (norm.bias - norm.running_mean * gain).half())
+        self.channels, self.stride, self.depthwise, self.act = conv.channels, conv.stride, conv.depthwise, conv.act
+
+    def forward(self, x_BCHW: Tensor, width: int) -> Tensor:
+        inputs = 1 if self.depthwise else x_BCHW.shape[1]
+        scale = self.get_buffer(f"scale{width}").float()
+        weight = self.weight[: self.channels[width], :inputs].float() * scale[:, None, None, None]
+        bias = self.get_buffer(f"bias{width}").float()
+        y_BCHW = same_conv(x_BCHW, weight, bias, self.stride, depthwise=self.depthwise)
+        return F.relu6(y_BCHW) if self.act else y_BCHW

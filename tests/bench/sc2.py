@@ -1,0 +1,124 @@
+"""The three figures of the SC2 benchmark for every way to the cloud: encoder size, bytes a photo, accuracy.
+
+On the ELPV test part: image codecs into the cloud model, bottlenecks of others trained on the same photos, and every
+tap, width and rate of a bundle. Each photo goes alone through each way, encoder, real bytes, decoder and tail, on one
+thread unless told otherwise. What was measured is kept under `--work`: an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from models.bundle import Bundle
+from models.errors import IsthmusError
+from models.recipes.elpv_data import load
+from models.vision.head import Head
+from models.vision.images import open_image
+from models.vision.tail import Tail
+from tests.bench.processes import ROOT
+from tests.bench.sc2_figures import compare
+from tests.bench.sc2_measure import Bench, Measured
+from tests.bench.sc2_report import plot, table
+from tests.bench.sc2_ways import METHODS, TRAINED, Way, lossless, training_command, ways
+
+Row = dict[str, Any]
+
+
+def sc2(folder: Path, work: Path, methods: tuple[str, ...] | None, count: int, threads: int, resamples: int) -> Row:
+    """The whole comparison as the JSON that `--json` writes."""
+    torch.set_num_threads(threads)
+    bundle = Bundle.open(folder)
+    tail = Tail(bundle)
+    todo = ways(bundle, Head(bundle, threads), tail, work, methods)
+    photos = load("test")
+    chosen = np.random.default_rng(0).permutation(len(photos))[:count]
+    images = [open_image(photos.paths[index].read_bytes()) for index in chosen]
+    bench = Bench(images, bundle.manifest.preprocessing, bundle.fingerprint, work / "measured")
+    cloud, *measured = run(bench, [lossless(bundle, tail), *todo])
+    results: dict[str, list[tuple[Way, Measured]]] = {}
+    for way, columns in zip(todo, measured, strict=True):
+        results.setdefault(way.method, []).append((way, columns))
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} used",
+        "bundle": bundle.manifest.fingerprint,
+        "left_out": [method for method in TRAINED if methods is None and method not in results],
+        **compare(results, cloud, photos.labels_N[chosen], resamples),
+    }
+
+
+def run(bench: Bench, todo: list[Way]) -> list[Measured]:
+    """Every way, one after another."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(todo) * len(bench.images))
+        measured = []
+        for way in todo:
+            bar.update(task, description=f"{way.method} {way.setting}")
+            measured.append(bench.measure(way, lambda: bar.advance(task)))
+        return measured
+
+
+def parse_methods(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if unknown := [name for name in names if name not in METHODS] or (not names and ["nothing"]):
+        raise click.BadParameter(f"{', '.join(unknown)} unknown, choose among {', '.join(METHODS)}")
+    return names
+
+
+@click.command(epilog="Example: python -m tests.bench.sc2 --methods ours,jpeg,webp --json runs/sc2.json")
+@click.option("--bundle", default=ROOT / "models" / "zoo" / "elpv", type=click.Path(path_type=Path))
+@click.option(
+    "--work",
+    default=Path("runs/sc2"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Trained runs, and what was measured.",
+)
+@click.option("--methods", callback=parse_methods, help=f"Of {', '.join(METHODS)}; all that are ready, unless given.")
+@click.option("--photos", default=542, show_default=True, type=click.IntRange(2, 542))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--resamples", default=2000, show_default=True, type=click.IntRange(100), help="Of the bootstrap.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the picture here (PNG).")
+def main(
+    bundle: Path,
+    work: Path,
+    methods: tuple[str, ...] | None,
+    photos: int,
+    threads: int,
+    resamples: int,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Compare encoder size, bytes and accuracy of every way to the cloud; prints a Markdown table."""
+    try:
+        result = sc2(bundle, work, methods, photos, threads, resamples)
+    except (IsthmusError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    if left_out := result["left_out"]:
+        click.echo(f"left out, not trained yet: {training_command(left_out, work)}", err=True)
+    click.echo(table(result))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"\nfigures: {json_path}")
+    if plot_path:
+        plot(result, plot_path)
+        click.echo(f"picture: {plot_path}")
+
+
+if __name__ == "__main__":
+    main()
