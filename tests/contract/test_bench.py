@@ -48,8 +48,9 @@ def test_codec_benchmark_quick(tmp_path: Path) -> None:
     result = json.loads(figures.read_text(encoding="utf-8"))
     assert result["speedup_vs_compressai"] > 0
     for row in result["rates"]:
-        assert row["bytes"] <= 1.02 * row["ideal_bytes"] + 32
-        assert row["compressai_bytes"] == pytest.approx(row["bytes"], rel=0.05, abs=16)
+        assert row["bytes"] <= 1.01 * row["ideal_bytes"] + 4
+        assert row["same_tables_bytes"] == pytest.approx(row["bytes"], rel=0.05, abs=16)
+        assert row["compressai_bytes"] > 0  # its own tables, fitted to the very photos
 
 
 def test_lossless_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
