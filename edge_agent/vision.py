@@ -180,18 +180,12 @@ class EdgeAgent:
 
         Raises PayloadTooLarge when none does; the caller then answers here.
         """
-        tap, codec = planned.tap, self._codecs[planned.tap]
+        tap = planned.tap
         source = visit.features if self.costs.points.after(planned) else pixels_CHW
         assert source is not None  # a tap behind a segment is planned when that has run
         with visit.stage("encode"):
             latent_CHW = self._head.encode(tap, source, planned.width)
-            for rate in range(planned.rate, -1, -1):
-                try:
-                    data = codec.encode(codec.quantise(latent_CHW, rate), rate)
-                    break
-                except PayloadTooLarge:
-                    if rate == 0:
-                        raise
+            rate, data = self._codecs[tap].compress(latent_CHW, planned.rate)
         point = replace(planned, rate=rate)
         self.costs.encode_s[tap][point.width].observe(visit.stage_ms["encode"] / 1000)
         self.costs.point_bytes[point].observe(len(data))

@@ -112,7 +112,7 @@ class AtWidth(nn.Module):
         self.encoder, self.width = encoder, width
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.encoder.at(x, self.width)
+        return self.encoder(x, self.width)
 
 
 def graph_of(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int = 1) -> onnx.ModelProto:

@@ -22,6 +22,7 @@ and no rounding takes place on any machine. The coder starts from a number that 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,6 +86,16 @@ class ContextualCodec:
         """The latent that the integers stand for."""
         latent_CHW: Floats = integers_CHW.astype(np.float32) / self._plan(rate).gain_C11
         return latent_CHW
+
+    def compress(self, latent_CHW: Floats, rate: int) -> tuple[int, bytes]:
+        """The payload of a latent at `rate`, or at the next cheaper rate that keeps the cap, and that rate.
+
+        Raises PayloadTooLarge when none does.
+        """
+        for cheaper in range(rate, 0, -1):
+            with contextlib.suppress(PayloadTooLarge):
+                return cheaper, self.encode(self.quantise(latent_CHW, cheaper), cheaper)
+        return 0, self.encode(self.quantise(latent_CHW, 0), 0)
 
     def encode(self, integers_CHW: Integers, rate: int) -> bytes:
         """Integers -> bytes.

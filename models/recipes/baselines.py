@@ -30,11 +30,8 @@ from models.recipes.views import BATCH, Views
 from models.vision.slim import SlimBottleneck, SlimConv
 from models.vision.split import DenseDecoder, SplitClassifier
 
-FIRST_EPOCHS, NEXT_EPOCHS, RAMP_EPOCHS = (
-    16,
-    6,
-    6,
-)  # the first setting starts from nothing, each next from the one before
+FIRST_EPOCHS, NEXT_EPOCHS = 16, 6  # the first setting starts from nothing, each next from the one before
+RAMP_EPOCHS = 6
 TWO_STAGES = ("entropic-student", "bq")
 TAIL_EPOCHS = 4  # second stage
 RATES_LR = 10.0
@@ -156,7 +153,7 @@ def by_four(inputs: int, hidden: int) -> nn.Sequential:
 
 
 def new_bridge(method: str, setting: float, split: SplitClassifier) -> Bridge:
-    """A method's untrained bottleneck before the split's own tail."""
+    """The untrained bottleneck of a method of SETTINGS before the split's own tail."""
     outputs = split.backbone.channels[split.cuts[-1] - 1]
     tail = split.backbone.section(split.cuts[-1])
     if method == "ours-single":
@@ -179,11 +176,9 @@ def new_bridge(method: str, setting: float, split: SplitClassifier) -> Bridge:
     if method == "entropic-student":
         rates = Rates(24, (setting,), RATES_LR)
         return Bridge(entropic_student_encoder(), rates, Strided(by_four(24, HIDDEN), decoder), tail, 0, features)
-    if method == "bq":
-        channels = int(setting)
-        strided = Strided(by_four(channels, HIDDEN), decoder)
-        return Bridge(few_channels_encoder(channels), EightBits(), strided, tail, 0, features)
-    raise InvalidInput(f"method {method!r} is unknown, expected one of {', '.join(SETTINGS)}")
+    channels = int(setting)
+    strided = Strided(by_four(channels, HIDDEN), decoder)
+    return Bridge(few_channels_encoder(channels), EightBits(), strided, tail, 0, features)
 
 
 def single_width(split: SplitClassifier) -> SlimBottleneck:
@@ -326,7 +321,7 @@ class Baseline:
             low_B2 = torch.from_numpy(heads)[:, :, None, None]
             latent_BCHW = torch.from_numpy(rows).float() * low_B2[:, 1:2] + low_B2[:, :1]
         rate_B = torch.zeros(len(payloads), dtype=torch.long)
-        hidden_BCHW = self._bridge.between(self._bridge.decoder(latent_BCHW, rate_B))
+        hidden_BCHW = self._bridge.decode(latent_BCHW, rate_B)
         for part in self._bridge.tail:
             hidden_BCHW = part(hidden_BCHW)
         probabilities: NDArray[np.float32] = hidden_BCHW.softmax(1).numpy()

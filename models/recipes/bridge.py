@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.recipes.distil import relative_distance
+from models.recipes.distil import answer_loss, relative_distance
 from models.recipes.rates import Rates
 from models.vision.efficientnet_lite import fuse_batch_norms
 
@@ -100,6 +99,11 @@ class Bridge(nn.Module):
                 module.eval()
         return self
 
+    def decode(self, latent_BCHW: Tensor, rate_B: Tensor) -> Tensor:
+        """Features behind the last cut, from what the cloud gets."""
+        features_BCHW: Tensor = self.between(self.decoder(latent_BCHW, rate_B))
+        return features_BCHW
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures of one batch; the batch is dealt out over the rates in turn."""
         rate_B = torch.arange(len(batch.inputs_BCHW)) % len(self.rates.per_kilobyte)
@@ -107,7 +111,7 @@ class Bridge(nn.Module):
             latent_BCHW = self.encoder(batch.inputs_BCHW, batch.width)
         bits_B, latent_BCHW = self.rates(latent_BCHW, rate_B)
         with torch.autocast("cpu", torch.bfloat16):
-            features_BCHW = self.between(self.decoder(latent_BCHW, rate_B))
+            features_BCHW = self.decode(latent_BCHW, rate_B)
             middle_BCHW = self.tail[0](features_BCHW)
             last_BCHW = self.tail[1](middle_BCHW)
             logits_BK = self.tail[2](last_BCHW).float()
@@ -117,8 +121,7 @@ class Bridge(nn.Module):
             (batch.last_BCHW, last_BCHW),
         )
         distance = torch.stack([relative_distance(wanted, got) for wanted, got in pairs]).mean()
-        mixed_BK = (1 - self.weights.labels) * batch.wanted_BK + self.weights.labels * batch.target_BK
-        task = F.cross_entropy(logits_BK, mixed_BK)
+        task = answer_loss(logits_BK, batch.wanted_BK, batch.target_BK, self.weights.labels)
         price, bytes_each = self.rates.price(bits_B, rate_B)
         agree = (logits_BK.argmax(1) == batch.wanted_BK.argmax(1)).float().mean()
         figures = {"task": task.item(), "agree": agree.item(), "features": distance.item(), **bytes_each}

@@ -70,13 +70,14 @@ class Distillation(nn.Module):
 
         `ramp` in [0, 1] scales the price of bytes: charged in full from the start, it empties the latent for good.
         """
-        split = self.split
+        split, labels = self.split, self.weights.labels
+        tail = split.backbone.section(split.cuts[-1])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             features = [split.segment(0, images_B3HW)]
             for index in range(1, len(split.cuts)):
                 features.append(split.segment(index, features[-1]))
         with torch.autocast("cpu", torch.bfloat16):
-            untouched = self.tail_points(features[-1])
+            untouched = tail_points(tail, features[-1])
         teacher = [point.detach() for point in untouched]
         rate_B = torch.arange(len(images_B3HW)) % len(self.weights.per_kilobyte)
         with torch.autocast("cpu", torch.bfloat16):
@@ -86,10 +87,10 @@ class Distillation(nn.Module):
             decoded_BCHW = self.tap.decoder(latent_BCHW, rate_B)
         with torch.autocast("cpu", torch.bfloat16):
             exits = [head(f) for head, f in zip(split.exits, features, strict=True)]
-            student = self.tail_points(decoded_BCHW)
+            student = tail_points(tail, decoded_BCHW)
         wanted_BK = teacher[-1].float().softmax(1)
-        task = self.answer_loss(student[-1], wanted_BK, target_BK)
-        exit_loss = sum((self.answer_loss(e, wanted_BK, target_BK) for e in exits), start=torch.zeros(()))
+        task = answer_loss(student[-1], wanted_BK, target_BK, labels)
+        exit_loss = sum((answer_loss(e, wanted_BK, target_BK, labels) for e in exits), start=torch.zeros(()))
         pairs = [(features[-1], decoded_BCHW), *zip(teacher[:-1], student[:-1], strict=True)]
         distance = sum((relative_distance(t, s) for t, s in pairs), start=torch.zeros(())) / len(pairs)
         rate_loss, bytes_each = self.rates.price(bits_B, rate_B)
@@ -98,18 +99,19 @@ class Distillation(nn.Module):
         figures |= bytes_each
         return clean + task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
 
-    def tail_points(self, features_BCHW: Tensor) -> list[Tensor]:
-        """Features half-way through the tail and before the classifier, then logits."""
-        blocks = list(self.split.backbone.blocks)[self.split.cuts[-1] :]
-        half = len(blocks) // 2
-        middle = nn.Sequential(*blocks[:half])(features_BCHW)
-        last = nn.Sequential(*blocks[half:-1])(middle)
-        return [middle, last, blocks[-1](last)]
 
-    def answer_loss(self, logits_BK: Tensor, wanted_BK: Tensor, target_BK: Tensor) -> Tensor:
-        """Cross-entropy to the cloud model's answer and to the label."""
-        mixed_BK = (1 - self.weights.labels) * wanted_BK + self.weights.labels * target_BK
-        return F.cross_entropy(logits_BK.float(), mixed_BK)
+def tail_points(tail: nn.Sequential, features_BCHW: Tensor) -> list[Tensor]:
+    """Features half-way through the tail and before the classifier, then logits."""
+    blocks = list(tail)
+    half = len(blocks) // 2
+    middle = nn.Sequential(*blocks[:half])(features_BCHW)
+    last = nn.Sequential(*blocks[half:-1])(middle)
+    return [middle, last, blocks[-1](last)]
+
+
+def answer_loss(logits_BK: Tensor, wanted_BK: Tensor, target_BK: Tensor, labels: float) -> Tensor:
+    """Cross-entropy to the cloud model's answer and to the label, which has the share `labels`."""
+    return F.cross_entropy(logits_BK.float(), (1 - labels) * wanted_BK + labels * target_BK)
 
 
 def relative_distance(wanted: Tensor, got: Tensor) -> Tensor:

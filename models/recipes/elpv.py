@@ -185,33 +185,33 @@ def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views
 
 
 @torch.no_grad()
-def integers(views: Views, encode: Callable[[dict[str, Tensor]], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
-    """What the first view of every training photograph is sent as, NCHW, for each rate: the tables are fitted to it."""
+def integers(views: Views, name: str, encode: Callable[[Tensor], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
+    """What the first view of every training photograph is sent as, NCHW, for each rate: the tables are fitted to it.
+
+    `encode` takes rows of the array `name`.
+    """
     found: list[list[NDArray[np.int32]]] = [[] for _ in rates.per_kilobyte]
-    names = tuple(views.passes[0])
+    array = views.passes[0][name]
     for start in track(range(0, len(views), BATCH), "integers"):
-        rows = {
-            name: torch.from_numpy(np.array(views.passes[0][name][start : start + BATCH])).float() for name in names
-        }
-        latent_BCHW = encode(rows)
+        latent_BCHW = encode(torch.from_numpy(np.array(array[start : start + BATCH])).float())
         for rate, kept in enumerate(found):
             kept.append(rates.integers(latent_BCHW, rate))
     return [np.concatenate(kept) for kept in found]
 
 
-def light_latent(encoder: nn.Module, width: int, rows: dict[str, Tensor]) -> Tensor:
-    """Latent of a batch of views at one width."""
-    latent_BCHW: Tensor = encoder(normalise(rows["images"] / 255), width)
+def light_latent(encoder: nn.Module, width: int, images_BHW: Tensor) -> Tensor:
+    """Latent of a batch of grey images, 0 to 255, at one width."""
+    latent_BCHW: Tensor = encoder(normalise(images_BHW / 255), width)
     return latent_BCHW
 
 
 def tap_tables(views: Views, split: SplitClassifier, deep: Rates, shallow: Rates) -> tuple[export.TrainedTap, ...]:
     """Integer tables of both taps; the light tap's hold for every width."""
-    encoder, images = split.tap(LIGHT).encoder.eval(), split.tap(DEEP).encoder.eval()
+    encoder = split.tap(LIGHT).encoder.eval()
     widths = range(len(ARCHITECTURE.taps[LIGHT].widths))
-    each = [integers(views, partial(light_latent, encoder, width), shallow) for width in widths]
+    each = [integers(views, "images", partial(light_latent, encoder, width), shallow) for width in widths]
     light_integers = [np.concatenate(rate) for rate in zip(*each, strict=True)]
-    deep_integers = integers(views, lambda rows: images(rows["features"]), deep)
+    deep_integers = integers(views, "features", split.tap(DEEP).encoder.eval(), deep)
     return (
         export.TrainedTap("light", fit(light_integers, shallow.gains_RC), MAX_LIGHT_BYTES),
         export.TrainedTap("deep", fit(deep_integers, deep.gains_RC), MAX_DEEP_BYTES),

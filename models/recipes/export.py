@@ -5,7 +5,6 @@ Everything measured here runs the shipped parts: ONNX Runtime's head, the entrop
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
@@ -29,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import bundle as bundles
 from models.bundle import Bundle
 from models.codecs import contextual
-from models.codecs.contextual import ContextualCodec, Tables
-from models.errors import PayloadTooLarge
+from models.codecs.contextual import Tables
 from models.manifest import Architecture, Interval, Preprocessing, Task
 from models.recipes.calibrate import certify, interval
 from models.recipes.slim_onnx import slim_onnx
@@ -153,7 +151,7 @@ def head_parts(trained: Trained) -> tuple[list[dict[str, Any]], list[dict[str, A
     starts = (0, *trained.architecture.cuts)
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         x_BCHW = torch.zeros(1, *shapes[-1])
-        part = WithExit(split.backbone.blocks[start:stop], split.exits[index])
+        part = WithExit(split.backbone.section(start, stop), split.exits[index])
         name = f"head{index}.onnx"
         files[name] = onnx_bytes(part, shapes[-1], outputs=2)
         with torch.no_grad():
@@ -224,7 +222,7 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
             first, sizes, latents = [], [], []
             for width in range(len(architecture.widths)):
                 latent_CHW = head.encode(tap, features[architecture.after], width)
-                sent = [within_cap(codec, latent_CHW, rate) for rate in range(architecture.rates)]
+                sent = [codec.compress(latent_CHW, rate) for rate in range(architecture.rates)]
                 latents = [codec.dequantise(codec.decode(data, rate), rate) for rate, data in sent]
                 first.append(tail.answer_latents(tap, latents, [rate for rate, _ in sent]))
                 sizes.append([len(data) for _, data in sent])
@@ -242,14 +240,6 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
         ],
         cloud_TNK=[np.array(task) for task in zip(*cloud, strict=True)],
     )
-
-
-def within_cap(codec: ContextualCodec, latent_CHW: Floats, rate: int) -> tuple[int, bytes]:
-    """The payload at a rate, or at the next cheaper one that keeps the cap, as the device does it."""
-    for cheaper in range(rate, 0, -1):
-        with contextlib.suppress(PayloadTooLarge):
-            return cheaper, codec.encode(codec.quantise(latent_CHW, cheaper), cheaper)
-    return 0, codec.encode(codec.quantise(latent_CHW, 0), 0)
 
 
 def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any]:
@@ -321,7 +311,7 @@ def write(
         "weights": "weights.safetensors",
         "segments": segments,
         "tail_macs": macs(
-            trained.split.backbone.blocks[trained.split.cuts[-1] :], torch.zeros(1, *segments[-1]["output"])
+            trained.split.backbone.section(trained.split.cuts[-1]), torch.zeros(1, *segments[-1]["output"])
         ),
         "training": {
             **training,

@@ -44,7 +44,7 @@ class HeadTraining(nn.Module):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latent_BCHW = self.bridge.encoder(front_BCHW[:half], -1)
             latent_BCHW = self.bridge.rates(latent_BCHW, rate_B)[1]
-            decoded_BCHW = self.bridge.between(self.bridge.decoder(latent_BCHW, rate_B))
+            decoded_BCHW = self.bridge.decode(latent_BCHW, rate_B)
         logits_BK = self.head(torch.cat([decoded_BCHW.float(), features_BCHW[half:]]))
         right = (logits_BK.argmax(1) == class_B).float().mean()
         return F.cross_entropy(logits_BK, class_B), {"right": right.item()}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.recipes.bridge import Batch, Bridge, Weights, batch_of, ramp
+from models.recipes.distil import tail_points
 from models.recipes.rates import Rates
 from models.recipes.slimming import Slimming, random_crops, sorted_channels
 from models.recipes.trainer import Run, Schedule
@@ -38,19 +39,12 @@ def teach(
     """Views with the unsplit network's features behind the last cut, in the tail, and its logits."""
     trunk = fuse_batch_norms(deepcopy(split.backbone.section(0, split.cuts[-1])).eval())
     tail = split.backbone.section(split.cuts[-1])
-    half = len(tail) // 2
 
     def answers(grey_BHW: Tensor) -> Mapping[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             features_BCHW = trunk(normalise(grey_BHW))
-            middle_BCHW = tail[:half](features_BCHW)
-            last_BCHW = tail[half:-1](middle_BCHW)
-            return {
-                "features": features_BCHW,
-                "middle": middle_BCHW,
-                "last": last_BCHW,
-                "logits": tail[-1](last_BCHW),
-            }
+            middle_BCHW, last_BCHW, logits_BK = tail_points(tail, features_BCHW)
+        return {"features": features_BCHW, "middle": middle_BCHW, "last": last_BCHW, "logits": logits_BK}
 
     make_views(folder, images_NHW, seed)
     return extend(folder, "teacher", answers)

@@ -58,24 +58,25 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-class SameConv2d(nn.Conv2d):
+def same_conv(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, depthwise: bool) -> Tensor:
     """Convolution whose output has ceil(size / stride) pixels, padded as TensorFlow does."""
+    if depthwise and x_BCHW.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # oneDNN's backward of a depthwise convolution is five times slower in bfloat16 than in float32.
+        with torch.autocast("cpu", enabled=False):
+            return same_conv(x_BCHW.float(), weight, bias, stride, depthwise=True).to(torch.bfloat16)
+    top, bottom = same_padding(x_BCHW.shape[2], weight.shape[2], stride)
+    left, right = same_padding(x_BCHW.shape[3], weight.shape[3], stride)
+    padding = (top, left)
+    if top != bottom or left != right:
+        x_BCHW, padding = F.pad(x_BCHW, (left, right, top, bottom)), (0, 0)
+    return F.conv2d(x_BCHW, weight, bias, stride, padding, groups=x_BCHW.shape[1] if depthwise else 1)
+
+
+class SameConv2d(nn.Conv2d):
+    """`same_conv` with a weight of its own; plain or depthwise."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if self.groups > 1 and x_BCHW.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # oneDNN's backward of a depthwise convolution is five times slower in bfloat16 than in float32.
-            with torch.autocast("cpu", enabled=False):
-                return self.convolve(x_BCHW.float()).to(torch.bfloat16)
-        return self.convolve(x_BCHW)
-
-    def convolve(self, x_BCHW: Tensor) -> Tensor:
-        top, bottom = same_padding(x_BCHW.shape[2], self.kernel_size[0], self.stride[0])
-        left, right = same_padding(x_BCHW.shape[3], self.kernel_size[1], self.stride[1])
-        if top == bottom and left == right:
-            padding = (top, left)
-        else:
-            x_BCHW, padding = F.pad(x_BCHW, (left, right, top, bottom)), (0, 0)
-        return F.conv2d(x_BCHW, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return same_conv(x_BCHW, self.weight, self.bias, self.stride[0], depthwise=self.groups > 1)
 
 
 def conv_bn(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vision.efficientnet_lite import BN_EPS, BN_MOMENTUM, InvertedResidual, SameConv2d, same_padding
+from models.vision.efficientnet_lite import BN_EPS, BN_MOMENTUM, InvertedResidual, SameConv2d, same_conv
 
 INT8_MAX = 127
 EXPANSION = 4  # of the stride-2 block before the latent
@@ -73,20 +73,6 @@ class SlimConv(nn.Module):
             for name, tensor in own.state_dict().items():
                 source = norm.state_dict()[name]
                 tensor.copy_(source[order[:channels]] if source.ndim else source)
-
-
-def same_conv(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, depthwise: bool) -> Tensor:
-    """Convolution with TensorFlow's SAME padding."""
-    if depthwise and x_BCHW.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):  # see SameConv2d
-            return same_conv(x_BCHW.float(), weight, bias, stride, depthwise=True).to(torch.bfloat16)
-    kernel = weight.shape[-1]
-    top, bottom = same_padding(x_BCHW.shape[2], kernel, stride)
-    left, right = same_padding(x_BCHW.shape[3], kernel, stride)
-    padding = (top, left)
-    if top != bottom or left != right:
-        x_BCHW, padding = F.pad(x_BCHW, (left, right, top, bottom)), (0, 0)
-    return F.conv2d(x_BCHW, weight, bias, stride, padding, groups=x_BCHW.shape[1] if depthwise else 1)
 
 
 class SlimBlock(nn.Module):
@@ -205,7 +191,7 @@ def slim_block(block: nn.Module, widths: tuple[float, ...]) -> SlimBlock:
 
 
 class FrozenSlim(nn.Module):
-    """What is shipped of an encoder: int8 weights once, float16 scale and bias a width. Gives all widths' latents."""
+    """What is shipped of an encoder: int8 weights once, float16 scale and bias a width."""
 
     def __init__(self, encoder: SlimEncoder) -> None:
         super().__init__()
@@ -219,10 +205,7 @@ class FrozenSlim(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.at(x, width) for width in range(self.widths))
-
-    def at(self, x_B3HW: Tensor, width: int) -> Tensor:
+    def forward(self, x_B3HW: Tensor, width: int) -> Tensor:
         """The latent of one width."""
         for block in self.blocks:
             x_B3HW = block(x_B3HW, width)

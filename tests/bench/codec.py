@@ -31,6 +31,7 @@ from models.recipes.fit_tables import frequencies
 from models.vision.head import Head
 from models.vision.images import open_image, preprocess
 from tests.bench.processes import ROOT
+from tests.bench.sc2_ways import uncapped
 
 REPEATS = 7
 UNSEEN = 0.01  # integers that a channel's table holds beyond those counted, for each that it may meet
@@ -164,9 +165,6 @@ def latents(bundle: Bundle, tap: int, count: int) -> list[Floats]:
     return found
 
 
-UNCAPPED = 1 << 20  # bytes: the coder is measured on every photo, also where the device would take a cheaper rate
-
-
 @click.command(epilog="Example: python -m tests.bench.codec --photos 50 --json runs/codec.json")
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "elpv", type=click.Path(path_type=Path))
 @click.option("--photos", default=50, show_default=True, type=click.IntRange(1, 500))
@@ -176,9 +174,7 @@ def main(bundle: Path, photos: int, json_path: Path | None) -> None:
     torch.set_num_threads(1)
     opened, rows = Bundle.open(bundle), []
     for tap, entry in enumerate(opened.manifest.taps):
-        capped = opened.codec(tap)
-        codec = ContextualCodec(capped.tables, capped.shape_CHW, UNCAPPED)
-        for row in measure(codec, latents(opened, tap, photos)):
+        for row in measure(uncapped(opened, tap), latents(opened, tap, photos)):
             rows.append({"tap": entry.name, **row})
             click.echo(
                 "{tap} {rate}: {bytes:.1f} B (ideal {ideal_bytes:.1f}, factorized {compressai_bytes:.1f}), "

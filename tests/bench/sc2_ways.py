@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.bundle import Bundle
+from models.codecs.contextual import ContextualCodec
 from models.errors import InvalidInput
 from models.types import Codec
 from models.vision.head import Head
@@ -119,10 +120,16 @@ def own_ways(bundle: Bundle, head: Head, tail: Tail) -> Iterator[Way]:
                 yield own_way(bundle, head, tail, name, (index, width, rate))
 
 
+def uncapped(bundle: Bundle, tap: int) -> ContextualCodec:
+    """A tap's codec without its cap: every rate is measured on every photo, where a device would take a cheaper one."""
+    capped = bundle.codec(tap)
+    return ContextualCodec(capped.tables, capped.shape_CHW, 1 << 20)
+
+
 def own_way(bundle: Bundle, head: Head, tail: Tail, name: str, where: tuple[int, int, int]) -> Way:
     tap, width, rate = where
     after = bundle.manifest.architecture.taps[tap].after
-    codec = bundle.codec(tap)
+    codec = uncapped(bundle, tap)
 
     def encode(photo: Photo) -> bytes:
         x_CHW = photo.pixels_CHW

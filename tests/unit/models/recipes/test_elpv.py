@@ -58,7 +58,7 @@ def test_doubt_is_a_soft_target() -> None:
 def test_integers_are_collected_for_each_rate(tmp_path: Path, photos: Photos) -> None:
     views = make_views(tmp_path, photos.images_NHW[:, :16, :16], seed=0)
     rates = Rates(1, (1.0, 0.1))
-    coarse, fine = elpv.integers(views, lambda rows: rows["images"].unsqueeze(1), rates)
+    coarse, fine = elpv.integers(views, "images", lambda images_BHW: images_BHW.unsqueeze(1), rates)
     images = np.asarray(views.passes[0]["images"], np.float32)[:, None]
     np.testing.assert_array_equal(coarse, np.rint(images * rates.gains_RC[0, 0]))
     assert fine.shape == (40, 1, 16, 16)

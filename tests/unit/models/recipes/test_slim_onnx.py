@@ -40,7 +40,7 @@ def test_the_graph_computes_what_the_encoder_does(encoder: SlimEncoder, graph: b
     x = np.random.default_rng(width).uniform(-1, 1, (1, *IMAGE)).astype(np.float32)
     (found,) = session.run(None, {"x": x, "width": np.array(width, np.int64)})
     with torch.no_grad():
-        wanted = FrozenSlim(encoder).at(torch.from_numpy(x), width).numpy()
+        wanted = FrozenSlim(encoder)(torch.from_numpy(x), width).numpy()
     assert found.shape == (1, *LATENT)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * wanted.std())
 
@@ -67,4 +67,4 @@ def test_one_width_needs_no_choice() -> None:
     x = np.ones((1, 3, 16, 16), np.float32)
     (found,) = session.run(None, {"x": x, "width": np.array(0, np.int64)})
     with torch.no_grad():
-        np.testing.assert_allclose(found, FrozenSlim(only).at(torch.from_numpy(x), 0).numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found, FrozenSlim(only)(torch.from_numpy(x), 0).numpy(), rtol=1e-3, atol=1e-4)

@@ -38,9 +38,9 @@ def test_the_encoder_of_the_image_equals_pytorchs_at_each_width(tiny_bundle: Bun
     latent_CHW = head.encode(0, IMAGE, width)
     assert latent_CHW.shape == tiny_bundle.manifest.taps[0].latent
     frozen = FrozenSlim(split.taps[0].encoder)  # type: ignore[arg-type]
-    expected_1CHW = frozen.at(torch.from_numpy(IMAGE[None]), width)
+    expected_1CHW = frozen(torch.from_numpy(IMAGE[None]), width)
     np.testing.assert_allclose(latent_CHW, expected_1CHW[0], atol=1e-3, rtol=1e-3)
-    other_1CHW = frozen.at(torch.from_numpy(IMAGE[None]), 1 - width)
+    other_1CHW = frozen(torch.from_numpy(IMAGE[None]), 1 - width)
     assert not np.allclose(latent_CHW, other_1CHW[0], atol=0.05)
 
 

@@ -124,7 +124,7 @@ def test_share(channels: int, width: float, kept: int) -> None:
 @pytest.mark.parametrize("width", range(3))
 def test_what_is_shipped_computes_the_same(encoder: SlimEncoder, images: Tensor, width: int) -> None:
     with torch.no_grad():
-        wanted, found = encoder(images, width), FrozenSlim(encoder).at(images, width)
+        wanted, found = encoder(images, width), FrozenSlim(encoder)(images, width)
     torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01 * float(wanted.std()))
 
 
