@@ -1,33 +1,26 @@
 """A real vision bundle, small and untrained: two taps (one of them with two widths of its encoder), two tasks.
 
-Random weights; figures in its manifest are made up. This is no recipe: the graphs are exported as plainly as can be.
+Random weights; figures in its manifest are made up.
 """
 
 from __future__ import annotations
 
 import copy
-import io
-import itertools
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import safetensors.numpy
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, compose, helper
-from torch import Tensor, nn
+from torch import nn
 
 from models import bundle as bundles
 from models.bundle import Bundle
-from models.codecs import contextual
 from models.codecs.contextual import Tables
-from models.manifest import Architecture, Preprocessing, TapArchitecture
+from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
+from models.recipes.export import Trained, TrainedTap, halve_weights, head_parts
 from models.recipes.fit_tables import fit
-from models.vision.slim import FrozenSlim
 from models.vision.split import SplitClassifier
 
 SIDE = 64
@@ -48,7 +41,6 @@ TINY = Architecture(
 PREPROCESSING = Preprocessing(resize=SIDE, crop=(SIDE, SIDE), mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.5))
 GAINS = (1.0, 3.0, 6.0)  # of the rates of a tap
 CAP = 4096  # bytes of a payload
-OPSET = 17
 
 Floats = NDArray[np.float32]
 
@@ -92,115 +84,30 @@ def random_split() -> SplitClassifier:
     return split.eval()
 
 
-class WithExit(nn.Module):
-    """A segment as the device runs it: features and logits of its exit."""
-
-    def __init__(self, blocks: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.blocks, self.head = blocks, head
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features_BCHW = self.blocks(x)
-        return features_BCHW, self.head(features_BCHW)
-
-
-class AtWidth(nn.Module):
-    """One width of a slimmable encoder."""
-
-    def __init__(self, encoder: FrozenSlim, width: int) -> None:
-        super().__init__()
-        self.encoder, self.width = encoder, width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.encoder(x, self.width)
-
-
-def graph_of(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int = 1) -> onnx.ModelProto:
-    """A module as an ONNX graph with input `x` of batch 1."""
-    buffer = io.BytesIO()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module.eval(),
-            (torch.zeros(1, *shape_CHW),),
-            buffer,  # type: ignore[arg-type]
-            input_names=["x"],
-            output_names=[f"y{index}" for index in range(outputs)],
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    return onnx.load_from_string(buffer.getvalue())
-
-
-def chosen_by_width(graphs: list[onnx.GraphProto]) -> bytes:
-    """Two graphs of `x`, one a width -> one graph of `x` and `width`."""
-    branches = []
-    for index, graph in enumerate(graphs):
-        branch = compose.add_prefix_graph(graph, f"w{index}_", rename_inputs=False)
-        del branch.input[:]  # `x` is the outer graph's
-        branches.append(branch)
-    narrow, wide = branches
-    nodes = [
-        helper.make_node("Constant", [], ["zero"], value_int=0),
-        helper.make_node("Equal", ["width", "zero"], ["narrow"]),
-        helper.make_node("If", ["narrow"], ["latent"], then_branch=narrow, else_branch=wide),
-    ]
-    width = helper.make_tensor_value_info("width", TensorProto.INT64, [])
-    latent = onnx.ValueInfoProto()
-    latent.CopyFrom(graphs[0].output[0])
-    latent.name = "latent"
-    graph = helper.make_graph(nodes, "encoder", [graphs[0].input[0], width], [latent])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
-
-
 def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
     """2 + 3 labels, 64x64 photos, 2 exits; latents (3, 8, 8) of the image and (4, 8, 8) behind the last segment."""
     split = copy.deepcopy(split)
-    with torch.no_grad():
-        for tensor in split.state_dict().values():
-            if tensor.ndim >= 2:
-                tensor.copy_(tensor.half().float())
-    stored = {n: (t.half() if t.ndim >= 2 else t).contiguous().clone() for n, t in split.state_dict().items()}
-    segments, files = segments_of(split)
-    files["weights.safetensors"] = safetensors.torch.save(stored)
-    frozen = FrozenSlim(split.taps[0].encoder)  # type: ignore[arg-type]
-    graphs = [graph_of(AtWidth(frozen, width), (3, SIDE, SIDE)).graph for width in range(2)]
-    files["light.onnx"] = chosen_by_width(graphs)
-    files["deep.onnx"] = graph_of(split.taps[1].encoder, segments[-1]["output"]).SerializeToString()
-    for name, built in zip(TAPS, TINY.taps, strict=True):
-        tables = laplace_tables(built.latent_channels, GAINS[: built.rates])
-        files[f"{name}.safetensors"] = safetensors.numpy.save(contextual.to_tensors(tables))
-    return bundles.write(folder, manifest_of(segments), files)
+    weights = halve_weights(split)
+    trained_taps = (
+        TrainedTap(name, laplace_tables(built.latent_channels, GAINS[: built.rates]), CAP)
+        for name, built in zip(TAPS, TINY.taps, strict=True)
+    )
+    tasks = tuple(Task(name=name, labels=labels) for name, labels in TASKS)
+    segments, taps, files = head_parts(Trained(split, tuple(trained_taps), tasks, TINY, PREPROCESSING))
+    files["weights.safetensors"] = safetensors.torch.save(weights)
+    return bundles.write(folder, manifest_of(segments, taps), files)
 
 
-def segments_of(split: SplitClassifier) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """Manifest entries of the segments, and their graphs."""
-    segments, files, x_BCHW = [], {}, torch.zeros(1, 3, SIDE, SIDE)
-    for index, (start, stop) in enumerate(itertools.pairwise((0, *TINY.cuts))):
-        part = WithExit(split.backbone.blocks[start:stop], split.exits[index])
-        files[f"head{index}.onnx"] = graph_of(part, tuple(x_BCHW.shape[1:]), outputs=2).SerializeToString()
-        with torch.no_grad():
-            y_BCHW = split.segment(index, x_BCHW)
-        shapes = {"input": list(x_BCHW.shape[1:]), "output": list(y_BCHW.shape[1:])}
-        segments.append({"file": f"head{index}.onnx", **shapes, "macs": 10_000_000})
-        x_BCHW = y_BCHW
-    return segments, files
-
-
-def manifest_of(segments: list[dict[str, Any]]) -> dict[str, Any]:
+def manifest_of(segments: list[dict[str, Any]], taps: list[dict[str, Any]]) -> dict[str, Any]:
     """What `models.bundle.write` wants to know. The wider and the richer, the more agreement and the more bytes."""
-    taps = []
-    for name, built in zip(TAPS, TINY.taps, strict=True):
-        widths = [
+    for segment in segments:
+        segment["macs"] = 10_000_000
+    for tap, built in zip(taps, TINY.taps, strict=True):
+        tap["tail_macs"] = 30_000_000
+        tap["widths"] = [
             {"width": width, "encoder_macs": int(8_000_000 * width), "rates": rates_of(built.rates, width)}
             for width in built.widths
         ]
-        files = {"encoder": f"{name}.onnx", "tables": f"{name}.safetensors"}
-        latent = [built.latent_channels, 8, 8]
-        sizes = {"latent": latent, "tail_macs": 30_000_000, "max_payload_bytes": CAP}
-        taps.append({"name": name, **files, **sizes, "widths": widths})
     threshold = {"delta": 0.1, "coverage": 0.5, "loss": 0.0, "samples": 300}
     return {
         "name": "tiny",

@@ -10,8 +10,8 @@ All decode to the features behind our last cut by one kind of decoder, and every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,10 @@ from models.errors import InvalidInput
 from models.recipes.bridge import Batch, Bridge, Weights, batch_of, ramp
 from models.recipes.compressai_entropy import GDN1, EntropyBottleneck, ready
 from models.recipes.export import macs
+from models.recipes.light import Teacher
 from models.recipes.rates import Rates
 from models.recipes.trainer import Run, Schedule
 from models.recipes.views import BATCH, Views
-from models.vision.slim import SlimBottleneck, SlimConv
 from models.vision.split import DenseDecoder, SplitClassifier
 
 FIRST_EPOCHS, NEXT_EPOCHS = 16, 6  # the first setting starts from nothing, each next from the one before
@@ -41,7 +41,6 @@ SETTINGS: dict[str, tuple[float, ...]] = {
     "n0": (0.1, 0.4, 1.6, 6.4),  # ... beside task and features
     "n4": (0.1, 0.4, 1.6, 6.4),
     "bq": (3, 1),  # channels
-    "ours-single": (3.0, 7.0, 16.0),
 }
 
 
@@ -156,11 +155,6 @@ def new_bridge(method: str, setting: float, split: SplitClassifier) -> Bridge:
     """The untrained bottleneck of a method of SETTINGS before the split's own tail."""
     outputs = split.backbone.channels[split.cuts[-1] - 1]
     tail = split.backbone.section(split.cuts[-1])
-    if method == "ours-single":
-        encoder, latent = single_width(split), split.tap(0).latent_channels
-        return Bridge(
-            encoder, Rates(latent, (setting,), RATES_LR), DenseDecoder(latent, outputs, HIDDEN, 1), tail, 0, Weights()
-        )
     decoder = DenseDecoder(HIDDEN, outputs, HIDDEN, 1)
     if method in ("n0", "n4"):
         downsample = nn.Sequential(nn.Conv2d(64, HIDDEN, 5, 2, 2), nn.GELU())
@@ -181,14 +175,6 @@ def new_bridge(method: str, setting: float, split: SplitClassifier) -> Bridge:
     return Bridge(few_channels_encoder(channels), EightBits(), strided, tail, 0, features)
 
 
-def single_width(split: SplitClassifier) -> SlimBottleneck:
-    """The widest bottleneck of our light encoder with new weights; what is before it comes with the views."""
-    first, _, last = split.tap(0).slim.bottleneck.squeeze.convs
-    assert isinstance(first, SlimConv)
-    assert isinstance(last, SlimConv)
-    return SlimBottleneck(first.weight.shape[1], last.weight.shape[0], split.tap(0).latent_channels, (1.0,))
-
-
 def train(run: Run, method: str, setting: float, views: Views, teacher: Teacher, start: Bridge | None) -> Bridge:
     """All stages of one method at one setting, from the weights of `start`; returns the averaged module."""
     torch.manual_seed(run.seed)
@@ -196,15 +182,13 @@ def train(run: Run, method: str, setting: float, views: Views, teacher: Teacher,
     if start is not None:
         module.load_state_dict(start.state_dict())
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    inputs = "front" if method == "ours-single" else "images"
-    names = [inputs, "features", "middle", "last", "logits"]
+    names = ["images", "features", "middle", "last", "logits"]
 
     def epoch_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         share = 1.0 if start is not None else ramp(epoch, RAMP_EPOCHS)
         for indices, arrays in views.batches(generator, names):
-            if inputs == "images":
-                arrays["images"] = teacher.normalise(arrays["images"])
-            yield replace(batch_of(arrays, inputs, torch.from_numpy(teacher.defect_N[indices])), ramp=share)
+            arrays["images"] = teacher.normalise(arrays["images"])
+            yield replace(batch_of(arrays, "images", torch.from_numpy(teacher.defect_N[indices])), ramp=share)
 
     def fit(stage: str, epochs: int, peak_lr: float) -> None:
         schedule = Schedule(epochs, len(views) // BATCH, peak_lr)
@@ -222,15 +206,6 @@ def train(run: Run, method: str, setting: float, views: Views, teacher: Teacher,
     module.free_tail()
     fit("tail", epochs["tail"], 1e-3)
     return module.eval()
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The network that is cut, what its images look like, and the annotators' probability of a defect of each view."""
-
-    split: SplitClassifier
-    normalise: Callable[[Tensor], Tensor]
-    defect_N: NDArray[np.float32]
 
 
 def train_all(run: Run, method: str, views: Views, teacher: Teacher) -> None:
@@ -261,7 +236,7 @@ def trained(work: Path, methods: Sequence[str], split: SplitClassifier) -> list[
                 raise InvalidInput(f"{path} is not finished: go on with `python -m models.recipes baselines {method}`")
             bridge = new_bridge(method, setting, split)
             bridge.load_state_dict(state["average"])
-            found.append(Baseline(method, f"{'channels' if method == 'bq' else 'price'} {setting:g}", bridge, split))
+            found.append(Baseline(method, f"{'channels' if method == 'bq' else 'price'} {setting:g}", bridge))
     return found
 
 
@@ -276,14 +251,12 @@ def epochs_of(method: str, setting: float) -> dict[str, int]:
 class Baseline:
     """One trained method at one setting, as its encoder and decoder would run: real bytes between them."""
 
-    def __init__(self, method: str, setting: str, bridge: Bridge, split: SplitClassifier, side: int = 300) -> None:
-        """`split`: whose front is before `ours-single`; `side`: pixels of an image."""
+    def __init__(self, method: str, setting: str, bridge: Bridge, side: int = 300) -> None:
+        """`side`: pixels of an image."""
         self.method, self.setting = method, setting
         self._bridge = bridge.eval()
         self._rates = bridge.rates
-        self._encoder: nn.Module = bridge.encoder
-        if method == "ours-single":
-            self._encoder = Joined(split.tap(0).slim.front, bridge.encoder)
+        self._encoder = bridge.encoder
         images_1CHW = torch.zeros(1, 3, side, side)
         with torch.inference_mode():
             self._latent_CHW = tuple(self._encoder(images_1CHW).shape[1:])
@@ -333,18 +306,6 @@ class Baseline:
         if self._prior is not None:
             state += [self._rates.log_gain_RC, *self._prior.state_dict().values()]
         return state
-
-
-class Joined(nn.Module):
-    """Our front at full width and a bottleneck of one width behind it."""
-
-    def __init__(self, front: nn.Module, bottleneck: nn.Module) -> None:
-        super().__init__()
-        self.front, self.bottleneck = front, bottleneck
-
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        latent_BCHW: Tensor = self.bottleneck(self.front(images_B3HW, -1), 0)
-        return latent_BCHW
 
 
 def bits_of(tensor: Tensor) -> int:

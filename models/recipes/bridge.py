@@ -69,9 +69,15 @@ class Bridge(nn.Module):
         blocks: nn.Sequential,
         entry: int,
         weights: Weights,
+        *,
+        settled: bool = False,
     ) -> None:
-        """`blocks`: the teacher's, from where the decoder joins; the tail starts `entry` blocks later."""
+        """`blocks`: the teacher's, from where the decoder joins; the tail starts `entry` blocks later.
+
+        `settled`: the encoder was trained before, and its batch norms keep their statistics.
+        """
         super().__init__()
+        self.settled = settled
         self.encoder, self.rates, self.decoder, self.weights = encoder, rates, decoder, weights
         fused = fuse_batch_norms(deepcopy(blocks).eval()).requires_grad_(False)
         half = entry + (len(fused) - entry) // 2
@@ -97,6 +103,8 @@ class Bridge(nn.Module):
         for module in (module for child in self.children() for module in child.modules()):
             if not any(p.requires_grad for p in module.parameters()):
                 module.eval()
+        if self.settled:
+            self.encoder.eval()
         return self
 
     def decode(self, latent_BCHW: Tensor, rate_B: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ exist. Import CompressAI through this module alone.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def declare_torchvision_schemas() -> None:
@@ -24,7 +25,7 @@ from compressai.layers import GDN1  # noqa: E402
 
 INIT_SCALE = 2.0  # integers; CompressAI's 10 takes a thousand steps to come down
 
-__all__ = ["GDN1", "EntropyBottleneck", "new_prior", "ready"]
+__all__ = ["GDN1", "EntropyBottleneck", "likelihood_of", "new_prior", "ready"]
 
 
 def new_prior(channels: int) -> EntropyBottleneck:
@@ -32,6 +33,14 @@ def new_prior(channels: int) -> EntropyBottleneck:
     prior = EntropyBottleneck(channels, init_scale=INIT_SCALE)
     prior.quantiles.requires_grad_(False)
     return prior
+
+
+def likelihood_of(prior: EntropyBottleneck, values_BCHW: Tensor) -> Tensor:
+    """Probability of each value under its channel's prior, without noise; gradients reach both."""
+    values_CN = values_BCHW.transpose(0, 1).reshape(values_BCHW.shape[1], 1, -1)
+    likelihood_CN, *_ = prior._likelihood(values_CN)
+    bounded_CN: Tensor = prior.likelihood_lower_bound(likelihood_CN)
+    return bounded_CN.reshape(values_BCHW.transpose(0, 1).shape).transpose(0, 1)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ photographs -> EfficientNet-Lite2 (cloud) -> [frozen] -> exits + bottleneck (dev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,24 +13,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
-from models.recipes import baselines, export, light
+from models.recipes import baselines, export, light, single
 from models.recipes.augment import random_affine, random_contrast, random_dihedral
 from models.recipes.bridge import Bridge
+from models.recipes.components import Components
 from models.recipes.distil import Distillation, Weights
 from models.recipes.elpv_data import Photos, load
 from models.recipes.fit_tables import fit
 from models.recipes.heads import train_head
 from models.recipes.imagenet import load_lite2
-from models.recipes.rates import Rates
+from models.recipes.rates import Rates, integers
 from models.recipes.trainer import Run, Schedule
 from models.recipes.views import BATCH, Views
 from models.vision.efficientnet_lite import EfficientNetLite
+from models.vision.slim import SlimEncoder
 from models.vision.split import SplitClassifier
 from models.vision.tail import load_split
 
@@ -44,7 +44,7 @@ TASKS = (
 )
 LICENCE = "CC BY-NC-SA 4.0 (trained on ELPV); ImageNet weights Apache-2.0"
 # Price of a coded kilobyte at each rate, in units of cross-entropy.
-LIGHT_PER_KILOBYTE = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
+LIGHT_PER_KILOBYTE = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 DEEP_PER_KILOBYTE = (3.0, 1.0, 0.3, 0.1)
 ARCHITECTURE = Architecture(
     builder="split_classifier",
@@ -56,7 +56,7 @@ ARCHITECTURE = Architecture(
             after=0,
             blocks=7,
             rejoin=9,
-            latent_channels=32,
+            latent_channels=24,
             decoder_channels=128,
             rates=len(LIGHT_PER_KILOBYTE),
             widths=(0.5, 0.75, 1.0),
@@ -166,37 +166,27 @@ def train_deep(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillatio
 
 def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views, Bridge]:
     """Slim the first blocks, then distil the light tap out of the finished network; fills the split's tap and heads."""
-    folder = run.folder / "views"
-    tap = split.tap(LIGHT)
-    encoder = tap.slim
     split.requires_grad_(False)
-    tap.requires_grad_(True)
     split.heads.requires_grad_(True)
-    views = light.teach(folder, photos.images_NHW, split, normalise, run.seed)
-    front = light.slim(run, views, split, encoder, tap.rejoin, normalise)
-    encoder.front.load_state_dict(front.state_dict())
-    views = light.add_front(folder, encoder.front.eval(), normalise)
-    bridge = light.bridge(run, views, photos.defect_N, split, LIGHT, normalise, LIGHT_PER_KILOBYTE)
-    encoder.bottleneck.load_state_dict(bridge.encoder.state_dict())
+    tap, built = split.tap(LIGHT), ARCHITECTURE.taps[LIGHT]
+    teacher = light.Teacher(split, normalise, photos.defect_N)
+    views, encoder, wanted = slimmed(run, photos, teacher)
+    bridge = light.bridge(run, "light", views, teacher, built, encoder, wanted, LIGHT_PER_KILOBYTE)
+    tap.slim.front.load_state_dict(encoder.front.state_dict())
+    tap.slim.bottleneck.load_state_dict(bridge.encoder.state_dict())
     tap.decoder.load_state_dict(bridge.decoder.state_dict())
     head = train_head(run, "cell_type", split.heads[0], bridge, views, photos.cell_types_N)
     split.heads[0].load_state_dict(head.state_dict())
     return views, bridge
 
 
-@torch.no_grad()
-def integers(views: Views, name: str, encode: Callable[[Tensor], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
-    """What the first view of every training photograph is sent as, NCHW, for each rate: the tables are fitted to it.
-
-    `encode` takes rows of the array `name`.
-    """
-    found: list[list[NDArray[np.int32]]] = [[] for _ in rates.per_kilobyte]
-    array = views.passes[0][name]
-    for start in track(range(0, len(views), BATCH), "integers"):
-        latent_BCHW = encode(torch.from_numpy(np.array(array[start : start + BATCH])).float())
-        for rate, kept in enumerate(found):
-            kept.append(rates.integers(latent_BCHW, rate))
-    return [np.concatenate(kept) for kept in found]
+def slimmed(run: Run, photos: Photos, teacher: light.Teacher) -> tuple[Views, SlimEncoder, Components]:
+    """Views with the widest front's features, the slimmed encoder, and the components it was trained to."""
+    folder, built = run.folder / "views", ARCHITECTURE.taps[LIGHT]
+    views = light.teach(folder, photos.images_NHW, teacher.split, normalise, run.seed)
+    wanted = light.components(views, teacher.split, built, normalise)
+    encoder = light.slim(run, views, teacher.split, built, wanted, normalise)
+    return light.add_front(folder, encoder.front, normalise), encoder, wanted
 
 
 def light_latent(encoder: nn.Module, width: int, images_BHW: Tensor) -> Tensor:
@@ -256,11 +246,13 @@ def train_baselines(bundle: Path, run: Run, methods: Sequence[str]) -> dict[str,
 
     The teacher is the bundle's own cloud model; its answers are kept in `run.folder / "views"`.
     """
-    photos, split = load("train"), load_split(Bundle.open(bundle))
-    folder = run.folder / "views"
-    light.teach(folder, photos.images_NHW, split, normalise, run.seed)
-    views = light.add_front(folder, split.tap(LIGHT).slim.front, normalise)
-    teacher = baselines.Teacher(split, normalise, photos.defect_N)
-    for method in methods or baselines.SETTINGS:
-        baselines.train_all(run, method, views, teacher)
+    photos, split = load("train"), load_split(Bundle.open(bundle)).requires_grad_(False)
+    teacher = light.Teacher(split, normalise, photos.defect_N)
+    views = light.teach(run.folder / "views", photos.images_NHW, split, normalise, run.seed)
+    for method in methods or (*baselines.SETTINGS, single.METHOD):
+        if method == single.METHOD:
+            views, encoder, wanted = slimmed(run, photos, teacher)
+            single.train_all(run, views, teacher, ARCHITECTURE.taps[LIGHT], encoder, wanted)
+        else:
+            baselines.train_all(run, method, views, teacher)
     return run.last_figures()

@@ -1,15 +1,16 @@
-"""The tap behind the image: a slimmable copy of the cloud model's first blocks, then a bottleneck at many rates.
+"""The tap behind the image: a slimmable copy of the cloud model's first blocks, then many rates.
 
 views of the training part -> teacher's answers, kept on disk
-  -> slimming: the first blocks at every width      (features alone, crops)
+  -> slimming: the encoder at every width           (teacher's components alone, crops)
   -> bridge: bottleneck, rates, decoder             (joint loss, a width a batch, all rates in each batch)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.manifest import TapArchitecture
 from models.recipes.bridge import Batch, Bridge, Weights, batch_of, ramp
+from models.recipes.components import Components, find_components, start
 from models.recipes.distil import tail_points
 from models.recipes.rates import Rates
 from models.recipes.slimming import Slimming, random_crops, sorted_channels
 from models.recipes.trainer import Run, Schedule
 from models.recipes.views import BATCH, Views, extend, make_views
 from models.vision.efficientnet_lite import fuse_batch_norms
-from models.vision.slim import SlimBottleneck, SlimEncoder, SlimFront
-from models.vision.split import DenseDecoder, SplitClassifier
+from models.vision.slim import SlimEncoder, SlimFront
+from models.vision.split import DenseDecoder, SplitClassifier, repeated
 
-SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 10, 11, 3
-WIDEST_SHARE = 0.5  # of the batches; the others take a narrower width
+SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 16, 12, 2
+WIDEST_SHARE = 0.6  # of the batches; the others take a narrower width
+COMPONENT_PHOTOS = 256
+STEP_AT_ONE, PRICE_POWER = 1.45, 0.35  # step of the first integers at a price of 1, in deviations of the latent
 
 Normalise = Callable[[Tensor], Tensor]  # grey images in [0, 1], BHW -> what the network takes, B3HW
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The network that is cut, what its images look like, and the annotators' probability of a defect of each view."""
+
+    split: SplitClassifier
+    normalise: Normalise
+    defect_N: NDArray[np.float32]
 
 
 def teach(
@@ -50,20 +64,28 @@ def teach(
     return extend(folder, "teacher", answers)
 
 
-def slim(
-    run: Run, views: Views, split: SplitClassifier, encoder: SlimEncoder, rejoin: int, normalise: Normalise
-) -> SlimFront:
-    """Distil the first blocks into every width of the encoder's front; returns it averaged, in eval mode.
+def components(views: Views, split: SplitClassifier, tap: TapArchitecture, normalise: Normalise) -> Components:
+    """What the latent of a tap behind the image stands for, from the first view of some photographs."""
+    some_BHW = torch.from_numpy(np.array(views.passes[0]["images"][:COMPONENT_PHOTOS])).float() / 255
+    trunk, tail = (
+        fuse_batch_norms(deepcopy(part).eval()).requires_grad_(False)
+        for part in (split.backbone.section(0, tap.rejoin), split.backbone.section(tap.rejoin))
+    )
+    with torch.no_grad():
+        features_NCHW = torch.cat([trunk(normalise(chunk_BHW)) for chunk_BHW in torch.split(some_BHW, BATCH)])
+    return find_components(features_NCHW, tail, tap.latent_channels)
 
-    The bottleneck starts as the block before `rejoin`, which has the same stride.
-    """
+
+def slim(
+    run: Run, views: Views, split: SplitClassifier, tap: TapArchitecture, wanted: Components, normalise: Normalise
+) -> SlimEncoder:
+    """Distil the first blocks into every width of a new encoder; returns it averaged, in eval mode."""
     torch.manual_seed(run.seed)
-    blocks = list(split.backbone.blocks)
     some_BHW = torch.from_numpy(np.array(views.passes[0]["images"][: 2 * BATCH])).float() / 255
-    count = len(encoder.front.blocks)
-    ordered = sorted_channels(nn.Sequential(*blocks[:count], blocks[rejoin - 1]), normalise(some_BHW))
-    encoder.bottleneck.load(ordered[-1])
-    module = Slimming(encoder.front, encoder.widths, nn.Sequential(*list(ordered)[:-1]))
+    ordered = sorted_channels(repeated(split.backbone, tap), normalise(some_BHW))
+    encoder = SlimEncoder(ordered, tap.latent_channels, tap.widths)
+    start(encoder, ordered, wanted)
+    module = Slimming(encoder, split.backbone.section(0, tap.rejoin), wanted)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def crops(epoch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -72,77 +94,69 @@ def slim(
 
     average = run.fit("slim", module, crops, module.loss, Schedule(SLIM_EPOCHS, len(views) // BATCH, peak_lr=1e-3))
     assert isinstance(average, Slimming)
-    return average.front
+    return average.encoder
 
 
 def bridge(
     run: Run,
+    stage: str,
     views: Views,
-    defect_N: NDArray[np.float32],
-    split: SplitClassifier,
-    tap: int,
-    normalise: Normalise,
+    teacher: Teacher,
+    tap: TapArchitecture,
+    encoder: SlimEncoder,
+    wanted: Components,
     per_kilobyte: tuple[float, ...],
 ) -> Bridge:
-    """Train bottleneck, rates and decoder behind the finished front of a tap; returns them averaged, in eval mode."""
+    """Train bottleneck, rates and a new decoder behind a finished front; returns them averaged, in eval mode.
+
+    `per_kilobyte` with one price trains one rate, at the widest width alone.
+    """
     torch.manual_seed(run.seed)
-    light = split.tap(tap)
-    encoder = light.slim
-    assert isinstance(light.decoder, DenseDecoder)
-    some_BCHW = torch.from_numpy(np.array(views.passes[0]["front"][: 8 * BATCH])).float()
-    start_from_components(encoder.bottleneck.eval(), light.decoder, some_BCHW)
-    module = Bridge(
-        encoder.bottleneck,
-        Rates(light.latent_channels, per_kilobyte, lr_scale=10.0, log_gains=(-1.2, 0.6)),
-        light.decoder,
-        split.backbone.section(light.rejoin),
-        split.cuts[-1] - light.rejoin,
-        Weights(),
-    )
+    module = new_bridge(teacher.split, tap, encoder.bottleneck, per_kilobyte)
+    assert isinstance(module.decoder, DenseDecoder)
+    with torch.no_grad():
+        module.decoder.linear.weight.copy_(wanted.synthesise_CL[:, :, None, None])
+        module.decoder.linear.bias.copy_(wanted.mean_C)  # type: ignore[union-attr]
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     widest = len(encoder.widths) - 1
 
     def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         for indices, arrays in views.batches(generator):
             width = widest
-            if widest and torch.rand((), generator=generator) >= WIDEST_SHARE:
+            if len(per_kilobyte) > 1 and widest and torch.rand((), generator=generator) >= WIDEST_SHARE:
                 width = int(torch.randint(widest, (), generator=generator))
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    arrays["front"] = encoder.front(normalise(arrays["images"]), width)
-            batch = batch_of(arrays, "front", torch.from_numpy(defect_N[indices]))
+                    arrays["front"] = encoder.front(teacher.normalise(arrays["images"]), width)
+            batch = batch_of(arrays, "front", torch.from_numpy(teacher.defect_N[indices]))
             yield replace(batch, width=width, ramp=ramp(epoch, RAMP_EPOCHS))
 
     schedule = Schedule(BRIDGE_EPOCHS, len(views) // BATCH, peak_lr=1e-3)
-    average = run.fit("light", module, batches, module.loss, schedule)
+    average = run.fit(stage, module, batches, module.loss, schedule)
     assert isinstance(average, Bridge)
     return average
 
 
-@torch.no_grad()
-def start_from_components(bottleneck: SlimBottleneck, decoder: DenseDecoder, front_BCHW: Tensor) -> None:
-    """Projection and linear decoder as principal components of what the bottleneck would give without them.
+def new_bridge(
+    split: SplitClassifier, tap: TapArchitecture, bottleneck: nn.Module, per_kilobyte: tuple[float, ...]
+) -> Bridge:
+    """Copies of a bottleneck and of the blocks that take its features, and an untrained decoder between them."""
+    outputs = split.backbone.channels[tap.rejoin - 1]
+    decoder = DenseDecoder(tap.latent_channels, outputs, tap.decoder_channels, len(per_kilobyte))
+    gains = (log_gain(per_kilobyte[0]), log_gain(per_kilobyte[-1]))
+    return Bridge(
+        deepcopy(bottleneck),
+        Rates(tap.latent_channels, per_kilobyte, lr_scale=10.0, log_gains=gains, hard=True),
+        decoder,
+        split.backbone.section(tap.rejoin),
+        split.cuts[-1] - tap.rejoin,
+        Weights(),
+        settled=True,
+    )
 
-    The features that the tail needs are nearly all in a few components, and a start from chance does not find them
-    within a dozen epochs.
-    """
-    widest = len(bottleneck.project.norms) - 1
-    features_BCHW = bottleneck.squeeze(front_BCHW, widest)
-    mean_C = features_BCHW.mean((0, 2, 3))
-    centred_CN = (features_BCHW - mean_C[:, None, None]).transpose(0, 1).flatten(1)
-    _, vectors_CC = torch.linalg.eigh(centred_CN @ centred_CN.T)
-    latent = decoder.linear.in_channels
-    components_CL = vectors_CC.flip(1)[:, :latent]
-    scale = centred_CN.std()
-    bottleneck.project.weight.copy_(components_CL.T[:, :, None, None])
-    deviation_L = (components_CL.T @ centred_CN).std(1)
-    for norm in bottleneck.project.norms:
-        assert isinstance(norm, nn.BatchNorm2d)
-        norm.running_mean.copy_(components_CL.T @ mean_C)  # type: ignore[union-attr]
-        norm.running_var.copy_(deviation_L.square())  # type: ignore[union-attr]
-        norm.weight.copy_(deviation_L / scale)
-        nn.init.zeros_(norm.bias)
-    decoder.linear.weight.copy_((components_CL * scale)[:, :, None, None])
-    decoder.linear.bias.copy_(mean_C)  # type: ignore[union-attr]
+
+def log_gain(per_kilobyte: float) -> float:
+    """Where the gain of a rate starts: dear bytes are coarse ones."""
+    return -math.log(STEP_AT_ONE) - PRICE_POWER * math.log(per_kilobyte)
 
 
 def add_front(folder: Path, front: SlimFront, normalise: Normalise) -> Views:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import track
 from torch import Tensor, nn
 
-from models.recipes.compressai_entropy import new_prior
+from models.recipes.compressai_entropy import likelihood_of, new_prior
+from models.recipes.views import BATCH, Views
 
 ENOUGH_POSITIONS = 400  # of a channel; more are estimated from every other row and column
 
@@ -32,28 +34,34 @@ class Rates(nn.Module):
         per_kilobyte: Sequence[float],
         lr_scale: float = 1.0,
         log_gains: tuple[float, float] = (1.0, 2.5),
+        hard: bool = False,
     ) -> None:
-        """`lr_scale`: how much faster than the networks the priors learn; `log_gains`: coarse to fine, at first."""
+        """`lr_scale`: how much faster than the networks the priors learn; `log_gains`: coarse to fine, at first.
+
+        `hard`: estimate the bits of the integers in place of noisy values. Below a tenth of a bit a value, noise costs
+        three times what the integers do, and teaches the encoder to save bytes that are not spent.
+        """
         super().__init__()
         steps = torch.linspace(*log_gains, len(per_kilobyte))[:, None].expand(-1, channels)
         self.log_gain_RC = nn.Parameter(steps.clone())
         self.priors = nn.ModuleList(new_prior(channels) for _ in per_kilobyte)
         self.per_kilobyte = tuple(per_kilobyte)
+        self.hard = hard
         for parameter in self.priors.parameters():
             parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
 
     def forward(self, latent_BCHW: Tensor, rate_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Bits of each input under its rate's prior (noisy), and the latent as the cloud gets it (rounded)."""
+        """Bits of each input under its rate's prior, and the latent as the cloud gets it (rounded)."""
         gain_BC11 = self.log_gain_RC.exp()[rate_B][:, :, None, None]
         scaled_BCHW = latent_BCHW.float() * gain_BC11
+        rounded_BCHW = scaled_BCHW + (scaled_BCHW.round() - scaled_BCHW).detach()
         bits_B = scaled_BCHW.new_zeros(len(rate_B))
         for rate, prior in enumerate(self.priors):
             chosen = rate_B == rate
             if chosen.any():
-                seen_BCHW, times = thinned(scaled_BCHW[chosen])
-                _, likelihood = prior(seen_BCHW, training=True)
+                seen_BCHW, times = thinned((rounded_BCHW if self.hard else scaled_BCHW)[chosen])
+                likelihood = likelihood_of(prior, seen_BCHW) if self.hard else prior(seen_BCHW, training=True)[1]
                 bits_B = bits_B.index_put((chosen,), -times * likelihood.log2().sum((1, 2, 3)))
-        rounded_BCHW = scaled_BCHW + (scaled_BCHW.round() - scaled_BCHW).detach()
         return bits_B, rounded_BCHW / gain_BC11
 
     def price(self, bits_B: Tensor, rate_B: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -73,3 +81,18 @@ class Rates(nn.Module):
     def gains_RC(self) -> NDArray[np.float32]:
         gains: NDArray[np.float32] = self.log_gain_RC.detach().exp().numpy()
         return gains
+
+
+@torch.no_grad()
+def integers(views: Views, name: str, encode: Callable[[Tensor], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
+    """What the first view of every training photograph is sent as, NCHW, for each rate: the tables are fitted to it.
+
+    `encode` takes rows of the array `name`.
+    """
+    found: list[list[NDArray[np.int32]]] = [[] for _ in rates.per_kilobyte]
+    array = views.passes[0][name]
+    for start in track(range(0, len(views), BATCH), "integers"):
+        latent_BCHW = encode(torch.from_numpy(np.array(array[start : start + BATCH])).float())
+        for rate, kept in enumerate(found):
+            kept.append(rates.integers(latent_BCHW, rate))
+    return [np.concatenate(kept) for kept in found]

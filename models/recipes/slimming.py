@@ -1,10 +1,10 @@
-"""A slimmable copy of a backbone's first blocks, distilled from them: every width learns the same features.
+"""An encoder of the image at every width, distilled from the cloud model's first blocks: each learns one latent.
 
-    image crops -> first blocks (frozen)       -> features
-                -> slimmable blocks at width w -> probe[w] -> distance to those features, summed over the widths
+    image crops -> first blocks (frozen)      -> components
+                -> slimmable encoder, width w -> latent -> distance to them, summed over two widths
 
 Channels are sorted by importance before they are copied, because a width uses the first ones. The widest width starts
-as the teacher itself; a linear probe, dropped afterwards, makes features of fewer channels comparable.
+as the teacher itself, but for blocks that the encoder leaves out.
 """
 
 from __future__ import annotations
@@ -15,46 +15,42 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from models.recipes.components import Components
 from models.recipes.distil import relative_distance
 from models.vision.efficientnet_lite import SameConv2d, fuse_batch_norms
-from models.vision.slim import SlimConv, SlimFront, conv_norms, share
+from models.vision.slim import SlimConv, SlimEncoder, conv_norms
 
 CROP = 160  # pixels; features this early look no further
 
 
 class Slimming(nn.Module):
-    """Slimmable blocks, their teacher, and one probe a width."""
+    """A slimmable encoder and its teacher. Every batch trains the narrowest width and one of the others."""
 
-    def __init__(self, front: SlimFront, widths: tuple[float, ...], blocks: nn.Sequential) -> None:
-        """`blocks`: the teacher's, trained, with their channels sorted."""
+    def __init__(self, encoder: SlimEncoder, blocks: nn.Sequential, components: Components) -> None:
+        """`blocks`: the teacher's, trained, all that the latent stands for."""
         super().__init__()
-        front.load(blocks)
-        self.front = front
-        self.widths = widths
-        channels = conv_norms(blocks[-1])[-1][0].out_channels
-        self.probes = nn.ModuleList(nn.Conv2d(share(channels, w), channels, 1) for w in widths)
-        for probe in self.probes:
-            assert isinstance(probe, nn.Conv2d)
-            nn.init.dirac_(probe.weight)
-            nn.init.zeros_(probe.bias)  # type: ignore[arg-type]
+        self.encoder, self.components = encoder, components
         self.teacher = fuse_batch_norms(deepcopy(blocks).eval()).requires_grad_(False)
 
     def train(self, mode: bool = True) -> Slimming:
         """The teacher stays in eval mode, and the widest width keeps the teacher's batch-norm statistics."""
         super().train(mode)
         self.teacher.eval()
-        for conv in (module for module in self.front.modules() if isinstance(module, SlimConv)):
+        for conv in (module for module in self.encoder.modules() if isinstance(module, SlimConv)):
             conv.norms[-1].eval()
         return self
 
     def loss(self, crops_B3HW: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Distance to the teacher's features in units of their variance, summed over the widths."""
+        """Distance to the teacher's latent in units of its variance, summed over the widths of this batch."""
+        widths = self.encoder.widths
+        chosen = [0, *(torch.randint(1, len(widths), (1,)).tolist() if len(widths) > 1 else ())]
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                wanted_BCHW = self.teacher(crops_B3HW)
-            found = [probe(self.front(crops_B3HW, width)) for width, probe in enumerate(self.probes)]
-        distances = [relative_distance(wanted_BCHW, features_BCHW) for features_BCHW in found]
-        figures = {f"width {width}": distance.item() for width, distance in zip(self.widths, distances, strict=True)}
+                features_BCHW = self.teacher(crops_B3HW)
+            found = [self.encoder(crops_B3HW, width) for width in chosen]
+        wanted_BCHW = self.components.latent(features_BCHW)
+        distances = [relative_distance(wanted_BCHW, latent_BCHW) for latent_BCHW in found]
+        figures = {f"width {widths[w]}": distance.item() for w, distance in zip(chosen, distances, strict=True)}
         return torch.stack(distances).sum(), figures
 
 

@@ -1,6 +1,6 @@
 """A slimmable encoder: one set of int8 weights, several widths, image -> latent.
 
-    image_B3HW -> the backbone's first blocks, at a width -> stride-2 inverted residual -> 1x1 -> latent_BCHW
+    image_B3HW -> the backbone's first blocks, at a width -> one more, its projection down to the latent -> latent_BCHW
 
 At width w every layer uses its first w of channels; each width has its own scale and bias behind each convolution.
 Weights count one byte each on the device: they are trained rounded to 8 bits, and shipped so.
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from models.vision.efficientnet_lite import BN_EPS, BN_MOMENTUM, InvertedResidual, SameConv2d, same_conv
 
 INT8_MAX = 127
-EXPANSION = 4  # of the stride-2 block before the latent
 
 
 def share(channels: int, width: float) -> int:
@@ -66,13 +65,13 @@ class SlimConv(nn.Module):
         return F.relu6(y_BCHW) if self.act else y_BCHW
 
     @torch.no_grad()
-    def start(self, weight: Tensor, norm: nn.BatchNorm2d, order: Tensor) -> None:
-        """Start every width from a weight, and from the batch norm behind it with its channels in `order`."""
+    def start(self, weight: Tensor, norm: nn.BatchNorm2d) -> None:
+        """Start every width from a weight and the batch norm behind it."""
         self.weight.copy_(weight)
         for channels, own in zip(self.channels, self.norms, strict=True):
             for name, tensor in own.state_dict().items():
                 source = norm.state_dict()[name]
-                tensor.copy_(source[order[:channels]] if source.ndim else source)
+                tensor.copy_(source[:channels] if source.ndim else source)
 
 
 class SlimBlock(nn.Module):
@@ -89,11 +88,17 @@ class SlimBlock(nn.Module):
             y_BCHW = conv(y_BCHW, width)
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
+    def load(self, pairs: Iterable[tuple[SameConv2d, nn.BatchNorm2d]]) -> None:
+        """Copy the weights of the first convolutions, as many as given."""
+        for conv, (source, norm) in zip(self.convs, pairs, strict=False):
+            assert isinstance(conv, SlimConv)
+            conv.start(source.weight, norm)
+
 
 class SlimFront(nn.Module):
     """The backbone's first blocks, slimmable: image -> features."""
 
-    def __init__(self, backbone: nn.Sequential, widths: tuple[float, ...]) -> None:
+    def __init__(self, backbone: Iterable[nn.Module], widths: tuple[float, ...]) -> None:
         """`backbone`: the blocks to repeat; their shapes are taken over here, their weights by `load`."""
         super().__init__()
         self.blocks = nn.ModuleList(slim_block(block, widths) for block in backbone)
@@ -104,57 +109,23 @@ class SlimFront(nn.Module):
             x_BCHW = block(x_BCHW, width)
         return x_BCHW
 
-    def load(self, backbone: nn.Sequential) -> None:
+    def load(self, backbone: Iterable[nn.Module]) -> None:
         """Copy the weights of the backbone's first blocks."""
         for own, block in zip(self.blocks, backbone, strict=True):
             assert isinstance(own, SlimBlock)
-            for conv, (source, norm) in zip(own.convs, conv_norms(block), strict=True):
-                assert isinstance(conv, SlimConv)
-                conv.start(source.weight, norm, torch.arange(source.out_channels))
-
-
-class SlimBottleneck(nn.Module):
-    """Stride-2 inverted residual and projection, slimmable: features -> latent, of one shape at every width."""
-
-    def __init__(self, inputs: int, outputs: int, latent: int, widths: tuple[float, ...]) -> None:
-        """`outputs`: channels before the projection."""
-        super().__init__()
-        hidden, whole = inputs * EXPANSION, (1.0,) * len(widths)
-        self.squeeze = SlimBlock(
-            (
-                SlimConv(inputs, hidden, 1, 1, depthwise=False, act=True, widths=widths),
-                SlimConv(hidden, hidden, 3, 2, depthwise=True, act=True, widths=widths),
-                SlimConv(hidden, outputs, 1, 1, depthwise=False, act=False, widths=whole),
-            ),
-            residual=False,
-        )
-        self.project = SlimConv(outputs, latent, 1, 1, depthwise=False, act=False, widths=whole)
-
-    def forward(self, features_BCHW: Tensor, width: int) -> Tensor:
-        latent_BCHW: Tensor = self.project(self.squeeze(features_BCHW, width), width)
-        return latent_BCHW
-
-    @torch.no_grad()
-    def load(self, block: nn.Module) -> None:
-        """Start from the backbone's stride-2 block with the hidden channels that its projection weighs most."""
-        (expand, expand_norm), (depthwise, depthwise_norm), (project, project_norm) = conv_norms(block)
-        own = [conv for conv in self.squeeze.convs if isinstance(conv, SlimConv)]
-        order = project.weight.flatten(1).norm(dim=0).argsort(descending=True)[: len(own[1].weight)]
-        own[0].start(expand.weight[order], expand_norm, order)
-        own[1].start(depthwise.weight[order], depthwise_norm, order)
-        own[2].start(project.weight[:, order], project_norm, torch.arange(project.out_channels))
+            own.load(conv_norms(block))
 
 
 class SlimEncoder(nn.Module):
     """Image -> latent at one of `widths`, narrowest first."""
 
-    def __init__(self, backbone: nn.Sequential, outputs: int, latent: int, widths: tuple[float, ...]) -> None:
-        """`backbone`: the blocks to repeat; `outputs`: channels of the block that the bottleneck stands for."""
+    def __init__(self, backbone: nn.Sequential, latent: int, widths: tuple[float, ...]) -> None:
+        """`backbone`: the blocks to repeat; the last becomes the bottleneck, with `latent` channels behind it."""
         super().__init__()
         self.widths = widths
-        self.front = SlimFront(backbone, widths)
-        inputs = conv_norms(backbone[-1])[-1][0].out_channels
-        self.bottleneck = SlimBottleneck(inputs, outputs, latent, widths)
+        *first, last = backbone
+        self.front = SlimFront(first, widths)
+        self.bottleneck = slim_block(last, widths, latent)
 
     def forward(self, images_B3HW: Tensor, width: int = -1) -> Tensor:
         latent_BCHW: Tensor = self.bottleneck(self.front(images_B3HW, width), width)
@@ -169,24 +140,24 @@ def conv_norms(block: nn.Module) -> list[tuple[SameConv2d, nn.BatchNorm2d]]:
     return list(zip(convs, norms, strict=True))
 
 
-def slim_block(block: nn.Module, widths: tuple[float, ...]) -> SlimBlock:
-    """A slimmable block of the shape of a backbone's."""
+def slim_block(block: nn.Module, widths: tuple[float, ...], outputs: int | None = None) -> SlimBlock:
+    """A slimmable block of the shape of a backbone's; with `outputs`, every width has so many channels behind it."""
     residual = isinstance(block, InvertedResidual)
     convs = [conv for conv, _ in conv_norms(block)]
     return SlimBlock(
         (
             SlimConv(
                 conv.in_channels,
-                conv.out_channels,
+                outputs if outputs and conv is convs[-1] else conv.out_channels,
                 conv.kernel_size[0],
                 conv.stride[0],
                 depthwise=conv.groups > 1,
                 act=not (residual and conv is convs[-1]),
-                widths=widths,
+                widths=(1.0,) * len(widths) if outputs and conv is convs[-1] else widths,
             )
             for conv in convs
         ),
-        residual=isinstance(block, InvertedResidual) and block.residual,
+        residual=isinstance(block, InvertedResidual) and block.residual and not outputs,
     )
 
 
@@ -196,14 +167,7 @@ class FrozenSlim(nn.Module):
     def __init__(self, encoder: SlimEncoder) -> None:
         super().__init__()
         self.widths = len(encoder.widths)
-        self.blocks = nn.ModuleList(
-            FrozenBlock(block)
-            for block in (
-                *encoder.front.blocks,
-                encoder.bottleneck.squeeze,
-                SlimBlock([encoder.bottleneck.project], residual=False),
-            )
-        )
+        self.blocks = nn.ModuleList(FrozenBlock(block) for block in (*encoder.front.blocks, encoder.bottleneck))
 
     def forward(self, x_B3HW: Tensor, width: int) -> Tensor:
         """The latent of one width."""

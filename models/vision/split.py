@@ -112,6 +112,11 @@ class DenseDecoder(nn.Module):
         return features_BCHW
 
 
+def repeated(backbone: EfficientNetLite, tap: TapArchitecture) -> nn.Sequential:
+    """The blocks that the encoder of a tap behind the image repeats: the first, and the one before `rejoin`."""
+    return nn.Sequential(*backbone.section(0, tap.blocks), backbone.blocks[tap.rejoin - 1])
+
+
 class Tap(nn.Module):
     """One bottleneck: encoder for the device, decoder for the cloud."""
 
@@ -124,7 +129,7 @@ class Tap(nn.Module):
             inputs = backbone.channels[cuts[architecture.after - 1] - 1]
             self.encoder: nn.Module = Encoder(inputs, latent)
         else:
-            self.encoder = SlimEncoder(backbone.section(0, architecture.blocks), outputs, latent, architecture.widths)
+            self.encoder = SlimEncoder(repeated(backbone, architecture), latent, architecture.widths)
         kind: type[Decoder | DenseDecoder] = Decoder if architecture.after else DenseDecoder
         self.decoder = kind(latent, outputs, architecture.decoder_channels, architecture.rates)
 

@@ -30,6 +30,7 @@ from tests.bench.image_codecs import CODECS, ImageCodec, ladder
 
 if TYPE_CHECKING:
     from models.recipes.baselines import Baseline
+    from models.recipes.single import SingleRate
 
 OURS = "ours"
 TRAINED = ("bq", "entropic-student", "n0", "n4", "ours-single")  # what `models.recipes.baselines` trains
@@ -147,7 +148,7 @@ def own_way(bundle: Bundle, head: Head, tail: Tail, name: str, where: tuple[int,
     )  # fmt: skip
 
 
-def trained_way(baseline: Baseline) -> Way:
+def trained_way(baseline: Baseline | SingleRate) -> Way:
     """A bottleneck of others, or ours with one rate. On our wire as if it were a bundle's first tap and rate.
 
     Its encoder runs in PyTorch, a bundle's in ONNX Runtime: between the two, compare operations rather than times.
@@ -160,11 +161,14 @@ def trained_way(baseline: Baseline) -> Way:
     )  # fmt: skip
 
 
-def trained(work: Path, method: str, bundle: Bundle) -> list[Baseline]:
+def trained(work: Path, method: str, bundle: Bundle) -> Sequence[Baseline | SingleRate]:
     """Finished runs of a method under `work`. Raises InvalidInput when a setting is missing."""
-    from models.recipes import baselines  # CompressAI alone takes seconds to import
+    from models.recipes import baselines, single  # CompressAI alone takes seconds to import
 
-    return baselines.trained(work, [method], load_split(bundle))
+    split = load_split(bundle)
+    if method == single.METHOD:
+        return single.trained(work, split, bundle.manifest.architecture.taps[0])
+    return baselines.trained(work, [method], split)
 
 
 def encoder_bits(bundle: Bundle, tap: int) -> int:

@@ -141,3 +141,12 @@ def test_labels_are_the_annotators_doubt() -> None:
     batch = batch_of({**arrays, "logits": torch.zeros(2, 2)}, "images", torch.tensor([0.0, 1 / 3]))
     torch.testing.assert_close(batch.target_BK, torch.tensor([[1.0, 0.0], [2 / 3, 1 / 3]]))
     torch.testing.assert_close(batch.wanted_BK, torch.full((2, 2), 0.5))
+
+
+def test_a_settled_encoder_keeps_its_statistics(tail: nn.Sequential) -> None:
+    norm = nn.BatchNorm2d(3)
+    encoder = nn.Sequential(norm)
+    bridge = Bridge(encoder, Rates(3, (1.0,)), nn.Identity(), tail, 0, Weights(), settled=True).train()
+    assert not norm.training
+    assert bridge.rates.training
+    assert Bridge(encoder, Rates(3, (1.0,)), nn.Identity(), tail, 0, Weights()).train().encoder.training

@@ -10,8 +10,6 @@ from PIL import Image
 
 from models.recipes import elpv
 from models.recipes.elpv_data import Photos
-from models.recipes.rates import Rates
-from models.recipes.views import make_views
 from models.vision.images import preprocess
 
 
@@ -53,13 +51,3 @@ def test_doubt_is_a_soft_target() -> None:
     logits_B2 = torch.tensor([[0.0, math.log(3.0)]])  # probabilities 1/4 and 3/4
     by_hand = -(2 / 3 * math.log(0.75) + 1 / 3 * math.log(0.25))
     assert elpv.soft_cross_entropy(logits_B2, torch.tensor([2 / 3])).item() == pytest.approx(by_hand)
-
-
-def test_integers_are_collected_for_each_rate(tmp_path: Path, photos: Photos) -> None:
-    views = make_views(tmp_path, photos.images_NHW[:, :16, :16], seed=0)
-    rates = Rates(1, (1.0, 0.1))
-    coarse, fine = elpv.integers(views, "images", lambda images_BHW: images_BHW.unsqueeze(1), rates)
-    images = np.asarray(views.passes[0]["images"], np.float32)[:, None]
-    np.testing.assert_array_equal(coarse, np.rint(images * rates.gains_RC[0, 0]))
-    assert fine.shape == (40, 1, 16, 16)
-    assert fine.std() > coarse.std()

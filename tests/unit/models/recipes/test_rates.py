@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from models.recipes.rates import ENOUGH_POSITIONS, Rates, thinned
+from models.recipes.rates import ENOUGH_POSITIONS, Rates, integers, thinned
+from models.recipes.views import make_views
 
 
 @pytest.fixture
@@ -65,3 +68,34 @@ def test_thinned_positions_stand_for_all(side: int) -> None:
     assert times * positions == pytest.approx(side * side)
     assert positions <= 2 * ENOUGH_POSITIONS
     assert positions == side * side or positions > ENOUGH_POSITIONS / 2
+
+
+def test_integers_are_collected_for_each_rate(tmp_path: Path) -> None:
+    images_NHW = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    views = make_views(tmp_path, images_NHW, seed=0)
+    rates = Rates(1, (1.0, 0.1))
+    coarse, fine = integers(views, "images", lambda images_BHW: images_BHW.unsqueeze(1), rates)
+    images = np.asarray(views.passes[0]["images"], np.float32)[:, None]
+    np.testing.assert_array_equal(coarse, np.rint(images * rates.gains_RC[0, 0]))
+    assert fine.shape == (40, 1, 16, 16)
+    assert fine.std() > coarse.std()
+
+
+def test_hard_bits_are_those_of_the_integers() -> None:
+    """Values that round to zero cost what zeros cost, wherever they lie; noise would carry some over to one."""
+    torch.manual_seed(0)
+    rates = Rates(3, (1.0,), log_gains=(0.0, 0.0), hard=True)
+    near, zeros = torch.full((1, 3, 5, 5), 0.4), torch.zeros(1, 3, 5, 5)
+    rate_B = torch.tensor([0])
+    torch.testing.assert_close(rates(near, rate_B)[0], rates(zeros, rate_B)[0])
+    assert rates(near + 12, rate_B)[0] > rates(zeros, rate_B)[0]
+
+
+def test_hard_bits_have_gradients() -> None:
+    torch.manual_seed(0)
+    rates = Rates(3, (1.0,), log_gains=(0.0, 0.0), hard=True)
+    latent = torch.full((1, 3, 5, 5), 12.2, requires_grad=True)
+    rates(latent, torch.tensor([0]))[0].sum().backward()
+    assert latent.grad is not None
+    assert (latent.grad > 0).all()  # larger values are dearer
+    assert any(p.grad is not None for p in rates.priors[0].parameters())

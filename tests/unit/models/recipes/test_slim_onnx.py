@@ -21,8 +21,8 @@ WIDTHS = (0.5, 0.75, 1.0)
 @pytest.fixture(scope="module")
 def encoder() -> SlimEncoder:
     torch.manual_seed(0)
-    blocks = EfficientNetLite("efficientnet_lite0", 2).blocks[:6]
-    encoder = SlimEncoder(blocks, 80, LATENT[0], WIDTHS)
+    blocks = EfficientNetLite("efficientnet_lite0", 2).blocks[:7]
+    encoder = SlimEncoder(blocks, LATENT[0], WIDTHS)
     for norm in (module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         nn.init.normal_(norm.bias, std=0.3)
@@ -62,7 +62,7 @@ def test_the_graph_is_the_same_every_time(encoder: SlimEncoder, graph: bytes) ->
 def test_one_width_needs_no_choice() -> None:
     torch.manual_seed(0)
     blocks = EfficientNetLite("efficientnet_lite0", 2).blocks[:2]
-    only = SlimEncoder(blocks, 24, 3, (1.0,)).eval()
+    only = SlimEncoder(blocks, 3, (1.0,)).eval()
     session = onnxruntime.InferenceSession(slim_onnx(only, (3, 16, 16), (3, 4, 4)))
     x = np.ones((1, 3, 16, 16), np.float32)
     (found,) = session.run(None, {"x": x, "width": np.array(0, np.int64)})

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.recipes.components import find_components, start
 from models.recipes.slimming import CROP, Slimming, random_crops, sorted_channels
 from models.vision.efficientnet_lite import EfficientNetLite
-from models.vision.slim import SlimFront, conv_norms
+from models.vision.slim import SlimConv, SlimEncoder, conv_norms
 
 WIDTHS = (0.5, 1.0)
 
@@ -18,15 +19,21 @@ def images() -> Tensor:
 
 
 @pytest.fixture
-def blocks(images: Tensor) -> nn.Sequential:
-    """A stem, a block without expansion, one with, two residual ones; statistics of the images."""
+def more(images: Tensor) -> nn.Sequential:
+    """A stem, a block without expansion, one with, two residual ones, one of stride 2; statistics of the images."""
     torch.manual_seed(0)
-    blocks = EfficientNetLite("efficientnet_lite2", 2).blocks[:5]
+    blocks = EfficientNetLite("efficientnet_lite2", 2).blocks[:6]
     for norm in (module for module in blocks.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.momentum = 1.0
         nn.init.uniform_(norm.weight, 0.2, 2.0)
     blocks.train()(images)
     return blocks.eval()
+
+
+@pytest.fixture
+def blocks(more: nn.Sequential) -> nn.Sequential:
+    """All but the last, so that they end with a residual one."""
+    return more[:-1]
 
 
 def test_sorting_changes_the_order_of_the_output_channels_alone(blocks: nn.Sequential, images: Tensor) -> None:
@@ -53,25 +60,49 @@ def test_a_dead_channel_goes_last(blocks: nn.Sequential, images: Tensor) -> None
     assert first.weight[0].abs().max() > 0
 
 
-def test_the_widest_width_starts_as_the_teacher(blocks: nn.Sequential, images: Tensor) -> None:
-    module = Slimming(SlimFront(blocks, WIDTHS), WIDTHS, sorted_channels(blocks, images)).eval()
-    _, figures = module.loss(images)
-    assert figures["width 1.0"] < 0.1 < figures["width 0.5"]
+@pytest.fixture
+def module(more: nn.Sequential, images: Tensor) -> Slimming:
+    """An encoder of all the blocks, started from the first components of what they give."""
+    ordered = sorted_channels(more, images)
+    with torch.no_grad():
+        wanted = find_components(more(images), mean_of_pixels, 8)
+    encoder = SlimEncoder(ordered, 8, WIDTHS)
+    start(encoder, ordered, wanted)
+    return Slimming(encoder, more, wanted)
 
 
-def test_narrow_widths_learn(blocks: nn.Sequential, images: Tensor) -> None:
-    module = Slimming(SlimFront(blocks, WIDTHS), WIDTHS, sorted_channels(blocks, images)).train()
+def mean_of_pixels(features_BCHW: Tensor) -> Tensor:
+    """Logits of as many classes as channels."""
+    return features_BCHW.mean((2, 3))
+
+
+def test_the_widest_width_starts_as_the_teacher(module: Slimming, images: Tensor) -> None:
+    distances: dict[str, float] = {}
+    for _ in range(8):
+        distances |= module.eval().loss(images)[1]
+    assert distances["width 1.0"] < 0.1 < distances["width 0.5"]
+
+
+def test_narrow_widths_learn(module: Slimming, images: Tensor) -> None:
     teacher = {name: tensor.clone() for name, tensor in module.teacher.state_dict().items()}
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(8):
-        loss, figures = module.loss(images)
+        loss, figures = module.train().loss(images)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(figures["width 0.5"])
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in module.teacher.state_dict().items())
+
+
+def test_the_widest_width_keeps_its_statistics(module: Slimming, images: Tensor) -> None:
+    convs = [conv for conv in module.encoder.modules() if isinstance(conv, SlimConv)]
+    before = [conv.norms[-1].running_mean.clone() for conv in convs]  # type: ignore[union-attr, operator]
+    for _ in range(4):
+        module.train().loss(images)
+    assert all(torch.equal(conv.norms[-1].running_mean, mean) for conv, mean in zip(convs, before, strict=True))  # type: ignore[arg-type]
 
 
 def test_crops_are_squares_of_the_images() -> None:

@@ -7,24 +7,22 @@ from torch import Tensor, nn
 from models.vision.efficientnet_lite import EfficientNetLite
 from models.vision.slim import (
     FrozenSlim,
-    SlimBottleneck,
     SlimConv,
     SlimEncoder,
     SlimFront,
-    conv_norms,
     int8_scale,
     rounded,
     share,
 )
 
 WIDTHS = (0.5, 0.75, 1.0)
-BLOCKS = 6
+BLOCKS = 6  # before the one that becomes the bottleneck
 
 
 @pytest.fixture(scope="module")
 def backbone() -> nn.Sequential:
     torch.manual_seed(0)
-    blocks = EfficientNetLite("efficientnet_lite0", 2).eval().blocks[:BLOCKS]
+    blocks = EfficientNetLite("efficientnet_lite0", 2).eval().blocks[: BLOCKS + 1]
     for norm in (module for module in blocks.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         nn.init.normal_(norm.bias, std=0.3)
@@ -35,8 +33,8 @@ def backbone() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def encoder(backbone: nn.Sequential) -> SlimEncoder:
     torch.manual_seed(1)
-    encoder = SlimEncoder(backbone, 80, 5, WIDTHS)
-    encoder.front.load(backbone)
+    encoder = SlimEncoder(backbone, 5, WIDTHS)
+    encoder.front.load(backbone[:-1])
     return encoder.eval()
 
 
@@ -63,7 +61,7 @@ def test_the_widest_front_is_the_backbone_up_to_8_bit_rounding(
     backbone: nn.Sequential, encoder: SlimEncoder, images: Tensor
 ) -> None:
     with torch.no_grad():
-        wanted, found = backbone(images), encoder.front(images, -1)
+        wanted, found = backbone[:-1](images), encoder.front(images, -1)
     assert (found - wanted).std() < 0.1 * wanted.std()
 
 
@@ -71,10 +69,11 @@ def test_without_rounding_it_is_the_backbone(
     backbone: nn.Sequential, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("models.vision.slim.rounded", lambda weight: weight)
-    front = SlimFront(backbone, WIDTHS)
-    front.load(backbone)
+    first = backbone[:-1]
+    front = SlimFront(first, WIDTHS)
+    front.load(first)
     with torch.no_grad():
-        torch.testing.assert_close(front.eval()(images, 2), backbone(images), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(front.eval()(images, 2), first(images), rtol=1e-3, atol=1e-3)
 
 
 def test_a_narrow_width_uses_the_first_channels_alone(encoder: SlimEncoder, images: Tensor) -> None:
@@ -137,16 +136,7 @@ def test_what_is_shipped_holds_each_weight_once_in_a_byte(encoder: SlimEncoder) 
     assert {tensor.dtype for name, tensor in state.items() if not name.endswith("weight")} == {torch.float16}
 
 
-def test_the_bottleneck_starts_from_the_most_telling_hidden_channels() -> None:
-    torch.manual_seed(0)
-    net = EfficientNetLite("efficientnet_lite0", 2)
-    block = net.blocks[6]  # 40 -> 240 hidden -> 80, stride 2
-    bottleneck = SlimBottleneck(40, 80, 5, WIDTHS)
-    bottleneck.load(block)
-    project = conv_norms(block)[2][0].weight.flatten(1)
-    kept = bottleneck.squeeze.convs[2].weight.flatten(1)  # type: ignore[union-attr]
-    assert kept.shape == (80, 160)
-    norms = project.norm(dim=0).sort(descending=True).values
-    torch.testing.assert_close(kept.norm(dim=0), norms[:160])
-    row = int((project.norm(dim=0)).argmax())
-    assert torch.equal(bottleneck.squeeze.convs[0].weight[0], conv_norms(block)[0][0].weight[row])  # type: ignore[union-attr]
+def test_every_width_of_the_bottleneck_gives_the_whole_latent(encoder: SlimEncoder) -> None:
+    *inner, last = [conv for conv in encoder.bottleneck.convs if isinstance(conv, SlimConv)]
+    assert [conv.channels for conv in inner] == [(120, 180, 240)] * 2
+    assert last.channels == (5, 5, 5)
