@@ -52,7 +52,7 @@ def choose(graphs: list[GraphProto], width: int, output: str) -> list[NodeProto]
 
 def constants(frozen: FrozenSlim) -> dict[str, NDArray[np.generic]]:
     """Everything the branches share: the module's buffers, and the bounds of ReLU6 and of slices."""
-    stored = {name: tensor.numpy() for name, tensor in frozen.state_dict().items()}
+    stored = {short(name): tensor.numpy() for name, tensor in frozen.state_dict().items()}
     sizes = {n for module in frozen.modules() if isinstance(module, FrozenConv) for n in module.weight.shape[:2]}
     sizes |= {n for module in frozen.modules() if isinstance(module, FrozenConv) for n in module.channels}
     bounds = {f"n{size}": np.array([size], np.int64) for size in sorted(sizes)}
@@ -73,15 +73,22 @@ def branch(
         entry = value
         for number, conv in enumerate(block.convs):
             assert isinstance(conv, FrozenConv)
-            name = f"blocks.{index}.convs.{number}"
+            name = short(f"blocks.{index}.convs.{number}")
             value = convolution(nodes, name, conv, width, value, channels, (size[0], size[1]))
             size = [-(-side // conv.stride) for side in size]
             channels = conv.channels[width]
         if block.residual:
-            nodes.append(helper.make_node("Add", [entry, value], [f"w{width}.blocks.{index}.sum"]))
-            value = f"w{width}.blocks.{index}.sum"
+            nodes.append(helper.make_node("Add", [entry, value], [f"w{width}.{index}"]))
+            value = f"w{width}.{index}"
     output = helper.make_tensor_value_info(value, TensorProto.FLOAT, [1, *latent_CHW])
     return helper.make_graph(nodes, f"width{width}", [], [output])
+
+
+def short(name: str) -> str:
+    """Name of a module or buffer in the graph: three branches name everything, and names outweigh small tensors."""
+    for long, brief in (("blocks.", ""), ("convs.", ""), ("weight", "w"), ("scale", "s"), ("bias", "b")):
+        name = name.replace(long, brief)
+    return name
 
 
 def convolution(
@@ -91,17 +98,20 @@ def convolution(
     own = f"w{width}.{name}"
     outputs, inputs = conv.channels[width], 1 if conv.depthwise else channels
     (top, bottom), (left, right) = (same_padding(side, conv.weight.shape[-1], conv.stride) for side in size)
+    kept = f"{name}.w"
+    for axis, count in enumerate((outputs, inputs)):
+        if count < conv.weight.shape[axis]:
+            nodes.append(helper.make_node("Slice", [kept, "n0", f"n{count}", f"axis{axis}"], [f"{own}.{axis}"]))
+            kept = f"{own}.{axis}"
     nodes += [
-        helper.make_node("Slice", [f"{name}.weight", "n0", f"n{outputs}", "axis0"], [f"{own}.rows"]),
-        helper.make_node("Slice", [f"{own}.rows", "n0", f"n{inputs}", "axis1"], [f"{own}.int8"]),
-        helper.make_node("Cast", [f"{own}.int8"], [f"{own}.levels"], to=TensorProto.FLOAT),
-        helper.make_node("Cast", [f"{name}.scale{width}"], [f"{own}.scale"], to=TensorProto.FLOAT),
-        helper.make_node("Reshape", [f"{own}.scale", "column"], [f"{own}.column"]),
-        helper.make_node("Mul", [f"{own}.levels", f"{own}.column"], [f"{own}.weight"]),
-        helper.make_node("Cast", [f"{name}.bias{width}"], [f"{own}.bias"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [kept], [f"{own}.f"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [f"{name}.s{width}"], [f"{own}.s"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", [f"{own}.s", "column"], [f"{own}.c"]),
+        helper.make_node("Mul", [f"{own}.f", f"{own}.c"], [f"{own}.w"]),
+        helper.make_node("Cast", [f"{name}.b{width}"], [f"{own}.b"], to=TensorProto.FLOAT),
         helper.make_node(
             "Conv",
-            [x, f"{own}.weight", f"{own}.bias"],
+            [x, f"{own}.w", f"{own}.b"],
             [f"{own}.y"],
             strides=[conv.stride] * 2,
             pads=[top, left, bottom, right],
@@ -110,5 +120,5 @@ def convolution(
     ]
     if not conv.act:
         return f"{own}.y"
-    nodes.append(helper.make_node("Clip", [f"{own}.y", "zero", "six"], [f"{own}.act"]))
-    return f"{own}.act"
+    nodes.append(helper.make_node("Clip", [f"{own}.y", "zero", "six"], [f"{own}.a"]))
+    return f"{own}.a"
