@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -15,19 +16,35 @@ import torch
 from models.errors import IsthmusError
 from models.recipes.trainer import Run
 
+Command = Callable[..., Any]
+
 
 @click.group(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv")
 def main() -> None:
     """Train a model and write it as a bundle. Interrupt a run whenever you like: started again, it goes on."""
 
 
+def training_options(work: str) -> Callable[[Command], Command]:
+    """What every recipe asks: where its checkpoints are (`work` unless given), seed, threads."""
+    options = (
+        click.option(
+            "--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help="Checkpoints."
+        ),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core."),
+    )
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @main.command(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv --seed 0")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
-@click.option(
-    "--work", type=click.Path(path_type=Path), default=Path("runs/elpv"), show_default=True, help="Checkpoints."
-)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core.")
+@training_options("runs/elpv")
 @click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
 def elpv(out: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
     """Solar cells: fine-tune the cloud model, distil exits and bottlenecks, calibrate. Three hours on two cores."""
@@ -49,11 +66,7 @@ def elpv(out: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
 @main.command(epilog="Example: python -m models.recipes baselines n0 entropic-student --work runs/sc2")
 @click.argument("methods", nargs=-1)
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
-@click.option(
-    "--work", type=click.Path(path_type=Path), default=Path("runs/sc2"), show_default=True, help="Checkpoints."
-)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core.")
+@training_options("runs/sc2")
 @click.option("--json", "as_json", is_flag=True, help="Print the last figures of every stage as JSON.")
 def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
     """Bottlenecks of others, trained on ELPV for `tests.bench.sc2`: all METHODS unless some are named.

@@ -3,7 +3,7 @@
     features -> x sqrt(F) -> principal components -> latent ~~~ linear map -> features
 
 F is the Fisher information of the teacher's answer in a pixel's features, so that a component is worth what the answer
-loses without it, not how much it varies: on ELPV 900 B of such components keep 96.2 % of the answers before any training,
+loses without it, not how much it varies: on ELPV 900 B of such components keep 96.2 % of the answers before training,
 of plain ones 93.5 %. To second order the loss of the answer is the error in the metric F, hence principal components in
 it (the metric of Optimal Brain Surgeon, Hassibi & Stork, NeurIPS 1992).
 """

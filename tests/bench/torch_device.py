@@ -1,0 +1,34 @@
+"""What a device would be with PyTorch: one photo through the trunk and its exits. `tests.bench.footprint` starts it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from models.bundle import Bundle
+from models.vision.images import open_image, preprocess
+from models.vision.tail import load_split
+
+
+@torch.inference_mode()
+def answer(photo: Path, folder: Path) -> str:
+    """The label of the last exit, or of the first that is sure enough for the bundle's strictest promise."""
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    split = load_split(bundle)
+    sure = max((threshold.confidence for threshold in manifest.thresholds), default=1.0)
+    x_BCHW = torch.from_numpy(preprocess(open_image(photo.read_bytes()), manifest.preprocessing))[None]
+    probabilities_K = torch.zeros(len(manifest.tasks[0].labels))
+    for index, head in enumerate(split.exits):
+        x_BCHW = split.segment(index, x_BCHW)
+        probabilities_K = head(x_BCHW).softmax(1)[0]
+        if probabilities_K.max() >= sure:
+            break
+    return manifest.tasks[0].labels[int(probabilities_K.argmax())]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"label": answer(Path(sys.argv[1]), Path(sys.argv[2]))}))
