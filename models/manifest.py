@@ -53,13 +53,15 @@ class TapArchitecture(Part):
     """A bottleneck's size. `after` counts the segments run before it; 0 encodes the image itself.
 
     `blocks`: behind an image, how many of the backbone's first blocks the encoder repeats; else 0. `rejoin`: the
-    backbone's block that takes the decoded features; 0 for the first one behind the last segment.
+    backbone's block that takes the decoded features; 0 for the first one behind the last segment. `own_tail`: from that
+    block on, decoded features have weights of their own (its first task alone; others have their heads).
     `widths`: the shares of the encoder's channels that a request may choose, narrowest first, the last 1.
     """
 
     after: Annotated[int, Field(ge=0, le=8)]
     blocks: Annotated[int, Field(ge=0, le=1000)] = 0
     rejoin: Annotated[int, Field(ge=0, le=1000)] = 0
+    own_tail: bool = False
     latent_channels: Channels
     decoder_channels: Channels
     rates: Annotated[int, Field(ge=1, le=64)]

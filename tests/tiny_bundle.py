@@ -33,7 +33,14 @@ TINY = Architecture(
     cuts=(2, 6),
     taps=(
         TapArchitecture(
-            after=0, blocks=4, rejoin=5, latent_channels=3, decoder_channels=16, rates=3, widths=(0.5, 1.0)
+            after=0,
+            blocks=4,
+            rejoin=5,
+            own_tail=True,
+            latent_channels=3,
+            decoder_channels=16,
+            rates=3,
+            widths=(0.5, 1.0),
         ),
         TapArchitecture(after=2, latent_channels=4, decoder_channels=16, rates=2),
     ),

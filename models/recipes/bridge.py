@@ -21,7 +21,7 @@ from models.recipes.distil import answer_loss, relative_distance
 from models.recipes.rates import Rates
 from models.vision.efficientnet_lite import fuse_batch_norms
 
-TAIL_LR = 0.1  # of what is new: a trained tail forgets at more
+BETWEEN_LR, TAIL_LR = 0.3, 0.1  # of what is new: a trained tail forgets at more
 
 
 class Encoder(Protocol):
@@ -85,12 +85,13 @@ class Bridge(nn.Module):
         self.tail = nn.ModuleList([fused[entry:half], fused[half:-1], fused[-1]])
 
     def free_tail(self) -> None:
-        """Let the tail's pointwise convolutions and its classifier learn."""
-        for module in self.tail.modules():
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-                module.requires_grad_(True)
-                for parameter in module.parameters():
-                    parameter.lr_scale = TAIL_LR  # type: ignore[attr-defined]
+        """Let the pointwise convolutions and the classifier behind the decoder learn."""
+        for part, lr_scale in ((self.between, BETWEEN_LR), (self.tail, TAIL_LR)):
+            for module in part.modules():
+                if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+                    module.requires_grad_(True)
+                    for parameter in module.parameters():
+                        parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
 
     def freeze_encoder(self) -> None:
         """What decides the bytes is settled."""
@@ -106,6 +107,11 @@ class Bridge(nn.Module):
         if self.settled:
             self.encoder.eval()
         return self
+
+    def whole_tail(self) -> nn.Sequential:
+        """The blocks behind the last cut in one row."""
+        first, second, classifier = self.tail
+        return nn.Sequential(*first.children(), *second.children(), classifier)
 
     def decode(self, latent_BCHW: Tensor, rate_B: Tensor) -> Tensor:
         """Features behind the last cut, from what the cloud gets."""

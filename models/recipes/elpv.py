@@ -44,7 +44,7 @@ TASKS = (
 )
 LICENCE = "CC BY-NC-SA 4.0 (trained on ELPV); ImageNet weights Apache-2.0"
 # Price of a coded kilobyte at each rate, in units of cross-entropy.
-LIGHT_PER_KILOBYTE = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
+LIGHT_PER_KILOBYTE = (4.0, 2.4, 1.4, 0.8, 0.4, 0.15)
 DEEP_PER_KILOBYTE = (3.0, 1.0, 0.3, 0.1)
 ARCHITECTURE = Architecture(
     builder="split_classifier",
@@ -56,6 +56,7 @@ ARCHITECTURE = Architecture(
             after=0,
             blocks=7,
             rejoin=9,
+            own_tail=True,
             latent_channels=24,
             decoder_channels=128,
             rates=len(LIGHT_PER_KILOBYTE),
@@ -175,6 +176,10 @@ def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views
     tap.slim.front.load_state_dict(encoder.front.state_dict())
     tap.slim.bottleneck.load_state_dict(bridge.encoder.state_dict())
     tap.decoder.load_state_dict(bridge.decoder.state_dict())
+    assert tap.between is not None
+    assert tap.tail is not None
+    tap.between.load_state_dict(bridge.between.state_dict())
+    tap.tail.load_state_dict(bridge.whole_tail().state_dict())
     head = train_head(run, "cell_type", split.heads[0], bridge, views, photos.cell_types_N)
     split.heads[0].load_state_dict(head.state_dict())
     return views, bridge

@@ -30,7 +30,7 @@ from models.vision.efficientnet_lite import fuse_batch_norms
 from models.vision.slim import SlimEncoder, SlimFront
 from models.vision.split import DenseDecoder, SplitClassifier, repeated
 
-SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 16, 12, 2
+SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 16, 14, 2
 WIDEST_SHARE = 0.6  # of the batches; the others take a narrower width
 COMPONENT_PHOTOS = 256
 STEP_AT_ONE, PRICE_POWER = 1.45, 0.35  # step of the first integers at a price of 1, in deviations of the latent
@@ -117,6 +117,7 @@ def bridge(
     with torch.no_grad():
         module.decoder.linear.weight.copy_(wanted.synthesise_CL[:, :, None, None])
         module.decoder.linear.bias.copy_(wanted.mean_C)  # type: ignore[union-attr]
+    module.free_tail()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     widest = len(encoder.widths) - 1
 

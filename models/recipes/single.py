@@ -77,9 +77,9 @@ class SingleRate:
     method = METHOD
 
     def __init__(self, setting: str, bridge: Bridge, split: SplitClassifier, tensors: Tensors, side: int = 300) -> None:
-        """`split`: whose front is before it and whose tail behind; `side`: pixels of an image."""
+        """`split`: whose front is before it; `side`: pixels of an image."""
         self.setting = setting
-        self._split, self._bridge = split, bridge
+        self._bridge = bridge
         self._encoder = deepcopy(split.tap(0).slim)
         self._encoder.bottleneck.load_state_dict(bridge.encoder.state_dict())
         self._encoder.eval()
@@ -103,5 +103,5 @@ class SingleRate:
         latents = [self._codec.dequantise(self._codec.decode(data, 0), 0) for data in payloads]
         rate_B = torch.zeros(len(payloads), dtype=torch.long)
         features_BCHW = self._bridge.decode(torch.from_numpy(np.stack(latents)), rate_B)
-        probabilities: NDArray[np.float32] = self._split.tail(features_BCHW).softmax(1).numpy()
+        probabilities: NDArray[np.float32] = self._bridge.whole_tail()(features_BCHW).softmax(1).numpy()
         return probabilities

@@ -8,20 +8,22 @@ Knows nothing about rates' integer tables or the wire.
                    ...       -> taps[1].encoder ----> latent ~ the bridge ~ taps[1].decoder -------------+-> tail
                                                                                                          +-> heads
 
-A decoder gives the features before a block of the backbone, which goes on from there: one tail answers all taps, and
-`tail(trunk(x))` is the unsplit backbone: a whole image sent to the cloud goes that way and meets no bottleneck. The
-tail answers the first task; every other task has a small head beside it.
+A decoder gives the features before a block of the backbone, which goes on from there, in a copy of its own if the tap
+has one. `tail(trunk(x))` is the unsplit backbone: a whole image sent to the cloud goes that way, past every bottleneck.
+A tail answers the first task; every other task has a small head beside it.
 Source: Matsubara et al., "Supervised Compression for Resource-Constrained Edge Computing Systems" (WACV 2022); several
 tasks from one payload: Matsubara et al., "Ladon" (WACV 2025).
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 
 from models.manifest import Architecture, TapArchitecture
-from models.vision.efficientnet_lite import EfficientNetLite, InvertedResidual, Stage, conv_bn
+from models.vision.efficientnet_lite import EfficientNetLite, InvertedResidual, Stage, conv_bn, fuse_batch_norms
 from models.vision.slim import SlimEncoder
 
 EXIT_CHANNELS = 256
@@ -118,7 +120,11 @@ def repeated(backbone: EfficientNetLite, tap: TapArchitecture) -> nn.Sequential:
 
 
 class Tap(nn.Module):
-    """One bottleneck: encoder for the device, decoder for the cloud."""
+    """One bottleneck: encoder for the device, decoder for the cloud.
+
+    `between` and `tail`, where it has its own: the backbone's blocks from `rejoin` to the last cut, and from there on,
+    batch norms fused.
+    """
 
     def __init__(self, architecture: TapArchitecture, backbone: EfficientNetLite, cuts: tuple[int, ...]) -> None:
         super().__init__()
@@ -132,6 +138,12 @@ class Tap(nn.Module):
             self.encoder = SlimEncoder(repeated(backbone, architecture), latent, architecture.widths)
         kind: type[Decoder | DenseDecoder] = Decoder if architecture.after else DenseDecoder
         self.decoder = kind(latent, outputs, architecture.decoder_channels, architecture.rates)
+        self.between: nn.Module | None = None
+        self.tail: nn.Module | None = None
+        if architecture.own_tail:
+            blocks = fuse_batch_norms(deepcopy(backbone.section(self.rejoin)).eval())
+            entry = cuts[-1] - self.rejoin
+            self.between, self.tail = blocks[:entry], blocks[entry:]
 
     @property
     def slim(self) -> SlimEncoder:
@@ -178,13 +190,17 @@ class SplitClassifier(nn.Module):
     def decode(self, tap: int, latent_BCHW: Tensor, rate_B: Tensor) -> Tensor:
         """Features after the last cut, from a dequantised latent."""
         bottleneck = self.tap(tap)
-        features_BCHW = bottleneck.decoder(latent_BCHW, rate_B)
-        decoded_BCHW: Tensor = self.backbone.blocks[bottleneck.rejoin : self.cuts[-1]](features_BCHW)
+        between = bottleneck.between or self.backbone.blocks[bottleneck.rejoin : self.cuts[-1]]
+        decoded_BCHW: Tensor = between(bottleneck.decoder(latent_BCHW, rate_B))
         return decoded_BCHW
 
-    def answer(self, features_BCHW: Tensor, task: int) -> Tensor:
-        """Logits of one task from features after the last cut."""
-        logits_BK: Tensor = self.heads[task - 1](features_BCHW) if task else self.tail(features_BCHW)
+    def answer(self, features_BCHW: Tensor, task: int, tap: int | None = None) -> Tensor:
+        """Logits of one task from features after the last cut: untouched ones, or what `decode` made of a tap's."""
+        if task:
+            logits_BK: Tensor = self.heads[task - 1](features_BCHW)
+            return logits_BK
+        own = None if tap is None else self.tap(tap).tail
+        logits_BK = self.tail(features_BCHW) if own is None else own(features_BCHW)
         return logits_BK
 
     def forward(self, images_B3HW: Tensor) -> Tensor:

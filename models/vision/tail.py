@@ -43,7 +43,7 @@ class Tail:
     ) -> list[Floats]:
         """Dequantised latents (C, H, W) of a tap with their rates -> probabilities_BK of each of `tasks`."""
         latent_BCHW = torch.from_numpy(np.stack(latents)).to(memory_format=torch.channels_last)
-        return self._answers(self._split.decode(tap, latent_BCHW, torch.tensor(list(rates))), tasks)
+        return self._answers(self._split.decode(tap, latent_BCHW, torch.tensor(list(rates))), tasks, tap)
 
     @torch.inference_mode()
     def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
@@ -51,8 +51,8 @@ class Tail:
         images_B3HW = torch.from_numpy(np.stack(images)).to(memory_format=torch.channels_last)
         return self._answers(self._split.trunk(images_B3HW), tasks)
 
-    def _answers(self, features_BCHW: Tensor, tasks: Sequence[int]) -> list[Floats]:
-        return [probabilities(self._split.answer(features_BCHW, task)) for task in tasks]
+    def _answers(self, features_BCHW: Tensor, tasks: Sequence[int], tap: int | None = None) -> list[Floats]:
+        return [probabilities(self._split.answer(features_BCHW, task, tap)) for task in tasks]
 
 
 def load_split(bundle: Bundle) -> SplitClassifier:

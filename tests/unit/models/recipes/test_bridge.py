@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.recipes.bridge import TAIL_LR, Batch, Bridge, Weights, batch_of, ramp
+from models.recipes.bridge import BETWEEN_LR, TAIL_LR, Batch, Bridge, Weights, batch_of, ramp
 from models.recipes.rates import Rates
 from models.vision.efficientnet_lite import EfficientNetLite
 from models.vision.split import DenseDecoder
@@ -75,16 +75,28 @@ def test_the_loss_falls_and_the_tail_stays(module: Bridge, batch: Batch) -> None
     assert changed(module, before) == {"encoder", "rates", "decoder"}
 
 
-def test_a_free_tail_learns_its_pointwise_weights_alone(module: Bridge, batch: Batch) -> None:
+@pytest.mark.parametrize(("part", "lr_scale"), [("between", BETWEEN_LR), ("tail", TAIL_LR)])
+def test_what_is_free_behind_the_decoder_learns_its_pointwise_weights_alone(
+    module: Bridge, batch: Batch, part: str, lr_scale: float
+) -> None:
     module.free_tail()
-    before = snapshot(module.tail)
+    free = getattr(module, part)
+    before = snapshot(free)
     step(module, batch, 2)
-    for name, conv in module.tail.named_modules():
+    for name, conv in free.named_modules():
         if isinstance(conv, nn.Conv2d):
             moved = not torch.equal(conv.weight, before[f"{name}.weight"])
             assert moved == (conv.groups == 1), name
-    assert not any(p.requires_grad for p in module.between.parameters())
-    assert {p.lr_scale for p in module.tail.parameters() if p.requires_grad} == {TAIL_LR}  # type: ignore[attr-defined]
+    assert {p.lr_scale for p in free.parameters() if p.requires_grad} == {lr_scale}  # type: ignore[attr-defined]
+
+
+def test_the_whole_tail_is_its_parts_in_a_row(module: Bridge, batch: Batch) -> None:
+    features_BCHW = batch.features_BCHW
+    with torch.inference_mode():
+        hidden_BCHW = features_BCHW
+        for part in module.eval().tail:
+            hidden_BCHW = part(hidden_BCHW)
+        torch.testing.assert_close(module.whole_tail()(features_BCHW), hidden_BCHW, rtol=0, atol=0)
 
 
 def test_a_frozen_encoder_keeps_what_decides_the_bytes(module: Bridge, batch: Batch) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.vision.split import SplitClassifier
-from tests.tiny_bundle import TAPS
+from tests.tiny_bundle import TAPS, TINY
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,32 @@ def test_every_bottleneck_gives_back_the_trunks_shape(
 @torch.inference_mode()
 def test_decoded_features_go_on_from_the_block_that_takes_them(tiny_split: SplitClassifier) -> None:
     latent_BCHW, rate_B = torch.ones(1, 3, 8, 8), torch.tensor([1])
-    features_BCHW = tiny_split.taps[0].decoder(latent_BCHW, rate_B)
-    rest_BCHW = tiny_split.backbone.blocks[5](features_BCHW)
+    tap = tiny_split.tap(0)
+    assert tap.between is not None
+    rest_BCHW = tap.between(tap.decoder(latent_BCHW, rate_B))
     torch.testing.assert_close(tiny_split.decode(0, latent_BCHW, rate_B), rest_BCHW, rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_blocks_of_its_own_start_as_the_backbones(images_B3HW: Tensor) -> None:
+    split = SplitClassifier(TINY).eval()
+    tap = split.tap(0)
+    assert tap.between is not None
+    assert tap.tail is not None
+    trunk_BCHW = split.backbone.blocks[: tap.rejoin](images_B3HW)
+    features_BCHW = tap.between(trunk_BCHW)
+    torch.testing.assert_close(features_BCHW, split.trunk(images_B3HW), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tap.tail(features_BCHW), split(images_B3HW), rtol=1e-4, atol=1e-4)
+
+
+def test_without_blocks_of_its_own_a_tap_uses_the_backbones() -> None:
+    plain = TINY.taps[0].model_copy(update={"own_tail": False})
+    split = SplitClassifier(TINY.model_copy(update={"taps": (plain, TINY.taps[1])})).eval()
+    latent_BCHW, rate_B = torch.ones(1, 3, 8, 8), torch.tensor([1])
+    with torch.inference_mode():
+        rest_BCHW = split.backbone.blocks[5](split.taps[0].decoder(latent_BCHW, rate_B))
+        torch.testing.assert_close(split.decode(0, latent_BCHW, rate_B), rest_BCHW, rtol=0, atol=0)
+        torch.testing.assert_close(split.answer(rest_BCHW, 0, 0), split.tail(rest_BCHW), rtol=0, atol=0)
 
 
 @torch.inference_mode()
@@ -67,8 +90,13 @@ def test_the_first_task_is_the_tails_and_every_other_has_a_head(
     tiny_split: SplitClassifier, images_B3HW: Tensor
 ) -> None:
     features_BCHW = tiny_split.trunk(images_B3HW)
-    torch.testing.assert_close(tiny_split.answer(features_BCHW, 0), tiny_split.tail(features_BCHW), rtol=0, atol=0)
-    torch.testing.assert_close(tiny_split.answer(features_BCHW, 1), tiny_split.heads[0](features_BCHW), rtol=0, atol=0)
+    own = tiny_split.tap(0).tail
+    assert own is not None
+    for tap, tail in ((None, tiny_split.tail), (0, own), (1, tiny_split.tail)):
+        answer_BK = tiny_split.answer(features_BCHW, 0, tap)
+        torch.testing.assert_close(answer_BK, tail(features_BCHW), rtol=0, atol=0)
+        answer_BK = tiny_split.answer(features_BCHW, 1, tap)
+        torch.testing.assert_close(answer_BK, tiny_split.heads[0](features_BCHW), rtol=0, atol=0)
 
 
 @torch.inference_mode()
