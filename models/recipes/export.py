@@ -5,7 +5,6 @@ Everything measured here runs the shipped parts: ONNX Runtime's head, the entrop
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import platform
@@ -121,19 +120,22 @@ def halve_weights(split: SplitClassifier) -> dict[str, Tensor]:
 
 def onnx_bytes(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int) -> bytes:
     """A module as an ONNX graph with input `x` of batch 1 and static shape."""
-    buffer = io.BytesIO()
-    names = [f"y{index}" for index in range(outputs)]
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own: shapes are static here, and it says that it is old
-        torch.onnx.export(
+        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        program = torch.onnx.export(
             module.eval(),
             (torch.zeros(1, *shape_CHW),),
-            buffer,  # type: ignore[arg-type]  # the exporter in use (dynamo=False) writes to open files too
             input_names=["x"],
-            output_names=names,
-            dynamo=False,
+            output_names=[f"y{index}" for index in range(outputs)],
+            dynamo=True,
+            verbose=False,
         )
-    return buffer.getvalue()
+    assert program is not None
+    model = program.model_proto
+    for described in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del described.metadata_props[:]  # traces of this machine's stack
+    serialised: bytes = model.SerializeToString()
+    return serialised
 
 
 def macs(module: nn.Module, *inputs: Tensor | int) -> int:

@@ -31,6 +31,7 @@ from models.vision.slim import SlimEncoder, SlimFront
 from models.vision.split import DenseDecoder, SplitClassifier, repeated
 
 SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 16, 14, 2
+REFINE_EPOCHS = 10  # a second cosine cycle, SGDR section 3: bytes still fall when the first ends
 WIDEST_SHARE = 0.6  # of the batches; the others take a narrower width
 COMPONENT_PHOTOS = 256
 STEP_AT_ONE, PRICE_POWER = 1.45, 0.35  # step of the first integers at a price of 1, in deviations of the latent
@@ -131,8 +132,14 @@ def bridge(
             batch = batch_of(arrays, "front", torch.from_numpy(teacher.defect_N[indices]))
             yield replace(batch, width=width, ramp=ramp(epoch, RAMP_EPOCHS))
 
-    schedule = Schedule(BRIDGE_EPOCHS, len(views) // BATCH, peak_lr=1e-3)
-    average = run.fit(stage, module, batches, module.loss, schedule)
+    def refine_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        return batches(RAMP_EPOCHS, generator)
+
+    steps = len(views) // BATCH
+    average = run.fit(stage, module, batches, module.loss, Schedule(BRIDGE_EPOCHS, steps, peak_lr=1e-3))
+    module.load_state_dict(average.state_dict())
+    refine = Schedule(REFINE_EPOCHS, steps, peak_lr=6e-4)
+    average = run.fit(f"{stage}-refine", module, refine_batches, module.loss, refine)
     assert isinstance(average, Bridge)
     return average
 

@@ -34,7 +34,7 @@ from models.vision.slim import FrozenSlim, SlimEncoder
 from models.vision.split import SplitClassifier
 
 METHOD = "ours-single"
-PRICES = (4.0, 1.0, 0.25)  # of a kilobyte; some of the bundle's own
+PRICES = (4.0, 1.4, 0.4)  # of a kilobyte; some of the bundle's own
 NO_CAP = 1 << 20
 
 Tensors = dict[str, NDArray[Any]]
@@ -63,7 +63,7 @@ def trained(work: Path, split: SplitClassifier, tap: TapArchitecture) -> list[Si
         path = tables_of(work, price)
         if not path.exists():
             raise InvalidInput(f"{path} is missing: train it with `python -m models.recipes baselines {METHOD}`")
-        state = torch.load(work / f"{METHOD}-{price:g}.ckpt", weights_only=True)
+        state = torch.load(work / f"{METHOD}-{price:g}-refine.ckpt", weights_only=True)
         bridge = light.new_bridge(split, tap, split.tap(0).slim.bottleneck, (price,))
         bridge.load_state_dict(state["average"])
         tensors = safetensors.numpy.load_file(path)

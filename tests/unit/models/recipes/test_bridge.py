@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from models.recipes.bridge import BETWEEN_LR, TAIL_LR, Batch, Bridge, Weights, batch_of, ramp
+from models.recipes.light import new_bridge
 from models.recipes.rates import Rates
 from models.vision.efficientnet_lite import EfficientNetLite
-from models.vision.split import DenseDecoder
+from models.vision.split import DenseDecoder, SplitClassifier
+from tests.tiny_bundle import TINY
 
 
 class Half(nn.Module):
@@ -97,6 +99,23 @@ def test_the_whole_tail_is_its_parts_in_a_row(module: Bridge, batch: Batch) -> N
         for part in module.eval().tail:
             hidden_BCHW = part(hidden_BCHW)
         torch.testing.assert_close(module.whole_tail()(features_BCHW), hidden_BCHW, rtol=0, atol=0)
+
+
+def test_a_tap_with_a_tail_of_its_own_takes_a_bridges() -> None:
+    split = SplitClassifier(TINY)
+    tap = split.tap(0)
+    assert tap.tail is not None
+    assert tap.between is not None
+    bridge = new_bridge(split, TINY.taps[0], tap.slim.bottleneck, (1.0, 0.5, 0.1))
+    bridge.free_tail()
+    with torch.no_grad():
+        for parameter in (*bridge.between.parameters(), *bridge.tail.parameters()):
+            parameter.add_(1)
+    tap.between.load_state_dict(bridge.between.state_dict())
+    tap.tail.load_state_dict(bridge.whole_tail().state_dict())
+    for kept, trained in ((tap.between, bridge.between), (tap.tail, bridge.whole_tail())):
+        for ours, theirs in zip(kept.parameters(), trained.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_a_frozen_encoder_keeps_what_decides_the_bytes(module: Bridge, batch: Batch) -> None:

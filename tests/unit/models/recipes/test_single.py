@@ -46,7 +46,7 @@ def test_the_encoder_counts_front_bottleneck_and_tables_as_shipped(
 def test_a_trained_price_is_found_with_its_tables(tmp_path: Path, tiny_split: SplitClassifier) -> None:
     for price in PRICES:
         bridge = light.new_bridge(tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (price,))
-        torch.save({"average": bridge.state_dict()}, tmp_path / f"ours-single-{price:g}.ckpt")
+        torch.save({"average": bridge.state_dict()}, tmp_path / f"ours-single-{price:g}-refine.ckpt")
         tensors = contextual.to_tensors(laplace_tables(TAP.latent_channels, (2.0,)))
         safetensors.numpy.save_file(tensors, tables_of(tmp_path, price))
     found = single.trained(tmp_path, tiny_split, TAP)
