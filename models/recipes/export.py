@@ -132,8 +132,10 @@ def onnx_bytes(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int) -> b
         )
     assert program is not None
     model = program.model_proto
-    for described in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
-        del described.metadata_props[:]  # traces of this machine's stack
+    graph = model.graph
+    described: tuple[Any, ...] = (graph, *graph.node, *graph.value_info, *graph.initializer)
+    for part in described:
+        del part.metadata_props[:]  # traces of this machine's stack
     serialised: bytes = model.SerializeToString()
     return serialised
 

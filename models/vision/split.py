@@ -143,7 +143,7 @@ class Tap(nn.Module):
         if architecture.own_tail:
             blocks = fuse_batch_norms(deepcopy(backbone.section(self.rejoin)).eval())
             entry = cuts[-1] - self.rejoin
-            self.between, self.tail = blocks[:entry], nn.Sequential(*blocks[entry:])
+            self.between, self.tail = blocks[:entry], nn.Sequential(*blocks[entry:].children())
 
     @property
     def slim(self) -> SlimEncoder:
