@@ -180,7 +180,7 @@ def train(run: Run, method: str, setting: float, views: Views, teacher: Teacher,
     torch.manual_seed(run.seed)
     module = new_bridge(method, setting, teacher.split)
     if start is not None:
-        module.load_state_dict(start.state_dict())
+        take_over(module, start)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = ["images", "features", "middle", "last", "logits"]
 
@@ -206,6 +206,13 @@ def train(run: Run, method: str, setting: float, views: Views, teacher: Teacher,
     module.free_tail()
     fit("tail", epochs["tail"], 1e-3)
     return module.eval()
+
+
+def take_over(module: nn.Module, start: nn.Module) -> None:
+    """Weights of `start`, but where the two differ in shape: there `module` keeps its own."""
+    own = module.state_dict()
+    given = start.state_dict().items()
+    module.load_state_dict({name: new if new.shape == own[name].shape else own[name] for name, new in given})
 
 
 def train_all(run: Run, method: str, views: Views, teacher: Teacher) -> None:

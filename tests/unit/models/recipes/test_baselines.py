@@ -74,6 +74,20 @@ def test_eight_bits_in_training_are_those_of_the_payload(tiny_split: SplitClassi
     assert bits_B.tolist() == [8 * 25 + 64] * 2
 
 
+@pytest.mark.parametrize("method", SETTINGS)
+def test_each_setting_starts_from_the_one_before(tiny_split: SplitClassifier, method: str) -> None:
+    first, second = (new_bridge(method, setting, tiny_split) for setting in SETTINGS[method][:2])
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)
+    before = {name: tensor.clone() for name, tensor in second.state_dict().items()}
+    baselines.take_over(second, first)
+    wanted = first.state_dict()
+    kept = {name for name, tensor in second.state_dict().items() if not tensor.equal(wanted[name])}
+    assert len(kept) == (2 if method == "bq" else 0), "those that the number of channels shapes"
+    assert all(second.state_dict()[name].equal(before[name]) for name in kept)
+
+
 def test_an_unknown_method_is_named(tiny_split: SplitClassifier) -> None:
     with pytest.raises(InvalidInput, match="'n5' is unknown, expected one of entropic-student, n0"):
         trained(Path("nowhere"), ["n5"], tiny_split)
