@@ -55,7 +55,7 @@ def test_every_tap_has_tables_of_its_own(tiny_bundle: Bundle) -> None:
 
 
 def test_manifest_bytes_are_golden(paper: Parts, tmp_path: Path, golden: Callable[[str, bytes], None]) -> None:
-    golden("manifest_v2.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
+    golden("manifest_v3.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
 
 
 def test_fingerprint_is_golden(paper: Parts, tmp_path: Path) -> None:
