@@ -222,9 +222,8 @@ def samples(photos: Photos, count: int | None = None) -> export.Samples:
         )
         for grey_HW in photos.images_NHW[:count]
     ]
-    return export.Samples(
-        [image.astype(np.float32) for image in images], (photos.labels_N[:count], photos.cell_types_N[:count])
-    )
+    labels_TN = (photos.labels_N[:count], photos.cell_types_N[:count])
+    return export.Samples([image.astype(np.float32) for image in images], labels_TN)
 
 
 def make(folder: Path, run: Run, command: str) -> Bundle:

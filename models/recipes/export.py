@@ -271,7 +271,7 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
 
 
 def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any]:
-    """What the calibration part decides, all for the first task: exits and thresholds of each head, rates of each tap."""
+    """What the calibration part decides for the first task: exits and thresholds of each head, rates of each tap."""
     cloud_N = measured.cloud_TNK[0].argmax(1)
     heads: dict[Precision, dict[str, Any]] = {}
     for precision, exits_ENK in measured.exits.items():
