@@ -43,6 +43,7 @@ CLOUD = [
 PHOTOS = [
     option("--bundle", type=click.Path(path_type=Path), help=f"Of a vision model.  [default: {DEFAULT_BUNDLE}]"),
     option("--mode", type=click.Choice(MODES), default="auto", help="auto lets the router choose; others pin one arm."),
+    option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", help="Of the head."),
     option("--objective", type=click.Choice(["fastest", "cheapest"]), default="fastest"),
     option("--epsilon", type=click.FloatRange(0, 1), default=0.005, help="Certified loss of accuracy at the exits."),
     option("--min-agreement", type=click.FloatRange(0, 1), default=0.96, help="Of a rate with the cloud model."),
@@ -77,6 +78,7 @@ def to_config(
     bundle: Path | None,
     cloud: str | None,
     mode: str,
+    precision: str,
     objective: str,
     epsilon: float,
     min_agreement: float,
@@ -97,6 +99,7 @@ def to_config(
         bundle=bundle or DEFAULT_BUNDLE,
         cloud=cloud.split(",")[0] if cloud else None,
         mode=mode,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
         objective=objective,  # type: ignore[arg-type]
         epsilon=epsilon,
         min_agreement=min_agreement,

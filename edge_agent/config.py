@@ -8,6 +8,7 @@ from typing import Literal
 
 from edge_agent.policy.breaker import BreakerLimits
 from edge_agent.policy.plan import Objective, Prices
+from models.manifest import Precision
 
 Mode = Literal["auto", "edge", "split", "offload"]
 MODES: tuple[Mode, ...] = ("auto", "edge", "split", "offload")
@@ -40,6 +41,7 @@ class EdgeConfig:
     bundle: Path
     cloud: str | None = None
     mode: Mode = "auto"
+    precision: Precision = "fp32"  # of the head
     objective: Objective = "fastest"
     epsilon: float = 0.005  # certified loss of accuracy at the exits: picks the bundle's threshold
     min_agreement: float = 0.96  # of an operating point with the cloud model, on the calibration part

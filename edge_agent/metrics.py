@@ -131,7 +131,7 @@ class EdgeMetrics:
             self._requests.labels(route, "ok", self._model)
             self._duration.labels(route)
         self._requests.labels("exit", "error", self._model)
-        for exit_ in manifest.exits:
+        for exit_ in manifest.heads["fp32"].exits:  # named alike at every precision
             self._exits.labels(self._model, exit_.name)
             self._confidence.labels(self._model, exit_.name)
         for task in manifest.tasks[1:]:  # every exit knows the first

@@ -24,7 +24,7 @@ from edge_agent.wanted import Pins, task_indices, wanted
 from edge_agent.warm_up import warm_up
 from models.bundle import Bundle
 from models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, PayloadTooLarge
-from models.manifest import Manifest, Task
+from models.manifest import Task, Threshold
 from models.types import Codec, Payload
 from models.vision.head import Head
 from models.vision.images import encode_image, is_grey, preprocess, shrink
@@ -43,7 +43,7 @@ class EdgeAgent:
     def __init__(self, config: EdgeConfig, metrics: EdgeMetrics | None = None) -> None:
         """Opens and verifies the bundle, warms the head up, and waits up to `connect_s` for the cloud.
 
-        Raises BundleError, or InvalidInput for settings that contradict each other.
+        Raises BundleError, or InvalidInput for settings that contradict each other or the bundle.
         """
         if config.mode not in MODES or (config.mode in ("split", "offload") and config.cloud is None):
             raise InvalidInput(f"mode {config.mode!r} is unknown or needs a cloud, expected one of {', '.join(MODES)}")
@@ -53,9 +53,11 @@ class EdgeAgent:
         task_indices(self.manifest, config.tasks)
         self.metrics = metrics
         self.costs = Costs(bundle.manifest, config.prices)
-        self.goal = Goal(config.objective, exit_confidence(bundle.manifest, config.epsilon))
         self._codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
-        self._head = Head(bundle, config.threads)
+        self._head = Head(bundle, config.threads, config.precision)
+        described = bundle.manifest.heads[config.precision]
+        self._exits = [exit_.name for exit_ in described.exits]
+        self.goal = Goal(config.objective, exit_confidence(described.thresholds, config.epsilon))
         self._head_idle = 0  # photos since the head was last run
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
         warm_up(self._head, self._codecs, self.costs, blank_CHW)
@@ -123,7 +125,7 @@ class EdgeAgent:
         refused = "no cloud is configured" if self.link is None else self.link.usable()
         estimate = self.link.estimate if self.link and refused is None else None
         situation = Situation(
-            exit_name=self.manifest.exits[passed - 1].name if passed else None,
+            exit_name=self._exits[passed - 1] if passed else None,
             confidence=float(visit.exits[-1].max()) if passed else None,
             options=self.costs.options(passed, estimate, wish),
             left_s=math.inf if wish.pinned else self._cloud_left_s(visit),
@@ -154,7 +156,7 @@ class EdgeAgent:
         visit.exits.append(probabilities_K)
         self.costs.segment_s[index].observe((visit.stage_ms["head"] - before_ms) / 1000)
         if self.metrics:
-            self.metrics.passed(self.manifest.exits[index].name, float(probabilities_K.max()))
+            self.metrics.passed(self._exits[index], float(probabilities_K.max()))
 
     def _carry_out(self, step: Plan, visit: Visit, image: Image.Image, pixels_CHW: Floats) -> Answer:
         if step.route == "exit":
@@ -247,7 +249,7 @@ class EdgeAgent:
             answers=answers,
             missing=tuple(tasks[task].name for task in asked if task not in found),
             route=route,
-            exit=self.manifest.exits[len(visit.exits) - 1].name if local else None,
+            exit=self._exits[len(visit.exits) - 1] if local else None,
             tap=tap,
             width=width,
             rate=rate,
@@ -266,9 +268,9 @@ def task_answer(task: Task, probabilities_K: NDArray[Any]) -> TaskAnswer:
     return TaskAnswer(task.labels[index], index, tuple(float(p) for p in probabilities_K))
 
 
-def exit_confidence(manifest: Manifest, epsilon: float) -> float:
+def exit_confidence(thresholds: Sequence[Threshold], epsilon: float) -> float:
     """The certified threshold of the largest epsilon that is no larger than asked; never exit when there is none."""
-    allowed = [threshold for threshold in manifest.thresholds if threshold.epsilon <= epsilon + 1e-12]
+    allowed = [threshold for threshold in thresholds if threshold.epsilon <= epsilon + 1e-12]
     return max(allowed, key=lambda threshold: threshold.epsilon).confidence if allowed else NEVER
 
 

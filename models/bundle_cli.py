@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from models.bundle import Bundle
 from models.errors import BundleError
-from models.manifest import Manifest, Tap
+from models.manifest import Head, Manifest, Precision, Segment, Tap
 
 SHOWN_LABELS = 10  # of a task
 
@@ -74,20 +75,28 @@ def summary(manifest: Manifest) -> list[str]:
     for task in manifest.tasks:
         more = f" and {len(task.labels) - SHOWN_LABELS} more" if len(task.labels) > SHOWN_LABELS else ""
         lines.append(f"task {task.name}: {', '.join(task.labels[:SHOWN_LABELS])}{more}")
-    for segment, exit_ in zip(manifest.segments, manifest.exits, strict=True):
-        lines.append(
-            f"{exit_.name:<12} after {segment.output}, {segment.macs / 1e6:.0f} MMAC:"
-            f" accuracy {exit_.accuracy:.3f}, agreement {exit_.agreement:.3f}"
-        )
+    for precision, head in manifest.heads.items():
+        lines += head_table(precision, head, manifest.segments)
     for tap, built in zip(manifest.taps, manifest.architecture.taps, strict=True):
         lines += tap_table(tap, built.after)
-    for threshold in manifest.thresholds:
-        lines.append(
-            f"exit from    {threshold.confidence:.3f}: loss <= {threshold.epsilon:.1%} with confidence"
-            f" {1 - threshold.delta:.0%} (n={threshold.samples}, coverage {threshold.coverage:.1%})"
-        )
     for name, score in manifest.scores.items():
         lines.append(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+    return lines
+
+
+def head_table(precision: Precision, head: Head, segments: Sequence[Segment]) -> list[str]:
+    """A line about a head, then one for each of its exits and thresholds."""
+    lines = [f"head {precision}:"]
+    for segment, exit_ in zip(segments, head.exits, strict=True):
+        lines.append(
+            f"    {exit_.name:<10} after {segment.output}, {segment.macs / 1e6:.0f} MMAC:"
+            f" accuracy {exit_.accuracy:.3f}, agreement {exit_.agreement:.3f}"
+        )
+    for threshold in head.thresholds:
+        lines.append(
+            f"    exit from  {threshold.confidence:.3f}: loss <= {threshold.epsilon:.1%} with confidence"
+            f" {1 - threshold.delta:.0%} (n={threshold.samples}, coverage {threshold.coverage:.1%})"
+        )
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What a bundle says of itself: the schema of `manifest.json`, version 2.
+"""What a bundle says of itself: the schema of `manifest.json`, version 3.
 
 Values only: reading files is `bundle`'s work. Units: sizes in pixels and bytes, times in seconds, fractions in [0, 1].
 """
@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+
+Precision = Literal["fp32", "int8"]
 
 # Plain names alone: no separator, no leading dot, so that no path leaves the bundle's folder.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
@@ -115,9 +117,8 @@ class Task(Part):
 
 
 class Segment(Part):
-    """A run of the head's blocks as ONNX: features of `input` -> features of `output` and logits of one exit."""
+    """A run of the head's blocks: features of `input` -> features of `output` and logits of one exit."""
 
-    file: FileName
     input: Shape
     output: Shape
     macs: Annotated[int, Field(ge=0)]
@@ -175,6 +176,14 @@ class Threshold(Part):
     samples: Annotated[int, Field(ge=1)]
 
 
+class Head(Part):
+    """All segments at one precision, an ONNX graph each, their exits, and when to trust those."""
+
+    files: Annotated[tuple[FileName, ...], Field(min_length=1, max_length=8)]
+    exits: Annotated[tuple[Exit, ...], Field(min_length=1, max_length=8)]
+    thresholds: tuple[Threshold, ...]
+
+
 class Interval(Part):
     """A measured fraction with its 95 % Wilson interval."""
 
@@ -198,7 +207,7 @@ class Training(Part):
 class Manifest(Part):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: Name
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8)]
     licence: str
@@ -206,10 +215,9 @@ class Manifest(Part):
     architecture: Architecture
     weights: FileName
     segments: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=8)]
-    exits: Annotated[tuple[Exit, ...], Field(min_length=1, max_length=8)]
+    heads: dict[Precision, Head]  # fp32 is never absent; figures of taps are those behind it
     taps: Annotated[tuple[Tap, ...], Field(min_length=1, max_length=8)]
     tail_macs: Annotated[int, Field(ge=0)]  # behind the last segment, first task
-    thresholds: tuple[Threshold, ...]
     training: Training
     scores: dict[str, Interval]
     units: dict[str, str]
@@ -226,12 +234,17 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _parts_agree(self) -> Manifest:
         """Shapes, counts and file names must fit each other before anything is loaded."""
-        files = [self.weights, *(s.file for s in self.segments)]
+        files = [self.weights, *(name for head in self.heads.values() for name in head.files)]
         files += [name for tap in self.taps for name in (tap.encoder, tap.tables)]
         if missing := sorted(set(files) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
-        if not len(self.segments) == len(self.exits) == len(self.architecture.cuts):
-            raise ValueError("segments, exits and architecture.cuts must be of one length")
+        if "fp32" not in self.heads:
+            raise ValueError("heads must have fp32")
+        for precision, head in self.heads.items():
+            if not len(self.segments) == len(head.files) == len(head.exits) == len(self.architecture.cuts):
+                raise ValueError(f"segments, architecture.cuts, files and exits of {precision} must be of one length")
+            if [exit_.name for exit_ in head.exits] != [exit_.name for exit_ in self.heads["fp32"].exits]:
+                raise ValueError(f"exits of {precision} must be named like those of fp32")
         if self.segments[0].input != (3, *self.preprocessing.crop):
             raise ValueError(
                 f"segment 0 takes {self.segments[0].input}, the crop gives {(3, *self.preprocessing.crop)}"

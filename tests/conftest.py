@@ -149,8 +149,16 @@ def paper() -> Parts:
             update={"classes": (2,), "cuts": (2,), "taps": (PAPER_TAP,)},
         ).model_dump(mode="json"),
         "weights": "weights.safetensors",
-        "segments": [{"file": "head0.onnx", "input": [3, 8, 8], "output": [16, 4, 4], "macs": 1000}],
-        "exits": [{"name": "exit0", **figures}],
+        "segments": [{"input": [3, 8, 8], "output": [16, 4, 4], "macs": 1000}],
+        "heads": {
+            "fp32": {
+                "files": ["head0.onnx"],
+                "exits": [{"name": "exit0", **figures}],
+                "thresholds": [
+                    {"epsilon": 0.01, "delta": 0.1, "confidence": 0.9, "coverage": 0.5, "loss": 0.0, "samples": 300}
+                ],
+            }
+        },
         "taps": [
             {
                 "name": "deep",
@@ -169,9 +177,6 @@ def paper() -> Parts:
             }
         ],
         "tail_macs": 2000,
-        "thresholds": [
-            {"epsilon": 0.01, "delta": 0.1, "confidence": 0.9, "coverage": 0.5, "loss": 0.0, "samples": 300}
-        ],
         "training": {
             "command": "none",
             "seed": 0,

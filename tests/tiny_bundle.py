@@ -19,7 +19,7 @@ from models import bundle as bundles
 from models.bundle import Bundle
 from models.codecs.contextual import Tables
 from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
-from models.recipes.export import Trained, TrainedTap, halve_weights, head_parts
+from models.recipes.export import Parts, Trained, TrainedTap, halve_weights, head_parts
 from models.recipes.fit_tables import fit
 from models.vision.split import SplitClassifier
 
@@ -100,22 +100,29 @@ def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
         for name, built in zip(TAPS, TINY.taps, strict=True)
     )
     tasks = tuple(Task(name=name, labels=labels) for name, labels in TASKS)
-    segments, taps, files = head_parts(Trained(split, tuple(trained_taps), tasks, TINY, PREPROCESSING))
-    files["weights.safetensors"] = safetensors.torch.save(weights)
-    return bundles.write(folder, manifest_of(segments, taps), files)
+    ranges = random_images(4, seed=9)
+    parts = head_parts(Trained(split, tuple(trained_taps), tasks, TINY, PREPROCESSING, ranges))
+    files = {**parts.files, "weights.safetensors": safetensors.torch.save(weights)}
+    return bundles.write(folder, manifest_of(parts), files)
 
 
-def manifest_of(segments: list[dict[str, Any]], taps: list[dict[str, Any]]) -> dict[str, Any]:
+def manifest_of(parts: Parts) -> dict[str, Any]:
     """What `models.bundle.write` wants to know. The wider and the richer, the more agreement and the more bytes."""
-    for segment in segments:
+    for segment in parts.segments:
         segment["macs"] = 10_000_000
-    for tap, built in zip(taps, TINY.taps, strict=True):
+    for tap, built in zip(parts.taps, TINY.taps, strict=True):
         tap["tail_macs"] = 30_000_000
         tap["widths"] = [
             {"width": width, "encoder_macs": int(8_000_000 * width), "rates": rates_of(built.rates, width)}
             for width in built.widths
         ]
     threshold = {"delta": 0.1, "coverage": 0.5, "loss": 0.0, "samples": 300}
+    exits = [{"name": f"exit{index}", "accuracy": 0.7, "agreement": 0.8} for index in range(len(parts.segments))]
+    confidences = {"fp32": (0.99, 0.97), "int8": (0.98, 0.96)}
+    thresholds = {
+        precision: [{"epsilon": e, "confidence": c, **threshold} for e, c in zip((0.005, 0.02), sure, strict=True)]
+        for precision, sure in confidences.items()
+    }
     return {
         "name": "tiny",
         "licence": "none: random weights",
@@ -123,11 +130,13 @@ def manifest_of(segments: list[dict[str, Any]], taps: list[dict[str, Any]]) -> d
         "preprocessing": PREPROCESSING.model_dump(mode="json"),
         "architecture": TINY.model_dump(mode="json"),
         "weights": "weights.safetensors",
-        "segments": segments,
-        "exits": [{"name": f"exit{index}", "accuracy": 0.7, "agreement": 0.8} for index in range(len(segments))],
-        "taps": taps,
+        "segments": parts.segments,
+        "heads": {
+            precision: {"files": names, "exits": exits, "thresholds": thresholds[precision]}
+            for precision, names in parts.heads.items()
+        },
+        "taps": parts.taps,
         "tail_macs": 20_000_000,
-        "thresholds": [{"epsilon": e, "confidence": c, **threshold} for e, c in ((0.005, 0.99), (0.02, 0.97))],
         "training": {
             "command": "tests/tiny_bundle.py",
             "seed": 0,

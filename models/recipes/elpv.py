@@ -68,6 +68,7 @@ ARCHITECTURE = Architecture(
 LIGHT, DEEP = 0, 1  # taps
 MAX_LIGHT_BYTES, MAX_DEEP_BYTES = 4096, 2048
 BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 14, 5, 3, 8
+RANGE_PHOTOS = 64  # that an int8 head's scales are found on
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,16 @@ def tap_tables(views: Views, split: SplitClassifier, deep: Rates, shallow: Rates
     )
 
 
-def samples(photos: Photos) -> export.Samples:
-    """Photographs as the device's preprocessing gives them."""
+def samples(photos: Photos, count: int | None = None) -> export.Samples:
+    """The first `count` photographs (all when it is None) as the device's preprocessing gives them."""
     images = [
         np.ascontiguousarray(
             np.broadcast_to((grey_HW.astype(np.float32) / 255 - MEAN) / DEVIATION, (3, *grey_HW.shape))
         )
-        for grey_HW in photos.images_NHW
+        for grey_HW in photos.images_NHW[:count]
     ]
-    return export.Samples([image.astype(np.float32) for image in images], (photos.labels_N, photos.cell_types_N))
+    labels_TN = (photos.labels_N[:count], photos.cell_types_N[:count])
+    return export.Samples([image.astype(np.float32) for image in images], labels_TN)
 
 
 def make(folder: Path, run: Run, command: str) -> Bundle:
@@ -233,7 +235,7 @@ def make(folder: Path, run: Run, command: str) -> Bundle:
     taps = tap_tables(views, deep.split, deep.rates, bridge.rates)
     return export.write(
         folder,
-        export.Trained(deep.split, taps, TASKS, ARCHITECTURE, PREPROCESSING),
+        export.Trained(deep.split, taps, TASKS, ARCHITECTURE, PREPROCESSING, samples(train, RANGE_PHOTOS).images),
         about={"name": "elpv", "licence": LICENCE},
         training={
             "command": command,

@@ -10,7 +10,7 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,9 @@ from models import bundle as bundles
 from models.bundle import Bundle
 from models.codecs import contextual
 from models.codecs.contextual import Tables
-from models.manifest import Architecture, Interval, Preprocessing, Task
+from models.manifest import Architecture, Interval, Precision, Preprocessing, Task
 from models.recipes.calibrate import certify, interval
+from models.recipes.int8 import quantise_head
 from models.recipes.slim_onnx import slim_onnx
 from models.vision.head import Head
 from models.vision.slim import SlimEncoder
@@ -60,13 +61,14 @@ class TrainedTap:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a recipe hands over."""
+    """What a recipe hands over. `ranges`: preprocessed training images that an int8 head's scales are found on."""
 
     split: SplitClassifier
     taps: tuple[TrainedTap, ...]
     tasks: tuple[Task, ...]
     architecture: Architecture
     preprocessing: Preprocessing
+    ranges: Sequence[Floats]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class MeasuredTap:
 class Measured:
     """Probabilities of every way an input can be answered: E exits, the taps, the unsplit cloud model for each task."""
 
-    exits_ENK: Floats
+    exits: Mapping[Precision, Floats]  # ENK
     taps: Sequence[MeasuredTap]
     cloud_TNK: Sequence[Floats]
 
@@ -147,27 +149,43 @@ def macs(module: nn.Module, *inputs: Tensor | int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def head_parts(trained: Trained) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, bytes]]:
-    """Manifest entries of segments and taps, and the files they name."""
+@dataclass(frozen=True)
+class Parts:
+    """Manifest entries of segments and taps, the graphs of the segments at each precision, and all files."""
+
+    segments: list[dict[str, Any]]
+    taps: list[dict[str, Any]]
+    heads: dict[Precision, list[str]]
+    files: dict[str, bytes]
+
+
+def head_parts(trained: Trained) -> Parts:
+    """What the device runs."""
     split, segments = trained.split, []
-    files: dict[str, bytes] = {}
+    graphs: list[bytes] = []
     shapes: list[Shape] = [(3, *trained.preprocessing.crop)]
     starts = (0, *trained.architecture.cuts)
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         x_BCHW = torch.zeros(1, *shapes[-1])
         part = WithExit(split.backbone.section(start, stop), split.exits[index])
-        name = f"head{index}.onnx"
-        files[name] = onnx_bytes(part, shapes[-1], outputs=2)
+        graphs.append(onnx_bytes(part, shapes[-1], outputs=2))
         with torch.no_grad():
             y_BCHW = split.segment(index, x_BCHW)
         shapes.append(chw(y_BCHW))
-        segments.append({"file": name, "input": shapes[-2], "output": shapes[-1], "macs": macs(part, x_BCHW)})
+        segments.append({"input": shapes[-2], "output": shapes[-1], "macs": macs(part, x_BCHW)})
+    heads: dict[Precision, list[str]] = {}
+    files: dict[str, bytes] = {}
+    at_precision: dict[Precision, list[bytes]] = {"fp32": graphs, "int8": quantise_head(graphs, trained.ranges)}
+    for precision, own_graphs in at_precision.items():
+        named = {f"head{index}.{precision}.onnx": graph for index, graph in enumerate(own_graphs)}
+        heads[precision] = list(named)
+        files |= named
     taps = []
     for index, (described, built) in enumerate(zip(trained.taps, trained.architecture.taps, strict=True)):
         entry, own_files = tap_parts(split, split.tap(index), described, shapes[built.after])
         taps.append(entry)
         files |= own_files
-    return segments, taps, files
+    return Parts(segments, taps, heads, files)
 
 
 def tap_parts(
@@ -208,24 +226,30 @@ def chw(features_BCHW: Tensor) -> Shape:
 
 def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
     """Answer every sample every way: exits; taps, widths and rates through real bytes; the unsplit cloud model."""
-    head, tail, manifest = Head(opened), Tail(opened), opened.manifest
+    tail, manifest = Tail(opened), opened.manifest
+    heads = {precision: Head(opened, precision=precision) for precision in manifest.heads}
     tasks = range(len(manifest.tasks))
     codecs = [opened.codec(tap) for tap in range(len(manifest.taps))]
-    exits, cloud = [], []
+    exits: dict[Precision, list[list[Floats]]] = {precision: [] for precision in heads}
+    cloud = []
     taps: list[list[tuple[Any, Any, Any]]] = [[] for _ in codecs]
     for image_CHW in track(samples.images, title, disable=not os.isatty(1)):
-        features, exit_rows = [image_CHW], []
-        for index in range(head.exits):
-            features_CHW, probabilities_K = head.segment(index, features[-1])
-            features.append(features_CHW)
-            exit_rows.append(probabilities_K)
-        exits.append(exit_rows)
+        features: list[Floats] = []
+        for precision, head in heads.items():
+            inputs, answers = [image_CHW], []
+            for index in range(head.exits):
+                features_CHW, probabilities_K = head.segment(index, inputs[-1])
+                inputs.append(features_CHW)
+                answers.append(probabilities_K)
+            exits[precision].append(answers)
+            if precision == "fp32":
+                features = inputs
         cloud.append([rows[0] for rows in tail.images_to_tasks([image_CHW], tasks)])
         for tap, codec in enumerate(codecs):
             architecture = manifest.architecture.taps[tap]
             first, sizes, latents = [], [], []
             for width in range(len(architecture.widths)):
-                latent_CHW = head.encode(tap, features[architecture.after], width)
+                latent_CHW = heads["fp32"].encode(tap, features[architecture.after], width)
                 sent = [codec.compress(latent_CHW, rate) for rate in range(architecture.rates)]
                 latents = [codec.dequantise(codec.decode(data, rate), rate) for rate, data in sent]
                 first.append(tail.answer_latents(tap, latents, [rate for rate, _ in sent]))
@@ -233,7 +257,7 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
             others = tail.latents_to_tasks(tap, latents[-1:], [sent[-1][0]], tasks[1:])
             taps[tap].append((first, sizes, [rows[0] for rows in others]))
     return Measured(
-        exits_ENK=np.array(exits).transpose(1, 0, 2),
+        exits={precision: np.array(rows).transpose(1, 0, 2) for precision, rows in exits.items()},
         taps=[
             MeasuredTap(
                 first_WRNK=np.array([first for first, _, _ in rows]).transpose(1, 2, 0, 3),
@@ -247,12 +271,17 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
 
 
 def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any]:
-    """What the calibration part decides, all for the first task: exits, rates of each tap, thresholds."""
+    """What the calibration part decides for the first task: exits and thresholds of each head, rates of each tap."""
     cloud_N = measured.cloud_TNK[0].argmax(1)
-    exits = [
-        {"name": f"exit{index}", "accuracy": mean(answer_N == labels_N), "agreement": mean(answer_N == cloud_N)}
-        for index, answer_N in enumerate(measured.exits_ENK.argmax(2))
-    ]
+    heads: dict[Precision, dict[str, Any]] = {}
+    for precision, exits_ENK in measured.exits.items():
+        answers_EN = exits_ENK.argmax(2)
+        exits = [
+            {"name": f"exit{index}", "accuracy": mean(answer_N == labels_N), "agreement": mean(answer_N == cloud_N)}
+            for index, answer_N in enumerate(answers_EN)
+        ]
+        thresholds = certify(exits_ENK.max(2), answers_EN == labels_N, cloud_N == labels_N)
+        heads[precision] = {"exits": exits, "thresholds": [threshold.model_dump() for threshold in thresholds]}
     rates = [
         [
             [
@@ -268,17 +297,17 @@ def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any
         ]
         for tap in measured.taps
     ]
-    thresholds = certify(measured.exits_ENK.max(2), measured.exits_ENK.argmax(2) == labels_N, cloud_N == labels_N)
-    return {"exits": exits, "rates": rates, "thresholds": [t.model_dump() for t in thresholds]}
+    return {"heads": heads, "rates": rates}
 
 
 def final_scores(measured: Measured, trained: Trained, labels_TN: Sequence[NDArray[np.int64]]) -> dict[str, Interval]:
     """Scores on the test part, with intervals."""
     labels_N, cloud_N = labels_TN[0], measured.cloud_TNK[0].argmax(1)
     scores = {"test cloud accuracy": interval(cloud_N == labels_N)}
-    for index, answer_N in enumerate(measured.exits_ENK.argmax(2)):
-        scores[f"test exit{index} accuracy"] = interval(answer_N == labels_N)
-        scores[f"test exit{index} agreement"] = interval(answer_N == cloud_N)
+    for precision, exits_ENK in measured.exits.items():
+        for index, answer_N in enumerate(exits_ENK.argmax(2)):
+            scores[f"test {precision} exit{index} accuracy"] = interval(answer_N == labels_N)
+            scores[f"test {precision} exit{index} agreement"] = interval(answer_N == cloud_N)
     for tap, described, built in zip(measured.taps, trained.taps, trained.architecture.taps, strict=True):
         for width, first_RNK in zip(built.widths, tap.first_WRNK, strict=True):
             for rate, answer_N in enumerate(first_RNK.argmax(2)):
@@ -305,17 +334,17 @@ def write(
     """
     trained.split.eval()
     weights = halve_weights(trained.split)
-    segments, taps, files = head_parts(trained)
-    files["weights.safetensors"] = safetensors.torch.save(weights)
+    parts = head_parts(trained)
+    files = {**parts.files, "weights.safetensors": safetensors.torch.save(weights)}
     manifest: dict[str, Any] = {
         **about,
         "tasks": [task.model_dump(mode="json") for task in trained.tasks],
         "preprocessing": trained.preprocessing.model_dump(mode="json"),
         "architecture": trained.architecture.model_dump(mode="json"),
         "weights": "weights.safetensors",
-        "segments": segments,
+        "segments": parts.segments,
         "tail_macs": macs(
-            trained.split.backbone.section(trained.split.cuts[-1]), torch.zeros(1, *segments[-1]["output"])
+            trained.split.backbone.section(trained.split.cuts[-1]), torch.zeros(1, *parts.segments[-1]["output"])
         ),
         "training": {
             **training,
@@ -325,11 +354,11 @@ def write(
         "units": UNITS,
     }
     blank = {"mean_bytes": 0.0, "max_bytes": 0, "accuracy": 0.0, "agreement": 0.0}
+    no_exits = [{"name": f"exit{i}", "accuracy": 0.0, "agreement": 0.0} for i in range(len(parts.segments))]
     draft = {
         **manifest,
-        "exits": [{"name": f"exit{i}", "accuracy": 0.0, "agreement": 0.0} for i in range(len(segments))],
-        "taps": with_rates(taps, [[[blank] * tap.rates] * len(tap.widths) for tap in trained.architecture.taps]),
-        "thresholds": [],
+        "heads": {name: {"files": own, "exits": no_exits, "thresholds": []} for name, own in parts.heads.items()},
+        "taps": with_rates(parts.taps, [[[blank] * tap.rates] * len(tap.widths) for tap in trained.architecture.taps]),
         "scores": {},
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -338,9 +367,8 @@ def write(
         scores = final_scores(measure(opened, test, "test"), trained, test.labels_TN)
     final = {
         **manifest,
-        "exits": decided["exits"],
-        "taps": with_rates(taps, decided["rates"]),
-        "thresholds": decided["thresholds"],
+        "heads": {name: {"files": own, **decided["heads"][name]} for name, own in parts.heads.items()},
+        "taps": with_rates(parts.taps, decided["rates"]),
         "scores": {name: score.model_dump() for name, score in scores.items()},
     }
     return bundles.write(folder, final, files)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.errors import BundleError, InvalidInput
+from models.manifest import Precision
 
 # ONNX Runtime reports to its makers unless told not to before it is loaded; its own switch comes too late.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -23,13 +24,19 @@ Floats = NDArray[np.float32]
 class Head:
     """Segments of the trunk, each with an exit, and the encoders of the taps."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        """`threads` for ONNX Runtime; 0 lets it take every core. Raises BundleError when a file is not what it says."""
+    def __init__(self, bundle: Bundle, threads: int = 0, precision: Precision = "fp32") -> None:
+        """`threads` for ONNX Runtime; 0 lets it take every core.
+
+        Raises BundleError when a file is not what it says, InvalidInput when the bundle lacks the precision.
+        """
         manifest = bundle.manifest
+        if precision not in manifest.heads:
+            raise InvalidInput(f"precision {precision!r} is not in the bundle, there is {', '.join(manifest.heads)}")
         self.exits = len(manifest.segments)
         labels = (len(manifest.tasks[0].labels),)
         self._segments = [
-            session(bundle, s.file, threads, {"x": s.input}, [s.output, labels]) for s in manifest.segments
+            session(bundle, name, threads, {"x": segment.input}, [segment.output, labels])
+            for name, segment in zip(manifest.heads[precision].files, manifest.segments, strict=True)
         ]
         self._widths = [len(tap.widths) for tap in manifest.taps]
         self._encoders = [self._encoder(bundle, index, threads) for index in range(len(manifest.taps))]

@@ -178,7 +178,7 @@ def encoder_bits(bundle: Bundle, tap: int) -> int:
     exits, which cannot be told apart there. Integer tables count like CompressAI's buffers of cumulative frequencies.
     """
     entry, built = bundle.manifest.taps[tap], bundle.manifest.architecture.taps[tap]
-    files = [*(segment.file for segment in bundle.manifest.segments[: built.after]), entry.encoder]
+    files = [*bundle.manifest.heads["fp32"].files[: built.after], entry.encoder]
     graphs = [onnx.load_from_string(bundle.read(name)).graph for name in files]
     arrays = bundle.tensors(entry.tables).values()
     return sum(graph_bits(graph) for graph in graphs) + sum(8 * array.nbytes for array in arrays)

@@ -46,7 +46,7 @@ def test_manifest_says_how_it_was_made_and_what_it_scored(shipped: Bundle) -> No
             assert len(width.rates) >= 3
             promised |= {f"test {tap.name} {width.width:g} rate{rate} agreement" for rate in range(len(width.rates))}
     assert promised <= set(manifest.scores)
-    assert len(manifest.exits) >= 1 and manifest.thresholds
+    assert manifest.heads.keys() == {"fp32", "int8"} and all(head.thresholds for head in manifest.heads.values())
 
 
 def test_only_listed_files_lie_in_the_folder(shipped: Bundle) -> None:

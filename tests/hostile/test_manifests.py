@@ -28,13 +28,13 @@ HOSTILE = {
     "a list": b"[]",
     "a number": b"1",
     "deeply nested": b"[" * 1_000_000,
-    "deeply nested object": b'{"schema_version":2,"a":' * 200_000,
+    "deeply nested object": b'{"schema_version":3,"a":' * 200_000,
     "number of a million digits": b'{"schema_version":' + b"9" * 1_000_000 + b"}",
     "larger than the limit": b" " * (MAX_MANIFEST_BYTES + 1),
-    "a field that no terminal can print": b'{"schema_version":2,"\\ud800":1}',
-    "a field with line breaks": b'{"schema_version":2,"\\n\\u001b[2J":1}',
+    "a field that no terminal can print": b'{"schema_version":3,"\\ud800":1}',
+    "a field with line breaks": b'{"schema_version":3,"\\n\\u001b[2J":1}',
     "version of a megabyte": b'{"schema_version":"' + b"1" * 1_000_000 + b'"}',
-    "field name of a megabyte": b'{"schema_version":2,"' + b"a" * 1_000_000 + b'":1}',
+    "field name of a megabyte": b'{"schema_version":3,"' + b"a" * 1_000_000 + b'":1}',
 }
 
 
@@ -55,7 +55,7 @@ def test_any_json_object_is_refused_as_a_bundle_error(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, object]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": 2}), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": 3}), encoding="utf-8")
     with pytest.raises(BundleError):
         Bundle.open(folder)
 

@@ -69,9 +69,9 @@ def test_an_encoder_is_all_that_its_tap_needs(tiny_bundle: Bundle) -> None:
     light, deep = tiny_bundle.manifest.taps
     tables = [8 * sum(a.nbytes for a in tiny_bundle.tensors(tap.tables).values()) for tap in (light, deep)]
     assert encoder_bits(tiny_bundle, 0) == file_bits(tiny_bundle, light.encoder) + tables[0]
-    trunk = file_bits(tiny_bundle, "head0.onnx") + file_bits(tiny_bundle, "head1.onnx")
+    trunk = file_bits(tiny_bundle, "head0.fp32.onnx") + file_bits(tiny_bundle, "head1.fp32.onnx")
     assert encoder_bits(tiny_bundle, 1) == trunk + file_bits(tiny_bundle, deep.encoder) + tables[1]
-    assert 0.5 < encoder_bits(tiny_bundle, 1) / 8 / len(tiny_bundle.read("head1.onnx")) < 2, "bits, not bytes"
+    assert 0.5 < encoder_bits(tiny_bundle, 1) / 8 / len(tiny_bundle.read("head1.fp32.onnx")) < 2, "bits, not bytes"
 
 
 @pytest.fixture

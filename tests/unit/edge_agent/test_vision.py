@@ -391,10 +391,21 @@ def test_answers_are_json(case: Case, photo: Image.Image) -> None:
 
 
 def test_epsilon_picks_the_certified_threshold(tiny_bundle: Bundle) -> None:
-    by_epsilon = {threshold.epsilon: threshold.confidence for threshold in tiny_bundle.manifest.thresholds}
-    assert exit_confidence(tiny_bundle.manifest, 0.02) == by_epsilon[0.02]
-    assert exit_confidence(tiny_bundle.manifest, 0.025) == by_epsilon[0.02]
-    assert exit_confidence(tiny_bundle.manifest, 0.0) == NEVER
+    thresholds = tiny_bundle.manifest.heads["fp32"].thresholds
+    by_epsilon = {threshold.epsilon: threshold.confidence for threshold in thresholds}
+    assert exit_confidence(thresholds, 0.02) == by_epsilon[0.02]
+    assert exit_confidence(thresholds, 0.025) == by_epsilon[0.02]
+    assert exit_confidence(thresholds, 0.0) == NEVER
+
+
+def test_precision_picks_head_and_thresholds(tiny_bundle: Bundle, photo: Image.Image) -> None:
+    answers = {}
+    for precision, confidence in (("fp32", 0.99), ("int8", 0.98)):
+        with EdgeAgent(EdgeConfig(tiny_bundle.folder, precision=precision)) as agent:  # type: ignore[arg-type]
+            assert agent.goal.exit_confidence == confidence
+            answers[precision] = agent.infer(photo).probabilities
+    np.testing.assert_allclose(answers["int8"], answers["fp32"], atol=0.1)
+    assert answers["int8"] != answers["fp32"]
 
 
 @pytest.mark.parametrize("mode", ["split", "offload", "sideways"])

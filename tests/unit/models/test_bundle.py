@@ -19,7 +19,7 @@ from models.errors import BundleError
 from tests.conftest import Parts, paper_tables
 
 # Of the paper bundle: canonical JSON and hashing may never change.
-FINGERPRINT = "c6809964bb06e0fc653fd59b94c5ed760a6b459d12d4b51dd4b0184503047986"
+FINGERPRINT = "203fa4437e743bc23770d3ee39c309608f34fc513309c9f31cc6c3af5c856647"
 
 
 def refused(folder: Path, *words: str) -> None:
@@ -55,7 +55,7 @@ def test_every_tap_has_tables_of_its_own(tiny_bundle: Bundle) -> None:
 
 
 def test_manifest_bytes_are_golden(paper: Parts, tmp_path: Path, golden: Callable[[str, bytes], None]) -> None:
-    golden("manifest_v2.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
+    golden("manifest_v3.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
 
 
 def test_fingerprint_is_golden(paper: Parts, tmp_path: Path) -> None:

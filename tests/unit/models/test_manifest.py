@@ -42,9 +42,9 @@ def tap(content: Content, **fields: Any) -> Content:
 
 
 WRONG = {
-    "version before": (put("schema_version", 1), "schema_version 1, this program reads 2"),
-    "unknown version": (put("schema_version", 3), "schema_version 3, this program reads 2"),
-    "version as text": (put("schema_version", "2"), "schema_version"),
+    "version before": (put("schema_version", 2), "schema_version 2, this program reads 3"),
+    "unknown version": (put("schema_version", 4), "schema_version 4, this program reads 3"),
+    "version as text": (put("schema_version", "3"), "schema_version"),
     "no version": (lambda content: content.pop("schema_version"), "schema_version None"),
     "unknown field": (put("surprise", 1), "surprise"),
     "missing field": (lambda content: content.pop("licence"), "licence"),
@@ -57,7 +57,7 @@ WRONG = {
     "backslash path": (list_file("a\\head0.onnx"), "files"),
     "sub-folder": (list_file("sub/head0.onnx"), "files"),
     "line break in a name": (list_file("head0.onnx\n"), "files"),
-    "path in a segment alone": (put("segments", 0, "file", "../x"), "segments.0.file"),
+    "path in a head alone": (put("heads", "fp32", "files", ["../x"]), "heads.fp32.files.0"),
     "file that is not listed": (put("weights", "other.safetensors"), "files does not list other.safetensors"),
     "size below zero": (put("files", "head0.onnx", "size", -1), "files.head0.onnx.size"),
     "size of a terabyte": (put("files", "head0.onnx", "size", 1 << 40), "files.head0.onnx.size"),
@@ -93,10 +93,26 @@ WRONG = {
     "another number of cuts": (put("architecture", "cuts", [2, 5]), "one length"),
     "cuts that fall": (put("architecture", "cuts", [5, 2]), "cuts (5, 2) must rise"),
     "a cut twice": (put("architecture", "cuts", [2, 2]), "cuts (2, 2) must rise"),
-    "no exit": (put("exits", []), "exits"),
+    "no exit": (put("heads", "fp32", "exits", []), "heads.fp32.exits"),
     "cap without a bound": (put("taps", 0, "max_payload_bytes", 1 << 30), "taps.0.max_payload_bytes"),
-    "accuracy above one": (put("exits", 0, "accuracy", 1.5), "exits.0.accuracy"),
+    "accuracy above one": (put("heads", "fp32", "exits", 0, "accuracy", 1.5), "heads.fp32.exits.0.accuracy"),
     "text as number": (put("tail_macs", "many"), "tail_macs"),
+    "a precision that does not exist": (put("heads", "int4", {}), "heads.int4"),
+    "no fp32 head": (lambda content: content.update(heads={"int8": content["heads"]["fp32"]}), "heads must have fp32"),
+    "a file for no segment": (
+        lambda content: content["heads"]["fp32"]["files"].append("encoder.onnx"),
+        "files and exits of fp32 must be of one length",
+    ),
+    "other exits at int8": (
+        lambda content: content["heads"].update(
+            int8={**content["heads"]["fp32"], "exits": [{"name": "late", "accuracy": 0.5, "agreement": 0.5}]}
+        ),
+        "exits of int8 must be named like those of fp32",
+    ),
+    "an int8 file that is not listed": (
+        lambda content: content["heads"].update(int8={**content["heads"]["fp32"], "files": ["head0.int8.onnx"]}),
+        "files does not list head0.int8.onnx",
+    ),
     "101 files": (
         lambda content: content["files"].update({f"f{i}": content["files"]["head0.onnx"] for i in range(97)}),
         "101 files, at most 100",
@@ -118,7 +134,9 @@ def test_a_manifest_that_cannot_be_true_is_refused_by_name(
 def test_segments_must_fit_each_other(paper: Parts, tmp_path: Path) -> None:
     def change(content: Content) -> None:
         content["segments"].append({**content["segments"][0], "input": [17, 4, 4]})
-        content["exits"].append(content["exits"][0])
+        head = content["heads"]["fp32"]
+        head["exits"] *= 2
+        head["files"] *= 2
         content["architecture"]["cuts"] = [2, 5]
 
     folder = paper.tamper(tmp_path / "b", change)

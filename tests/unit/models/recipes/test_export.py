@@ -12,7 +12,7 @@ from torch import nn
 from models.bundle import Bundle
 from models.manifest import Task
 from models.recipes import export
-from models.recipes.calibrate import interval
+from models.recipes.calibrate import certify, interval
 from models.recipes.fit_tables import fit
 from models.vision.split import SplitClassifier
 from tests.tiny_bundle import GAINS, PREPROCESSING, TAPS, TASKS, TINY, random_images
@@ -41,6 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_split: SplitClassifier
         tuple(Task(name=name, labels=labels) for name, labels in TASKS),
         TINY,
         PREPROCESSING,
+        random_images(4, seed=3),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's ONNX exporter warns of itself and of shapes it takes as constants
@@ -72,25 +73,37 @@ def test_accuracy_and_agreement_are_counted(bundle: Bundle, measured: export.Mea
     manifest, cloud_N = bundle.manifest, measured.cloud_TNK[0].argmax(1)
     ways: list[tuple[float, float, Sequence[int]]] = [
         (figures.accuracy, figures.agreement, answer_N)
-        for figures, answer_N in zip(manifest.exits, measured.exits_ENK.argmax(2), strict=True)
+        for precision, head in manifest.heads.items()
+        for figures, answer_N in zip(head.exits, measured.exits[precision].argmax(2), strict=True)
     ]
     for tap, found in zip(manifest.taps, measured.taps, strict=True):
         rates = [rate for width in tap.widths for rate in width.rates]
         answers = found.first_WRNK.argmax(3).reshape(len(rates), -1)
         ways += [(r.accuracy, r.agreement, answer_N) for r, answer_N in zip(rates, answers, strict=True)]
-    assert len(ways) == 2 + 2 * 3 + 2
+    assert len(ways) == 2 * 2 + 2 * 3 + 2
     for accuracy, agreement, answer_N in ways:
         assert accuracy == pytest.approx((answer_N == LABELS[0]).mean())
         assert agreement == pytest.approx((answer_N == cloud_N).mean())
 
 
 def test_every_way_to_answer_gives_probabilities(measured: export.Measured) -> None:
-    for answers in (measured.exits_ENK, *measured.cloud_TNK, *(tap.first_WRNK for tap in measured.taps)):
+    for answers in (*measured.exits.values(), *measured.cloud_TNK, *(tap.first_WRNK for tap in measured.taps)):
         np.testing.assert_allclose(answers.sum(-1), 1, atol=1e-5)
-    assert measured.exits_ENK.shape == (2, 6, 2)
+    assert {name: exits_ENK.shape for name, exits_ENK in measured.exits.items()} == {
+        "fp32": (2, 6, 2),
+        "int8": (2, 6, 2),
+    }
     assert [tap.first_WRNK.shape for tap in measured.taps] == [(2, 3, 6, 2), (1, 2, 6, 2)]
     assert [[task.shape for task in tap.others_TNK] for tap in measured.taps] == [[(6, 3)], [(6, 3)]]
     assert [task.shape for task in measured.cloud_TNK] == [(6, 2), (6, 3)]
+
+
+def test_each_head_has_exits_and_thresholds_of_its_own(bundle: Bundle, measured: export.Measured) -> None:
+    right_N = measured.cloud_TNK[0].argmax(1) == LABELS[0]
+    for precision, head in bundle.manifest.heads.items():
+        exits_ENK = measured.exits[precision]
+        assert head.thresholds == certify(exits_ENK.max(2), exits_ENK.argmax(2) == LABELS[0], right_N)
+    assert not np.array_equal(measured.exits["fp32"], measured.exits["int8"])
 
 
 def test_scores_are_of_the_test_samples(bundle: Bundle) -> None:

@@ -31,6 +31,22 @@ def test_every_segment_and_exit_equals_pytorchs(tiny_bundle: Bundle) -> None:
         np.testing.assert_allclose(probabilities_K, split.exits[index](x_1CHW).softmax(1)[0], atol=1e-3)
 
 
+def test_the_int8_head_is_close_to_the_float_one_and_not_the_same(tiny_bundle: Bundle) -> None:
+    float_head, head = Head(tiny_bundle, threads=1), Head(tiny_bundle, threads=1, precision="int8")
+    x_CHW = IMAGE
+    for index in range(head.exits):
+        wanted_CHW, wanted_K = float_head.segment(index, x_CHW)
+        got_CHW, got_K = head.segment(index, x_CHW)
+        assert 0 < np.square(got_CHW - wanted_CHW).mean() < 0.02 * wanted_CHW.var()
+        np.testing.assert_allclose(got_K, wanted_K, atol=0.1)
+        x_CHW = wanted_CHW
+
+
+def test_a_precision_that_the_bundle_lacks_is_refused(paper: Parts, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="precision 'int8' is not in the bundle, there is fp32"):
+        Head(Bundle.open(paper.write(tmp_path / "b")), precision="int8")
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("width", [0, 1])
 def test_the_encoder_of_the_image_equals_pytorchs_at_each_width(tiny_bundle: Bundle, width: int) -> None:
@@ -72,7 +88,7 @@ def test_a_graph_of_other_shapes_is_refused(tiny_bundle: Bundle, field: str) -> 
     channels, height, width = getattr(manifest.segments[1], field)
     wrong = manifest.segments[1].model_copy(update={field: (channels, height, width + 1)})
     changed = manifest.model_copy(update={"segments": (manifest.segments[0], wrong)})
-    with pytest.raises(BundleError, match=rf"head1\.onnx: {field} shapes .* the manifest says"):
+    with pytest.raises(BundleError, match=rf"head1\.fp32\.onnx: {field} shapes .* the manifest says"):
         Head(Bundle(tiny_bundle.folder, changed))
 
 
