@@ -2,7 +2,8 @@
 
 The edge is installed as its users do it, `pip install '.[edge]'` into a new environment, and measured there;
 `first_answer_ratio_vs_torch`: the same answer by the same exits in PyTorch, in this environment, over ours. Both start
-as new processes, turn by turn, and answer one photo alone. All figures are medians.
+as new processes, turn by turn, and answer one photo alone. `int8_over_fp32_time`: all segments of the head at both
+precisions, turn by turn, on one thread. All figures are medians.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
+from models.bundle import Bundle
+from models.errors import IsthmusError
 from models.recipes.elpv_data import load
+from models.vision.head import Head
+from models.vision.images import open_image, preprocess
 from tests.bench.processes import ROOT
 
 TORCH = "tests.bench.torch_device"
+HEAD_RUNS = 10  # for each repeat
+
+Floats = NDArray[np.float32]
 
 
 def install(folder: Path) -> Path:
@@ -81,6 +92,22 @@ def footprint(bundle: Path, python: Path, photo: Path, repeats: int) -> dict[str
     }
 
 
+def head_s(head: Head, image_CHW: Floats) -> float:
+    """Seconds that all segments take."""
+    started_s = time.perf_counter()
+    for index in range(head.exits):
+        image_CHW, _ = head.segment(index, image_CHW)
+    return time.perf_counter() - started_s
+
+
+def int8_over_fp32(opened: Bundle, photos: Sequence[Path]) -> float:
+    """Time of the int8 head over that of the float one."""
+    images = [preprocess(open_image(photo.read_bytes()), opened.manifest.preprocessing) for photo in photos]
+    fp32, int8 = Head(opened, 1), Head(opened, 1, "int8")
+    pairs = [(head_s(int8, image_CHW), head_s(fp32, image_CHW)) for image_CHW in (images[0], *images)]
+    return statistics.median(int8_s / fp32_s for int8_s, fp32_s in pairs[1:])
+
+
 @click.command(epilog="Example: python -m tests.bench.footprint --json runs/footprint.json")
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "elpv", type=click.Path(path_type=Path))
 @click.option("--python", type=click.Path(path_type=Path), help="An environment that has the edge; else one is made.")
@@ -88,7 +115,7 @@ def footprint(bundle: Path, python: Path, photo: Path, repeats: int) -> dict[str
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 def main(bundle: Path, python: Path | None, repeats: int, json_path: Path | None) -> None:
     """Measure the edge's size on disk, its first answer and its memory."""
-    photo = load("test").paths[0]
+    photos = load("test").paths
     try:
         with tempfile.TemporaryDirectory() as folder:
             chosen = python or install(Path(folder) / "edge")
@@ -96,9 +123,10 @@ def main(bundle: Path, python: Path | None, repeats: int, json_path: Path | None
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                 "repeats": repeats,
                 "install_mb": megabytes(chosen.parent.parent),
-                **footprint(bundle, chosen, photo, repeats),
+                **footprint(bundle, chosen, photos[0], repeats),
+                "int8_over_fp32_time": int8_over_fp32(Bundle.open(bundle), photos[: HEAD_RUNS * repeats]),
             }
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.CalledProcessError, IsthmusError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     click.echo(json.dumps(result, indent=1))

@@ -53,6 +53,15 @@ def test_codec_benchmark_quick(tmp_path: Path) -> None:
         assert row["compressai_bytes"] > 0  # its own tables, fitted to the very photos
 
 
+def test_footprint_quick(tmp_path: Path) -> None:
+    figures = tmp_path / "footprint.json"
+    run("tests.bench.footprint", "--python", sys.executable, "--repeats", "1", "--json", str(figures))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    seconds = {"first_answer_s", "first_answer_torch_s", "first_answer_ratio_vs_torch", "int8_over_fp32_time"}
+    assert all(result[key] > 0 for key in seconds | {"rss_mb", "rss_torch_mb"})
+    assert result["install_mb"] > 100, "this environment has PyTorch too"
+
+
 def test_lossless_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     figures = tmp_path / "lossless.json"
     settings = ("--dtype", "float32", "--n", "10", "--tokens", "12", "--restarts", "1")
