@@ -13,7 +13,9 @@ noisy figures is a little too good, the more so the more settings a method has; 
 so that the interval covers it. Between settings log2(bytes) is linear in quality: no polynomial can overshoot.
 
 Source: Bjontegaard, "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001: mean difference of
-log-rate over the quality that both curves reach. There is none where they share no quality: then NaN, never a guess.
+log-rate over the quality that both curves reach. Below a method's cheapest setting that one's bytes count: who gets more
+for them gets that much too. So a method whose worst setting beats the other's best has a figure, the least that it saves.
+There is none where it does not reach the other's worst: then NaN, never a guess.
 """
 
 from __future__ import annotations
@@ -72,9 +74,8 @@ def bytes_at(curves: Curves, quality_RQ: Floats) -> Floats:
 
 
 def shared_quality(ours: Curves, theirs: Curves) -> tuple[Floats, Floats]:
-    """low_R and high_R of the qualities that both curves pass; none where low is not below high."""
-    low_R = np.maximum(ours.quality_RS[:, 0], theirs.quality_RS[:, 0])
-    return low_R, np.minimum(ours.quality_RS[:, -1], theirs.quality_RS[:, -1])
+    """low_R and high_R of the qualities of theirs that ours reaches; none where low is not below high."""
+    return theirs.quality_RS[:, 0], np.minimum(ours.quality_RS[:, -1], theirs.quality_RS[:, -1])
 
 
 def bd_rate(ours: Curves, theirs: Curves) -> Floats:
@@ -100,7 +101,8 @@ def interpolate(curves: Curves, quality_RQ: Floats) -> tuple[Floats, Floats]:
     y_RQ = y0_RQ + share_RQ * (y1_RQ - y0_RQ)
     pieces_RS = np.diff(x_RS, axis=1, prepend=x_RS[:, :1]) * (y_RS + np.roll(y_RS, 1, 1)) / 2
     areas_RS = np.cumsum(pieces_RS, axis=1)
-    return y_RQ, np.take_along_axis(areas_RS, left_RQ, 1) + (within_RQ - x0_RQ) * (y0_RQ + y_RQ) / 2
+    held_RQ = np.minimum(quality_RQ - x_RS[:, :1], 0) * y_RS[:, :1]
+    return y_RQ, np.take_along_axis(areas_RS, left_RQ, 1) + (within_RQ - x0_RQ) * (y0_RQ + y_RQ) / 2 + held_RQ
 
 
 def estimate(values_R: Floats) -> Estimate:

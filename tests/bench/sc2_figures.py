@@ -28,6 +28,7 @@ from tests.bench.sc2_measure import Measured
 from tests.bench.sc2_ways import Way
 
 REFERENCE = "entropic-student"
+RIVALS = ("n0", "ours-single")  # that ours is compared with, too
 QUALITIES = ("accuracy", "agreement")
 SIZES = ("data_bytes", "payload_bytes", "wire_bytes")
 HEADLINE = SIZES[0]
@@ -62,6 +63,7 @@ def compare(results: Results, cloud: Measured, labels_N: NDArray[np.int64], resa
             method: {
                 "points": [point(way, measured, truths) for way, measured in rows],
                 **curve_figures(curves[method], reference, wanted),
+                "against": {rival: rates_against(curves[method], curves[rival]) for rival in RIVALS if rival in curves},
             }
             for method, rows in results.items()
         },
@@ -83,6 +85,11 @@ def curve_figures(curves: MethodCurves, reference: MethodCurves, wanted: Mapping
             for quality in QUALITIES
         },
     }
+
+
+def rates_against(curves: MethodCurves, rival: MethodCurves) -> Row:
+    """BD-rate of the headline's bytes by quality."""
+    return {quality: against(curves[quality, HEADLINE], rival[quality, HEADLINE]) for quality in QUALITIES}
 
 
 def curves_of(
@@ -114,7 +121,7 @@ def point(way: Way, measured: Measured, truths: Mapping[str, NDArray[np.int64]])
 
 
 def against(curve: Curves, reference: Curves | None) -> Row | None:
-    """BD-rate with its interval, and the qualities that both curves share in the sample itself."""
+    """BD-rate with its interval, and the reference's qualities that the curve reaches in the sample itself."""
     if reference is None:
         return None
     low_R, high_R = shared_quality(curve, reference)

@@ -44,14 +44,25 @@ def table(result: Row) -> str:
     caption = (
         f"{n} photos; cloud model {cloud['value']:.1%} [{cloud['low']:.1%}, {cloud['high']:.1%}] on them.{against}"
     )
-    return "\n".join([*lines, "", f"{caption} Bytes as SC2 counts them, 95 % intervals, {result['machine']}."])
+    caption += f" Bytes as SC2 counts them, 95 % intervals, {result['machine']}."
+    return "\n".join([*lines, "", caption, *rival_lines(result)])
+
+
+def rival_lines(result: Row) -> list[str]:
+    """BD-rates of every curve of ours against the methods that it is compared with one by one."""
+    lines = []
+    for name, method in result["methods"].items():
+        for rival, found in method["against"].items() if name.startswith("ours") and name != "ours-single" else ():
+            rates = (f"{quality} {bounded(row, '{:+.0%}', 'not reached')}" for quality, row in found.items())
+            lines.append(f"{name} against {rival}: {', '.join(rates)}")
+    return lines
 
 
 def cells(name: str, result: Row) -> list[str]:
     method, size = result["methods"][name], result["headline"]
     points, reached = method["points"], method["bytes_at"]["accuracy"][size][0]["bytes"]
     rates = [
-        bounded(method["bd_rate"][quality][size], "{:+.0%}", "no overlap") for quality in ("accuracy", "agreement")
+        bounded(method["bd_rate"][quality][size], "{:+.0%}", "not reached") for quality in ("accuracy", "agreement")
     ]
     return [
         name,

@@ -89,8 +89,17 @@ def test_a_value_by_hand() -> None:
     assert bd_rate(ours, theirs)[0] == pytest.approx(2**0.25 - 1)  # log2: mean 0.5 against mean 0.25
 
 
-@pytest.mark.parametrize("quality", [[80, 90], [90, 95], [40, 60], [70, 70], [70, 65]])
-def test_without_a_range_of_shared_quality_there_is_no_figure(quality: list[float]) -> None:
+def test_below_its_cheapest_setting_a_method_pays_that_ones_bytes() -> None:
+    theirs = curve([400, 1600], [60, 80])  # 800 in the geometric mean
+    above = bd_rate(curve([100, 200], [85, 95]), theirs)[0]
+    assert above == pytest.approx(100 / 800 - 1)
+    assert bd_rate(curve([100], [80]), theirs)[0] == pytest.approx(above), "the least that it saves"
+    half = bd_rate(curve([100, 400], [70, 80]), theirs)[0]
+    assert half == pytest.approx(100 * 2**0.5 / 800 - 1)  # 100 B over one half, 100 to 400 over the other
+
+
+@pytest.mark.parametrize("quality", [[40, 60], [50, 55], [60, 60]])
+def test_a_method_that_does_not_reach_the_others_worst_has_no_figure(quality: list[float]) -> None:
     assert np.isnan(bd_rate(curve([100, 200], quality), curve([100, 200], [60, 80]))[0])
 
 

@@ -46,6 +46,9 @@ def test_every_method_beside_every_other(run: Any, baselines: FakeBaselines, tmp
     assert list(result["methods"]) == ["jpeg", "entropic-student", "n0", "ours light 0.5", "ours", "ours deep"]
     assert [point["setting"] for point in result["methods"]["n0"]["points"]] == ["price 1", "price 2"]
     assert picture.stat().st_size > 10_000
+    against = result["methods"]["ours"]["against"]
+    assert list(against) == ["n0"] and set(against["n0"]) == {"accuracy", "agreement"}
+    assert "\nours against n0: accuracy " in found.output and "n0 against" not in found.output
 
 
 def test_started_again_it_goes_on(run: Any, baselines: FakeBaselines) -> None:
