@@ -13,9 +13,9 @@ noisy figures is a little too good, the more so the more settings a method has; 
 so that the interval covers it. Between settings log2(bytes) is linear in quality: no polynomial can overshoot.
 
 Source: Bjontegaard, "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001: mean difference of
-log-rate over the quality that both curves reach. Below a method's cheapest setting that one's bytes count: who gets more
-for them gets that much too. So a method whose worst setting beats the other's best has a figure, the least that it saves.
-There is none where it does not reach the other's worst: then NaN, never a guess.
+log-rate over the quality that both curves reach. Below a method's cheapest setting that one's bytes count, since who
+gets more for them gets that much too: a method whose worst setting beats the other's best has a figure, the least that
+it saves. There is none where it does not reach the other's worst: then NaN, never a guess.
 """
 
 from __future__ import annotations
