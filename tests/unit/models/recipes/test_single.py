@@ -50,7 +50,7 @@ def test_a_trained_price_is_found_with_its_tables(tmp_path: Path, tiny_split: Sp
         tensors = contextual.to_tensors(laplace_tables(TAP.latent_channels, (2.0,)))
         safetensors.numpy.save_file(tensors, tables_of(tmp_path, price))
     found = single.trained(tmp_path, tiny_split, TAP)
-    assert [way.setting for way in found] == ["price 4", "price 1", "price 0.25"]
+    assert [way.setting for way in found] == [f"price {price:g}" for price in PRICES]
 
 
 def test_missing_training_names_the_command(tmp_path: Path, tiny_split: SplitClassifier) -> None:
