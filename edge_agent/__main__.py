@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import click
 
@@ -18,6 +18,7 @@ from edge_agent.policy.plan import Prices
 from edge_agent.vision import EdgeAgent
 from models.errors import InvalidInput, IsthmusError
 from models.language.sampling import Sampling
+from models.manifest import Precision
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -43,7 +44,7 @@ CLOUD = [
 PHOTOS = [
     option("--bundle", type=click.Path(path_type=Path), help=f"Of a vision model.  [default: {DEFAULT_BUNDLE}]"),
     option("--mode", type=click.Choice(MODES), default="auto", help="auto lets the router choose; others pin one arm."),
-    option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", help="Of the head."),
+    option("--precision", type=click.Choice(get_args(Precision)), default="fp32", help="Of the head."),
     option("--objective", type=click.Choice(["fastest", "cheapest"]), default="fastest"),
     option("--epsilon", type=click.FloatRange(0, 1), default=0.005, help="Certified loss of accuracy at the exits."),
     option("--min-agreement", type=click.FloatRange(0, 1), default=0.96, help="Of a rate with the cloud model."),

@@ -13,9 +13,7 @@ noisy figures is a little too good, the more so the more settings a method has; 
 so that the interval covers it. Between settings log2(bytes) is linear in quality: no polynomial can overshoot.
 
 Source: Bjontegaard, "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001: mean difference of
-log-rate over the quality that both curves reach. Below a method's cheapest setting that one's bytes count, since who
-gets more for them gets that much too: a method whose worst setting beats the other's best has a figure, the least that
-it saves. There is none where it does not reach the other's worst: then NaN, never a guess.
+log-rate over the quality that both curves reach. There is none where they share no quality: then NaN, never a guess.
 """
 
 from __future__ import annotations
@@ -74,13 +72,28 @@ def bytes_at(curves: Curves, quality_RQ: Floats) -> Floats:
 
 
 def shared_quality(ours: Curves, theirs: Curves) -> tuple[Floats, Floats]:
-    """low_R and high_R of the qualities of theirs that ours reaches; none where low is not below high."""
-    return theirs.quality_RS[:, 0], np.minimum(ours.quality_RS[:, -1], theirs.quality_RS[:, -1])
+    """low_R and high_R of the qualities that both curves pass; none where low is not below high."""
+    low_R = np.maximum(ours.quality_RS[:, 0], theirs.quality_RS[:, 0])
+    return low_R, np.minimum(ours.quality_RS[:, -1], theirs.quality_RS[:, -1])
 
 
 def bd_rate(ours: Curves, theirs: Curves) -> Floats:
     """Mean change of bytes at equal quality, as a fraction: -0.5 for half of theirs; NaN without shared quality."""
-    low_R, high_R = shared_quality(ours, theirs)
+    return mean_change(ours, theirs, *shared_quality(ours, theirs))
+
+
+def bd_rate_at_most(ours: Curves, theirs: Curves) -> Floats:
+    """A bound on the change over all of theirs that ours reaches: below its cheapest setting that one's bytes count.
+
+    Who gets more for them gets that much too, so it is defined where ours is better throughout; NaN where it is worse.
+    """
+    return mean_change(
+        ours, theirs, theirs.quality_RS[:, 0], np.minimum(ours.quality_RS[:, -1], theirs.quality_RS[:, -1])
+    )
+
+
+def mean_change(ours: Curves, theirs: Curves, low_R: Floats, high_R: Floats) -> Floats:
+    """Geometric mean of the ratio of bytes, less one, over a range of quality; NaN where that is empty."""
     defined_R = high_R > low_R
     ends_R2 = np.stack([low_R, np.where(defined_R, high_R, low_R)], 1)
     areas_R = [np.diff(interpolate(curves, ends_R2)[1], axis=1)[:, 0] for curves in (ours, theirs)]

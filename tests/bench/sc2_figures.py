@@ -18,6 +18,7 @@ from tests.bench.bd_rate import (
     Curves,
     Floats,
     bd_rate,
+    bd_rate_at_most,
     bytes_at,
     envelope,
     estimate,
@@ -71,8 +72,12 @@ def compare(results: Results, cloud: Measured, labels_N: NDArray[np.int64], resa
 
 
 def curve_figures(curves: MethodCurves, reference: MethodCurves, wanted: Mapping[str, Floats]) -> Row:
-    """By quality and size: BD-rate, and bytes at a few qualities."""
+    """By quality and size: BD-rate, the bound on it, and bytes at a few qualities."""
     return {
+        "bd_rate_at_most": {
+            quality: {size: at_most(curves[quality, size], reference.get((quality, size))) for size in SIZES}
+            for quality in QUALITIES
+        },
         "bd_rate": {
             quality: {size: against(curves[quality, size], reference.get((quality, size))) for size in SIZES}
             for quality in QUALITIES
@@ -88,8 +93,14 @@ def curve_figures(curves: MethodCurves, reference: MethodCurves, wanted: Mapping
 
 
 def rates_against(curves: MethodCurves, rival: MethodCurves) -> Row:
-    """BD-rate of the headline's bytes by quality."""
-    return {quality: against(curves[quality, HEADLINE], rival[quality, HEADLINE]) for quality in QUALITIES}
+    """BD-rate of the headline's bytes by quality, and the bound on it."""
+    return {
+        quality: {
+            "bd_rate": against(curves[quality, HEADLINE], rival[quality, HEADLINE]),
+            "bd_rate_at_most": at_most(curves[quality, HEADLINE], rival[quality, HEADLINE]),
+        }
+        for quality in QUALITIES
+    }
 
 
 def curves_of(
@@ -121,12 +132,17 @@ def point(way: Way, measured: Measured, truths: Mapping[str, NDArray[np.int64]])
 
 
 def against(curve: Curves, reference: Curves | None) -> Row | None:
-    """BD-rate with its interval, and the reference's qualities that the curve reaches in the sample itself."""
+    """BD-rate with its interval, and the qualities that both curves share in the sample itself."""
     if reference is None:
         return None
     low_R, high_R = shared_quality(curve, reference)
     shared = [float(low_R[0]), float(high_R[0])] if low_R[0] < high_R[0] else None
     return {**asdict(estimate(bd_rate(curve, reference))), "shared_quality": shared}
+
+
+def at_most(curve: Curves, reference: Curves | None) -> Row | None:
+    """The bound on it, which there is without shared quality too."""
+    return None if reference is None else asdict(estimate(bd_rate_at_most(curve, reference)))
 
 
 def at_margins(curve: Curves, reference: Curves | None, wanted_RQ: Floats) -> list[Row]:

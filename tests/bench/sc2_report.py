@@ -53,7 +53,7 @@ def rival_lines(result: Row) -> list[str]:
     lines = []
     for name, method in result["methods"].items():
         for rival, found in method["against"].items() if name.startswith("ours") and name != "ours-single" else ():
-            rates = (f"{quality} {bounded(row, '{:+.0%}', 'not reached')}" for quality, row in found.items())
+            rates = (f"{quality} {change(row['bd_rate'], row['bd_rate_at_most'])}" for quality, row in found.items())
             lines.append(f"{name} against {rival}: {', '.join(rates)}")
     return lines
 
@@ -62,7 +62,8 @@ def cells(name: str, result: Row) -> list[str]:
     method, size = result["methods"][name], result["headline"]
     points, reached = method["points"], method["bytes_at"]["accuracy"][size][0]["bytes"]
     rates = [
-        bounded(method["bd_rate"][quality][size], "{:+.0%}", "not reached") for quality in ("accuracy", "agreement")
+        change(method["bd_rate"][quality][size], method["bd_rate_at_most"][quality][size])
+        for quality in ("accuracy", "agreement")
     ]
     return [
         name,
@@ -73,6 +74,13 @@ def cells(name: str, result: Row) -> list[str]:
         bounded(reached, "{:,.0f}", "not reached"),
         *(["reference"] * 2 if name == result["reference"] else rates),
     ]
+
+
+def change(figure: Row | None, bound: Row | None) -> str:
+    """A BD-rate; the bound on it, marked so, where there is none."""
+    if figure is None or bound is None or figure["value"] is not None or bound["value"] is None:
+        return bounded(figure, "{:+.0%}", "no overlap")
+    return f"≤ {bounded(bound, '{:+.0%}', 'no overlap')}"
 
 
 def spread(values: list[float]) -> str:

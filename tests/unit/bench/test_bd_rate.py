@@ -10,6 +10,7 @@ from tests.bench.bd_rate import (
     Curves,
     Floats,
     bd_rate,
+    bd_rate_at_most,
     bytes_at,
     envelope,
     estimate,
@@ -89,18 +90,31 @@ def test_a_value_by_hand() -> None:
     assert bd_rate(ours, theirs)[0] == pytest.approx(2**0.25 - 1)  # log2: mean 0.5 against mean 0.25
 
 
-def test_below_its_cheapest_setting_a_method_pays_that_ones_bytes() -> None:
+@pytest.mark.parametrize("quality", [[80, 90], [90, 95], [40, 60], [70, 70], [70, 65]])
+def test_without_a_range_of_shared_quality_there_is_no_figure(quality: list[float]) -> None:
+    assert np.isnan(bd_rate(curve([100, 200], quality), curve([100, 200], [60, 80]))[0])
+
+
+def test_the_bound_charges_the_cheapest_setting_for_all_that_is_worse() -> None:
     theirs = curve([400, 1600], [60, 80])  # 800 in the geometric mean
-    above = bd_rate(curve([100, 200], [85, 95]), theirs)[0]
+    above = bd_rate_at_most(curve([100, 200], [85, 95]), theirs)[0]
     assert above == pytest.approx(100 / 800 - 1)
-    assert bd_rate(curve([100], [80]), theirs)[0] == pytest.approx(above), "the least that it saves"
-    half = bd_rate(curve([100, 400], [70, 80]), theirs)[0]
+    assert bd_rate_at_most(curve([100], [80]), theirs)[0] == pytest.approx(above)
+    half = bd_rate_at_most(curve([100, 400], [70, 80]), theirs)[0]
     assert half == pytest.approx(100 * 2**0.5 / 800 - 1)  # 100 B over one half, 100 to 400 over the other
 
 
 @pytest.mark.parametrize("quality", [[40, 60], [50, 55], [60, 60]])
-def test_a_method_that_does_not_reach_the_others_worst_has_no_figure(quality: list[float]) -> None:
-    assert np.isnan(bd_rate(curve([100, 200], quality), curve([100, 200], [60, 80]))[0])
+def test_there_is_no_bound_for_what_does_not_reach_the_others_worst(quality: list[float]) -> None:
+    assert np.isnan(bd_rate_at_most(curve([100, 200], quality), curve([100, 200], [60, 80]))[0])
+
+
+@given(settings(), settings())
+def test_where_ours_starts_no_higher_the_bound_is_the_figure(
+    found: tuple[list[int], list[float]], other: tuple[list[int], list[float]]
+) -> None:
+    ours, theirs = curve(*found), curve(*other)
+    np.testing.assert_allclose(bd_rate_at_most(ours, theirs), bd_rate(ours, theirs))
 
 
 def test_bytes_at_a_quality() -> None:

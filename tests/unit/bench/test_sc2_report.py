@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.bench.sc2_figures import compare
-from tests.bench.sc2_report import COLOURS, bounded, plot, rank, spread, style, table
+from tests.bench.sc2_report import COLOURS, bounded, change, plot, rank, spread, style, table
 from tests.unit.bench.fakes import measured, way
 
 LABELS = np.arange(100) % 2
@@ -82,3 +82,12 @@ def test_a_picture_is_drawn_of_any_methods(result: dict[str, Any], names: tuple[
     if "ours" in names:
         blue = np.abs(pixels_HW3 - [int(COLOURS["ours"][i : i + 2], 16) for i in (1, 3, 5)]).max(2) < 12
         assert blue[:, : image.width // 2].sum() > 100 and blue[:, image.width // 2 :].sum() > 100
+
+
+def test_a_bound_stands_in_for_a_figure_that_is_none_and_says_so() -> None:
+    none = {"value": None, "low": None, "high": None, "undefined": 1.0}
+    found = {"value": -0.4, "low": -0.5, "high": -0.3, "undefined": 0.0}
+    assert change(none, found) == "≤ -40% [-50%, -30%]"
+    assert change(found, {**found, "value": -0.2}) == "-40% [-50%, -30%]"
+    assert change(none, none) == "no overlap"
+    assert change(None, None) == "–"
