@@ -57,7 +57,8 @@ def opened(folder: Path) -> Bundle:
         bundle = Bundle.open(folder)
         for tap in range(len(bundle.manifest.taps)):
             bundle.codec(tap)
-        bundle.tensors(bundle.manifest.weights)
+        if bundle.manifest.weights:
+            bundle.tensors(bundle.manifest.weights)
     except BundleError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -109,6 +109,13 @@ class Architecture(Part):
         return self
 
 
+class Graphs(Part):
+    """What the cloud runs of a network whose code it does not have: ONNX for any batch, from each input to logits."""
+
+    image: FileName
+    taps: Annotated[tuple[FileName, ...], Field(min_length=1, max_length=8)]  # latent_BCHW, rate_B
+
+
 class Task(Part):
     """One question that the cloud answers. Exits answer the first task alone."""
 
@@ -213,7 +220,8 @@ class Manifest(Part):
     licence: str
     preprocessing: Preprocessing
     architecture: Architecture
-    weights: FileName
+    weights: FileName | None = None  # of what the architecture's builder builds; else there are
+    graphs: Graphs | None = None
     segments: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=8)]
     heads: dict[Precision, Head]  # fp32 is never absent; figures of taps are those behind it
     taps: Annotated[tuple[Tap, ...], Field(min_length=1, max_length=8)]
@@ -234,7 +242,14 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _parts_agree(self) -> Manifest:
         """Shapes, counts and file names must fit each other before anything is loaded."""
-        files = [self.weights, *(name for head in self.heads.values() for name in head.files)]
+        if (self.weights is None) == (self.graphs is None):
+            raise ValueError("there must be either weights or graphs")
+        files = [self.weights] if self.weights else []
+        if self.graphs:
+            files += [self.graphs.image, *self.graphs.taps]
+            if len(self.graphs.taps) != len(self.taps) or len(self.tasks) > 1:
+                raise ValueError("graphs must have one for each tap, and answer one task")
+        files += [name for head in self.heads.values() for name in head.files]
         files += [name for tap in self.taps for name in (tap.encoder, tap.tables)]
         if missing := sorted(set(files) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")

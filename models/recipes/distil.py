@@ -33,7 +33,7 @@ class Distillation(nn.Module):
     """The split model with what only training needs: gains and one learned prior a rate."""
 
     def __init__(self, split: SplitClassifier, tap: int, weights: Weights) -> None:
-        """`tap`: the one behind the last segment."""
+        """`tap`: the one behind the last segment. One with a tail of its own leaves the backbone's as it is."""
         super().__init__()
         self.split = split
         self.index = tap
@@ -42,6 +42,8 @@ class Distillation(nn.Module):
         split.requires_grad_(False)
         self.tap.requires_grad_(True)
         split.exits.requires_grad_(True)
+        if self.tap.tail is not None:
+            self.tap.tail.requires_grad_(False)
 
     @property
     def tap(self) -> Tap:
@@ -62,8 +64,8 @@ class Distillation(nn.Module):
             module.requires_grad_(False)
 
     def free_tail(self) -> None:
-        """Third stage: one tail learns to answer untouched and decoded features alike."""
-        self.split.backbone.blocks[self.split.cuts[-1] :].requires_grad_(True)
+        """Third stage: the tail learns, to answer untouched and decoded features alike unless it is the tap's own."""
+        (self.tap.tail or self.split.backbone.blocks[self.split.cuts[-1] :]).requires_grad_(True)
 
     def loss(self, images_B3HW: Tensor, target_BK: Tensor, ramp: float = 1.0) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures of one batch; the batch is dealt out over the rates in turn.
@@ -87,7 +89,7 @@ class Distillation(nn.Module):
             decoded_BCHW = self.tap.decoder(latent_BCHW, rate_B)
         with torch.autocast("cpu", torch.bfloat16):
             exits = [head(f) for head, f in zip(split.exits, features, strict=True)]
-            student = tail_points(tail, decoded_BCHW)
+            student = tail_points(self.tap.tail or tail, decoded_BCHW)
         wanted_BK = teacher[-1].float().softmax(1)
         task = answer_loss(student[-1], wanted_BK, target_BK, labels)
         exit_loss = sum((answer_loss(e, wanted_BK, target_BK, labels) for e in exits), start=torch.zeros(()))
@@ -100,9 +102,9 @@ class Distillation(nn.Module):
         return clean + task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
 
 
-def tail_points(tail: nn.Sequential, features_BCHW: Tensor) -> list[Tensor]:
+def tail_points(tail: nn.Module, features_BCHW: Tensor) -> list[Tensor]:
     """Features half-way through the tail and before the classifier, then logits."""
-    blocks = list(tail)
+    blocks = list(tail.children())
     half = len(blocks) // 2
     middle = nn.Sequential(*blocks[:half])(features_BCHW)
     last = nn.Sequential(*blocks[half:-1])(middle)

@@ -205,9 +205,9 @@ def tap_tables(views: Views, split: SplitClassifier, deep: Rates, shallow: Rates
     """Integer tables of both taps; the light tap's hold for every width."""
     encoder = split.tap(LIGHT).encoder.eval()
     widths = range(len(ARCHITECTURE.taps[LIGHT].widths))
-    each = [integers(views, "images", partial(light_latent, encoder, width), shallow) for width in widths]
+    each = [integers(views.passes[0]["images"], partial(light_latent, encoder, width), shallow) for width in widths]
     light_integers = [np.concatenate(rate) for rate in zip(*each, strict=True)]
-    deep_integers = integers(views, "features", split.tap(DEEP).encoder.eval(), deep)
+    deep_integers = integers(views.passes[0]["features"], split.tap(DEEP).encoder.eval(), deep)
     return (
         export.TrainedTap("light", fit(light_integers, shallow.gains_RC), MAX_LIGHT_BYTES),
         export.TrainedTap("deep", fit(deep_integers, deep.gains_RC), MAX_DEEP_BYTES),

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import bundle as bundles
 from models.bundle import Bundle
+from models.catalog import BUILDERS
 from models.codecs import contextual
 from models.codecs.contextual import Tables
 from models.manifest import Architecture, Interval, Precision, Preprocessing, Task
@@ -35,8 +36,9 @@ from models.recipes.slim_onnx import slim_onnx
 from models.vision.head import Head
 from models.vision.slim import SlimEncoder
 from models.vision.split import SplitClassifier, Tap
-from models.vision.tail import Tail
+from models.vision.tail import open_tail
 
+MAX_BATCH = 1024  # of a graph for any batch
 VERSIONS = ("torch", "compressai", "constriction", "onnxruntime", "numpy")
 UNITS = {
     "accuracy, agreement, coverage, loss": "fraction",
@@ -120,15 +122,30 @@ def halve_weights(split: SplitClassifier) -> dict[str, Tensor]:
     return stored
 
 
-def onnx_bytes(module: nn.Module, shape_CHW: tuple[int, ...], outputs: int) -> bytes:
-    """A module as an ONNX graph with input `x` of batch 1 and static shape."""
+class FromLatent(nn.Module):
+    """What the cloud makes of a tap's latent, first task."""
+
+    def __init__(self, split: SplitClassifier, tap: int) -> None:
+        super().__init__()
+        self.split, self.tap = split, tap
+
+    def forward(self, latent: Tensor, rate: Tensor) -> Tensor:
+        return self.split.answer(self.split.decode(self.tap, latent, rate), 0, self.tap)
+
+
+def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int) -> bytes:
+    """A module as an ONNX graph with the shapes of `inputs`; a batch of two stands for any."""
+    batches = {len(tensor) for tensor in inputs.values()}
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    shapes = {name: {0: batch} for name in inputs} if batches == {2} else None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         program = torch.onnx.export(
             module.eval(),
-            (torch.zeros(1, *shape_CHW),),
-            input_names=["x"],
+            tuple(inputs.values()),
+            input_names=list(inputs),
             output_names=[f"y{index}" for index in range(outputs)],
+            dynamic_shapes=tuple(shapes.values()) if shapes else None,
             dynamo=True,
             verbose=False,
         )
@@ -168,7 +185,7 @@ def head_parts(trained: Trained) -> Parts:
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         x_BCHW = torch.zeros(1, *shapes[-1])
         part = WithExit(split.backbone.section(start, stop), split.exits[index])
-        graphs.append(onnx_bytes(part, shapes[-1], outputs=2))
+        graphs.append(onnx_bytes(part, {"x": x_BCHW}, outputs=2))
         with torch.no_grad():
             y_BCHW = split.segment(index, x_BCHW)
         shapes.append(chw(y_BCHW))
@@ -188,6 +205,22 @@ def head_parts(trained: Trained) -> Parts:
     return Parts(segments, taps, heads, files)
 
 
+def cloud_parts(trained: Trained) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What the manifest says of the cloud's half, and its files: weights, or graphs for what no builder builds."""
+    split = trained.split
+    if trained.architecture.builder in BUILDERS:
+        return {"weights": "weights.safetensors"}, {"weights.safetensors": safetensors.torch.save(halve_weights(split))}
+    images_B3HW = torch.zeros(2, 3, *trained.preprocessing.crop)
+    files = {"image.onnx": onnx_bytes(split.backbone, {"x": images_B3HW}, outputs=1)}
+    with torch.no_grad():
+        features_BCHW = split.trunk(images_B3HW)
+        for index, described in enumerate(trained.taps):
+            inputs = {"latent": split.tap(index).encoder(features_BCHW), "rate": torch.zeros(2, dtype=torch.long)}
+            files[f"{described.name}_tail.onnx"] = onnx_bytes(FromLatent(split, index), inputs, outputs=1)
+    image, *taps = files
+    return {"graphs": {"image": image, "taps": taps}}, files
+
+
 def tap_parts(
     split: SplitClassifier, tap: Tap, described: TrainedTap, input_CHW: Shape
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -201,7 +234,7 @@ def tap_parts(
         graph = slim_onnx(tap.encoder, input_CHW, latent_CHW)
         costs = [(width, macs(tap.encoder, x_BCHW, index)) for index, width in enumerate(tap.encoder.widths)]
     else:
-        graph = onnx_bytes(tap.encoder, input_CHW, outputs=1)
+        graph = onnx_bytes(tap.encoder, {"x": x_BCHW}, outputs=1)
         costs = [(1.0, macs(tap.encoder, x_BCHW))]
     rest = split.backbone.section(tap.rejoin)
     files = (f"{described.name}.onnx", f"{described.name}.safetensors")
@@ -226,7 +259,7 @@ def chw(features_BCHW: Tensor) -> Shape:
 
 def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
     """Answer every sample every way: exits; taps, widths and rates through real bytes; the unsplit cloud model."""
-    tail, manifest = Tail(opened), opened.manifest
+    tail, manifest = open_tail(opened), opened.manifest
     heads = {precision: Head(opened, precision=precision) for precision in manifest.heads}
     tasks = range(len(manifest.tasks))
     codecs = [opened.codec(tap) for tap in range(len(manifest.taps))]
@@ -333,15 +366,15 @@ def write(
     `about` has name and licence; `training` command, seed, seconds and data.
     """
     trained.split.eval()
-    weights = halve_weights(trained.split)
+    cloud, cloud_files = cloud_parts(trained)
     parts = head_parts(trained)
-    files = {**parts.files, "weights.safetensors": safetensors.torch.save(weights)}
+    files = {**parts.files, **cloud_files}
     manifest: dict[str, Any] = {
         **about,
         "tasks": [task.model_dump(mode="json") for task in trained.tasks],
         "preprocessing": trained.preprocessing.model_dump(mode="json"),
         "architecture": trained.architecture.model_dump(mode="json"),
-        "weights": "weights.safetensors",
+        **cloud,
         "segments": parts.segments,
         "tail_macs": macs(
             trained.split.backbone.section(trained.split.cuts[-1]), torch.zeros(1, *parts.segments[-1]["output"])

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 FLOAT_CONVOLUTIONS = 3  # of the first segment: stem and first block make most of the error and little of the time
 
@@ -45,6 +46,7 @@ def quantise_head(graphs: Sequence[bytes], images: Sequence[Floats]) -> list[byt
 def quantise(graph: bytes, inputs: Sequence[Floats], in_float: int) -> bytes:
     """One graph; its first `in_float` convolutions stay as they are."""
     model = onnx.load_from_string(graph)
+    add_pre_process_metadata(model)  # constants are folded and batch norms fused as exported
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"

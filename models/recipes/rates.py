@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from models.recipes.compressai_entropy import likelihood_of, new_prior
-from models.recipes.views import BATCH, Views
+from models.recipes.views import BATCH
 
 ENOUGH_POSITIONS = 400  # of a channel; more are estimated from every other row and column
 
@@ -84,14 +85,10 @@ class Rates(nn.Module):
 
 
 @torch.no_grad()
-def integers(views: Views, name: str, encode: Callable[[Tensor], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
-    """What the first view of every training photograph is sent as, NCHW, for each rate: the tables are fitted to it.
-
-    `encode` takes rows of the array `name`.
-    """
+def integers(array: NDArray[Any], encode: Callable[[Tensor], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
+    """What `encode` makes of the rows of an array is sent as, NCHW, for each rate: the tables are fitted to it."""
     found: list[list[NDArray[np.int32]]] = [[] for _ in rates.per_kilobyte]
-    array = views.passes[0][name]
-    for start in track(range(0, len(views), BATCH), "integers"):
+    for start in track(range(0, len(array), BATCH), "integers"):
         latent_BCHW = encode(torch.from_numpy(np.array(array[start : start + BATCH])).float())
         for rate, kept in enumerate(found):
             kept.append(rates.integers(latent_BCHW, rate))

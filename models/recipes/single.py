@@ -46,7 +46,7 @@ def train_all(
     """One run a price, each from the slimmed encoder, and the tables that its integers are coded with."""
     for price in PRICES:
         bridge = light.bridge(run, f"{METHOD}-{price:g}", views, teacher, tap, encoder, wanted, (price,))
-        sent = integers(views, "front", partial(bridge.encoder, width=-1), bridge.rates)
+        sent = integers(views.passes[0]["front"], partial(bridge.encoder, width=-1), bridge.rates)
         tensors = contextual.to_tensors(fit(sent, bridge.rates.gains_RC))
         safetensors.numpy.save_file(tensors, tables_of(run.folder, price))
 

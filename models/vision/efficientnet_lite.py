@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.vision.blocks import Blocks
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -130,35 +132,23 @@ class Classifier(nn.Module):
         return logits
 
 
-class EfficientNetLite(nn.Module):
-    """The whole network: images_B3HW -> logits_BK. `blocks[0]` is the stem, `blocks[-1]` the classifier.
-
-    Any cut k gives `tail(head(x)) == whole(x)` with head = blocks[:k], tail = blocks[k:].
-    """
+class EfficientNetLite(Blocks):
+    """`blocks[0]` is the stem, `blocks[-1]` the classifier."""
 
     def __init__(self, name: str, classes: int, dropout: float = 0.2) -> None:
-        super().__init__()
         width, depth = WIDTH_DEPTH[name]
         blocks: list[nn.Module] = [conv_bn(3, STEM_CHANNELS, 3, stride=2)]
-        self.channels = [STEM_CHANNELS]  # channels after each block, classifier left out
+        channels = [STEM_CHANNELS]
         for index, stage in enumerate(STAGES):
             edge_stage = index in (0, len(STAGES) - 1)
             repeats = stage.blocks if edge_stage else math.ceil(stage.blocks * depth)
             outputs = round_channels(stage.channels * width)
             for repeat in range(repeats):
                 stride = stage.stride if repeat == 0 else 1
-                blocks.append(InvertedResidual(self.channels[-1], outputs, stage, stride))
-                self.channels.append(outputs)
-        blocks.append(Classifier(self.channels[-1], classes, dropout))
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        logits_BK: Tensor = self.blocks(images_B3HW)
-        return logits_BK
-
-    def section(self, start: int, stop: int | None = None) -> nn.Sequential:
-        """Blocks `start` to `stop`, shared with the whole."""
-        return nn.Sequential(*list(self.blocks)[start:stop])
+                blocks.append(InvertedResidual(channels[-1], outputs, stage, stride))
+                channels.append(outputs)
+        blocks.append(Classifier(channels[-1], classes, dropout))
+        super().__init__(blocks, channels)
 
     def set_drop_path(self, last: float) -> None:
         """Stochastic depth rising linearly to `last` at the deepest block."""

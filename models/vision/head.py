@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.errors import BundleError, InvalidInput
 from models.manifest import Precision
-
-# ONNX Runtime reports to its makers unless told not to before it is loaded; its own switch comes too late.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-import onnxruntime
+from models.vision.graphs import open_graph
 
 Floats = NDArray[np.float32]
 
@@ -59,7 +54,7 @@ class Head:
         latent_CHW: Floats = self._encoders[tap].run(None, inputs)[0][0]
         return latent_CHW
 
-    def _encoder(self, bundle: Bundle, index: int, threads: int) -> onnxruntime.InferenceSession:
+    def _encoder(self, bundle: Bundle, index: int, threads: int) -> Any:
         manifest = bundle.manifest
         tap, after = manifest.taps[index], manifest.architecture.taps[index].after
         source = manifest.segments[after - 1].output if after else manifest.segments[0].input
@@ -69,11 +64,11 @@ class Head:
         return session(bundle, tap.encoder, threads, inputs, [tap.latent])
 
 
-def softmax(logits_K: Floats) -> Floats:
-    """Probabilities of one input."""
-    weights_K = np.exp(logits_K - logits_K.max())
-    probabilities_K: Floats = weights_K / weights_K.sum()
-    return probabilities_K
+def softmax(logits: Floats) -> Floats:
+    """Probabilities over the last axis."""
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities: Floats = weights / weights.sum(-1, keepdims=True)
+    return probabilities
 
 
 def session(
@@ -82,24 +77,12 @@ def session(
     threads: int,
     inputs: Mapping[str, tuple[int, ...] | None],
     outputs: Sequence[tuple[int, ...]],
-) -> onnxruntime.InferenceSession:
+) -> Any:
     """An ONNX graph of the bundle with exactly these inputs and outputs. Raises BundleError.
 
     Shapes are of float32 arrays without their batch of one; None is one int64.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not eat the battery
-    options.log_severity_level = 3
-    try:
-        found = onnxruntime.InferenceSession(bundle.read(name), options, providers=["CPUExecutionProvider"])
-    except BundleError:
-        raise
-    except Exception as error:  # onnxruntime's own classes share no public base
-        raise BundleError(
-            f"{bundle.folder / name}: not a usable ONNX graph: {str(error).splitlines()[0][:200]}"
-        ) from error
+    found = open_graph(bundle, name, threads)
     names = [node.name for node in found.get_inputs()]
     if names != list(inputs):
         raise BundleError(f"{bundle.folder / name}: inputs are named {names}, expected {list(inputs)}")

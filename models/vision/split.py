@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from models.manifest import Architecture, TapArchitecture
+from models.vision.blocks import Blocks
 from models.vision.efficientnet_lite import EfficientNetLite, InvertedResidual, Stage, conv_bn, fuse_batch_norms
 from models.vision.slim import SlimEncoder
 
@@ -114,7 +115,7 @@ class DenseDecoder(nn.Module):
         return features_BCHW
 
 
-def repeated(backbone: EfficientNetLite, tap: TapArchitecture) -> nn.Sequential:
+def repeated(backbone: Blocks, tap: TapArchitecture) -> nn.Sequential:
     """The blocks that the encoder of a tap behind the image repeats: the first, and the one before `rejoin`."""
     return nn.Sequential(*backbone.section(0, tap.blocks), backbone.blocks[tap.rejoin - 1])
 
@@ -126,7 +127,7 @@ class Tap(nn.Module):
     batch norms fused.
     """
 
-    def __init__(self, architecture: TapArchitecture, backbone: EfficientNetLite, cuts: tuple[int, ...]) -> None:
+    def __init__(self, architecture: TapArchitecture, backbone: Blocks, cuts: tuple[int, ...]) -> None:
         super().__init__()
         self.latent_channels = latent = architecture.latent_channels
         self.rejoin = architecture.rejoin or cuts[-1]
@@ -155,11 +156,12 @@ class Tap(nn.Module):
 class SplitClassifier(nn.Module):
     """Backbone, cuts, exits, taps and heads as one module, so that one state dict holds all weights."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, backbone: Blocks | None = None) -> None:
+        """`backbone`: the network itself, where its name is not that of one we can build."""
         super().__init__()
         self.cuts = architecture.cuts
         first, *others = architecture.classes
-        self.backbone = EfficientNetLite(architecture.backbone, first)
+        self.backbone = backbone or EfficientNetLite(architecture.backbone, first)
         widths = [self.backbone.channels[cut - 1] for cut in self.cuts]
         self.exits = nn.ModuleList(ExitHead(width, first) for width in widths)
         self.taps = nn.ModuleList(Tap(tap, self.backbone, self.cuts) for tap in architecture.taps)

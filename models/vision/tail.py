@@ -14,6 +14,7 @@ from models.bundle import Bundle
 from models.catalog import BUILDERS
 from models.errors import BundleError
 from models.vision.efficientnet_lite import fuse_batch_norms
+from models.vision.graph_tail import GraphTail
 from models.vision.split import SplitClassifier
 
 Floats = NDArray[np.float32]
@@ -55,13 +56,20 @@ class Tail:
         return [probabilities(self._split.answer(features_BCHW, task, tap)) for task in tasks]
 
 
+def open_tail(bundle: Bundle) -> Tail | GraphTail:
+    """The cloud's half of any bundle. Raises BundleError when weights or graphs do not fit."""
+    return GraphTail(bundle) if bundle.manifest.graphs else Tail(bundle)
+
+
 def load_split(bundle: Bundle) -> SplitClassifier:
     """The bundle's network with its weights in float32, in eval mode. Raises BundleError."""
-    architecture = bundle.manifest.architecture
+    architecture, weights = bundle.manifest.architecture, bundle.manifest.weights
+    if weights is None:
+        raise BundleError(f"{bundle.folder}: the manifest names no weights")
     builder = BUILDERS.get(architecture.builder)
     if builder is None:
         raise BundleError(f"{bundle.folder}: no builder {architecture.builder!r}, there are {', '.join(BUILDERS)}")
-    stored = {name: torch.from_numpy(array) for name, array in bundle.tensors(bundle.manifest.weights).items()}
+    stored = {name: torch.from_numpy(array) for name, array in bundle.tensors(weights).items()}
     try:
         with torch.device("meta"):
             split = builder(architecture)

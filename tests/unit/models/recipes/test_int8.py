@@ -20,7 +20,7 @@ def small_net(inputs: int) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def graphs() -> list[bytes]:
-    return [onnx_bytes(small_net(3), (3, 16, 16), 1), onnx_bytes(small_net(4), (4, 16, 16), 1)]
+    return [onnx_bytes(small_net(n), {"x": torch.zeros(1, n, 16, 16)}, 1) for n in (3, 4)]
 
 
 @pytest.fixture

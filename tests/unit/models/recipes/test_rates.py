@@ -74,7 +74,7 @@ def test_integers_are_collected_for_each_rate(tmp_path: Path) -> None:
     images_NHW = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
     views = make_views(tmp_path, images_NHW, seed=0)
     rates = Rates(1, (1.0, 0.1))
-    coarse, fine = integers(views, "images", lambda images_BHW: images_BHW.unsqueeze(1), rates)
+    coarse, fine = integers(views.passes[0]["images"], lambda images_BHW: images_BHW.unsqueeze(1), rates)
     images = np.asarray(views.passes[0]["images"], np.float32)[:, None]
     np.testing.assert_array_equal(coarse, np.rint(images * rates.gains_RC[0, 0]))
     assert fine.shape == (40, 1, 16, 16)

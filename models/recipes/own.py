@@ -1,0 +1,248 @@
+"""A person's own classifier and a folder of images -> a bundle. The classifier itself stays exactly what it is.
+
+    model --capture, cut--> blocks --distil--> exits + bottleneck + a tail of its own --calibrate--> bundle
+
+The device gets ONNX graphs, and so does the cloud: neither needs the code that the model was written in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.bundle import Bundle
+from models.errors import InvalidInput
+from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
+from models.recipes import export, own_data
+from models.recipes.augment import random_affine, random_contrast
+from models.recipes.cutting import Captured, Cut, blocks
+from models.recipes.distil import Distillation, Weights
+from models.recipes.fit_tables import fit
+from models.recipes.own_data import Images, normalise
+from models.recipes.rates import integers
+from models.recipes.trainer import Run, Schedule
+from models.recipes.views import BATCH
+from models.vision.blocks import Blocks
+from models.vision.split import SplitClassifier
+
+BUILDER = "graphs"
+TASK = "class"
+BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 10, 4, 2, 4
+PRICES = (2.0, 0.8, 0.3, 0.1)  # of JPEG_SHARE, in units of cross-entropy
+JPEG_SHARE = 0.1  # of a JPEG of quality 75: the bytes that prices are stated in
+LATENT_CHANNELS, DECODER_CHANNELS = 16, 128
+HEAD_SHARE, FIRST_SHARE = 0.6, 0.5  # of the model's operations before the cut; of those, before an earlier exit
+RANGE_IMAGES = 64  # that an int8 head's scales are found on
+MAX_PAYLOAD = 1 << 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to call the bundle, how its images are made, and where it is cut (proposed when no cut is named)."""
+
+    name: str
+    licence: str
+    preprocessing: Preprocessing
+    cuts: tuple[str, ...] = ()
+
+
+def load_model(reference: str) -> nn.Module:
+    """The module that `package.module:factory` makes, called without arguments.
+
+    Raises InvalidInput when it cannot be imported, is not there, fails, or gives something else.
+    """
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise InvalidInput(f"--model {reference!r}: expected package.module:factory")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        model = factory()
+    except Exception as error:  # it is not our code
+        raise InvalidInput(f"--model {reference}: {type(error).__name__}: {str(error).splitlines()[:1]}") from error
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"--model {reference} made a {type(model).__name__}, expected a torch.nn.Module")
+    return model.float().eval()
+
+
+def proposed(captured: Captured) -> tuple[str, ...]:
+    """One or two cuts: the smallest feature map within HEAD_SHARE of the operations, and one for an earlier exit."""
+
+    def smallest(share: float, of: int) -> Cut:
+        within = [cut for cut in captured.cuts if cut.macs <= share * of] or list(captured.cuts[:1])
+        return min(within, key=lambda cut: (cut.values, cut.macs))
+
+    main = smallest(HEAD_SHARE, captured.macs)
+    first = smallest(FIRST_SHARE, main.macs)
+    return (first.name, main.name) if first.macs < main.macs else (main.name,)
+
+
+def backbone(captured: Captured, cuts: Sequence[str]) -> Blocks:
+    """The model's blocks; behind the last cut two more, if they can be, where features are compared in training."""
+    names = [cut.name for cut in captured.cuts]
+    split = blocks(captured, cuts)  # refuses what is no cut
+    behind = names[names.index(cuts[-1]) + 1 :]
+    extra = sorted({len(behind) // 2, len(behind) - 1}) if len(behind) > 1 else range(len(behind))
+    chosen = [*cuts, *(behind[index] for index in extra)]
+    channels = {cut.name: cut.shape[0] for cut in captured.cuts}
+    if len(chosen) > len(cuts):
+        split = blocks(captured, chosen)
+    return Blocks(list(split.children()), [channels[name] for name in chosen])
+
+
+def architecture(captured: Captured, cuts: Sequence[str]) -> Architecture:
+    """One tap behind the last cut, with a tail of its own."""
+    tap = TapArchitecture(
+        after=len(cuts),
+        own_tail=True,
+        latent_channels=LATENT_CHANNELS,
+        decoder_channels=DECODER_CHANNELS,
+        rates=len(PRICES),
+    )
+    places = tuple(range(1, len(cuts) + 1))
+    return Architecture(builder=BUILDER, backbone="own", classes=(captured.classes,), cuts=places, taps=(tap,))
+
+
+def batches(part: Images, targets_NK: Tensor, spec: Preprocessing, generator: torch.Generator) -> Iterator[Batch]:
+    """One epoch in random order; a last partial batch is left out."""
+    order = torch.randperm(len(part), generator=generator)
+    for start in range(0, len(part) - BATCH + 1, BATCH):
+        chosen = order[start : start + BATCH]
+        images_B3HW = torch.from_numpy(part.images_N3HW[chosen.numpy()]).float().div_(255)
+        images_B3HW = random_contrast(random_affine(images_B3HW, generator), generator)
+        yield Batch(normalised(images_B3HW, spec), targets_NK[chosen])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Augmented images, and what they should be answered with."""
+
+    images_B3HW: Tensor
+    target_BK: Tensor
+    ramp: float = 1.0  # of the price of bytes
+
+
+def normalised(images_B3HW: Tensor, spec: Preprocessing) -> Tensor:
+    """Values in [0, 1] -> what the network takes, channels last."""
+    mean, deviation = (torch.tensor(x)[:, None, None] for x in (spec.mean, spec.deviation))
+    return ((images_B3HW - mean) / deviation).contiguous(memory_format=torch.channels_last)
+
+
+def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec: Preprocessing) -> Distillation:
+    """Bottleneck and exits, then the decoder, then the tap's own tail; returns them averaged, in eval mode."""
+
+    def loss_of(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        return module.loss(batch.images_B3HW, batch.target_BK, batch.ramp)
+
+    def epoch_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        return batches(part, targets_NK, spec, generator)
+
+    def ramped_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        for batch in batches(part, targets_NK, spec, generator):
+            yield Batch(batch.images_B3HW, batch.target_BK, min(epoch / RAMP_EPOCHS, 1.0))
+
+    steps = len(part) // BATCH
+    average = run.fit("bridge", module, ramped_batches, loss_of, Schedule(BRIDGE_EPOCHS, steps, peak_lr=2e-3))
+    module.load_state_dict(average.state_dict())
+    module.freeze_encoder()
+    average = run.fit("decoder", module, epoch_batches, loss_of, Schedule(DECODER_EPOCHS, steps, peak_lr=5e-4))
+    module.load_state_dict(average.state_dict())
+    module.free_tail()
+    average = run.fit("tail", module, epoch_batches, loss_of, Schedule(TAIL_EPOCHS, steps, peak_lr=2e-4))
+    assert isinstance(average, Distillation)
+    return average
+
+
+def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: Preprocessing) -> float:
+    """What all of `train` will take, from two steps of it."""
+    each = []
+    for batch, _ in zip(batches(part, targets_NK, spec, torch.Generator().manual_seed(0)), range(2), strict=False):
+        started_s = time.perf_counter()
+        module.train().loss(batch.images_B3HW, batch.target_BK)[0].backward()  # type: ignore[no-untyped-call]
+        each.append(time.perf_counter() - started_s)
+    module.zero_grad()
+    return each[-1] * (len(part) // BATCH) * (BRIDGE_EPOCHS + DECODER_EPOCHS + TAIL_EPOCHS)
+
+
+def answers(split: SplitClassifier, part: Images, spec: Preprocessing) -> Tensor:
+    """The model's own probabilities, (N, K)."""
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                split(torch.from_numpy(normalise(part.images_N3HW[start : start + BATCH], spec))).softmax(1)
+                for start in range(0, len(part), BATCH)
+            ]
+        )
+
+
+def make(
+    folder: Path, run: Run, command: str, captured: Captured, data: own_data.Folder, settings: Settings
+) -> tuple[Bundle, dict[str, float]]:
+    """The whole recipe: the bundle, and figures that its manifest does not hold.
+
+    Raises InvalidInput when data and model do not fit each other. Interrupted, it goes on where its last epoch ended.
+    """
+    if data.classes and len(data.classes) != captured.classes:
+        raise InvalidInput(
+            f"{data.root} has {len(data.classes)} sub-folders as classes, the model answers {captured.classes} classes"
+        )
+    spec = settings.preprocessing
+    parts = own_data.load(data, spec)
+    cuts = settings.cuts or proposed(captured)
+    built = architecture(captured, cuts)
+    torch.manual_seed(run.seed)
+    split = SplitClassifier(built, backbone(captured, cuts))
+    split.eval()
+    own_answers = {name: answers(split, part, spec) for name, part in parts.items()}
+    labels = {
+        name: own_answers[name].argmax(1).numpy() if part.labels_N is None else part.labels_N
+        for name, part in parts.items()
+    }
+    targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels["train"])]
+    kilobyte_budget = JPEG_SHARE * own_data.jpeg_bytes(parts["test"].images_N3HW) / 1024
+    module = Distillation(split, 0, Weights(tuple(price / kilobyte_budget for price in PRICES)))
+    print(f"training takes about {seconds_left(module, parts['train'], targets_NK, spec) / 60:.0f} minutes")
+    finished = train(run, module, parts["train"], targets_NK, spec).eval()
+    split = finished.split.eval()
+
+    def latent(images_B3HW: Tensor) -> Tensor:
+        features_BCHW: Tensor = split.tap(0).encoder(split.trunk(normalised(images_B3HW / 255, spec)))
+        return features_BCHW
+
+    sent = integers(parts["train"].images_N3HW, latent, finished.rates)
+    tap = export.TrainedTap("bottleneck", fit(sent, finished.rates.gains_RC), MAX_PAYLOAD)
+    names = data.classes or tuple(f"class {index}" for index in range(captured.classes))
+    ranges = [normalise(image_3HW, spec) for image_3HW in parts["train"].images_N3HW[:RANGE_IMAGES]]
+    what = "labelled" if data.classes else "unlabelled: accuracy is agreement with the model"
+    bundle = export.write(
+        folder,
+        export.Trained(split, (tap,), (Task(name=TASK, labels=names),), built, spec, ranges),
+        about={"name": settings.name, "licence": settings.licence},
+        training={
+            "command": command,
+            "seed": run.seed,
+            "seconds": run.seconds(),
+            "data": f"{len(data.paths)} images of the user's, {what}; cut behind {', '.join(cuts)}",
+        },
+        calibration=own_data.samples(parts["calibration"], labels["calibration"], spec),
+        test=own_data.samples(parts["test"], labels["test"], spec),
+    )
+    return bundle, {"jpeg75_bytes": kilobyte_budget * 1024 / JPEG_SHARE}
+
+
+def table(captured: Captured, chosen: Sequence[str], image_values: int) -> list[str]:
+    """Where the model can be cut: the share of its operations and time before, and the values that cross."""
+    lines = ["  cut                               shape           MMAC   share    ms   values, of the image's"]
+    for cut in captured.cuts:
+        mark = ">" if cut.name in chosen else " "
+        shape = "x".join(map(str, cut.shape))
+        lines.append(
+            f"{mark} {cut.name:<32}  {shape:<12} {cut.macs / 1e6:7.1f}  {cut.macs / captured.macs:5.0%}"
+            f"  {1000 * cut.seconds:6.1f}  {cut.values:8} {cut.values / image_values:5.0%}"
+        )
+    return lines

@@ -1,0 +1,73 @@
+"""The cloud's half of a network that came as ONNX graphs: what `Tail` is for those whose code we have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from models.errors import BundleError, InvalidInput
+from models.vision.graphs import open_graph
+from models.vision.head import softmax
+
+Floats = NDArray[np.float32]
+
+
+class GraphTail:
+    """Answers batches of latents and of whole images, by ONNX Runtime."""
+
+    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        """`threads` for ONNX Runtime; 0 for every core. Raises BundleError when a graph is not what it should be."""
+        manifest = bundle.manifest
+        if manifest.graphs is None:
+            raise BundleError(f"{bundle.folder}: the manifest names no graphs")
+        classes = len(manifest.tasks[0].labels)
+        image = {"x": ("tensor(float)", (3, *manifest.preprocessing.crop))}
+        self._image = session(bundle, manifest.graphs.image, threads, image, classes)
+        self._taps = [
+            session(
+                bundle, name, threads, {"latent": ("tensor(float)", tap.latent), "rate": ("tensor(int64)", ())}, classes
+            )
+            for name, tap in zip(manifest.graphs.taps, manifest.taps, strict=True)
+        ]
+
+    def answer_latents(self, tap: int, latents: Sequence[Floats], rates: Sequence[int]) -> Floats:
+        """Dequantised latents (C, H, W) of a tap with their rates -> probabilities_BK."""
+        inputs = {"latent": np.stack(latents), "rate": np.array(rates, np.int64)}
+        return softmax(self._taps[tap].run(None, inputs)[0])
+
+    def answer_images(self, images: Sequence[Floats]) -> Floats:
+        """Preprocessed images (3, H, W) -> probabilities_BK, by the uncut network."""
+        return softmax(self._image.run(None, {"x": np.stack(images)})[0])
+
+    def latents_to_tasks(
+        self, tap: int, latents: Sequence[Floats], rates: Sequence[int], tasks: Sequence[int]
+    ) -> list[Floats]:
+        """Probabilities_BK for each of `tasks`, of which there is but one."""
+        return [self.answer_latents(tap, latents, rates) for _ in the_only(tasks)]
+
+    def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
+        """Probabilities_BK for each of `tasks`, of which there is but one."""
+        return [self.answer_images(images) for _ in the_only(tasks)]
+
+
+def the_only(tasks: Sequence[int]) -> Sequence[int]:
+    """Raise InvalidInput when any task but the first is asked for."""
+    if any(tasks):
+        raise InvalidInput(f"tasks {list(tasks)} were asked for, a network of graphs answers task 0 alone")
+    return tasks
+
+
+def session(
+    bundle: Bundle, name: str, threads: int, inputs: Mapping[str, tuple[str, tuple[int, ...]]], classes: int
+) -> Any:
+    """An ONNX graph of the bundle with these inputs (type and shape of one) and logits for any batch."""
+    found = open_graph(bundle, name, threads)
+    got = {node.name: (node.type, tuple(node.shape[1:])) for node in found.get_inputs()}
+    answers = [(node.type, tuple(node.shape[1:])) for node in found.get_outputs()]
+    if got != inputs or answers != [("tensor(float)", (classes,))]:
+        raise BundleError(f"{bundle.folder / name}: takes {got} and gives {answers}, the manifest says {inputs}")
+    return found
