@@ -12,7 +12,7 @@ from models.bundle import Bundle
 from models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
 from models.types import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from models.vision.images import open_image, preprocess
-from models.vision.tail import Tail
+from models.vision.tail import open_tail
 
 Floats = NDArray[np.float32]
 Probabilities = tuple[tuple[float, ...], ...]  # of each task asked for, in the bundle's order
@@ -47,7 +47,7 @@ class Answerer:
             taps=tuple(TapInfo(tap.name, len(tap.widths[0].rates)) for tap in self.manifest.taps),
         )
         self._codecs = [bundle.codec(tap) for tap in range(len(self.manifest.taps))]
-        self._tail = Tail(bundle)
+        self._tail = open_tail(bundle)
 
     def check(self, request: CloudRequest) -> None:
         """Raise InvalidInput or PayloadTooLarge when its fields alone tell that this bundle cannot answer it."""
