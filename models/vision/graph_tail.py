@@ -68,6 +68,8 @@ def session(
     found = open_graph(bundle, name, threads)
     got = {node.name: (node.type, tuple(node.shape[1:])) for node in found.get_inputs()}
     answers = [(node.type, tuple(node.shape[1:])) for node in found.get_outputs()]
+    if isinstance(found.get_inputs()[0].shape[0], int):
+        raise BundleError(f"{bundle.folder / name}: takes one batch alone, it must take any")
     if got != inputs or answers != [("tensor(float)", (classes,))]:
         raise BundleError(f"{bundle.folder / name}: takes {got} and gives {answers}, the manifest says {inputs}")
     return found
