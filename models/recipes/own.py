@@ -8,8 +8,9 @@ The device gets ONNX graphs, and so does the cloud: neither needs the code that 
 from __future__ import annotations
 
 import importlib
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,24 +33,26 @@ from models.vision.blocks import Blocks
 from models.vision.split import SplitClassifier
 
 BUILDER = "graphs"
-TASK = "class"
 BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 10, 4, 2, 4
 PRICES = (2.0, 0.8, 0.3, 0.1)  # of JPEG_SHARE, in units of cross-entropy
 JPEG_SHARE = 0.1  # of a JPEG of quality 75: the bytes that prices are stated in
 LATENT_CHANNELS, DECODER_CHANNELS = 16, 128
 HEAD_SHARE, FIRST_SHARE = 0.6, 0.5  # of the model's operations before the cut; of those, before an earlier exit
+EPOCH_IMAGES = 8192  # at most: a larger folder is seen over several epochs
+JPEG_IMAGES = 512  # whose mean size is the unit of prices
 RANGE_IMAGES = 64  # that an int8 head's scales are found on
 MAX_PAYLOAD = 1 << 16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to call the bundle, how its images are made, and where it is cut (proposed when no cut is named)."""
+    """What to call the bundle, its images, where it is cut (proposed when no cut is named), its question."""
 
     name: str
     licence: str
     preprocessing: Preprocessing
     cuts: tuple[str, ...] = ()
+    task: str = "class"
 
 
 def load_model(reference: str) -> nn.Module:
@@ -109,9 +112,9 @@ def architecture(captured: Captured, cuts: Sequence[str]) -> Architecture:
 
 
 def batches(part: Images, targets_NK: Tensor, spec: Preprocessing, generator: torch.Generator) -> Iterator[Batch]:
-    """One epoch in random order; a last partial batch is left out."""
-    order = torch.randperm(len(part), generator=generator)
-    for start in range(0, len(part) - BATCH + 1, BATCH):
+    """One epoch in random order, of at most EPOCH_IMAGES; a last partial batch is left out."""
+    order = torch.randperm(len(part), generator=generator)[:EPOCH_IMAGES]
+    for start in range(0, len(order) - BATCH + 1, BATCH):
         chosen = order[start : start + BATCH]
         images_B3HW = torch.from_numpy(part.images_N3HW[chosen.numpy()]).float().div_(255)
         images_B3HW = random_contrast(random_affine(images_B3HW, generator), generator)
@@ -146,7 +149,7 @@ def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec
         for batch in batches(part, targets_NK, spec, generator):
             yield Batch(batch.images_B3HW, batch.target_BK, min(epoch / RAMP_EPOCHS, 1.0))
 
-    steps = len(part) // BATCH
+    steps = steps_of(part)
     average = run.fit("bridge", module, ramped_batches, loss_of, Schedule(BRIDGE_EPOCHS, steps, peak_lr=2e-3))
     module.load_state_dict(average.state_dict())
     module.freeze_encoder()
@@ -158,6 +161,11 @@ def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec
     return average
 
 
+def steps_of(part: Images) -> int:
+    """Batches of an epoch."""
+    return min(len(part), EPOCH_IMAGES) // BATCH
+
+
 def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: Preprocessing) -> float:
     """What all of `train` will take, from two steps of it."""
     each = []
@@ -166,7 +174,7 @@ def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: P
         module.train().loss(batch.images_B3HW, batch.target_BK)[0].backward()  # type: ignore[no-untyped-call]
         each.append(time.perf_counter() - started_s)
     module.zero_grad()
-    return each[-1] * (len(part) // BATCH) * (BRIDGE_EPOCHS + DECODER_EPOCHS + TAIL_EPOCHS)
+    return each[-1] * steps_of(part) * (BRIDGE_EPOCHS + DECODER_EPOCHS + TAIL_EPOCHS)
 
 
 def answers(split: SplitClassifier, part: Images, spec: Preprocessing) -> Tensor:
@@ -191,8 +199,27 @@ def make(
         raise InvalidInput(
             f"{data.root} has {len(data.classes)} sub-folders as classes, the model answers {captured.classes} classes"
         )
-    spec = settings.preprocessing
-    parts = own_data.load(data, spec)
+    parts = own_data.load(data, settings.preprocessing)
+    names = data.classes or tuple(f"class {index}" for index in range(captured.classes))
+    what = "labelled" if data.classes else "unlabelled: accuracy is agreement with the model"
+    bundle = build(
+        folder, run, command, captured, parts, names, f"{len(data.paths)} images of the user's, {what}", settings
+    )
+    return bundle, {"jpeg75_bytes": own_data.jpeg_bytes(parts["test"].images_N3HW)}
+
+
+def build(
+    folder: Path,
+    run: Run,
+    command: str,
+    captured: Captured,
+    parts: Mapping[str, Images],
+    names: tuple[str, ...],
+    what: str,
+    settings: Settings,
+) -> Bundle:
+    """Distil, calibrate, measure and write; `names` of the classes, `what` the images are."""
+    spec, train_part = settings.preprocessing, parts["train"]
     cuts = settings.cuts or proposed(captured)
     built = architecture(captured, cuts)
     torch.manual_seed(run.seed)
@@ -204,35 +231,33 @@ def make(
         for name, part in parts.items()
     }
     targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels["train"])]
-    kilobyte_budget = JPEG_SHARE * own_data.jpeg_bytes(parts["test"].images_N3HW) / 1024
+    kilobyte_budget = JPEG_SHARE * own_data.jpeg_bytes(train_part.images_N3HW[:JPEG_IMAGES]) / 1024
     module = Distillation(split, 0, Weights(tuple(price / kilobyte_budget for price in PRICES)))
-    print(f"training takes about {seconds_left(module, parts['train'], targets_NK, spec) / 60:.0f} minutes")
-    finished = train(run, module, parts["train"], targets_NK, spec).eval()
+    minutes = seconds_left(module, train_part, targets_NK, spec) / 60
+    print(f"training takes about {minutes:.0f} minutes", file=sys.stderr)
+    finished = train(run, module, train_part, targets_NK, spec).eval()
     split = finished.split.eval()
 
     def latent(images_B3HW: Tensor) -> Tensor:
         features_BCHW: Tensor = split.tap(0).encoder(split.trunk(normalised(images_B3HW / 255, spec)))
         return features_BCHW
 
-    sent = integers(parts["train"].images_N3HW, latent, finished.rates)
+    sent = integers(train_part.images_N3HW[:EPOCH_IMAGES], latent, finished.rates)
     tap = export.TrainedTap("bottleneck", fit(sent, finished.rates.gains_RC), MAX_PAYLOAD)
-    names = data.classes or tuple(f"class {index}" for index in range(captured.classes))
-    ranges = [normalise(image_3HW, spec) for image_3HW in parts["train"].images_N3HW[:RANGE_IMAGES]]
-    what = "labelled" if data.classes else "unlabelled: accuracy is agreement with the model"
-    bundle = export.write(
+    ranges = [normalise(image_3HW, spec) for image_3HW in train_part.images_N3HW[:RANGE_IMAGES]]
+    return export.write(
         folder,
-        export.Trained(split, (tap,), (Task(name=TASK, labels=names),), built, spec, ranges),
+        export.Trained(split, (tap,), (Task(name=settings.task, labels=names),), built, spec, ranges),
         about={"name": settings.name, "licence": settings.licence},
         training={
             "command": command,
             "seed": run.seed,
             "seconds": run.seconds(),
-            "data": f"{len(data.paths)} images of the user's, {what}; cut behind {', '.join(cuts)}",
+            "data": f"{what}; cut behind {', '.join(cuts)}",
         },
         calibration=own_data.samples(parts["calibration"], labels["calibration"], spec),
         test=own_data.samples(parts["test"], labels["test"], spec),
     )
-    return bundle, {"jpeg75_bytes": kilobyte_budget * 1024 / JPEG_SHARE}
 
 
 def table(captured: Captured, chosen: Sequence[str], image_values: int) -> list[str]:

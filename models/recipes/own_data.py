@@ -24,14 +24,14 @@ MAX_BYTES = 8 << 30  # of all images as the network takes them
 
 @dataclass(frozen=True)
 class Images:
-    """One part: images as the network takes them but in 8 bits, their files, and classes where there are labels."""
+    """One part: images as the network takes them but in 8 bits, classes where there are labels, files if they had."""
 
     images_N3HW: NDArray[np.uint8]
-    paths: tuple[Path, ...]
     labels_N: NDArray[np.int64] | None
+    paths: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images_N3HW)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load(folder: Folder, spec: Preprocessing) -> dict[str, Images]:
             except (InvalidInput, OSError):
                 broken.append(path)
         labels_N = np.array([folder.label(path) for path in paths], np.int64) if folder.classes else None
-        found[part] = Images(images_N3HW, tuple(paths), labels_N)
+        found[part] = Images(images_N3HW, labels_N, tuple(paths))
     if broken:
         raise InvalidInput(f"{len(broken)} of {len(folder.paths)} images do not open, the first is {broken[0]}")
     return found

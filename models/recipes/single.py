@@ -22,7 +22,7 @@ from models.codecs.contextual import ContextualCodec
 from models.errors import InvalidInput
 from models.manifest import TapArchitecture
 from models.recipes import light
-from models.recipes.bridge import Bridge
+from models.recipes.bridge import Bridge, new_bridge
 from models.recipes.components import Components
 from models.recipes.export import macs
 from models.recipes.fit_tables import fit
@@ -64,7 +64,7 @@ def trained(work: Path, split: SplitClassifier, tap: TapArchitecture) -> list[Si
         if not path.exists():
             raise InvalidInput(f"{path} is missing: train it with `python -m models.recipes baselines {METHOD}`")
         state = torch.load(work / f"{METHOD}-{price:g}-refine.ckpt", weights_only=True)
-        bridge = light.new_bridge(split, tap, split.tap(0).slim.bottleneck, (price,))
+        bridge = new_bridge(split, tap, split.tap(0).slim.bottleneck, (price,), settled=True)
         bridge.load_state_dict(state["average"])
         tensors = safetensors.numpy.load_file(path)
         found.append(SingleRate(f"price {price:g}", bridge.eval(), split, tensors))

@@ -7,7 +7,7 @@ a run of a dozen epochs sees anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,21 @@ def make_views(folder: Path, images_NHW: NDArray[np.uint8], seed: int) -> Views:
     folder.mkdir(parents=True, exist_ok=True)
     for view in range(VIEWS):
         write(folder, view, "images", images_NHW, augmented(view, torch.Generator().manual_seed(seed * VIEWS + view)))
+    return open_views(folder)
+
+
+def draw_views(folder: Path, count: int, shape: tuple[int, ...], rows: Iterable[NDArray[np.uint8]]) -> Views:
+    """Write what `rows` gives: all views of one photograph after another, each (VIEWS, *shape). Done before: opens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markers = [folder / f"{view}.images.done" for view in range(VIEWS)]
+    if not all(marker.exists() for marker in markers):
+        paths = [folder / f"{view}.images.npy" for view in range(VIEWS)]
+        files = [open_memmap(path, "w+", np.uint8, (count, *shape)) for path in paths]  # type: ignore[no-untyped-call]
+        for row, images in enumerate(rows):
+            for file, image in zip(files, images, strict=True):
+                file[row] = image
+        for marker in markers:
+            marker.touch()
     return open_views(folder)
 
 

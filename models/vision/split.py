@@ -59,7 +59,8 @@ class Encoder(nn.Module):
         self.body = InvertedResidual(inputs, inputs, Stage(inputs, 1, 1, 3, 2), stride=1)
         self.project = nn.Conv2d(inputs, latent, 1)
 
-    def forward(self, features_BCHW: Tensor) -> Tensor:
+    def forward(self, features_BCHW: Tensor, width: int = 0) -> Tensor:
+        """`width`: of which there is but one."""
         latent_BCHW: Tensor = self.project(self.body(features_BCHW))
         return latent_BCHW
 
@@ -137,7 +138,7 @@ class Tap(nn.Module):
             self.encoder: nn.Module = Encoder(inputs, latent)
         else:
             self.encoder = SlimEncoder(repeated(backbone, architecture), latent, architecture.widths)
-        kind: type[Decoder | DenseDecoder] = Decoder if architecture.after else DenseDecoder
+        kind: type[Decoder | DenseDecoder] = DenseDecoder if architecture.rejoin else Decoder
         self.decoder = kind(latent, outputs, architecture.decoder_channels, architecture.rates)
         self.between: nn.Module | None = None
         self.tail: nn.Module | None = None

@@ -31,6 +31,12 @@ LADDERS: dict[str, dict[float, tuple[int, ...]]] = {
     "webp": {1: (75, 82, 86, 90), 2 / 3: (90,), 1 / 2: (5, 10, 30, 50, 75, 90), 1 / 3: (1, 20, 50)},
     "avif": {1: (30, 40, 50, 55, 60, 75, 90), 2 / 3: (50, 60), 1 / 2: (30, 40, 50, 60, 75), 1 / 3: (40, 50)},
 }
+# Photos in colour need coarser ones too before they are as small; grey solar cells at such qualities are at chance.
+COARSE: dict[str, dict[float, tuple[int, ...]]] = {
+    "jpeg": {1: (5, 10, 20, 30), 2 / 3: (10, 20, 30), 1 / 2: (10,), 1 / 3: (75,)},
+    "webp": {1: (1, 10, 30, 50), 2 / 3: (1, 10, 30, 50, 75), 1 / 3: (75, 90)},
+    "avif": {1: (10, 20), 2 / 3: (20, 30, 40, 70), 1 / 2: (20,), 1 / 3: (60, 75)},
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,12 @@ class ImageCodec:
             return image.convert("RGB")
 
 
-def ladder(form: str, full: int) -> list[tuple[str, ImageCodec]]:
-    """Every setting of a codec for a bundle that takes `full` pixels, with its name."""
+def ladder(form: str, full: int, *, coarse: bool = False) -> list[tuple[str, ImageCodec]]:
+    """Every setting of a codec for a bundle that takes `full` pixels, with its name; `coarse` adds those of COARSE."""
     named = []
     for share, qualities in LADDERS[form].items():
         pixels = round(full * share)
         suffix = "" if share == 1 else f"@{pixels}"
-        named += [(f"q{quality}{suffix}", ImageCodec(form, quality, pixels)) for quality in qualities]
+        for quality in sorted({*qualities, *(COARSE[form].get(share, ()) if coarse else ())}):
+            named.append((f"q{quality}{suffix}", ImageCodec(form, quality, pixels)))
     return named

@@ -1,8 +1,9 @@
 """The three figures of the SC2 benchmark for every way to the cloud: encoder size, bytes a photo, accuracy.
 
-On the ELPV test part: image codecs into the cloud model, bottlenecks of others trained on the same photos, and every
-tap, width and rate of a bundle. Each photo goes alone through each way, encoder, real bytes, decoder and tail, on one
-thread unless told otherwise. What was measured is kept under `--work`: an interrupted run goes on where it was.
+On the test photos of a bundle (ELPV's test part, unless told otherwise): image codecs into the cloud model, bottlenecks
+of others trained on the same photos, and every tap, width and rate of the bundle. Each photo goes alone through each
+way, encoder, real bytes, decoder and tail, on one thread unless told otherwise. What was measured is kept under
+`--work`: an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,29 +23,37 @@ from rich.progress import Progress
 
 from models.bundle import Bundle
 from models.errors import IsthmusError
-from models.recipes.elpv_data import load
 from models.vision.head import Head
-from models.vision.images import open_image
 from models.vision.tail import Tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_figures import compare
 from tests.bench.sc2_measure import Bench, Measured
+from tests.bench.sc2_photos import photos_of
 from tests.bench.sc2_report import plot, table
-from tests.bench.sc2_ways import METHODS, TRAINED, Way, lossless, training_command, ways
+from tests.bench.sc2_ways import METHODS, Way, lossless, trained_for, training_command, ways
 
 Row = dict[str, Any]
 
 
-def sc2(folder: Path, work: Path, methods: tuple[str, ...] | None, count: int, threads: int, resamples: int) -> Row:
+def sc2(
+    folder: Path,
+    labelled: Path | None,
+    work: Path,
+    methods: tuple[str, ...] | None,
+    count: int | None,
+    threads: int,
+    resamples: int,
+) -> Row:
     """The whole comparison as the JSON that `--json` writes."""
     torch.set_num_threads(threads)
     bundle = Bundle.open(folder)
     tail = Tail(bundle)
+    photos = photos_of(bundle.manifest.tasks[0].name, labelled)
     todo = ways(bundle, Head(bundle, threads), tail, work, methods)
-    photos = load("test")
-    chosen = np.random.default_rng(0).permutation(len(photos))[:count]
-    images = [open_image(photos.paths[index].read_bytes()) for index in chosen]
-    bench = Bench(images, bundle.manifest.preprocessing, bundle.fingerprint, work / "measured")
+    chosen = np.random.default_rng(0).permutation(len(photos.labels_N))[:count]
+    bench = Bench(
+        [photos.image(index) for index in chosen], bundle.manifest.preprocessing, bundle.fingerprint, work / "measured"
+    )
     cloud, *measured = run(bench, [lossless(bundle, tail), *todo])
     results: dict[str, list[tuple[Way, Measured]]] = {}
     for way, columns in zip(todo, measured, strict=True):
@@ -52,7 +61,7 @@ def sc2(folder: Path, work: Path, methods: tuple[str, ...] | None, count: int, t
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} used",
         "bundle": bundle.manifest.fingerprint,
-        "left_out": [method for method in TRAINED if methods is None and method not in results],
+        "left_out": [m for m in trained_for(bundle) if methods is None and m not in results],
         **compare(results, cloud, photos.labels_N[chosen], resamples),
     }
 
@@ -80,6 +89,11 @@ def parse_methods(context: click.Context, parameter: click.Parameter, value: str
 @click.command(epilog="Example: python -m tests.bench.sc2 --methods ours,jpeg,webp --json runs/sc2.json")
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "elpv", type=click.Path(path_type=Path))
 @click.option(
+    "--labelled",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Photos to test the bundle `photos` on, each name starting with its class.",
+)
+@click.option(
     "--work",
     default=Path("runs/sc2"),
     show_default=True,
@@ -87,16 +101,17 @@ def parse_methods(context: click.Context, parameter: click.Parameter, value: str
     help="Trained runs, and what was measured.",
 )
 @click.option("--methods", callback=parse_methods, help=f"Of {', '.join(METHODS)}; all that are ready, unless given.")
-@click.option("--photos", default=542, show_default=True, type=click.IntRange(2, 542))
+@click.option("--photos", type=click.IntRange(2), help="So many of the test photos; all, unless given.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--resamples", default=2000, show_default=True, type=click.IntRange(100), help="Of the bootstrap.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the picture here (PNG).")
 def main(
     bundle: Path,
+    labelled: Path | None,
     work: Path,
     methods: tuple[str, ...] | None,
-    photos: int,
+    photos: int | None,
     threads: int,
     resamples: int,
     json_path: Path | None,
@@ -104,7 +119,7 @@ def main(
 ) -> None:
     """Compare encoder size, bytes and accuracy of every way to the cloud; prints a Markdown table."""
     try:
-        result = sc2(bundle, work, methods, photos, threads, resamples)
+        result = sc2(bundle, labelled, work, methods, photos, threads, resamples)
     except (IsthmusError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

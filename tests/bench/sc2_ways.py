@@ -71,12 +71,17 @@ def lossless(bundle: Bundle, tail: Tail) -> Way:
     return image_way(bundle, tail, "cloud model", ("png", ImageCodec("png", 100)))
 
 
+def trained_for(bundle: Bundle) -> tuple[str, ...]:
+    """Methods that are trained on a bundle's own photos: on ELPV alone."""
+    return TRAINED if bundle.manifest.tasks[0].name == "defect" else ()
+
+
 def ways(bundle: Bundle, head: Head, tail: Tail, work: Path, methods: Sequence[str] | None) -> list[Way]:
     """All settings of `methods`; None: of every method that is ready, trained runs being looked for under `work`.
 
     Raises InvalidInput for a method asked for by name whose training is missing or not finished.
     """
-    chosen = METHODS if methods is None else methods
+    chosen = (*CODECS, *trained_for(bundle), OURS) if methods is None else methods
     found = [image_way(bundle, tail, form, step) for form in CODECS if form in chosen for step in steps(form, bundle)]
     for method in (method for method in TRAINED if method in chosen):
         try:
@@ -93,7 +98,8 @@ def training_command(methods: Sequence[str], work: Path) -> str:
 
 
 def steps(form: str, bundle: Bundle) -> list[tuple[str, ImageCodec]]:
-    return ladder(form, bundle.manifest.preprocessing.resize)
+    manifest = bundle.manifest
+    return ladder(form, manifest.preprocessing.resize, coarse=manifest.tasks[0].name != "defect")
 
 
 def image_way(bundle: Bundle, tail: Tail, method: str, named: tuple[str, ImageCodec]) -> Way:

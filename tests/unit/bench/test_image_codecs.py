@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from models.errors import InvalidInput
-from tests.bench.image_codecs import CODECS, LADDERS, ImageCodec, ladder
+from tests.bench.image_codecs import COARSE, CODECS, LADDERS, ImageCodec, ladder
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,10 @@ def test_a_ladder_names_each_setting_once(form: str) -> None:
         suffix = "" if codec.pixels == 300 else f"@{codec.pixels}"
         assert name == f"q{codec.quality}{suffix}" and codec.form == form
     assert {codec.pixels for _, codec in steps} >= {300, 150}
+
+
+@pytest.mark.parametrize("form", CODECS)
+def test_coarse_settings_come_on_top(form: str) -> None:
+    fine, coarse = dict(ladder(form, 260)), dict(ladder(form, 260, coarse=True))
+    assert fine.items() <= coarse.items() and len(coarse) == len(fine) + sum(map(len, COARSE[form].values()))
+    assert min(codec.quality for codec in coarse.values()) <= 10

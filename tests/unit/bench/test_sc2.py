@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from models.bundle import Bundle
 from models.recipes.elpv_data import Photos, load
-from tests.bench import sc2
+from tests.bench import sc2, sc2_photos
 from tests.unit.bench.fakes import FakeBaseline, FakeBaselines
 
 
@@ -22,7 +22,7 @@ def photos() -> Photos:
 
 @pytest.fixture
 def run(tiny_bundle: Bundle, photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sc2, "load", lambda part: {"test": photos}[part])
+    monkeypatch.setattr(sc2_photos, "load", lambda part: {"test": photos}[part])
 
     def invoke(*arguments: str) -> Result:
         places = ["--bundle", str(tiny_bundle.folder), "--work", str(tmp_path / "work"), "--resamples", "100"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.recipes.augment import random_affine, random_contrast, random_dihedral
+from models.recipes.augment import random_affine, random_contrast, random_dihedral, random_mirror
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-ALL = pytest.mark.parametrize("augment", [random_dihedral, random_affine, random_contrast])
+ALL = pytest.mark.parametrize("augment", [random_dihedral, random_mirror, random_affine, random_contrast])
 
 
 def images(count: int = 16) -> Tensor:
@@ -68,3 +68,9 @@ def test_brightness_moves_by_a_fifth_at_most() -> None:
     means = random_contrast(plain, torch.Generator().manual_seed(0)).mean((1, 2, 3))
     assert 0.4 - 1e-6 <= means.min() < 0.42
     assert 0.58 < means.max() <= 0.6 + 1e-6
+
+
+def test_half_of_the_images_are_mirrored_whole() -> None:
+    before, after = images(200), random_mirror(images(200), torch.Generator().manual_seed(0))
+    same, turned = ((after == view).all(dim=(1, 2, 3)) for view in (before, before.flip(3)))
+    assert (same | turned).all() and 70 < int(turned.sum()) < 130

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.recipes.bridge import BETWEEN_LR, TAIL_LR, Batch, Bridge, Weights, batch_of, ramp
-from models.recipes.light import new_bridge
+from models.recipes.bridge import BETWEEN_LR, TAIL_LR, Batch, Bridge, Weights, batch_of, new_bridge, ramp
 from models.recipes.rates import Rates
 from models.vision.efficientnet_lite import EfficientNetLite
 from models.vision.split import DenseDecoder, SplitClassifier
@@ -106,7 +105,7 @@ def test_a_tap_with_a_tail_of_its_own_takes_a_bridges() -> None:
     tap = split.tap(0)
     assert tap.tail is not None
     assert tap.between is not None
-    bridge = new_bridge(split, TINY.taps[0], tap.slim.bottleneck, (1.0, 0.5, 0.1))
+    bridge = new_bridge(split, TINY.taps[0], tap.slim.bottleneck, (1.0, 0.5, 0.1), settled=True)
     bridge.free_tail()
     with torch.no_grad():
         for parameter in (*bridge.between.parameters(), *bridge.tail.parameters()):

@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.recipes.components import Components, find_components, information, start
+from models.recipes.components import (
+    Components,
+    find_components,
+    information,
+    start,
+    start_decoder,
+    start_projection,
+)
 from models.vision.efficientnet_lite import EfficientNetLite
 from models.vision.slim import SlimEncoder
+from models.vision.split import DenseDecoder, Encoder
 
 CHANNELS = 6
 
@@ -82,3 +90,14 @@ def test_an_encoder_starts_with_the_components_of_its_backbone(monkeypatch: pyte
     torch.testing.assert_close(found, wanted.latent(features), rtol=1e-2, atol=1e-2)
     assert narrow.shape == found.shape
     assert not torch.allclose(narrow, found)
+
+
+@torch.no_grad()
+def test_an_encoder_of_features_starts_as_their_components_and_a_decoder_as_the_way_back(features: Tensor) -> None:
+    found = find_components(features, Reads(0, 1), CHANNELS)
+    encoder, decoder = Encoder(CHANNELS, CHANNELS).eval(), DenseDecoder(CHANNELS, CHANNELS, 8, 2).eval()
+    start_projection(encoder, found)
+    start_decoder(decoder, found)
+    torch.testing.assert_close(encoder(features), found.latent(features), rtol=1e-3, atol=1e-3)
+    rate_B = torch.zeros(len(features), dtype=torch.long)
+    torch.testing.assert_close(decoder(encoder(features), rate_B), features, rtol=1e-3, atol=1e-3)

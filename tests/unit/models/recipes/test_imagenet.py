@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.recipes.imagenet import load_lite2
+from models.recipes.imagenet import class_names, load_lite2
 from models.vision.efficientnet_lite import EfficientNetLite
 
 
@@ -19,3 +19,14 @@ def test_a_classifier_of_another_size_stays_as_it_is() -> None:
 def test_another_backbone_is_refused() -> None:
     with pytest.raises(ValueError, match="shape|shorter|longer"):
         load_lite2(EfficientNetLite("efficientnet_lite0", classes=1000))
+
+
+def test_every_class_has_a_name_of_its_own() -> None:
+    names = class_names()
+    assert len(set(names)) == len(names) == 1000
+    assert (names[0], names[134], names[517], names[999]) == (
+        "tench",
+        "crane (bird)",
+        "crane (machine)",
+        "toilet tissue",
+    )

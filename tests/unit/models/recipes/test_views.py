@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.recipes.views import BATCH, VIEWS, Views, extend, make_views
+from models.recipes.views import BATCH, VIEWS, Views, draw_views, extend, make_views
 
 COUNT = 2 * BATCH + 3
 
@@ -94,3 +94,14 @@ def test_an_interrupted_stage_goes_on_and_is_not_offered_half_done(tmp_path: Pat
     np.testing.assert_allclose(
         whole.passes[1]["mean"], np.asarray(whole.passes[1]["images"], np.float32).mean((1, 2)) / 255, atol=1e-3
     )
+
+
+def test_views_drawn_row_by_row_are_kept(tmp_path: Path) -> None:
+    rows = [
+        np.full((VIEWS, 3, 2, 2), row, np.uint8) + np.arange(VIEWS, dtype=np.uint8)[:, None, None, None]
+        for row in (0, 50)
+    ]
+    drawn = draw_views(tmp_path, 2, (3, 2, 2), rows)
+    for view, arrays in enumerate(drawn.passes):
+        assert arrays["images"].tolist() == [np.full((3, 2, 2), row + view).tolist() for row in (0, 50)]
+    assert len(draw_views(tmp_path, 2, (3, 2, 2), [])) == 2, "drawn before, they are opened"
