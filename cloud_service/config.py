@@ -28,7 +28,7 @@ class CloudConfig:
     context_bytes: int = 2 << 30  # of all sessions' keys and values, for each model
     listen: str = "127.0.0.1:50051"
     metrics: str | None = "127.0.0.1:9101"
-    threads: int = 0  # of PyTorch; 0 for every core
+    threads: int = 0  # of a network; 0 for every core
     batch: BatchLimits = BatchLimits()
     queue_limit: int = 256  # inputs waiting; at 50 a second, five seconds of work, longer than most devices wait
     drain_s: float = 20.0

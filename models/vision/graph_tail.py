@@ -19,7 +19,7 @@ Floats = NDArray[np.float32]
 class GraphTail:
     """Answers batches of latents and of whole images, by ONNX Runtime."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, threads: int) -> None:
         """`threads` for ONNX Runtime; 0 for every core. Raises BundleError when a graph is not what it should be."""
         manifest = bundle.manifest
         if manifest.graphs is None:
@@ -36,12 +36,12 @@ class GraphTail:
 
     def answer_latents(self, tap: int, latents: Sequence[Floats], rates: Sequence[int]) -> Floats:
         """Dequantised latents (C, H, W) of a tap with their rates -> probabilities_BK."""
-        inputs = {"latent": np.stack(latents), "rate": np.array(rates, np.int64)}
-        return softmax(self._taps[tap].run(None, inputs)[0])
+        inputs: dict[str, NDArray[Any]] = {"latent": np.stack(latents), "rate": np.array(rates, np.int64)}
+        return softmax(run(self._taps[tap], inputs))
 
     def answer_images(self, images: Sequence[Floats]) -> Floats:
         """Preprocessed images (3, H, W) -> probabilities_BK, by the uncut network."""
-        return softmax(self._image.run(None, {"x": np.stack(images)})[0])
+        return softmax(run(self._image, {"x": np.stack(images)}))
 
     def latents_to_tasks(
         self, tap: int, latents: Sequence[Floats], rates: Sequence[int], tasks: Sequence[int]
@@ -52,6 +52,15 @@ class GraphTail:
     def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
         """Probabilities_BK for each of `tasks`, of which there is but one."""
         return [self.answer_images(images) for _ in the_only(tasks)]
+
+
+def run(graph: Any, inputs: Mapping[str, NDArray[Any]]) -> Floats:
+    """Logits. Raises RuntimeError when the graph fails, as PyTorch does: onnxruntime's own errors share no base."""
+    try:
+        logits_BK: Floats = graph.run(None, inputs)[0]
+    except Exception as error:
+        raise RuntimeError(str(error)) from error
+    return logits_BK
 
 
 def the_only(tasks: Sequence[int]) -> Sequence[int]:

@@ -57,8 +57,8 @@ class Tail:
 
 
 def open_tail(bundle: Bundle) -> Tail | GraphTail:
-    """The cloud's half of any bundle. Raises BundleError when weights or graphs do not fit."""
-    return GraphTail(bundle) if bundle.manifest.graphs else Tail(bundle)
+    """The cloud's half of any bundle, on PyTorch's number of threads. Raises BundleError when it does not fit."""
+    return GraphTail(bundle, torch.get_num_threads()) if bundle.manifest.graphs else Tail(bundle)
 
 
 def load_split(bundle: Bundle) -> SplitClassifier:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from models.bundle import Bundle
 from models.errors import IsthmusError
 from models.vision.head import Head
-from models.vision.tail import Tail
+from models.vision.tail import open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_figures import compare
 from tests.bench.sc2_measure import Bench, Measured
@@ -47,7 +47,7 @@ def sc2(
     """The whole comparison as the JSON that `--json` writes."""
     torch.set_num_threads(threads)
     bundle = Bundle.open(folder)
-    tail = Tail(bundle)
+    tail = open_tail(bundle)
     photos = photos_of(bundle.manifest.tasks[0].name, labelled)
     todo = ways(bundle, Head(bundle, threads), tail, work, methods)
     chosen = np.random.default_rng(0).permutation(len(photos.labels_N))[:count]

@@ -23,6 +23,7 @@ from models.bundle import Bundle
 from models.codecs.contextual import ContextualCodec
 from models.errors import InvalidInput
 from models.types import Codec
+from models.vision.graph_tail import GraphTail
 from models.vision.head import Head
 from models.vision.images import preprocess
 from models.vision.tail import Tail, load_split
@@ -66,7 +67,7 @@ class Way:
     answer: Callable[[Any], Floats]
 
 
-def lossless(bundle: Bundle, tail: Tail) -> Way:
+def lossless(bundle: Bundle, tail: Tail | GraphTail) -> Way:
     """The cloud model on untouched photos."""
     return image_way(bundle, tail, "cloud model", ("png", ImageCodec("png", 100)))
 
@@ -76,7 +77,7 @@ def trained_for(bundle: Bundle) -> tuple[str, ...]:
     return TRAINED if bundle.manifest.tasks[0].name == "defect" else ()
 
 
-def ways(bundle: Bundle, head: Head, tail: Tail, work: Path, methods: Sequence[str] | None) -> list[Way]:
+def ways(bundle: Bundle, head: Head, tail: Tail | GraphTail, work: Path, methods: Sequence[str] | None) -> list[Way]:
     """All settings of `methods`; None: of every method that is ready, trained runs being looked for under `work`.
 
     Raises InvalidInput for a method asked for by name whose training is missing or not finished.
@@ -102,7 +103,7 @@ def steps(form: str, bundle: Bundle) -> list[tuple[str, ImageCodec]]:
     return ladder(form, manifest.preprocessing.resize, coarse=manifest.tasks[0].name != "defect")
 
 
-def image_way(bundle: Bundle, tail: Tail, method: str, named: tuple[str, ImageCodec]) -> Way:
+def image_way(bundle: Bundle, tail: Tail | GraphTail, method: str, named: tuple[str, ImageCodec]) -> Way:
     """A whole photo as a file, into the unsplit cloud model; what the device saves in networks costs nothing here."""
     setting, codec = named
 
@@ -117,7 +118,7 @@ def image_way(bundle: Bundle, tail: Tail, method: str, named: tuple[str, ImageCo
     )  # fmt: skip
 
 
-def own_ways(bundle: Bundle, head: Head, tail: Tail) -> Iterator[Way]:
+def own_ways(bundle: Bundle, head: Head, tail: Tail | GraphTail) -> Iterator[Way]:
     """Every tap, width and rate of a bundle. The widest of the first tap is `ours`; the rest say which they are."""
     for index, tap in enumerate(bundle.manifest.taps):
         for width, entry in enumerate(tap.widths):
@@ -133,7 +134,7 @@ def uncapped(bundle: Bundle, tap: int) -> ContextualCodec:
     return ContextualCodec(capped.tables, capped.shape_CHW, 1 << 20)
 
 
-def own_way(bundle: Bundle, head: Head, tail: Tail, name: str, where: tuple[int, int, int]) -> Way:
+def own_way(bundle: Bundle, head: Head, tail: Tail | GraphTail, name: str, where: tuple[int, int, int]) -> Way:
     tap, width, rate = where
     after = bundle.manifest.architecture.taps[tap].after
     codec = uncapped(bundle, tap)

@@ -69,9 +69,25 @@ def test_images_and_latents_are_answered_in_batches_of_any_size(parts: Parts, tm
 
 
 def test_there_is_but_one_task(parts: Parts, tmp_path: Path) -> None:
-    tail = GraphTail(Bundle.open(parts.write(tmp_path / "b")))
+    tail = GraphTail(Bundle.open(parts.write(tmp_path / "b")), 1)
     with pytest.raises(InvalidInput, match=r"tasks \[0, 1\] were asked for"):
         tail.images_to_tasks([np.zeros(IMAGE, np.float32)], [0, 1])
+
+
+class FromTable(nn.Module):
+    """Knows two rates."""
+
+    def forward(self, latent: Tensor, rate: Tensor) -> Tensor:
+        return latent.mean((2, 3)) + torch.ones(2, 2)[rate]
+
+
+def test_a_graph_that_fails_on_an_input_says_so_as_pytorch_does(parts: Parts, tmp_path: Path) -> None:
+    inputs = {"latent": torch.zeros(2, *LATENT), "rate": torch.zeros(2, dtype=torch.long)}
+    parts.files["deep_tail.onnx"] = onnx_bytes(FromTable(), inputs, 1)
+    tail = GraphTail(Bundle.open(parts.write(tmp_path / "b")), 1)
+    assert tail.answer_latents(0, [np.zeros(LATENT, np.float32)], [1]).shape == (1, 2)
+    with pytest.raises(RuntimeError, match="Gather"):
+        tail.answer_latents(0, [np.zeros(LATENT, np.float32)], [99])
 
 
 def swap(parts: Parts) -> None:
@@ -109,12 +125,12 @@ def test_graphs_that_do_not_fit_are_refused(
 ) -> None:
     change(parts)
     with pytest.raises(BundleError, match=words):
-        GraphTail(Bundle.open(parts.write(tmp_path / "b")))
+        GraphTail(Bundle.open(parts.write(tmp_path / "b")), 1)
 
 
 def test_a_bundle_of_weights_has_no_graphs(paper: Parts, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="the manifest names no graphs"):
-        GraphTail(Bundle.open(paper.write(tmp_path / "b")))
+        GraphTail(Bundle.open(paper.write(tmp_path / "b")), 1)
 
 
 @pytest.mark.parametrize(
