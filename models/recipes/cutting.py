@@ -2,7 +2,8 @@
 
     module --torch.export--> operations in order --cuts--> block | block | block
 
-Operations remember the modules they came from, so that a cut has the name its author would give it.
+Operations remember the modules they came from, so that a cut has the name its author would give it; a module that is
+called again gives `name:2`.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def cuts_of(graph: GraphModule, profile: Profile, classes: int) -> Captured:
         seconds += statistics.median(profile.seconds[node][1:])  # the first run allocates
         if after is not None and crosses_alone(nodes, index) and not (profile.macs[after] == 0 and same(node, after)):
             channels, height, width = node.meta["val"].shape[1:]
-            cuts.append(Cut(name_of(node, after), (channels, height, width), macs, seconds))
+            name = name_of(node, after)
+            taken = sum(cut.name.partition(":")[0] == name for cut in cuts)
+            cuts.append(Cut(f"{name}:{taken + 1}" if taken else name, (channels, height, width), macs, seconds))
             ends.append(node)
     if not cuts:
         raise InvalidInput("the model cannot be cut: nowhere does a single feature map (B, C, H, W) cross alone")

@@ -261,13 +261,22 @@ def build(
 
 
 def table(captured: Captured, chosen: Sequence[str], image_values: int) -> list[str]:
-    """Where the model can be cut: the share of its operations and time before, and the values that cross."""
+    """Where the model can be cut: the share of its operations and time before, and the values that cross.
+
+    Cuts that more values cross than an earlier one are left out unless they are chosen.
+    """
     lines = ["  cut                               shape           MMAC   share    ms   values, of the image's"]
+    least = captured.cuts[0].values
     for cut in captured.cuts:
+        if cut.values > least and cut.name not in chosen:
+            continue
+        least = min(least, cut.values)
         mark = ">" if cut.name in chosen else " "
         shape = "x".join(map(str, cut.shape))
         lines.append(
             f"{mark} {cut.name:<32}  {shape:<12} {cut.macs / 1e6:7.1f}  {cut.macs / captured.macs:5.0%}"
             f"  {1000 * cut.seconds:6.1f}  {cut.values:8} {cut.values / image_values:5.0%}"
         )
+    if left_out := len(captured.cuts) + 1 - len(lines):
+        lines.append(f"  and {left_out} more, which more values cross than an earlier one")
     return lines

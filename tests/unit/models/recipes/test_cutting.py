@@ -161,6 +161,22 @@ class Dense(nn.Module):
         return self.conv(x_BCHW).mean((2, 3)) + x_BCHW.mean((2, 3))
 
 
+class Again(nn.Module):
+    """One pooling module, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.pool = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.MaxPool2d(2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits_BK: Tensor = self.pool(self.second(self.pool(self.first(x_BCHW)))).mean((2, 3))
+        return logits_BK
+
+
+def test_a_module_that_is_called_again_has_its_number_in_the_name() -> None:
+    assert [cut.name for cut in capture(Again(), IMAGE).cuts] == ["first", "pool", "second", "pool:2"]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -76,6 +76,16 @@ def test_cuts_are_proposed_where_little_crosses_early(captured: Captured) -> Non
     assert own.proposed(captured) == ("first", "second")
 
 
+def test_the_table_shows_where_less_crosses_and_what_was_chosen() -> None:
+    wide = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 16, 3, 1, 1), nn.Conv2d(16, 2, 3, 2, 1), nn.Flatten())
+    captured = capture(nn.Sequential(*wide, nn.Linear(128, 2)), (3, SIDE, SIDE))
+    title, *rows, left_out = own.table(captured, ["2"], 3 * SIDE**2)
+    assert "MMAC" in title and [row.split()[:2] for row in rows] == [["0", "4x16x16"], [">", "2"]]
+    assert left_out.strip().startswith("and 1 more")
+    chosen = own.table(captured, ["1"], 3 * SIDE**2)
+    assert [row[:3] for row in chosen[1:]] == ["  0", "> 1", "  2"]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("cuts", [("first",), ("first", "second"), ("third",)])
 def test_blocks_behind_the_last_cut_are_the_rest_of_the_model(captured: Captured, cuts: tuple[str, ...]) -> None:
