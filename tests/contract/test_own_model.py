@@ -1,0 +1,118 @@
+"""`docs/own-model.md` followed to the letter, with a network and photographs that this repository does not contain."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.recipes.elpv_data import load
+from tests.bench.processes import ROOT, free_port
+from tests.bench.proxy import LinkProxy, LinkSpec
+from tests.contract.test_readme import environment
+
+PAGE = (ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+SIDE, PHOTOS = 64, 240
+
+pytestmark = pytest.mark.timeout(600)  # it trains
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the page asks for: `mynet.py` as it stands there, its trained weights, `cells`, and a photo."""
+    root, cells = tmp_path_factory.mktemp("own"), load("train")
+    (code,) = (block for kind, block in BLOCKS if kind == "python")
+    (root / "mynet.py").write_text(code, encoding="utf-8")
+    for name, path, label in zip(range(PHOTOS), cells.paths, cells.labels_N, strict=False):
+        target = root / "cells" / ("1_defective" if label else "0_functional")
+        target.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.resize((SIDE, SIDE)).save(target / f"{name}.png")
+    shutil.copy(load("calibration").paths[0], root / "photo.png")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    torch.manual_seed(0)
+    net, images_NHW = names["network"](), cells.images_NHW[:PHOTOS, ::4, ::4][:, :SIDE, :SIDE].astype(np.float32)
+    images_N3HW = torch.from_numpy(images_NHW / 255)[:, None].expand(-1, 3, -1, -1)
+    optimizer, labels_N = torch.optim.AdamW(net.parameters(), 1e-3), torch.from_numpy(cells.labels_N[:PHOTOS])
+    for _ in range(10):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images_N3HW), labels_N).backward()
+        optimizer.step()
+    torch.save(net.state_dict(), root / "mynet.pt")
+    return root
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """The cloud of the page behind an emulated link, once the commands before it have run."""
+    table, split, inspect = (run(command, folder) for command in COMMANDS[:3])
+    assert table.returncode == 0 and re.search(r"^> \w", table.stdout, re.MULTILINE), table.stderr[-2000:]
+    assert split.returncode == 0 and "training takes about" in split.stderr, split.stderr[-2000:]
+    assert "a JPEG of quality 75 has" in split.stdout and "wrote my-bundle" in split.stdout
+    assert "0_functional, 1_defective" in inspect.stdout
+    shutil.rmtree(folder / "cells")
+    (folder / "mynet.py").unlink()  # neither side needs the code, nor the photographs
+    port = free_port()
+    arguments = COMMANDS[3].replace("127.0.0.1:50051", f"127.0.0.1:{port}").split()
+    with subprocess.Popen([*arguments, "--metrics", ""], cwd=folder, env=environment()) as server:
+        with LinkProxy(port, LinkSpec()) as link:
+            yield f"127.0.0.1:{link.port}"
+        server.terminate()
+
+
+def test_the_page_has_the_commands_in_their_order() -> None:
+    starts = ["python -m models.recipes split"] * 2 + ["python -m models.bundle inspect", "cloud-service"]
+    assert len(COMMANDS) == 6
+    for command, start in zip(COMMANDS, [*starts, "edge-agent infer", "edge-agent infer"], strict=True):
+        assert command.startswith(start)
+
+
+@pytest.mark.parametrize("command", COMMANDS[4:], ids=["as it chooses", "split, int8"])
+def test_device_and_cloud_run_the_bundle(address: str, folder: Path, command: str) -> None:
+    for _ in range(20):  # the cloud may not be up yet; the agent then answers alone and says so
+        found = run(command.replace("127.0.0.1:50051", address), folder)
+        if "DEGRADED" not in found.stdout and "no cloud" not in found.stdout:
+            break
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert re.match(r"photo\.png: [01]_(functional|defective) \(", found.stdout)
+    if "--mode split" in command:
+        assert "tap bottleneck" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("mynet:trained", "mynet:missing"), "error: --model mynet:missing: AttributeError"),
+        (("--data cells", "--data empty"), "error: empty holds no image"),
+        (("--data cells", "--data nowhere"), "error: nowhere is not a folder"),
+        (("--size 64", "--size 64 --cut middle"), "error: there is no cut 'middle', there are "),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    (code,) = (block for kind, block in BLOCKS if kind == "python")
+    (tmp_path / "mynet.py").write_text(code.replace("net.load_state_dict", "# net.load_state_dict"), encoding="utf-8")
+    for folder in ("empty", "cells"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "cells" / "one.png")
+    found = run(COMMANDS[1].replace(*change), tmp_path)
+    assert found.returncode == 1 and found.stdout == "" and not (tmp_path / "my-bundle").exists()
+    assert found.stderr.splitlines()[-1].startswith(words)
+    assert "Traceback" not in found.stderr and sys.executable not in found.stderr
