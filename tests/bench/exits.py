@@ -1,0 +1,120 @@
+"""What the exits of a bundle answer on the device, and what that costs in accuracy, on photos unseen in training.
+
+For every certified threshold: the share of photos that some exit is sure enough of, and the accuracy when those take
+their exit and all others the cloud model, with 95 % Wilson intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from models.bundle import Bundle
+from models.errors import IsthmusError
+from models.manifest import Precision
+from models.recipes.calibrate import first_exit, interval
+from models.vision.head import Head
+from models.vision.images import preprocess
+from models.vision.tail import open_tail
+from tests.bench.processes import ROOT
+from tests.bench.sc2_photos import Photos, photos_of
+
+Row = dict[str, Any]
+
+
+def exits(bundle: Bundle, photos: Photos, count: int | None, precision: Precision) -> Row:
+    """All figures, as the JSON that `--json` writes."""
+    head, tail, manifest = Head(bundle, precision=precision), open_tail(bundle), bundle.manifest
+    labels_N = photos.labels_N[:count]
+    confidence_NE = np.zeros((len(labels_N), head.exits), np.float32)
+    answer_NE = np.zeros((len(labels_N), head.exits + 1), np.int64)  # the cloud's last
+    for photo in track(range(len(labels_N)), "photos", console=Console(stderr=True), transient=True):
+        x_CHW = image_CHW = preprocess(photos.image(photo), manifest.preprocessing)
+        for index in range(head.exits):
+            x_CHW, probabilities_K = head.segment(index, x_CHW)
+            confidence_NE[photo, index] = probabilities_K.max()
+            answer_NE[photo, index] = probabilities_K.argmax()
+        answer_NE[photo, -1] = tail.answer_images([image_CHW])[0].argmax()
+    right_NE = answer_NE == labels_N[:, None]
+    thresholds = []
+    for threshold in manifest.heads[precision].thresholds:
+        taken_N = first_exit(confidence_NE.T, threshold.confidence)
+        right_N = right_NE[np.arange(len(labels_N)), taken_N]
+        thresholds.append(
+            {
+                "epsilon": threshold.epsilon,
+                "confidence": threshold.confidence,
+                "on_device": interval(taken_N < head.exits).model_dump(),
+                "each_exit": [float((taken_N == index).mean()) for index in range(head.exits)],
+                "accuracy": interval(right_N).model_dump(),
+                "lost": float(right_NE[:, -1].mean() - right_N.mean()),
+            }
+        )
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "bundle": manifest.fingerprint,
+        "name": manifest.name,
+        "precision": precision,
+        "n": len(labels_N),
+        "cloud_accuracy": interval(right_NE[:, -1]).model_dump(),
+        "exit_accuracy": [interval(right_N).model_dump() for right_N in right_NE.T[:-1]],
+        "thresholds": thresholds,
+    }
+
+
+def table(result: Row) -> str:
+    """Markdown."""
+    lines = ["| loss certified up to | sure from | on the device | accuracy | lost |", "|---:|---:|---:|---:|---:|"]
+    for row in result["thresholds"]:
+        device, accuracy = row["on_device"], row["accuracy"]
+        lines.append(
+            f"| {row['epsilon']:.1%} | {row['confidence']:.3f}"
+            f" | {device['value']:.1%} [{device['low']:.1%}, {device['high']:.1%}]"
+            f" | {accuracy['value']:.2%} [{accuracy['low']:.2%}, {accuracy['high']:.2%}] | {100 * row['lost']:+.2f} |"
+        )
+    cloud, alone = result["cloud_accuracy"], ", ".join(f"{row['value']:.1%}" for row in result["exit_accuracy"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['n']} photos, {result['precision']}; cloud model {cloud['value']:.2%}; exits alone {alone}.",
+        ]
+    )
+
+
+@click.command(epilog="Example: python -m tests.bench.exits --bundle models/zoo/fashion --json runs/exits.json")
+@click.option("--bundle", default=ROOT / "models" / "zoo" / "fashion", type=click.Path(path_type=Path))
+@click.option(
+    "--labelled",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Photos to test the bundle `photos` on, each name starting with its class.",
+)
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "int8"]))
+@click.option("--photos", type=click.IntRange(2), help="So many of the test photos; all, unless given.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+def main(bundle: Path, labelled: Path | None, precision: Precision, photos: int | None, json_path: Path | None) -> None:
+    """What a bundle's exits answer on the device, and the accuracy that is left; prints a Markdown table."""
+    try:
+        opened = Bundle.open(bundle)
+        result = exits(opened, photos_of(opened.manifest.tasks[0].name, labelled), photos, precision)
+    except (IsthmusError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    click.echo(table(result))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"\nfigures: {json_path}")
+
+
+if __name__ == "__main__":
+    main()
