@@ -170,7 +170,7 @@ def split(
     The model is not changed, and neither device nor cloud needs its code. About an hour for 2,000 images on two cores.
     """
     from models.recipes import own, own_data
-    from models.recipes.cutting import capture
+    from models.recipes.cutting import capture, places
 
     if threads:
         torch.set_num_threads(threads)
@@ -179,6 +179,7 @@ def split(
         sys.path.insert(0, "")
         captured = capture(own.load_model(model), (3, size, size))
         chosen = cuts or own.proposed(captured)
+        places(captured, chosen)  # what cannot be is said before anything is read
         click.echo("\n".join(own.table(captured, chosen, 3 * size * size)), err=as_json)
         if table:
             return

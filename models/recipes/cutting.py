@@ -123,22 +123,25 @@ class Profile(Interpreter):
         return result
 
 
-def blocks(captured: Captured, names: Sequence[str]) -> nn.Sequential:
-    """The classifier in one block more than there are names; weights are the captured graph's own.
-
-    Raises InvalidInput when a name is no cut, or names are not in the order of the model.
-    """
+def places(captured: Captured, names: Sequence[str]) -> list[int]:
+    """Indices of cuts by name. Raises InvalidInput when a name is no cut, or they are not in the order of the model."""
     known = [cut.name for cut in captured.cuts]
     if unknown := [name for name in names if name not in known]:
         raise InvalidInput(f"there is no cut {unknown[0]!r}, there are {', '.join(known)}")
-    places = [known.index(name) for name in names]
-    if places != sorted(set(places)):
+    found = [known.index(name) for name in names]
+    if found != sorted(set(found)):
         raise InvalidInput(f"cuts {', '.join(names)} are not in the order of the model: {', '.join(known)}")
+    return found
+
+
+def blocks(captured: Captured, names: Sequence[str]) -> nn.Sequential:
+    """The classifier in one block more than there are names, with the graph's own weights. Raises InvalidInput."""
+    ends = [captured.ends[place] for place in places(captured, names)]
     nodes = list(captured.graph.graph.nodes)
     (source,) = (node for node in nodes if node.op == "placeholder")
     (output,) = (node for node in nodes if node.op == "output")
     (last,) = output.all_input_nodes
-    crossing = [source, *(captured.ends[place] for place in places), last]
+    crossing = [source, *ends, last]
     return nn.Sequential(*(block(captured.graph, start, end) for start, end in itertools.pairwise(crossing)))
 
 

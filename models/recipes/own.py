@@ -22,7 +22,7 @@ from models.errors import InvalidInput
 from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
 from models.recipes import export, own_data
 from models.recipes.augment import random_affine, random_contrast
-from models.recipes.cutting import Captured, Cut, blocks
+from models.recipes.cutting import Captured, Cut, blocks, places
 from models.recipes.distil import Distillation, Weights
 from models.recipes.fit_tables import fit
 from models.recipes.own_data import Images, normalise
@@ -87,15 +87,11 @@ def proposed(captured: Captured) -> tuple[str, ...]:
 
 def backbone(captured: Captured, cuts: Sequence[str]) -> Blocks:
     """The model's blocks; behind the last cut two more, if they can be, where features are compared in training."""
-    names = [cut.name for cut in captured.cuts]
-    split = blocks(captured, cuts)  # refuses what is no cut
-    behind = names[names.index(cuts[-1]) + 1 :]
+    behind = [cut.name for cut in captured.cuts[places(captured, cuts)[-1] + 1 :]]
     extra = sorted({len(behind) // 2, len(behind) - 1}) if len(behind) > 1 else range(len(behind))
     chosen = [*cuts, *(behind[index] for index in extra)]
     channels = {cut.name: cut.shape[0] for cut in captured.cuts}
-    if len(chosen) > len(cuts):
-        split = blocks(captured, chosen)
-    return Blocks(list(split.children()), [channels[name] for name in chosen])
+    return Blocks(list(blocks(captured, chosen).children()), [channels[name] for name in chosen])
 
 
 def architecture(captured: Captured, cuts: Sequence[str]) -> Architecture:
