@@ -86,14 +86,21 @@ class TapArchitecture(Part):
         return self
 
 
+ExitBlocks = Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=64)]
+
+
 class Architecture(Part):
-    """Arguments of the builder in `models.catalog`: backbone, where it is cut, bottlenecks, classes of each task."""
+    """Arguments of the builder in `models.catalog`: backbone, where it is cut, bottlenecks, classes of each task.
+
+    `exit_blocks`: for each cut the later blocks of the backbone that its exit is made of; none where exits are heads.
+    """
 
     builder: Name
     backbone: Name
     classes: Annotated[tuple[Annotated[int, Field(ge=2, le=100_000)], ...], Field(min_length=1, max_length=8)]
     cuts: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=8)]
     taps: Annotated[tuple[TapArchitecture, ...], Field(min_length=1, max_length=8)]
+    exit_blocks: Annotated[tuple[ExitBlocks, ...], Field(min_length=1, max_length=8)] | None = None
 
     @field_validator("cuts")
     @classmethod
@@ -107,6 +114,17 @@ class Architecture(Part):
         for tap in self.taps:
             if tap.rejoin > self.cuts[-1]:
                 raise ValueError(f"a tap rejoins at block {tap.rejoin}, the tail starts at {self.cuts[-1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _exits_go_on_behind_their_cuts(self) -> Architecture:
+        if self.exit_blocks is None:
+            return self
+        if len(self.exit_blocks) != len(self.cuts):
+            raise ValueError(f"exit_blocks has {len(self.exit_blocks)} exits for {len(self.cuts)} cuts")
+        for cut, blocks in zip(self.cuts, self.exit_blocks, strict=True):
+            if blocks[0] < cut or list(blocks) != sorted(set(blocks)):
+                raise ValueError(f"exit_blocks {blocks} must rise, from the cut at {cut} on")
         return self
 
 

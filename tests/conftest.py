@@ -147,7 +147,7 @@ def paper() -> Parts:
         "preprocessing": {"resize": 8, "crop": [8, 8], "mean": [0.5, 0.5, 0.5], "deviation": [0.5, 0.5, 0.5]},
         "architecture": TINY.model_copy(
             update={"classes": (2,), "cuts": (2,), "taps": (PAPER_TAP,)},
-        ).model_dump(mode="json"),
+        ).model_dump(mode="json", exclude_none=True),
         "weights": "weights.safetensors",
         "segments": [{"input": [3, 8, 8], "output": [16, 4, 4], "macs": 1000}],
         "heads": {

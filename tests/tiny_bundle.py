@@ -19,7 +19,7 @@ from models import bundle as bundles
 from models.bundle import Bundle
 from models.codecs.contextual import Tables
 from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
-from models.recipes.export import Parts, Trained, TrainedTap, halve_weights, head_parts
+from models.recipes.export import Parts, Trained, TrainedTap, halve, head_parts
 from models.recipes.fit_tables import fit
 from models.vision.split import SplitClassifier
 
@@ -94,7 +94,7 @@ def random_split() -> SplitClassifier:
 def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
     """2 + 3 labels, 64x64 photos, 2 exits; latents (3, 8, 8) of the image and (4, 8, 8) behind the last segment."""
     split = copy.deepcopy(split)
-    weights = halve_weights(split)
+    weights = halve(split)
     trained_taps = (
         TrainedTap(name, laplace_tables(built.latent_channels, GAINS[: built.rates]), CAP)
         for name, built in zip(TAPS, TINY.taps, strict=True)

@@ -152,10 +152,14 @@ def new_bridge(
     tap: TapArchitecture,
     bottleneck: nn.Module,
     per_kilobyte: tuple[float, ...],
+    compared_at: int,
     *,
     settled: bool,
 ) -> Bridge:
-    """Copies of a bottleneck and of the blocks that take its features, and an untrained decoder between them."""
+    """Copies of a bottleneck and of the blocks that take its features, and an untrained decoder between them.
+
+    `compared_at`: the block before which features are first compared with the teacher's.
+    """
     outputs = split.backbone.channels[tap.rejoin - 1]
     decoder = DenseDecoder(tap.latent_channels, outputs, tap.decoder_channels, len(per_kilobyte))
     gains = (log_gain(per_kilobyte[0]), log_gain(per_kilobyte[-1]))
@@ -164,7 +168,7 @@ def new_bridge(
         Rates(tap.latent_channels, per_kilobyte, lr_scale=10.0, log_gains=gains, hard=True),
         decoder,
         split.backbone.section(tap.rejoin),
-        split.cuts[-1] - tap.rejoin,
+        compared_at - tap.rejoin,
         Weights(),
         settled=settled,
     )

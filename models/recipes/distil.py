@@ -32,13 +32,18 @@ class Weights:
 class Distillation(nn.Module):
     """The split model with what only training needs: gains and one learned prior a rate."""
 
-    def __init__(self, split: SplitClassifier, tap: int, weights: Weights) -> None:
-        """`tap`: the one behind the last segment. One with a tail of its own leaves the backbone's as it is."""
+    def __init__(
+        self, split: SplitClassifier, tap: int, weights: Weights, log_gains: tuple[float, float] = (1.0, 2.5)
+    ) -> None:
+        """`tap`: the one behind the last segment. One with a tail of its own leaves the backbone's as it is.
+
+        `log_gains`: of the dearest bytes and the cheapest, at first.
+        """
         super().__init__()
         self.split = split
         self.index = tap
         self.weights = weights
-        self.rates = Rates(self.tap.latent_channels, weights.per_kilobyte)
+        self.rates = Rates(self.tap.latent_channels, weights.per_kilobyte, log_gains=log_gains)
         split.requires_grad_(False)
         self.tap.requires_grad_(True)
         split.exits.requires_grad_(True)

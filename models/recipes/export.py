@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +41,7 @@ from models.vision.split import SplitClassifier, Tap
 from models.vision.tail import open_tail
 
 MAX_BATCH = 1024  # of a graph for any batch
+LEAST_HALVED = 256  # values of an array that is worth a node of its own
 VERSIONS = ("torch", "compressai", "constriction", "onnxruntime", "numpy")
 UNITS = {
     "accuracy, agreement, coverage, loss": "fraction",
@@ -112,10 +115,10 @@ class WithExit(nn.Module):
 
 
 @torch.no_grad()
-def halve_weights(split: SplitClassifier) -> dict[str, Tensor]:
+def halve(module: nn.Module) -> dict[str, Tensor]:
     """Round matrices to float16, in place, and return what is stored: vectors stay float32, they are few."""
     stored = {}
-    for name, tensor in split.state_dict().items():
+    for name, tensor in module.state_dict().items():
         if tensor.ndim >= 2:
             tensor.copy_(tensor.half().float())
         stored[name] = (tensor.half() if tensor.ndim >= 2 else tensor).contiguous().clone()
@@ -159,6 +162,23 @@ def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int) ->
     return serialised
 
 
+def compact(graph: bytes) -> bytes:
+    """The same graph, with what float16 holds exactly stored so; ONNX Runtime widens it once, when it is loaded."""
+    model = onnx.load_from_string(graph)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if array.dtype != np.float32 or array.size < LEAST_HALVED or not np.array_equal(half.astype(np.float32), array):
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
+        widen = helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
+        model.graph.node.insert(0, widen)
+    smaller: bytes = model.SerializeToString()
+    return smaller
+
+
 def macs(module: nn.Module, *inputs: Tensor | int) -> int:
     """Multiply-accumulate operations of one call."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -184,7 +204,7 @@ def head_parts(trained: Trained) -> Parts:
     starts = (0, *trained.architecture.cuts)
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         x_BCHW = torch.zeros(1, *shapes[-1])
-        part = WithExit(split.backbone.section(start, stop), split.exits[index])
+        part = WithExit(split.backbone.section(start, stop), split.exit(index))
         graphs.append(onnx_bytes(part, {"x": x_BCHW}, outputs=2))
         with torch.no_grad():
             y_BCHW = split.segment(index, x_BCHW)
@@ -194,7 +214,7 @@ def head_parts(trained: Trained) -> Parts:
     files: dict[str, bytes] = {}
     at_precision: dict[Precision, list[bytes]] = {"fp32": graphs, "int8": quantise_head(graphs, trained.ranges)}
     for precision, own_graphs in at_precision.items():
-        named = {f"head{index}.{precision}.onnx": graph for index, graph in enumerate(own_graphs)}
+        named = {f"head{index}.{precision}.onnx": compact(graph) for index, graph in enumerate(own_graphs)}
         heads[precision] = list(named)
         files |= named
     taps = []
@@ -209,14 +229,15 @@ def cloud_parts(trained: Trained) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the manifest says of the cloud's half, and its files: weights, or graphs for what no builder builds."""
     split = trained.split
     if trained.architecture.builder in BUILDERS:
-        return {"weights": "weights.safetensors"}, {"weights.safetensors": safetensors.torch.save(halve_weights(split))}
+        return {"weights": "weights.safetensors"}, {"weights.safetensors": safetensors.torch.save(halve(split))}
     images_B3HW = torch.zeros(2, 3, *trained.preprocessing.crop)
-    files = {"image.onnx": onnx_bytes(split.backbone, {"x": images_B3HW}, outputs=1)}
+    halve(nn.ModuleList([split.taps, split.exits]))  # what was trained here; the backbone is its owner's
+    files = {"image.onnx": compact(onnx_bytes(split.backbone, {"x": images_B3HW}, outputs=1))}
     with torch.no_grad():
         features_BCHW = split.trunk(images_B3HW)
         for index, described in enumerate(trained.taps):
             inputs = {"latent": split.tap(index).encoder(features_BCHW), "rate": torch.zeros(2, dtype=torch.long)}
-            files[f"{described.name}_tail.onnx"] = onnx_bytes(FromLatent(split, index), inputs, outputs=1)
+            files[f"{described.name}_tail.onnx"] = compact(onnx_bytes(FromLatent(split, index), inputs, outputs=1))
     image, *taps = files
     return {"graphs": {"image": image, "taps": taps}}, files
 
@@ -373,7 +394,7 @@ def write(
         **about,
         "tasks": [task.model_dump(mode="json") for task in trained.tasks],
         "preprocessing": trained.preprocessing.model_dump(mode="json"),
-        "architecture": trained.architecture.model_dump(mode="json"),
+        "architecture": trained.architecture.model_dump(mode="json", exclude_none=True),
         **cloud,
         "segments": parts.segments,
         "tail_macs": macs(

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.manifest import Preprocessing
-from models.recipes import debian, own
+from models.recipes import debian, export, own
 from models.recipes.augment import random_affine, random_mirror
 from models.recipes.cutting import capture
 from models.recipes.own_data import Images
 from models.recipes.trainer import Run, Schedule
+from models.vision.efficientnet_lite import fuse_batch_norms
 
 PACKAGE = "dataset-fashion-mnist"
 LABELS = (
@@ -134,6 +135,8 @@ def train_cloud(run: Run, part: Images) -> FashionNet:
 def make(folder: Path, run: Run, command: str, data: Path) -> Bundle:
     """The whole recipe. Raises InvalidInput when the data cannot be had. Interrupted, it goes on."""
     parts = load(data)
-    captured = capture(train_cloud(run, parts["train"]), (3, SIDE, SIDE))
+    net = fuse_batch_norms(train_cloud(run, parts["train"]))
+    export.halve(net)  # so that its graphs are stored in float16 without loss
+    captured = capture(net, (3, SIDE, SIDE))
     settings = own.Settings("fashion", "MIT (Fashion-MNIST)", PREPROCESSING, CUTS, task="garment")
     return own.build(folder, run, command, captured, parts, LABELS, "Fashion-MNIST, 50,000 labelled images", settings)

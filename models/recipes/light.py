@@ -110,7 +110,7 @@ def bridge(
     `per_kilobyte` with one price trains one rate, at the widest width alone.
     """
     torch.manual_seed(run.seed)
-    module = new_bridge(teacher.split, tap, encoder.bottleneck, per_kilobyte, settled=True)
+    module = new_bridge(teacher.split, tap, encoder.bottleneck, per_kilobyte, teacher.split.cuts[-1], settled=True)
     start_decoder(module.decoder, wanted)
     module.free_tail()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

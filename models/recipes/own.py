@@ -22,6 +22,7 @@ from models.errors import InvalidInput
 from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
 from models.recipes import export, own_data
 from models.recipes.augment import random_affine, random_contrast
+from models.recipes.components import find_components, start_decoder, start_projection
 from models.recipes.cutting import Captured, Cut, blocks, places
 from models.recipes.distil import Distillation, Weights
 from models.recipes.fit_tables import fit
@@ -36,7 +37,9 @@ BUILDER = "graphs"
 BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 10, 4, 2, 4
 PRICES = (2.0, 0.8, 0.3, 0.1)  # of JPEG_SHARE, in units of cross-entropy
 JPEG_SHARE = 0.1  # of a JPEG of quality 75: the bytes that prices are stated in
-LATENT_CHANNELS, DECODER_CHANNELS = 16, 128
+LATENT_CHANNELS, DECODER_CHANNELS = 32, 64  # of fewer channels, as many latents
+LOG_GAINS = (-0.9, 0.5)  # of the dearest bytes and the cheapest, at first; a latent's mean variance is 1
+COMPONENT_IMAGES = 256
 HEAD_SHARE, FIRST_SHARE = 0.6, 0.5  # of the model's operations before the cut; of those, before an earlier exit
 EPOCH_IMAGES = 8192  # at most: a larger folder is seen over several epochs
 JPEG_IMAGES = 512  # whose mean size is the unit of prices
@@ -96,10 +99,12 @@ def backbone(captured: Captured, cuts: Sequence[str]) -> Blocks:
 
 def architecture(captured: Captured, cuts: Sequence[str]) -> Architecture:
     """One tap behind the last cut, with a tail of its own."""
+    (channels,) = (cut.shape[0] for cut in captured.cuts if cut.name == cuts[-1])
     tap = TapArchitecture(
         after=len(cuts),
+        rejoin=len(cuts),
         own_tail=True,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=min(LATENT_CHANNELS, channels),
         decoder_channels=DECODER_CHANNELS,
         rates=len(PRICES),
     )
@@ -155,6 +160,19 @@ def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec
     average = run.fit("tail", module, epoch_batches, loss_of, Schedule(TAIL_EPOCHS, steps, peak_lr=2e-4))
     assert isinstance(average, Distillation)
     return average
+
+
+def start(split: SplitClassifier, part: Images, spec: Preprocessing) -> None:
+    """Make the bottleneck the components of the features behind the last cut, as the answer weighs them, and back."""
+    chosen = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:COMPONENT_IMAGES].numpy()
+    images_N3HW = torch.from_numpy(normalise(part.images_N3HW[chosen], spec))
+    with torch.no_grad():
+        features_NCHW = torch.cat([split.trunk(chunk_B3HW) for chunk_B3HW in torch.split(images_N3HW, BATCH)])
+    rest = split.backbone.section(split.cuts[-1]).requires_grad_(False)
+    tap = split.tap(0)
+    found = find_components(features_NCHW, rest, tap.latent_channels)
+    start_projection(tap.encoder, found)
+    start_decoder(tap.decoder, found)
 
 
 def steps_of(part: Images) -> int:
@@ -228,7 +246,8 @@ def build(
     }
     targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels["train"])]
     kilobyte_budget = JPEG_SHARE * own_data.jpeg_bytes(train_part.images_N3HW[:JPEG_IMAGES]) / 1024
-    module = Distillation(split, 0, Weights(tuple(price / kilobyte_budget for price in PRICES)))
+    start(split, train_part, spec)
+    module = Distillation(split, 0, Weights(tuple(price / kilobyte_budget for price in PRICES)), LOG_GAINS)
     minutes = seconds_left(module, train_part, targets_NK, spec) / 60
     print(f"training takes about {minutes:.0f} minutes", file=sys.stderr)
     finished = train(run, module, train_part, targets_NK, spec).eval()

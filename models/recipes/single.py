@@ -64,7 +64,7 @@ def trained(work: Path, split: SplitClassifier, tap: TapArchitecture) -> list[Si
         if not path.exists():
             raise InvalidInput(f"{path} is missing: train it with `python -m models.recipes baselines {METHOD}`")
         state = torch.load(work / f"{METHOD}-{price:g}-refine.ckpt", weights_only=True)
-        bridge = new_bridge(split, tap, split.tap(0).slim.bottleneck, (price,), settled=True)
+        bridge = new_bridge(split, tap, split.tap(0).slim.bottleneck, (price,), split.cuts[-1], settled=True)
         bridge.load_state_dict(state["average"])
         tensors = safetensors.numpy.load_file(path)
         found.append(SingleRate(f"price {price:g}", bridge.eval(), split, tensors))

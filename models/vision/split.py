@@ -164,7 +164,8 @@ class SplitClassifier(nn.Module):
         first, *others = architecture.classes
         self.backbone = backbone or EfficientNetLite(architecture.backbone, first)
         widths = [self.backbone.channels[cut - 1] for cut in self.cuts]
-        self.exits = nn.ModuleList(ExitHead(width, first) for width in widths)
+        self.exit_blocks = architecture.exit_blocks
+        self.exits = nn.ModuleList(ExitHead(width, first) for width in (() if self.exit_blocks else widths))
         self.taps = nn.ModuleList(Tap(tap, self.backbone, self.cuts) for tap in architecture.taps)
         self.heads = nn.ModuleList(ExitHead(widths[-1], classes) for classes in others)
 
@@ -183,6 +184,12 @@ class SplitClassifier(nn.Module):
         """Logits from features after the last cut."""
         logits_BK: Tensor = self.backbone.blocks[self.cuts[-1] :](features_BCHW)
         return logits_BK
+
+    def exit(self, index: int) -> nn.Module:
+        """Features after cut `index` -> logits: a head of its own, or some of the backbone's later blocks."""
+        if self.exit_blocks:
+            return nn.Sequential(*(self.backbone.blocks[block] for block in self.exit_blocks[index]))
+        return self.exits[index]
 
     def tap(self, index: int) -> Tap:
         """One bottleneck."""

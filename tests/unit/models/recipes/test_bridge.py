@@ -105,7 +105,7 @@ def test_a_tap_with_a_tail_of_its_own_takes_a_bridges() -> None:
     tap = split.tap(0)
     assert tap.tail is not None
     assert tap.between is not None
-    bridge = new_bridge(split, TINY.taps[0], tap.slim.bottleneck, (1.0, 0.5, 0.1), settled=True)
+    bridge = new_bridge(split, TINY.taps[0], tap.slim.bottleneck, (1.0, 0.5, 0.1), split.cuts[-1], settled=True)
     bridge.free_tail()
     with torch.no_grad():
         for parameter in (*bridge.between.parameters(), *bridge.tail.parameters()):

@@ -17,6 +17,7 @@ from models.recipes.cutting import Captured, capture
 from models.recipes.trainer import Run
 from models.vision.graph_tail import GraphTail
 from models.vision.head import Head
+from models.vision.split import SplitClassifier
 from models.vision.tail import open_tail
 
 SIDE = 32
@@ -94,6 +95,19 @@ def test_blocks_behind_the_last_cut_are_the_rest_of_the_model(captured: Captured
     torch.testing.assert_close(network(images_B3HW), factory()(images_B3HW))
     assert len(network.channels) == len(network.blocks) - 1
     assert network.channels[len(cuts) - 1] == {"first": 8, "second": 16, "third": 16}[cuts[-1]]
+
+
+@torch.inference_mode(False)
+def test_a_bottleneck_starts_as_the_way_there_and_back(captured: Captured) -> None:
+    torch.manual_seed(0)
+    split = SplitClassifier(own.architecture(captured, ("first",)), own.backbone(captured, ("first",))).eval()
+    images_N3HW = np.random.default_rng(0).integers(0, 256, (64, 3, SIDE, SIDE), dtype=np.uint8)
+    own.start(split, own_data.Images(images_N3HW, None), SPEC)
+    images_B3HW = torch.from_numpy(own_data.normalise(images_N3HW[:8], SPEC))
+    with torch.no_grad():
+        features_BCHW = split.trunk(images_B3HW)
+        back_BCHW = split.decode(0, split.tap(0).encoder(features_BCHW), torch.zeros(8, dtype=torch.long))
+    torch.testing.assert_close(back_BCHW, features_BCHW, rtol=1e-2, atol=1e-2)  # as many latents as channels
 
 
 def test_the_cloud_answers_whole_images_as_the_model_does(made: tuple[Bundle, dict[str, float]]) -> None:

@@ -27,8 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
             pixels = rng.integers(0, 256, (26, 26, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((208, 208)).save(root / part / f"{index:03}_noise.png")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("EPOCHS", "EXIT_EPOCHS"):
-            patch.setattr(photos, name, 1)
+        patch.setattr(photos, "EPOCHS", 1)
         narrow = photos.ARCHITECTURE.taps[0].model_copy(update={"latent_channels": 16})
         patch.setattr(photos, "ARCHITECTURE", photos.ARCHITECTURE.model_copy(update={"taps": (narrow,)}))
         patch.setattr(photos, "SIDE", SIDE)
@@ -67,6 +66,19 @@ def test_the_bottleneck_starts_near_the_features_that_it_carries(made: Bundle) -
     got_K = tail.answer_latents(0, [codec.dequantise(codec.decode(sent, rate), rate)], [rate])[0]
     apart, chance = np.abs(got_K - wanted_K).sum(), np.abs(exit_K - wanted_K).sum()
     assert apart < 0.7 * chance
+
+
+def test_the_exit_is_made_of_the_network_s_own_blocks(made: Bundle) -> None:
+    net = EfficientNetLite("efficientnet_lite2", 1000)
+    photos.load_lite2(net)
+    x_CHW = image_3HW = np.random.default_rng(1).normal(size=(3, SIDE, SIDE)).astype(np.float32)
+    ((cut,), (blocks,)) = photos.ARCHITECTURE.cuts, photos.ARCHITECTURE.exit_blocks
+    with torch.inference_mode():
+        x_BCHW = torch.from_numpy(image_3HW)[None]
+        for block in (*range(cut), *blocks):
+            x_BCHW = net.eval().blocks[block](x_BCHW)
+    _, answer_K = Head(made, 1).segment(0, x_CHW)
+    np.testing.assert_allclose(answer_K, x_BCHW.softmax(1)[0], atol=5e-3)  # stored in 16 bits
 
 
 def test_the_manifest_names_a_thousand_classes_and_its_data(made: Bundle) -> None:

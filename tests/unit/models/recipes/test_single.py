@@ -22,7 +22,7 @@ TAP = TINY.taps[0]
 @pytest.fixture
 def way(tiny_split: SplitClassifier) -> SingleRate:
     torch.manual_seed(0)
-    bridge = new_bridge(tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (1.0,), settled=True)
+    bridge = new_bridge(tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (1.0,), tiny_split.cuts[-1], settled=True)
     tensors = contextual.to_tensors(laplace_tables(TAP.latent_channels, (2.0,)))
     return SingleRate("price 1", bridge.eval(), tiny_split, tensors, SIDE)
 
@@ -46,7 +46,9 @@ def test_the_encoder_counts_front_bottleneck_and_tables_as_shipped(
 
 def test_a_trained_price_is_found_with_its_tables(tmp_path: Path, tiny_split: SplitClassifier) -> None:
     for price in PRICES:
-        bridge = new_bridge(tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (price,), settled=True)
+        bridge = new_bridge(
+            tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (price,), tiny_split.cuts[-1], settled=True
+        )
         torch.save({"average": bridge.state_dict()}, tmp_path / f"ours-single-{price:g}-refine.ckpt")
         tensors = contextual.to_tensors(laplace_tables(TAP.latent_channels, (2.0,)))
         safetensors.numpy.save_file(tensors, tables_of(tmp_path, price))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.vision.efficientnet_lite import EfficientNetLite
 from models.vision.split import SplitClassifier
 from tests.tiny_bundle import TAPS, TINY
 
@@ -109,6 +110,16 @@ def test_an_exit_sees_the_brightest_pixel_beside_the_mean(tiny_split: SplitClass
     hook.remove()
     pixels_BCN = exit_head.body(features_BCHW).flatten(2)
     torch.testing.assert_close(seen[0], torch.cat([pixels_BCN.mean(2), pixels_BCN.max(2).values], 1))
+
+
+@torch.inference_mode()
+def test_an_exit_of_the_backbone_s_blocks_has_no_weights_of_its_own(images_B3HW: Tensor) -> None:
+    rest = len(EfficientNetLite(TINY.backbone, 2).blocks)
+    blocks = tuple(tuple(range(cut, rest)) for cut in TINY.cuts)
+    split = SplitClassifier(TINY.model_copy(update={"exit_blocks": blocks})).eval()
+    assert not [name for name in split.state_dict() if name.startswith("exits")]
+    features_BCHW = split.segment(0, images_B3HW)
+    torch.testing.assert_close(split.exit(0)(features_BCHW), split(images_B3HW), rtol=0, atol=0)
 
 
 def test_one_state_dict_holds_every_part(tiny_split: SplitClassifier) -> None:
