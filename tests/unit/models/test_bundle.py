@@ -33,7 +33,7 @@ def refused(folder: Path, *words: str) -> None:
 def test_what_is_written_is_read(paper: Parts, tmp_path: Path) -> None:
     opened = Bundle.open(paper.write(tmp_path / "b"))
     assert {name: opened.read(name) for name in paper.files} == paper.files
-    content = opened.manifest.model_dump(mode="json")
+    content = opened.manifest.model_dump(mode="json", exclude_none=True)
     assert {key: content[key] for key in paper.manifest} == paper.manifest
 
 
