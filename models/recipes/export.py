@@ -9,7 +9,6 @@ import itertools
 import os
 import platform
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +30,7 @@ from models.codecs import contextual
 from models.codecs.contextual import Tables
 from models.manifest import Architecture, Interval, Precision, Preprocessing, Task
 from models.recipes.calibrate import certify, interval
+from models.recipes.graphs import compact, onnx_bytes
 from models.recipes.int8 import quantise_head
 from models.recipes.slim_onnx import slim_onnx
 from models.vision.head import Head
@@ -40,8 +38,6 @@ from models.vision.slim import SlimEncoder
 from models.vision.split import SplitClassifier, Tap
 from models.vision.tail import open_tail
 
-MAX_BATCH = 1024  # of a graph for any batch
-LEAST_HALVED = 256  # values of an array that is worth a node of its own
 VERSIONS = ("torch", "compressai", "constriction", "onnxruntime", "numpy")
 UNITS = {
     "accuracy, agreement, coverage, loss": "fraction",
@@ -134,49 +130,6 @@ class FromLatent(nn.Module):
 
     def forward(self, latent: Tensor, rate: Tensor) -> Tensor:
         return self.split.answer(self.split.decode(self.tap, latent, rate), 0, self.tap)
-
-
-def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int) -> bytes:
-    """A module as an ONNX graph with the shapes of `inputs`; a batch of two stands for any."""
-    batches = {len(tensor) for tensor in inputs.values()}
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    shapes = {name: {0: batch} for name in inputs} if batches == {2} else None
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, about itself
-        program = torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=[f"y{index}" for index in range(outputs)],
-            dynamic_shapes=tuple(shapes.values()) if shapes else None,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    graph = model.graph
-    described: tuple[Any, ...] = (graph, *graph.node, *graph.value_info, *graph.initializer)
-    for part in described:
-        del part.metadata_props[:]  # traces of this machine's stack
-    serialised: bytes = model.SerializeToString()
-    return serialised
-
-
-def compact(graph: bytes) -> bytes:
-    """The same graph, with what float16 holds exactly stored so; ONNX Runtime widens it once, when it is loaded."""
-    model = onnx.load_from_string(graph)
-    for tensor in model.graph.initializer:
-        array = numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if array.dtype != np.float32 or array.size < LEAST_HALVED or not np.array_equal(half.astype(np.float32), array):
-            continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
-        widen = helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
-        model.graph.node.insert(0, widen)
-    smaller: bytes = model.SerializeToString()
-    return smaller
 
 
 def macs(module: nn.Module, *inputs: Tensor | int) -> int:

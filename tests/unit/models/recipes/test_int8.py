@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from models.recipes.export import onnx_bytes
+from models.recipes.graphs import onnx_bytes
 from models.recipes.int8 import FLOAT_CONVOLUTIONS, quantise, quantise_head
 
 

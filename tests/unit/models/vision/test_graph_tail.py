@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.errors import BundleError, InvalidInput
-from models.recipes.export import onnx_bytes
+from models.recipes.graphs import onnx_bytes
 from models.vision.graph_tail import GraphTail
 from models.vision.tail import open_tail
 from tests.conftest import Parts
