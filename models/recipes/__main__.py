@@ -85,7 +85,8 @@ def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, threa
     if threads:
         torch.set_num_threads(threads)
     with failing_clearly(work):
-        bundle = make(out, Run(work, seed), f"python -m models.recipes photos --seed {seed}", photos, labelled)
+        command = f"python -m models.recipes photos --seed {seed} --labelled FOLDER"
+        bundle = make(out, Run(work, seed), command, photos, labelled)
     report(out, bundle, as_json)
 
 
