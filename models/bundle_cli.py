@@ -27,7 +27,7 @@ def main() -> None:
 def inspect(folder: Path, as_json: bool) -> None:
     """Print what FOLDER says of itself; every byte is verified first."""
     manifest = opened(folder).manifest
-    click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(summary(manifest)))
+    click.echo(manifest.model_dump_json(indent=1, exclude_none=True) if as_json else "\n".join(summary(manifest)))
 
 
 @main.command(epilog="Example: python -m models.bundle verify models/zoo/elpv")

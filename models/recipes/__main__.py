@@ -189,7 +189,7 @@ def split(
         command = shlex.join(["python", "-m", "models.recipes", *sys.argv[1:]])
         bundle, figures = own.make(out, Run(work, seed), command, captured, found, settings)
     if as_json:
-        click.echo(bundle.manifest.model_dump_json(indent=1))
+        click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
         return
     click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
     for line in (*summary(bundle.manifest), f"a JPEG of quality 75 has {figures['jpeg75_bytes']:.0f} bytes"):
@@ -199,7 +199,7 @@ def split(
 def report(out: Path, bundle: Bundle, as_json: bool) -> None:
     """What was written, and what it scores."""
     if as_json:
-        click.echo(bundle.manifest.model_dump_json(indent=1))
+        click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
         return
     click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
     for name, score in bundle.manifest.scores.items():
