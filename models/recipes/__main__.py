@@ -27,6 +27,14 @@ def main() -> None:
     """Train a model and write it as a bundle. Interrupt a run whenever you like: started again, it goes on."""
 
 
+manifest_as_json = click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
+
+
+def use_threads(context: click.Context, parameter: click.Parameter, value: int) -> None:
+    if value:
+        torch.set_num_threads(value)
+
+
 def training_options(work: str) -> Callable[[Command], Command]:
     """What every recipe asks: where its checkpoints are (`work` unless given), seed, threads."""
     options = (
@@ -34,7 +42,14 @@ def training_options(work: str) -> Callable[[Command], Command]:
             "--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help="Checkpoints."
         ),
         click.option("--seed", default=0, show_default=True),
-        click.option("--threads", default=0, show_default=True, help="PyTorch threads; 0 for every core."),
+        click.option(
+            "--threads",
+            default=0,
+            show_default=True,
+            expose_value=False,
+            callback=use_threads,
+            help="PyTorch threads; 0 for every core.",
+        ),
     )
 
     def add(command: Command) -> Command:
@@ -48,13 +63,11 @@ def training_options(work: str) -> Callable[[Command], Command]:
 @main.command(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv --seed 0")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
 @training_options("runs/elpv")
-@click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
-def elpv(out: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+@manifest_as_json
+def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
     """Solar cells: fine-tune the cloud model, distil exits and bottlenecks, calibrate. Three hours on two cores."""
     from models.recipes.elpv import make  # CompressAI alone takes seconds to import
 
-    if threads:
-        torch.set_num_threads(threads)
     command = f"python -m models.recipes elpv --seed {seed} --out {shlex.quote(str(out))}"
     with failing_clearly(work):
         bundle = make(out, Run(work, seed), command)
@@ -77,13 +90,11 @@ def elpv(out: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
     help="Photographs of ImageNet's classes, each name starting with its class as in 012_finch.jpg.",
 )
 @training_options("runs/photos")
-@click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
-def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+@manifest_as_json
+def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_json: bool) -> None:
     """Any photo: EfficientNet-Lite2's 1,000 classes behind a bridge, distilled without labels. An hour on two cores."""
     from models.recipes.photos import make
 
-    if threads:
-        torch.set_num_threads(threads)
     with failing_clearly(work):
         command = f"python -m models.recipes photos --seed {seed} --labelled FOLDER"
         bundle = make(out, Run(work, seed), command, photos, labelled)
@@ -100,13 +111,11 @@ def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, threa
     help="Fashion-MNIST; fetched from its Debian package where the folder is not there.",
 )
 @training_options("runs/fashion")
-@click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
-def fashion(out: Path, data: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+@manifest_as_json
+def fashion(out: Path, data: Path, work: Path, seed: int, as_json: bool) -> None:
     """Fashion-MNIST: train a small network, split it behind three exits. An hour on two cores."""
     from models.recipes.fashion import make
 
-    if threads:
-        torch.set_num_threads(threads)
     with failing_clearly(work):
         bundle = make(out, Run(work, seed), f"python -m models.recipes fashion --seed {seed}", data)
     report(out, bundle, as_json)
@@ -117,15 +126,13 @@ def fashion(out: Path, data: Path, work: Path, seed: int, threads: int, as_json:
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
 @training_options("runs/sc2")
 @click.option("--json", "as_json", is_flag=True, help="Print the last figures of every stage as JSON.")
-def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, threads: int, as_json: bool) -> None:
+def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, as_json: bool) -> None:
     """Bottlenecks of others, trained on ELPV for `tests.bench.sc2`: all METHODS unless some are named.
 
     About half an hour a method on one core; several may run side by side.
     """
     from models.recipes.elpv import train_baselines
 
-    if threads:
-        torch.set_num_threads(threads)
     with failing_clearly(work):
         log = train_baselines(bundle, Run(work, seed), methods)
     click.echo(json.dumps(log) if as_json else "\n".join(f"{name}: {figures}" for name, figures in log.items()))
@@ -148,7 +155,7 @@ def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, thr
 @click.option("--cut", "cuts", multiple=True, metavar="NAME", help="Repeatable, in order.  [default: proposed]")
 @click.option("--table", is_flag=True, help="Print where the model can be cut, and stop.")
 @training_options("runs/split")
-@click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
+@manifest_as_json
 def split(
     model: str,
     data: Path,
@@ -163,7 +170,6 @@ def split(
     table: bool,
     work: Path,
     seed: int,
-    threads: int,
     as_json: bool,
 ) -> None:
     """Your own classifier: cut it, distil exits and a bottleneck, calibrate, and write a bundle.
@@ -173,8 +179,6 @@ def split(
     from models.recipes import own, own_data
     from models.recipes.cutting import capture, places
 
-    if threads:
-        torch.set_num_threads(threads)
     with failing_clearly(work):
         found = own_data.find(data)
         sys.path.insert(0, "")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.recipes.rates import Rates
+from models.recipes.trainer import Batches, Loss, Run, Schedule
 from models.vision.split import SplitClassifier, Tap
 
 
@@ -105,6 +106,31 @@ class Distillation(nn.Module):
         figures = {"clean": clean.item(), "task": task.item(), "exits": exit_loss.item(), "features": distance.item()}
         figures |= bytes_each
         return clean + task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
+
+
+def train_in_stages(
+    run: Run,
+    module: Distillation,
+    ramped: Batches,
+    batches: Batches,
+    loss_of: Loss,
+    epochs: tuple[int, int, int],
+    steps: int,
+) -> Distillation:
+    """All three stages, of so many epochs of `steps` batches; returns the averaged module, in eval mode.
+
+    The first stage sees `ramped`, whose price of bytes grows; the others `batches`.
+    """
+    bridge_epochs, decoder_epochs, tail_epochs = epochs
+    average = run.fit("bridge", module, ramped, loss_of, Schedule(bridge_epochs, steps, peak_lr=2e-3))
+    module.load_state_dict(average.state_dict())
+    module.freeze_encoder()
+    average = run.fit("decoder", module, batches, loss_of, Schedule(decoder_epochs, steps, peak_lr=5e-4))
+    module.load_state_dict(average.state_dict())
+    module.free_tail()
+    average = run.fit("tail", module, batches, loss_of, Schedule(tail_epochs, steps, peak_lr=2e-4))
+    assert isinstance(average, Distillation)
+    return average
 
 
 def tail_points(tail: nn.Module, features_BCHW: Tensor) -> list[Tensor]:

@@ -21,11 +21,11 @@ from models.recipes import baselines, export, light, single
 from models.recipes.augment import random_affine, random_contrast, random_dihedral
 from models.recipes.bridge import Bridge
 from models.recipes.components import Components
-from models.recipes.distil import Distillation, Weights
+from models.recipes.distil import Distillation, Weights, train_in_stages
 from models.recipes.elpv_data import Photos, load
 from models.recipes.fit_tables import fit
 from models.recipes.heads import train_head
-from models.recipes.imagenet import load_lite2
+from models.recipes.imagenet import DEVIATION, MEAN, load_lite2
 from models.recipes.rates import Rates, integers
 from models.recipes.trainer import Run, Schedule
 from models.recipes.views import BATCH, Views
@@ -36,7 +36,6 @@ from models.vision.tail import load_split
 
 CLOUD_SIZES = ((10, 224), (18, 300))  # (until epoch, pixels): progressive resizing, EfficientNetV2 section 4.3
 REFINE_EPOCHS = 12  # a second cosine cycle at full size, SGDR section 3: the first ends before the loss does
-MEAN, DEVIATION = 127 / 255, 128 / 255  # EfficientNet-Lite's own
 PREPROCESSING = Preprocessing(resize=300, crop=(300, 300), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
 TASKS = (
     Task(name="defect", labels=("functional", "defective")),
@@ -154,16 +153,8 @@ def train_deep(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillatio
         target_B2 = torch.stack([1 - batch.defect_B, batch.defect_B], 1)
         return module.loss(batch.images_B3HW, target_B2, batch.ramp)
 
-    steps = len(photos) // BATCH
-    average = run.fit("bridge", module, bridge_batches, loss_of, Schedule(BRIDGE_EPOCHS, steps, peak_lr=2e-3))
-    module.load_state_dict(average.state_dict())
-    module.freeze_encoder()
-    average = run.fit("decoder", module, decoder_batches, loss_of, Schedule(DECODER_EPOCHS, steps, peak_lr=5e-4))
-    module.load_state_dict(average.state_dict())
-    module.free_tail()
-    average = run.fit("tail", module, decoder_batches, loss_of, Schedule(TAIL_EPOCHS, steps, peak_lr=2e-4))
-    assert isinstance(average, Distillation)
-    return average
+    epochs = (BRIDGE_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS)
+    return train_in_stages(run, module, bridge_batches, decoder_batches, loss_of, epochs, len(photos) // BATCH)
 
 
 def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views, Bridge]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from models.vision.efficientnet_lite import EfficientNetLite
 
+MEAN, DEVIATION = 127 / 255, 128 / 255  # of values in [0, 1], EfficientNet-Lite's own
+
 
 def class_names() -> tuple[str, ...]:
     """Of all 1,000 classes in order: the first lemma of each WordNet synset, told apart where two have the same."""

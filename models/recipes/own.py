@@ -24,11 +24,11 @@ from models.recipes import export, own_data
 from models.recipes.augment import random_affine, random_contrast
 from models.recipes.components import find_components, start_decoder, start_projection
 from models.recipes.cutting import Captured, Cut, blocks, places
-from models.recipes.distil import Distillation, Weights
+from models.recipes.distil import Distillation, Weights, train_in_stages
 from models.recipes.fit_tables import fit
 from models.recipes.own_data import Images, normalise
 from models.recipes.rates import integers
-from models.recipes.trainer import Run, Schedule
+from models.recipes.trainer import Run
 from models.recipes.views import BATCH
 from models.vision.blocks import Blocks
 from models.vision.split import SplitClassifier
@@ -150,16 +150,8 @@ def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec
         for batch in batches(part, targets_NK, spec, generator):
             yield Batch(batch.images_B3HW, batch.target_BK, min(epoch / RAMP_EPOCHS, 1.0))
 
-    steps = steps_of(part)
-    average = run.fit("bridge", module, ramped_batches, loss_of, Schedule(BRIDGE_EPOCHS, steps, peak_lr=2e-3))
-    module.load_state_dict(average.state_dict())
-    module.freeze_encoder()
-    average = run.fit("decoder", module, epoch_batches, loss_of, Schedule(DECODER_EPOCHS, steps, peak_lr=5e-4))
-    module.load_state_dict(average.state_dict())
-    module.free_tail()
-    average = run.fit("tail", module, epoch_batches, loss_of, Schedule(TAIL_EPOCHS, steps, peak_lr=2e-4))
-    assert isinstance(average, Distillation)
-    return average
+    epochs = (BRIDGE_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS)
+    return train_in_stages(run, module, ramped_batches, epoch_batches, loss_of, epochs, steps_of(part))
 
 
 def start(split: SplitClassifier, part: Images, spec: Preprocessing) -> None:
@@ -192,11 +184,11 @@ def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: P
 
 
 def answers(split: SplitClassifier, part: Images, spec: Preprocessing) -> Tensor:
-    """The model's own probabilities, (N, K)."""
+    """The model's own classes, (N,)."""
     with torch.inference_mode():
         return torch.cat(
             [
-                split(torch.from_numpy(normalise(part.images_N3HW[start : start + BATCH], spec))).softmax(1)
+                split(torch.from_numpy(normalise(part.images_N3HW[start : start + BATCH], spec))).argmax(1)
                 for start in range(0, len(part), BATCH)
             ]
         )
@@ -239,9 +231,8 @@ def build(
     torch.manual_seed(run.seed)
     split = SplitClassifier(built, backbone(captured, cuts))
     split.eval()
-    own_answers = {name: answers(split, part, spec) for name, part in parts.items()}
     labels = {
-        name: own_answers[name].argmax(1).numpy() if part.labels_N is None else part.labels_N
+        name: answers(split, part, spec).numpy() if part.labels_N is None else part.labels_N
         for name, part in parts.items()
     }
     targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels["train"])]

@@ -26,7 +26,7 @@ from models.recipes.bridge import Batch, Bridge, new_bridge, ramp
 from models.recipes.components import find_components, start_decoder, start_projection
 from models.recipes.distil import tail_points
 from models.recipes.fit_tables import fit
-from models.recipes.imagenet import class_names, load_lite2
+from models.recipes.imagenet import DEVIATION, MEAN, class_names, load_lite2
 from models.recipes.photos_data import labelled
 from models.recipes.rates import integers
 from models.recipes.trainer import Run, Schedule
@@ -35,7 +35,6 @@ from models.vision.efficientnet_lite import EfficientNetLite, fuse_batch_norms
 from models.vision.images import open_image, preprocess
 from models.vision.split import SplitClassifier
 
-MEAN, DEVIATION = 127 / 255, 128 / 255  # EfficientNet-Lite's own
 SIDE = 260
 PREPROCESSING = Preprocessing(resize=SIDE, crop=(SIDE, SIDE), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
 LICENCE = "Apache-2.0 (ImageNet weights of EfficientNet-Lite2)"

@@ -26,7 +26,7 @@ from models.vision.head import Head
 from models.vision.images import preprocess
 from models.vision.tail import open_tail
 from tests.bench.processes import ROOT
-from tests.bench.sc2_photos import Photos, photos_of
+from tests.bench.sc2_photos import Photos, labelled_option, photos_of
 
 Row = dict[str, Any]
 
@@ -93,11 +93,7 @@ def table(result: Row) -> str:
 
 @click.command(epilog="Example: python -m tests.bench.exits --bundle models/zoo/fashion --json runs/exits.json")
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "fashion", type=click.Path(path_type=Path))
-@click.option(
-    "--labelled",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Photos to test the bundle `photos` on, each name starting with its class.",
-)
+@labelled_option
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "int8"]))
 @click.option("--photos", type=click.IntRange(2), help="So many of the test photos; all, unless given.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")

@@ -31,7 +31,7 @@ LADDERS: dict[str, dict[float, tuple[int, ...]]] = {
     "webp": {1: (75, 82, 86, 90), 2 / 3: (90,), 1 / 2: (5, 10, 30, 50, 75, 90), 1 / 3: (1, 20, 50)},
     "avif": {1: (30, 40, 50, 55, 60, 75, 90), 2 / 3: (50, 60), 1 / 2: (30, 40, 50, 60, 75), 1 / 3: (40, 50)},
 }
-# Photos in colour need coarser ones too before they are as small; grey solar cells at such qualities are at chance.
+# Photos in colour need coarser ones too before they are as small.
 COARSE: dict[str, dict[float, tuple[int, ...]]] = {
     "jpeg": {1: (5, 10, 20, 30), 2 / 3: (10, 20, 30), 1 / 2: (10,), 1 / 3: (75,)},
     "webp": {1: (1, 10, 30, 50), 2 / 3: (1, 10, 30, 50, 75), 1 / 3: (75, 90)},

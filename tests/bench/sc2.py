@@ -28,7 +28,7 @@ from models.vision.tail import open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_figures import compare
 from tests.bench.sc2_measure import Bench, Measured
-from tests.bench.sc2_photos import photos_of
+from tests.bench.sc2_photos import labelled_option, photos_of
 from tests.bench.sc2_report import plot, table
 from tests.bench.sc2_ways import METHODS, Way, lossless, trained_for, training_command, ways
 
@@ -88,11 +88,7 @@ def parse_methods(context: click.Context, parameter: click.Parameter, value: str
 
 @click.command(epilog="Example: python -m tests.bench.sc2 --methods ours,jpeg,webp --json runs/sc2.json")
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "elpv", type=click.Path(path_type=Path))
-@click.option(
-    "--labelled",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Photos to test the bundle `photos` on, each name starting with its class.",
-)
+@labelled_option
 @click.option(
     "--work",
     default=Path("runs/sc2"),

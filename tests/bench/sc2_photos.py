@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,6 +17,12 @@ from models.recipes.elpv_data import load
 from models.vision.images import open_image
 
 FASHION = Path("runs/fashion/data")
+
+labelled_option = click.option(
+    "--labelled",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Photos to test the bundle `photos` on, each name starting with its class.",
+)
 
 
 @dataclass(frozen=True)

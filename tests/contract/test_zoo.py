@@ -112,7 +112,7 @@ def test_another_process_decodes_exactly(shipped: Bundle, threads: str) -> None:
 def test_head_and_tail_joined_are_the_unsplit_network(shipped: Bundle) -> None:
     """ONNX head on the device, PyTorch tail in the cloud, no quantisation between: the cloud model to 1e-4."""
     if shipped.manifest.graphs:  # their cloud has no half that takes features
-        return
+        pytest.skip("no half of its cloud takes features")
     head, tail, split = Head(shipped, 1), open_tail(shipped), load_split(shipped)
     for path in load("calibration").paths[:4]:
         image_CHW = preprocess(open_image(path.read_bytes()), shipped.manifest.preprocessing)
