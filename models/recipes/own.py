@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from models.bundle import Bundle
@@ -45,6 +48,7 @@ EPOCH_IMAGES = 8192  # at most: a larger folder is seen over several epochs
 JPEG_IMAGES = 512  # whose mean size is the unit of prices
 RANGE_IMAGES = 64  # that an int8 head's scales are found on
 MAX_PAYLOAD = 1 << 16
+ORDER_MARGIN = 0.3  # of the images: so many more right in another order is no chance
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,20 @@ def answers(split: SplitClassifier, part: Images, spec: Preprocessing) -> Tensor
         )
 
 
+def check_order(answers_N: NDArray[np.int64], labels_N: NDArray[np.int64], names: Sequence[str]) -> None:
+    """Raises InvalidInput when the answers would be much more often right were the classes in another order."""
+    counts_KK = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(counts_KK, (answers_N, labels_N), 1)
+    answered, meant = linear_sum_assignment(counts_KK, maximize=True)
+    right, best = counts_KK.trace() / len(labels_N), counts_KK[answered, meant].sum() / len(labels_N)
+    if best - right > ORDER_MARGIN:
+        raise InvalidInput(
+            f"the model is right on {right:.0%} of the labelled images, and would be on {best:.0%} if its classes"
+            f" were {', '.join(names[index] for index in meant)[:200]}: sub-folders count in alphabetical order, so name"
+            " them in the order of the model's classes (01-cat, 02-dog, ...)"
+        )
+
+
 def make(
     folder: Path, run: Run, command: str, captured: Captured, data: own_data.Folder, settings: Settings
 ) -> tuple[Bundle, dict[str, float]]:
@@ -235,6 +253,8 @@ def build(
         name: answers(split, part, spec).numpy() if part.labels_N is None else part.labels_N
         for name, part in parts.items()
     }
+    if (true_N := parts["calibration"].labels_N) is not None:
+        check_order(answers(split, parts["calibration"], spec).numpy(), true_N, names)
     targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels["train"])]
     kilobyte_budget = JPEG_SHARE * own_data.jpeg_bytes(train_part.images_N3HW[:JPEG_IMAGES]) / 1024
     start(split, train_part, spec)

@@ -187,3 +187,11 @@ def test_a_model_is_made_by_its_factory() -> None:
     sys.modules["own_nets"] = sys.modules[__name__]
     model = own.load_model("own_nets:factory")
     assert isinstance(model, Own) and not model.training
+
+
+def test_classes_in_another_order_are_found_before_training() -> None:
+    labels_N = np.repeat([0, 1, 2], 10)
+    own.check_order(labels_N, labels_N, ("ant", "bee", "cow"))
+    own.check_order(np.zeros(30, np.int64), labels_N, ("ant", "bee", "cow"))  # a bad model, whatever its order
+    with pytest.raises(InvalidInput, match=r"right on 0% .* on 100% if its classes were bee, cow, ant"):
+        own.check_order(np.repeat([2, 0, 1], 10), labels_N, ("ant", "bee", "cow"))
