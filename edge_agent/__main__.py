@@ -254,9 +254,10 @@ def open_photos(config: EdgeConfig, registry: Any) -> tuple[EdgeAgent, Any]:
     """An agent for photos and its metrics, or the end of the program with one line."""
     from edge_agent.metrics import EdgeMetrics
     from models.bundle import read_manifest
+    from models.manifest import Manifest
 
     try:
-        metrics = EdgeMetrics(registry, read_manifest(config.bundle))
+        metrics = EdgeMetrics(registry, read_manifest(config.bundle, Manifest))
     except IsthmusError as error:
         fail(error)
     return opened(config, metrics), metrics

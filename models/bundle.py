@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -26,38 +26,30 @@ from pydantic import ValidationError
 from models.codecs import contextual
 from models.codecs.contextual import ContextualCodec
 from models.errors import BundleError
+from models.language.handoff_manifest import HandoffManifest
 from models.manifest import SCHEMA_VERSION, FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 8 << 20  # 100,000 labels of 80 bytes
 
+Schema = TypeVar("Schema", Manifest, HandoffManifest)
 
-class Bundle:
-    """An opened bundle: every listed file was present with the right size and hash when it was opened."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+class Files:
+    """What lies beside a manifest, read as the manifest vouches for it."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
         self.folder = folder
-        self.manifest = manifest
+        self._entries = entries
 
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
-        """Read the manifest and check every file against it.
-
-        Raises BundleError naming the file and what was wrong with it.
-        """
-        bundle = cls(Path(folder), read_manifest(Path(folder)))
-        for name in bundle.manifest.files:
-            bundle.read(name)
-        return bundle
-
-    @property
-    def fingerprint(self) -> bytes:
-        """SHA-256 over the whole content, 32 bytes."""
-        return bytes.fromhex(self.manifest.fingerprint)
+    def check(self) -> None:
+        """Raises BundleError naming the file that is missing or not what the manifest says."""
+        for name in self._entries:
+            self.read(name)
 
     def read(self, name: str) -> bytes:
-        """One file's bytes, as the manifest vouches for them. Raises BundleError."""
-        entry = self.manifest.files.get(name)
+        """One file's bytes. Raises BundleError."""
+        entry = self._entries.get(name)
         if entry is None:
             raise BundleError(f"{self.folder}: the manifest lists no file {name}")
         data = read_plain(self.folder / name, entry.size)
@@ -78,6 +70,29 @@ class Bundle:
                 raise BundleError(f"{self.folder / name}: tensor {key} holds values that are not finite")
         return tensors
 
+
+class Bundle(Files):
+    """An opened bundle: every listed file was present with the right size and hash when it was opened."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        super().__init__(folder, manifest.files)
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest and check every file against it.
+
+        Raises BundleError naming the file and what was wrong with it.
+        """
+        bundle = cls(Path(folder), read_manifest(Path(folder), Manifest))
+        bundle.check()
+        return bundle
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 over the whole content, 32 bytes."""
+        return bytes.fromhex(self.manifest.fingerprint)
+
     def codec(self, tap: int) -> ContextualCodec:
         """The codec of a tap, by its index, under this bundle's tables. Raises BundleError when they are broken."""
         entry = self.manifest.taps[tap]
@@ -85,7 +100,7 @@ class Bundle:
         return ContextualCodec(tables, entry.latent, entry.max_payload_bytes)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, schema: type[Schema]) -> Schema:
     """Parse and validate `folder/manifest.json`, fingerprint included. Raises BundleError."""
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder")
@@ -103,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
         found = str(content.get("schema_version"))[:20]
         raise BundleError(f"{path}: schema_version {found}, this program reads {SCHEMA_VERSION}")
     try:
-        manifest = Manifest.model_validate(content)
+        manifest = schema.model_validate(content)
     except ValidationError as error:
         raise BundleError(f"{path}: {first_problem(error)}") from error
     if (found := fingerprint_of(content)) != manifest.fingerprint:
@@ -111,29 +126,29 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> Bundle:
-    """Write a new bundle in one step: a folder beside `folder` is filled, checked, then renamed into place.
+def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], schema: type[Schema]) -> Path:
+    """Write a new bundle in one step: a folder beside `folder` is filled, checked, then renamed into place; `folder`.
 
     `manifest` lacks `schema_version`, `files` and `fingerprint`, which are added here. An older bundle is replaced.
     """
-    entries = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    listed = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     content = {
         "schema_version": SCHEMA_VERSION,
         **manifest,
-        "files": {name: entry.model_dump() for name, entry in sorted(entries.items())},
+        "files": {name: entry.model_dump() for name, entry in sorted(listed.items())},
     }
     content["fingerprint"] = fingerprint_of(content)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    read_manifest(partial)  # before a file is written under a name that it would refuse
+    entries = read_manifest(partial, schema).files  # before a file is written under a name that it would refuse
     for name, data in files.items():
         (partial / name).write_bytes(data)
-    Bundle.open(partial)
+    Files(partial, entries).check()
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return Bundle.open(folder)
+    return folder
 
 
 def fingerprint_of(content: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from models.bundle import Bundle
 from models.codecs import contextual
 from models.codecs.contexts import ALL_CONTEXTS, ENDS
 from models.codecs.tables import SHAPES
-from models.manifest import TapArchitecture
+from models.manifest import Manifest, TapArchitecture
 from models.vision.split import SplitClassifier
 from tests.tiny_bundle import SIDE, TINY, random_split, write_tiny_bundle
 
@@ -83,7 +83,7 @@ class Parts:
     files: dict[str, bytes]
 
     def write(self, folder: Path) -> Path:
-        return bundles.write(folder, self.manifest, self.files).folder
+        return bundles.write(folder, self.manifest, self.files, Manifest)
 
     def tamper(self, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
         """Write, then change the manifest's content; its fingerprint is made true again."""

@@ -18,7 +18,7 @@ from torch import nn
 from models import bundle as bundles
 from models.bundle import Bundle
 from models.codecs.contextual import Tables
-from models.manifest import Architecture, Preprocessing, TapArchitecture, Task
+from models.manifest import Architecture, Manifest, Preprocessing, TapArchitecture, Task
 from models.recipes.export import Parts, Trained, TrainedTap, halve, head_parts
 from models.recipes.fit_tables import fit
 from models.vision.split import SplitClassifier
@@ -103,7 +103,7 @@ def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
     ranges = random_images(4, seed=9)
     parts = head_parts(Trained(split, tuple(trained_taps), tasks, TINY, PREPROCESSING, ranges))
     files = {**parts.files, "weights.safetensors": safetensors.torch.save(weights)}
-    return bundles.write(folder, manifest_of(parts), files)
+    return Bundle.open(bundles.write(folder, manifest_of(parts), files, Manifest))
 
 
 def manifest_of(parts: Parts) -> dict[str, Any]:

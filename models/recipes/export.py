@@ -28,7 +28,7 @@ from models.bundle import Bundle
 from models.catalog import BUILDERS
 from models.codecs import contextual
 from models.codecs.contextual import Tables
-from models.manifest import Architecture, Interval, Precision, Preprocessing, Task
+from models.manifest import Architecture, Interval, Manifest, Precision, Preprocessing, Task
 from models.recipes.calibrate import certify, interval
 from models.recipes.graphs import compact, onnx_bytes
 from models.recipes.int8 import quantise_head
@@ -369,7 +369,7 @@ def write(
         "scores": {},
     }
     with tempfile.TemporaryDirectory() as scratch:
-        opened = bundles.write(Path(scratch) / "draft", draft, files)
+        opened = Bundle.open(bundles.write(Path(scratch) / "draft", draft, files, Manifest))
         decided = calibrated(measure(opened, calibration, "calibration"), calibration.labels_TN[0])
         scores = final_scores(measure(opened, test, "test"), trained, test.labels_TN)
     final = {
@@ -378,7 +378,7 @@ def write(
         "taps": with_rates(parts.taps, decided["rates"]),
         "scores": {name: score.model_dump() for name, score in scores.items()},
     }
-    return bundles.write(folder, final, files)
+    return Bundle.open(bundles.write(folder, final, files, Manifest))
 
 
 def with_rates(taps: list[dict[str, Any]], rates: list[list[list[dict[str, Any]]]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Exits of a language model: what the layers behind an exit would say, guessed by one layer, distilled while all else stays.
+"""Exits of a language model: what all layers would say, guessed by one layer behind the first few.
 
     x_BTH behind layer k -> linear map -> one decoder layer -> norm -> the model's own output head -> logits
 

@@ -74,7 +74,7 @@ class Layer(nn.Module):
         config, h_BTH, found = self.config, self.norm(x_BTH, "input_layernorm"), []
         for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
             y = F.linear(h_BTH, self.weight(f"self_attn.{part}_proj"), self.bias(f"self_attn.{part}_proj"))
-            found.append(y.unflatten(-1, (heads, config.head_dim)))
+            found.append(y.view(*y.shape[:-1], heads, config.head_dim))
         q_BTHD, k_BTKD, v_BTKD = found
         if config.qk_norm:
             q_BTHD, k_BTKD = self.norm(q_BTHD, "self_attn.q_norm"), self.norm(k_BTKD, "self_attn.k_norm")

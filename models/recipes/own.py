@@ -205,10 +205,11 @@ def check_order(answers_N: NDArray[np.int64], labels_N: NDArray[np.int64], names
     answered, meant = linear_sum_assignment(counts_KK, maximize=True)
     right, best = counts_KK.trace() / len(labels_N), counts_KK[answered, meant].sum() / len(labels_N)
     if best - right > ORDER_MARGIN:
+        order = ", ".join(names[index] for index in meant)[:200]
         raise InvalidInput(
             f"the model is right on {right:.0%} of the labelled images, and would be on {best:.0%} if its classes"
-            f" were {', '.join(names[index] for index in meant)[:200]}: sub-folders count in alphabetical order, so name"
-            " them in the order of the model's classes (01-cat, 02-dog, ...)"
+            f" were {order}: sub-folders count in alphabetical order, so name them in"
+            " the order of the model's classes (01-cat, 02-dog, ...)"
         )
 
 

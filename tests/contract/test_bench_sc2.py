@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from models.bundle import read_manifest
+from models.manifest import Manifest
 from tests.bench.processes import ROOT
 
 FIGURE = {"value", "low", "high", "undefined"}
@@ -27,7 +28,7 @@ def test_quick_comparison_of_what_ships(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr[-2000:]
     assert "| ours |" in found.stdout and "| jpeg |" in found.stdout and "12 photos" in found.stdout
     result = json.loads(figures.read_text(encoding="utf-8"))
-    manifest = read_manifest(ROOT / "models" / "zoo" / "elpv")
+    manifest = read_manifest(ROOT / "models" / "zoo" / "elpv", Manifest)
     assert result["n"] == 12 and result["reference"] is None and result["bundle"] == manifest.fingerprint
     assert set(result["methods"]) == {"jpeg", "ours"} | {
         f"ours {tap.name}" + ("" if width.width == 1 else f" {width.width:g}")

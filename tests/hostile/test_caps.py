@@ -15,6 +15,7 @@ from edge_agent.link import Reply
 from edge_agent.policy.estimates import LinkEstimate
 from models import bundle as bundles
 from models.bundle import Bundle
+from models.manifest import Manifest
 from models.types import CloudAnswer, Payload
 from tests.tiny_bundle import SIDE
 
@@ -68,7 +69,7 @@ def capped(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
     for tap in content["taps"]:
         tap["max_payload_bytes"] = CAP
     files = {name: tiny_bundle.read(name) for name in tiny_bundle.manifest.files}
-    return bundles.write(tmp_path_factory.mktemp("capped") / "tiny", content, files)
+    return Bundle.open(bundles.write(tmp_path_factory.mktemp("capped") / "tiny", content, files, Manifest))
 
 
 @pytest.fixture

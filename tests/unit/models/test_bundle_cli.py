@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 from models import bundle as bundles
 from models.bundle import Bundle
 from models.bundle_cli import main
+from models.manifest import Manifest
 from tests.conftest import Parts, paper_tables
 
 
@@ -83,7 +84,7 @@ def test_verify_looks_into_the_tables_of_every_tap(tiny_bundle: Bundle, tmp_path
     files = {name: tiny_bundle.read(name) for name in tiny_bundle.manifest.files}
     files["deep.safetensors"] = files["light.safetensors"]
     content = tiny_bundle.manifest.model_dump(mode="json", exclude={"files", "fingerprint", "schema_version"})
-    done = command("verify", bundles.write(tmp_path / "b", content, files).folder)
+    done = command("verify", bundles.write(tmp_path / "b", content, files, Manifest))
     assert done.exit_code == 1 and "rates, expected 2" in done.stderr
 
 

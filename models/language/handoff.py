@@ -1,0 +1,71 @@
+"""What a device and a cloud need to share one language model by layers: exits, the codec of hidden states, the KV fill.
+
+    manifest.json          schema of `models.language.handoff_manifest`
+    exit<depth>.safetensors  a linear map, one decoder layer, a norm; 8-bit matrices (codes and scales of 32 each)
+    states.safetensors     basis, middle, integer tables
+    fill.safetensors       keys and values of the layers behind `depth`, straight from the row before them
+
+It holds nothing of the model itself, and names that by its fingerprint.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from models.bundle import Files, read_manifest
+from models.errors import BundleError
+from models.language.architecture import LlamaConfig
+from models.language.checkpoint import Checkpoint
+from models.language.handoff_manifest import HandoffManifest
+from models.language.states import Floats, StateCodec, matrix
+
+
+class Handoff:
+    """An opened hand-off bundle, of the checkpoint at hand."""
+
+    def __init__(self, files: Files, manifest: HandoffManifest, config: LlamaConfig) -> None:
+        """Raises BundleError when states or fill do not fit the model."""
+        self.manifest, self._files, self._config = manifest, files, config
+        self.depth = manifest.depth
+        self.fingerprint = bytes.fromhex(manifest.fingerprint)
+        if manifest.hidden != config.hidden or not 0 < manifest.depth < config.layers:
+            raise BundleError(
+                f"{files.folder}: depth {manifest.depth} and {manifest.hidden} hidden values do not fit a model of"
+                f" {config.layers} layers and {config.hidden}"
+            )
+        tensors = files.tensors(manifest.states)
+        self.states = StateCodec(tensors, config.hidden, len(manifest.rates), manifest.max_state_bytes)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Handoff:
+        """Raises BundleError for a broken bundle, or one of another model."""
+        manifest = read_manifest(Path(folder), HandoffManifest)
+        if bytes.fromhex(manifest.base) != checkpoint.fingerprint:
+            raise BundleError(
+                f"{folder}: belongs to the model {manifest.base[:12]}…, {checkpoint.name} is"
+                f" {checkpoint.fingerprint.hex()[:12]}…"
+            )
+        files = Files(Path(folder), manifest.files)
+        files.check()
+        return cls(files, manifest, checkpoint.config)
+
+    def fill(self) -> tuple[Floats, Floats]:
+        """Weights (layers - depth, 2 * kv_heads * head_dim, hidden) and biases (the first two of these).
+
+        A row divided by its root mean square gives keys, not rotated yet, then values of each layer behind `depth`.
+        Raises BundleError.
+        """
+        config, tensors = self._config, self._files.tensors(self.manifest.fill)
+        weight_LOH, bias_LO = matrix(tensors, "weight", 3), matrix(tensors, "bias", 2)
+        expected = (config.layers - self.depth, 2 * config.kv_heads * config.head_dim, config.hidden)
+        if weight_LOH.shape != expected or bias_LO.shape != expected[:2]:
+            raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")
+        return weight_LOH, bias_LO
+
+    def exit(self, index: int) -> dict[str, NDArray[Any]]:
+        """The tensors of an exit, as stored. Raises BundleError."""
+        return self._files.tensors(self.manifest.exits[index].weights)

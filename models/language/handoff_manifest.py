@@ -1,0 +1,68 @@
+"""What a hand-off bundle says of itself: exits of one language model, and how its hidden states cross.
+
+Values only. Units: rows are (hidden,) float32 behind a layer, sizes in bytes, fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from models.manifest import FileEntry, FileName, Fraction, Interval, Name, Part, Sha256, Training
+
+Depth = Annotated[int, Field(ge=1, le=512)]  # counts layers: rows behind the first `depth` of them
+
+
+class Threshold(Part):
+    """An exit trusted from `confidence` on: the share of tokens it decides, and of those how many stay the model's."""
+
+    confidence: Annotated[float, Field(ge=0, le=2)]
+    coverage: Fraction
+    agreement: Fraction
+
+
+class LanguageExit(Part):
+    """One exit; `thresholds` rise in confidence."""
+
+    depth: Depth
+    weights: FileName
+    thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1, max_length=64)]
+
+
+class StateRate(Part):
+    """One rate of the hidden states: entropy-coded bytes a token, and how often the token decided from them stays."""
+
+    mean_bytes: Annotated[float, Field(ge=0)]
+    max_bytes: Annotated[int, Field(ge=0, le=1 << 16)]
+    agreement: Fraction
+
+
+class HandoffManifest(Part):
+    """The whole of `manifest.json`."""
+
+    schema_version: Literal[3]
+    kind: Literal["handoff"]
+    name: Name
+    licence: str
+    base: Sha256  # fingerprint of the checkpoint that all this belongs to
+    hidden: Annotated[int, Field(ge=1, le=1 << 16)]
+    depth: Depth  # layers that the device runs; the cloud goes on behind them
+    exits: Annotated[tuple[LanguageExit, ...], Field(min_length=1, max_length=8)]
+    states: FileName
+    rates: Annotated[tuple[StateRate, ...], Field(min_length=1, max_length=64)]
+    max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
+    fill: FileName
+    training: Training
+    scores: dict[str, Interval]
+    files: dict[FileName, FileEntry]
+    fingerprint: Sha256
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> HandoffManifest:
+        depths = [exit_.depth for exit_ in self.exits]
+        if depths != sorted(set(depths)) or depths[-1] != self.depth:
+            raise ValueError(f"exits at {depths} must rise, and the last be at depth {self.depth}")
+        if missing := sorted({self.states, self.fill, *(exit_.weights for exit_ in self.exits)} - set(self.files)):
+            raise ValueError(f"files does not list {', '.join(missing)}")
+        return self
