@@ -1,6 +1,9 @@
 """A language model on the device: ONNX Runtime, 8- or 4-bit weights, one session, a cache that can be rolled back.
 
-Knows nothing about sampling, drafts or the cloud.
+    ids -> embed -> layers[0:a] -> rows -> layers[a:b] -> rows -> layers[b:] -> rows -> head -> logits
+
+Cut at depths a, b, ..., later layers may stay behind: rows wait before them, and go through together when asked for.
+Knows nothing about sampling, drafts, exits or the cloud.
 """
 
 from __future__ import annotations
@@ -9,10 +12,10 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from models.errors import InvalidInput
+from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.onnx_graph import Floats, head_graph, layers_graph, quantise8
 
@@ -22,27 +25,60 @@ import onnxruntime as ort
 PREFILL_ROWS = 64  # tokens a run: more would only hold a larger intermediate
 
 
-class OnnxDecoder:
-    """All layers of a model on the CPU, over one sequence of at most `context` tokens."""
+class OnnxLayers:
+    """Consecutive layers over one sequence of at most `context` tokens, with their caches."""
 
-    def __init__(self, checkpoint: Checkpoint, context: int, bits: int = 8, threads: int = 0) -> None:
-        """`threads` 0 for every core. Raises BundleError, InvalidInput for other widths than 4 and 8 bits."""
-        if bits not in (4, 8):
-            raise InvalidInput(f"weights of {bits} bits, expected 4 or 8")
-        config = checkpoint.config
-        self.vocab, self.context = config.vocab, min(context, config.context)
-        embedding_VH = checkpoint.tensor("model.embed_tokens.weight")
-        codes_VGB, self._scale_VG = quantise8(embedding_VH)
-        self._codes_VGB = (codes_VGB.astype(np.int16) - 128).astype(np.int8)
-        self._layers = session(layers_graph(checkpoint, range(config.layers), self.context, bits), threads)
-        self._head = session(head_graph(checkpoint), threads)
-        self._binding = self._layers.io_binding()
-        shape = (1, config.kv_heads, self.context, config.head_dim)
-        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in range(2 * config.layers)]
-        names = [f"{index}.{part}" for index in range(config.layers) for part in ("key", "value")]
+    def __init__(self, graph: ModelProto, config: LlamaConfig, layers: range, context: int, threads: int) -> None:
+        self._session = session(graph, threads)
+        self._binding = self._session.io_binding()
+        shape = (1, config.kv_heads, context, config.head_dim)
+        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in range(2 * len(layers))]
+        names = [f"{index}.{part}" for index in layers for part in ("key", "value")]
         for name, cache in zip(names, self._caches, strict=True):
             self._binding.bind_ortvalue_input(f"past.{name}", cache)
             self._binding.bind_ortvalue_output(f"present.{name}", cache)
+        self.length = 0
+
+    def run(self, rows_NH: Floats) -> Floats:
+        """Rows (N, hidden) of the tokens that follow, through the layers."""
+        parts = [self._run(rows_NH[start : start + PREFILL_ROWS]) for start in range(0, len(rows_NH), PREFILL_ROWS)]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _run(self, rows_NH: Floats) -> Floats:
+        total, binding = self.length + len(rows_NH), self._binding
+        binding.bind_cpu_input("hidden", np.ascontiguousarray(rows_NH)[None])
+        binding.bind_cpu_input("last", np.array([total - 1], np.int32))
+        binding.bind_cpu_input("total", np.array(total, np.int32))
+        binding.bind_output("out", "cpu")
+        self._session.run_with_iobinding(binding)
+        self.length = total
+        out_NH: Floats = binding.get_outputs()[-1].numpy()[0]
+        return out_NH
+
+
+class OnnxDecoder:
+    """A model on the CPU, over one sequence of at most `context` tokens."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, context: int, bits: int = 8, threads: int = 0, cuts: Sequence[int] = ()
+    ) -> None:
+        """`threads` 0 for every core; `cuts`: rising depths, in layers, between the first and the last.
+
+        Raises BundleError, InvalidInput for other widths than 4 and 8 bits.
+        """
+        if bits not in (4, 8):
+            raise InvalidInput(f"weights of {bits} bits, expected 4 or 8")
+        config = checkpoint.config
+        self.vocab, self.context, self.cuts = config.vocab, min(context, config.context), tuple(cuts)
+        embedding_VH = checkpoint.tensor("model.embed_tokens.weight")
+        codes_VGB, self._scale_VG = quantise8(embedding_VH)
+        self._codes_VGB = (codes_VGB.astype(np.int16) - 128).astype(np.int8)
+        self._parts = []
+        for start, stop in zip((0, *self.cuts), (*self.cuts, config.layers), strict=True):
+            graph = layers_graph(checkpoint, range(start, stop), self.context, bits)
+            self._parts.append(OnnxLayers(graph, config, range(start, stop), self.context, threads))
+        self._waiting = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
+        self._head = session(head_graph(checkpoint), threads)
         self.length = 0
 
     def truncate(self, length: int) -> None:
@@ -50,44 +86,56 @@ class OnnxDecoder:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back to {length} of {self.length} tokens")
         self.length = length
+        for index, part in enumerate(self._parts):
+            part.length = min(part.length, length)
+            self._waiting[index] = self._waiting[index][: length - part.length]
 
     def extend(self, ids: Sequence[int]) -> Floats:
         """Append tokens; logits (vocab,) for the one that follows. Raises InvalidInput when they do not fit."""
-        logits_V: Floats = self.logits(self._hidden(ids)[-1:])[0]
+        self.append(ids)
+        logits_V: Floats = self.logits(self.advance(len(self._parts) - 1)[-1:])[0]
         return logits_V
 
     def extend_all(self, ids: Sequence[int]) -> Floats:
         """Append tokens; logits (len(ids), vocab) behind each of them."""
-        return self.logits(self._hidden(ids))
+        self.append(ids)
+        return self.logits(self.advance(len(self._parts) - 1)[-len(ids) :])
 
-    def logits(self, hidden_NH: Floats) -> Floats:
-        """Logits (N, vocab) of rows behind the last layer."""
-        logits_NV: Floats = self._head.run(None, {"hidden": hidden_NH})[0]
-        return logits_NV
-
-    def _hidden(self, ids: Sequence[int]) -> Floats:
+    def append(self, ids: Sequence[int]) -> None:
+        """Append tokens, which wait before the first layer. Raises InvalidInput when they do not fit."""
         if not ids:
             raise InvalidInput("there are no tokens to append")
         if self.length + len(ids) > self.context:
             raise InvalidInput(f"{self.length + len(ids)} tokens, the device holds at most {self.context}")
         if not 0 <= min(ids) <= max(ids) < self.vocab:
             raise InvalidInput(f"token {max(ids)} or {min(ids)} is outside of the vocabulary of {self.vocab}")
-        parts = [self._run(ids[start : start + PREFILL_ROWS]) for start in range(0, len(ids), PREFILL_ROWS)]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-    def _run(self, ids: Sequence[int]) -> Floats:
-        total, rows = self.length + len(ids), np.asarray(ids)
+        rows = np.asarray(ids)
         embedded_NGB = self._codes_VGB[rows].astype(np.float32) * self._scale_VG[rows][..., None]
-        binding = self._binding
-        binding.bind_cpu_input("hidden", embedded_NGB.reshape(1, len(ids), -1))
-        binding.bind_cpu_input("last", np.array([total - 1], np.int32))
-        binding.bind_cpu_input("total", np.array(total, np.int32))
-        binding.bind_output("out", "cpu")
-        self._layers.run_with_iobinding(binding)
-        self.length = total
-        hidden_1NH: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
-        hidden_NH: Floats = hidden_1NH[0]
-        return hidden_NH
+        self._wait(0, embedded_NGB.reshape(len(ids), -1))
+        self.length += len(ids)
+
+    def advance(self, part: int) -> Floats:
+        """Bring all tokens through `part`, counted from 0, and those before it.
+
+        The rows behind it (N, hidden) of the tokens that had not been through; behind the last part they are normed.
+        """
+        for index in range(part + 1):
+            rows_NH = self._waiting[index]
+            self._waiting[index] = rows_NH[:0]
+            if len(rows_NH):
+                rows_NH = self._parts[index].run(rows_NH)
+            if index < len(self._parts) - 1:
+                self._wait(index + 1, rows_NH)
+        return rows_NH
+
+    def logits(self, rows_NH: Floats) -> Floats:
+        """Logits (N, vocab) of normed rows."""
+        logits_NV: Floats = self._head.run(None, {"hidden": rows_NH})[0]
+        return logits_NV
+
+    def _wait(self, part: int, rows_NH: Floats) -> None:
+        before = self._waiting[part]
+        self._waiting[part] = np.concatenate([before, rows_NH]) if len(before) else rows_NH
 
 
 def session(model: ModelProto, threads: int) -> ort.InferenceSession:

@@ -1,7 +1,10 @@
 """Layers of a Llama-type model as an ONNX graph with 8- or 4-bit weights, for a device without PyTorch.
 
     hidden (1, S, H), caches, lengths -> [norm, qkv, attention, norm, feed-forward] * layers -> hidden (1, S, H)
-    hidden (S, H) -> norm, output head -> logits (S, V)
+    hidden (1, S, H), caches, lengths -> an exit: linear map, one layer, norm -> rows for the head (1, S, H)
+    rows (S, H) -> output head -> logits (S, V)
+
+Behind the model's last layer comes its norm, so that the head takes its rows and those of exits alike.
 
 Weights are blocks of 32 with a float32 scale each (MatMulNBits), products run on 8-bit integers. Attention is ONNX
 Runtime's GroupQueryAttention over caches that stay where they are. Knows nothing about running a graph.
@@ -10,7 +13,7 @@ Runtime's GroupQueryAttention over caches that stay where they are. Knows nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,19 +109,50 @@ class Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+class Weights(Protocol):
+    """Tensors by their Hugging Face names: a checkpoint, or the one layer of an exit."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+
+    def tensor(self, name: str) -> Floats: ...
+
+
 def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int) -> ModelProto:
     """Layers as a graph; caches (1, kv_heads, context, head_dim) go in as past.* and out as present.*.
 
     Raises BundleError for sizes that ONNX Runtime's operators do not take, and for too large a model.
     """
-    config, graph = checkpoint.config, Graph()
+    graph = Graph()
+    x = add_layers(graph, checkpoint, layers, "hidden", context, bits)
+    if layers.stop == checkpoint.config.layers:
+        x = graph.norm(x, "norm", checkpoint.tensor("model.norm.weight"), checkpoint.config.norm_eps)
+    return finished(graph, checkpoint.config, layers, x, context)
+
+
+def exit_graph(weights: Weights, context: int) -> ModelProto:
+    """An exit's map, its layer (number 0), its norm; caches as those of `layers_graph`. Always 8 bits."""
+    graph = Graph()
+    x = graph.linear("hidden", "map", weights.tensor("map.weight"), 8, weights.tensor("map.bias"))
+    x = add_layers(graph, weights, range(1), x, context, 8)
+    x = graph.norm(x, "norm", weights.tensor("model.norm.weight"), weights.config.norm_eps)
+    return finished(graph, weights.config, range(1), x, context)
+
+
+def add_layers(graph: Graph, weights: Weights, layers: range, x: str, context: int, bits: int) -> str:
+    """Layers behind `x`; the name of what comes out. Raises BundleError."""
+    config = weights.config
     if config.head_dim % HEAD_STEP:
         raise BundleError(f"head size is {config.head_dim}, a device needs a multiple of {HEAD_STEP}")
     angles_TD2 = np.arange(context, dtype=np.float32)[:, None] * rope_frequencies(config)
     rotation = graph.constant("cos", np.cos(angles_TD2)), graph.constant("sin", np.sin(angles_TD2))
-    x = "hidden"
     for index in layers:
-        x = add_layer(graph, checkpoint, index, x, rotation, bits)
+        x = add_layer(graph, weights, index, x, rotation, bits)
+    return x
+
+
+def finished(graph: Graph, config: LlamaConfig, layers: range, x: str, context: int) -> ModelProto:
+    """The graph whose output is `x`, with the caches of its layers."""
     graph.node("Identity", [x], ["out"])
     caches = [f"{index}.{part}" for index in layers for part in ("key", "value")]
     cache_shape = [1, config.kv_heads, context, config.head_dim]
@@ -130,11 +164,10 @@ def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int)
 
 
 def head_graph(checkpoint: Checkpoint) -> ModelProto:
-    """Final norm and output head: hidden (S, H) -> logits (S, V). Always 8 bits: it decides between near equals."""
+    """The output head: normed rows (S, H) -> logits (S, V). Always 8 bits: it decides between near equals."""
     config, graph = checkpoint.config, Graph()
     weight_VH = checkpoint.tensor("model.embed_tokens.weight" if config.tied else "lm_head.weight")
-    x = graph.norm("hidden", "norm", checkpoint.tensor("model.norm.weight"), config.norm_eps)
-    graph.node("Identity", [graph.linear(x, "head", weight_VH, bits=8)], ["logits"])
+    graph.node("Identity", [graph.linear("hidden", "head", weight_VH, bits=8)], ["logits"])
     return graph.model([value("hidden", ["S", config.hidden])], [value("logits", ["S", config.vocab])])
 
 
@@ -142,7 +175,7 @@ def value(name: str, shape: Sequence[int | str], kind: int = TensorProto.FLOAT) 
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def add_layer(graph: Graph, checkpoint: Checkpoint, index: int, x: str, rotation: tuple[str, str], bits: int) -> str:
+def add_layer(graph: Graph, checkpoint: Weights, index: int, x: str, rotation: tuple[str, str], bits: int) -> str:
     """One layer behind `x`; the name of what comes out."""
     config, prefix = checkpoint.config, f"model.layers.{index}."
 
@@ -174,7 +207,7 @@ def add_layer(graph: Graph, checkpoint: Checkpoint, index: int, x: str, rotation
     return graph.node("Add", [x, down], [f"{index}.done"])
 
 
-def add_projections(graph: Graph, checkpoint: Checkpoint, index: int, x: str, bits: int) -> list[str]:
+def add_projections(graph: Graph, checkpoint: Weights, index: int, x: str, bits: int) -> list[str]:
     """Query, key and value as GroupQueryAttention takes them: one packed tensor, or three after Qwen 3's norms."""
     config, prefix = checkpoint.config, f"model.layers.{index}.self_attn."
     parts = ("q", "k", "v")
@@ -190,7 +223,7 @@ def add_projections(graph: Graph, checkpoint: Checkpoint, index: int, x: str, bi
     return [*(normed_heads(graph, checkpoint, index, part, config) for part in ("q", "k")), names[2]]
 
 
-def normed_heads(graph: Graph, checkpoint: Checkpoint, index: int, part: str, config: LlamaConfig) -> str:
+def normed_heads(graph: Graph, checkpoint: Weights, index: int, part: str, config: LlamaConfig) -> str:
     """RMSNorm over each head of the query or the key."""
     name = f"{index}.{part}"
     weight_D = checkpoint.tensor(f"model.layers.{index}.self_attn.{part}_norm.weight")

@@ -63,7 +63,7 @@ def components(rows_NH: Floats, basis_CH: Floats, mean_H: Floats) -> Floats:
     """Latents (N, C + 1) of rows: components of what is left of a row's own size, and its logarithm to base 2."""
     size_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True)) + 1e-6
     latents_NC = (rows_NH / size_N1 - mean_H) @ basis_CH.T
-    return np.concatenate([latents_NC, SIZE_SCALE * np.log2(size_N1)], axis=1).astype(np.float32)
+    return np.asarray(np.concatenate([latents_NC, SIZE_SCALE * np.log2(size_N1)], axis=1), np.float32)
 
 
 def matrix(tensors: Mapping[str, NDArray[Any]], name: str, axes: int) -> Floats:
