@@ -23,6 +23,8 @@ MAX_TOKENS = 1 << 18  # of a session: far above the context of what runs here, f
 MAX_DRAFT = 64  # tokens of a round; acceptance beyond that is rare, and a round is computed whole
 MAX_ROUNDS = 8  # of one session that wait in the cloud: a device that drafts ahead has two or three
 MAX_LOGPROBS = 20  # as many as the API that people use allows
+MAX_STATES = 256  # hidden states of a round: all of them, each of the largest size, make a quarter of a message
+MAX_STATE_BYTES = 4096  # of one, coded: four bits a value for 8192 of them; a bundle's own cap is mostly far below
 
 MAX_BUDGET_MS = 600_000  # nobody waits ten minutes for one photo; keeps a wild number out of the queue's arithmetic
 MAX_STREAM_INFLIGHT = 64  # outstanding requests of one stream; above it the service stops reading that stream

@@ -145,7 +145,14 @@ def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
         for b in info.bundles
     ]
     models = [
-        pb.Model(fingerprint=m.fingerprint, name=m.name, vocab=m.vocab, context=m.context, numerics=m.numerics)
+        pb.Model(
+            fingerprint=m.fingerprint,
+            name=m.name,
+            vocab=m.vocab,
+            context=m.context,
+            numerics=m.numerics,
+            handoff=m.handoff,
+        )
         for m in info.models
     ]
     return pb.DescribeResponse(version=info.version, wire_version=info.wire_version, bundles=bundles, models=models)
@@ -162,8 +169,10 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
     for m in message.models:
         if len(m.fingerprint) != limits.FINGERPRINT_BYTES or not m.vocab or not m.context:
             raise InvalidInput("the service lists a model whose fingerprint, vocabulary or context cannot be true")
+        if len(m.handoff) not in (0, limits.FINGERPRINT_BYTES):
+            raise InvalidInput("the service lists a model whose hand-off's fingerprint cannot be true")
     bundles = tuple(unpack_bundle(bundle) for bundle in message.bundles)
-    models = tuple(ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics) for m in message.models)
+    models = tuple(ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics, m.handoff) for m in message.models)
     return ServiceInfo(message.version, message.wire_version, bundles, models)
 
 

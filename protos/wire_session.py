@@ -7,6 +7,7 @@ Committed -> pack_committed -> GenerateResponse ~~~ unpack_committed -> Committe
 from __future__ import annotations
 
 import math
+import struct
 import zlib
 from collections.abc import Sequence
 
@@ -34,12 +35,18 @@ def pack_opening(opening: Opening) -> pb.GenerateRequest:
             top_p=sampling.top_p,
             seed=sampling.seed,
             logprobs=0 if opening.logprobs is None else opening.logprobs + 1,
+            handoff=int.from_bytes(opening.handoff[: limits.BUNDLE_ID_BYTES], "little"),
+            rate=opening.rate,
+            fill=opening.fill,
         )
     )
 
 
 def pack_round(round_: Round) -> pb.GenerateRequest:
-    return pb.GenerateRequest(round=pb.Round(base=round_.base, draft=round_.draft, extend=round_.extend))
+    message = pb.Round(base=round_.base, draft=round_.draft, extend=round_.extend, states=round_.states)
+    if round_.states:
+        message.crc32 = states_checksum(message)
+    return pb.GenerateRequest(round=message)
 
 
 def unpack_generate(message: pb.GenerateRequest) -> Opening | Round:
@@ -60,7 +67,11 @@ def unpack_opening(message: pb.Open) -> Opening:
     if len(message.session) != SESSION_BYTES:
         raise InvalidInput(f"session has {len(message.session)} bytes, expected {SESSION_BYTES}")
     total = message.start + len(message.tokens)
-    if not total:
+    if message.handoff and message.tokens:
+        raise InvalidInput(f"{len(message.tokens)} tokens without states in a hand-off, expected none")
+    if not message.handoff and (message.rate or message.fill):
+        raise InvalidInput("a rate or a fill of hidden states, and no hand-off that they are of")
+    if not message.handoff and not total:
         raise InvalidInput("the session has no tokens, expected at least 1")
     if total > limits.MAX_TOKENS:
         raise PayloadTooLarge(f"the session has {total} tokens, expected at most {limits.MAX_TOKENS}")
@@ -78,10 +89,17 @@ def unpack_opening(message: pb.Open) -> Opening:
         crc32=message.crc32,
         sampling=sampling,
         logprobs=message.logprobs - 1 if message.logprobs else None,
+        handoff=message.handoff.to_bytes(limits.BUNDLE_ID_BYTES, "little") if message.handoff else b"",
+        rate=message.rate,
+        fill=message.fill,
     )
 
 
 def unpack_round(message: pb.Round) -> Round:
+    if message.states:
+        return unpack_states(message)
+    if message.crc32:
+        raise PayloadCorrupt("the round has a CRC-32 of states, and no states")
     if len(message.draft) > limits.MAX_DRAFT:
         raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, at most {limits.MAX_DRAFT} are verified")
     if not 1 <= message.base <= limits.MAX_TOKENS:
@@ -89,6 +107,24 @@ def unpack_round(message: pb.Round) -> Round:
     if message.extend > limits.MAX_TOKENS:
         raise InvalidInput(f"extend is {message.extend}, expected at most {limits.MAX_TOKENS}")
     return Round(message.base, tuple(message.draft), message.extend)
+
+
+def unpack_states(message: pb.Round) -> Round:
+    """A round of a hand-off. The bundle's own cap of a state is for the session to keep."""
+    count = len(message.states)
+    if count > limits.MAX_STATES:
+        raise PayloadTooLarge(f"the round has {count} states, expected at most {limits.MAX_STATES}")
+    if len(message.draft) != count:
+        raise InvalidInput(f"the round has {len(message.draft)} tokens and {count} states, expected as many")
+    if (size := max(map(len, message.states))) > limits.MAX_STATE_BYTES:
+        raise PayloadTooLarge(f"a state has {size} bytes, expected at most {limits.MAX_STATE_BYTES}")
+    if message.base + count > limits.MAX_TOKENS:
+        raise InvalidInput(f"the round ends at position {message.base + count}, expected at most {limits.MAX_TOKENS}")
+    if message.extend > 1:
+        raise InvalidInput(f"extend is {message.extend}, expected 0 or 1 with states")
+    if (found := states_checksum(message)) != message.crc32:
+        raise PayloadCorrupt(f"CRC-32 of the states is {found:08x}, the round says {message.crc32:08x}")
+    return Round(message.base, tuple(message.draft), message.extend, tuple(message.states))
 
 
 def pack_committed(committed: Committed) -> pb.GenerateResponse:
@@ -149,3 +185,11 @@ def unpack_logprobs(row: pb.Logprobs, vocab: int) -> Logprobs:
 def checksum(tokens: Sequence[int]) -> int:
     """CRC-32 of token ids, each as little-endian uint32."""
     return zlib.crc32(np.asarray(tokens, "<u4").tobytes())
+
+
+def states_checksum(message: pb.Round) -> int:
+    """CRC-32 of base, extend, draft, and each state behind its size; numbers as little-endian uint32."""
+    crc = checksum([message.base, message.extend, *message.draft])
+    for state in message.states:
+        crc = zlib.crc32(state, zlib.crc32(struct.pack("<I", len(state)), crc))
+    return crc

@@ -13,7 +13,8 @@ SESSION_BYTES = 16
 class Opening:
     """A session of `start` + len(tokens) tokens, of which the cloud should hold the first `start`.
 
-    `logprobs` None: none; n: of each committed token and of the n likeliest.
+    `logprobs` None: none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8
+    bytes, of the bundle whose hidden states rounds bring, coded at `rate`; then `tokens` is empty.
     """
 
     model: bytes
@@ -23,15 +24,22 @@ class Opening:
     crc32: int  # of all tokens of the session
     sampling: Sampling = GREEDY
     logprobs: int | None = None
+    handoff: bytes = b""
+    rate: int = 0
+    fill: bool = False  # keys and values of positions that decide nothing by the closed form
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """ "From position `base` the text goes on with `draft`." Then the cloud may decode `extend` tokens by itself."""
+    """ "From position `base` the text goes on with `draft`." Then the cloud may decode `extend` tokens by itself.
+
+    With `states`, one for each of the draft: from there the text is the draft, and `extend` 1 asks for what follows it.
+    """
 
     base: int
     draft: tuple[int, ...] = ()
     extend: int = 0
+    states: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,8 @@ class Committed:
 
     `base` is the round's, and both count tokens too that were committed before the round came; `logprobs` are of the
     new ones alone, the last. Neither: the draft was stale, and `base` is the length of the text; or the text has ended.
+
+    Of a round with states: its `base`, and in `tokens` what follows its draft, if that was asked for.
     """
 
     base: int
@@ -70,3 +80,4 @@ class ModelInfo:
     vocab: int
     context: int
     numerics: str
+    handoff: bytes = b""  # fingerprint of the hand-off bundle whose states it takes; empty: of none

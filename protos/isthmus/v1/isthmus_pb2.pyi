@@ -198,6 +198,9 @@ class Open(_message.Message):
     TOP_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    HANDOFF_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    FILL_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     """limits.WIRE_VERSION of the sender"""
     model: _builtins.bytes
@@ -207,7 +210,9 @@ class Open(_message.Message):
     start: _builtins.int
     """tokens of the session that the service should still hold"""
     crc32: _builtins.int
-    """CRC-32 (zlib) of every token of the session, each as little-endian uint32"""
+    """all behind `start`, which may be 0, come with their states
+    CRC-32 (zlib) of every token of the session, each as little-endian uint32
+    """
     temperature: _builtins.float
     """0: greedy"""
     top_p: _builtins.float
@@ -216,9 +221,17 @@ class Open(_message.Message):
     """of the noise that device and cloud share"""
     logprobs: _builtins.int
     """0: none; n + 1: of each token, and of the n likeliest"""
+    handoff: _builtins.int
+    """the first 8 bytes of the hand-off bundle's SHA-256 fingerprint, little-endian; 0, which"""
+    rate: _builtins.int
+    """costs no byte, when no states come
+    of the states: index into the hand-off bundle's rates
+    """
+    fill: _builtins.bool
+    """keys and values of positions that decide nothing by the bundle's closed form"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """those from position `start` on; start + tokens is at least 1"""
+        """those from position `start` on; start + tokens is at least 1. Of a hand-off none:"""
 
     def __init__(
         self,
@@ -233,10 +246,13 @@ class Open(_message.Message):
         top_p: _builtins.float = ...,
         seed: _builtins.int = ...,
         logprobs: _builtins.int = ...,
+        handoff: _builtins.int = ...,
+        rate: _builtins.int = ...,
+        fill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "logprobs", b"logprobs", "model", b"model", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "fill", b"fill", "handoff", b"handoff", "logprobs", b"logprobs", "model", b"model", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,6 +262,10 @@ Global___Open: _TypeAlias = Open  # noqa: Y015
 class Round(_message.Message):
     """"From position `base` the text goes on with `draft`." The service answers with how much of it is its own choice too,
     and with the token that follows. It answers with no token when the text had already gone another way.
+
+    With `states`: "from position `base` the text is `draft`, whatever it was, and these are its hidden states." The
+    service answers with the token that follows if `extend` is 1, else with none. That token becomes part of the text when
+    the device sends it, with its state.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -253,13 +273,27 @@ class Round(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     EXTEND_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
     base: _builtins.int
-    """position of the first draft token, at most the number of committed tokens"""
+    """position of the first draft token, at most the number of committed tokens; from 1, and"""
     extend: _builtins.int
-    """tokens that the service may go on decoding afterwards; the next round ends this"""
+    """tokens that the service may go on decoding afterwards; the next round ends this. With"""
+    crc32: _builtins.int
+    """limits.MAX_STATES of at most limits.MAX_STATE_BYTES
+    with states CRC-32 (zlib) of: base, extend and draft as little-endian uint32; then of
+    """
     @_builtins.property
     def draft(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """token ids, at most limits.MAX_DRAFT"""
+        """from 0 with states
+        token ids, at most limits.MAX_DRAFT; with states as many as these
+        """
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """states 0 or 1
+        of each draft token the entropy-coded row behind the hand-off's layers, at most
+        """
 
     def __init__(
         self,
@@ -267,10 +301,12 @@ class Round(_message.Message):
         base: _builtins.int = ...,
         draft: _abc.Iterable[_builtins.int] | None = ...,
         extend: _builtins.int = ...,
+        states: _abc.Iterable[_builtins.bytes] | None = ...,
+        crc32: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "draft", b"draft", "extend", b"extend"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "crc32", b"crc32", "draft", b"draft", "extend", b"extend", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -512,6 +548,7 @@ class Model(_message.Message):
     VOCAB_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     NUMERICS_FIELD_NUMBER: _builtins.int
+    HANDOFF_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
     """SHA-256 over weights, configuration and tokenizer, 32 bytes"""
     name: _builtins.str
@@ -521,6 +558,8 @@ class Model(_message.Message):
     """tokens of prompt and answer together"""
     numerics: _builtins.str
     """type and rows of a pass: equal answers need equal numerics"""
+    handoff: _builtins.bytes
+    """SHA-256 fingerprint of the hand-off bundle it takes states of, 32 bytes; empty for none"""
     def __init__(
         self,
         *,
@@ -529,10 +568,11 @@ class Model(_message.Message):
         vocab: _builtins.int = ...,
         context: _builtins.int = ...,
         numerics: _builtins.str = ...,
+        handoff: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fingerprint", b"fingerprint", "name", b"name", "numerics", b"numerics", "vocab", b"vocab"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fingerprint", b"fingerprint", "handoff", b"handoff", "name", b"name", "numerics", b"numerics", "vocab", b"vocab"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

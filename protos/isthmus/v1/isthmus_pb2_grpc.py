@@ -80,6 +80,10 @@ class IsthmusServicer:
         ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
         token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
         An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
+
+        In a hand-off session (Open.handoff) the device runs the first layers itself and decides what the text is. A round
+        brings the hidden states behind those layers, and may ask for one token that the layers behind them decide. States
+        are not kept: ABORTED answers one round, and the rounds behind it are dropped until the next opening.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

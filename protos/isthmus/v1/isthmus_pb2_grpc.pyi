@@ -45,6 +45,10 @@ class IsthmusStub:
     ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
     token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
     An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
+
+    In a hand-off session (Open.handoff) the device runs the first layers itself and decides what the text is. A round
+    brings the hidden states behind those layers, and may ask for one token that the layers behind them decide. States
+    are not kept: ABORTED answers one round, and the rounds behind it are dropped until the next opening.
     """
     Describe: _grpc.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]
     """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away."""
@@ -64,6 +68,10 @@ class IsthmusAsyncStub(IsthmusStub):
     ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
     token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
     An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
+
+    In a hand-off session (Open.handoff) the device runs the first layers itself and decides what the text is. A round
+    brings the hidden states behind those layers, and may ask for one token that the layers behind them decide. States
+    are not kept: ABORTED answers one round, and the rounds behind it are dropped until the next opening.
     """
     Describe: _aio.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]  # type: ignore[assignment]
     """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away."""
@@ -98,6 +106,10 @@ class IsthmusServicer(metaclass=_abc_1.ABCMeta):
         ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
         token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
         An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
+
+        In a hand-off session (Open.handoff) the device runs the first layers itself and decides what the text is. A round
+        brings the hidden states behind those layers, and may ask for one token that the layers behind them decide. States
+        are not kept: ABORTED answers one round, and the rounds behind it are dropped until the next opening.
         """
 
     @_abc_1.abstractmethod

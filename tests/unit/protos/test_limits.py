@@ -25,6 +25,12 @@ def test_the_largest_answer_fits_into_a_message() -> None:
     assert answer.ByteSize() <= limits.MAX_MESSAGE_BYTES
 
 
+def test_the_largest_states_fit_into_a_message() -> None:
+    tokens, states = [(1 << 32) - 1] * limits.MAX_STATES, [bytes(limits.MAX_STATE_BYTES)] * limits.MAX_STATES
+    round_ = pb.Round(base=limits.MAX_TOKENS, draft=tokens, extend=1, states=states, crc32=1)
+    assert pb.GenerateRequest(round=round_).ByteSize() <= limits.MAX_MESSAGE_BYTES / 3
+
+
 def test_the_service_allows_pings_as_often_as_devices_send_them() -> None:
     client, server = dict(limits.client_options()), dict(limits.server_options())
     assert int(server["grpc.http2.min_recv_ping_interval_without_data_ms"]) < int(client["grpc.keepalive_time_ms"])

@@ -37,6 +37,18 @@ OPENING = Opening(
     logprobs=3,
 )
 ROUND = Round(300, (10_000, 20_000, 30_000, 40_000), 16)
+HANDOFF_OPENING = Opening(
+    model=MODEL[:8],
+    session=bytes(range(100, 116)),
+    start=300,
+    tokens=(),
+    crc32=0x01234567,
+    sampling=Sampling(0.7, 0.95, 1234),
+    handoff=bytes(range(200, 208)),
+    rate=2,
+    fill=True,
+)
+HANDOFF_ROUND = Round(300, (10_000, 20_000, 30_000), 1, (b"", b"\x01", bytes(range(40))))
 COMMITTED = Committed(
     base=300,
     accepted=1,
@@ -65,6 +77,12 @@ def test_round_is_golden(golden: Callable[[str, bytes], None]) -> None:
     golden("generate_round_v2.bin", wire_session.pack_round(ROUND).SerializeToString(deterministic=True))
 
 
+def test_a_handoff_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    opening, round_ = wire_session.pack_opening(HANDOFF_OPENING), wire_session.pack_round(HANDOFF_ROUND)
+    golden("generate_open_handoff_v2.bin", opening.SerializeToString(deterministic=True))
+    golden("generate_round_handoff_v2.bin", round_.SerializeToString(deterministic=True))
+
+
 def test_committed_is_golden(golden: Callable[[str, bytes], None]) -> None:
     golden("generate_committed_v2.bin", wire_session.pack_committed(COMMITTED).SerializeToString(deterministic=True))
 
@@ -86,7 +104,8 @@ samplings = st.builds(  # six decimals arrive exactly, though the wire carries f
 @st.composite
 def openings(draw: st.DrawFn) -> Opening:
     start = draw(st.sampled_from([0, 0, 1, 77]))
-    tokens = tuple(draw(st.lists(ids, min_size=0 if start else 1, max_size=50)))
+    handoff = draw(st.sampled_from([b"", MODEL]))
+    tokens = () if handoff else tuple(draw(st.lists(ids, min_size=0 if start else 1, max_size=50)))
     return Opening(
         model=draw(st.binary(min_size=32, max_size=32)),
         session=draw(st.binary(min_size=SESSION_BYTES, max_size=SESSION_BYTES)),
@@ -95,6 +114,9 @@ def openings(draw: st.DrawFn) -> Opening:
         crc32=draw(ids) if start else wire_session.checksum(tokens),
         sampling=draw(samplings),
         logprobs=draw(st.none() | st.integers(0, limits.MAX_LOGPROBS)),
+        handoff=handoff,
+        rate=draw(ids) if handoff else 0,
+        fill=bool(handoff) and draw(st.booleans()),
     )
 
 
@@ -103,7 +125,8 @@ def test_an_opening_arrives_as_it_was_sent(opening: Opening) -> None:
     arrived = wire_session.unpack_generate(sent(wire_session.pack_opening(opening)))
     assert isinstance(arrived, Opening)
     assert arrived.model == opening.model[: limits.BUNDLE_ID_BYTES]
-    for name in ("session", "start", "tokens", "crc32", "sampling", "logprobs"):
+    assert arrived.handoff == opening.handoff[: limits.BUNDLE_ID_BYTES]
+    for name in ("session", "start", "tokens", "crc32", "sampling", "logprobs", "rate", "fill"):
         assert getattr(arrived, name) == getattr(opening, name)
 
 
@@ -114,6 +137,17 @@ def test_an_opening_arrives_as_it_was_sent(opening: Opening) -> None:
 )
 def test_a_round_arrives_as_it_was_sent(base: int, draft: tuple[int, ...], extend: int) -> None:
     round_ = Round(base, draft, extend)
+    assert wire_session.unpack_generate(sent(wire_session.pack_round(round_))) == round_
+
+
+@given(
+    base=st.integers(0, limits.MAX_TOKENS - limits.MAX_STATES),
+    sent_rows=st.lists(st.tuples(ids, st.binary(max_size=40)), min_size=1, max_size=20),
+    extend=st.integers(0, 1),
+)
+def test_states_arrive_as_they_were_sent(base: int, sent_rows: list[tuple[int, bytes]], extend: int) -> None:
+    draft, states = zip(*sent_rows, strict=True)
+    round_ = Round(base, draft, extend, states)
     assert wire_session.unpack_generate(sent(wire_session.pack_round(round_))) == round_
 
 
@@ -161,6 +195,16 @@ def test_the_checksum_is_the_crc_that_the_contract_describes() -> None:
     assert OPENING.crc32 == zlib.crc32(b"".join(token.to_bytes(4, "little") for token in TOKENS))
 
 
+def test_the_checksum_of_states_is_the_crc_that_the_contract_describes() -> None:
+    numbers = b"".join(number.to_bytes(4, "little") for number in (300, 1, 10_000, 20_000, 30_000))
+    states = b"".join(len(state).to_bytes(4, "little") + state for state in HANDOFF_ROUND.states)
+    assert wire_session.pack_round(HANDOFF_ROUND).round.crc32 == zlib.crc32(numbers + states)
+
+
+def test_a_round_without_states_has_no_checksum() -> None:
+    assert wire_session.pack_round(ROUND).round.crc32 == 0
+
+
 NAN, INF = math.nan, math.inf
 BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
     "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 2"),
@@ -186,6 +230,15 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
     "top_p above one": ({"top_p": 1.5}, InvalidInput, "top_p is 1.5, expected above 0, at most 1"),
     "seed too large": ({"seed": MAX_SEED + 1}, InvalidInput, f"seed is {MAX_SEED + 1}, expected 0 to {MAX_SEED}"),
     "many logprobs": ({"logprobs": 22}, InvalidInput, "logprobs asks for 21, at most 20 are given"),
+    "tokens of a hand-off": ({"handoff": 7}, InvalidInput, "5 tokens without states in a hand-off, expected none"),
+    "rate of nothing": ({"rate": 1}, InvalidInput, "and no hand-off that they are of"),
+    "fill of nothing": ({"fill": True}, InvalidInput, "and no hand-off that they are of"),
+    "huge start of a hand-off": (
+        {"handoff": 7, "tokens": [], "start": limits.MAX_TOKENS + 1},
+        PayloadTooLarge,
+        "262145 tokens, expected at most",
+    ),
+    "checksum of no tokens": ({"handoff": 7, "tokens": []}, PayloadCorrupt, "CRC-32 of the tokens is 00000000"),
 }
 
 
@@ -214,7 +267,52 @@ BAD_ROUNDS: dict[str, tuple[pb.Round, type[IsthmusError], str]] = {
         PayloadTooLarge,
         "the draft has 65 tokens, at most 64 are verified",
     ),
+    "checksum of nothing": (pb.Round(base=1, crc32=1), PayloadCorrupt, "a CRC-32 of states, and no states"),
 }
+
+
+def handed(**fields: Any) -> pb.Round:
+    """A round of two states, with a true checksum unless given another."""
+    message = pb.Round(**{"base": 0, "draft": [5, 6], "states": [b"ab", b"c"], "extend": 1, **fields})
+    if "crc32" not in fields:
+        message.crc32 = wire_session.states_checksum(message)
+    return message
+
+
+TOO_MANY = limits.MAX_STATES + 1
+BAD_ROUNDS |= {
+    "too many states": (
+        handed(draft=[1] * TOO_MANY, states=[b""] * TOO_MANY),
+        PayloadTooLarge,
+        "the round has 257 states, expected at most 256",
+    ),
+    "more tokens than states": (handed(draft=[5, 6, 7]), InvalidInput, "3 tokens and 2 states, expected as many"),
+    "more states than tokens": (handed(draft=[5]), InvalidInput, "1 tokens and 2 states, expected as many"),
+    "large state": (
+        handed(states=[b"", bytes(limits.MAX_STATE_BYTES + 1)]),
+        PayloadTooLarge,
+        "a state has 4097 bytes, expected at most 4096",
+    ),
+    "states beyond": (handed(base=limits.MAX_TOKENS - 1), InvalidInput, "ends at position 262145, expected at most"),
+    "states at a wild base": (handed(base=wire.UINT32), InvalidInput, "ends at position 4294967297"),
+    "many tokens asked": (handed(extend=2), InvalidInput, "extend is 2, expected 0 or 1 with states"),
+    "no checksum of states": (handed(crc32=0), PayloadCorrupt, "the round says 00000000"),
+    "wrong checksum of states": (handed(crc32=1), PayloadCorrupt, "the round says 00000001"),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base": 1}, {"extend": 0}, {"draft": [6, 5]}, {"states": [b"a", b"bc"]}, {"states": [b"ab", b"d"]}],
+    ids=str,
+)
+def test_the_checksum_covers_all_of_a_round(change: dict[str, Any]) -> None:
+    with pytest.raises(PayloadCorrupt, match="CRC-32 of the states"):
+        wire_session.unpack_round(handed(**{**change, "crc32": handed().crc32}))
+
+
+def test_the_rounds_that_those_are_bent_from_is_good() -> None:
+    assert wire_session.unpack_round(handed()) == Round(0, (5, 6), 1, (b"ab", b"c"))
 
 
 @pytest.mark.parametrize(("message", "kind", "words"), BAD_ROUNDS.values(), ids=BAD_ROUNDS.keys())
@@ -269,10 +367,11 @@ def test_arbitrary_bytes_are_a_message_or_an_error_of_ours(data: bytes) -> None:
     assert isinstance(arrived, Opening | Round)
 
 
-GOOD = [wire_session.pack_opening(OPENING).SerializeToString(), wire_session.pack_round(ROUND).SerializeToString()]
+GOOD = [wire_session.pack_opening(opening).SerializeToString() for opening in (OPENING, HANDOFF_OPENING)]
+GOOD += [wire_session.pack_round(round_).SerializeToString() for round_ in (ROUND, HANDOFF_ROUND)]
 
 
-@given(st.sampled_from(GOOD), st.integers(0, 8 * 90), st.integers(0, 8 * 90))
+@given(st.sampled_from(GOOD), st.integers(0, 8 * 100), st.integers(0, 8 * 100))
 def test_flipped_bits_are_a_message_within_limits_or_an_error_of_ours(good: bytes, first: int, second: int) -> None:
     data = bytearray(good)
     for bit in (first, second):
@@ -284,6 +383,10 @@ def test_flipped_bits_are_a_message_within_limits_or_an_error_of_ours(good: byte
     if isinstance(arrived, Opening):
         assert arrived.start or wire_session.checksum(arrived.tokens) == arrived.crc32
         assert len(arrived.session) == SESSION_BYTES
+        assert not (arrived.handoff and arrived.tokens)
+    elif arrived.states:
+        assert len(arrived.states) == len(arrived.draft) <= limits.MAX_STATES
+        assert arrived.base + len(arrived.states) <= limits.MAX_TOKENS
     else:
         assert 1 <= arrived.base <= limits.MAX_TOKENS
         assert len(arrived.draft) <= limits.MAX_DRAFT
@@ -294,3 +397,11 @@ def test_a_round_of_8_drafts_and_its_answer_are_at_most_200_bytes() -> None:
     committed = Committed(8191, 8, (49_151,), False, 0.100001, 0.300001, 3, 8191)
     down = wire_session.pack_committed(committed).ByteSize()
     assert up + down + 2 * GRPC_PREFIX_BYTES <= 200
+
+
+def test_a_round_of_one_state_is_at_most_32_bytes_of_framing_and_its_answer_40() -> None:
+    state = bytes(200)
+    up = wire_session.pack_round(Round(8191, (49_151,), 1, (state,))).ByteSize()
+    down = wire_session.pack_committed(Committed(8191, 0, (49_151,), False, 0.100001, 0.300001, 3, 8191)).ByteSize()
+    assert up - len(state) <= limits.MAX_FRAMING_BYTES
+    assert down <= 40
