@@ -103,10 +103,15 @@ class Decoder:
         layers = {index: self._layers[index] for index in list(self._layers)[cut]}
         return Decoder(self.config, layers, self._embedding_VH, self._norm_H, self._head, self.dtype, self.width)
 
+    @property
+    def layers(self) -> range:
+        """Indices of these layers in the model."""
+        indices = list(self._layers)
+        return range(indices[0], indices[-1] + 1)
+
     def new_cache(self) -> KVCache:
         """An empty cache for these layers."""
-        indices = list(self._layers)
-        return KVCache(self.config, range(indices[0], indices[-1] + 1), self.dtype)
+        return KVCache(self.config, self.layers, self.dtype)
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Rows (width, hidden) of at most `width` tokens, padded with token 0."""
@@ -120,7 +125,7 @@ class Decoder:
         Raises ValueError above the model's context, with every cache as long as before.
         """
         positions = [span.start + row for span in spans for row in range(span.count)]
-        cos_N1D, sin_N1D = self._rotation(positions)
+        cos_N1D, sin_N1D = self.rotation(positions)
         for span in spans:
             span.cache.reserve(padded_tokens(span.start + span.count, self.config.context))
         groups = [group for span in spans for group in same_shape(span, self.config.context)]
@@ -175,7 +180,8 @@ class Decoder:
         )
         return mixed_NKGD.reshape(group.count, -1)
 
-    def _rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What `rotate` takes for rows at these positions, padded to `width`: two of shape (width, 1, head_dim)."""
         padded = torch.tensor([*positions, *[0] * (self.width - len(positions))], dtype=torch.float32)
         angles_ND = (padded[:, None] * self._frequencies_D2).repeat(1, 2)
         return angles_ND.cos()[:, None], angles_ND.sin()[:, None]

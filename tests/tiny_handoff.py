@@ -1,0 +1,135 @@
+"""A hand-off bundle for a tiny language model: a random basis, one table a rate, a fill by least squares.
+
+`models.recipes.fit_tables` would take minutes for so many channels, and saves nothing on rows that know no direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+
+from models import bundle
+from models.codecs import contextual
+from models.codecs.contexts import ALL_CONTEXTS, ENDS, PHASES
+from models.language.checkpoint import Checkpoint
+from models.language.decoder import Decoder, Span, chunks, rotate
+from models.language.handoff_manifest import HandoffManifest
+from models.language.states import Floats, StateCodec, components
+from models.recipes.fit_tables import MAX_INTEGER, frequencies
+
+GAINS = ((3.0, 1.0), (24.0, 2.0))  # steps of a component and of the size, a coarse rate and a fine one
+MAX_STATE_BYTES = 160  # 65 channels of at most 16 bits, and some
+TEXTS = 3
+
+
+def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, seed: int = 0) -> Path:
+    """A bundle whose device runs `depth` layers. Its one exit's file holds nothing that anybody could run."""
+    rows_NH, targets_NLO = observe(checkpoint, depth, seed)
+    states = state_tensors(rows_NH, seed)
+    codec = StateCodec(states, checkpoint.config.hidden, len(GAINS), MAX_STATE_BYTES)
+    files = {
+        f"exit{depth}.safetensors": safetensors.numpy.save({"nothing": np.zeros(1, np.float32)}),
+        "states.safetensors": safetensors.numpy.save(states),
+        "fill.safetensors": safetensors.numpy.save(fill_tensors(rows_NH, targets_NLO)),
+    }
+    threshold = {"confidence": 0.9, "coverage": 0.5, "agreement": 0.9}
+    manifest: dict[str, Any] = {
+        "kind": "handoff",
+        "name": "tiny-handoff",
+        "licence": "Apache-2.0",
+        "base": checkpoint.fingerprint.hex(),
+        "hidden": checkpoint.config.hidden,
+        "depth": depth,
+        "exits": [{"depth": depth, "weights": f"exit{depth}.safetensors", "thresholds": [threshold]}],
+        "states": "states.safetensors",
+        "rates": [rate_entry(codec, rows_NH, rate) for rate in codec.rates],
+        "max_state_bytes": MAX_STATE_BYTES,
+        "fill": "fill.safetensors",
+        "training": {
+            "command": "none",
+            "seed": seed,
+            "seconds": 1.0,
+            "machine": "none",
+            "data": "random tokens",
+            "versions": {"numpy": np.__version__},
+        },
+        "scores": {},
+    }
+    return bundle.write(folder, manifest, files, HandoffManifest)
+
+
+def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floats]:
+    """Rows (N, hidden) behind `depth` layers of random texts, and what a fill should give for them (N, L, O)."""
+    decoder = Decoder.load(checkpoint, torch.float32)
+    head, tail = decoder[:depth], decoder[depth:]
+    rng, rows, targets = np.random.default_rng(seed), [], []
+    for _ in range(TEXTS):
+        cache, later = head.new_cache(), tail.new_cache()
+        ids = rng.integers(3, checkpoint.config.vocab, min(200, checkpoint.config.context)).tolist()
+        for start, count in zip(range(0, len(ids), decoder.width), chunks(len(ids), decoder.width), strict=True):
+            x_NH = head.forward(head.embed(ids[start : start + count]), [Span(cache, start, count)])
+            tail.forward(x_NH, [Span(later, start, count)])
+            rows.append(x_NH[:count].numpy())
+        cos_N1D, sin_N1D = decoder.rotation(range(len(ids)))
+        layers = []
+        for layer in tail.layers:
+            keys_NKD, values_NKD = (pair_KTD.transpose(0, 1) for pair_KTD in later.read(layer, len(ids)))
+            keys_NKD = rotate(keys_NKD, cos_N1D, -sin_N1D)  # back
+            layers.append(torch.cat([keys_NKD.flatten(1), values_NKD.flatten(1)], dim=1).numpy())
+        targets.append(np.stack(layers, axis=1))
+    return np.concatenate(rows), np.concatenate(targets)
+
+
+def state_tensors(rows_NH: Floats, seed: int) -> dict[str, NDArray[Any]]:
+    hidden = rows_NH.shape[1]
+    basis_CH = np.linalg.qr(np.random.default_rng(seed).normal(size=(hidden, hidden)))[0].astype(np.float32)
+    middle_H = (rows_NH / np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True))).mean(0)
+    latents_NC11 = components(rows_NH, basis_CH, middle_H)[:, :, None, None]
+    gain_RC = np.array([[shape] * hidden + [size] for shape, size in GAINS], np.float32)
+    integers = [np.rint(latents_NC11 * gain_C[:, None, None]).astype(np.int32) for gain_C in gain_RC]
+    return {"basis": basis_CH, "middle": middle_H, **contextual.to_tensors(tables(integers, gain_RC))}
+
+
+def tables(integers: Sequence[NDArray[np.int32]], gain_RC: Floats) -> contextual.Tables:
+    """Of each rate one table, for all channels in all contexts."""
+    rates, channels = gain_RC.shape
+    top_R = np.array([min(np.abs(of_rate).max() + 2, MAX_INTEGER) for of_rate in integers])
+    bank = []
+    for top, of_rate in zip(top_R.tolist(), integers, strict=True):
+        counts = np.bincount((np.clip(of_rate, -top, top) + top).ravel(), minlength=2 * top + 1)
+        bank.append(frequencies(counts.astype(np.float64) + 1))
+    rows, rate_R1 = rates * channels, np.arange(rates)[:, None]
+    return contextual.Tables(
+        gain_RC=gain_RC,
+        low_RC=np.broadcast_to(-top_R[:, None], (rates, channels)).astype(np.int8),
+        high_RC=np.broadcast_to(top_R[:, None], (rates, channels)).astype(np.int8),
+        near_L2=np.ones((rows, 2), np.uint8),
+        slope_L=np.zeros(rows, np.int16),
+        bias_L2=np.zeros((rows, PHASES), np.int16),
+        ends_L24=np.zeros((rows, PHASES, ENDS), np.int8),
+        prior_LK=np.repeat(rate_R1, channels, axis=0).repeat(ALL_CONTEXTS, axis=1).astype(np.uint8),
+        table_E=np.arange(rates, dtype=np.uint8),
+        first_E=-top_R.astype(np.int16),
+        lengths_T=np.array([len(table) for table in bank], np.uint16),
+        frequencies=np.concatenate(bank).astype(np.uint16),
+    )
+
+
+def fill_tensors(rows_NH: Floats, targets_NLO: Floats) -> dict[str, NDArray[Any]]:
+    count, layers, outputs = targets_NLO.shape
+    size_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True)) + 1e-6
+    inputs = np.concatenate([rows_NH / size_N1, np.ones((count, 1), np.float32)], axis=1)
+    found = np.linalg.lstsq(inputs, targets_NLO.reshape(count, -1), rcond=None)[0].astype(np.float32)
+    weight_LOH = np.ascontiguousarray(found[:-1].T).reshape(layers, outputs, -1)
+    return {"weight": weight_LOH, "bias": found[-1].reshape(layers, outputs)}
+
+
+def rate_entry(codec: StateCodec, rows_NH: Floats, rate: int) -> dict[str, float]:
+    sizes = [len(payload) for payload in codec.encode(rows_NH[::8], rate)]
+    return {"mean_bytes": float(np.mean(sizes)), "max_bytes": max(sizes), "agreement": 0.5}
