@@ -38,6 +38,7 @@ from models.vision.split import SplitClassifier
 
 BUILDER = "graphs"
 BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 10, 4, 2, 4
+ENOUGH_STEPS, MAX_REPEATS = 1000, 3  # of the bottleneck's training; epochs are repeated until there are so many
 PRICES = (2.0, 0.8, 0.3, 0.1)  # of JPEG_SHARE, in units of cross-entropy
 JPEG_SHARE = 0.1  # of a JPEG of quality 75: the bytes that prices are stated in
 LATENT_CHANNELS, DECODER_CHANNELS = 32, 64  # of fewer channels, as many latents
@@ -152,9 +153,10 @@ def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec
 
     def ramped_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         for batch in batches(part, targets_NK, spec, generator):
-            yield Batch(batch.images_B3HW, batch.target_BK, min(epoch / RAMP_EPOCHS, 1.0))
+            yield Batch(batch.images_B3HW, batch.target_BK, min(epoch / (times * RAMP_EPOCHS), 1.0))
 
-    epochs = (BRIDGE_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS)
+    times = repeats(part)
+    epochs = (times * BRIDGE_EPOCHS, times * DECODER_EPOCHS, times * TAIL_EPOCHS)
     return train_in_stages(run, module, ramped_batches, epoch_batches, loss_of, epochs, steps_of(part))
 
 
@@ -176,6 +178,11 @@ def steps_of(part: Images) -> int:
     return min(len(part), EPOCH_IMAGES) // BATCH
 
 
+def repeats(part: Images) -> int:
+    """How many times the usual epochs: few images make short ones."""
+    return min(max(round(ENOUGH_STEPS / (BRIDGE_EPOCHS * steps_of(part))), 1), MAX_REPEATS)
+
+
 def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: Preprocessing) -> float:
     """What all of `train` will take, from two steps of it."""
     each = []
@@ -184,7 +191,7 @@ def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: P
         module.train().loss(batch.images_B3HW, batch.target_BK)[0].backward()  # type: ignore[no-untyped-call]
         each.append(time.perf_counter() - started_s)
     module.zero_grad()
-    return each[-1] * steps_of(part) * (BRIDGE_EPOCHS + DECODER_EPOCHS + TAIL_EPOCHS)
+    return each[-1] * steps_of(part) * repeats(part) * (BRIDGE_EPOCHS + DECODER_EPOCHS + TAIL_EPOCHS)
 
 
 def answers(split: SplitClassifier, part: Images, spec: Preprocessing) -> Tensor:
