@@ -39,6 +39,14 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
     envvar="ISTHMUS_CLOUD_MODEL",
     help="A language model to serve: a GGUF file, a Hugging Face folder, or smollm2; repeatable.",
 )
+@click.option(
+    "--handoff",
+    "handoffs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    envvar="ISTHMUS_CLOUD_HANDOFF",
+    help="A hand-off bundle of one of the models, whose later layers then complete tokens; repeatable.",
+)
 @click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float32"]), help="Of language models.")
 @click.option("--width", default=16, type=click.IntRange(1, 256), help="Rows of a decoder's forward pass.")
 @click.option("--context-mb", default=2048, type=click.IntRange(1), help="Memory of all sessions of a model.")
@@ -57,6 +65,7 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 def main(
     bundles: tuple[Path, ...],
     models: tuple[str, ...],
+    handoffs: tuple[Path, ...],
     dtype: str,
     width: int,
     context_mb: int,
@@ -84,6 +93,7 @@ def main(
     config = CloudConfig(
         bundles=bundles,
         models=models,
+        handoffs=handoffs,
         dtype=dtype,
         width=width,
         context_bytes=context_mb << 20,

@@ -61,20 +61,25 @@ def next_batch(queue: Sequence[Work], now_s: float, limits: BatchLimits) -> Batc
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """Rows that one session could have in the next pass, and the number of the pass that last served it."""
+    """Rows that one session could have in the next pass, and the number of the pass that last served it.
+
+    Only wants of equal `kind` can share a pass.
+    """
 
     ticket: int
     rows: int
     served: int
+    kind: Hashable = None
 
 
 def next_pass(wants: Sequence[Want], width: int) -> list[tuple[int, int]]:
     """(ticket, rows) of the next pass of `width` rows, at most.
 
     The least recently served come first, each with half a pass at most; what is left then goes to them in the same
-    order. So a long prompt fills what others leave, and holds nobody up.
+    order. So a long prompt fills what others leave, and holds nobody up. The first of all says which kind is next.
     """
     order = sorted((want for want in wants if want.rows), key=lambda want: (want.served, want.ticket))
+    order = [want for want in order if want.kind == order[0].kind]
     given: dict[int, int] = {}
     left = width
     for share in (max(width // 2, 1), width):

@@ -23,6 +23,7 @@ class CloudConfig:
 
     bundles: tuple[Path, ...] = ()
     models: tuple[str, ...] = ()  # GGUF files, Hugging Face folders, or `smollm2`
+    handoffs: tuple[Path, ...] = ()  # bundles, each of one of the models
     dtype: str = "bfloat16"  # of a language model's matrix products
     width: int = 16  # rows of a decoder's forward pass
     context_bytes: int = 2 << 30  # of all sessions' keys and values, for each model

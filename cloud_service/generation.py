@@ -13,28 +13,43 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cloud_service.batching import Want, next_pass
 from cloud_service.generation_metrics import GenerationMetrics
+from cloud_service.passes import Behind, Passed, Whole
 from cloud_service.sessions import IDLE_S, Answer, Answers, Session, Sessions
-from models.errors import Draining, IsthmusError, Overloaded, ServiceError
+from models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder, Span, check_rows
+from models.language.decoder import Decoder, check_rows
+from models.language.handoff import Handoff
 from models.language.session import ModelInfo, Opening, Round
 from protos.limits import MAX_ROUNDS
 
 STAY_PASSES = 32  # how long a session at work keeps its whole state when others want the memory: less would only thrash
 
-Plan = list[tuple[Session, int]]  # rows of each session in a pass
+Plan = list[tuple[Session, int]]  # rows of each session in a pass; all have the same layers
 
 
 class Generation:
-    """One language model over sessions within a memory budget."""
+    """One language model over sessions within a memory budget; with a hand-off, of hidden states too."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, budget_bytes: int, metrics: GenerationMetrics) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        decoder: Decoder,
+        budget_bytes: int,
+        metrics: GenerationMetrics,
+        handoff: Handoff | None = None,
+    ) -> None:
+        """Raises BundleError when the hand-off's fill does not fit the model."""
         config, dtype = checkpoint.config, str(decoder.dtype).removeprefix("torch.")
         numerics = f"{dtype}/{decoder.width}"
-        self.info = ModelInfo(checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics)
+        fingerprint = handoff.fingerprint if handoff else b""
+        self.info = ModelInfo(
+            checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics, fingerprint
+        )
         self._decoder = decoder
+        self._whole = Whole(decoder, checkpoint.tokenizer.eos_ids)
+        self._behind = Behind(handoff, decoder) if handoff else None
         self._metrics = metrics
-        self._sessions = Sessions(decoder, checkpoint.tokenizer.eos_ids, budget_bytes, metrics)
+        self._sessions = Sessions(config, budget_bytes, metrics)
         self._passes = 0
         self._changed = asyncio.Event()
         self._busy = asyncio.Lock()
@@ -48,21 +63,22 @@ class Generation:
     async def open(self, opening: Opening, answers: Answers) -> Session:
         """A session with these tokens, its state taken over as far as it is held. What follows goes to `answers`.
 
-        Raises InvalidInput, ContextGone, Overloaded or Draining.
+        Raises InvalidInput, UnknownBundle, ContextGone, Overloaded or Draining.
         """
         async with self._busy:  # the state that is taken over may be part of a pass
             self._check_open()
-            return self._sessions.open(opening, answers, self._passes)
+            return self._sessions.open(opening, self._layers(opening), answers, self._passes)
 
     def add(self, session: Session, round_: Round) -> None:
-        """Queue a round. Raises InvalidInput for tokens that the model lacks, Overloaded, Draining.
+        """Queue a round. Raises InvalidInput for tokens that the model lacks, PayloadTooLarge, Overloaded, Draining.
 
-        Of a session that was opened again elsewhere it is dropped: its device has been told.
+        Of a session that was opened again elsewhere, or lost its state, it is dropped: its device has been told.
         """
         self._check_open()
         if session not in self._sessions:
             return
         self._sessions.check_ids(round_.draft)
+        session.text.check(round_)
         if len(session.rounds) >= MAX_ROUNDS:
             raise Overloaded(f"{MAX_ROUNDS} rounds of this session are waiting already")
         session.rounds.append((round_, time.monotonic()))
@@ -91,7 +107,7 @@ class Generation:
         """Compute passes until drained."""
         while True:
             async with self._busy:
-                for session in self._sessions:
+                for session in list(self._sessions):
                     self._begin(session)
                 plan = self._plan()
                 if plan:
@@ -101,6 +117,15 @@ class Generation:
             if not plan:
                 await self._arrival()
         self._thread.shutdown()
+
+    def _layers(self, opening: Opening) -> Whole | Behind:
+        """Raises UnknownBundle for a hand-off that is not this model's."""
+        if not opening.handoff:
+            return self._whole
+        if self._behind is None or opening.handoff != self._behind.name:
+            held = self._behind.name.hex() if self._behind else "none"
+            raise UnknownBundle(f"hand-off {opening.handoff.hex()} is not held here, of this model there is {held}")
+        return self._behind
 
     def _check_open(self) -> None:
         if self._draining:
@@ -124,10 +149,12 @@ class Generation:
                 at_once = text.begin(*session.rounds.popleft())
                 if at_once is not None:
                     session.tell(at_once)
+            elif text.lost:
+                self._sessions.lose(session)
             elif self._sessions.fits(session):
                 return
             else:
-                self._fail(session, self._sessions.too_large(len(text.tokens)))
+                self._fail(session, self._sessions.too_large(text.extent))
         if session.ending:
             session.end()
 
@@ -137,15 +164,17 @@ class Generation:
         stay = sorted(filter(self._stays, waiting), key=lambda session: (session.admitted, session.ticket))
         others = [session for session in waiting if not self._stays(session)]
         served: dict[bytes, Session] = {}
-        for session in stay:  # the first always gets what it needs, if need be from those behind it
+        for session in filter(is_whole, stay):  # the first always gets what it needs, if need be from those behind it
             if self._sessions.make_room(session, served.keys(), self._passes):
                 served[session.name] = session
-        for session in sorted(others, key=lambda session: (session.served, session.ticket)):
+        for session in filter(is_whole, sorted(others, key=lambda session: (session.served, session.ticket))):
             if not self._sessions.make_room(session, served.keys(), self._passes):
                 break  # or small ones would overtake a large one for ever
             served[session.name] = session
         by_ticket = {session.ticket: session for session in served.values()}
-        wants = [Want(ticket, session.text.rows, session.served) for ticket, session in by_ticket.items()]
+        wants = [
+            Want(ticket, session.text.rows, session.served, session.layers) for ticket, session in by_ticket.items()
+        ]
         return [(by_ticket[ticket], rows) for ticket, rows in next_pass(wants, self._decoder.width)]
 
     def _stays(self, session: Session) -> bool:
@@ -158,43 +187,25 @@ class Generation:
         for session, _ in plan:
             assert session.text.work is not None
             session.text.work.started_s = session.text.work.started_s or started_s
-        loop = asyncio.get_running_loop()
-        answers: list[Answer | None]
+        loop, layers = asyncio.get_running_loop(), plan[0][0].layers
+        parts = [(session.text, rows) for session, rows in plan]
         try:
-            answers = await loop.run_in_executor(self._thread, self._compute, plan)
+            passed = await loop.run_in_executor(self._thread, layers.run, parts)
         except Exception:  # whatever went wrong, every device hears of it and the service lives on
             self._metrics.log_failure("pass failed")
-            answers = [ServiceError("the pass failed") for _ in plan]
+            passed = Passed([ServiceError("the pass failed") for _ in plan], sum(rows for _, rows in plan))
         self._passes += 1
         now_s = time.monotonic()
-        self._metrics.passed(sum(rows for _, rows in plan), self._decoder.width, now_s - started_s)
-        for (session, _), answer in zip(plan, answers, strict=True):
+        if passed.rows:
+            self._metrics.passed(passed.rows, self._decoder.width, now_s - started_s)
+        if layers is self._behind:
+            self._metrics.took(passed.rows, passed.filled)
+        for (session, _), answer in zip(plan, passed.outcomes, strict=True):
             session.served = self._passes
             if session.reading and answer is not None:
                 session.admitted, session.reading = self._passes, False
             self._answer(session, answer, now_s)
         self._sessions.measure()
-
-    def _compute(self, plan: Plan) -> list[Answer | None]:
-        """One forward pass; what each session's round committed, if it ended."""
-        started_s = time.monotonic()
-        ids, spans, decides = [], [], False
-        for session, rows in plan:
-            text = session.text
-            assert text.cache is not None
-            ids += text.next_ids(rows)
-            decides = decides or text.decides(rows)
-            spans.append(Span(text.cache, text.cache.length, rows))
-        x_NH = self._decoder.forward(self._decoder.embed(ids), spans)
-        logits_NV = self._decoder.logits(x_NH).numpy() if decides else None
-        seconds = time.monotonic() - started_s
-        answers: list[Answer | None] = []
-        row = 0
-        for session, rows in plan:
-            own_NV = None if logits_NV is None else logits_NV[row : row + rows]
-            answers.append(session.text.settle(own_NV, rows, seconds))
-            row += rows
-        return answers
 
     def _answer(self, session: Session, answer: Answer | None, now_s: float) -> None:
         if answer is None:
@@ -205,11 +216,20 @@ class Generation:
         work = session.text.work
         assert work is not None
         own = min(len(answer.tokens), 1)  # at most the last is new
-        self._metrics.committed(work.matched, len(work.draft), own)
+        if work.states:
+            self._metrics.handed_off(own)
+        else:
+            self._metrics.committed(work.matched, len(work.draft), own)
         session.text.next_extension(now_s)
         session.tell(answer)
 
     def _fail(self, session: Session, error: IsthmusError) -> None:
         session.text.work = None
-        self._sessions.forget_state(session)
+        if not isinstance(error, CallerError):
+            self._sessions.forget_state(session)
         session.tell(error)
+
+
+def is_whole(session: Session) -> bool:
+    """Whether its round can go on: not when the same plan has just given its memory to another."""
+    return not session.text.lost

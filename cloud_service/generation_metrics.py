@@ -10,6 +10,8 @@ PASS_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 ROWS = ("used", "padding")
 DRAFTS = ("accepted", "rejected")
 EVICTIONS = ("budget", "idle")
+STATE_ROUNDS = ("decided", "kept")
+POSITIONS = ("run", "filled")
 
 log = logging.getLogger("isthmus.cloud")
 
@@ -27,6 +29,8 @@ class GenerationFamilies:
         self.rows = counter("decoder_rows", "Rows of forward passes: of a session, or padding.", "kind")
         self.tokens = counter("tokens_committed", "Tokens that became part of an answer.")
         self.drafts = counter("draft_tokens", "Draft tokens that devices sent.", "result")
+        self.state_rounds = counter("state_rounds", "Rounds of hidden states: with a token, or none asked for.", "kind")
+        self.positions = counter("state_positions", "Hidden states run through layers, or filled in instead.", "kind")
         self.evictions = counter("context_evictions", "Session states given up.", "reason")
         self.sessions = gauge("contexts_held", "Session states in memory.")
         self.bytes = gauge("contexts_bytes", "Memory of session states.")
@@ -45,6 +49,8 @@ class GenerationMetrics:
     def __init__(self, families: GenerationFamilies, model: str) -> None:
         self._rows = {kind: families.rows.labels(model, kind) for kind in ROWS}
         self._drafts = {result: families.drafts.labels(model, result) for result in DRAFTS}
+        self._state_rounds = {kind: families.state_rounds.labels(model, kind) for kind in STATE_ROUNDS}
+        self._positions = {kind: families.positions.labels(model, kind) for kind in POSITIONS}
         self._evictions = {reason: families.evictions.labels(model, reason) for reason in EVICTIONS}
         self._tokens = families.tokens.labels(model)
         self._sessions = families.sessions.labels(model)
@@ -61,6 +67,16 @@ class GenerationMetrics:
         self._tokens.inc(accepted + own)
         self._drafts["accepted"].inc(accepted)
         self._drafts["rejected"].inc(drafted - accepted)
+
+    def handed_off(self, own: int) -> None:
+        """A round of hidden states ended, with `own` tokens of the cloud's: one or none."""
+        self._state_rounds["decided" if own else "kept"].inc()
+        self._tokens.inc(own)
+
+    def took(self, run: int, filled: int) -> None:
+        """A pass took up hidden states."""
+        self._positions["run"].inc(run)
+        self._positions["filled"].inc(filled)
 
     def evicted(self, reason: str) -> None:
         self._evictions[reason].inc()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from models.errors import InvalidInput
 from models.language.kv_cache import KVCache
 from models.language.sampling import Floats, Sampling, choose, logprobs
 from models.language.session import Committed, Logprobs, Round
@@ -30,6 +31,7 @@ class Work:
     compute_s: float = 0.0
     passes: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
+    states: tuple[bytes, ...] = ()  # of the draft, in a hand-off
 
 
 class Text:
@@ -46,6 +48,11 @@ class Text:
         self._eos_ids = eos_ids
         self._context = context
         self._ended = False
+
+    def check(self, round_: Round) -> None:
+        """Raises InvalidInput for a round that this session can never take."""
+        if round_.states:
+            raise InvalidInput("a round of states in a session that was opened without a hand-off")
 
     def begin(self, round_: Round, arrived_s: float) -> Committed | None:
         """Take up a round. A stale one, or one with nothing left to decide, is answered at once.
@@ -68,6 +75,25 @@ class Text:
     def finished(self) -> bool:
         """Nothing can follow: an end-of-text token was committed, or the context is full."""
         return self._ended or len(self.tokens) >= self._context
+
+    @property
+    def lost(self) -> bool:
+        """Never: what is gone of the state is made again from the tokens."""
+        return False
+
+    def forget(self) -> None:
+        """The state is gone."""
+        self.cache = None
+
+    @property
+    def reusable(self) -> int:
+        """Tokens whose state it can take over from another session: one row at least decides what follows."""
+        return len(self.tokens) - 1
+
+    @property
+    def extent(self) -> int:
+        """Tokens whose state there may be when the round at hand has ended."""
+        return len(self.tokens) + (len(self.work.draft) if self.work else 0)
 
     @property
     def rows(self) -> int:

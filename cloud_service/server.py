@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import torch
@@ -24,10 +26,12 @@ from cloud_service.inference import Answerer
 from cloud_service.metrics import CloudMetrics
 from cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
 from cloud_service.worker import Worker
-from models.bundle import Bundle
-from models.errors import InvalidInput
+from models.bundle import Bundle, read_manifest
+from models.errors import BundleError, InvalidInput
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import DTYPES, Decoder
+from models.language.handoff import Handoff
+from models.language.handoff_manifest import HandoffManifest
 from protos import limits
 
 MAX_CONCURRENT_CALLS = 1024  # open streams and calls; above it gRPC answers RESOURCE_EXHAUSTED at once
@@ -56,7 +60,9 @@ async def serve(config: CloudConfig) -> None:
     metrics = CloudMetrics(registry, bundles)
     worker = Worker({a.info.fingerprint: a for a in answerers}, config.batch, config.queue_limit, metrics)
     families = GenerationFamilies(registry)
-    generations = [load_model(source, config, families) for source in config.models]
+    checkpoints = [Checkpoint.open(source) for source in config.models]
+    handoffs = open_handoffs(config.handoffs, checkpoints)
+    generations = [load_model(each, handoffs.get(each.fingerprint), config, families) for each in checkpoints]
     models = tuple(generation.info for generation in generations)
     servicer = Servicer(worker, service_info(bundles, models), metrics, generations)
     server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
@@ -75,6 +81,7 @@ async def serve(config: CloudConfig) -> None:
     for name in ("", SERVICE_NAME):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     held = [(info.name, info.fingerprint) for info in bundles] + [(info.name, info.fingerprint) for info in models]
+    held += [(f"hand-off of {info.name}", info.handoff) for info in models if info.handoff]
     names = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in held)
     log.info("serving %s on port %d, metrics on port %s", names, bound.grpc_port, bound.metrics_port)
     await stopping.wait()
@@ -93,12 +100,28 @@ async def serve(config: CloudConfig) -> None:
     log.info("drained")
 
 
-def load_model(source: str, config: CloudConfig, families: GenerationFamilies) -> Generation:
+def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, Handoff]:
+    """Hand-off bundles by the fingerprint of their model. Raises BundleError for one of no model here, or a second."""
+    held = {checkpoint.fingerprint: checkpoint for checkpoint in checkpoints}
+    handoffs: dict[bytes, Handoff] = {}
+    for folder in folders:
+        base = bytes.fromhex(read_manifest(folder, HandoffManifest).base)
+        if base not in held:
+            names = ", ".join(f"{each.name} {each.fingerprint.hex()[:12]}…" for each in checkpoints) or "none"
+            raise BundleError(f"{folder}: belongs to the model {base.hex()[:12]}…, served are {names}")
+        if base in handoffs:
+            raise BundleError(f"{folder}: a second hand-off bundle for {held[base].name}, one is served")
+        handoffs[base] = Handoff.open(folder, held[base])
+    return handoffs
+
+
+def load_model(
+    checkpoint: Checkpoint, handoff: Handoff | None, config: CloudConfig, families: GenerationFamilies
+) -> Generation:
     """A language model, warm. Raises BundleError, ServiceError when its answers would depend on the batch."""
-    checkpoint = Checkpoint.open(source)
     decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
     metrics = GenerationMetrics(families, checkpoint.name)
-    generation = Generation(checkpoint, decoder, config.context_bytes, metrics)
+    generation = Generation(checkpoint, decoder, config.context_bytes, metrics, handoff)
     generation.warm_up()
     return generation
 

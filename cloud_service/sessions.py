@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 
 from cloud_service.contexts import Contexts
 from cloud_service.generation_metrics import GenerationMetrics
-from cloud_service.rounds import Text
+from cloud_service.passes import AnyText, Behind, Whole
 from models.errors import ContextGone, InvalidInput, IsthmusError, Overloaded
-from models.language.decoder import Decoder
+from models.language.architecture import LlamaConfig
 from models.language.drafts import shared_length
 from models.language.session import Committed, Opening, Round
 from protos.wire_session import checksum
@@ -30,12 +30,14 @@ Answers = asyncio.Queue[Answer | None]
 
 @dataclass(eq=False)
 class Session:
-    """A text, its rounds in order of arrival, and the queue of whoever is connected to it."""
+    """A text, the layers of its passes, its rounds in order of arrival, the queue of whoever is connected to it."""
 
     name: bytes
     ticket: int
-    text: Text
+    layers: Whole | Behind
+    text: AnyText
     answers: Answers
+    fill: bool = False  # of a hand-off: whether its state was made by the closed form
     rounds: deque[tuple[Round, float]] = field(default_factory=deque)
     attached: bool = True
     ending: bool = False  # the device has half-closed: None follows the last answer
@@ -60,11 +62,8 @@ class Session:
 class Sessions:
     """Texts by the name their device chose, and the memory of their states within a budget."""
 
-    def __init__(
-        self, decoder: Decoder, eos_ids: frozenset[int], budget_bytes: int, metrics: GenerationMetrics
-    ) -> None:
-        self._decoder, self._config, self._eos_ids = decoder, decoder.config, eos_ids
-        self._empty = decoder.new_cache()
+    def __init__(self, config: LlamaConfig, budget_bytes: int, metrics: GenerationMetrics) -> None:
+        self._config = config
         self._contexts = Contexts(budget_bytes, IDLE_S)
         self._metrics = metrics
         self._by_name: dict[bytes, Session] = {}
@@ -77,18 +76,19 @@ class Sessions:
         """False too for one that was opened again elsewhere."""
         return self._by_name.get(session.name) is session
 
-    def open(self, opening: Opening, answers: Answers, passes: int) -> Session:
+    def open(self, opening: Opening, layers: Whole | Behind, answers: Answers, passes: int) -> Session:
         """A session of these tokens, with its former state. Raises InvalidInput, ContextGone, Overloaded."""
         former = self._by_name.get(opening.session)
-        tokens = self._tokens(opening, former)
-        if self._empty.bytes_for(len(tokens)) > self._contexts.budget_bytes:
+        heir = former is not None and (former.layers, former.fill) == (layers, opening.fill)
+        tokens = self._tokens(opening, former.text.tokens if former is not None and heir else [])
+        if layers.empty.bytes_for(len(tokens)) > self._contexts.budget_bytes:
             raise self.too_large(len(tokens))
         if former is None and len(self._by_name) >= MAX_SESSIONS:
             self._forget_stalest()
-        text = Text(tokens, opening.sampling, opening.logprobs, self._eos_ids, self._config.context)
-        session = Session(opening.session, next(self._tickets), text, answers, served=passes)
+        text = layers.new_text(tokens, opening)
+        session = Session(opening.session, next(self._tickets), layers, text, answers, opening.fill, served=passes)
         if former is not None:
-            take_over(former, session)
+            take_over(former, session, heir)
         self._by_name[session.name] = session
         self._record(session)
         return session
@@ -122,15 +122,26 @@ class Sessions:
         for name in victims:
             self._evict(name, "budget")
         if text.cache is None:
-            text.cache, session.admitted, session.reading = self._decoder.new_cache(), passes, True
+            text.cache, session.admitted, session.reading = session.layers.decoder.new_cache(), passes, True
         size_bytes = max(size_bytes, text.cache.bytes)
         self._contexts.record(session.name, size_bytes, time.monotonic(), attached=session.attached)
         return True
 
     def forget_state(self, session: Session) -> None:
         """Its cache cannot be trusted any more."""
-        session.text.cache = None
+        session.text.forget()
         self._record(session)
+
+    def lose(self, session: Session) -> None:
+        """Its round builds on what is not held (any more): its device is told once, and opens again."""
+        assert session.text.work is not None
+        session.tell(ContextGone(f"the first {session.text.work.base} tokens of this session are not held here"))
+        session.rounds.clear()
+        session.text.work = None
+        session.text.forget()
+        self._contexts.drop(session.name)
+        self.measure()
+        del self._by_name[session.name]
 
     def forget_idle(self) -> None:
         for name in self._contexts.idle(time.monotonic()):
@@ -139,10 +150,10 @@ class Sessions:
     def measure(self) -> None:
         self._metrics.contexts(len(self._contexts), self._contexts.held_bytes)
 
-    def _tokens(self, opening: Opening, former: Session | None) -> list[int]:
-        """All tokens of the session. Raises InvalidInput, ContextGone."""
+    def _tokens(self, opening: Opening, known: list[int]) -> list[int]:
+        """All tokens of the session, whose first ones are `known`. Raises InvalidInput, ContextGone."""
         self.check_ids(opening.tokens)
-        kept = former.text.tokens[: opening.start] if former is not None else []
+        kept = known[: opening.start]
         tokens = [*kept, *opening.tokens]
         if len(kept) < opening.start or checksum(tokens) != opening.crc32:
             raise ContextGone(f"the first {opening.start} tokens of this session are not held here")
@@ -152,8 +163,7 @@ class Sessions:
 
     def _needs(self, session: Session) -> int:
         """Bytes of its state when the round at hand has ended."""
-        work = session.text.work
-        return self._empty.bytes_for(len(session.text.tokens) + (len(work.draft) if work else 0))
+        return session.layers.empty.bytes_for(session.text.extent)
 
     def _record(self, session: Session) -> None:
         size_bytes = session.text.cache.bytes if session.text.cache else 0
@@ -168,7 +178,7 @@ class Sessions:
     def _evict(self, name: bytes, reason: str) -> None:
         """Forget a session's state, and its text too when no device is connected to it."""
         session = self._by_name[name]
-        session.text.cache = None
+        session.text.forget()
         self._contexts.drop(name)
         self._metrics.evicted(reason)
         self.measure()
@@ -176,14 +186,14 @@ class Sessions:
             del self._by_name[name]
 
 
-def take_over(former: Session, session: Session) -> None:
-    """Give `session` the state of the tokens that both share; whoever is connected to the former one is told."""
+def take_over(former: Session, session: Session, heir: bool) -> None:
+    """Give `session`, if it is an heir, the state of the tokens that both share; who is at the former one is told."""
     former.tell(ContextGone("this session was opened again elsewhere"))
     if former.ending:
         former.end()
     cache, former.text.cache = former.text.cache, None
-    if cache is None:
+    if cache is None or not heir:
         return
     same = shared_length(former.text.tokens, session.text.tokens)
-    cache.truncate(min(cache.length, same, len(session.text.tokens) - 1))  # one row at least decides what follows
+    cache.truncate(min(cache.length, same, session.text.reusable))
     session.text.cache, session.held = cache, cache.length

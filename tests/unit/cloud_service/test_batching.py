@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -113,8 +114,19 @@ def test_the_least_recently_served_come_first() -> None:
     assert next_pass(wants, 16) == [(2, 8), (3, 8)]
 
 
+def test_a_pass_is_of_the_kind_that_waits_longest() -> None:
+    wants = [Want(1, 8, 7, "whole"), Want(2, 3, 5, "behind"), Want(3, 8, 6, "whole"), Want(4, 3, 9, "behind")]
+    assert next_pass(wants, 16) == [(2, 3), (4, 3)]
+    assert next_pass([wants[0], wants[2]], 16) == [(3, 8), (1, 8)]
+
+
+def test_one_who_wants_nothing_does_not_choose_the_kind() -> None:
+    assert next_pass([Want(1, 0, 0, "behind"), Want(2, 3, 5, "whole")], 16) == [(2, 3)]
+
+
+kinds = st.sampled_from(["whole", "behind"])
 all_wants = st.lists(
-    st.builds(Want, ticket=st.integers(0, 99), rows=st.integers(0, 40), served=st.integers(0, 9)),
+    st.builds(Want, ticket=st.integers(0, 99), rows=st.integers(0, 40), served=st.integers(0, 9), kind=kinds),
     max_size=20,
     unique_by=lambda want: want.ticket,
 )
@@ -123,8 +135,10 @@ all_wants = st.lists(
 @given(all_wants, st.integers(1, 20))
 def test_what_every_pass_keeps(wants: list[Want], width: int) -> None:
     plan = next_pass(wants, width)
-    wanted = {want.ticket: want.rows for want in wants}
     given_rows = dict(plan)
+    of_kind = {want.kind for want in wants if want.ticket in given_rows}
+    wanted = {want.ticket: want.rows for want in wants if want.kind in of_kind}
+    assert len(of_kind) == any(want.rows for want in wants)
     assert len(given_rows) == len(plan)
     assert all(0 < rows <= wanted[ticket] for ticket, rows in plan)
     assert sum(given_rows.values()) == min(width, sum(wanted.values()))  # no row is left empty that somebody wants
@@ -141,9 +155,10 @@ def test_everyone_who_waits_is_served_within_a_pass_for_every_two(wants: list[Wa
     """However long the others' prompts are, and though they want as much again after each pass."""
     waiting = {want.ticket for want in wants if want.rows}
     number = 100
-    for _ in range(-(-len(waiting) // 2)):
+    of_kinds = [sum(want.kind == kind and want.rows > 0 for want in wants) for kind in ("whole", "behind")]
+    for _ in range(sum(-(-count // 2) for count in of_kinds)):
         number += 1
         served = {ticket for ticket, _ in next_pass(wants, width)}
         waiting -= served
-        wants = [Want(want.ticket, want.rows, number if want.ticket in served else want.served) for want in wants]
+        wants = [replace(want, served=number) if want.ticket in served else want for want in wants]
     assert not waiting

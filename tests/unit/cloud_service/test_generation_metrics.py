@@ -7,7 +7,15 @@ import subprocess
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cloud_service.generation_metrics import DRAFTS, EVICTIONS, ROWS, GenerationFamilies, GenerationMetrics
+from cloud_service.generation_metrics import (
+    DRAFTS,
+    EVICTIONS,
+    POSITIONS,
+    ROWS,
+    STATE_ROUNDS,
+    GenerationFamilies,
+    GenerationMetrics,
+)
 
 
 @pytest.fixture
@@ -28,11 +36,13 @@ def test_every_name_is_ours_and_known_labels_start_at_zero(
     metrics: GenerationMetrics, registry: CollectorRegistry
 ) -> None:
     families = list(registry.collect())
-    assert len(families) == 7
+    assert len(families) == 9
     assert all(family.name.startswith("isthmus_cloud_") for family in families)
     for name, label, values in (
         ("decoder_rows_total", "kind", ROWS),
         ("draft_tokens_total", "result", DRAFTS),
+        ("state_rounds_total", "kind", STATE_ROUNDS),
+        ("state_positions_total", "kind", POSITIONS),
         ("context_evictions_total", "reason", EVICTIONS),
     ):
         assert [value(registry, name, **{label: known}) for known in values] == [0] * len(values)
@@ -52,6 +62,17 @@ def test_a_round_counts_its_drafts_and_tokens(metrics: GenerationMetrics, regist
     metrics.committed(accepted=3, drafted=8, own=1)
     assert [value(registry, "draft_tokens_total", result=result) for result in DRAFTS] == [3, 5]
     assert value(registry, "tokens_committed_total") == 4
+
+
+def test_a_round_of_states_counts_the_token_it_asked_for(
+    metrics: GenerationMetrics, registry: CollectorRegistry
+) -> None:
+    for own in (1, 0, 1):
+        metrics.handed_off(own)
+    metrics.took(3, 20)
+    assert [value(registry, "state_rounds_total", kind=kind) for kind in STATE_ROUNDS] == [2, 1]
+    assert [value(registry, "state_positions_total", kind=kind) for kind in POSITIONS] == [3, 20]
+    assert value(registry, "tokens_committed_total") == 2
 
 
 def test_contexts_and_evictions(metrics: GenerationMetrics, registry: CollectorRegistry) -> None:

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cloud_service import sessions
+from cloud_service import passes
 from cloud_service.metrics import CloudMetrics
 from cloud_service.servicer import Servicer, Talk, attach, service_info
 from models.language.checkpoint import Checkpoint
@@ -292,7 +292,7 @@ def test_a_fault_of_ours_is_told_without_its_secrets_and_the_stream_lives_on(
     async def play(door: Door) -> None:
         call = door.stub.Generate()
         with monkeypatch.context() as patch:
-            patch.setattr(sessions, "Text", None)
+            patch.setattr(passes, "Text", None)
             await call.write(door.opening())
             message = await call.read()
             assert (message.error.code, message.error.message) == (13, "the service failed on this input")

@@ -1,0 +1,145 @@
+"""What a pass computes, on the compute thread: tokens through the whole model, or hidden states through its end.
+
+    Whole    ids -> embed -> all layers -> logits
+    Behind   states -> rows -> the layers behind the cut -> logits, for a token; -> KV fill, where none is decided
+
+A pass is of one kind: the layers differ. Both share weights. Knows nothing about queues, memory or the event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cloud_service.handoff_rounds import HandoffText
+from cloud_service.rounds import Text
+from models.errors import InvalidInput, IsthmusError
+from models.language.decoder import Decoder, Span
+from models.language.handoff import Handoff
+from models.language.kv_fill import KVFill
+from models.language.sampling import Floats
+from models.language.session import Committed, Opening
+from protos.limits import BUNDLE_ID_BYTES, MAX_STATE_BYTES
+
+AnyText = Text | HandoffText
+Part = tuple[AnyText, int]  # a session's text, and its rows of the pass
+Outcome = Committed | IsthmusError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What became of each text, `rows` that went through layers (0: no forward pass was due), positions `filled`."""
+
+    outcomes: list[Outcome]
+    rows: int
+    filled: int = 0
+
+
+class Whole:
+    """Passes over all layers, for sessions of tokens."""
+
+    def __init__(self, decoder: Decoder, eos_ids: frozenset[int]) -> None:
+        self.decoder, self.empty = decoder, decoder.new_cache()
+        self._eos_ids = eos_ids
+
+    def new_text(self, tokens: Sequence[int], opening: Opening) -> Text:
+        return Text(tokens, opening.sampling, opening.logprobs, self._eos_ids, self.decoder.config.context)
+
+    def run(self, parts: Sequence[Part]) -> Passed:
+        """One forward pass; what each round committed, if it ended."""
+        started_s = time.monotonic()
+        ids, spans, decides = [], [], False
+        for text, rows in parts:
+            assert isinstance(text, Text) and text.cache is not None
+            ids += text.next_ids(rows)
+            decides = decides or text.decides(rows)
+            spans.append(Span(text.cache, text.cache.length, rows))
+        x_NH = self.decoder.forward(self.decoder.embed(ids), spans)
+        logits_NV = self.decoder.logits(x_NH).numpy() if decides else None
+        seconds, outcomes, row = time.monotonic() - started_s, list[Outcome](), 0
+        for text, rows in parts:
+            assert isinstance(text, Text)
+            outcomes.append(text.settle(None if logits_NV is None else logits_NV[row : row + rows], rows, seconds))
+            row += rows
+        return Passed(outcomes, row)
+
+
+class Behind:
+    """Passes over the layers behind a hand-off's cut, for sessions of hidden states."""
+
+    def __init__(self, handoff: Handoff, decoder: Decoder) -> None:
+        """`decoder`: the whole model. Raises BundleError when the fill does not fit it."""
+        self.name = handoff.fingerprint[:BUNDLE_ID_BYTES]
+        self.decoder = decoder[handoff.depth :]
+        self.empty = self.decoder.new_cache()
+        self._states = handoff.states
+        self._max_state_bytes = min(handoff.manifest.max_state_bytes, MAX_STATE_BYTES)
+        self._fill = KVFill(*handoff.fill(), self.decoder)
+
+    def new_text(self, tokens: Sequence[int], opening: Opening) -> HandoffText:
+        """Raises InvalidInput for a rate that the bundle lacks."""
+        if opening.rate not in self._states.rates:
+            last = len(self._states.rates) - 1
+            raise InvalidInput(f"rate {opening.rate} does not exist, the hand-off has rates 0 to {last}")
+        return HandoffText(tokens, opening, self._max_state_bytes, self.decoder.config.context)
+
+    def run(self, parts: Sequence[Part]) -> Passed:
+        """Decode, fill, and a forward pass if any row needs the layers. A bad state fails its own round alone."""
+        started_s = time.monotonic()
+        outcomes: list[Outcome] = [None] * len(parts)
+        taken: list[Taken] = []
+        for index, (text, rows) in enumerate(parts):
+            assert isinstance(text, HandoffText)
+            try:
+                taken.append(self._take(index, text, rows))
+            except IsthmusError as error:
+                text.cut()
+                outcomes[index] = error
+        logits_NV = self._forward(taken)
+        seconds, row = time.monotonic() - started_s, 0
+        for each in taken:
+            row += each.span.count
+            logits_V = logits_NV[row - 1] if logits_NV is not None and each.text.decides else None
+            outcomes[each.index] = each.text.settle(logits_V, seconds)
+        return Passed(outcomes, row, sum(each.filled for each in taken))
+
+    def _take(self, index: int, text: HandoffText, rows: int) -> Taken:
+        """Decode a text's next states, and fill with those that decide nothing. Raises what `decode` raises."""
+        cache = text.cache
+        assert cache is not None
+        states, through = text.next_states(rows)
+        # One by one: a product's bits depend on how many rows it has.
+        rows_MH = torch.from_numpy(np.concatenate([self._states.decode([state], text.rate) for state in states]))
+        filled = len(states) - through
+        if filled:
+            self._fill.write(cache, cache.length, rows_MH[:filled])
+        return Taken(index, text, Span(cache, cache.length, through), rows_MH[filled:], filled)
+
+    def _forward(self, taken: Sequence[Taken]) -> Floats | None:
+        """Logits (width, vocab), if a row decides a token."""
+        spans = [each.span for each in taken if each.span.count]
+        if not spans:
+            return None
+        x_NH = torch.zeros(self.decoder.width, self.decoder.config.hidden)
+        x_NH[: sum(span.count for span in spans)] = torch.cat([each.rows_MH for each in taken])
+        x_NH = self.decoder.forward(x_NH, spans)
+        if not any(each.text.decides for each in taken):
+            return None
+        logits_NV: Floats = self.decoder.logits(x_NH).numpy()
+        return logits_NV
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A text's part of a pass: rows (span.count, hidden) for the layers, behind `filled` positions."""
+
+    index: int
+    text: HandoffText
+    span: Span
+    rows_MH: Tensor
+    filled: int
