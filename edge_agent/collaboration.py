@@ -11,29 +11,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from edge_agent.cloud_answer import ASKED, CloudAnswer
 from edge_agent.conversation import Conversation
 from edge_agent.generation import Ask, Source, Token
 from edge_agent.link import Link
 from edge_agent.policy.drafting import MAX_DRAFTS, Acceptance, Measured, Pace, next_step
 from edge_agent.policy.estimates import Average
 from edge_agent.replicas import Replicas
-from models.errors import ContextGone, DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
+from models.errors import ContextGone, IsthmusError, ServiceError
 from models.language.drafts import Draft
 from models.language.session import Committed, Opening, Round
 from protos.limits import MAX_DRAFT
 from protos.wire_session import checksum
 
-ALIVE_S = 0.7  # a cloud that does not answer a Describe within this is lost
-PATIENCE_S = 120.0  # for one answer of a cloud that is alive: a long prompt behind many others
-ATTEMPTS = 4  # conversations in a row without a token; then the cloud counts as lost
 FREE_S = 0.001  # drafts that cost less are made beside a stream, not instead of it
 FREE_DRAFTS = 3  # of them, at least, before a stream is interrupted
-
-ASKED = "asked for"
 
 
 @dataclass
@@ -64,27 +59,8 @@ class Sent:
     live: bool = True
 
 
-@dataclass
-class Tally:
-    """Counts for the Summary."""
-
-    accepted: int = 0
-    rejected: int = 0
-    rounds: int = 0
-    passes: int = 0  # that decide tokens
-    prefill_passes: int = 0  # that only read the prompt
-    opening_bytes: int = 0
-    cached: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    cloud_s: float = 0.0
-    rtt_s: float | None = None
-    degraded: bool = False
-    why: str = ASKED
-
-
-class Collaboration:
-    """One answer. `tokens` yields it once; `tally` may be read at any time."""
+class Collaboration(CloudAnswer):
+    """One answer whose every token the cloud decides."""
 
     def __init__(
         self,
@@ -93,66 +69,16 @@ class Collaboration:
         replicas: Replicas,
         tempo: Tempo,
         draft: Draft | None,
-        alone: Callable[[Sequence[int]], Token | None] | None,
+        alone: Callable[[list[int]], Token | None] | None,
     ) -> None:
-        """`draft` None: the cloud decodes by itself. `alone` makes a token when no cloud is left; None: wait for one.
-
-        It gives None for a text that it cannot hold.
-        """
-        self._ask, self._eos_ids, self._replicas, self._tempo = ask, eos_ids, replicas, tempo
-        self._draft, self._alone = draft, alone
-        self._text = list(ask.prompt)
+        """`draft` None: the cloud decodes by itself. `alone` as for CloudAnswer."""
+        super().__init__(ask, eos_ids, replicas, alone)
+        self._tempo, self._draft = tempo, draft
         self._ahead: list[tuple[int, float]] = []  # drafted, with confidence
         self._sent = 0  # of `_ahead`, in rounds under way
         self._rounds: deque[Sent] = deque()
-        self._finished = False
         self._streaming = False
-        self._reopened: int | None = None  # tokens made when the cloud last had to be brought everything again
         self._read = False  # whether the cloud has read the prompt: its passes for it decide no tokens
-        self._seat = replicas.seat(ask.prompt)
-        self.tally = Tally()
-
-    @property
-    def finish(self) -> Literal["stop", "length"]:
-        return "stop" if self._text[-1] in self._eos_ids and self._made else "length"
-
-    @property
-    def _made(self) -> int:
-        return len(self._text) - len(self._ask.prompt)
-
-    @property
-    def _left(self) -> int:
-        return self._ask.max_tokens - self._made
-
-    def tokens(self) -> Generator[Token, None, None]:
-        """Committed tokens. Raises what the cloud says of a wrong request, and LinkDown when nobody can go on."""
-        attempts, failure = 0, None
-        while not self._finished:
-            made = self._made
-            link = self._replicas.best() if attempts < ATTEMPTS else None
-            if link is None:
-                yield from self._without_cloud(failure if attempts == ATTEMPTS else None)
-            else:
-                failure = yield from self._attempt(link)
-            if self._made > made:
-                attempts = 0
-            elif link is not None:
-                attempts += 1
-
-    def close(self) -> None:
-        """Remember the session, so that the next turn of a chat finds its state in the cloud."""
-        self._replicas.keep(self._seat, self._text)
-
-    def _attempt(self, link: Link) -> Generator[Token, None, LinkError | ServiceError | None]:
-        """As many tokens as this cloud gives; what ended it too early."""
-        try:
-            yield from self._with_cloud(link)
-        except (LinkError, ServiceError) as error:
-            self.tally.why = f"{error}; went on with what was committed"
-            self._seat.held = 0  # what is left there of the session is not known
-            self._replicas.lost(link, error)
-            return error
-        return None
 
     def _with_cloud(self, link: Link) -> Iterator[Token]:
         conversation = link.converse()
@@ -164,11 +90,7 @@ class Collaboration:
             else:
                 yield from self._verify(conversation, link)
         finally:
-            conversation.close()
-            self.tally.bytes_up += conversation.bytes_up
-            self.tally.opening_bytes += conversation.opening_bytes
-            self.tally.bytes_down += conversation.bytes_down
-            self.tally.rtt_s = link.estimate.rtt_s
+            self._end(conversation, link)
 
     def _open(self, conversation: Conversation, link: Link, held: int) -> None:
         self._rounds.clear()
@@ -296,25 +218,10 @@ class Collaboration:
             return None
 
     def _open_again(self, conversation: Conversation, link: Link) -> None:
-        """The cloud holds nothing of this session: bring it all, and go on. Raises LinkDown when that did not help."""
-        if self._reopened == self._made:
-            raise LinkDown("the cloud keeps losing this session")
-        self._reopened = self._made
+        self._check_reopened()
         self._ahead = []
         self._open(conversation, link, 0)
         self._send(conversation, (), extend=self._left - 1 if self._streaming else 0)
-
-    def _receive(self, conversation: Conversation, link: Link) -> Committed:
-        """The next answer of a cloud that is alive, however slow."""
-        patience_s = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return conversation.receive()
-            except ContextGone:
-                self._open_again(conversation, link)
-            except DeadlineExceeded:
-                if time.monotonic() > patience_s or not link.alive(ALIVE_S):
-                    raise LinkDown("the cloud does not answer any more") from None
 
     def _take(self, committed: Committed) -> Iterator[Token]:
         """What an answer adds to the text. Raises ServiceError for one that no round of this text can have."""
@@ -333,12 +240,12 @@ class Collaboration:
         rows = committed.logprobs[-len(ids[known:]) :] if committed.logprobs else ()
         for index, id_ in enumerate(fresh):
             source: Source = "draft" if known + index < committed.accepted else "cloud"
-            self._text.append(id_)
+            row = rows[index] if index < len(rows) else None
+            token = Token(id_, source, row.own if row else None, row.top if row else ())
+            self._add(token)
             self._seat.held = len(self._text)
             self.tally.accepted += source == "draft"
-            self._finished = self._left <= 0 or id_ in self._eos_ids
-            row = rows[index] if index < len(rows) else None
-            yield Token(id_, source, row.own if row else None, row.top if row else ())
+            yield token
             if self._finished:
                 return
 
@@ -371,26 +278,8 @@ class Collaboration:
             self._tempo.pass_s.observe(committed.queue_s + committed.compute_s)
 
     def _without_cloud(self, failure: IsthmusError | None) -> Iterator[Token]:
-        """Go on alone, a token at least, until a cloud can be used again; or wait for one. Raises LinkDown.
-
-        `failure` ends the answer instead of waiting: clouds are there, and fail.
-        """
         self._ahead, self._sent = [], 0
-        while not self._finished:
-            token = self._alone(self._text) if self._alone else None
-            if token is None:
-                if failure is not None:
-                    raise failure
-                self._replicas.wait()
-                return
-            if not self.tally.degraded and self.tally.why == ASKED:
-                self.tally.why = "no cloud answers"
-            self.tally.degraded = True
-            self._text.append(token.id)
-            self._finished = self._left <= 0 or token.id in self._eos_ids
-            yield token
-            if self._replicas.best() is not None:
-                return
+        yield from super()._without_cloud(failure)
 
 
 class Clock:

@@ -23,9 +23,10 @@ LOOK_S = 0.02
 
 @dataclass
 class Seat:
-    """A session in a cloud: its name there, where, and how many of `tokens` it should hold."""
+    """A session in a cloud: its name and kind there, where, and how many of `tokens` it should hold."""
 
     session: bytes
+    kind: bytes = b""
     target: str = ""
     held: int = 0
     tokens: tuple[int, ...] = ()
@@ -67,13 +68,14 @@ class Replicas:
             time.sleep(LOOK_S)
         return link
 
-    def seat(self, prompt: Sequence[int]) -> Seat:
-        """The kept session that shares most with `prompt`, taken out for this answer, or a new one."""
+    def seat(self, prompt: Sequence[int], kind: bytes = b"") -> Seat:
+        """The kept session of this kind that shares most with `prompt`, taken out for this answer, or a new one."""
         with self._lock:
-            best = max(self._seats, key=lambda seat: shared_length(seat.tokens, prompt), default=None)
+            seats = [seat for seat in self._seats if seat.kind == kind]
+            best = max(seats, key=lambda seat: shared_length(seat.tokens, prompt), default=None)
             held = shared_length(best.tokens, prompt[:-1]) if best is not None else 0
             if best is None or held < WORTH_TOKENS:
-                return Seat(secrets.token_bytes(SESSION_BYTES))
+                return Seat(secrets.token_bytes(SESSION_BYTES), kind)
             self._seats.remove(best)
             best.held = held
             return best

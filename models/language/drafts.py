@@ -31,8 +31,7 @@ class ModelDraft:
 
     def __init__(self, decoder: OnnxDecoder) -> None:
         self._decoder = decoder
-        self._run: list[int] = []
-        self._logits_V: Floats | None = None  # behind all of `_run`
+        self._logits: tuple[list[int], Floats] | None = None  # of a text, behind it
 
     def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
         if len(text) > self._decoder.context:
@@ -43,15 +42,13 @@ class ModelDraft:
 
     def logits(self, text: Sequence[int]) -> Floats:
         """Logits (vocab,) behind `text`. Raises InvalidInput when it is longer than the device's context."""
-        common = shared_length(self._run, text)
-        if common == len(text) == len(self._run) and self._logits_V is not None:
-            return self._logits_V
-        common = min(common, len(text) - 1)
+        if self._logits is not None and self._logits[0] == list(text):
+            return self._logits[1]
+        common = min(shared_length(self._decoder.ids, text), len(text) - 1)
         self._decoder.truncate(common)
-        self._run, self._logits_V = list(text[:common]), None  # should this fail, nothing is known behind `_run`
-        self._logits_V = self._decoder.extend(text[common:])
-        self._run = list(text)
-        return self._logits_V
+        logits_V = self._decoder.extend(text[common:])
+        self._logits = list(text), logits_V
+        return logits_V
 
 
 class LookupDraft:

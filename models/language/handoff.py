@@ -31,6 +31,7 @@ class Handoff:
         """Raises BundleError when states or fill do not fit the model."""
         self.manifest, self._files, self._config = manifest, files, config
         self.depth = manifest.depth
+        self.depths = tuple(exit_.depth for exit_ in manifest.exits)
         self.fingerprint = bytes.fromhex(manifest.fingerprint)
         if manifest.hidden != config.hidden or not 0 < manifest.depth < config.layers:
             raise BundleError(

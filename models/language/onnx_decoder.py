@@ -79,13 +79,22 @@ class OnnxDecoder:
             self._parts.append(OnnxLayers(graph, config, range(start, stop), self.context, threads))
         self._waiting = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
         self._head = session(head_graph(checkpoint), threads)
-        self.length = 0
+        self.ids: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens appended."""
+        return len(self.ids)
+
+    def through(self, part: int) -> int:
+        """Tokens that have been through a part, counted from 0."""
+        return self._parts[part].length
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first `length` tokens. Raises ValueError when there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back to {length} of {self.length} tokens")
-        self.length = length
+        del self.ids[length:]
         for index, part in enumerate(self._parts):
             part.length = min(part.length, length)
             self._waiting[index] = self._waiting[index][: length - part.length]
@@ -112,7 +121,7 @@ class OnnxDecoder:
         rows = np.asarray(ids)
         embedded_NGB = self._codes_VGB[rows].astype(np.float32) * self._scale_VG[rows][..., None]
         self._wait(0, embedded_NGB.reshape(len(ids), -1))
-        self.length += len(ids)
+        self.ids += ids
 
     def advance(self, part: int) -> Floats:
         """Bring all tokens through `part`, counted from 0, and those before it.

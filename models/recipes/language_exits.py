@@ -11,8 +11,10 @@ shared output head; closed-form start and learnt correctness are ours.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -27,6 +29,8 @@ from models.recipes.trainer import Run, Schedule
 BATCH_TOKENS = 2048
 TEACHER_TOKENS = 16  # likeliest ones whose probabilities are learnt from
 RIDGE = 1e-2  # of the mean variance
+HEAD_ROWS = 512  # of the output head at once
+AGREEMENT_ROWS = 64  # of a batch, whose agreement is logged
 EPOCHS, PEAK_LR = 4, 4e-4
 
 
@@ -43,6 +47,19 @@ class Traces:
     ids_N: Tensor
     ends: tuple[int, ...]
     answers: tuple[int, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Traces]) -> Traces:
+        """Several one after another."""
+        offsets = [0, *itertools.accumulate(part.ends[-1] for part in parts)][:-1]
+        return cls(
+            {depth: torch.cat([part.rows[depth] for part in parts]) for depth in parts[0].rows},
+            torch.cat([part.top_NK for part in parts]),
+            torch.cat([part.logprobs_NK for part in parts]),
+            torch.cat([part.ids_N for part in parts]),
+            tuple(offset + end for offset, part in zip(offsets, parts, strict=True) for end in part.ends),
+            tuple(offset + answer for offset, part in zip(offsets, parts, strict=True) for answer in part.answers),
+        )
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -104,12 +121,12 @@ class Exit(nn.Module):
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         y_BTH, _ = self.layer(self.map(x_BTH))
-        return F.rms_norm(y_BTH, self.norm_H.shape, self.norm_H, self.eps)
+        return F.rms_norm(y_BTH.float(), self.norm_H.shape, self.norm_H, self.eps)
 
 
 def start(exit_: Exit, model: Llama, traces: Traces, depth: int) -> None:
     """Make an exit the best linear guess of what the last layer takes, and that layer."""
-    weight_OI, bias_O = ridge(traces.rows[depth].float(), traces.rows[model.config.layers - 1].float())
+    weight_OI, bias_O = ridge(traces.rows[depth].float(), traces.rows[model.config.layers - 1].float(), RIDGE)
     with torch.no_grad():
         exit_.map.weight.copy_(weight_OI)
         exit_.map.bias.copy_(bias_O)
@@ -118,12 +135,12 @@ def start(exit_: Exit, model: Llama, traces: Traces, depth: int) -> None:
     exit_.requires_grad_(True)
 
 
-def ridge(x_NI: Tensor, y_NO: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (O, I) and bias (O,) of the regression of y on x."""
+def ridge(x_NI: Tensor, y_NO: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Weight (O, I) and bias (O,) of the regression of y on x; `strength` in mean variances of x."""
     x_mean_I, y_mean_O = x_NI.mean(0), y_NO.mean(0)
     x_NI, y_NO = (x_NI - x_mean_I).double(), (y_NO - y_mean_O).double()
     gram_II = x_NI.T @ x_NI
-    gram_II.diagonal().add_(RIDGE * gram_II.diagonal().mean())
+    gram_II.diagonal().add_(strength * gram_II.diagonal().mean())
     weight_OI = torch.linalg.solve(gram_II, x_NI.T @ y_NO).T.float()
     return weight_OI, y_mean_O - weight_OI @ x_mean_I
 
@@ -154,6 +171,36 @@ def batches(traces: Traces, depth: int, chosen: Sequence[int], generator: torch.
         )
 
 
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy of the output head's answers to rows (M, H), without ever holding (M, vocab) of them at once.
+
+    The gradient is worked out on the way forward: probabilities are formed, used and overwritten chunk by chunk, which
+    on a CPU is thirty times as fast as autograd over the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_MH: Tensor, head_VH: Tensor, top_MK: Tensor, weight_MK: Tensor) -> Tensor:
+        """`top_MK` ids and `weight_MK` probabilities that they should have; the mean over rows."""
+        rows_MH = h_MH.to(head_VH.dtype)
+        gradient_MH = torch.empty_like(rows_MH)
+        loss = torch.zeros(())
+        for start in range(0, len(rows_MH), HEAD_ROWS):
+            here = slice(start, start + HEAD_ROWS)
+            likely_MV = torch.softmax(F.linear(rows_MH[here], head_VH), 1)
+            own_MK = likely_MV.gather(1, top_MK[here]).float().clamp(min=1e-9)
+            loss -= (weight_MK[here] * own_MK.log()).sum()
+            likely_MV *= weight_MK[here].sum(1, keepdim=True)
+            likely_MV.scatter_add_(1, top_MK[here], -weight_MK[here].to(likely_MV.dtype))
+            gradient_MH[here] = likely_MV @ head_VH
+        ctx.save_for_backward(gradient_MH.float() / len(rows_MH))
+        return loss / len(rows_MH)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_MH,) = ctx.saved_tensors
+        return gradients[0] * gradient_MH, None, None, None
+
+
 def train(run: Run, exit_: Exit, model: Llama, traces: Traces, chosen: Sequence[int]) -> Exit:
     """Distil one exit from the full model's likeliest tokens; returns the averaged one."""
     head_VH = model.embedding_VH
@@ -161,13 +208,11 @@ def train(run: Run, exit_: Exit, model: Llama, traces: Traces, chosen: Sequence[
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16):
             h_MH = exit_(batch.x_BTH)[batch.real_BT]
-            logits_MV = F.linear(h_MH, head_VH)
         top_MK = traces.top_NK[batch.places_M].long()
-        weight_MK = traces.logprobs_NK[batch.places_M].exp()
-        own_MK = logits_MV.gather(1, top_MK).float() - logits_MV.float().logsumexp(1, keepdim=True)
-        loss = -(weight_MK * own_MK).sum(1).mean()
-        agree = (logits_MV.detach().argmax(1) == top_MK[:, 0]).float().mean()
-        return loss, {"agree": float(agree)}
+        loss: Tensor = HeadLoss.apply(h_MH, head_VH, top_MK, traces.logprobs_NK[batch.places_M].exp())  # type: ignore[no-untyped-call]
+        some_MH = h_MH.detach()[:: len(h_MH) // AGREEMENT_ROWS + 1].to(head_VH.dtype)
+        agree = F.linear(some_MH, head_VH).argmax(1) == top_MK[:: len(h_MH) // AGREEMENT_ROWS + 1, 0]
+        return loss, {"agree": float(agree.float().mean())}
 
     def epoch_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         return batches(traces, exit_.depth, chosen, generator)

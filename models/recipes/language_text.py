@@ -7,6 +7,7 @@ Source: Xu et al., "Magpie" (2024), for questions sampled from the template.
 from __future__ import annotations
 
 import gzip
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from models.language.tokenizer import Message, Tokenizer
 from models.recipes import debian
 from models.recipes.llama import Llama, Past
 
-CHUNKS, CHATS = 40, 64  # batches of so many chats
+CHUNKS, CHATS = 24, 64  # batches of so many chats
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 128
 ENTRY_TOKENS = 160
 GREEDY_SHARE = 0.75  # of answers; the others are sampled
@@ -33,6 +34,7 @@ TEMPERATURE = 0.8
 OWN_SHARE = 0.4  # of questions that the model makes up
 WANTED_ENTRIES = 2000
 LEAST_CHARACTERS = 200  # of an entry
+PART = 250  # entries that are run at once
 
 ABOUT = (
     "Summarize the following text in one or two sentences:\n\n{text}",
@@ -110,6 +112,13 @@ def plain_texts(entries: Sequence[Entry], tokenizer: Tokenizer, seed: int) -> Te
     chosen = random.Random(seed).sample(list(entries), min(WANTED_ENTRIES, len(entries)))
     ids = [tokenizer.encode(f"{entry.title}\n{entry.text}")[: 2 * ENTRY_TOKENS] for entry in chosen]
     return Texts.of([(each, len(each)) for each in ids])
+
+
+def parted(texts: Texts) -> list[Texts]:
+    """The same sequences in parts of PART."""
+    bounds = np.r_[0, texts.ends_S]
+    sequences = [(texts.ids_N[start:end].tolist(), end - start) for start, end in itertools.pairwise(bounds.tolist())]
+    return [Texts.of(sequences[start : start + PART]) for start in range(0, len(sequences), PART)]
 
 
 def chats(folder: Path, model: Llama, tokenizer: Tokenizer, entries: Sequence[Entry], seed: int) -> list[Texts]:

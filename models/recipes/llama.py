@@ -8,6 +8,7 @@ Hugging Face's tensors inside. Shape legend: B sequences, T tokens, H hidden, D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,14 @@ class Layer(nn.Module):
             scale=config.head_dim**-0.5,
             enable_gqa=True,
         )
+        return self.mix(x_BTH, mixed_BHTD), Past(k_BKTD, v_BKTD)
+
+    def mix(self, x_BTH: Tensor, mixed_BHTD: Tensor) -> Tensor:
+        """What comes behind attention: its projection, the feed-forward part."""
         x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj"))
         h_BTH = self.norm(x_BTH, "post_attention_layernorm")
         gate, up = (F.linear(h_BTH, self.weight(f"mlp.{part}_proj")) for part in ("gate", "up"))
-        x_BTH = x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj"))
-        return x_BTH, Past(k_BKTD, v_BKTD)
+        return x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj"))
 
     def project(self, x_BTH: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, heads, D), rotated keys and values (B, T, kv_heads, D)."""
@@ -78,9 +82,13 @@ class Layer(nn.Module):
         q_BTHD, k_BTKD, v_BTKD = found
         if config.qk_norm:
             q_BTHD, k_BTKD = self.norm(q_BTHD, "self_attn.q_norm"), self.norm(k_BTKD, "self_attn.k_norm")
+        return self.rotated(q_BTHD, places_BT), self.rotated(k_BTKD, places_BT), v_BTKD
+
+    def rotated(self, x_BTKD: Tensor, places_BT: Tensor) -> Tensor:
+        """Queries or keys with their positions in them."""
         angles_BTD = (places_BT[..., None].float() * self.frequencies_F).repeat(1, 1, 2)  # type: ignore[operator]
-        cos, sin = (each[:, :, None].to(x_BTH.dtype) for each in (angles_BTD.cos(), angles_BTD.sin()))
-        return rotate(q_BTHD, cos, sin), rotate(k_BTKD, cos, sin), v_BTKD
+        cos, sin = (each[:, :, None].to(x_BTKD.dtype) for each in (angles_BTD.cos(), angles_BTD.sin()))
+        return rotate(x_BTKD, cos, sin)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """RMS norm, in float32 as the served decoder has it."""
@@ -106,7 +114,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embedding_VH = nn.Parameter(torch.zeros(config.vocab, config.hidden))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers: Sequence[Layer] = nn.ModuleList(Layer(config) for _ in range(config.layers))  # type: ignore[assignment]
         self.norm_H = nn.Parameter(torch.ones(config.hidden))
 
     @classmethod

@@ -180,7 +180,7 @@ def steps_of(part: Images) -> int:
 
 def repeats(part: Images) -> int:
     """How many times the usual epochs: few images make short ones."""
-    return min(max(round(ENOUGH_STEPS / (BRIDGE_EPOCHS * steps_of(part))), 1), MAX_REPEATS)
+    return min(max(round(ENOUGH_STEPS / (BRIDGE_EPOCHS * max(steps_of(part), 1))), 1), MAX_REPEATS)
 
 
 def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: Preprocessing) -> float:

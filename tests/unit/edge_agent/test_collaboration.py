@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.collaboration import ATTEMPTS, Collaboration, Tempo
+from edge_agent.cloud_answer import ATTEMPTS
+from edge_agent.collaboration import Collaboration, Tempo
 from edge_agent.generation import Ask, Token
 from edge_agent.policy.drafting import RETRY_ANSWERS, Acceptance
 from edge_agent.policy.estimates import Average
@@ -355,7 +356,7 @@ def test_a_slow_cloud_that_lives_is_waited_for(draft_s: float) -> None:
 
 
 def test_patience_with_a_cloud_that_lives_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_agent.collaboration.PATIENCE_S", 0.0)
+    monkeypatch.setattr("edge_agent.cloud_answer.PATIENCE_S", 0.0)
     cloud = Cloud(Brain(18), fault=lambda answer: DeadlineExceeded("slow"))
     with pytest.raises(LinkDown, match="does not answer any more"):
         Answer(cloud).run()

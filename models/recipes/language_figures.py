@@ -1,0 +1,130 @@
+"""What a hand-off bundle is worth, on the full model's own greedy answers to prompts that nothing was trained on.
+
+All figures are of positions in answers, with the full model's text before them: agreement with what it chose there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.errors import InvalidInput
+from models.language.states import StateCodec
+from models.language.tokenizer import Message, Tokenizer
+from models.recipes.language_exits import Traces, packed
+from models.recipes.language_states import normalised
+from models.recipes.language_text import Texts, generate
+from models.recipes.llama import Layer, Llama
+
+ANSWER_TOKENS = 96
+LONGEST_PROMPT = 512  # tokens; longer ones are left out
+PROMPTS_AT_ONCE = 32
+
+Bools = NDArray[np.bool_]
+
+
+def answered(path: Path, model: Llama, tokenizer: Tokenizer, prompts: Path) -> Texts:
+    """The model's greedy answers to the prompts of a file as Spec-Bench's (JSON lines with "turns"), kept at `path`.
+
+    Raises InvalidInput when the file holds none.
+    """
+    if path.exists():
+        return Texts.load(path)
+    try:
+        lines = [json.loads(line)["turns"][0] for line in prompts.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InvalidInput(f"{prompts}: expected lines of JSON with turns: {error!r}") from error
+    chats = sorted((tokenizer.chat([Message("user", str(line))]) for line in lines), key=len)
+    chats = [chat for chat in chats if len(chat) <= LONGEST_PROMPT]
+    if not chats:
+        raise InvalidInput(f"{prompts} holds no prompt of at most {LONGEST_PROMPT} tokens")
+    made, generator = [], torch.Generator().manual_seed(0)
+    for start in track(range(0, len(chats), PROMPTS_AT_ONCE), "answers to test prompts"):
+        batch = chats[start : start + PROMPTS_AT_ONCE]
+        answers = generate(model, batch, ANSWER_TOKENS, tokenizer.eos_ids, generator, [0.0] * len(batch))
+        made += [([*chat, *answer], len(chat)) for chat, answer in zip(batch, answers, strict=True)]
+    texts = Texts.of(made)
+    texts.save(path)
+    return texts
+
+
+def in_answers(traces: Traces) -> NDArray[np.int64]:
+    """Positions whose next token is one of an answer."""
+    found = [np.arange(traces.answers[s] - 1, traces.bounds(s)[1] - 1) for s in range(len(traces))]
+    return np.concatenate(found)
+
+
+@torch.inference_mode()
+def completed(
+    model: Llama, traces: Traces, depth: int, codec: StateCodec | None, rate: int, fill: tuple[Tensor, Tensor] | None
+) -> NDArray[np.int64]:
+    """The token (N,) that the layers behind `depth` choose at every position, from coded rows; None: from rows as such.
+
+    `fill`: weights and biases; keys and values of all earlier positions then come from these, else from the layers.
+    """
+    chosen_N = np.zeros(traces.ends[-1], np.int64)
+    lengths = [end - start for start, end in map(traces.bounds, range(len(traces)))]
+    order = sorted(range(len(traces)), key=lengths.__getitem__)
+    for group in track(list(packed(order, lengths)), "completing"):
+        spans = [traces.bounds(s) for s in group]
+        parts = [traces.rows[depth][start:end].float() for start, end in spans]
+        if codec is not None:
+            parts = [torch.from_numpy(codec.decode(codec.encode(part.numpy(), rate), rate)) for part in parts]
+        x_BTH = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(model.embedding_VH.dtype)
+        given = None if fill is None else filled(model, x_BTH, fill)
+        for index in range(depth, model.config.layers):
+            x_BTH = behind(model.layers[index], x_BTH, None if given is None else given[index - depth])
+        for row, (start, end) in enumerate(spans):
+            chosen_N[start:end] = model.logits(x_BTH[row, : end - start]).float().argmax(-1).numpy()
+    return chosen_N
+
+
+def filled(model: Llama, x_BTH: Tensor, fill: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Keys, not rotated, and values (B, T, O) of each layer behind the rows."""
+    weight_LOH, bias_LO = fill
+    shape_BTH = normalised(x_BTH.float())
+    return [
+        (shape_BTH @ weight_OH.T + bias_O).to(x_BTH.dtype)
+        for weight_OH, bias_O in zip(weight_LOH, bias_LO, strict=True)
+    ]
+
+
+def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None) -> Tensor:
+    """Rows behind a layer. With `given_BTO` each position reads the keys and values given of those before it."""
+    if given_BTO is None:
+        out_BTH: Tensor = layer(x_BTH)[0]
+        return out_BTH
+    config, tokens = layer.config, x_BTH.shape[1]
+    places_BT = torch.arange(tokens).expand(x_BTH.shape[:2])
+    q_BTHD, k_BTKD, v_BTKD = layer.project(x_BTH, places_BT)
+    half = config.kv_heads * config.head_dim
+    shape = (*x_BTH.shape[:2], config.kv_heads, config.head_dim)
+    given_k = layer.rotated(given_BTO[..., :half].reshape(shape), places_BT)
+    given_v = given_BTO[..., half:].reshape(shape)
+    before_TT = torch.ones(tokens, tokens, dtype=torch.bool).tril(-1)
+    seen_TS = torch.cat([before_TT, torch.eye(tokens, dtype=torch.bool)], 1)
+    mixed_BHTD = F.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2),
+        torch.cat([given_k, k_BTKD], 1).transpose(1, 2),
+        torch.cat([given_v, v_BTKD], 1).transpose(1, 2),
+        seen_TS,
+        scale=config.head_dim**-0.5,
+        enable_gqa=True,
+    )
+    return layer.mix(x_BTH, mixed_BHTD)
+
+
+def exit_rows(exit_: nn.Module, traces: Traces, depth: int, sequences: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Where each sequence stands, and what an exit makes of its rows (T, H)."""
+    for s in sequences:
+        start, end = traces.bounds(s)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            yield slice(start, end), exit_(traces.rows[depth][None, start:end].float())[0].float()
