@@ -58,6 +58,10 @@ LANGUAGE = [
     option("--device-model", help="A smaller model with the same tokenizer, for the device."),
     option("--device-bits", type=click.Choice(["4", "8"]), default="8", help="Of the device's weights."),
     option("--draft", type=click.Choice(["model", "lookup"]), default="model", help="Where drafts come from."),
+    option("--handoff", type=click.Path(path_type=Path), help="A bundle of the model's exits: allows the arm handoff."),
+    option("--agreement", type=click.FloatRange(0, 1), default=0.97, help="With the full model, where exits decide."),
+    option("--state-rate", type=click.IntRange(0), help="Of rows that cross.  [default: the cheapest good one]"),
+    option("--fill", is_flag=True, help="The cloud guesses state of tokens that exits decided: cheaper, less exact."),
     option("--context", type=click.IntRange(16), default=2048, help="Tokens that the device's model holds."),
     option("--on-loss", type=click.Choice(["alone", "wait"]), default="alone", help="No cloud left in mid-answer."),
 ]
@@ -119,6 +123,10 @@ def to_language_config(
     device_model: str | None,
     device_bits: str,
     draft: str,
+    handoff: Path | None,
+    agreement: float,
+    state_rate: int | None,
+    fill: bool,
     context: int,
     on_loss: str,
     threads: int,
@@ -134,6 +142,10 @@ def to_language_config(
         device_model=device_model,
         device_bits=int(device_bits),  # type: ignore[arg-type]
         draft=draft,  # type: ignore[arg-type]
+        handoff=handoff,
+        agreement=agreement,
+        state_rate=state_rate,
+        fill=fill,
         context=context,
         on_loss=on_loss,  # type: ignore[arg-type]
         threads=threads,

@@ -15,7 +15,7 @@ from edge_agent.conversation import Conversation
 from edge_agent.generation import Ask, Token
 from edge_agent.link import Link
 from edge_agent.replicas import Replicas
-from models.errors import ContextGone, DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
+from models.errors import DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
 from models.language.session import Committed
 
 ALIVE_S = 0.7  # a cloud that does not answer a Describe within this is lost
@@ -93,10 +93,6 @@ class CloudAnswer(ABC):
     def _with_cloud(self, link: Link) -> Iterator[Token]:
         """As many tokens as this cloud gives. Raises LinkError, ServiceError when it is lost."""
 
-    @abstractmethod
-    def _open_again(self, conversation: Conversation, link: Link) -> None:
-        """The cloud holds nothing of this session: bring it all, and go on. `_check_reopened` first."""
-
     @property
     def _made(self) -> int:
         return len(self._text) - len(self._ask.prompt)
@@ -127,13 +123,11 @@ class CloudAnswer(ABC):
         self._reopened = self._made
 
     def _receive(self, conversation: Conversation, link: Link) -> Committed:
-        """The next answer of a cloud that is alive, however slow."""
+        """The next answer of a cloud that is alive, however slow. Raises ContextGone when it lacks the session."""
         patience_s = time.monotonic() + PATIENCE_S
         while True:
             try:
                 return conversation.receive()
-            except ContextGone:
-                self._open_again(conversation, link)
             except DeadlineExceeded:
                 if time.monotonic() > patience_s or not link.alive(ALIVE_S):
                     raise LinkDown("the cloud does not answer any more") from None

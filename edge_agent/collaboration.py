@@ -223,6 +223,13 @@ class Collaboration(CloudAnswer):
         self._open(conversation, link, 0)
         self._send(conversation, (), extend=self._left - 1 if self._streaming else 0)
 
+    def _receive(self, conversation: Conversation, link: Link) -> Committed:
+        while True:
+            try:
+                return super()._receive(conversation, link)
+            except ContextGone:
+                self._open_again(conversation, link)
+
     def _take(self, committed: Committed) -> Iterator[Token]:
         """What an answer adds to the text. Raises ServiceError for one that no round of this text can have."""
         if committed.base > len(self._text) or not (committed.extension or self._rounds):

@@ -64,6 +64,10 @@ class LanguageConfig:
     device_model: str | None = None  # a smaller one with the same tokenizer; None: `model` itself
     device_bits: Literal[4, 8] = 8  # of the device's weights
     draft: Literal["model", "lookup"] = "model"
+    handoff: Path | None = None  # a bundle of exits and coded rows that belongs to `model`: for the arm handoff
+    agreement: float = 0.97  # with the full model, of tokens that exits decide: picks the bundle's thresholds
+    state_rate: int | None = None  # of the rows that cross; None: the cheapest that loses half a point at most
+    fill: bool = False  # whether the cloud may guess keys and values of tokens that it does not decide
     context: int = 2048  # tokens that the device's own model holds
     on_loss: Literal["alone", "wait"] = "alone"  # what to do when no cloud is left in mid-answer
     wait_s: float = 30.0  # how long to wait then

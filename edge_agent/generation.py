@@ -11,8 +11,8 @@ from models.language.sampling import GREEDY, Sampling
 if TYPE_CHECKING:
     from models.language.tokenizer import Tokenizer
 
-Arm = Literal["edge", "cloud", "verify"]
-ARMS: tuple[Arm, ...] = ("edge", "cloud", "verify")
+Arm = Literal["edge", "cloud", "verify", "handoff"]
+ARMS: tuple[Arm, ...] = ("edge", "cloud", "verify", "handoff")
 Source = Literal["edge", "cloud", "draft"]  # draft: made on the device and confirmed by the cloud
 
 

@@ -3,6 +3,7 @@
     Ask -> edge:   the device's own model, nothing leaves it
         -> cloud:  prompt up, tokens down            (Collaboration without a draft)
         -> verify: drafts up, confirmations down     (Collaboration with one)
+        -> handoff: exits here, coded rows up where none is sure    (Handover)
 
 Knows nothing about text beyond the tokenizer it hands on, and nothing about HTTP.
 """
@@ -16,9 +17,11 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
+from edge_agent.cloud_answer import CloudAnswer
 from edge_agent.collaboration import Collaboration, Tempo
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Arm, Ask, Summary, Token
+from edge_agent.handover import NEVER, Handover, Terms
 from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.link import Link
 from edge_agent.policy.breaker import BreakerLimits
@@ -27,13 +30,17 @@ from edge_agent.replicas import Replicas
 from models.errors import BundleError, InvalidInput
 from models.language.checkpoint import Checkpoint
 from models.language.drafts import Draft, LookupDraft, ModelDraft
+from models.language.handoff import Handoff
+from models.language.handoff_manifest import HandoffManifest
 from models.language.onnx_decoder import OnnxDecoder
+from models.language.onnx_exits import ExitingDecoder
 from models.language.sampling import Floats, choose, logprobs
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
 
 PRIOR_ACCEPTANCE = {8: 0.9, 4: 0.7}  # of drafts by a copy with so many bits, until its own are known
+LOST_TO_CODING = 0.005  # of the cloud's choices, at most, when nobody says at which rate rows cross
 WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
 
@@ -55,8 +62,13 @@ class LanguageAgent:
         self.context = checkpoint.config.context if config.clouds else self.device_context
         self._vocab = min(checkpoint.config.vocab, small.config.vocab)  # they may be padded differently
         self._metrics = metrics
-        decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads)
+        self._handoff = Handoff.open(config.handoff, checkpoint) if config.handoff else None
+        if self._handoff and small is not checkpoint:
+            raise InvalidInput("hand-off shares one model by layers: a device model of its own has no part in that")
+        cuts = self._handoff.depths if self._handoff else ()
+        decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads, cuts)
         self._model = ModelDraft(decoder)
+        self._exits = ExitingDecoder(self._handoff, small.config, decoder, config.threads) if self._handoff else None
         self._device = threading.Lock()  # the device's model has one cache
         self._tempo = Tempo(acceptance=Acceptance(PRIOR_ACCEPTANCE[config.device_bits]))
         for _ in range(WARM_UP_TOKENS):
@@ -72,14 +84,18 @@ class LanguageAgent:
             link.wait_probed(config.connect_s)
 
     def arms(self) -> tuple[Arm, ...]:
-        """Those that can be asked for: without a cloud only edge."""
-        return ("edge", "cloud", "verify") if self.config.clouds else ("edge",)
+        """Those that can be asked for: without a cloud only edge, without a bundle of exits no handoff."""
+        if not self.config.clouds:
+            return ("edge",)
+        return ("edge", "cloud", "verify", "handoff") if self._handoff else ("edge", "cloud", "verify")
 
     def generate(self, ask: Ask) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. Closing it ends the cloud session. Raises IsthmusError."""
         ask = self._checked(ask)
         if ask.arm == "edge":
             return self._counted(self._edge(ask))
+        if ask.arm == "handoff":
+            return self._counted(self._handover(ask))
         return self._counted(self._with_cloud(ask))
 
     def close(self) -> None:
@@ -97,9 +113,10 @@ class LanguageAgent:
 
     def _checked(self, ask: Ask) -> Ask:
         """The ask, its answer no longer than the context leaves room for."""
-        context = self.device_context if ask.arm == "edge" else self.context
+        context = self.device_context if ask.arm in ("edge", "handoff") else self.context
         if ask.arm not in self.arms():
-            raise InvalidInput(f"arm {ask.arm} needs a cloud, and none is configured")
+            needs = "a cloud" if not self.config.clouds else "a bundle of exits"
+            raise InvalidInput(f"arm {ask.arm} needs {needs}, and none is configured")
         if not ask.prompt:
             raise InvalidInput("the prompt has no tokens, at least one is needed")
         if ask.max_tokens < 1:
@@ -144,6 +161,23 @@ class LanguageAgent:
             if mine:
                 self._device.release()
 
+    def _handover(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+        assert self._handoff is not None and self._exits is not None
+        with self._device:
+            terms = terms_of(self._handoff.manifest, self.config)
+            wait = self.config.on_loss == "wait"
+            eos_ids = self.tokenizer.eos_ids
+            answer = Handover(ask, eos_ids, self.replicas, self._exits, self._handoff, terms, wait)
+            try:
+                made = 0
+                with closing(answer.tokens()) as tokens:
+                    for token in tokens:
+                        made += 1
+                        yield token
+                yield summary(ask, answer, made)
+            finally:
+                answer.close()
+
     def _draft(self, ask: Ask, mine: bool) -> tuple[Draft | None, Tempo]:
         if ask.arm == "verify" and self.config.draft == "lookup":
             return LookupDraft(), self._lookup_tempo
@@ -171,7 +205,17 @@ def edge_token(logits_V: Floats, ask: Ask, position: int) -> Token:
     return Token(id_, "edge", *logprobs(logits_V, id_, ask.top_logprobs))
 
 
-def summary(ask: Ask, answer: Collaboration, made: int) -> Summary:
+def terms_of(manifest: HandoffManifest, config: LanguageConfig) -> Terms:
+    """When exits are believed and how rows cross, as the owner wants it. Raises InvalidInput for a rate that is not."""
+    good = [threshold.confidence for threshold in manifest.thresholds if threshold.agreement >= config.agreement]
+    if config.state_rate is not None and not 0 <= config.state_rate < len(manifest.rates):
+        raise InvalidInput(f"rate {config.state_rate} does not exist, there are 0 to {len(manifest.rates) - 1}")
+    best = max(rate.agreement for rate in manifest.rates)
+    near = [index for index, rate in enumerate(manifest.rates) if rate.agreement >= best - LOST_TO_CODING]
+    return Terms(min(good, default=NEVER), min(near) if config.state_rate is None else config.state_rate, config.fill)
+
+
+def summary(ask: Ask, answer: CloudAnswer, made: int) -> Summary:
     tally = answer.tally
     return Summary(
         finish=answer.finish,

@@ -15,19 +15,19 @@ Depth = Annotated[int, Field(ge=1, le=512)]  # counts layers: rows behind the fi
 
 
 class Threshold(Part):
-    """An exit trusted from `confidence` on: the share of tokens it decides, and of those how many stay the model's."""
+    """Exits trusted from `confidence` on: the share of tokens they decide, and of those how many stay the model's."""
 
-    confidence: Annotated[float, Field(ge=0, le=2)]
+    confidence: Fraction
     coverage: Fraction
     agreement: Fraction
 
 
 class LanguageExit(Part):
-    """One exit; `thresholds` rise in confidence."""
+    """One exit, and how many of all tokens its choice is the full model's."""
 
     depth: Depth
     weights: FileName
-    thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1, max_length=64)]
+    agreement: Fraction
 
 
 class StateRate(Part):
@@ -49,6 +49,7 @@ class HandoffManifest(Part):
     hidden: Annotated[int, Field(ge=1, le=1 << 16)]
     depth: Depth  # layers that the device runs; the cloud goes on behind them
     exits: Annotated[tuple[LanguageExit, ...], Field(min_length=1, max_length=8)]
+    thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1, max_length=100)]
     states: FileName
     rates: Annotated[tuple[StateRate, ...], Field(min_length=1, max_length=64)]
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]

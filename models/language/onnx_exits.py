@@ -133,15 +133,15 @@ class ExitingDecoder:
         self._exits = [OnnxExit(handoff.exit(index), config, decoder, threads) for index in range(len(decoder.cuts))]
         self._rows_NH = np.zeros((0, config.hidden), np.float32)  # behind the last exit's depth
 
-    def choose(self, text: Sequence[int], likely: Sequence[float]) -> Choice:
-        """What follows `text`: from the first exit that is as sure as `likely` says of it, or else from the last.
+    def choose(self, text: Sequence[int], likely: float) -> Choice:
+        """What follows `text`: from the first exit that is at least so likely right, or else from the last.
 
         Raises InvalidInput when the text is longer than the device's context.
         """
         self._follow(text)
         for index, exit_ in enumerate(self._exits):
             found = Choice(*exit_(self._advance(index)), index)
-            if found.likely >= likely[index]:
+            if found.likely >= likely:
                 break
         return found
 

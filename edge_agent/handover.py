@@ -1,0 +1,160 @@
+"""One answer by layers shared: the device runs the lower ones and decides what its exits are sure of.
+
+    text -> lower layers -> exit sure?  yes: the token is made here
+                                        no:  rows of all tokens not sent yet go up, and the cloud completes this one
+
+Rows of tokens that were made here go up in the background, coded, once the cloud has been asked for something. When the
+cloud is lost the last exit decides alone. Knows nothing about text, only tokens; nothing about gRPC.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edge_agent.cloud_answer import CloudAnswer
+from edge_agent.conversation import Conversation
+from edge_agent.generation import Ask, Token
+from edge_agent.link import Link
+from edge_agent.replicas import Replicas
+from models.errors import ContextGone, ServiceError
+from models.language.handoff import Handoff
+from models.language.onnx_exits import Choice, ExitingDecoder
+from models.language.sampling import choose, logprobs
+from models.language.session import Committed, Opening, Round
+from protos.limits import MAX_STATES
+from protos.wire_session import checksum
+
+BACKGROUND_ROWS = 8  # that go up without a question
+NEVER = 2.0  # a likelihood that no exit reaches
+
+
+@dataclass(frozen=True)
+class Terms:
+    """When an exit is believed, and how rows cross.
+
+    likely: how likely right an exit must be. rate: of the coded rows. fill: the cloud need not compute what decides
+    nothing.
+    """
+
+    likely: float
+    rate: int
+    fill: bool
+
+
+class Handover(CloudAnswer):
+    """One answer whose tokens exits decide, and the cloud those that no exit is sure of."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        eos_ids: frozenset[int],
+        replicas: Replicas,
+        device: ExitingDecoder,
+        handoff: Handoff,
+        terms: Terms,
+        wait: bool,
+    ) -> None:
+        """`wait`: for a cloud when none is left, rather than believe the last exit."""
+        super().__init__(ask, eos_ids, replicas, None if wait else self._last_exit, handoff.fingerprint)
+        self._device, self._handoff, self._terms = device, handoff, terms
+        self._sent = 0  # tokens whose rows are on their way, or there
+        self._rounds: deque[int] = deque()  # under way: where in the text each ends
+
+    def _with_cloud(self, link: Link) -> Iterator[Token]:
+        conversation: Conversation | None = None
+        try:
+            while not self._finished:
+                choice = self._device.choose(self._text, self._terms.likely)
+                sure = choice.likely >= self._terms.likely
+                if conversation is None and not sure:
+                    conversation = link.converse()
+                    self._reopened = None
+                    self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
+                token = self._token(choice) if sure else None
+                if conversation is not None:
+                    token = self._shared(conversation, link, token)
+                if token is not None:
+                    self._add(token)
+                    yield token
+        finally:
+            if conversation is not None:
+                self._end(conversation, link)
+
+    def _shared(self, conversation: Conversation, link: Link, token: Token | None) -> Token | None:
+        """`token`, with rows sent in the background, or the cloud's where there is none; None: ask again."""
+        try:
+            if token is None:
+                return self._completed(conversation, link)
+            if len(self._text) - self._sent >= BACKGROUND_ROWS:
+                self._send_rows(conversation, link)
+        except ContextGone:
+            self._check_reopened()
+            self._open(conversation, link, 0)
+        return token
+
+    def _open(self, conversation: Conversation, link: Link, held: int) -> None:
+        self._rounds.clear()
+        self._sent = held
+        opening = Opening(
+            model=self._replicas.fingerprint,
+            session=self._seat.session,
+            start=held,
+            tokens=(),
+            crc32=checksum(self._text[:held]),
+            sampling=self._ask.sampling,
+            logprobs=self._ask.top_logprobs,
+            handoff=self._handoff.fingerprint,
+            rate=self._terms.rate,
+            fill=self._terms.fill,
+        )
+        conversation.open(opening)
+        self._seat.target, self._seat.held = link.target, held
+
+    def _completed(self, conversation: Conversation, link: Link) -> Token:
+        """The token that the cloud completes. Raises ContextGone, and ServiceError for an answer that it cannot be."""
+        self._sent = min(self._sent, len(self._text) - 1)  # the row that decides it goes with the question
+        self._send_rows(conversation, link, ask=True)
+        while len(self._rounds) > 1:
+            self._take(conversation, link)
+        committed = self._take(conversation, link)
+        if len(committed.tokens) != 1:
+            raise ServiceError("the cloud answered what it was not asked")
+        self.tally.rounds += 1
+        self.tally.passes += 1
+        self.tally.prefill_passes -= 1
+        row = committed.logprobs[0] if committed.logprobs else None
+        return Token(committed.tokens[0], "cloud", row.own if row else None, row.top if row else ())
+
+    def _send_rows(self, conversation: Conversation, link: Link, ask: bool = False) -> None:
+        """Send the rows of all tokens that have not been sent, and maybe ask what follows them."""
+        rows_NH = self._device.rows(self._sent)
+        for start in range(0, len(rows_NH), MAX_STATES):
+            states = self._handoff.states.encode(rows_NH[start : start + MAX_STATES], self._terms.rate)
+            ids, last = self._text[self._sent : self._sent + len(states)], start + MAX_STATES >= len(rows_NH)
+            conversation.send(Round(self._sent, tuple(ids), int(ask and last), tuple(states)))
+            self._sent += len(states)
+            self._rounds.append(self._sent)
+            if not last:  # one at a time: a service holds few of them
+                self._take(conversation, link)
+
+    def _take(self, conversation: Conversation, link: Link) -> Committed:
+        committed = self._receive(conversation, link)
+        if not self._rounds:
+            raise ServiceError("the cloud answered what it was not asked")
+        self._seat.held = self._rounds.popleft()
+        self.tally.cloud_s += committed.queue_s + committed.compute_s
+        self.tally.prefill_passes += committed.passes
+        self.tally.cached += committed.held
+        return committed
+
+    def _last_exit(self, text: list[int]) -> Token:
+        return self._token(self._device.choose(text, NEVER))
+
+    def _token(self, choice: Choice) -> Token:
+        """The token of an exit."""
+        id_ = choose(choice.logits_V, self._ask.sampling, len(self._text))
+        if self._ask.top_logprobs is None:
+            return Token(id_, "edge")
+        return Token(id_, "edge", *logprobs(choice.logits_V, id_, self._ask.top_logprobs))
