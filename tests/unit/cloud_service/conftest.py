@@ -8,7 +8,9 @@ import torch
 from models.language import kv_cache
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import PAGE_TOKENS, Decoder
+from models.language.handoff import Handoff
 from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.tiny import CONTEXT, ENDS, WIDTH, House, Play, Scenario
 
 
@@ -24,6 +26,12 @@ def decoder(checkpoint: Checkpoint) -> Decoder:
     return Decoder.load(checkpoint, torch.float32, WIDTH)
 
 
+@pytest.fixture(scope="session")
+def handoff(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Handoff:
+    """The device runs the first of two layers."""
+    return Handoff.open(write_tiny_handoff(tmp_path_factory.mktemp("handoffs") / "tiny", checkpoint), checkpoint)
+
+
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches grow by a page, so that short texts compete for memory."""
@@ -31,12 +39,12 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def scenario(checkpoint: Checkpoint, decoder: Decoder, small_steps: None) -> Scenario:
+def scenario(checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff, small_steps: None) -> Scenario:
     """Run a play beside the passes of a generation with memory for `pages` pages of 64 tokens."""
 
     def run(play: Play, pages: int = 100) -> House:
         async def both() -> House:
-            house = House(checkpoint, decoder, pages)
+            house = House(checkpoint, decoder, pages, handoff)
             running = asyncio.create_task(house.generation.run())
             await asyncio.wait_for(play(house), 60)
             house.decoder.gate.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from cloud_service.generation_metrics import GenerationFamilies, GenerationMetri
 from cloud_service.sessions import Answers, Session
 from models.errors import IsthmusError
 from models.language.checkpoint import Checkpoint
-from models.language.decoder import PAGE_TOKENS, Decoder, Span
-from models.language.sampling import GREEDY, Sampling, choose
+from models.language.decoder import PAGE_TOKENS, Decoder, Span, chunks
+from models.language.handoff import Handoff
+from models.language.sampling import GREEDY, Floats, Sampling, choose
 from models.language.session import Committed, Opening, Round
 from protos.wire_session import checksum
 
@@ -48,34 +50,55 @@ class Watched:
         self.inside = False
         self.failure: Exception | None = None
         self.rows: list[int] = []  # of each pass
+        self.depths: list[int] = []  # index of its first layer
         self.look: Callable[[], None] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
+    def __getitem__(self, cut: slice) -> Any:
+        return WatchedPart(self, self._decoder[cut])
+
     def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        return self.watch(self._decoder, x_NH, spans)
+
+    def watch(self, decoder: Decoder, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         self.inside = True
         self.gate.wait(10)
         self.inside = False
         self.rows.append(sum(span.count for span in spans))
-        x_NH = self._decoder.forward(x_NH, spans)
+        self.depths.append(decoder.layers.start)
+        x_NH = decoder.forward(x_NH, spans)
         if self.failure is not None:
             raise self.failure  # when the caches have grown already
         self.look()
         return x_NH
 
 
+class WatchedPart:
+    """Some layers of a watched decoder; their passes are watched with the others."""
+
+    def __init__(self, whole: Watched, decoder: Decoder) -> None:
+        self._whole, self._decoder = whole, decoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        return self._whole.watch(self._decoder, x_NH, spans)
+
+
 class House:
     """A generation, its watched decoder and its metrics; the memory is looked at behind each pass."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, pages: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, pages: int, handoff: Handoff | None = None) -> None:
         self.decoder, self.registry = Watched(decoder), CollectorRegistry()
         self.budget_bytes = decoder.new_cache().bytes_for(PAGE_TOKENS) * pages
         self.most_bytes = 0
         self.decoder.look = self.look
         metrics = GenerationMetrics(GenerationFamilies(self.registry), "tiny")
         watched: Any = self.decoder
-        self.generation = Generation(checkpoint, watched, self.budget_bytes, metrics)
+        self.generation = Generation(checkpoint, watched, self.budget_bytes, metrics, handoff)
 
     def look(self) -> None:
         caches = [session.text.cache for session in self.generation._sessions]
@@ -135,6 +158,79 @@ class Device:
         while len(self.tokens) < len(expected):
             right = expected[len(self.tokens) : len(self.tokens) + int(rng.integers(0, 12))]
             await self.ask([id_ if rng.random() < 0.8 else int(rng.integers(0, 259)) for id_ in right])
+
+
+def head_rows(decoder: Decoder, depth: int, tokens: Sequence[int]) -> Floats:
+    """What a device sends states of: rows (N, hidden) behind the first `depth` layers."""
+    head, rows, start = decoder[:depth], [], 0
+    cache = head.new_cache()
+    for count in chunks(len(tokens), decoder.width):
+        x_NH = head.forward(head.embed(tokens[start : start + count]), [Span(cache, start, count)])
+        rows.append(x_NH[:count].numpy())
+        start += count
+    return np.concatenate(rows)
+
+
+class StateDevice:
+    """A device that runs the first layers itself, and keeps the text."""
+
+    def __init__(
+        self,
+        house: House,
+        decoder: Decoder,
+        handoff: Handoff,
+        name: int,
+        prompt: Sequence[int],
+        sampling: Sampling = GREEDY,
+        rate: int = 1,
+        fill: bool = False,
+    ) -> None:
+        self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
+        self.handoff, self.rate, self.fill = handoff, rate, fill
+        self.tokens = list(prompt)
+        self.answers: Answers = asyncio.Queue()
+        self.session: Session | None = None
+        self._decoder = decoder
+
+    def opening(self, start: int = 0, logprobs: int | None = None, **fields: Any) -> Opening:
+        crc32 = checksum(self.tokens[:start])
+        model = self.generation.info.fingerprint[:8]
+        opening = Opening(model, self.name, start, (), crc32, self.sampling, logprobs)
+        ours = {"handoff": self.handoff.fingerprint[:8], "rate": self.rate, "fill": self.fill}
+        return replace(opening, **{**ours, **fields})
+
+    async def open(self, start: int = 0, logprobs: int | None = None, **fields: Any) -> None:
+        self.session = await self.generation.open(self.opening(start, logprobs, **fields), self.answers)
+
+    def round(self, base: int, extend: int = 1) -> Round:
+        """All tokens from `base` on, with their states."""
+        rows_NH = head_rows(self._decoder, self.handoff.depth, self.tokens)[base:]
+        return Round(base, tuple(self.tokens[base:]), extend, tuple(self.handoff.states.encode(rows_NH, self.rate)))
+
+    def send(self, base: int, extend: int = 1) -> None:
+        self.put(self.round(base, extend))
+
+    def put(self, round_: Round) -> None:
+        assert self.session is not None
+        self.generation.add(self.session, round_)
+
+    async def receive(self) -> Committed:
+        answer = await asyncio.wait_for(self.answers.get(), 30)
+        if isinstance(answer, IsthmusError):
+            raise answer
+        assert answer is not None
+        return answer
+
+    async def ask(self, base: int, extend: int = 1) -> Committed:
+        """A round and its answer; the token is taken."""
+        self.send(base, extend)
+        answer = await self.receive()
+        self.tokens += answer.tokens
+        return answer
+
+    def leave(self) -> None:
+        assert self.session is not None
+        self.generation.leave(self.session)
 
 
 def prompts(count: int, longest: int = 50, seed: int = 0) -> list[list[int]]:
