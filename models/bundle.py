@@ -102,6 +102,26 @@ class Bundle(Files):
 
 def read_manifest(folder: Path, schema: type[Schema]) -> Schema:
     """Parse and validate `folder/manifest.json`, fingerprint included. Raises BundleError."""
+    path, content = folder / MANIFEST, read_json(folder)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        found = str(content.get("schema_version"))[:20]
+        raise BundleError(f"{path}: schema_version {found}, this program reads {SCHEMA_VERSION}")
+    try:
+        manifest = schema.model_validate(content)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {first_problem(error)}") from error
+    if (found := fingerprint_of(content)) != manifest.fingerprint:
+        raise BundleError(f"{path}: content has fingerprint {found[:12]}…, it claims {manifest.fingerprint[:12]}…")
+    return manifest
+
+
+def kind_of(folder: Path) -> type[Manifest] | type[HandoffManifest]:
+    """Which schema a folder's manifest asks for. Raises BundleError."""
+    return HandoffManifest if read_json(folder).get("kind") == "handoff" else Manifest
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """A manifest as it is written, not validated. Raises BundleError."""
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder")
     path = folder / MANIFEST
@@ -114,16 +134,7 @@ def read_manifest(folder: Path, schema: type[Schema]) -> Schema:
         raise BundleError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise BundleError(f"{path}: expected a JSON object")
-    if content.get("schema_version") != SCHEMA_VERSION:
-        found = str(content.get("schema_version"))[:20]
-        raise BundleError(f"{path}: schema_version {found}, this program reads {SCHEMA_VERSION}")
-    try:
-        manifest = schema.model_validate(content)
-    except ValidationError as error:
-        raise BundleError(f"{path}: {first_problem(error)}") from error
-    if (found := fingerprint_of(content)) != manifest.fingerprint:
-        raise BundleError(f"{path}: content has fingerprint {found[:12]}…, it claims {manifest.fingerprint[:12]}…")
-    return manifest
+    return content
 
 
 def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], schema: type[Schema]) -> Path:

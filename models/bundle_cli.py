@@ -9,8 +9,10 @@ from pathlib import Path
 
 import click
 
-from models.bundle import Bundle
+from models.bundle import Bundle, Files, kind_of, read_manifest
 from models.errors import BundleError
+from models.language.handoff_manifest import HandoffManifest
+from models.language.states import StateCodec
 from models.manifest import Head, Manifest, Precision, Segment, Tap
 
 SHOWN_LABELS = 10  # of a task
@@ -26,8 +28,11 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def inspect(folder: Path, as_json: bool) -> None:
     """Print what FOLDER says of itself; every byte is verified first."""
-    manifest = opened(folder).manifest
-    click.echo(manifest.model_dump_json(indent=1, exclude_none=True) if as_json else "\n".join(summary(manifest)))
+    manifest = opened(folder)
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=1, exclude_none=True))
+    else:
+        click.echo("\n".join(summary(manifest) if isinstance(manifest, Manifest) else handoff_summary(manifest)))
 
 
 @main.command(epilog="Example: python -m models.bundle verify models/zoo/elpv")
@@ -35,25 +40,31 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(folder: Path, as_json: bool) -> None:
     """Check every file of FOLDER against its manifest, and the integer tables against each other."""
-    bundle = opened(folder)
-    size = sum(entry.size for entry in bundle.manifest.files.values())
+    manifest = opened(folder)
+    size = sum(entry.size for entry in manifest.files.values())
     result = {
-        "name": bundle.manifest.name,
-        "fingerprint": bundle.manifest.fingerprint,
-        "files": len(bundle.manifest.files),
+        "name": manifest.name,
+        "fingerprint": manifest.fingerprint,
+        "files": len(manifest.files),
         "bytes": size,
         "ok": True,
     }
     click.echo(
         json.dumps(result)
         if as_json
-        else f"ok: {folder}: {result['files']} files, {size} bytes, {bundle.manifest.fingerprint}"
+        else f"ok: {folder}: {result['files']} files, {size} bytes, {manifest.fingerprint}"
     )
 
 
-def opened(folder: Path) -> Bundle:
-    """Open and check a bundle, or end the program with one line."""
+def opened(folder: Path) -> Manifest | HandoffManifest:
+    """Open and check a bundle of either kind, or end the program with one line."""
     try:
+        if kind_of(folder) is HandoffManifest:
+            handoff = read_manifest(folder, HandoffManifest)
+            files = Files(folder, handoff.files)
+            files.check()
+            StateCodec(files.tensors(handoff.states), handoff.hidden, len(handoff.rates), handoff.max_state_bytes)
+            return handoff
         bundle = Bundle.open(folder)
         for tap in range(len(bundle.manifest.taps)):
             bundle.codec(tap)
@@ -62,7 +73,7 @@ def opened(folder: Path) -> Bundle:
     except BundleError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
-    return bundle
+    return bundle.manifest
 
 
 def summary(manifest: Manifest) -> list[str]:
@@ -82,6 +93,28 @@ def summary(manifest: Manifest) -> list[str]:
         lines += tap_table(tap, built.after)
     for name, score in manifest.scores.items():
         lines.append(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+    return lines
+
+
+def handoff_summary(manifest: HandoffManifest) -> list[str]:
+    """A page for a person."""
+    made = manifest.training
+    lines = [
+        f"{manifest.name}: exits and hidden states of the model {manifest.base[:12]}…; {manifest.licence}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"made by      {made.command} (seed {made.seed}, {made.seconds:.0f} s)",
+    ]
+    for exit_ in manifest.exits:
+        lines.append(f"exit behind {exit_.depth} layers: its choice is the model's for {exit_.agreement:.1%} of tokens")
+    for threshold in manifest.thresholds[::5]:
+        lines.append(
+            f"    from {threshold.confidence:.2f}: {threshold.coverage:.1%} of tokens decided,"
+            f" {threshold.agreement:.1%} of them as the model would"
+        )
+    for index, rate in enumerate(manifest.rates):
+        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a row, the cloud's choice stays for {rate.agreement:.1%}")
+    for name, score in manifest.scores.items():
+        lines.append(f"{name:<32} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
     return lines
 
 

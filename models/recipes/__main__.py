@@ -14,7 +14,7 @@ import click
 import torch
 
 from models.bundle import Bundle
-from models.bundle_cli import summary
+from models.bundle_cli import handoff_summary, summary
 from models.errors import IsthmusError
 from models.manifest import Preprocessing
 from models.recipes.trainer import Run
@@ -99,6 +99,31 @@ def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_js
         command = f"python -m models.recipes photos --seed {seed} --labelled FOLDER"
         bundle = make(out, Run(work, seed), command, photos, labelled)
     report(out, bundle, as_json)
+
+
+@main.command(epilog="Example: python -m models.recipes language --prompts spec_bench.jsonl --out models/zoo/smollm2")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
+@click.option("--model", default="smollm2", show_default=True, help="GGUF file, Hugging Face folder, or smollm2.")
+@click.option(
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="To measure on, never to train on: lines of JSON with turns, as Spec-Bench's.",
+)
+@click.option("--exit", "depth", type=int, help="Train the exit behind so many layers and stop: one process for each.")
+@training_options("runs/language")
+@manifest_as_json
+def language(out: Path, model: str, prompts: Path, depth: int | None, work: Path, seed: int, as_json: bool) -> None:
+    """Exits of a language model, how its hidden states cross, and its KV fill. An hour on two cores."""
+    from models.recipes.language import make, only_exit
+
+    with failing_clearly(work):
+        if depth is not None:
+            only_exit(work, seed, model, depth)
+            return
+        command = f"python -m models.recipes language --seed {seed} --model {shlex.quote(model)} --prompts FILE"
+        manifest = make(out, Run(work, seed), command, model, prompts)
+    click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(handoff_summary(manifest)))
 
 
 @main.command(epilog="Example: python -m models.recipes fashion --out models/zoo/fashion")

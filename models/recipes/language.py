@@ -8,23 +8,48 @@ A twentieth of the sequences is held out: judges learn on one half of it, and th
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import safetensors.numpy
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from models import bundle
+from models.bundle import read_manifest
 from models.errors import InvalidInput
-from models.language.checkpoint import Checkpoint
+from models.language.checkpoint import SMOLLM2, Checkpoint
+from models.language.handoff_manifest import HandoffManifest, StateRate
+from models.language.states import StateCodec
+from models.manifest import Interval
 from models.recipes import language_text
+from models.recipes.calibrate import interval
+from models.recipes.language_device import Observed, Tensors, exit_tensors, observe
 from models.recipes.language_exits import Exit, Traces, start, trace, train
+from models.recipes.language_figures import answered, completed
+from models.recipes.language_judge import decided, judged, train_judge
+from models.recipes.language_states import GAINS, fit_fill, fit_states
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from models.recipes.trainer import Run
 
 DEPTHS = (1 / 2, 2 / 3)  # of the layers, where exits are
 HELD_OUT = 20  # every so manyth sequence
+JUDGED = 0.6  # of the held out tokens teach the judges; thresholds are measured on the others
+TESTED = 4  # every so manyth answer to the test prompts is run as on a device
+CONFIDENCES = tuple(round(0.5 + step / 100, 2) for step in range(50))
+STATE_ROWS = 60_000  # that basis and tables are fitted on
+MEASURED_ROWS = 16  # every so manyth row of answers is coded to see how large it is
+MAX_STATE_BYTES = 1152  # of a row of 576 values: what it takes as 16-bit floats
+VERSIONS = ("torch", "numpy", "onnxruntime", "constriction")
 FULL_CHUNKS = 3  # of chats, whose rows of all depths are kept: for what is found in closed form
 
 
@@ -79,9 +104,112 @@ def prepare(run: Run, source: str) -> tuple[Checkpoint, Llama, Traces, Traces]:
 
 
 def only_exit(work: Path, seed: int, source: str, depth: int) -> None:
-    """Train one exit alone, so that several can be trained side by side."""
+    """Train one exit alone, so that several can be trained side by side. Raises InvalidInput, BundleError."""
     run = Run(work, seed)
     _, model, learnt, full = prepare(run, source)
     if depth not in depths(model):
         raise InvalidInput(f"there is no exit at depth {depth}, exits are at {depths(model)}")
     exit_at(run, model, depth, learnt, full)
+
+
+def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> HandoffManifest:
+    """The whole recipe. Raises InvalidInput, BundleError. Interrupted, it goes on where its last epoch ended."""
+    checkpoint, model, learnt, full = prepare(run, source)
+    answers = answered(run.folder / "answers.npz", model, checkpoint.tokenizer, prompts)
+    tested = traces(run, model, {"answers": answers}, depths(model), "test")
+    exits = {depth: exit_tensors(exit_at(run, model, depth, learnt, full)) for depth in depths(model)}
+    held_out = observe(checkpoint, exits, learnt, range(0, len(learnt), HELD_OUT))
+    test = observe(checkpoint, exits, tested, range(0, len(tested), TESTED))
+
+    chosen_N = torch.rand(held_out.right_EN.shape[1], generator=torch.Generator().manual_seed(run.seed)) < JUDGED
+    judges = []
+    for (depth, tensors), seen_NF, right_N in zip(exits.items(), held_out.seen_ENF, held_out.right_EN, strict=True):
+        judges.append(train_judge(seen_NF[chosen_N], right_N[chosen_N], run.seed + depth))
+        state = {f"judge.{name}": value.detach().numpy() for name, value in judges[-1].state_dict().items()}
+        tensors.update(state)
+    likely_EN = likely(judges, held_out)[:, ~chosen_N]
+    right_EN = held_out.right_EN[:, ~chosen_N]
+
+    states = fit_states(learnt.rows[depths(model)[-1]][:STATE_ROWS].float().numpy())
+    fill = fit_fill(model, full, depths(model)[-1])
+    codec = StateCodec(states, model.config.hidden, len(GAINS), MAX_STATE_BYTES)
+    rates, scores = crossing(model, test, codec, fill)
+    files = {f"exit{depth}.safetensors": safetensors.numpy.save(tensors) for depth, tensors in exits.items()}
+    files |= {"states.safetensors": safetensors.numpy.save(states), "fill.safetensors": safetensors.numpy.save(fill)}
+    manifest = {
+        "kind": "handoff",
+        "name": "smollm2" if source == SMOLLM2 else re.sub(r"[^a-z0-9_.-]", "-", checkpoint.name.lower())[:64],
+        "licence": "as the model's",
+        "base": checkpoint.fingerprint.hex(),
+        "hidden": model.config.hidden,
+        "depth": depths(model)[-1],
+        "exits": [
+            {"depth": depth, "weights": f"exit{depth}.safetensors", "agreement": float(right_N.float().mean())}
+            for depth, right_N in zip(exits, right_EN, strict=True)
+        ],
+        "thresholds": [
+            {"confidence": confidence, "coverage": found.coverage, "agreement": found.agreement}
+            for confidence in CONFIDENCES
+            for found in [decided(likely_EN, right_EN, confidence)]
+        ],
+        "states": "states.safetensors",
+        "rates": [rate.model_dump() for rate in rates],
+        "max_state_bytes": MAX_STATE_BYTES,
+        "fill": "fill.safetensors",
+        "training": {
+            "command": command,
+            "seed": run.seed,
+            "seconds": run.seconds(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "data": f"{len(learnt.ids_N)} tokens: the model's chats with itself, entries of FOLDOC and the Jargon File",
+            "versions": {name: version(name) for name in VERSIONS},
+        },
+        "scores": {name: score.model_dump() for name, score in {**scores, **deciding(judges, test)}.items()},
+    }
+    return read_manifest(bundle.write(folder, manifest, files, HandoffManifest), HandoffManifest)
+
+
+def likely(judges: Sequence[nn.Sequential], observed: Observed) -> Tensor:
+    """How likely right (E, N) each exit's choice is."""
+    return torch.stack([judged(judge, seen_NF) for judge, seen_NF in zip(judges, observed.seen_ENF, strict=True)])
+
+
+def deciding(judges: Sequence[nn.Sequential], test: Observed) -> dict[str, Interval]:
+    """Coverage of the exits and agreement with the model, on answers to the test prompts, at some thresholds."""
+    likely_EN, right_EN = likely(judges, test)[:, test.decides_N], test.right_EN[:, test.decides_N]
+    scores = {}
+    for index, right_N in enumerate(right_EN):
+        scores[f"test exit{index} agreement"] = interval(right_N.numpy())
+    for confidence in (0.8, 0.9, 0.95, 0.97):
+        found = decided(likely_EN, right_EN, confidence)
+        scores[f"test coverage from {confidence:g}"] = interval(found.sure_N.numpy())
+        if found.sure_N.any():
+            scores[f"test agreement from {confidence:g}"] = interval(found.right_N[found.sure_N].numpy())
+    return scores
+
+
+def crossing(
+    model: Llama, test: Observed, codec: StateCodec, fill: Tensors
+) -> tuple[list[StateRate], dict[str, Interval]]:
+    """What the cloud completes from the device's rows: as such, coded at each rate, and with the KV fill."""
+    depth, full_N = depths(model)[-1], test.traces.top_NK[:, 0].numpy()
+    places_N = np.flatnonzero(test.decides_N.numpy())
+    maps = (torch.from_numpy(fill["weight"]).float(), torch.from_numpy(fill["bias"]).float())
+
+    def right(codec: StateCodec | None, rate: int, maps: tuple[Tensor, Tensor] | None) -> NDArray[np.bool_]:
+        chosen_N = completed(model, test.traces, depth, codec, rate, maps)
+        same_N: NDArray[np.bool_] = chosen_N[places_N] == full_N[places_N]
+        return same_N
+
+    scores = {
+        "test rows agreement": interval(right(None, 0, None)),
+        "test rows agreement with fill": interval(right(None, 0, maps)),
+    }
+    rates = []
+    some_NH = test.traces.rows[depth][places_N[::MEASURED_ROWS]].float().numpy()
+    for rate in codec.rates:
+        sizes = [len(payload) for payload in codec.encode(some_NH, rate)]
+        same_N = right(codec, rate, None)
+        scores[f"test rate{rate} agreement"] = interval(same_N)
+        rates.append(StateRate(mean_bytes=float(np.mean(sizes)), max_bytes=max(sizes), agreement=float(same_N.mean())))
+    return rates, scores

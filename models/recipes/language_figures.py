@@ -6,7 +6,6 @@ All figures are of positions in answers, with the full model's text before them:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,11 +119,3 @@ def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None) -> Tensor:
         enable_gqa=True,
     )
     return layer.mix(x_BTH, mixed_BHTD)
-
-
-def exit_rows(exit_: nn.Module, traces: Traces, depth: int, sequences: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """Where each sequence stands, and what an exit makes of its rows (T, H)."""
-    for s in sequences:
-        start, end = traces.bounds(s)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            yield slice(start, end), exit_(traces.rows[depth][None, start:end].float())[0].float()

@@ -1,0 +1,102 @@
+"""What the device itself makes of texts: its 8-bit lower layers and exits, as they will run there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor
+
+from models.language.checkpoint import Checkpoint
+from models.language.onnx_decoder import OnnxDecoder, OnnxLayers
+from models.language.onnx_exits import ExitWeights, evidence
+from models.language.onnx_graph import exit_graph, quantise8
+from models.recipes.language_exits import Exit, Traces
+
+Tensors = dict[str, NDArray[Any]]
+
+
+def exit_tensors(exit_: Exit) -> Tensors:
+    """As they are stored: matrices in 8 bits, a scale for 32 of them; judge apart."""
+    found: Tensors = {"model.norm.weight": exit_.norm_H.detach().numpy(), "map.bias": exit_.map.bias.detach().numpy()}
+    matrices: dict[str, Tensor] = {"map.weight": exit_.map.weight}
+    matrices.update({name.replace("__", "."): each for name, each in exit_.layer.named_parameters()})
+    for name, weight in matrices.items():
+        array = weight.detach().float().numpy()
+        if array.ndim == 1:
+            found[name] = array
+            continue
+        codes, scale = quantise8(array)
+        found[f"{name}.codes"] = (codes.astype(np.int16) - 128).astype(np.int8)
+        found[f"{name}.scale"] = scale.astype(np.float16)
+    return found
+
+
+@dataclass(frozen=True)
+class Observed:
+    """N positions of texts: what each exit's judge sees, whether its choice was the model's, the rows that would cross.
+
+    decides: whether the position decides a token of an answer. traces: of the same positions, with the device's rows.
+    """
+
+    seen_ENF: Tensor
+    right_EN: Tensor
+    decides_N: Tensor
+    traces: Traces
+
+
+def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces, sequences: Sequence[int]) -> Observed:
+    """Run some sequences through the device's lower layers and exits. `exits`: depth -> tensors."""
+    depths = sorted(exits)
+    longest = max(end - start for start, end in map(traces.bounds, sequences))
+    decoder = OnnxDecoder(checkpoint, longest, 8, torch.get_num_threads(), depths)
+    layers = [
+        OnnxLayers(
+            exit_graph(ExitWeights(exits[depth], checkpoint.config), longest),
+            checkpoint.config,
+            range(1),
+            longest,
+            torch.get_num_threads(),
+        )
+        for depth in depths
+    ]
+    seen: list[list[Tensor]] = [[] for _ in depths]
+    right: list[list[Tensor]] = [[] for _ in depths]
+    rows, decides, ends, answers = [], [], [0], []
+    for sequence in track(sequences, "as the device runs it"):
+        start, end = traces.bounds(sequence)
+        decoder.truncate(0)
+        decoder.append(traces.ids_N[start:end].tolist())
+        for index, layer in enumerate(layers):
+            layer.length = 0
+            behind_NH = decoder.advance(index)
+            guess_NH = layer.run(behind_NH)
+            logits_NV = decoder.logits(guess_NH)
+            pairs = zip(guess_NH, logits_NV, strict=True)
+            seen[index].append(torch.from_numpy(np.stack([evidence(row_H, logits_V) for row_H, logits_V in pairs])))
+            right[index].append(torch.from_numpy(logits_NV.argmax(1)) == traces.top_NK[start:end, 0])
+        rows.append(torch.from_numpy(behind_NH))
+        positions_N = torch.arange(start, end)
+        decides.append((positions_N >= traces.answers[sequence] - 1) & (positions_N < end - 1))
+        ends.append(ends[-1] + end - start)
+        answers.append(ends[-2] + traces.answers[sequence] - start)
+    places_N = torch.cat([torch.arange(*traces.bounds(sequence)) for sequence in sequences])
+    own = Traces(
+        {depths[-1]: torch.cat(rows)},
+        traces.top_NK[places_N],
+        traces.logprobs_NK[places_N],
+        traces.ids_N[places_N],
+        tuple(ends[1:]),
+        tuple(answers),
+    )
+    return Observed(
+        torch.stack([torch.cat(each) for each in seen]),
+        torch.stack([torch.cat(each) for each in right]),
+        torch.cat(decides),
+        own,
+    )

@@ -1,0 +1,70 @@
+"""How likely an exit's choice is the full model's: a small head, trained where exits were not.
+
+It looks at what `models.language.onnx_exits.evidence` gives. Source: a learnt confidence beats the softmax's own
+(CALM, Schuster et al., 2022, section 3.5); here its target is agreement with the whole model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HIDDEN, STEPS, LR, DECAY = 64, 400, 3e-3, 0.05
+ROWS = 4096  # a step
+DROPPED = 0.1  # of values while it learns
+
+
+def train_judge(seen_NF: Tensor, right_N: Tensor, seed: int) -> nn.Sequential:
+    """A judge for one exit; what it sees is scaled inside of its first layer."""
+    torch.manual_seed(seed)
+    mean_F, deviation_F = seen_NF.mean(0), seen_NF.std(0) + 1e-3
+    normal_NF, wanted_N = (seen_NF - mean_F) / deviation_F, right_N.float()
+    first, second = nn.Linear(seen_NF.shape[1], HIDDEN), nn.Linear(HIDDEN, 1)
+    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()], lr=LR, weight_decay=DECAY)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 - step / STEPS)
+        chosen_M = torch.randint(len(normal_NF), (ROWS,))
+        hidden_MF = F.dropout(F.relu(first(F.dropout(normal_NF[chosen_M], DROPPED))), DROPPED)
+        loss = F.binary_cross_entropy_with_logits(second(hidden_MF)[:, 0], wanted_N[chosen_M])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    with torch.no_grad():
+        first.weight.div_(deviation_F)
+        first.bias.sub_(first.weight @ mean_F)
+    return nn.Sequential(first, nn.ReLU(), second).eval()
+
+
+@torch.inference_mode()
+def judged(judge: nn.Sequential, seen_NF: Tensor) -> Tensor:
+    """How likely (N,) each choice is right."""
+    likely_N1: Tensor = torch.sigmoid(judge(seen_NF))
+    return likely_N1[:, 0]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Which tokens exits decide at a threshold (N,), and which of their choices are the full model's (N,)."""
+
+    sure_N: Tensor
+    right_N: Tensor
+
+    @property
+    def coverage(self) -> float:
+        return float(self.sure_N.float().mean())
+
+    @property
+    def agreement(self) -> float:
+        """Of those decided; 1 when there are none."""
+        return float(self.right_N[self.sure_N].float().mean()) if self.sure_N.any() else 1.0
+
+
+def decided(likely_EN: Tensor, right_EN: Tensor, confidence: float) -> Decided:
+    """Each token is decided by the first exit that reaches the threshold."""
+    sure_EN = likely_EN >= confidence
+    first_N = sure_EN.int().argmax(0)
+    return Decided(sure_EN.any(0), right_EN.gather(0, first_N[None])[0])
