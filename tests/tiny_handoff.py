@@ -22,23 +22,27 @@ from models.language.decoder import Decoder, Span, chunks, rotate
 from models.language.handoff_manifest import HandoffManifest
 from models.language.states import Floats, StateCodec, components
 from models.recipes.fit_tables import MAX_INTEGER, frequencies
+from models.recipes.language_device import exit_tensors
+from models.recipes.language_exits import Exit
+from models.recipes.llama import Llama
 
-GAINS = ((3.0, 1.0), (24.0, 2.0))  # steps of a component and of the size, a coarse rate and a fine one
+GAINS = ((3.0, 8.0), (24.0, 16.0))  # steps of a component and of the size, a coarse rate and a fine one
 MAX_STATE_BYTES = 160  # 65 channels of at most 16 bits, and some
 TEXTS = 3
 
 
 def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, seed: int = 0) -> Path:
-    """A bundle whose device runs `depth` layers. Its one exit's file holds nothing that anybody could run."""
+    """A bundle whose device runs `depth` layers, with an exit behind each, which says what the last layer would."""
     rows_NH, targets_NLO = observe(checkpoint, depth, seed)
     states = state_tensors(rows_NH, seed)
     codec = StateCodec(states, checkpoint.config.hidden, len(GAINS), MAX_STATE_BYTES)
+    exits = {f"exit{index}.safetensors": exit_of(checkpoint, seed + index) for index in range(1, depth + 1)}
     files = {
-        f"exit{depth}.safetensors": safetensors.numpy.save({"nothing": np.zeros(1, np.float32)}),
+        **{name: safetensors.numpy.save(tensors) for name, tensors in exits.items()},
         "states.safetensors": safetensors.numpy.save(states),
         "fill.safetensors": safetensors.numpy.save(fill_tensors(rows_NH, targets_NLO)),
     }
-    threshold = {"confidence": 0.9, "coverage": 0.5, "agreement": 0.9}
+    threshold = {"confidence": 0.5, "coverage": 0.5, "agreement": 0.9}
     manifest: dict[str, Any] = {
         "kind": "handoff",
         "name": "tiny-handoff",
@@ -46,7 +50,9 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
         "base": checkpoint.fingerprint.hex(),
         "hidden": checkpoint.config.hidden,
         "depth": depth,
-        "exits": [{"depth": depth, "weights": f"exit{depth}.safetensors", "agreement": 0.5}],
+        "exits": [
+            {"depth": index, "weights": f"exit{index}.safetensors", "agreement": 0.5} for index in range(1, depth + 1)
+        ],
         "thresholds": [threshold],
         "states": "states.safetensors",
         "rates": [rate_entry(codec, rows_NH, rate) for rate in codec.rates],
@@ -63,6 +69,23 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
         "scores": {},
     }
     return bundle.write(folder, manifest, files, HandoffManifest)
+
+
+def exit_of(checkpoint: Checkpoint, seed: int) -> dict[str, NDArray[Any]]:
+    """The last layer behind a map that changes nothing, and a judge that is as often sure as not."""
+    exit_, generator = Exit(checkpoint.config, 1), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        exit_.map.weight.copy_(torch.eye(checkpoint.config.hidden))
+        exit_.map.bias.zero_()
+    exit_.layer.load_state_dict(Llama.load(checkpoint, torch.float32).layers[-1].state_dict())
+    seen = checkpoint.config.hidden + 3
+    judge = {
+        "judge.0.weight": torch.randn(8, seen, generator=generator) / seen**0.5,
+        "judge.0.bias": torch.zeros(8),
+        "judge.2.weight": torch.randn(1, 8, generator=generator),
+        "judge.2.bias": torch.zeros(1),
+    }
+    return {**exit_tensors(exit_), **{name: tensor.numpy() for name, tensor in judge.items()}}
 
 
 def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floats]:
@@ -90,11 +113,12 @@ def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floa
 def state_tensors(rows_NH: Floats, seed: int) -> dict[str, NDArray[Any]]:
     hidden = rows_NH.shape[1]
     basis_CH = np.linalg.qr(np.random.default_rng(seed).normal(size=(hidden, hidden)))[0].astype(np.float32)
-    middle_H = (rows_NH / np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True))).mean(0)
-    latents_NC11 = components(rows_NH, basis_CH, middle_H)[:, :, None, None]
+    sizes_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True))
+    middle_H1 = np.append((rows_NH / sizes_N1).mean(0), np.log2(sizes_N1).mean()).astype(np.float32)
+    latents_NC11 = components(rows_NH, basis_CH, middle_H1)[:, :, None, None]
     gain_RC = np.array([[shape] * hidden + [size] for shape, size in GAINS], np.float32)
     integers = [np.rint(latents_NC11 * gain_C[:, None, None]).astype(np.int32) for gain_C in gain_RC]
-    return {"basis": basis_CH, "middle": middle_H, **contextual.to_tensors(tables(integers, gain_RC))}
+    return {"basis": basis_CH, "middle": middle_H1, **contextual.to_tensors(tables(integers, gain_RC))}
 
 
 def tables(integers: Sequence[NDArray[np.int32]], gain_RC: Floats) -> contextual.Tables:

@@ -22,20 +22,23 @@ from models.recipes.llama import Layer, Llama
 
 Floats = NDArray[np.float32]
 GAINS = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # integers a unit of a row divided by its root mean square, for each rate
+SIZE_GAIN = 12.0  # integers an octave of a row's size: within 3 %, over ten octaves to either side
 
 
 def fit_states(rows_NH: Floats, gains: Sequence[float] = GAINS) -> dict[str, NDArray[Any]]:
     """The tensors of `states.safetensors`, from rows (N, hidden)."""
-    shapes_NH = rows_NH / (np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True)) + 1e-6)
+    sizes_N1 = np.sqrt(np.mean(np.square(rows_NH, dtype=np.float64), axis=1, keepdims=True)) + 1e-6
+    shapes_NH = rows_NH / sizes_N1
     mean_H = shapes_NH.mean(0)
     centred_NH = (shapes_NH - mean_H).astype(np.float64)
     _, vectors_HC = np.linalg.eigh(centred_NH.T @ centred_NH)
     basis_CH = np.ascontiguousarray(vectors_HC[:, ::-1].T).astype(np.float16)
-    middle_H = mean_H.astype(np.float16)
-    latents_NC = components(rows_NH, basis_CH.astype(np.float32), middle_H.astype(np.float32))
+    middle_H1 = np.append(mean_H, np.log2(sizes_N1).mean()).astype(np.float16)
+    latents_NC = components(rows_NH, basis_CH.astype(np.float32), middle_H1.astype(np.float32))
     gain_RC = np.repeat(np.array(gains, np.float32)[:, None], latents_NC.shape[1], axis=1)
+    gain_RC[:, -1] = SIZE_GAIN
     integers = [np.rint(latents_NC * gain_C).astype(np.int32)[:, :, None, None] for gain_C in gain_RC]
-    return {"basis": basis_CH, "middle": middle_H, **to_tensors(fit(integers, gain_RC))}
+    return {"basis": basis_CH, "middle": middle_H1, **to_tensors(fit(integers, gain_RC))}
 
 
 def fit_fill(model: Llama, traces: Traces, depth: int) -> dict[str, NDArray[Any]]:
