@@ -1,0 +1,133 @@
+"""Layers shared between two real processes: who decides which token, what crosses, and what faults may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_agent.language import LanguageAgent
+from models.language.checkpoint import Checkpoint
+from tests.bench.processes import CloudProcess
+from tests.contract.conftest import LANGUAGE
+from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of
+from tests.tiny_handoff import write_tiny_handoff
+
+TOKENS = 40
+BOTH, CLOUD = 0.9, 1.0  # agreements asked for: of the tiny bundle's threshold, and one that no exit has
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, endless_llama: Path) -> Path:
+    return write_tiny_handoff(tmp_path_factory.mktemp("handoffs") / "tiny", Checkpoint.open(endless_llama))
+
+
+@pytest.fixture(scope="module")
+def cloud(endless_llama: Path, bundle: Path) -> Iterator[CloudProcess]:
+    arguments = ("--model", str(endless_llama), "--handoff", str(bundle), *LANGUAGE)
+    with CloudProcess(arguments=arguments) as process:
+        yield process
+
+
+@pytest.fixture
+def serving(cloud: CloudProcess) -> CloudProcess:
+    """It serves, whatever the test before did to it."""
+    if cloud.process is None or cloud.process.poll() is not None:
+        cloud.start()
+    return cloud
+
+
+def agent_of(
+    cloud: CloudProcess, model: Path, bundle: Path, agreement: float = BOTH, **settings: object
+) -> LanguageAgent:
+    return language_agent(model, cloud.target, handoff=bundle, agreement=agreement, device_bits=8, **settings)
+
+
+def answered(agent: LanguageAgent, meanwhile: Callable[[int], None] = lambda made: None) -> Answer:
+    return Answer(agent, prompt_of(agent, "Tell me a long story."), TOKENS, "handoff", CHATTER, meanwhile)
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_exits_decide_what_they_are_sure_of_and_the_cloud_the_rest(
+    serving: CloudProcess, endless_llama: Path, bundle: Path, fill: bool
+) -> None:
+    before = serving.metric("state_positions_total", kind="filled")
+    with agent_of(serving, endless_llama, bundle, fill=fill) as agent:
+        assert agent.arms() == ("edge", "cloud", "verify", "handoff")
+        answer = answered(agent)
+    assert (serving.metric("state_positions_total", kind="filled") > before) == fill
+    sources = [token.source for token in answer.tokens]
+    assert set(sources) == {"edge", "cloud"} and len(sources) == TOKENS
+    assert answer.how.arm == "handoff" and not answer.how.degraded
+    assert answer.how.rounds == answer.how.passes == sources.count("cloud")
+    assert 0 < answer.how.bytes_up < TOKENS * 160
+
+
+def test_an_agreement_that_no_exit_has_leaves_all_to_the_cloud(
+    serving: CloudProcess, endless_llama: Path, bundle: Path
+) -> None:
+    with agent_of(serving, endless_llama, bundle, CLOUD, state_rate=1) as agent:
+        answer = answered(agent)
+        whole = Answer(agent, prompt_of(agent, "Tell me a long story."), TOKENS, "cloud", CHATTER)
+    assert {token.source for token in answer.tokens} == {"cloud"}
+    assert answer.ids[:5] == whole.ids[:5], "rows in 8 bits, coded, through the cloud's own layers"
+
+
+def test_a_killed_cloud_changes_no_token(serving: CloudProcess, endless_llama: Path, bundle: Path) -> None:
+    def restart(made: int) -> None:
+        if made == 15:
+            serving.kill()
+            serving.start(wait=False)
+
+    with agent_of(serving, endless_llama, bundle, on_loss="wait") as agent:
+        expected, answer = answered(agent).ids, answered(agent, restart)
+    assert answer.ids == expected and not answer.how.degraded and "went on" in answer.how.why
+
+
+def test_without_the_cloud_the_last_exit_goes_on(serving: CloudProcess, endless_llama: Path, bundle: Path) -> None:
+    def kill(made: int) -> None:
+        if made == 15:
+            serving.kill()
+
+    with agent_of(serving, endless_llama, bundle) as agent:
+        expected, answer = answered(agent).ids, answered(agent, kill)
+        assert answer.ids[:15] == expected[:15] and len(answer.ids) == TOKENS
+        assert answer.how.degraded and {token.source for token in answer.tokens[17:]} == {"edge"}
+        serving.start()
+        link = agent.replicas.best() or agent.replicas.wait()
+        assert link.target == serving.target and not answered(agent).how.degraded
+
+
+def test_the_next_turn_brings_only_what_is_new(serving: CloudProcess, endless_llama: Path, bundle: Path) -> None:
+    with agent_of(serving, endless_llama, bundle, CLOUD) as agent:
+        first = answered(agent)
+        prompt = (*prompt_of(agent, "Tell me a long story."), *first.ids, *prompt_of(agent, " And then?"))
+        second = Answer(agent, prompt, 5, "handoff")
+    assert second.how.cached >= len(prompt) - 15 and second.how.bytes_up < first.how.bytes_up
+
+
+def test_evicted_in_the_middle_it_brings_everything_again(endless_llama: Path, bundle: Path) -> None:
+    """A budget for one session, and two that take turns."""
+    arguments = ("--model", str(endless_llama), "--handoff", str(bundle), "--context-mb", "1", *LANGUAGE)
+    with (
+        CloudProcess(arguments=arguments) as cloud,
+        agent_of(cloud, endless_llama, bundle, CLOUD) as one,
+        agent_of(cloud, endless_llama, bundle, CLOUD) as other,
+    ):
+        expected = answered(one).ids
+        events = answered(one, lambda made: None if made % 10 else drain(other))
+        assert events.ids == expected and not events.how.degraded
+
+
+def drain(agent: LanguageAgent) -> None:
+    answered(agent)
+
+
+def test_a_cloud_without_the_bundle_says_so(endless_llama: Path, bundle: Path) -> None:
+    with (
+        CloudProcess(arguments=("--model", str(endless_llama), *LANGUAGE)) as cloud,
+        agent_of(cloud, endless_llama, bundle, CLOUD) as agent,
+        pytest.raises(Exception, match="hand-off"),
+    ):
+        answered(agent)
