@@ -68,7 +68,7 @@ class LanguageAgent:
         cuts = self._handoff.depths if self._handoff else ()
         decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads, cuts)
         self._model = ModelDraft(decoder)
-        self._exits = ExitingDecoder(self._handoff, small.config, decoder, config.threads) if self._handoff else None
+        self._exits = ExitingDecoder(self._handoff, small, decoder, config.threads) if self._handoff else None
         self._device = threading.Lock()  # the device's model has one cache
         self._tempo = Tempo(acceptance=Acceptance(PRIOR_ACCEPTANCE[config.device_bits]))
         for _ in range(WARM_UP_TOKENS):

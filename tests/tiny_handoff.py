@@ -20,7 +20,8 @@ from models.codecs.contexts import ALL_CONTEXTS, ENDS, PHASES
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks, rotate
 from models.language.handoff_manifest import HandoffManifest
-from models.language.states import Floats, StateCodec, components
+from models.language.packing import Floats, packed
+from models.language.states import StateCodec, components
 from models.recipes.fit_tables import MAX_INTEGER, frequencies
 from models.recipes.language_device import exit_tensors
 from models.recipes.language_exits import Exit
@@ -85,7 +86,7 @@ def exit_of(checkpoint: Checkpoint, seed: int) -> dict[str, NDArray[Any]]:
         "judge.2.weight": torch.randn(1, 8, generator=generator),
         "judge.2.bias": torch.zeros(1),
     }
-    return {**exit_tensors(exit_), **{name: tensor.numpy() for name, tensor in judge.items()}}
+    return {**exit_tensors(exit_, checkpoint), **{name: tensor.numpy() for name, tensor in judge.items()}}
 
 
 def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floats]:
@@ -151,8 +152,7 @@ def fill_tensors(rows_NH: Floats, targets_NLO: Floats) -> dict[str, NDArray[Any]
     size_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True)) + 1e-6
     inputs = np.concatenate([rows_NH / size_N1, np.ones((count, 1), np.float32)], axis=1)
     found = np.linalg.lstsq(inputs, targets_NLO.reshape(count, -1), rcond=None)[0].astype(np.float32)
-    weight_LOH = np.ascontiguousarray(found[:-1].T).reshape(layers, outputs, -1)
-    return {"weight": weight_LOH, "bias": found[-1].reshape(layers, outputs)}
+    return {**packed(np.ascontiguousarray(found[:-1].T), "weight"), "bias": found[-1].reshape(layers, outputs)}
 
 
 def rate_entry(codec: StateCodec, rows_NH: Floats, rate: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a device and a cloud need to share one language model by layers: exits, the codec of hidden states, the KV fill.
 
     manifest.json          schema of `models.language.handoff_manifest`
-    exit<depth>.safetensors  a linear map, one decoder layer, a norm; 8-bit matrices (codes and scales of 32 each)
+    exit<depth>.safetensors  a linear map, one decoder layer, a norm, a judge; matrices in 4 bits
     states.safetensors     basis, middle, integer tables
     fill.safetensors       keys and values of the layers behind `depth`, straight from the row before them
 
@@ -21,7 +21,8 @@ from models.errors import BundleError
 from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.handoff_manifest import HandoffManifest
-from models.language.states import Floats, StateCodec, matrix
+from models.language.packing import Floats, matrix, unpacked
+from models.language.states import StateCodec
 
 
 class Handoff:
@@ -61,7 +62,8 @@ class Handoff:
         Raises BundleError.
         """
         config, tensors = self._config, self._files.tensors(self.manifest.fill)
-        weight_LOH, bias_LO = matrix(tensors, "weight", 3), matrix(tensors, "bias", 2)
+        bias_LO = matrix(tensors, "bias", 2)
+        weight_LOH = unpacked(tensors, "weight").reshape(*bias_LO.shape, -1)
         expected = (config.layers - self.depth, 2 * config.kv_heads * config.head_dim, config.hidden)
         if weight_LOH.shape != expected or bias_LO.shape != expected[:2]:
             raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")

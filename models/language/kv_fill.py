@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.language.decoder import Decoder, Linear, padded_tokens, rotate
 from models.language.kv_cache import KVCache
-from models.language.states import Floats
+from models.language.packing import Floats
 
 SMALLEST = 1e-6  # added to a row's root mean square, as in `states.components`
 

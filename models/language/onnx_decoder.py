@@ -17,7 +17,8 @@ from onnx import ModelProto
 from models.errors import InvalidInput
 from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
-from models.language.onnx_graph import Floats, head_graph, layers_graph, quantise8
+from models.language.onnx_graph import head_graph, layers_graph
+from models.language.packing import Floats, quantise8
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reports to its makers unless told not to before it is loaded
 import onnxruntime as ort

@@ -16,32 +16,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import BundleError, InvalidInput
-from models.language.architecture import LlamaConfig
 from models.language.drafts import shared_length
 from models.language.handoff import Handoff
 from models.language.onnx_decoder import OnnxDecoder, OnnxLayers
-from models.language.onnx_graph import BLOCK, Floats, exit_graph
-from models.language.states import matrix
+from models.language.onnx_graph import Weights, exit_graph
+from models.language.packing import Floats, matrix, unpacked
 from models.language.weights import layer_shapes
 
 
 class ExitWeights:
-    """One exit's tensors by the names of Hugging Face, its layer as number 0."""
+    """One exit's tensors by the names of Hugging Face, its layer as number 0.
 
-    def __init__(self, tensors: Mapping[str, NDArray[Any]], config: LlamaConfig) -> None:
-        self.config = config
-        self._tensors = tensors
+    Matrices are stored as what training changed: of the layer that it began as, and of a map that changes nothing.
+    """
+
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], base: Weights) -> None:
+        self.config = base.config
+        self._tensors, self._base = tensors, base
 
     def tensor(self, name: str) -> Floats:
         """Raises BundleError when it is missing or of the wrong shape."""
         name = name.removeprefix("model.layers.0.")
-        if f"{name}.codes" not in self._tensors:
-            found = matrix(self._tensors, name, 1)
+        if f"{name}.codes" in self._tensors:
+            found = unpacked(self._tensors, name)
+            found = found + before(self._base, name) if found.shape == self._shape(name) else found
         else:
-            codes, scale_OG = self._tensors[f"{name}.codes"], matrix(self._tensors, f"{name}.scale", 2)
-            if codes.dtype != np.int8 or codes.shape != (*scale_OG.shape, BLOCK):
-                raise BundleError(f"tensor {name} has codes {codes.dtype} {codes.shape} and scales {scale_OG.shape}")
-            found = (codes.astype(np.float32) * scale_OG[..., None]).reshape(len(codes), -1)
+            found = matrix(self._tensors, name, 1)
         if found.shape != (expected := self._shape(name)):
             raise BundleError(f"tensor {name} has shape {found.shape}, expected {expected}")
         return found
@@ -50,6 +50,13 @@ class ExitWeights:
         hidden = self.config.hidden
         others = {"map.weight": (hidden, hidden), "map.bias": (hidden,), "model.norm.weight": (hidden,)}
         return {**layer_shapes(self.config), **others}[name]
+
+
+def before(base: Weights, name: str) -> Floats:
+    """A matrix of an exit as it was before training: the identity, or the last layer's."""
+    if name == "map.weight":
+        return np.eye(base.config.hidden, dtype=np.float32)
+    return base.tensor(f"model.layers.{base.config.layers - 1}.{name}")
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,10 @@ def evidence(row_H: Floats, logits_V: Floats) -> Floats:
 class OnnxExit:
     """One exit over one sequence."""
 
-    def __init__(
-        self, tensors: Mapping[str, NDArray[Any]], config: LlamaConfig, decoder: OnnxDecoder, threads: int
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], base: Weights, decoder: OnnxDecoder, threads: int) -> None:
         """Raises BundleError."""
-        graph = exit_graph(ExitWeights(tensors, config), decoder.context)
-        self._layer = OnnxLayers(graph, config, range(1), decoder.context, threads)
+        graph = exit_graph(ExitWeights(tensors, base), decoder.context)
+        self._layer = OnnxLayers(graph, base.config, range(1), decoder.context, threads)
         self._judge = Judge.of(tensors)
         self._decoder = decoder
 
@@ -125,13 +130,13 @@ class Choice:
 class ExitingDecoder:
     """A decoder whose parts end at exits; the part behind the last exit is the cloud's. One text at a time."""
 
-    def __init__(self, handoff: Handoff, config: LlamaConfig, decoder: OnnxDecoder, threads: int) -> None:
-        """`decoder` must be cut at `handoff.depths`. Raises BundleError, InvalidInput."""
+    def __init__(self, handoff: Handoff, base: Weights, decoder: OnnxDecoder, threads: int) -> None:
+        """`decoder` is that of `base`, cut at `handoff.depths`. Raises BundleError, InvalidInput."""
         if decoder.cuts != handoff.depths:
             raise InvalidInput(f"the decoder is cut at {decoder.cuts}, the exits are at {handoff.depths}")
         self._decoder = decoder
-        self._exits = [OnnxExit(handoff.exit(index), config, decoder, threads) for index in range(len(decoder.cuts))]
-        self._rows_NH = np.zeros((0, config.hidden), np.float32)  # behind the last exit's depth
+        self._exits = [OnnxExit(handoff.exit(index), base, decoder, threads) for index in range(len(decoder.cuts))]
+        self._rows_NH = np.zeros((0, base.config.hidden), np.float32)  # behind the last exit's depth
 
     def choose(self, text: Sequence[int], likely: float) -> Choice:
         """What follows `text`: from the first exit that is at least so likely right, or else from the last.

@@ -22,47 +22,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from models.errors import BundleError
 from models.language.architecture import LlamaConfig, rope_frequencies
 from models.language.checkpoint import Checkpoint
+from models.language.packing import BLOCK, Floats, quantise4, quantise8
 
-BLOCK = 32  # weights that share a scale
 HEAD_STEP = 16  # elements; GroupQueryAttention with rotary embeddings takes heads of multiples of this
 MAX_GRAPH_BYTES = 1_900_000_000  # protobuf's own limit is 2 GiB
 ORT_DOMAIN = "com.microsoft"
 INTEGER_PRODUCTS = 4  # MatMulNBits' accuracy_level: activations are quantised to 8 bits for each block
-
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
-
-
-def quantise8(weight_OI: Floats) -> tuple[Bytes, Floats]:
-    """Codes (O, I / 32, 32) around 128 and scales (O, I / 32). Raises BundleError unless 32 divides I."""
-    blocks_OGB = in_blocks(weight_OI)
-    scale_OG = np.maximum(np.abs(blocks_OGB).max(-1) / 127, 1e-12).astype(np.float32)
-    codes_OGB = (np.rint(blocks_OGB / scale_OG[..., None]) + 128).astype(np.uint8)
-    return codes_OGB, scale_OG
-
-
-def quantise4(weight_OI: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """Packed codes (O, I / 32, 16), scales (O, I / 32) and packed zero points (O, ceil(I / 64))."""
-    blocks_OGB = in_blocks(weight_OI)
-    low_OG, high_OG = np.minimum(blocks_OGB.min(-1), 0), np.maximum(blocks_OGB.max(-1), 0)
-    scale_OG = np.maximum((high_OG - low_OG) / 15, 1e-12).astype(np.float32)
-    zero_OG = np.clip(np.rint(-low_OG / scale_OG), 0, 15)
-    codes_OGB = np.clip(np.rint(blocks_OGB / scale_OG[..., None] + zero_OG[..., None]), 0, 15).astype(np.uint8)
-    return in_pairs(codes_OGB), scale_OG, in_pairs(zero_OG.astype(np.uint8))
-
-
-def in_blocks(weight_OI: Floats) -> Floats:
-    rows, columns = weight_OI.shape
-    if columns % BLOCK:
-        raise BundleError(f"a matrix has {columns} columns, 8- and 4-bit weights need a multiple of {BLOCK}")
-    return weight_OI.reshape(rows, columns // BLOCK, BLOCK)
-
-
-def in_pairs(codes: Bytes) -> Bytes:
-    """Two 4-bit codes a byte along the last axis, the first in the low half."""
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
-    return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
 
 
 class Graph:

@@ -9,7 +9,6 @@ Knows nothing about layers or sessions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,7 @@ from numpy.typing import NDArray
 
 from models.codecs.contextual import ContextualCodec, from_tensors
 from models.errors import BundleError, InvalidInput
-
-Floats = NDArray[np.float32]
+from models.language.packing import Floats, matrix
 
 
 class StateCodec:
@@ -66,13 +64,3 @@ def components(rows_NH: Floats, basis_CH: Floats, middle_H1: Floats) -> Floats:
     size_N1 = np.sqrt(np.mean(np.square(rows_NH, dtype=np.float64), axis=1, keepdims=True)) + 1e-6
     latents_NC = (rows_NH / size_N1 - middle_H1[:-1]) @ basis_CH.T
     return np.asarray(np.concatenate([latents_NC, np.log2(size_N1) - middle_H1[-1]], axis=1), np.float32)
-
-
-def matrix(tensors: Mapping[str, NDArray[Any]], name: str, axes: int) -> Floats:
-    """A float tensor of a bundle. Raises BundleError."""
-    array = tensors.get(name)
-    if array is None or array.ndim != axes or array.dtype not in (np.float16, np.float32) or not math.prod(array.shape):
-        found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
-        raise BundleError(f"tensor {name} is {found}, expected floats with {axes} axes")
-    floats: Floats = array.astype(np.float32)
-    return floats

@@ -28,6 +28,7 @@ from models.bundle import read_manifest
 from models.errors import InvalidInput
 from models.language.checkpoint import SMOLLM2, Checkpoint
 from models.language.handoff_manifest import HandoffManifest, StateRate
+from models.language.packing import unpacked
 from models.language.states import StateCodec
 from models.manifest import Interval
 from models.recipes import language_text
@@ -117,7 +118,7 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
     checkpoint, model, learnt, full = prepare(run, source)
     answers = answered(run.folder / "answers.npz", model, checkpoint.tokenizer, prompts)
     tested = traces(run, model, {"answers": answers}, depths(model), "test")
-    exits = {depth: exit_tensors(exit_at(run, model, depth, learnt, full)) for depth in depths(model)}
+    exits = {depth: exit_tensors(exit_at(run, model, depth, learnt, full), checkpoint) for depth in depths(model)}
     held_out = observe(checkpoint, exits, learnt, range(0, len(learnt), HELD_OUT))
     test = observe(checkpoint, exits, tested, range(0, len(tested), TESTED))
 
@@ -194,7 +195,8 @@ def crossing(
     """What the cloud completes from the device's rows: as such, coded at each rate, and with the KV fill."""
     depth, full_N = depths(model)[-1], test.traces.top_NK[:, 0].numpy()
     places_N = np.flatnonzero(test.decides_N.numpy())
-    maps = (torch.from_numpy(fill["weight"]).float(), torch.from_numpy(fill["bias"]).float())
+    bias_LO = torch.from_numpy(fill["bias"]).float()
+    maps = (torch.from_numpy(unpacked(fill, "weight")).view(*bias_LO.shape, -1), bias_LO)
 
     def right(codec: StateCodec | None, rate: int, maps: tuple[Tensor, Tensor] | None) -> NDArray[np.bool_]:
         chosen_N = completed(model, test.traces, depth, codec, rate, maps)

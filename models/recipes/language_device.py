@@ -14,26 +14,22 @@ from torch import Tensor
 
 from models.language.checkpoint import Checkpoint
 from models.language.onnx_decoder import OnnxDecoder, OnnxLayers
-from models.language.onnx_exits import ExitWeights, evidence
-from models.language.onnx_graph import exit_graph, quantise8
+from models.language.onnx_exits import ExitWeights, before, evidence
+from models.language.onnx_graph import Weights, exit_graph
+from models.language.packing import packed
 from models.recipes.language_exits import Exit, Traces
 
 Tensors = dict[str, NDArray[Any]]
 
 
-def exit_tensors(exit_: Exit) -> Tensors:
-    """As they are stored: matrices in 8 bits, a scale for 32 of them; judge apart."""
+def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
+    """As they are stored: what training changed of matrices, in 4 bits; without a judge."""
     found: Tensors = {"model.norm.weight": exit_.norm_H.detach().numpy(), "map.bias": exit_.map.bias.detach().numpy()}
     matrices: dict[str, Tensor] = {"map.weight": exit_.map.weight}
     matrices.update({name.replace("__", "."): each for name, each in exit_.layer.named_parameters()})
     for name, weight in matrices.items():
         array = weight.detach().float().numpy()
-        if array.ndim == 1:
-            found[name] = array
-            continue
-        codes, scale = quantise8(array)
-        found[f"{name}.codes"] = (codes.astype(np.int16) - 128).astype(np.int8)
-        found[f"{name}.scale"] = scale.astype(np.float16)
+        found |= packed(array - before(base, name), name) if array.ndim == 2 else {name: array}
     return found
 
 
@@ -57,7 +53,7 @@ def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces
     decoder = OnnxDecoder(checkpoint, longest, 8, torch.get_num_threads(), depths)
     layers = [
         OnnxLayers(
-            exit_graph(ExitWeights(exits[depth], checkpoint.config), longest),
+            exit_graph(ExitWeights(exits[depth], checkpoint), longest),
             checkpoint.config,
             range(1),
             longest,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.codecs.contextual import to_tensors
+from models.language.packing import packed
 from models.language.states import components
 from models.recipes.fit_tables import fit
 from models.recipes.language_exits import Traces, ridge
@@ -47,9 +48,9 @@ def fit_fill(model: Llama, traces: Traces, depth: int) -> dict[str, NDArray[Any]
     weights, biases = [], []
     for index in range(depth, model.config.layers):
         weight_OH, bias_O = ridge(x_NH, keys_values(model.layers[index], traces.rows[index]), 1e-3)
-        weights.append(weight_OH.to(torch.float16).numpy())
+        weights.append(weight_OH.numpy())
         biases.append(bias_O.to(torch.float16).numpy())
-    return {"weight": np.stack(weights), "bias": np.stack(biases)}
+    return {**packed(np.concatenate(weights), "weight"), "bias": np.stack(biases)}
 
 
 def normalised(rows: Tensor) -> Tensor:

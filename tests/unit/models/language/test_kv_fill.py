@@ -11,7 +11,7 @@ from models.language.checkpoint import Checkpoint
 from models.language.decoder import DTYPES, PAGE_TOKENS, Decoder, Span
 from models.language.kv_cache import KVCache
 from models.language.kv_fill import KVFill
-from models.language.states import Floats
+from models.language.packing import Floats
 from tests.bench.tiny_llama import write_tiny_llama
 
 DEPTH, CONTEXT, WIDTH = 1, 100, 8

@@ -18,7 +18,7 @@ from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, chunks, run_rows
 from models.language.onnx_decoder import PREFILL_ROWS, OnnxDecoder
-from models.language.onnx_graph import Floats, quantise4, quantise8
+from models.language.packing import Floats, quantise4, quantise8
 from tests.bench.tiny_llama import write_tiny_llama
 
 LLAMA3 = {

@@ -34,7 +34,7 @@ def handoff(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) ->
 
 def cut(checkpoint: Checkpoint, handoff: Handoff) -> tuple[OnnxDecoder, ExitingDecoder]:
     decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=handoff.depths)
-    return decoder, ExitingDecoder(handoff, checkpoint.config, decoder, 1)
+    return decoder, ExitingDecoder(handoff, checkpoint, decoder, 1)
 
 
 @pytest.fixture
@@ -141,22 +141,27 @@ def test_evidence_and_judge_are_what_pytorch_says(checkpoint: Checkpoint, handof
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("map.bias", (63,)), ("map.weight.scale", (64, 3)), ("self_attn.k_proj.weight.codes", (32, 2, 31))],
+    [
+        ("map.bias", (63,)),
+        ("map.weight.scale", (64, 3)),
+        ("self_attn.k_proj.weight.codes", (32, 2, 15)),
+        ("map.weight.zero", (64, 2)),
+    ],
 )
 def test_broken_tensors_are_refused(
     checkpoint: Checkpoint, handoff: Handoff, name: str, shape: tuple[int, ...]
 ) -> None:
     tensors = handoff.exit(0)
     broken = {**tensors, name: np.zeros(shape, tensors[name].dtype)}
-    whole = name.removesuffix(".scale").removesuffix(".codes")
+    whole = name.removesuffix(".scale").removesuffix(".codes").removesuffix(".zero")
     with pytest.raises(BundleError, match="tensor"):
-        ExitWeights(broken, checkpoint.config).tensor(whole)
+        ExitWeights(broken, checkpoint).tensor(whole)
     with pytest.raises(BundleError, match="missing"):
-        ExitWeights({}, checkpoint.config).tensor("map.bias")
+        ExitWeights({}, checkpoint).tensor("map.bias")
     with pytest.raises(BundleError, match="judge"):
         Judge.of({**tensors, "judge.2.bias": np.zeros(2, np.float32)})
 
 
 def test_another_cut_is_refused(checkpoint: Checkpoint, handoff: Handoff, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"cut at \(\), the exits are at \(1, 2\)"):
-        ExitingDecoder(handoff, checkpoint.config, OnnxDecoder(checkpoint, CONTEXT, threads=1), 1)
+        ExitingDecoder(handoff, checkpoint, OnnxDecoder(checkpoint, CONTEXT, threads=1), 1)

@@ -14,17 +14,8 @@ from hypothesis.extra import numpy as nps
 from models.errors import BundleError
 from models.language import onnx_graph
 from models.language.checkpoint import Checkpoint
-from models.language.onnx_graph import (
-    BLOCK,
-    Bytes,
-    Floats,
-    Graph,
-    head_graph,
-    in_pairs,
-    layers_graph,
-    quantise4,
-    quantise8,
-)
+from models.language.onnx_graph import Graph, head_graph, layers_graph
+from models.language.packing import BLOCK, Bytes, Floats, in_pairs, quantise4, quantise8
 from tests.bench.tiny_llama import write_tiny_llama
 
 matrices = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(

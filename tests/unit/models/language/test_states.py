@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import BundleError, InvalidInput, PayloadCorrupt, PayloadTooLarge
-from models.language.states import Floats, StateCodec, components
+from models.language.packing import Floats
+from models.language.states import StateCodec, components
 from models.recipes.language_states import fit_states
 
 HIDDEN, MOST = 24, 200
