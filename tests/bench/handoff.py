@@ -1,0 +1,336 @@
+"""Layers shared: how many tokens a device may decide at which agreement, what crosses, what the cloud computes.
+
+    the model's greedy answers to prompts --device's layers and exits--> who is sure, who is right
+                                          --coded rows, layers behind--> what the cloud completes
+
+Beside it CE-CoLLM's scheme in the same run: the same exits, believed by the probability of their choice; hidden states
+of every token as 16-bit floats; every one of them through the cloud's layers. All positions of answers count, each with
+the full model's own text before it. Perplexity is that of another text under what is chosen at each position.
+
+Source: Jin and Wu, "CE-CoLLM" (ICWS 2025), for the baseline; Horton et al., "KV Prediction" (2024), for prefill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from models.language.checkpoint import Checkpoint
+from models.language.decoder import Decoder, Span, chunks
+from models.language.handoff import Handoff
+from models.language.kv_fill import KVFill
+from models.language.tokenizer import Tokenizer
+from models.recipes.calibrate import interval
+from models.recipes.language_device import Observed, observe
+from models.recipes.language_exits import Traces, trace
+from models.recipes.language_figures import Completed, Fill, answered, completed
+from models.recipes.language_judge import decided
+from models.recipes.language_text import Texts
+from models.recipes.llama import Llama
+
+CONFIDENCES = tuple(round(0.3 + step / 100, 2) for step in range(70))
+OTHER_TOKENS, OTHER_PROMPT = 256, 192  # of a passage of another domain, and of those its prompt
+HALF_BYTES = 2  # CE-CoLLM's hidden states
+FRAMING_BYTES = 4  # of our messages, a row
+REPEATS = 5
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Weights that a token meets: in the layers behind the cut, in all layers, in the output head, in the KV fill."""
+
+    behind: float
+    layers: float
+    head: float
+    fill: float
+
+    @property
+    def alone(self) -> float:
+        """When the cloud makes a token by itself."""
+        return self.layers + self.head
+
+
+def costs(checkpoint: Checkpoint, depth: int) -> Costs:
+    config = checkpoint.config
+    layer = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads) + 3 * config.hidden * config.ffn
+    later = config.layers - depth
+    fill = later * config.hidden * 2 * config.kv_heads * config.head_dim
+    return Costs(later * layer, config.layers * layer, config.hidden * config.vocab, fill)
+
+
+def judged(handoff: Handoff, observed: Observed) -> Tensor:
+    """How likely right (E, N) the bundle's judges say that each exit's choice is."""
+    found = []
+    for index, seen_NF in enumerate(observed.seen_ENF):
+        judge = {name: torch.from_numpy(array) for name, array in handoff.exit(index).items() if "judge" in name}
+        hidden_NF = torch.relu(seen_NF @ judge["judge.0.weight"].T + judge["judge.0.bias"])
+        found.append(torch.sigmoid(hidden_NF @ judge["judge.2.weight"].T + judge["judge.2.bias"])[:, 0])
+    return torch.stack(found)
+
+
+def curve(
+    name: str, likely_EN: Tensor, test: Observed, done: dict[str, Completed], bytes_a_row: float, price: Costs
+) -> list[Row]:
+    """A scheme at every threshold, over positions that decide tokens of answers."""
+    here, rows = test.decides_N, []
+    full_N = test.traces.top_NK[:, 0]
+    for confidence in CONFIDENCES:
+        each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
+        asked = 1 - each.coverage
+        row: Row = {"scheme": name, "confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
+        row["interval"] = bounds(each.right_N[each.sure_N])
+        for kind, found in done.items():
+            whole_N = torch.where(each.sure_N, each.right_N, (found.chosen_N == full_N)[here])
+            row[f"agreement of all, {kind}"] = float(whole_N.float().mean())
+            computed = price.behind + asked * price.head
+            if kind == "fill":
+                computed = price.fill + asked * (price.behind + price.head)
+            row[f"cloud, {kind}"] = computed / price.alone
+        row["bytes_a_token"] = bytes_a_row
+        rows.append(row)
+    return rows
+
+
+def bounds(right_N: Tensor) -> list[float]:
+    found = interval(right_N.numpy()) if len(right_N) else None
+    return [found.low, found.high] if found else [0.0, 1.0]
+
+
+def rate_rows(model: Llama, handoff: Handoff, test: Observed, exact: Completed, fp16_bytes: int) -> list[Row]:
+    """Every rate: bytes, and the agreement with what uncoded rows give and with the model, at all positions."""
+    here, full_N = test.decides_N, test.traces.top_NK[:, 0]
+    some_NH = test.traces.rows[handoff.depth][here][::8].float().numpy()
+    rows = []
+    for rate in handoff.states.rates:
+        sizes = [len(payload) for payload in handoff.states.encode(some_NH, rate)]
+        found = completed(model, test.traces, handoff.depth, handoff.states, rate)
+        right_N = (found.chosen_N == full_N)[here]
+        rows.append(
+            {
+                "rate": rate,
+                "bytes": float(np.mean(sizes)),
+                "of_fp16": float(np.mean(sizes)) / fp16_bytes,
+                "agreement": float(right_N.float().mean()),
+                "interval": bounds(right_N),
+                "lost": float((exact.chosen_N == full_N)[here].float().mean() - right_N.float().mean()),
+                "positions": len(right_N),
+            }
+        )
+    return rows
+
+
+def passages(file: Path, tokenizer: Tokenizer, count: int) -> Texts:
+    """Passages of a plain text, the first OTHER_PROMPT tokens of each a prompt."""
+    ids = tokenizer.encode(file.read_text(encoding="utf-8")[: 40 * count * OTHER_TOKENS // 4])
+    starts = np.linspace(0, len(ids) - OTHER_TOKENS, count).astype(int).tolist()
+    return Texts.of([(ids[start : start + OTHER_TOKENS], OTHER_PROMPT) for start in starts])
+
+
+def other_domain(
+    model: Llama,
+    checkpoint: Checkpoint,
+    handoff: Handoff,
+    fill: tuple[Tensor, Tensor],
+    file: Path,
+    count: int,
+    rate: int,
+) -> Row:
+    """KV fill and perplexity on a text of another domain."""
+    exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
+    traces = trace(model, passages(file, checkpoint.tokenizer, count), handoff.depths)
+    test = observe(checkpoint, exits, traces, range(len(traces)))
+    here, full_N, own = test.decides_N, traces.top_NK[:, 0], whole(traces)
+    prompts = completed(model, own, handoff.depth, fill=Fill(*fill, prompts_only=True))
+    exact = completed(model, own, handoff.depth)
+    crossed = completed(model, test.traces, handoff.depth, handoff.states, rate)
+    guessed = completed(model, test.traces, handoff.depth, handoff.states, rate, Fill(*fill))
+    likely_EN = judged(handoff, test)
+    base = float(torch.exp(-exact.next_N[here].mean()))
+    rows = []
+    for confidence in CONFIDENCES[20:]:
+        sure_EN = likely_EN >= confidence
+        first_N = sure_EN.int().argmax(0)
+        exit_N = test.next_EN.gather(0, first_N[None])[0]
+        each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
+        row: Row = {"confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
+        for kind, found in (("exact", crossed), ("fill", guessed)):
+            mixed_N = torch.where(sure_EN.any(0), exit_N, found.next_N)[here]
+            row[f"perplexity ratio, {kind}"] = float(torch.exp(-mixed_N.mean())) / base
+        rows.append(row)
+    same_N = (prompts.chosen_N == full_N)[here]
+    return {
+        "text": file.name,
+        "positions": int(here.sum()),
+        "prefill_agreement": float(same_N.float().mean()),
+        "prefill_interval": bounds(same_N),
+        "perplexity": base,
+        "curve": rows,
+    }
+
+
+def whole(traces: Traces) -> Traces:
+    """The model's own rows, without the device's 8 bits."""
+    return traces
+
+
+def prefill_ratio(checkpoint: Checkpoint, handoff: Handoff) -> Row:
+    """Time of reading a prompt with the KV fill over that of reading it exactly, side by side."""
+    decoder = Decoder.load(checkpoint)
+    lower, upper = decoder[: handoff.depth], decoder[handoff.depth :]
+    fill = KVFill(*handoff.fill(), upper)
+    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab, OTHER_TOKENS).tolist()
+
+    def read(run: Callable[[list[int], int, bool], None]) -> float:
+        started_s, start = time.perf_counter(), 0
+        for count in chunks(len(ids), decoder.width):
+            run(ids[start : start + count], start, start + count == len(ids))
+            start += count
+        return time.perf_counter() - started_s
+
+    def once() -> float:
+        cache, below, above = decoder.new_cache(), lower.new_cache(), upper.new_cache()
+
+        def exactly(part: list[int], start: int, last: bool) -> None:
+            x_NH = decoder.forward(decoder.embed(part), [Span(cache, start, len(part))])
+            if last:
+                decoder.logits(x_NH)
+
+        def filled(part: list[int], start: int, last: bool) -> None:
+            x_NH = lower.forward(lower.embed(part), [Span(below, start, len(part))])
+            fill.write(above, start, x_NH[: len(part) - last])
+            if last:
+                one_NH = torch.zeros_like(x_NH)
+                one_NH[0] = x_NH[len(part) - 1]
+                upper.logits(upper.forward(one_NH, [Span(above, start + len(part) - 1, 1)]))
+
+        exact_s = read(exactly)
+        return read(filled) / exact_s
+
+    once()
+    ratios = [once() for _ in range(REPEATS)]
+    return {"prefill_time_ratio": statistics.median(ratios), "prompt_tokens": len(ids), "repeats": REPEATS}
+
+
+def best(rows: list[Row], agreement: float) -> Row | None:
+    """The row of most coverage at this agreement."""
+    return max((row for row in rows if row["agreement"] >= agreement), key=lambda row: row["coverage"], default=None)
+
+
+def table(result: Row) -> Table:
+    page = Table(
+        "scheme", "from", "on the device", "agreement", "of all", "cloud", "of all, fill", "cloud, fill", "B/token"
+    )
+    for name, rows in result["curves"].items():
+        for agreement in (0.9, 0.95, 0.97, 0.98, 0.99):
+            row = best(rows, agreement)
+            if row is not None:
+                page.add_row(
+                    name, f"{row['confidence']:.2f}", f"{row['coverage']:.1%}", f"{row['agreement']:.1%}",
+                    f"{row['agreement of all, exact']:.1%}", f"{row['cloud, exact']:.1%}",
+                    f"{row['agreement of all, fill']:.1%}" if "cloud, fill" in row else "",
+                    f"{row['cloud, fill']:.1%}" if "cloud, fill" in row else "", f"{row['bytes_a_token']:.0f}",
+                )  # fmt: skip
+    return page
+
+
+def plot(result: Row, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, rows in result["curves"].items():
+        left.plot([100 * r["coverage"] for r in rows], [100 * r["agreement"] for r in rows], marker=".", label=name)
+        for kind in ("exact", "fill"):
+            if f"cloud, {kind}" in rows[0]:
+                x, y = ([100 * r[f"{what}, {kind}"] for r in rows] for what in ("cloud", "agreement of all"))
+                right.plot(x, y, marker=".", label=f"{name}, {kind}" if name == "ours" else name)
+    left.set(xlabel="tokens decided on the device, %", ylabel="of those as the full model, %", ylim=(80, 100.5))
+    right.set(xlabel="the cloud's computation, % of making all tokens itself", ylabel="all tokens as the full model, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+@click.command(
+    epilog="Example: python -m tests.bench.handoff --prompts spec_bench.jsonl --other wikitext2_valid.txt --json x.json"
+)
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True), required=True, help="As Spec-Bench's.")
+@click.option("--other", type=click.Path(path_type=Path, exists=True), required=True, help="Plain text.")
+@click.option("--every", default=4, show_default=True, type=click.IntRange(1), help="So manyth prompt, by length.")
+@click.option("--passages", "count", default=40, show_default=True, type=click.IntRange(1), help="Of the other text.")
+@click.option("--rate", default=3, show_default=True, type=click.IntRange(0), help="Of the rows in ours.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/handoff"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path))
+def main(
+    bundle: Path, model: str, prompts: Path, other: Path, every: int, count: int, rate: int, work: Path,
+    json_file: Path, plot_file: Path | None,
+) -> None:  # fmt: skip
+    """Measure exits, hidden states and KV fill of a hand-off bundle beside CE-CoLLM's scheme."""
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.open(model)
+    handoff, llama = Handoff.open(bundle, checkpoint), Llama.load(checkpoint)
+    texts = answered(work / f"answers-{every}.npz", llama, checkpoint.tokenizer, prompts, every)
+    traces = trace(llama, texts, handoff.depths)
+    exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
+    test = observe(checkpoint, exits, traces, range(len(traces)))
+    weight_LOH, bias_LO = (torch.from_numpy(array) for array in handoff.fill())
+    exact = completed(llama, test.traces, handoff.depth)
+    ours = {
+        "exact": completed(llama, test.traces, handoff.depth, handoff.states, rate),
+        "fill": completed(llama, test.traces, handoff.depth, handoff.states, rate, Fill(weight_LOH, bias_LO)),
+    }
+    price, fp16_bytes = costs(checkpoint, handoff.depth), HALF_BYTES * checkpoint.config.hidden
+    rates = rate_rows(llama, handoff, test, exact, fp16_bytes)
+    softmax_EN = test.seen_ENF[:, :, -3].exp()
+    result: Row = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "answers": len(traces),
+        "positions": int(test.decides_N.sum()),
+        "rows_agreement": float((exact.chosen_N == traces.top_NK[:, 0])[test.decides_N].float().mean()),
+        "rates": rates,
+        "curves": {
+            "ours": curve("ours", judged(handoff, test), test, ours, rates[rate]["bytes"] + FRAMING_BYTES, price),
+            "CE-CoLLM": curve("CE-CoLLM", softmax_EN, test, {"exact": exact}, fp16_bytes, price),
+        },
+        "other": other_domain(llama, checkpoint, handoff, (weight_LOH, bias_LO), other, count, rate),
+        **prefill_ratio(checkpoint, handoff),
+    }
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console = Console()
+    console.print(table(result))
+    for row in rates:
+        console.print(
+            f"rate {row['rate']}: {row['bytes']:.0f} B, {row['of_fp16']:.2f} of fp16, {row['lost']:+.2%} lost"
+        )
+    fill = result["other"]
+    console.print(
+        f"KV fill of prompts: {result['prefill_time_ratio']:.2f} of the time, {fill['prefill_agreement']:.1%} agreement"
+        f" on {fill['text']} (n={fill['positions']})"
+    )
+    if plot_file:
+        plot(result, plot_file)
+
+
+if __name__ == "__main__":
+    main()
