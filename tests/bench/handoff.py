@@ -36,7 +36,7 @@ from models.language.kv_fill import KVFill
 from models.language.tokenizer import Tokenizer
 from models.recipes.calibrate import interval
 from models.recipes.language_device import Observed, observe
-from models.recipes.language_exits import Traces, trace
+from models.recipes.language_exits import trace
 from models.recipes.language_figures import Completed, Fill, answered, completed
 from models.recipes.language_judge import decided
 from models.recipes.language_text import Texts
@@ -143,21 +143,15 @@ def passages(file: Path, tokenizer: Tokenizer, count: int) -> Texts:
 
 
 def other_domain(
-    model: Llama,
-    checkpoint: Checkpoint,
-    handoff: Handoff,
-    fill: tuple[Tensor, Tensor],
-    file: Path,
-    count: int,
-    rate: int,
+    model: Llama, checkpoint: Checkpoint, handoff: Handoff, fill: tuple[Tensor, Tensor], texts: Texts, rate: int
 ) -> Row:
     """KV fill and perplexity on a text of another domain."""
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
-    traces = trace(model, passages(file, checkpoint.tokenizer, count), handoff.depths)
+    traces = trace(model, texts, handoff.depths)
     test = observe(checkpoint, exits, traces, range(len(traces)))
-    here, full_N, own = test.decides_N, traces.top_NK[:, 0], whole(traces)
-    prompts = completed(model, own, handoff.depth, fill=Fill(*fill, prompts_only=True))
-    exact = completed(model, own, handoff.depth)
+    here, full_N = test.decides_N, traces.top_NK[:, 0]
+    prompts = completed(model, traces, handoff.depth, fill=Fill(*fill, prompts_only=True))
+    exact = completed(model, traces, handoff.depth)
     crossed = completed(model, test.traces, handoff.depth, handoff.states, rate)
     guessed = completed(model, test.traces, handoff.depth, handoff.states, rate, Fill(*fill))
     likely_EN = judged(handoff, test)
@@ -175,18 +169,12 @@ def other_domain(
         rows.append(row)
     same_N = (prompts.chosen_N == full_N)[here]
     return {
-        "text": file.name,
         "positions": int(here.sum()),
         "prefill_agreement": float(same_N.float().mean()),
         "prefill_interval": bounds(same_N),
         "perplexity": base,
         "curve": rows,
     }
-
-
-def whole(traces: Traces) -> Traces:
-    """The model's own rows, without the device's 8 bits."""
-    return traces
 
 
 def prefill_ratio(checkpoint: Checkpoint, handoff: Handoff) -> Row:
@@ -233,9 +221,7 @@ def best(rows: list[Row], agreement: float) -> Row | None:
 
 
 def table(result: Row) -> Table:
-    page = Table(
-        "scheme", "from", "on the device", "agreement", "of all", "cloud", "of all, fill", "cloud, fill", "B/token"
-    )
+    page = Table("scheme", "from", "device", "agreement", "of all", "cloud", "of all, fill", "cloud, fill", "B/token")
     for name, rows in result["curves"].items():
         for agreement in (0.9, 0.95, 0.97, 0.98, 0.99):
             row = best(rows, agreement)
@@ -269,7 +255,7 @@ def plot(result: Row, file: Path) -> None:
 
 
 @click.command(
-    epilog="Example: python -m tests.bench.handoff --prompts spec_bench.jsonl --other wikitext2_valid.txt --json x.json"
+    epilog="Example: python -m tests.bench.handoff --prompts p.jsonl --other text.txt --json runs/handoff.json"
 )
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
 @click.option("--model", default="smollm2", show_default=True)
@@ -312,7 +298,12 @@ def main(
             "ours": curve("ours", judged(handoff, test), test, ours, rates[rate]["bytes"] + FRAMING_BYTES, price),
             "CE-CoLLM": curve("CE-CoLLM", softmax_EN, test, {"exact": exact}, fp16_bytes, price),
         },
-        "other": other_domain(llama, checkpoint, handoff, (weight_LOH, bias_LO), other, count, rate),
+        "other": {
+            "text": other.name,
+            **other_domain(
+                llama, checkpoint, handoff, (weight_LOH, bias_LO), passages(other, checkpoint.tokenizer, count), rate
+            ),
+        },
         **prefill_ratio(checkpoint, handoff),
     }
     json_file.parent.mkdir(parents=True, exist_ok=True)
