@@ -135,7 +135,8 @@ class Generation:
         self._sessions.forget_idle()
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), IDLE_S / 10)
+            async with asyncio.timeout(IDLE_S / 10):  # `wait_for` of Python 3.11 can swallow a cancellation
+                await self._changed.wait()
 
     def _begin(self, session: Session) -> None:
         """Take up the next round that needs a pass; those that need none are answered at once."""

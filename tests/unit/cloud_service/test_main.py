@@ -9,7 +9,10 @@ from click.testing import CliRunner
 
 from cloud_service.__main__ import main
 from models.bundle import Bundle
+from models.language.checkpoint import Checkpoint
 from tests.bench.processes import free_port
+from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import write_tiny_handoff
 
 
 def invoke(*arguments: str, **environment: str) -> Any:
@@ -26,6 +29,7 @@ def test_help_has_an_example() -> None:
         ((), "--bundle"),
         (("--bundle", "/nowhere"), "no such bundle folder"),
         (("--bundle", "x", "--max-batch", "0"), "max-batch"),
+        (("--handoff", "x"), "--bundle or --model"),
         (("--bundle", "x", "--tls-key", __file__), "--tls-certificate"),
     ],
 )
@@ -48,6 +52,18 @@ def test_health_check_of_nobody_fails() -> None:
     result = invoke("--check", address, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout) == {"address": address, "health": "UNAVAILABLE"}
+
+
+def test_a_handoff_of_no_model_here_ends_with_one_clear_line(tmp_path: Path) -> None:
+    model = Checkpoint.open(write_tiny_llama(tmp_path / "one", context=64))
+    handoff = write_tiny_handoff(tmp_path / "handoff", model)
+    write_tiny_llama(tmp_path / "two", seed=1, context=64)
+    for settings in (("--handoff", str(handoff)), ()):
+        environment = {} if settings else {"ISTHMUS_CLOUD_HANDOFF": str(handoff)}
+        result = invoke("--model", str(tmp_path / "two"), "--metrics", "", *settings, **environment)
+        assert result.exit_code == 1
+        assert f"belongs to the model {model.fingerprint.hex()[:12]}…, served are two" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_settings_come_from_the_environment() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_service.rounds import Text
+from models.errors import InvalidInput
 from models.language.sampling import GREEDY, Floats, Sampling, choose, log_softmax
 from models.language.session import Committed, Round
 
@@ -284,6 +285,13 @@ def test_queue_time_ends_with_the_first_pass() -> None:
     assert text.work is not None
     text.work.started_s = 10.5
     assert finish(text).queue_s == 0.5
+
+
+def test_states_are_for_sessions_of_a_handoff() -> None:
+    text = new_text(PROMPT)
+    text.check(Round(3, (1, 2), 5))
+    with pytest.raises(InvalidInput, match="opened without a hand-off"):
+        text.check(Round(3, (1,), 1, (b"",)))
 
 
 def test_the_context_is_filled_and_never_exceeded() -> None:

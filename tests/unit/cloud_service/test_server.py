@@ -16,16 +16,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from cloud_service.config import CloudConfig, Tls
-from cloud_service.server import bind, serve, serve_metrics
+from cloud_service.server import bind, open_handoffs, serve, serve_metrics
 from cloud_service.servicer import Servicer
 from models.bundle import Bundle
 from models.errors import BundleError, InvalidInput
+from models.language.checkpoint import Checkpoint
+from models.language.handoff import Handoff
 from models.language.session import Opening, Round
 from models.types import CloudRequest, Codec, Payload
 from protos import limits, wire, wire_session
 from protos.isthmus.v1 import isthmus_pb2 as pb
 from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import write_tiny_handoff
 
 
 @pytest.fixture
@@ -189,3 +192,60 @@ def test_language_models_are_served_beside_each_other_and_drained(
     with caplog.at_level(logging.INFO, "isthmus.cloud"):
         asyncio.run(asyncio.wait_for(play(), 30))
     assert caplog.messages[-1] == "drained"
+
+
+def tiny_model(folder: Path, seed: int) -> Checkpoint:
+    return Checkpoint.open(write_tiny_llama(folder, seed=seed, context=64))
+
+
+def test_handoffs_are_of_the_models_that_are_served(tmp_path: Path) -> None:
+    one, two = (tiny_model(tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
+    folders = [write_tiny_handoff(tmp_path / f"to-{model.name}", model) for model in (two, one)]
+    found = open_handoffs(folders, [one, two])
+    assert {name: handoff.manifest.base for name, handoff in found.items()} == {
+        model.fingerprint: model.fingerprint.hex() for model in (one, two)
+    }
+    assert open_handoffs([], [one]) == {}
+    with pytest.raises(BundleError, match=f"belongs to the model {two.fingerprint.hex()[:12]}…, served are one"):
+        open_handoffs(folders, [one])
+    with pytest.raises(BundleError, match="served are none"):
+        open_handoffs(folders, [])
+    with pytest.raises(BundleError, match="a second hand-off bundle for one"):
+        open_handoffs([*folders, folders[1]], [one, two])
+    with pytest.raises(BundleError, match="no such bundle folder"):
+        open_handoffs([tmp_path / "nothing"], [one])
+
+
+def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(tmp_path / "one", 0)
+    handoff = Handoff.open(write_tiny_handoff(tmp_path / "handoff", model), model)
+    config = CloudConfig(
+        models=(str(tmp_path / "one"),),
+        handoffs=(tmp_path / "handoff",),
+        dtype="float32",
+        width=4,
+        listen="127.0.0.1:0",
+        metrics=None,
+    )
+    states = handoff.states.encode(np.ones((3, model.config.hidden), np.float32), 1)
+
+    async def play() -> None:
+        serving = asyncio.create_task(serve(config))
+        async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
+            stub = pb_grpc.IsthmusStub(channel)
+            (info,) = wire.unpack_service(await stub.Describe(pb.DescribeRequest())).models
+            assert info.handoff == handoff.fingerprint
+            call = stub.Generate()
+            opening = Opening(info.fingerprint, bytes(16), 0, (), 0, handoff=info.handoff, rate=1, fill=True)
+            await call.write(wire_session.pack_opening(opening))
+            await call.write(wire_session.pack_round(Round(0, (5, 6, 7), 1, tuple(states))))
+            assert len((await call.read()).tokens) == 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (await call.read()).error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+            assert await call.read() is grpc.aio.EOF
+            await serving
+
+    with caplog.at_level(logging.INFO, "isthmus.cloud"):
+        asyncio.run(asyncio.wait_for(play(), 30))
+    assert caplog.messages[-1] == "drained"
+    assert any(f"hand-off of one {handoff.fingerprint.hex()[:12]}" in message for message in caplog.messages)

@@ -15,6 +15,7 @@ from cloud_service.metrics import CloudMetrics
 from cloud_service.servicer import Servicer, Talk, attach, service_info
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder
+from models.language.handoff import Handoff
 from models.language.session import Committed, Opening, Round
 from protos import limits, wire, wire_session
 from protos.isthmus.v1 import isthmus_pb2 as pb
@@ -29,8 +30,8 @@ PROMPT = [5, 6, 7]
 class Door:
     """A servicer over one generation, and a client's stub."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
-        self.house, self.registry = House(checkpoint, decoder, 100), CollectorRegistry()
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff | None = None) -> None:
+        self.house, self.registry = House(checkpoint, decoder, 100, handoff), CollectorRegistry()
         self.generation, self.decoder = self.house.generation, self.house.decoder
         self.metrics = CloudMetrics(self.registry, [])
         worker: Any = None  # no photo comes
@@ -61,30 +62,32 @@ class Door:
 Scene = Callable[[Callable[[Door], Awaitable[None]]], Door]
 
 
+async def serve(
+    play: Callable[[Door], Awaitable[None]], checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff | None = None
+) -> Door:
+    """Run a play against a server on a free port; nothing may complain in the background."""
+    door, complaints = Door(checkpoint, decoder, handoff), []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    running = asyncio.create_task(door.generation.run())
+    server = grpc.aio.server(options=limits.server_options())
+    attach(door.servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        door.stub = pb_grpc.IsthmusStub(channel)
+        await asyncio.wait_for(play(door), 30)
+    await asyncio.wait_for(door.servicer.drained(), 10)
+    await server.stop(None)
+    door.decoder.gate.set()
+    door.generation.drain()
+    await asyncio.wait_for(running, 10)
+    assert complaints == []
+    return door
+
+
 @pytest.fixture
 def scene(checkpoint: Checkpoint, decoder: Decoder) -> Scene:
-    """Run a play against a server on a free port; nothing may complain in the background."""
-
-    async def both(play: Callable[[Door], Awaitable[None]]) -> Door:
-        door, complaints = Door(checkpoint, decoder), []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
-        running = asyncio.create_task(door.generation.run())
-        server = grpc.aio.server(options=limits.server_options())
-        attach(door.servicer, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            door.stub = pb_grpc.IsthmusStub(channel)
-            await asyncio.wait_for(play(door), 30)
-        await asyncio.wait_for(door.servicer.drained(), 10)
-        await server.stop(None)
-        door.decoder.gate.set()
-        door.generation.drain()
-        await asyncio.wait_for(running, 10)
-        assert complaints == []
-        return door
-
-    return lambda play: asyncio.run(both(play))
+    return lambda play: asyncio.run(serve(play, checkpoint, decoder))
 
 
 def asked(base: int, draft: Sequence[int] = (), extend: int = 0) -> pb.GenerateRequest:

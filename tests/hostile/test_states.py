@@ -1,0 +1,59 @@
+"""Hidden states made to hurt: whatever bytes arrive, they are finite rows or an error of ours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import CallerError
+from models.language.checkpoint import Checkpoint
+from models.language.handoff import Handoff
+from models.language.states import StateCodec
+from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import MAX_STATE_BYTES, write_tiny_handoff
+
+HIDDEN = 32
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> StateCodec:
+    folder = tmp_path_factory.mktemp("states")
+    model = Checkpoint.open(write_tiny_llama(folder / "model", hidden=HIDDEN, ffn=64, context=64))
+    return Handoff.open(write_tiny_handoff(folder / "handoff", model), model).states
+
+
+def survive(states: StateCodec, data: bytes, rate: int) -> None:
+    try:
+        row_1H = states.decode([data], rate)
+    except CallerError:
+        return
+    assert row_1H.shape == (1, HIDDEN) and np.isfinite(row_1H).all()
+
+
+@given(data=st.binary(max_size=MAX_STATE_BYTES + 8), rate=st.integers(-1, 3))
+def test_random_bytes(states: StateCodec, data: bytes, rate: int) -> None:
+    survive(states, data, rate)
+
+
+@given(seed=st.integers(0, 99), bit=st.integers(0, 8 * MAX_STATE_BYTES), cut=st.integers(0, 20))
+def test_flipped_bits_and_cut_ends(states: StateCodec, seed: int, bit: int, cut: int) -> None:
+    row_1H = np.random.default_rng(seed).normal(size=(1, HIDDEN)).astype(np.float32)
+    data = bytearray(states.encode(row_1H, 1)[0])
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    survive(states, bytes(data[: len(data) - cut]), 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_not_sent(states: StateCodec, value: float) -> None:
+    row_1H = np.zeros((1, HIDDEN), np.float32)
+    row_1H[0, 3] = value
+    with pytest.raises(CallerError, match="not finite"):
+        states.encode(row_1H, 0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e18])
+def test_rows_of_any_size_are_sent(states: StateCodec, scale: float) -> None:
+    row_1H = np.full((1, HIDDEN), scale, np.float32)
+    assert np.isfinite(states.decode(states.encode(row_1H, 1), 1)).all()
