@@ -35,7 +35,7 @@ from models.recipes import language_text
 from models.recipes.calibrate import interval
 from models.recipes.language_device import Observed, Tensors, exit_tensors, observe
 from models.recipes.language_exits import Exit, Traces, start, trace, train
-from models.recipes.language_figures import answered, completed
+from models.recipes.language_figures import Fill, answered, completed
 from models.recipes.language_judge import decided, judged, train_judge
 from models.recipes.language_states import GAINS, fit_fill, fit_states
 from models.recipes.language_text import Texts
@@ -196,22 +196,23 @@ def crossing(
     depth, full_N = depths(model)[-1], test.traces.top_NK[:, 0].numpy()
     places_N = np.flatnonzero(test.decides_N.numpy())
     bias_LO = torch.from_numpy(fill["bias"]).float()
-    maps = (torch.from_numpy(unpacked(fill, "weight")).view(*bias_LO.shape, -1), bias_LO)
+    weight_LOH = torch.from_numpy(unpacked(fill, "weight")).view(*bias_LO.shape, -1)
 
-    def right(codec: StateCodec | None, rate: int, maps: tuple[Tensor, Tensor] | None) -> NDArray[np.bool_]:
-        chosen_N = completed(model, test.traces, depth, codec, rate, maps)
+    def right(codec: StateCodec | None = None, rate: int = 0, fill: Fill | None = None) -> NDArray[np.bool_]:
+        chosen_N = completed(model, test.traces, depth, codec, rate, fill).chosen_N.numpy()
         same_N: NDArray[np.bool_] = chosen_N[places_N] == full_N[places_N]
         return same_N
 
     scores = {
-        "test rows agreement": interval(right(None, 0, None)),
-        "test rows agreement with fill": interval(right(None, 0, maps)),
+        "test rows agreement": interval(right()),
+        "test fill agreement": interval(right(fill=Fill(weight_LOH, bias_LO))),
+        "test fill of prompts agreement": interval(right(fill=Fill(weight_LOH, bias_LO, prompts_only=True))),
     }
     rates = []
     some_NH = test.traces.rows[depth][places_N[::MEASURED_ROWS]].float().numpy()
     for rate in codec.rates:
         sizes = [len(payload) for payload in codec.encode(some_NH, rate)]
-        same_N = right(codec, rate, None)
+        same_N = right(codec, rate)
         scores[f"test rate{rate} agreement"] = interval(same_N)
         rates.append(StateRate(mean_bytes=float(np.mean(sizes)), max_bytes=max(sizes), agreement=float(same_N.mean())))
     return rates, scores

@@ -18,6 +18,7 @@ from models.language.onnx_exits import ExitWeights, before, evidence
 from models.language.onnx_graph import Weights, exit_graph
 from models.language.packing import packed
 from models.recipes.language_exits import Exit, Traces
+from models.recipes.language_figures import next_logprobs
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -37,11 +38,13 @@ def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
 class Observed:
     """N positions of texts: what each exit's judge sees, whether its choice was the model's, the rows that would cross.
 
-    decides: whether the position decides a token of an answer. traces: of the same positions, with the device's rows.
+    next: log-probability of the token that follows in the text. decides: whether that is one of an answer.
+    traces: of the same positions, with the device's rows.
     """
 
     seen_ENF: Tensor
     right_EN: Tensor
+    next_EN: Tensor
     decides_N: Tensor
     traces: Traces
 
@@ -63,6 +66,7 @@ def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces
     ]
     seen: list[list[Tensor]] = [[] for _ in depths]
     right: list[list[Tensor]] = [[] for _ in depths]
+    following: list[list[Tensor]] = [[] for _ in depths]
     rows, decides, ends, answers = [], [], [0], []
     for sequence in track(sequences, "as the device runs it"):
         start, end = traces.bounds(sequence)
@@ -76,6 +80,7 @@ def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces
             pairs = zip(guess_NH, logits_NV, strict=True)
             seen[index].append(torch.from_numpy(np.stack([evidence(row_H, logits_V) for row_H, logits_V in pairs])))
             right[index].append(torch.from_numpy(logits_NV.argmax(1)) == traces.top_NK[start:end, 0])
+            following[index].append(next_logprobs(torch.from_numpy(logits_NV), traces.ids_N[start:end]))
         rows.append(torch.from_numpy(behind_NH))
         positions_N = torch.arange(start, end)
         decides.append((positions_N >= traces.answers[sequence] - 1) & (positions_N < end - 1))
@@ -93,6 +98,7 @@ def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces
     return Observed(
         torch.stack([torch.cat(each) for each in seen]),
         torch.stack([torch.cat(each) for each in right]),
+        torch.stack([torch.cat(each) for each in following]),
         torch.cat(decides),
         own,
     )

@@ -6,6 +6,7 @@ All figures are of positions in answers, with the full model's text before them:
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ PROMPTS_AT_ONCE = 32
 Bools = NDArray[np.bool_]
 
 
-def answered(path: Path, model: Llama, tokenizer: Tokenizer, prompts: Path) -> Texts:
-    """The model's greedy answers to the prompts of a file as Spec-Bench's (JSON lines with "turns"), kept at `path`.
+def answered(path: Path, model: Llama, tokenizer: Tokenizer, prompts: Path, every: int = 1) -> Texts:
+    """The model's greedy answers to prompts of a file as Spec-Bench's (JSON lines with "turns"), kept at `path`.
 
-    Raises InvalidInput when the file holds none.
+    `every`: so manyth prompt in order of length. Raises InvalidInput when the file holds none.
     """
     if path.exists():
         return Texts.load(path)
@@ -42,7 +43,7 @@ def answered(path: Path, model: Llama, tokenizer: Tokenizer, prompts: Path) -> T
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InvalidInput(f"{prompts}: expected lines of JSON with turns: {error!r}") from error
     chats = sorted((tokenizer.chat([Message("user", str(line))]) for line in lines), key=len)
-    chats = [chat for chat in chats if len(chat) <= LONGEST_PROMPT]
+    chats = [chat for chat in chats if len(chat) <= LONGEST_PROMPT][::every]
     if not chats:
         raise InvalidInput(f"{prompts} holds no prompt of at most {LONGEST_PROMPT} tokens")
     made, generator = [], torch.Generator().manual_seed(0)
@@ -61,15 +62,37 @@ def in_answers(traces: Traces) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
+@dataclass(frozen=True)
+class Fill:
+    """Maps (layers, outputs, hidden) with biases; keys and values of which earlier positions come from them.
+
+    `prompts_only`: those before an answer; else all, as if no other token had been completed.
+    """
+
+    weight_LOH: Tensor
+    bias_LO: Tensor
+    prompts_only: bool = False
+
+
+@dataclass(frozen=True)
+class Completed:
+    """For each position (N,) the token that was chosen, and the log-probability of the one that follows in the text."""
+
+    chosen_N: Tensor
+    next_N: Tensor
+
+
 @torch.inference_mode()
 def completed(
-    model: Llama, traces: Traces, depth: int, codec: StateCodec | None, rate: int, fill: tuple[Tensor, Tensor] | None
-) -> NDArray[np.int64]:
-    """The token (N,) that the layers behind `depth` choose at every position, from coded rows; None: from rows as such.
-
-    `fill`: weights and biases; keys and values of all earlier positions then come from these, else from the layers.
-    """
-    chosen_N = np.zeros(traces.ends[-1], np.int64)
+    model: Llama,
+    traces: Traces,
+    depth: int,
+    codec: StateCodec | None = None,
+    rate: int = 0,
+    fill: Fill | None = None,
+) -> Completed:
+    """What the layers behind `depth` choose at every position, from coded rows; without a codec from rows as such."""
+    found = Completed(torch.zeros(traces.ends[-1], dtype=torch.int64), torch.zeros(traces.ends[-1]))
     lengths = [end - start for start, end in map(traces.bounds, range(len(traces)))]
     order = sorted(range(len(traces)), key=lengths.__getitem__)
     for group in track(list(packed(order, lengths)), "completing"):
@@ -78,26 +101,36 @@ def completed(
         if codec is not None:
             parts = [torch.from_numpy(codec.decode(codec.encode(part.numpy(), rate), rate)) for part in parts]
         x_BTH = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(model.embedding_VH.dtype)
-        given = None if fill is None else filled(model, x_BTH, fill)
+        given = None if fill is None else filled(x_BTH, fill)
+        until_B = torch.tensor([traces.answers[s] - 1 - traces.bounds(s)[0] for s in group])
+        if fill is None or not fill.prompts_only:
+            until_B = torch.full_like(until_B, x_BTH.shape[1])
         for index in range(depth, model.config.layers):
-            x_BTH = behind(model.layers[index], x_BTH, None if given is None else given[index - depth])
+            x_BTH = behind(model.layers[index], x_BTH, None if given is None else given[index - depth], until_B)
         for row, (start, end) in enumerate(spans):
-            chosen_N[start:end] = model.logits(x_BTH[row, : end - start]).float().argmax(-1).numpy()
-    return chosen_N
+            logits_TV = model.logits(x_BTH[row, : end - start])
+            found.chosen_N[start:end] = logits_TV.argmax(-1)
+            found.next_N[start:end] = next_logprobs(logits_TV.float(), traces.ids_N[start:end])
+    return found
 
 
-def filled(model: Llama, x_BTH: Tensor, fill: tuple[Tensor, Tensor]) -> list[Tensor]:
+def next_logprobs(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+    """Log-probability (T,) of the token that follows each; 0 for the last."""
+    own_T = logits_TV[:-1].gather(1, ids_T[1:, None])[:, 0] - logits_TV[:-1].logsumexp(1)
+    return torch.cat([own_T, torch.zeros(1)])
+
+
+def filled(x_BTH: Tensor, fill: Fill) -> list[Tensor]:
     """Keys, not rotated, and values (B, T, O) of each layer behind the rows."""
-    weight_LOH, bias_LO = fill
     shape_BTH = normalised(x_BTH.float())
     return [
         (shape_BTH @ weight_OH.T + bias_O).to(x_BTH.dtype)
-        for weight_OH, bias_O in zip(weight_LOH, bias_LO, strict=True)
+        for weight_OH, bias_O in zip(fill.weight_LOH, fill.bias_LO, strict=True)
     ]
 
 
-def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None) -> Tensor:
-    """Rows behind a layer. With `given_BTO` each position reads the keys and values given of those before it."""
+def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None, until_B: Tensor) -> Tensor:
+    """Rows behind a layer. Each position reads the keys and values given of those before it and before `until_B`."""
     if given_BTO is None:
         out_BTH: Tensor = layer(x_BTH)[0]
         return out_BTH
@@ -108,13 +141,14 @@ def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None) -> Tensor:
     shape = (*x_BTH.shape[:2], config.kv_heads, config.head_dim)
     given_k = layer.rotated(given_BTO[..., :half].reshape(shape), places_BT)
     given_v = given_BTO[..., half:].reshape(shape)
-    before_TT = torch.ones(tokens, tokens, dtype=torch.bool).tril(-1)
-    seen_TS = torch.cat([before_TT, torch.eye(tokens, dtype=torch.bool)], 1)
+    before_TT, self_TT = torch.ones(tokens, tokens, dtype=torch.bool).tril(-1), torch.eye(tokens, dtype=torch.bool)
+    given_B1T = torch.arange(tokens) < until_B[:, None, None]
+    seen_B1TS = torch.cat([before_TT & given_B1T, before_TT & ~given_B1T | self_TT], 2)[:, None]
     mixed_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         torch.cat([given_k, k_BTKD], 1).transpose(1, 2),
         torch.cat([given_v, v_BTKD], 1).transpose(1, 2),
-        seen_TS,
+        seen_B1TS,
         scale=config.head_dim**-0.5,
         enable_gqa=True,
     )
