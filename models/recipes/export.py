@@ -9,7 +9,7 @@ import itertools
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,8 +36,9 @@ from models.recipes.slim_onnx import slim_onnx
 from models.vision.head import Head
 from models.vision.slim import SlimEncoder
 from models.vision.split import SplitClassifier, Tap
-from models.vision.tail import open_tail
+from models.vision.tail import in_channels, open_tail
 
+LEAST_SCALE = 1e-12  # of a channel of zeros
 VERSIONS = ("torch", "compressai", "constriction", "onnxruntime", "numpy")
 UNITS = {
     "accuracy, agreement, coverage, loss": "fraction",
@@ -111,14 +112,36 @@ class WithExit(nn.Module):
 
 
 @torch.no_grad()
-def halve(module: nn.Module) -> dict[str, Tensor]:
-    """Round matrices to float16, in place, and return what is stored: vectors stay float32, they are few."""
-    stored = {}
+def halve(module: nn.Module, coarse: Container[str] = ()) -> dict[str, Tensor]:
+    """Round matrices to float16, in place, and return what is stored: vectors stay float32, they are few.
+
+    Those named in `coarse` are rounded to 8 bits, with a scale of each output channel.
+    """
+    stored: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
+        if tensor.ndim >= 2 and name in coarse:
+            scale_O = tensor.abs().flatten(1).amax(1).clamp(min=LEAST_SCALE) / 127
+            codes = torch.round(tensor / in_channels(scale_O, tensor.ndim)).to(torch.int8)
+            stored |= {name: codes.contiguous(), f"{name}.scale": scale_O}
+            tensor.copy_(codes.float() * in_channels(scale_O, tensor.ndim))
+            continue
         if tensor.ndim >= 2:
             tensor.copy_(tensor.half().float())
         stored[name] = (tensor.half() if tensor.ndim >= 2 else tensor).contiguous().clone()
     return stored
+
+
+def in_cloud(split: SplitClassifier, architecture: Architecture) -> set[str]:
+    """Names of what only the cloud runs: behind the last cut, and a tap's own half. Exits may be made of the former."""
+    cut = 1 << 30 if architecture.exit_blocks else architecture.cuts[-1]
+    found = set()
+    for name in split.state_dict():
+        parts = name.split(".")
+        if parts[:2] == ["backbone", "blocks"] and int(parts[2]) >= cut:
+            found.add(name)
+        if parts[0] == "taps" and parts[2] in ("tail", "between", "decoder"):
+            found.add(name)
+    return found
 
 
 class FromLatent(nn.Module):
@@ -182,7 +205,8 @@ def cloud_parts(trained: Trained) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the manifest says of the cloud's half, and its files: weights, or graphs for what no builder builds."""
     split = trained.split
     if trained.architecture.builder in BUILDERS:
-        return {"weights": "weights.safetensors"}, {"weights.safetensors": safetensors.torch.save(halve(split))}
+        stored = halve(split, in_cloud(split, trained.architecture))
+        return {"weights": "weights.safetensors"}, {"weights.safetensors": safetensors.torch.save(stored)}
     images_B3HW = torch.zeros(2, 3, *trained.preprocessing.crop)
     halve(nn.ModuleList([split.taps, split.exits]))  # what was trained here; the backbone is its owner's
     files = {"image.onnx": compact(onnx_bytes(split.backbone, {"x": images_B3HW}, outputs=1))}

@@ -69,7 +69,7 @@ def load_split(bundle: Bundle) -> SplitClassifier:
     builder = BUILDERS.get(architecture.builder)
     if builder is None:
         raise BundleError(f"{bundle.folder}: no builder {architecture.builder!r}, there are {', '.join(BUILDERS)}")
-    stored = {name: torch.from_numpy(array) for name, array in bundle.tensors(weights).items()}
+    stored = widened({name: torch.from_numpy(array) for name, array in bundle.tensors(weights).items()})
     try:
         with torch.device("meta"):
             split = builder(architecture)
@@ -85,6 +85,23 @@ def load_split(bundle: Bundle) -> SplitClassifier:
     except (KeyError, IndexError, RuntimeError) as error:
         raise BundleError(f"{bundle.folder}: the architecture cannot be built: {error}") from error
     return split.eval().requires_grad_(False)
+
+
+def in_channels(scale_O: Tensor, axes: int) -> Tensor:
+    """A scale of each output channel, shaped to be multiplied with a weight of so many axes."""
+    return scale_O.view(-1, *[1] * (axes - 1))
+
+
+def widened(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the network has them: those in 8 bits are multiplied with their scales. Raises BundleError."""
+    found = {name: tensor for name, tensor in stored.items() if tensor.dtype != torch.int8}
+    for name, codes in stored.items():
+        if codes.dtype == torch.int8:
+            scale_O = found.pop(f"{name}.scale", None)
+            if scale_O is None or codes.ndim < 2 or scale_O.shape != codes.shape[:1]:
+                raise BundleError(f"weight {name} is in 8 bits and lacks a scale for each of its channels")
+            found[name] = codes.float() * in_channels(scale_O.float(), codes.ndim)
+    return found
 
 
 def probabilities(logits_BK: Tensor) -> Floats:

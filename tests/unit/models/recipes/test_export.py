@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from models.bundle import Bundle
+from models.errors import BundleError
 from models.manifest import Task
 from models.recipes import export
 from models.recipes.calibrate import certify, interval
 from models.recipes.fit_tables import fit
 from models.vision.split import SplitClassifier
+from models.vision.tail import widened
 from tests.tiny_bundle import GAINS, PREPROCESSING, TAPS, TASKS, TINY, random_images
 
 LABELS = (np.arange(6) % 2, np.arange(6) % 3)
@@ -145,6 +147,21 @@ def test_matrices_are_halved_in_the_network_too() -> None:
     stored = export.halve(layer)  # type: ignore[arg-type]
     assert (stored["weight"].dtype, stored["bias"].dtype) == (torch.float16, torch.float32)
     assert torch.equal(layer.weight, stored["weight"].float())
+
+
+def test_what_only_the_cloud_runs_is_stored_in_8_bits() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        layer.weight[2] = 0
+    before = layer.weight.detach().clone()
+    stored = export.halve(layer, {"weight"})  # type: ignore[arg-type]
+    assert (stored["weight"].dtype, stored["weight.scale"].shape) == (torch.int8, (4,))
+    assert stored["weight"].abs().amax((1, 2, 3)).tolist() == [127, 127, 0, 127]
+    torch.testing.assert_close(widened(stored)["weight"], layer.weight.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(layer.weight.detach(), before, rtol=0, atol=float(before.abs().max()) / 254)
+    with pytest.raises(BundleError, match="lacks a scale"):
+        widened({"weight": stored["weight"]})
 
 
 def test_the_manifest_says_with_what_it_was_made(bundle: Bundle) -> None:
