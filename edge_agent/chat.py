@@ -27,7 +27,7 @@ COLOURS: dict[Source, str] = {"edge": "green", "draft": "cyan", "cloud": "magent
 LEGEND: dict[Source, str] = {"edge": "the device", "draft": "device, confirmed by the cloud", "cloud": "the cloud"}
 BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # can make a line read as another one
 ROOM_TOKENS = 64  # an answer wants at least this much of the context; older messages are forgotten for it
-HELP = "/arm edge|cloud|verify   /reset   /help   /quit      Ctrl-C ends an answer, Ctrl-D the chat"
+HELP = "/arm edge|cloud|verify|handoff   /reset   /help   /quit      Ctrl-C ends an answer, Ctrl-D the chat"
 
 
 @dataclass(frozen=True, slots=True)

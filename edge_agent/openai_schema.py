@@ -231,7 +231,7 @@ def checked(kind: type[Known], data: bytes) -> Known:
 
 def arm_of(model: str, private: bool, generator: Generator) -> Arm:
     """The arm a model name asks for. Raises ApiError 404, and 400 where privacy forbids it."""
-    if private and model.removeprefix(f"{generator.name}:") in ("cloud", "verify"):
+    if private and model.removeprefix(f"{generator.name}:") in ("cloud", "verify", "handoff"):
         raise ApiError(400, f"{model} would leave the device, and the request is private", param="model")
     known = models(generator)
     if model not in known:

@@ -42,6 +42,7 @@ RIDGE = 1e-5  # keeps the weights of neighbours that are always zero finite
 FLAT = 1e-6  # guesses that differ by less are one guess
 PSEUDO = 1.0  # integers that a context takes over from its channel, so that none is empty
 ROUNDS = 20  # of k-means
+MOST_MERGED = 4000  # histograms that are compared pair by pair
 
 Floats = NDArray[np.float64]
 Indexes = NDArray[np.intp]
@@ -188,7 +189,8 @@ def build_bank(counts_nA: Floats, low_n: Indexes, high_n: Indexes, bank: int) ->
 
     Modes are rounded to multiples of 1, 2, 4, … until the pairs of table and first column are few enough.
     """
-    table_n = merge(aligned(counts_nA, counts_nA.argmax(1), low_n, high_n).counts_nB, bank)
+    counts_nB = aligned(counts_nA, counts_nA.argmax(1), low_n, high_n).counts_nB
+    table_n = merge(counts_nB, bank) if len(counts_nB) <= MOST_MERGED else graded(counts_nB, bank)
     for shift in range(MAX_INTEGER.bit_length() + 2):
         mode_n = counts_nA.argmax(1) >> shift << shift
         cells = aligned(counts_nA, mode_n, low_n, high_n)
@@ -210,6 +212,14 @@ def aligned(counts_nA: Floats, mode_n: Indexes, low_n: Indexes, high_n: Indexes)
     columns_nA = symbols - mode_n[:, None] + np.arange(symbols)
     np.put_along_axis(counts_nB, columns_nA, counts_nA, axis=1)
     return Cells(counts_nB, symbols - mode_n + low_n, symbols - mode_n + high_n, symbols)
+
+
+def graded(counts_nB: Floats, bank: int) -> Indexes:
+    """Labels 0 .. bank - 1 by bits an integer: groups of one size, where there are too many histograms to compare."""
+    bits_n = code_length(counts_nB) / counts_nB.sum(1)
+    rank_n = bits_n.argsort(kind="stable").argsort(kind="stable")
+    found: Indexes = rank_n * bank // len(rank_n)
+    return found
 
 
 def merge(counts_nB: Floats, bank: int) -> Indexes:

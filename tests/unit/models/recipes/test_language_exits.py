@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.language.checkpoint import Checkpoint
+from models.recipes.language_exits import Exit, HeadLoss, Traces, batches, packed, ridge, start, trace
+from models.recipes.language_figures import Fill, completed, next_logprobs
+from models.recipes.language_judge import decided, judged, train_judge
+from models.recipes.language_states import fit_fill, normalised
+from models.recipes.language_text import Texts
+from models.recipes.llama import Llama
+from tests.bench.tiny_llama import write_tiny_llama
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    folder = write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", layers=LAYERS)
+    return Llama.load(Checkpoint.open(folder), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    rng = np.random.default_rng(0)
+    return Texts.of([(rng.integers(3, 259, length).tolist(), length // 2) for length in (9, 30, 17, 30, 12, 25)])
+
+
+@pytest.fixture(scope="module")
+def traces(model: Llama, texts: Texts) -> Traces:
+    return trace(model, texts, range(LAYERS + 1))
+
+
+def test_the_loss_of_the_head_is_the_cross_entropy_and_so_is_its_gradient() -> None:
+    torch.manual_seed(0)
+    rows_MH, head_VH = torch.randn(700, 32, requires_grad=True), 0.3 * torch.randn(1000, 32)
+    top_MK = torch.stack([torch.randperm(1000)[:16] for _ in range(700)])
+    weight_MK = torch.rand(700, 16)
+    weight_MK /= 1.2 * weight_MK.sum(1, keepdim=True)  # the likeliest are not all
+    wanted = -(weight_MK * F.linear(rows_MH, head_VH).log_softmax(1).gather(1, top_MK)).sum(1).mean()
+    wanted.backward()
+    gradient_MH, rows_MH.grad = rows_MH.grad, None
+    found = HeadLoss.apply(rows_MH, head_VH, top_MK, weight_MK)  # type: ignore[no-untyped-call]
+    (3 * found).backward()
+    assert gradient_MH is not None and rows_MH.grad is not None
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(rows_MH.grad, 3 * gradient_MH, atol=1e-7, rtol=1e-4)
+
+
+def test_traces_are_the_model_sequence_by_sequence(model: Llama, texts: Texts, traces: Traces) -> None:
+    assert len(traces) == 6 and traces.bounds(2) == (39, 56) and traces.answers[2] == 39 + 8
+    x_BTH = model.embed(torch.from_numpy(texts.ids_N[39:56].astype(np.int64))[None])
+    for index, layer in enumerate(model.layers):
+        torch.testing.assert_close(traces.rows[index][39:56], x_BTH[0].bfloat16())
+        x_BTH, _ = layer(x_BTH)
+    logprobs_TV = model.logits(x_BTH)[0].log_softmax(1)
+    torch.testing.assert_close(traces.logprobs_NK[39:56], logprobs_TV.topk(16).values, atol=1e-4, rtol=1e-4)
+    assert torch.equal(traces.top_NK[39:56, 0].long(), logprobs_TV.argmax(1))
+
+
+def test_joined_traces_keep_their_bounds(traces: Traces) -> None:
+    both = Traces.joined([traces, traces])
+    assert len(both) == 12 and both.bounds(8) == (123 + 39, 123 + 56) and both.answers[8] == 123 + traces.answers[2]
+    assert torch.equal(both.ids_N[123:], traces.ids_N) and both.rows[1].shape[0] == 246
+
+
+def test_batches_hold_each_chosen_token_once(traces: Traces) -> None:
+    chosen = [0, 2, 3, 5]
+    found = list(batches(traces, 1, chosen, torch.Generator().manual_seed(0)))
+    places = sorted(torch.cat([batch.places_M for batch in found]).tolist())
+    assert places == [place for s in chosen for place in range(*traces.bounds(s))]
+    for batch in found:
+        torch.testing.assert_close(batch.x_BTH[batch.real_BT], traces.rows[1][batch.places_M].float())
+
+
+def test_packs_stay_small_unless_one_is_large() -> None:
+    lengths = [1500, 900, 600, 3000, 10]
+    packs = list(packed([4, 2, 1, 0, 3], lengths))
+    assert [max(lengths[s] for s in pack) * len(pack) <= 2048 or len(pack) == 1 for pack in packs] == [True] * len(
+        packs
+    )
+    assert sorted(s for pack in packs for s in pack) == [0, 1, 2, 3, 4]
+
+
+def test_ridge_finds_a_linear_map() -> None:
+    torch.manual_seed(0)
+    x_NI, weight_OI, bias_O = torch.randn(500, 8), torch.randn(5, 8), torch.randn(5)
+    found_OI, found_O = ridge(x_NI, x_NI @ weight_OI.T + bias_O, 1e-6)
+    torch.testing.assert_close(found_OI, weight_OI, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found_O, bias_O, atol=1e-3, rtol=1e-3)
+
+
+def test_an_exit_before_the_last_layer_starts_as_the_model(model: Llama, traces: Traces) -> None:
+    """Its map is then the regression of the rows on themselves."""
+    exit_ = Exit(model.config, LAYERS - 1)
+    start(exit_, model, traces, LAYERS - 1)
+    first, last = traces.bounds(3)
+    with torch.no_grad():
+        logits_TV = F.linear(exit_(traces.rows[LAYERS - 1][None, first:last].float())[0], model.embedding_VH)
+    assert (logits_TV.argmax(1) == traces.top_NK[first:last, 0]).float().mean() > 0.7
+
+
+def test_layers_behind_complete_what_the_model_says(model: Llama, traces: Traces) -> None:
+    found = completed(model, traces, 1)
+    assert (found.chosen_N == traces.top_NK[:, 0]).float().mean() > 0.95, "rows are kept in 16 bits"
+
+
+def test_a_fill_of_nothing_but_prompts_leaves_what_comes_before_an_answer(model: Llama, traces: Traces) -> None:
+    fill = fit_fill(model, traces, 1)
+    bias_LO = torch.from_numpy(fill["bias"]).float()
+    wrong = Fill(torch.zeros(*bias_LO.shape, model.config.hidden), torch.zeros_like(bias_LO), prompts_only=True)
+    exact, found = completed(model, traces, 1), completed(model, traces, 1, fill=wrong)
+    first, end = traces.bounds(1)
+    assert torch.equal(found.chosen_N[first], exact.chosen_N[first]), "the first position reads itself alone"
+    assert not torch.allclose(found.next_N[first + 1 : end - 1], exact.next_N[first + 1 : end - 1])
+
+
+def test_next_logprobs_are_of_the_token_that_follows() -> None:
+    logits_TV = torch.randn(4, 7)
+    found_T = next_logprobs(logits_TV, torch.tensor([1, 6, 2, 0]))
+    wanted = [logits_TV.log_softmax(1)[place, id_].item() for place, id_ in ((0, 6), (1, 2), (2, 0))]
+    assert found_T.tolist() == pytest.approx([*wanted, 0.0], abs=1e-5)
+
+
+def test_rows_are_normalised_by_their_root_mean_square() -> None:
+    assert normalised(torch.tensor([[3.0, 4.0, 0.0, 0.0]])).square().mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_judge_learns_what_can_be_known() -> None:
+    torch.manual_seed(0)
+    seen_NF = 5 + 3 * torch.randn(6000, 6)
+    chance_N = torch.sigmoid(2 * (seen_NF[:, 2] - 5) / 3)
+    right_N = torch.rand(6000) < chance_N
+    likely_N = judged(train_judge(seen_NF, right_N, 0), 5 + 3 * torch.randn(4, 6).index_fill(1, torch.tensor([2]), 0.0))
+    assert likely_N.shape == (4,)
+    likely_N = judged(train_judge(seen_NF, right_N, 0), seen_NF)
+    assert (likely_N - chance_N).abs().mean() < 0.06
+
+
+def test_the_first_sure_exit_decides() -> None:
+    likely_EN = torch.tensor([[0.9, 0.2, 0.1, 0.9], [0.1, 0.8, 0.3, 0.95]])
+    right_EN = torch.tensor([[True, False, False, False], [False, True, True, True]])
+    found = decided(likely_EN, right_EN, 0.7)
+    assert found.sure_N.tolist() == [True, True, False, True] and found.right_N[found.sure_N].tolist() == [
+        True,
+        True,
+        False,
+    ]
+    assert (found.coverage, found.agreement) == (0.75, pytest.approx(2 / 3))
+    assert decided(likely_EN, right_EN, 1.0).agreement == 1.0
