@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from models.language.checkpoint import Checkpoint
 from tests.bench.processes import ROOT
+from tests.tiny_handoff import write_tiny_handoff
 
 ARMS = ["edge_only", "offload_jpeg75", "offload_webp75", "isthmus"]
 
@@ -60,6 +62,25 @@ def test_footprint_quick(tmp_path: Path) -> None:
     seconds = {"first_answer_s", "first_answer_torch_s", "first_answer_ratio_vs_torch", "int8_over_fp32_time"}
     assert all(result[key] > 0 for key in seconds | {"rss_mb", "rss_torch_mb"})
     assert result["install_mb"] > 100, "this environment has PyTorch too"
+
+
+def test_handoff_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
+    bundle = write_tiny_handoff(tmp_path / "bundle", Checkpoint.open(tiny_llama))
+    prompts, other, figures = tmp_path / "prompts.jsonl", tmp_path / "other.txt", tmp_path / "handoff.json"
+    prompts.write_text("".join(json.dumps({"turns": [f"What is {word}?"]}) + "\n" for word in ("rain", "a bridge")))
+    other.write_text("A river runs to the sea, and a bridge crosses it. " * 40)
+    settings = ("--model", str(tiny_llama), "--bundle", str(bundle), "--every", "1", "--passages", "2", "--rate", "1")
+    files = ("--prompts", str(prompts), "--other", str(other), "--work", str(tmp_path), "--json", str(figures))
+    printed = run("tests.bench.handoff", *settings, *files, "--plot", str(tmp_path / "handoff.png"))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert result["answers"] == 2 and result["positions"] > 20 and result["prefill_time_ratio"] > 0
+    assert [row["rate"] for row in result["rates"]] == [0, 1]
+    assert result["rates"][0]["bytes"] < result["rates"][1]["bytes"] < 160
+    for scheme, rows in result["curves"].items():
+        coverages = [row["coverage"] for row in rows]
+        assert coverages == sorted(coverages, reverse=True), f"{scheme}: the surer, the fewer"
+        assert all(0 < row["cloud, exact"] <= 1 for row in rows)
+    assert result["curves"].keys() == {"ours", "CE-CoLLM"} and "KV fill of prompts" in printed
 
 
 def test_lossless_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
