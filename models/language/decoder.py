@@ -101,7 +101,7 @@ class Decoder:
     def __getitem__(self, cut: slice) -> Decoder:
         """The layers of `cut`, sharing weights."""
         layers = {index: self._layers[index] for index in list(self._layers)[cut]}
-        return Decoder(self.config, layers, self._embedding_VH, self._norm_H, self._head, self.dtype, self.width)
+        return type(self)(self.config, layers, self._embedding_VH, self._norm_H, self._head, self.dtype, self.width)
 
     @property
     def layers(self) -> range:

@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -22,12 +23,13 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Arm, Ask, Summary
 from edge_agent.language import LanguageAgent
 from models.language.checkpoint import Checkpoint
+from models.language.handoff import Handoff
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import load_prompts
 from tests.bench.proxy import LinkProxy, LinkSpec
@@ -36,31 +38,43 @@ RTTS_MS = (5, 20, 50, 100, 150)
 SLOWDOWNS = (1, 4)
 WIDTH = 16  # rows of a pass, padding included
 LONGEST_TOKENS = 400
-# name: arm, weights of the device's model, source of drafts
-METHODS: dict[str, tuple[Arm, int, str]] = {
-    "cloud": ("cloud", 8, "model"),
-    "verify, 8-bit copy": ("verify", 8, "model"),
-    "verify, 4-bit copy": ("verify", 4, "model"),
-    "verify, prompt lookup": ("verify", 8, "lookup"),
-    "edge, 8-bit": ("edge", 8, "model"),
-}
+Settings = tuple[tuple[str, Any], ...]  # of an agent
+Methods = dict[str, tuple[Arm, Settings]]
 
 Row = dict[str, Any]
 
 
-def answer(agent: LanguageAgent, prompt: tuple[int, ...], arm: Arm, tokens: int) -> tuple[Summary, float, float]:
-    """The summary of one answer, seconds to its first token, and in all."""
-    started_s, first_s = time.perf_counter(), 0.0
+def methods(handoff: Path | None) -> Methods:
+    """Name -> arm, settings of the agent; those of layers shared where there is a bundle for them."""
+    eight: Settings = (("device_bits", 8),)
+    found: Methods = {
+        "cloud": ("cloud", eight),
+        "verify, 8-bit copy": ("verify", eight),
+        "verify, 4-bit copy": ("verify", (("device_bits", 4),)),
+        "verify, prompt lookup": ("verify", (*eight, ("draft", "lookup"))),
+        "edge, 8-bit": ("edge", eight),
+    }
+    if handoff is not None:
+        shared = (*eight, ("handoff", handoff))
+        found |= {"handoff": ("handoff", shared), "handoff, fill": ("handoff", (*shared, ("fill", True)))}
+    return found
+
+
+def answer(agent: LanguageAgent, prompt: tuple[int, ...], arm: Arm, tokens: int) -> tuple[Summary, float, float, int]:
+    """The summary of one answer, seconds to its first token and in all, and how many tokens the cloud did not make."""
+    started_s, first_s, own = time.perf_counter(), 0.0, 0
     for event in agent.generate(Ask(prompt, tokens, arm)):
         if isinstance(event, Summary):
-            return event, first_s, time.perf_counter() - started_s
+            return event, first_s, time.perf_counter() - started_s, own
         first_s = first_s or time.perf_counter() - started_s
+        own += event.source != "cloud"
     raise RuntimeError("the answer ended without a summary")
 
 
 def measure(agent: LanguageAgent, prompts: list[tuple[int, ...]], arm: Arm, tokens: int, flops: int) -> Row:
     answer(agent, prompts[0], arm, tokens)
-    runs = [answer(agent, prompt, arm, tokens) for prompt in prompts]
+    every = [answer(agent, prompt, arm, tokens) for prompt in prompts]
+    runs, shares = [each[:3] for each in every], [own for *_, own in every]
     made = sum(summary.tokens for summary, _, _ in runs)
     passes = sum(summary.passes for summary, _, _ in runs)
     drafts = sum(summary.accepted + summary.rejected for summary, _, _ in runs)
@@ -77,29 +91,33 @@ def measure(agent: LanguageAgent, prompts: list[tuple[int, ...]], arm: Arm, toke
         "bytes_per_round": way / rounds if rounds and arm == "verify" else None,
         "cloud_passes_per_token": passes / made,
         "cloud_gflops_per_token": passes * WIDTH * flops / made / 1e9,
+        "device_share": sum(shares) / made,
         "acceptance": sum(summary.accepted for summary, _, _ in runs) / drafts if drafts else None,
         "why": runs[-1][0].why,
     }
 
 
-def agents(stack: ExitStack, model: str, target: str, threads: int) -> dict[tuple[int, str], LanguageAgent]:
-    """An agent for each way of drafting."""
-    ways = sorted({(bits, draft) for _, bits, draft in METHODS.values()})
-    made = {}
-    for bits, draft in ways:
-        config = LanguageConfig(
-            model, (target,), device_bits=bits, draft=draft, threads=threads, connect_s=10.0  # type: ignore[arg-type]
-        )  # fmt: skip
-        made[bits, draft] = stack.enter_context(LanguageAgent(config))
+def agents(stack: ExitStack, ways: Methods, model: str, target: str, threads: int) -> dict[Settings, LanguageAgent]:
+    """An agent for each kind of settings."""
+    made: dict[Settings, LanguageAgent] = {}
+    for _, settings in ways.values():
+        if settings not in made:
+            config = LanguageConfig(model, (target,), threads=threads, connect_s=10.0, **dict(settings))
+            made[settings] = stack.enter_context(LanguageAgent(config))
     return made
 
 
-def run(model: str, prompts: list[tuple[int, ...]], settings: Row, rows: list[Row], save: Any) -> None:
+def run(
+    model: str, handoff: Path | None, prompts: list[tuple[int, ...]], settings: Row, rows: list[Row], save: Any
+) -> None:
     """Every setting that has no row yet."""
+    ways = methods(handoff)
     done = {(row["method"], row["rtt_ms"], row["slowdown"]) for row in rows}
-    todo = [key for key in product(METHODS, settings["rtts_ms"], settings["slowdowns"]) if key not in done]
+    todo = [key for key in product(ways, settings["rtts_ms"], settings["slowdowns"]) if key not in done]
     mine, theirs = share_cores()
-    flops = 2 * parameters(model)
+    checkpoint = Checkpoint.open(model)
+    depth = Handoff.open(handoff, checkpoint).depth if handoff else 0
+    flops = {arm: 2 * parameters(checkpoint, depth if arm == "handoff" else 0) for arm, _ in ways.values()}
     with Progress() as bar:
         task = bar.add_task("settings", total=len(todo))
         for slowdown, rtt_ms in product(settings["slowdowns"], settings["rtts_ms"]):
@@ -109,14 +127,16 @@ def run(model: str, prompts: list[tuple[int, ...]], settings: Row, rows: list[Ro
             os.environ["ISTHMUS_BENCH_SLOWDOWN"] = str(slowdown)
             with ExitStack() as stack:
                 cloud = CloudProcess(
-                    arguments=("--model", model), module="tests.bench.slow_cloud", cpus=",".join(map(str, theirs))
+                    arguments=("--model", model, *(("--handoff", str(handoff)) if handoff else ())),
+                    module="tests.bench.slow_cloud",
+                    cpus=",".join(map(str, theirs)),
                 )
                 stack.enter_context(cloud)
                 proxy = stack.enter_context(LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)))
-                by_way = agents(stack, model, f"127.0.0.1:{proxy.port}", len(mine))
+                by_way = agents(stack, ways, model, f"127.0.0.1:{proxy.port}", len(mine))
                 for name in names:
-                    arm, bits, draft = METHODS[name]
-                    row = measure(by_way[bits, draft], prompts, arm, settings["max_tokens"], flops)
+                    arm, own = ways[name]
+                    row = measure(by_way[own], prompts, arm, settings["max_tokens"], flops[arm])
                     rows.append({"method": name, "rtt_ms": rtt_ms, "slowdown": slowdown, **row})
                     save()
                     bar.advance(task)
@@ -130,33 +150,34 @@ def share_cores() -> tuple[list[int], list[int]]:
     return mine, theirs
 
 
-def parameters(model: str) -> int:
-    """Weights that one row of a pass meets: all but the embedding, and the head."""
-    config = Checkpoint.open(model).config
+def parameters(checkpoint: Checkpoint, depth: int) -> int:
+    """Weights that one row of a pass meets: all but the embedding, behind `depth` layers, and the head."""
+    config = checkpoint.config
     attention = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    return config.layers * (attention + 3 * config.hidden * config.ffn) + config.hidden * config.vocab
+    return (config.layers - depth) * (attention + 3 * config.hidden * config.ffn) + config.hidden * config.vocab
 
 
 def table(rows: list[Row]) -> Table:
-    page = Table("cloud", "round trip", "method", "tokens/s", "first ms", "B up", "B down", "passes", "accepted")
+    method = Column("method", no_wrap=True)
+    page = Table("cloud, way", method, "tokens/s", "first ms", "B up", "B down", "passes", "device", "accepted")
     for row in sorted(rows, key=lambda row: (row["slowdown"], row["rtt_ms"], row["method"])):
         accepted = "" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
         page.add_row(
-            f"{row['slowdown']}x", f"{row['rtt_ms']} ms", row["method"], f"{row['tokens_per_s']:.1f}",
+            f"{row['slowdown']}x {row['rtt_ms']} ms", row["method"], f"{row['tokens_per_s']:.1f}",
             f"{row['first_token_ms']:.0f}", f"{row['bytes_up_per_token']:.1f}", f"{row['bytes_down_per_token']:.1f}",
-            f"{row['cloud_passes_per_token']:.2f}", accepted,
+            f"{row['cloud_passes_per_token']:.2f}", f"{row['device_share']:.0%}", accepted,
         )  # fmt: skip
     return page
 
 
-def plot(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row], names: Iterable[str], file: Path) -> None:
     from matplotlib.figure import Figure
 
     slowdowns = sorted({row["slowdown"] for row in rows})
     figure = Figure(figsize=(5.2 * len(slowdowns), 4), layout="constrained")
     for index, slowdown in enumerate(slowdowns):
         axes = figure.add_subplot(1, len(slowdowns), index + 1)
-        for name in METHODS:
+        for name in names:
             points = sorted(
                 (r["rtt_ms"], r["tokens_per_s"]) for r in rows if (r["method"], r["slowdown"]) == (name, slowdown)
             )
@@ -168,25 +189,32 @@ def plot(rows: list[Row], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-@click.command(epilog="Example: python -m tests.bench.language --prompts prompts.jsonl --json runs/language.json")
+@click.command(
+    epilog="Example: python -m tests.bench.language --handoff models/zoo/smollm2 --prompts p.jsonl --json l.json"
+)
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="Spec-Bench JSON lines, or text lines.")
 @click.option("--model", default="smollm2", show_default=True)
+@click.option("--handoff", type=click.Path(path_type=Path, exists=True), help="Its bundle of exits, for that arm.")
 @click.option("--n", default=8, type=click.IntRange(1), show_default=True, help="Prompts.")
 @click.option("--tokens", default=64, type=click.IntRange(2), show_default=True, help="Of each answer, at most.")
+@click.option("--rtt-ms", "rtts_ms", multiple=True, type=int, default=RTTS_MS, show_default=True)
+@click.option("--slowdown", "slowdowns", multiple=True, type=int, default=SLOWDOWNS, show_default=True)
 @click.option("--quick", is_flag=True, help="One round trip, one speed, two prompts, 12 tokens.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path))
 def main(
-    prompts: Path | None, model: str, n: int, tokens: int, quick: bool, json_file: Path, plot_file: Path | None
-) -> None:
+    prompts: Path | None, model: str, handoff: Path | None, n: int, tokens: int, rtts_ms: tuple[int, ...],
+    slowdowns: tuple[int, ...], quick: bool, json_file: Path, plot_file: Path | None,
+) -> None:  # fmt: skip
     """Measure every arm on every link."""
     n, tokens = (2, 12) if quick else (n, tokens)
     settings: Row = {
         "model": model,
+        "handoff": str(handoff) if handoff else None,
         "prompts": n,
         "max_tokens": tokens,
-        "rtts_ms": [20] if quick else list(RTTS_MS),
-        "slowdowns": [1] if quick else list(SLOWDOWNS),
+        "rtts_ms": [20] if quick else list(rtts_ms),
+        "slowdowns": [1] if quick else list(slowdowns),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores; device and cloud have one each",
     }
     former = json.loads(json_file.read_text()) if json_file.exists() else {}
@@ -197,10 +225,10 @@ def main(
         json_file.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
     ids = load_prompts(prompts, Checkpoint.open(model).tokenizer, n, LONGEST_TOKENS)
-    run(model, ids, settings, rows, save)
+    run(model, handoff, ids, settings, rows, save)
     Console().print(table(rows))
     if plot_file:
-        plot(rows, plot_file)
+        plot(rows, methods(handoff), plot_file)
 
 
 if __name__ == "__main__":
