@@ -7,10 +7,10 @@ STAMP := .venv/.installed
 COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types bench protos up down
+.PHONY: help env demo demo-language test lint types bench protos up down
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## make .venv with everything (other targets do it by themselves)
 
@@ -26,6 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## compare the arms on 200 photos over an emulated thin link
 	@mkdir -p runs
 	$(BIN)/python -m tests.bench.demo --json runs/demo.json --plot runs/demo.png
+
+demo-language: env  ## a chat by every arm over an emulated link, each token in the colour of where it was made
+	@mkdir -p runs
+	$(BIN)/python -m tests.bench.chat --handoff models/zoo/smollm2 --svg runs/chat.svg
 
 test: env  ## run every test
 	$(BIN)/python -m pytest tests -q

@@ -100,7 +100,7 @@ def test_python_snippet_runs(place: tuple[Path, dict[str, str]]) -> None:
     assert result.stdout.split()[0] in ("functional", "defective")
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE))))
 def test_make_target_exists(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert target == "env" or re.search(rf"^{target}:.*##", makefile, re.MULTILINE)

@@ -15,13 +15,16 @@ from prometheus_client import CollectorRegistry
 
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Ask, Summary, Token
-from edge_agent.language import LanguageAgent
+from edge_agent.handover import NEVER, Terms
+from edge_agent.language import LanguageAgent, terms_of
 from edge_agent.language_metrics import LanguageMetrics
 from models.errors import BundleError, InvalidInput, LinkDown
 from models.language.checkpoint import Checkpoint
+from models.language.handoff import Handoff
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.sampling import Sampling, choose, log_softmax
 from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import write_tiny_handoff
 
 CONTEXT = 64
 NOWHERE = "127.0.0.1:1"
@@ -99,6 +102,7 @@ def test_max_tokens_is_cut_to_what_the_context_leaves(agent: LanguageAgent) -> N
         (Ask((-1, 65), 5, "edge"), "vocabulary of 259"),
         (Ask((65,), 5, "cloud"), "needs a cloud"),
         (Ask((65,), 5, "verify"), "needs a cloud"),
+        (Ask((65,), 5, "handoff"), "needs a cloud"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_runs(agent: LanguageAgent, ask: Ask, words: str) -> None:
@@ -200,3 +204,41 @@ def test_without_its_model_the_device_waits_for_the_cloud(folder: Path) -> None:
         with pytest.raises(LinkDown, match="no cloud answered"):
             said(lost, Ask((65, 66), 10, "verify"))
         assert len(list(first)) == 10  # nine more, and the summary
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_handoff(tmp_path_factory.mktemp("handoffs") / "tiny", Checkpoint.open(folder))
+
+
+def test_layers_are_shared_where_there_is_a_bundle_for_it(folder: Path, bundle: Path) -> None:
+    with lost_agent(folder) as agent, pytest.raises(InvalidInput, match="handoff needs a bundle of exits"):
+        agent.generate(Ask((65,), 5, "handoff"))
+    with lost_agent(folder, handoff=bundle) as agent:
+        tokens, summary = said(agent, Ask((65, 66), 12, "handoff"))
+        again, _ = said(agent, Ask((65, 66), 12, "handoff"))
+    assert {token.source for token in tokens} == {"edge"} and [t.id for t in tokens] == [t.id for t in again]
+    assert summary.degraded and summary.arm == "handoff" and summary.why == "no cloud answers"
+
+
+def test_a_bundle_of_another_model_is_refused(folder: Path, bundle: Path, tmp_path: Path) -> None:
+    other = write_tiny_llama(tmp_path / "other", seed=5)
+    with pytest.raises(BundleError, match="belongs to the model"):
+        lost_agent(other, handoff=bundle)
+    with pytest.raises(InvalidInput, match="a device model of its own has no part"):
+        lost_agent(folder, handoff=bundle, device_model=str(other))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, Terms(0.5, 0, False)),
+        ({"agreement": 0.95}, Terms(NEVER, 0, False)),
+        ({"agreement": 0.9, "state_rate": 1, "fill": True}, Terms(0.5, 1, True)),
+    ],
+)
+def test_terms_are_the_owners(folder: Path, bundle: Path, settings: dict[str, Any], expected: Terms) -> None:
+    manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
+    assert terms_of(manifest, LanguageConfig(str(folder), **{"agreement": 0.9, **settings})) == expected
+    with pytest.raises(InvalidInput, match="rate 2 does not exist, there are 0 to 1"):
+        terms_of(manifest, LanguageConfig(str(folder), state_rate=2))
