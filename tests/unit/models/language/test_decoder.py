@@ -167,6 +167,7 @@ def test_a_cut_leaves_layers_out(decoder: Decoder) -> None:
     x_NH, ids = decoder.embed([1, 2, 3]), 3
     outs = [part.forward(x_NH, [Span(part.new_cache(), 0, ids)]) for part in (decoder, decoder[:2], decoder[2:])]
     assert not torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    assert [part.layers for part in (decoder, decoder[:2], decoder[2:])] == [range(3), range(2), range(2, 3)]
 
 
 # Company
