@@ -26,10 +26,10 @@ class Seat:
     """A session in a cloud: its name and kind there, where, and how many of `tokens` it should hold."""
 
     session: bytes
-    kind: bytes = b""
     target: str = ""
     held: int = 0
     tokens: tuple[int, ...] = ()
+    kind: bytes = b""
 
 
 class Replicas:
@@ -75,7 +75,7 @@ class Replicas:
             best = max(seats, key=lambda seat: shared_length(seat.tokens, prompt), default=None)
             held = shared_length(best.tokens, prompt[:-1]) if best is not None else 0
             if best is None or held < WORTH_TOKENS:
-                return Seat(secrets.token_bytes(SESSION_BYTES), kind)
+                return Seat(secrets.token_bytes(SESSION_BYTES), kind=kind)
             self._seats.remove(best)
             best.held = held
             return best

@@ -37,7 +37,7 @@ from models.recipes.language_device import Observed, Tensors, exit_tensors, obse
 from models.recipes.language_exits import Exit, Traces, start, trace, train
 from models.recipes.language_figures import Fill, answered, completed
 from models.recipes.language_judge import decided, judged, train_judge
-from models.recipes.language_states import GAINS, fit_fill, fit_states
+from models.recipes.language_states import RATE_BYTES, fit_fill, fit_states
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from models.recipes.trainer import Run
@@ -131,9 +131,10 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
     likely_EN = likely(judges, held_out)[:, ~chosen_N]
     right_EN = held_out.right_EN[:, ~chosen_N]
 
-    states = fit_states(learnt.rows[depths(model)[-1]][:STATE_ROWS].float().numpy())
+    rows_NH = learnt.rows[depths(model)[-1]]
+    states = fit_states(rows_NH[:: len(rows_NH) // STATE_ROWS + 1].float().numpy())
     fill = fit_fill(model, full, depths(model)[-1])
-    codec = StateCodec(states, model.config.hidden, len(GAINS), MAX_STATE_BYTES)
+    codec = StateCodec(states, model.config.hidden, len(RATE_BYTES), MAX_STATE_BYTES)
     rates, scores = crossing(model, test, codec, fill)
     files = {f"exit{depth}.safetensors": safetensors.numpy.save(tensors) for depth, tensors in exits.items()}
     files |= {"states.safetensors": safetensors.numpy.save(states), "fill.safetensors": safetensors.numpy.save(fill)}

@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.bundle import Bundle
+from models.bundle import Bundle, kind_of
 from models.codecs.contexts import Integers
+from models.language.checkpoint import Checkpoint
+from models.language.handoff import Handoff
+from models.language.onnx_exits import ExitWeights, Judge
+from models.manifest import Manifest
 from models.recipes.elpv_data import load
 from models.vision.head import Head
 from models.vision.images import open_image, preprocess
@@ -22,7 +26,8 @@ from models.vision.tail import load_split, open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_ways import uncapped
 
-ZOO = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manifest.json"))
+FOLDERS = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manifest.json"))
+ZOO = [folder for folder in FOLDERS if kind_of(folder) is Manifest]
 MAX_ZOO_BYTES = 60_000_000
 
 
@@ -32,8 +37,22 @@ def shipped(request: pytest.FixtureRequest) -> Bundle:
 
 
 def test_there_is_a_zoo_and_it_is_small() -> None:
-    assert [folder.name for folder in ZOO] == ["elpv", "fashion", "photos"]
+    assert [folder.name for folder in FOLDERS] == ["elpv", "fashion", "photos", "smollm2"]
     assert sum(path.stat().st_size for path in (ROOT / "models" / "zoo").rglob("*") if path.is_file()) <= MAX_ZOO_BYTES
+
+
+def test_exits_of_the_language_model_belong_to_it() -> None:
+    checkpoint = Checkpoint.open("smollm2")
+    handoff = Handoff.open(ROOT / "models" / "zoo" / "smollm2", checkpoint)
+    manifest = handoff.manifest
+    assert manifest.training.command.startswith("python -m models.recipes language") and manifest.training.seconds > 0
+    assert handoff.depths == (15, 20) and len(manifest.rates) >= 4 and len(manifest.thresholds) >= 20
+    assert {path.name for path in (ROOT / "models" / "zoo" / "smollm2").iterdir()} == {*manifest.files, "manifest.json"}
+    weight_LOH, _ = handoff.fill()
+    assert weight_LOH.shape == (10, 384, 576)
+    for index in range(2):
+        ExitWeights(handoff.exit(index), checkpoint).tensor("map.weight")
+        Judge.of(handoff.exit(index))
 
 
 def test_manifest_says_how_it_was_made_and_what_it_scored(shipped: Bundle) -> None:

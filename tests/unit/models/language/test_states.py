@@ -14,7 +14,7 @@ from models.language.states import StateCodec, components
 from models.recipes.language_states import fit_states
 
 HIDDEN, MOST = 24, 200
-GAINS = (1.0, 4.0, 16.0)
+SIZES = (3.0, 6.0, 10.0)  # bytes a row
 
 
 def rows(count: int, seed: int = 0) -> Floats:
@@ -27,12 +27,12 @@ def rows(count: int, seed: int = 0) -> Floats:
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Any]:
-    return fit_states(rows(2000), GAINS)
+    return fit_states(rows(2000), SIZES)
 
 
 @pytest.fixture(scope="module")
 def codec(tensors: dict[str, Any]) -> StateCodec:
-    return StateCodec(tensors, HIDDEN, len(GAINS), MOST)
+    return StateCodec(tensors, HIDDEN, len(SIZES), MOST)
 
 
 def error(codec: StateCodec, rate: int, rows_NH: Floats) -> float:
@@ -78,7 +78,7 @@ def test_rows_of_any_size_cross(codec: StateCodec, scale: float) -> None:
 
 def test_the_cap_holds(tensors: dict[str, Any]) -> None:
     with pytest.raises(PayloadTooLarge, match="cap is 4"):
-        StateCodec(tensors, HIDDEN, len(GAINS), 4).encode(rows(20), 2)
+        StateCodec(tensors, HIDDEN, len(SIZES), 4).encode(rows(20), 2)
 
 
 @given(st.binary(max_size=80), st.integers(0, 2))
@@ -100,7 +100,7 @@ def test_any_bytes_are_rows_or_an_error(codec: StateCodec, data: bytes, rate: in
 )
 def test_tensors_that_do_not_fit_are_refused(tensors: dict[str, Any], name: str, array: Any) -> None:
     with pytest.raises(BundleError):
-        StateCodec({**tensors, name: array}, HIDDEN, len(GAINS), MOST)
+        StateCodec({**tensors, name: array}, HIDDEN, len(SIZES), MOST)
 
 
 def test_components_hold_all_of_a_row(tensors: dict[str, Any]) -> None:
