@@ -263,7 +263,7 @@ def plot(result: Row, file: Path) -> None:
 @click.option("--other", type=click.Path(path_type=Path, exists=True), required=True, help="Plain text.")
 @click.option("--every", default=4, show_default=True, type=click.IntRange(1), help="So manyth prompt, by length.")
 @click.option("--passages", "count", default=40, show_default=True, type=click.IntRange(1), help="Of the other text.")
-@click.option("--rate", default=3, show_default=True, type=click.IntRange(0), help="Of the rows in ours.")
+@click.option("--rate", default=5, show_default=True, type=click.IntRange(0), help="Of the rows in ours.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/handoff"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path))
