@@ -38,7 +38,7 @@ from models.vision.split import SplitClassifier
 
 BUILDER = "graphs"
 BRIDGE_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 10, 4, 2, 4
-ENOUGH_STEPS, MAX_REPEATS = 1000, 3  # of the bottleneck's training; epochs are repeated until there are so many
+ENOUGH_STEPS, MAX_REPEATS = 2500, 3  # of the bottleneck's training; epochs are repeated until there are so many
 PRICES = (2.0, 0.8, 0.3, 0.1)  # of JPEG_SHARE, in units of cross-entropy
 JPEG_SHARE = 0.1  # of a JPEG of quality 75: the bytes that prices are stated in
 LATENT_CHANNELS, DECODER_CHANNELS = 32, 64  # of fewer channels, as many latents

@@ -25,7 +25,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 SIDE, PHOTOS = 64, 240
 
-pytestmark = pytest.mark.timeout(600)  # it trains
+pytestmark = pytest.mark.timeout(1200)  # it trains
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=900
     )
 
 
