@@ -20,6 +20,7 @@ from models.codecs.contexts import ALL_CONTEXTS, ENDS, PHASES
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks, rotate
 from models.language.handoff_manifest import HandoffManifest
+from models.language.onnx_exits import EVIDENCE
 from models.language.packing import Floats, packed
 from models.language.states import StateCodec, components
 from models.recipes.fit_tables import MAX_INTEGER, frequencies
@@ -79,9 +80,8 @@ def exit_of(checkpoint: Checkpoint, seed: int) -> dict[str, NDArray[Any]]:
         exit_.map.weight.copy_(torch.eye(checkpoint.config.hidden))
         exit_.map.bias.zero_()
     exit_.layer.load_state_dict(Llama.load(checkpoint, torch.float32).layers[-1].state_dict())
-    seen = checkpoint.config.hidden + 3
     judge = {
-        "judge.0.weight": torch.randn(8, seen, generator=generator) / seen**0.5,
+        "judge.0.weight": torch.randn(8, EVIDENCE, generator=generator),
         "judge.0.bias": torch.zeros(8),
         "judge.2.weight": torch.randn(1, 8, generator=generator),
         "judge.2.bias": torch.zeros(1),

@@ -1,7 +1,7 @@
 """Early exits of a language model on the device: what the whole model would say, guessed behind some of its layers.
 
     rows behind a depth -> map, one layer, norm -> the model's own head -> logits -> choice
-                                        row, likelihoods of the first two, entropy -> how likely it is the model's
+                                             likelihoods of the first two, entropy -> how likely it is the model's
 
 Source: `models.recipes.language_exits`, which trains them.
 """
@@ -59,6 +59,9 @@ def before(base: Weights, name: str) -> Floats:
     return base.tensor(f"model.layers.{base.config.layers - 1}.{name}")
 
 
+EVIDENCE = 3  # values
+
+
 @dataclass(frozen=True)
 class Judge:
     """How likely an exit's choice is the full model's: one hidden layer over what `evidence` gives."""
@@ -73,23 +76,30 @@ class Judge:
         """Raises BundleError."""
         first_FE, first_F = matrix(tensors, "judge.0.weight", 2), matrix(tensors, "judge.0.bias", 1)
         second_1F, second_1 = matrix(tensors, "judge.2.weight", 2), matrix(tensors, "judge.2.bias", 1)
-        if first_F.shape != first_FE.shape[:1] or second_1F.shape != (1, *first_F.shape) or second_1.shape != (1,):
+        if (
+            first_FE.shape != (len(first_F), EVIDENCE)
+            or second_1F.shape != (1, *first_F.shape)
+            or second_1.shape != (1,)
+        ):
             raise BundleError("the tensors of judge do not fit each other")
         return cls(first_FE, first_F, second_1F[0], float(second_1[0]))
 
-    def __call__(self, row_H: Floats, logits_V: Floats) -> float:
-        hidden_F = np.maximum(self.first_FE @ evidence(row_H, logits_V) + self.first_F, 0)
+    def __call__(self, logits_V: Floats) -> float:
+        hidden_F = np.maximum(self.first_FE @ evidence(logits_V) + self.first_F, 0)
         return float(1 / (1 + np.exp(-(self.second_F @ hidden_F + self.second))))
 
 
-def evidence(row_H: Floats, logits_V: Floats) -> Floats:
-    """What an exit's judge looks at (hidden + 3,): its row, the log-probabilities of its two likeliest, the entropy."""
+def evidence(logits_V: Floats) -> Floats:
+    """What an exit's judge looks at (EVIDENCE,): the log-probabilities of its two likeliest tokens, and the entropy.
+
+    Not its row: that taught judges the texts they were trained on, and on others they were worse than the softmax.
+    """
     second, first = np.partition(logits_V, -2)[-2:]
     weights_V = np.exp(logits_V - first)
     total = weights_V.sum()
     log_total = float(np.log(total))
     entropy = log_total - float((weights_V * (logits_V - first)).sum() / total)
-    return np.concatenate([row_H, np.array([-log_total, second - first - log_total, entropy], np.float32)])
+    return np.array([-log_total, second - first - log_total, entropy], np.float32)
 
 
 class OnnxExit:
@@ -115,7 +125,7 @@ class OnnxExit:
         """Rows of the tokens that follow -> logits (vocab,) behind the last, and how likely their choice is right."""
         row_H = self._layer.run(rows_NH)[-1]
         logits_V: Floats = self._decoder.logits(row_H[None])[0]
-        return logits_V, self._judge(row_H, logits_V)
+        return logits_V, self._judge(logits_V)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HIDDEN, STEPS, LR, DECAY = 64, 400, 3e-3, 0.05
+HIDDEN, STEPS, LR, DECAY = 16, 400, 1e-2, 0.01
 ROWS = 4096  # a step
-DROPPED = 0.1  # of values while it learns
 
 
 def train_judge(seen_NF: Tensor, right_N: Tensor, seed: int) -> nn.Sequential:
@@ -28,7 +27,7 @@ def train_judge(seen_NF: Tensor, right_N: Tensor, seed: int) -> nn.Sequential:
         for group in optimizer.param_groups:
             group["lr"] = LR * (1 - step / STEPS)
         chosen_M = torch.randint(len(normal_NF), (ROWS,))
-        hidden_MF = F.dropout(F.relu(first(F.dropout(normal_NF[chosen_M], DROPPED))), DROPPED)
+        hidden_MF = F.relu(first(normal_NF[chosen_M]))
         loss = F.binary_cross_entropy_with_logits(second(hidden_MF)[:, 0], wanted_N[chosen_M])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
