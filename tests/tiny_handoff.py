@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from models import bundle
 from models.codecs import contextual
@@ -31,6 +32,7 @@ from models.recipes.llama import Llama
 GAINS = ((3.0, 8.0), (24.0, 16.0))  # steps of a component and of the size, a coarse rate and a fine one
 MAX_STATE_BYTES = 160  # 65 channels of at most 16 bits, and some
 TEXTS = 3
+LEAST, STEEP = 30.0, 4.0  # of a judge: no log-probability is lower; how sharply it doubts what is less than usual
 
 
 def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, seed: int = 0) -> Path:
@@ -38,7 +40,7 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
     rows_NH, targets_NLO = observe(checkpoint, depth, seed)
     states = state_tensors(rows_NH, seed)
     codec = StateCodec(states, checkpoint.config.hidden, len(GAINS), MAX_STATE_BYTES)
-    exits = {f"exit{index}.safetensors": exit_of(checkpoint, seed + index) for index in range(1, depth + 1)}
+    exits = {f"exit{index}.safetensors": exit_of(checkpoint, index, seed) for index in range(1, depth + 1)}
     files = {
         **{name: safetensors.numpy.save(tensors) for name, tensors in exits.items()},
         "states.safetensors": safetensors.numpy.save(states),
@@ -73,18 +75,24 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
     return bundle.write(folder, manifest, files, HandoffManifest)
 
 
-def exit_of(checkpoint: Checkpoint, seed: int) -> dict[str, NDArray[Any]]:
+def exit_of(checkpoint: Checkpoint, depth: int, seed: int) -> dict[str, NDArray[Any]]:
     """The last layer behind a map that changes nothing, and a judge that is as often sure as not."""
-    exit_, generator = Exit(checkpoint.config, 1), torch.Generator().manual_seed(seed)
+    exit_, model = Exit(checkpoint.config, depth), Llama.load(checkpoint, torch.float32)
     with torch.no_grad():
         exit_.map.weight.copy_(torch.eye(checkpoint.config.hidden))
         exit_.map.bias.zero_()
-    exit_.layer.load_state_dict(Llama.load(checkpoint, torch.float32).layers[-1].state_dict())
+        exit_.layer.load_state_dict(model.layers[-1].state_dict())
+        ids = torch.randint(3, checkpoint.config.vocab, (4, 50), generator=torch.Generator().manual_seed(seed))
+        x_BTH = model.embed(ids)
+        for layer in list(model.layers)[:depth]:
+            x_BTH, _ = layer(x_BTH)
+        logits_BTV = F.linear(exit_(x_BTH), model.embedding_VH)
+        usual = float(logits_BTV.log_softmax(-1).amax(-1).median())
     judge = {
-        "judge.0.weight": torch.randn(8, EVIDENCE, generator=generator),
-        "judge.0.bias": torch.zeros(8),
-        "judge.2.weight": torch.randn(1, 8, generator=generator),
-        "judge.2.bias": torch.zeros(1),
+        "judge.0.weight": torch.tensor([[1.0, *[0.0] * (EVIDENCE - 1)]]),  # the log-probability of the choice
+        "judge.0.bias": torch.tensor([LEAST]),
+        "judge.2.weight": torch.tensor([[STEEP]]),
+        "judge.2.bias": torch.tensor([-STEEP * (usual + LEAST)]),
     }
     return {**exit_tensors(exit_, checkpoint), **{name: tensor.numpy() for name, tensor in judge.items()}}
 

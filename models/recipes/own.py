@@ -153,7 +153,7 @@ def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec
 
     def ramped_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         for batch in batches(part, targets_NK, spec, generator):
-            yield Batch(batch.images_B3HW, batch.target_BK, min(epoch / (times * RAMP_EPOCHS), 1.0))
+            yield Batch(batch.images_B3HW, batch.target_BK, min(epoch / RAMP_EPOCHS, 1.0))
 
     times = repeats(part)
     epochs = (times * BRIDGE_EPOCHS, times * DECODER_EPOCHS, times * TAIL_EPOCHS)

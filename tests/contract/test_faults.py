@@ -70,7 +70,7 @@ def test_drains_on_sigterm_without_a_failed_request(
             until(lambda: any(answer.done() for answer in answers))
             cloud.process.terminate()  # type: ignore[union-attr]
             results = [answer.result() for answer in answers]
-        assert cloud.stop() == 0
+        assert cloud.process.wait(30) == 0  # type: ignore[union-attr]  # a second signal would meet one that is leaving
     # What was sent before the service said goodbye is answered by it; only later inputs stay on the device.
     assert all(
         "but" not in r.why or "shutting down" in r.why or "connect" in r.why or "being tried" in r.why for r in results
