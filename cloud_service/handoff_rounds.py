@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from cloud_service.rounds import Work
 from models.errors import InvalidInput, PayloadTooLarge
 from models.language.kv_cache import KVCache
+from models.language.kv_fill import EXACT_ROWS
 from models.language.sampling import Floats, Sampling, choose, logprobs
 from models.language.session import Committed, Logprobs, Opening, Round
 
@@ -78,20 +79,29 @@ class HandoffText:
 
     @property
     def rows(self) -> int:
-        """Rows of a pass that the round could still use. With a fill, one: it decides, or a turn of filling is due."""
+        """Rows of a pass that the round could still use; one when a turn of filling is due."""
         left = self.extent - self._held if self.work else 0
-        return min(left, 1) if self.fill else left
+        fills = self._fills(left)
+        return min(left, 1) if fills > FILL_ROWS else max(left - fills, min(left, 1))
 
     def next_states(self, rows: int) -> tuple[tuple[bytes, ...], int]:
         """The next states, given `rows` rows of a pass, and how many of them, the last, go through the layers."""
         work = self.work
         assert work is not None
         left = work.states[self._held - work.base :]
-        if not self.fill:
-            return left[:rows], rows
-        if len(left) - work.extend <= FILL_ROWS:
-            return left, work.extend
-        return left[:FILL_ROWS], 0
+        fills = self._fills(len(left))
+        if fills > FILL_ROWS:
+            return left[:FILL_ROWS], 0
+        through = min(rows, len(left) - fills)
+        return left[: fills + through], through
+
+    def _fills(self, left: int) -> int:
+        """How many of the round's states that are left decide nothing and are not near what is decided first."""
+        work = self.work
+        if not self.fill or work is None:
+            return 0
+        exact = work.extend if work.base else work.extend * EXACT_ROWS
+        return max(left - exact, 0)
 
     @property
     def decides(self) -> bool:
@@ -112,14 +122,7 @@ class HandoffText:
             own = (choose(logits_V, self.sampling, self.extent),)
             if self._logprobs is not None:
                 work.logprobs.append(Logprobs(*logprobs(logits_V, own[0], self._logprobs)))
-        return Committed(
-            base=work.base,
-            tokens=own,
-            queue_s=(work.started_s or work.arrived_s) - work.arrived_s,
-            compute_s=work.compute_s,
-            passes=work.passes,
-            logprobs=tuple(work.logprobs),
-        )
+        return work.committed(own)
 
     def next_extension(self, now_s: float) -> None:
         """The round has ended; nothing follows by itself."""

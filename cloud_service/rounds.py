@@ -33,6 +33,19 @@ class Work:
     logprobs: list[Logprobs] = field(default_factory=list)
     states: tuple[bytes, ...] = ()  # of the draft, in a hand-off
 
+    def committed(self, tokens: tuple[int, ...], accepted: int = 0) -> Committed:
+        """Its answer, with what it cost."""
+        return Committed(
+            base=self.base,
+            accepted=accepted,
+            tokens=tokens,
+            extension=self.extension,
+            queue_s=(self.started_s or self.arrived_s) - self.arrived_s,
+            compute_s=self.compute_s,
+            passes=self.passes,
+            logprobs=tuple(self.logprobs),
+        )
+
 
 class Text:
     """A session's committed tokens and the cache of their keys and values (None: evicted, to be made again)."""
@@ -151,17 +164,7 @@ class Text:
         self.tokens += [*work.draft[: work.matched], *own]
         self._ended = self.tokens[-1] in self._eos_ids
         self.cache.truncate(min(self.cache.length, length + work.matched))
-        queue_s = (work.started_s or work.arrived_s) - work.arrived_s
-        return Committed(
-            base=work.base,
-            accepted=work.skipped + work.matched,
-            tokens=(*unsent, *own),
-            extension=work.extension,
-            queue_s=queue_s,
-            compute_s=work.compute_s,
-            passes=work.passes,
-            logprobs=tuple(work.logprobs),
-        )
+        return work.committed((*unsent, *own), work.skipped + work.matched)
 
     def _note(self, work: Work, logits_V: Floats, token: int) -> None:
         if self._logprobs is not None:

@@ -14,7 +14,7 @@ import click
 from edge_agent.answer import page
 from edge_agent.config import MODES, EdgeConfig, LanguageConfig, Tls, WholeImage
 from edge_agent.generation import ARMS
-from edge_agent.policy.plan import Prices
+from edge_agent.policy.plan import Objective, Prices
 from edge_agent.vision import EdgeAgent
 from models.errors import InvalidInput, IsthmusError
 from models.language.sampling import Sampling
@@ -38,6 +38,7 @@ CLOUD = [
     option("--tls-certificate", type=FILE, help="PEM of this device, for mutual TLS."),
     option("--tls-key", type=FILE),
     option("--threads", type=click.IntRange(0, 256), default=0, help="ONNX Runtime threads; 0 for every core."),
+    option("--objective", type=click.Choice(get_args(Objective)), default="fastest", help="Of what is good enough."),
     option("--usd-per-gb", type=click.FloatRange(0), default=0.50, help="Price of the uplink."),
     option("--usd-per-cloud-hour", type=click.FloatRange(0), default=0.05),
 ]
@@ -45,7 +46,6 @@ PHOTOS = [
     option("--bundle", type=click.Path(path_type=Path), help=f"Of a vision model.  [default: {DEFAULT_BUNDLE}]"),
     option("--mode", type=click.Choice(MODES), default="auto", help="auto lets the router choose; others pin one arm."),
     option("--precision", type=click.Choice(get_args(Precision)), default="fp32", help="Of the head."),
-    option("--objective", type=click.Choice(["fastest", "cheapest"]), default="fastest"),
     option("--epsilon", type=click.FloatRange(0, 1), default=0.005, help="Certified loss of accuracy at the exits."),
     option("--min-agreement", type=click.FloatRange(0, 1), default=0.96, help="Of a rate with the cloud model."),
     option("--task", "tasks", multiple=True, help="A question of the bundle, repeatable.  [default: its first]"),
@@ -58,7 +58,12 @@ LANGUAGE = [
     option("--device-model", help="A smaller model with the same tokenizer, for the device."),
     option("--device-bits", type=click.Choice(["4", "8"]), default="8", help="Of the device's weights."),
     option("--draft", type=click.Choice(["model", "lookup"]), default="model", help="Where drafts come from."),
-    option("--handoff", type=click.Path(path_type=Path), help="A bundle of the model's exits: allows the arm handoff."),
+    option(
+        "--handoff",
+        type=click.Path(path_type=Path),
+        help="A bundle of exits and judges: for handoff and auto.",
+    ),
+    option("--quality", type=click.FloatRange(0, 1), default=0.99, help="Of auto: its tokens as the cloud has them."),
     option("--agreement", type=click.FloatRange(0, 1), default=0.97, help="With the full model, where exits decide."),
     option("--state-rate", type=click.IntRange(0), help="Of rows that cross.  [default: the cheapest good one]"),
     option("--fill", is_flag=True, help="The cloud guesses state of tokens that exits decided: cheaper, less exact."),
@@ -127,9 +132,13 @@ def to_language_config(
     agreement: float,
     state_rate: int | None,
     fill: bool,
+    quality: float,
+    objective: str,
     context: int,
     on_loss: str,
     threads: int,
+    usd_per_gb: float,
+    usd_per_cloud_hour: float,
     tls_ca: Path | None,
     tls_certificate: Path | None,
     tls_key: Path | None,
@@ -146,6 +155,9 @@ def to_language_config(
         agreement=agreement,
         state_rate=state_rate,
         fill=fill,
+        quality=quality,
+        objective=objective,  # type: ignore[arg-type]
+        prices=Prices(usd_per_gb / 1e9, usd_per_cloud_hour / 3600),
         context=context,
         on_loss=on_loss,  # type: ignore[arg-type]
         threads=threads,
@@ -225,9 +237,9 @@ def run(listen: str, model: str | None, as_json: bool, **options: Any) -> None:
         uvicorn.run(app, host=host, port=int(port), log_level="warning", timeout_keep_alive=30)
 
 
-@main.command(epilog="Example: edge-agent chat --model smollm2 --cloud cloud:50051 --arm verify")
+@main.command(epilog="Example: edge-agent chat --model smollm2 --handoff models/zoo/smollm2 --cloud cloud:50051")
 @option("--model", default="smollm2", help=MODEL_HELP)
-@option("--arm", type=click.Choice(["auto", *ARMS]), default="auto", help="auto: verify with a cloud, else edge.")
+@option("--arm", type=click.Choice(ARMS), default="auto", help="auto: as the router has it, token by token.")
 @option("--system", default="", help="What the model is told first.")
 @option("--max-tokens", type=click.IntRange(1), help="Of an answer.  [default: what the context leaves]")
 @option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy.")
@@ -251,14 +263,12 @@ def chat(
     from edge_agent.chat import chat as talk
 
     config = to_language_config(model, **options)
-    prices = Prices(options["usd_per_gb"] / 1e9, options["usd_per_cloud_hour"] / 3600)
-    wanted = {"auto": "verify" if config.clouds else "edge"}.get(arm, arm)
-    if wanted != "edge" and not config.clouds:
-        raise click.UsageError(f"--arm {wanted} needs --cloud")
+    if arm not in ("auto", "edge") and not config.clouds:
+        raise click.UsageError(f"--arm {arm} needs --cloud")
     with open_language(config)[0] as agent:
-        chat_settings = ChatSettings(system, max_tokens, Sampling(temperature, seed=seed), prices, as_json)
+        chat_settings = ChatSettings(system, max_tokens, Sampling(temperature, seed=seed), config.prices, as_json)
         source = None if sys.stdin.isatty() else sys.stdin
-        failed = talk(agent, wanted, Console(highlight=False), chat_settings, source)  # type: ignore[arg-type]
+        failed = talk(agent, arm, Console(highlight=False), chat_settings, source)  # type: ignore[arg-type]
     sys.exit(1 if failed else 0)
 
 

@@ -10,8 +10,8 @@ import json
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TextIO
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -27,7 +27,7 @@ COLOURS: dict[Source, str] = {"edge": "green", "draft": "cyan", "cloud": "magent
 LEGEND: dict[Source, str] = {"edge": "the device", "draft": "device, confirmed by the cloud", "cloud": "the cloud"}
 BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # can make a line read as another one
 ROOM_TOKENS = 64  # an answer wants at least this much of the context; older messages are forgotten for it
-HELP = "/arm edge|cloud|verify|handoff   /reset   /help   /quit      Ctrl-C ends an answer, Ctrl-D the chat"
+HELP = "/arm auto|edge|cloud|verify|handoff   /reset   /help   /quit      Ctrl-C ends an answer, Ctrl-D the chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Answer:
     def tokens(self) -> int:
         return sum(self.made.values())
 
-    def figures(self, prices: Prices) -> dict[str, object]:
+    def figures(self, prices: Prices) -> dict[str, Any]:
         """For a person or a program; None where only an answer's end would have told."""
         summary = self.outcome.summary if self.outcome else None
         bytes_up = summary.bytes_up if summary else None
@@ -73,6 +73,7 @@ class Answer:
             "usd": prices.usd(summary.bytes_up, summary.cloud_s, own_s or 0.0) if summary else None,
             "arm": summary.arm if summary else None,
             "why": summary.why if summary else None,
+            "spans": [asdict(span) for span in summary.spans] if summary else None,
             "degraded": summary.degraded if summary else None,
         }
 
@@ -244,7 +245,7 @@ def escape(char: str) -> str:
     return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"\\u{ord(char):04x}"
 
 
-def status(figures: dict[str, object]) -> str:
+def status(figures: dict[str, Any]) -> str:
     """One line of figures; what is not known is left out."""
     forms = {
         "tokens": "{} tokens",
@@ -262,4 +263,6 @@ def status(figures: dict[str, object]) -> str:
         parts.append("interrupted")
     if figures["degraded"]:
         parts.append(f"DEGRADED: {visible(str(figures['why']))}")
+    elif figures["arm"] == "auto":
+        parts.append(visible(str(figures["why"])))
     return " · ".join(parts)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edge_agent.conversation import Conversation
-from edge_agent.generation import Ask, Token
+from edge_agent.generation import Arm, Ask, Span, Token
 from edge_agent.link import Link
 from edge_agent.replicas import Replicas
 from models.errors import DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
@@ -42,6 +42,31 @@ class Tally:
     rtt_s: float | None = None
     degraded: bool = False
     why: str = ASKED
+    spans: list[Span] = field(default_factory=list)  # where several arms took turns
+
+    def count(self, arm: Arm, why: str) -> None:
+        """One more token, by this arm, for this reason if it is the first of a row."""
+        if self.spans and self.spans[-1].arm == arm:
+            self.spans[-1] = replace(self.spans[-1], tokens=self.spans[-1].tokens + 1)
+        else:
+            self.spans.append(Span(arm, 1, why))
+
+    def add(self, part: Tally) -> None:
+        """Count what another arm spent on its part of the answer."""
+        if not self.bytes_up:
+            self.cached = part.cached  # later parts find what this answer left there
+        self.accepted += part.accepted
+        self.rejected += part.rejected
+        self.rounds += part.rounds
+        self.passes += part.passes
+        self.prefill_passes += part.prefill_passes
+        self.opening_bytes += part.opening_bytes
+        self.bytes_up += part.bytes_up
+        self.bytes_down += part.bytes_down
+        self.cloud_s += part.cloud_s
+        self.rtt_s = part.rtt_s if part.rtt_s is not None else self.rtt_s
+        self.degraded = self.degraded or part.degraded
+        self.why = part.why if part.why != ASKED else self.why
 
 
 class CloudAnswer(ABC):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from edge_agent.cloud_answer import ASKED, CloudAnswer
 from edge_agent.conversation import Conversation
-from edge_agent.generation import Ask, Source, Token
+from edge_agent.generation import Ask, Source, Token, cloud_token
 from edge_agent.link import Link
 from edge_agent.policy.drafting import MAX_DRAFTS, Acceptance, Measured, Pace, next_step
 from edge_agent.policy.estimates import Average
@@ -79,12 +80,34 @@ class Collaboration(CloudAnswer):
         self._rounds: deque[Sent] = deque()
         self._streaming = False
         self._read = False  # whether the cloud has read the prompt: its passes for it decide no tokens
+        self._ready: tuple[Conversation, Link] | None = None  # opened and asked before anybody wanted tokens
+
+    def prepare(self) -> None:
+        """Have a cloud read the prompt and decide what follows it, while the device does something else."""
+        if (link := self._replicas.best()) is not None:
+            conversation = link.converse()
+            self._ready = conversation, link
+            self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
+            self._send(conversation, (), extend=self._left - 1)
+
+    def close(self) -> None:
+        """Also of what was prepared and not wanted."""
+        if self._ready is not None:
+            conversation, link = self._ready
+            with suppress(IsthmusError):
+                if (committed := conversation.poll()) is not None:
+                    self._count(committed)
+            self._seat.held = len(self._text)
+            self._end(conversation, link)
+        super().close()
 
     def _with_cloud(self, link: Link) -> Iterator[Token]:
-        conversation = link.converse()
+        conversation, link = self._ready or (link.converse(), link)
+        self._reopened = None
         try:
-            self._reopened = None
-            self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
+            if self._ready is None:
+                self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
+            self._ready = None
             if self._streams(link):
                 yield from self._stream(conversation, link)
             else:
@@ -122,7 +145,8 @@ class Collaboration(CloudAnswer):
         """The cloud goes on by itself; drafts that cost nothing are thrown in."""
         free = self._draft if self._draft is not None and self._tempo.draft_s.value < FREE_S else None
         self._streaming = True
-        self._send(conversation, (), extend=self._left - 1)
+        if not self._rounds:
+            self._send(conversation, (), extend=self._left - 1)
         while not self._finished:
             yield from self._take(self._receive(conversation, link))
             if free is None or self._finished or any(sent.live for sent in self._rounds):
@@ -247,8 +271,7 @@ class Collaboration(CloudAnswer):
         rows = committed.logprobs[-len(ids[known:]) :] if committed.logprobs else ()
         for index, id_ in enumerate(fresh):
             source: Source = "draft" if known + index < committed.accepted else "cloud"
-            row = rows[index] if index < len(rows) else None
-            token = Token(id_, source, row.own if row else None, row.top if row else ())
+            token = cloud_token(id_, source, rows[index] if index < len(rows) else None)
             self._add(token)
             self._seat.held = len(self._text)
             self.tally.accepted += source == "draft"

@@ -65,6 +65,9 @@ class LanguageConfig:
     device_bits: Literal[4, 8] = 8  # of the device's weights
     draft: Literal["model", "lookup"] = "model"
     handoff: Path | None = None  # a bundle of exits and coded rows that belongs to `model`: for the arm handoff
+    quality: float = 0.99  # for auto: share of an answer's tokens that are to be what the cloud's model would choose
+    objective: Objective = "fastest"  # of the arms that keep it
+    prices: Prices = Prices()
     agreement: float = 0.97  # with the full model, of tokens that exits decide: picks the bundle's thresholds
     state_rate: int | None = None  # of the rows that cross; None: the cheapest that loses half a point at most
     fill: bool = False  # whether the cloud may guess keys and values of tokens that it does not decide

@@ -6,25 +6,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from models.language.sampling import GREEDY, Sampling
+from models.language.sampling import GREEDY, Floats, Sampling, choose, logprobs
+from models.language.session import Logprobs
 
 if TYPE_CHECKING:
     from models.language.tokenizer import Tokenizer
 
-Arm = Literal["edge", "cloud", "verify", "handoff"]
-ARMS: tuple[Arm, ...] = ("edge", "cloud", "verify", "handoff")
+Arm = Literal["auto", "edge", "cloud", "verify", "handoff"]  # auto: as the router has it, token by token
+ARMS: tuple[Arm, ...] = ("auto", "edge", "cloud", "verify", "handoff")
 Source = Literal["edge", "cloud", "draft"]  # draft: made on the device and confirmed by the cloud
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One answer wanted. `top_logprobs` None: no log probabilities; 0: the token's own; n: the n likeliest as well."""
+    """One answer wanted. `top_logprobs` None: no log probabilities; 0: the token's own; n: the n likeliest as well.
+
+    `quality`, for auto: the share of its tokens that are to be what the cloud's model would choose; None: the owner's.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
     arm: Arm
     sampling: Sampling = GREEDY
     top_logprobs: int | None = None
+    quality: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,28 @@ class Token:
     source: Source
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+def edge_token(logits_V: Floats, ask: Ask, position: int) -> Token:
+    """A token that the device decides by itself."""
+    id_ = choose(logits_V, ask.sampling, position)
+    if ask.top_logprobs is None:
+        return Token(id_, "edge")
+    return Token(id_, "edge", *logprobs(logits_V, id_, ask.top_logprobs))
+
+
+def cloud_token(id_: int, source: Source, row: Logprobs | None) -> Token:
+    """A token that the cloud decided or confirmed, with what it said of it."""
+    return Token(id_, source, row.own if row else None, row.top if row else ())
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens in a row that one arm made, and why it was that one."""
+
+    arm: Arm
+    tokens: int
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +85,7 @@ class Summary:
     rtt_s: float | None = None
     cloud_s: float = 0.0  # queue and compute
     degraded: bool = False  # the cloud was lost, and the device went on alone
+    spans: tuple[Span, ...] = ()  # of an answer by auto
 
 
 class Generator(Protocol):
@@ -75,7 +103,7 @@ class Generator(Protocol):
         """Tokens of prompt and answer together."""
 
     def arms(self) -> tuple[Arm, ...]:
-        """Those that can be asked for now: without a cloud only edge."""
+        """Those that can be asked for now: without a cloud only edge, and auto, which is edge then."""
 
     def generate(self, ask: Ask) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. A generator that blocks; closing it ends the cloud session.

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 from edge_agent.cloud_answer import CloudAnswer
 from edge_agent.conversation import Conversation
-from edge_agent.generation import Ask, Token
+from edge_agent.generation import Ask, Token, cloud_token, edge_token
 from edge_agent.link import Link
 from edge_agent.replicas import Replicas
 from models.errors import ContextGone, ServiceError
 from models.language.handoff import Handoff
 from models.language.onnx_exits import Choice, ExitingDecoder
-from models.language.sampling import choose, logprobs
 from models.language.session import Committed, Opening, Round
 from protos.limits import MAX_STATES
 from protos.wire_session import checksum
@@ -124,8 +123,7 @@ class Handover(CloudAnswer):
         self.tally.rounds += 1
         self.tally.passes += 1
         self.tally.prefill_passes -= 1
-        row = committed.logprobs[0] if committed.logprobs else None
-        return Token(committed.tokens[0], "cloud", row.own if row else None, row.top if row else ())
+        return cloud_token(committed.tokens[0], "cloud", committed.logprobs[0] if committed.logprobs else None)
 
     def _send_rows(self, conversation: Conversation, link: Link, ask: bool = False) -> None:
         """Send the rows of all tokens that have not been sent, and maybe ask what follows them."""
@@ -153,8 +151,4 @@ class Handover(CloudAnswer):
         return self._token(self._device.choose(text, NEVER))
 
     def _token(self, choice: Choice) -> Token:
-        """The token of an exit."""
-        id_ = choose(choice.logits_V, self._ask.sampling, len(self._text))
-        if self._ask.top_logprobs is None:
-            return Token(id_, "edge")
-        return Token(id_, "edge", *logprobs(choice.logits_V, id_, self._ask.top_logprobs))
+        return edge_token(choice.logits_V, self._ask, len(self._text))

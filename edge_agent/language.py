@@ -4,6 +4,7 @@
         -> cloud:  prompt up, tokens down            (Collaboration without a draft)
         -> verify: drafts up, confirmations down     (Collaboration with one)
         -> handoff: exits here, coded rows up where none is sure    (Handover)
+        -> auto:   whichever of these keeps the quality and is best now    (Auto)
 
 Knows nothing about text beyond the tokenizer it hands on, and nothing about HTTP.
 """
@@ -13,33 +14,36 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
-from edge_agent.cloud_answer import CloudAnswer
+from edge_agent.auto import Auto, Copy
+from edge_agent.cloud_answer import ASKED, CloudAnswer
 from edge_agent.collaboration import Collaboration, Tempo
 from edge_agent.config import LanguageConfig
-from edge_agent.generation import Arm, Ask, Summary, Token
+from edge_agent.generation import Arm, Ask, Summary, Token, edge_token
 from edge_agent.handover import NEVER, Handover, Terms
 from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.link import Link
 from edge_agent.policy.breaker import BreakerLimits
 from edge_agent.policy.drafting import Acceptance
+from edge_agent.policy.routing import Plan, Shared, Wish, choose, level_for, offers
 from edge_agent.replicas import Replicas
 from models.errors import BundleError, InvalidInput
+from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.drafts import Draft, LookupDraft, ModelDraft
 from models.language.handoff import Handoff
-from models.language.handoff_manifest import HandoffManifest
+from models.language.handoff_manifest import HandoffManifest, Level
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.onnx_exits import ExitingDecoder
-from models.language.sampling import Floats, choose, logprobs
+from models.language.sampling import Floats
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
 
-PRIOR_ACCEPTANCE = {8: 0.9, 4: 0.7}  # of drafts by a copy with so many bits, until its own are known
+PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a copy with so many bits, until its own are known
 LOST_TO_CODING = 0.005  # of the cloud's choices, at most, when nobody says at which rate rows cross
 WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
@@ -62,15 +66,25 @@ class LanguageAgent:
         self.context = checkpoint.config.context if config.clouds else self.device_context
         self._vocab = min(checkpoint.config.vocab, small.config.vocab)  # they may be padded differently
         self._metrics = metrics
-        self._handoff = Handoff.open(config.handoff, checkpoint) if config.handoff else None
-        if self._handoff and small is not checkpoint:
+        handoff = Handoff.open(config.handoff, checkpoint) if config.handoff else None
+        if handoff and small is not checkpoint:
             raise InvalidInput("hand-off shares one model by layers: a device model of its own has no part in that")
-        cuts = self._handoff.depths if self._handoff else ()
+        cuts = handoff.depths if handoff else ()
         decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads, cuts)
-        self._model = ModelDraft(decoder)
-        self._exits = ExitingDecoder(self._handoff, small, decoder, config.threads) if self._handoff else None
+        self._decoder, self._model = decoder, ModelDraft(decoder)
+        self._shared: tuple[ExitingDecoder, Handoff, Terms] | None = None  # what the arm handoff needs
+        self._layers: Shared | None = None  # what that is worth
+        judge, self._levels = None, tuple[Level, ...]()
+        if handoff:
+            exits = ExitingDecoder(handoff, small, decoder, config.threads)
+            self._shared = exits, handoff, terms_of(handoff.manifest, config)
+            self._layers = shared_of(handoff.manifest, self._shared[2], checkpoint.config)
+            if found := handoff.copy(config.device_bits):
+                judge, self._levels = found
+        self._copy = Copy(self._logits, self.device_context, judge)
         self._device = threading.Lock()  # the device's model has one cache
-        self._tempo = Tempo(acceptance=Acceptance(PRIOR_ACCEPTANCE[config.device_bits]))
+        prior = 1 - self._levels[0].wrong if self._levels else PRIOR_ACCEPTANCE[config.device_bits]
+        self._tempo = Tempo(acceptance=Acceptance(prior))
         for _ in range(WARM_UP_TOKENS):
             started_s = time.monotonic()
             decoder.extend([0])
@@ -84,19 +98,15 @@ class LanguageAgent:
             link.wait_probed(config.connect_s)
 
     def arms(self) -> tuple[Arm, ...]:
-        """Those that can be asked for: without a cloud only edge, without a bundle of exits no handoff."""
+        """Those that can be asked for: without a cloud only edge and auto, without a bundle of exits no handoff."""
         if not self.config.clouds:
-            return ("edge",)
-        return ("edge", "cloud", "verify", "handoff") if self._handoff else ("edge", "cloud", "verify")
+            return ("auto", "edge")
+        return ("auto", "edge", "cloud", "verify", *(("handoff",) if self._shared else ()))
 
     def generate(self, ask: Ask) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. Closing it ends the cloud session. Raises IsthmusError."""
         ask = self._checked(ask)
-        if ask.arm == "edge":
-            return self._counted(self._edge(ask))
-        if ask.arm == "handoff":
-            return self._counted(self._handover(ask))
-        return self._counted(self._with_cloud(ask))
+        return self._counted(self._answered(ask))
 
     def close(self) -> None:
         """End the links."""
@@ -128,81 +138,103 @@ class LanguageAgent:
             )
         if not 0 <= min(ask.prompt) <= max(ask.prompt) < self._vocab:
             raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {self._vocab}")
+        if ask.quality is not None and not 0 <= ask.quality <= 1:
+            raise InvalidInput(f"quality is {ask.quality}, expected 0 to 1")
         return replace(ask, max_tokens=min(ask.max_tokens, room))
 
+    def _answered(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+        if ask.arm == "edge" or not self.config.clouds:
+            return self._edge(ask)
+        if ask.arm == "handoff":
+            return self._handover(ask)
+        return self._auto(ask) if ask.arm == "auto" else self._with_cloud(ask)
+
     def _edge(self, ask: Ask) -> Generator[Token | Summary, None, None]:
-        text = list(ask.prompt)
+        text, why = list(ask.prompt), ASKED if ask.arm == "edge" else "no cloud is configured"
         with self._device:
             for made in range(1, ask.max_tokens + 1):
-                token = edge_token(self._model.logits(text), ask, len(text))
+                token = edge_token(self._logits(text), ask, len(text))
                 text.append(token.id)
                 yield token
                 if token.id in self.tokenizer.eos_ids:
-                    yield Summary("stop", len(ask.prompt), made, "edge", "asked for")
+                    yield Summary("stop", len(ask.prompt), made, "edge", why)
                     return
-        yield Summary("length", len(ask.prompt), ask.max_tokens, "edge", "asked for")
+        yield Summary("length", len(ask.prompt), ask.max_tokens, "edge", why)
 
     def _with_cloud(self, ask: Ask) -> Generator[Token | Summary, None, None]:
-        mine = self._device.acquire(blocking=False)  # while another answer has it, the cloud decodes alone
-        answer = None
+        with self._device_if_free() as mine:
+            yield from told(ask, self._begun(ask, mine))
+
+    def _handover(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+        with self._device:
+            yield from told(ask, self._begun(ask, True))
+
+    def _auto(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+        quality = self.config.quality if ask.quality is None else ask.quality
+        wish = Wish(quality, self.config.objective, self.config.prices)
+        with self._device_if_free() as mine:
+            copy = self._copy if mine else None
+            route, begin = partial(self._plan, wish), partial(self._begun, mine=mine)
+            yield from told(ask, Auto(ask, self.tokenizer.eos_ids, copy, route, begin))
+
+    @contextmanager
+    def _device_if_free(self) -> Iterator[bool]:
+        """Whether the device's model is this answer's: while another one has it, the cloud decodes alone."""
+        mine = self._device.acquire(blocking=False)
         try:
-            draft, tempo = self._draft(ask, mine)
-            alone = partial(self._alone, ask) if mine and self.config.on_loss == "alone" else None
-            answer = Collaboration(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone)
-            made = 0
-            with closing(answer.tokens()) as tokens:
-                for token in tokens:
-                    made += 1
-                    yield token
-            yield summary(ask, answer, made)
+            yield mine
         finally:
-            if answer is not None:
-                answer.close()
             if mine:
                 self._device.release()
 
-    def _handover(self, ask: Ask) -> Generator[Token | Summary, None, None]:
-        assert self._handoff is not None and self._exits is not None
-        with self._device:
-            terms = terms_of(self._handoff.manifest, self.config)
+    def _begun(self, ask: Ask, mine: bool) -> CloudAnswer:
+        """An answer by one of the cloud's arms. `mine`: it may use the device's model."""
+        if ask.arm == "handoff":
+            assert self._shared is not None
             wait = self.config.on_loss == "wait"
-            eos_ids = self.tokenizer.eos_ids
-            answer = Handover(ask, eos_ids, self.replicas, self._exits, self._handoff, terms, wait)
-            try:
-                made = 0
-                with closing(answer.tokens()) as tokens:
-                    for token in tokens:
-                        made += 1
-                        yield token
-                yield summary(ask, answer, made)
-            finally:
-                answer.close()
+            return Handover(ask, self.tokenizer.eos_ids, self.replicas, *self._shared, wait)
+        draft = self._draft(ask, mine)
+        tempo = self._lookup_tempo if isinstance(draft, LookupDraft) else self._tempo
+        alone = partial(self._alone, ask) if mine and self.config.on_loss == "alone" else None
+        return Collaboration(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone)
 
-    def _draft(self, ask: Ask, mine: bool) -> tuple[Draft | None, Tempo]:
+    def _plan(self, wish: Wish, usable: bool, now: Arm | None) -> Plan:
+        """What the router says, by what is believed at present. `usable`: the device's copy can go on."""
+        link = self.replicas.best() or next(iter(self.replicas))
+        tempo = self._lookup_tempo if self.config.draft == "lookup" else self._tempo
+        edge = None
+        if usable and wish.quality <= 0:
+            edge = Level(likely=0, asked=0, wrong=1)
+        elif usable and self._levels and wish.quality < 1:
+            edge = level_for(self._levels, wish.quality)
+        drafts = usable or self.config.draft == "lookup"
+        layers = self._layers if usable else None
+        found = offers(wish, tempo.pace(link), drafts, self._tempo.draft_s.value, edge, layers)
+        return choose(found, wish, now)
+
+    def _draft(self, ask: Ask, mine: bool) -> Draft | None:
         if ask.arm == "verify" and self.config.draft == "lookup":
-            return LookupDraft(), self._lookup_tempo
+            return LookupDraft()
         fits = len(ask.prompt) < self.device_context  # beyond it, in mid-answer, the cloud goes on by itself
-        if ask.arm == "verify" and self.config.draft == "model" and mine and fits:
-            return self._model, self._tempo
-        return None, self._tempo
+        return self._model if ask.arm == "verify" and mine and fits else None
 
     def _alone(self, ask: Ask, text: Sequence[int]) -> Token | None:
         if len(text) > self.device_context:
             return None
-        return edge_token(self._model.logits(text), ask, len(text))
+        return edge_token(self._logits(text), ask, len(text))
+
+    def _logits(self, text: Sequence[int]) -> Floats:
+        """Of the device's model behind a text; the time of single tokens is remembered."""
+        started_s, known = time.monotonic(), self._decoder.length
+        logits_V = self._model.logits(text)
+        if self._decoder.length == known + 1:
+            self._tempo.draft_s.observe(time.monotonic() - started_s)
+        return logits_V
 
     def _counted(self, events: Generator[Token | Summary, None, None]) -> Iterator[Token | Summary]:
         if self._metrics is None:
             return events
         return self._metrics.watch(events)
-
-
-def edge_token(logits_V: Floats, ask: Ask, position: int) -> Token:
-    """A token that the device decides by itself."""
-    id_ = choose(logits_V, ask.sampling, position)
-    if ask.top_logprobs is None:
-        return Token(id_, "edge")
-    return Token(id_, "edge", *logprobs(logits_V, id_, ask.top_logprobs))
 
 
 def terms_of(manifest: HandoffManifest, config: LanguageConfig) -> Terms:
@@ -215,7 +247,29 @@ def terms_of(manifest: HandoffManifest, config: LanguageConfig) -> Terms:
     return Terms(min(good, default=NEVER), min(near) if config.state_rate is None else config.state_rate, config.fill)
 
 
-def summary(ask: Ask, answer: CloudAnswer, made: int) -> Summary:
+def shared_of(manifest: HandoffManifest, terms: Terms, config: LlamaConfig) -> Shared:
+    """What layers shared are worth on these terms, as the bundle measured it."""
+    found = min(manifest.thresholds, key=lambda threshold: abs(threshold.confidence - terms.likely))
+    decided = found.coverage if terms.likely <= 1 else 0.0
+    rate = manifest.rates[terms.rate]
+    right = decided * found.agreement + (1 - decided) * rate.agreement
+    return Shared(right, 1 - decided, 1 - manifest.depth / config.layers, rate.mean_bytes)
+
+
+def told(ask: Ask, answer: CloudAnswer | Auto) -> Generator[Token | Summary, None, None]:
+    """An answer's tokens and last its summary; however it ends, its session is remembered."""
+    made = 0
+    try:
+        with closing(answer.tokens()) as tokens:
+            for token in tokens:
+                made += 1
+                yield token
+        yield summary(ask, answer, made)
+    finally:
+        answer.close()
+
+
+def summary(ask: Ask, answer: CloudAnswer | Auto, made: int) -> Summary:
     tally = answer.tally
     return Summary(
         finish=answer.finish,
@@ -235,4 +289,5 @@ def summary(ask: Ask, answer: CloudAnswer, made: int) -> Summary:
         rtt_s=tally.rtt_s,
         cloud_s=tally.cloud_s,
         degraded=tally.degraded,
+        spans=tuple(tally.spans),
     )

@@ -12,6 +12,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -206,13 +207,14 @@ def usage(job: Job, outcomes: Sequence[Outcome]) -> Json:
 
 
 def how(job: Job, outcomes: Sequence[Outcome]) -> Json:
-    """Sums over all answers; arm, reason and round trip of the last. null: unknown, a stop string ended one."""
+    """Sums over all answers; arm, reason, spans and round trip of the last. null: unknown, a stop string ended one."""
     whole = [outcome.summary for outcome in outcomes if outcome.summary]
     last = outcomes[-1].summary
     known = len(whole) == len(outcomes)
     return {
         "arm": last.arm if last else job.arm,
         "why": last.why if last else "ended at a stop string",
+        "spans": [asdict(span) for span in last.spans] if last else None,
         "degraded": True if any(summary.degraded for summary in whole) else (False if known else None),
         "rounds": sum(summary.rounds for summary in whole) if known else None,
         "bytes_up": sum(summary.bytes_up for summary in whole) if known else None,

@@ -5,11 +5,13 @@ is ignored. null means absent. Knows nothing of HTTP beyond status codes; openai
 
 Choices of ours, where the API leaves one: `seed` is taken modulo 2^63, and the n-th of several answers uses seed + n,
 as they would be equal otherwise; `max_tokens` beyond the context means what is left of it; text parts are joined with a
-line feed; `private` (or the header X-Isthmus-Private) keeps a request on the device.
+line feed; `private` (or the header X-Isthmus-Private) keeps a request on the device; `quality`, or auto-q0.9 as the
+model's name, is the share of an answer's tokens that are to be what the cloud's model would choose.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 1000  # an answer is held back while a stop string may have begun, and compared at every token
 COMPLETION_TOKENS = 16  # default of /v1/completions
 LEAST_TOP_P = 1e-9  # for 0, which OpenAI allows: the likeliest token alone
+DIALLED = re.compile(r"(.+)-q(0(?:\.[0-9]{1,6})?|1(?:\.0{1,6})?)")  # auto-q0.9
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 ASKS_NOTHING: Mapping[str, tuple[object, ...]] = {  # values of fields we cannot honour that we need not honour
     "audio": (),
@@ -140,6 +143,7 @@ class Request(Lenient):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     private: bool = False
+    quality: float | None = Field(None, ge=0, le=1)
 
 
 class ChatRequest(Request):
@@ -176,11 +180,11 @@ def chat_job(data: bytes, private: bool, generator: Generator) -> Job:
     request = checked(ChatRequest, data)
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    arm = arm_of(request.model, private or request.private, generator)
+    arm, quality = arm_of(request, private or request.private, generator)
     prompt = generator.tokenizer.chat([Message(message.role, message.content) for message in request.messages])
     wanted = request.max_completion_tokens or request.max_tokens or generator.context
     top = (request.top_logprobs or 0) if request.logprobs else None
-    asks = asks_of(request, tuple(prompt), wanted, arm, top, generator.context, "messages")
+    asks = asks_of(request, tuple(prompt), wanted, arm, quality, top, generator.context, "messages")
     return job_of("chat", request, generator, arm, asks, ("",) * len(asks))
 
 
@@ -193,13 +197,13 @@ def completion_job(data: bytes, private: bool, generator: Generator) -> Job:
         raise ApiError(400, "echo cannot be had together with logprobs", param="echo")
     if len(request.prompt) * request.n > MAX_CHOICES:
         raise ApiError(400, f"{len(request.prompt)} prompts: over {MAX_CHOICES} answers at once", param="prompt")
-    arm = arm_of(request.model, private or request.private, generator)
+    arm, quality = arm_of(request, private or request.private, generator)
     wanted = request.max_tokens or COMPLETION_TOKENS
     asks: list[Ask] = []
     echoes: list[str] = []
     for prompt in request.prompt:
         ids = ids_of(prompt, generator)
-        asks += asks_of(request, ids, wanted, arm, request.logprobs, generator.context, "prompt")
+        asks += asks_of(request, ids, wanted, arm, quality, request.logprobs, generator.context, "prompt")
         text = prompt if isinstance(prompt, str) else generator.tokenizer.decode(ids)
         echoes += [text if request.echo else ""] * request.n
     return job_of("completion", request, generator, arm, asks, echoes)
@@ -229,14 +233,17 @@ def checked(kind: type[Known], data: bytes) -> Known:
         raise ApiError(400, message, param=param) from None
 
 
-def arm_of(model: str, private: bool, generator: Generator) -> Arm:
-    """The arm a model name asks for. Raises ApiError 404, and 400 where privacy forbids it."""
+def arm_of(request: Request, private: bool, generator: Generator) -> tuple[Arm, float | None]:
+    """The arm a model name asks for, and the quality. Raises ApiError 404, and 400 where privacy forbids it."""
+    model, quality = request.model, request.quality
     if private and model.removeprefix(f"{generator.name}:") in ("cloud", "verify", "handoff"):
         raise ApiError(400, f"{model} would leave the device, and the request is private", param="model")
     known = models(generator)
-    if model not in known:
-        raise unknown_model(model, known)
-    return "edge" if private else known[model]
+    if dialled := DIALLED.fullmatch(model):
+        model, quality = dialled[1], float(dialled[2])
+    if model not in known or (dialled and known[model] != "auto"):
+        raise unknown_model(request.model, known)
+    return "edge" if private else known[model], quality
 
 
 def unknown_model(model: str, known: Iterable[str]) -> ApiError:
@@ -246,10 +253,8 @@ def unknown_model(model: str, known: Iterable[str]) -> ApiError:
 
 def models(generator: Generator) -> dict[str, Arm]:
     """Names of models, and the arm each means now."""
-    arms = generator.arms()
-    auto: Arm = "verify" if "verify" in arms else "edge"
-    short: dict[str, Arm] = {"auto": auto, **{arm: arm for arm in arms}}
-    return {generator.name: auto, **short, **{f"{generator.name}:{name}": arm for name, arm in short.items()}}
+    short: dict[str, Arm] = {arm: arm for arm in generator.arms()}
+    return {generator.name: "auto", **short, **{f"{generator.name}:{name}": arm for name, arm in short.items()}}
 
 
 def ids_of(prompt: str | Sequence[int], generator: Generator) -> tuple[int, ...]:
@@ -264,7 +269,14 @@ def ids_of(prompt: str | Sequence[int], generator: Generator) -> tuple[int, ...]
 
 
 def asks_of(
-    request: Request, prompt: tuple[int, ...], wanted: int, arm: Arm, top: int | None, context: int, param: str
+    request: Request,
+    prompt: tuple[int, ...],
+    wanted: int,
+    arm: Arm,
+    quality: float | None,
+    top: int | None,
+    context: int,
+    param: str,
 ) -> list[Ask]:
     """`n` asks for one prompt. Raises ApiError where it is empty or leaves no room for an answer."""
     if not prompt:
@@ -276,7 +288,7 @@ def asks_of(
     top_p = max(request.top_p, LEAST_TOP_P)
     room = min(wanted, context - len(prompt))
     samplings = [Sampling(request.temperature, top_p, (seed + index) % (MAX_SEED + 1)) for index in range(request.n)]
-    return [Ask(prompt, room, arm, sampling, top) for sampling in samplings]
+    return [Ask(prompt, room, arm, sampling, top, quality) for sampling in samplings]
 
 
 def job_of(

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from models import bundle
@@ -21,8 +22,8 @@ from models.codecs.contexts import ALL_CONTEXTS, ENDS, PHASES
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks, rotate
 from models.language.handoff_manifest import HandoffManifest
-from models.language.onnx_exits import EVIDENCE
-from models.language.packing import Floats, packed
+from models.language.judge import EVIDENCE
+from models.language.packing import Floats, packed8
 from models.language.states import StateCodec, components
 from models.recipes.fit_tables import MAX_INTEGER, frequencies
 from models.recipes.language_device import exit_tensors
@@ -32,6 +33,7 @@ from models.recipes.llama import Llama
 GAINS = ((3.0, 8.0), (24.0, 16.0))  # steps of a component and of the size, a coarse rate and a fine one
 MAX_STATE_BYTES = 160  # 65 channels of at most 16 bits, and some
 TEXTS = 3
+LEVELS = [{"likely": 0.0, "asked": 0.0, "wrong": 0.4}, {"likely": 0.5, "asked": 0.01, "wrong": 0.1}]  # asks more
 LEAST, STEEP = 30.0, 4.0  # of a judge: no log-probability is lower; how sharply it doubts what is less than usual
 
 
@@ -43,6 +45,7 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
     exits = {f"exit{index}.safetensors": exit_of(checkpoint, index, seed) for index in range(1, depth + 1)}
     files = {
         **{name: safetensors.numpy.save(tensors) for name, tensors in exits.items()},
+        "copy8.safetensors": safetensors.numpy.save(judge_of(guesses(checkpoint, checkpoint.config.layers, seed)[1])),
         "states.safetensors": safetensors.numpy.save(states),
         "fill.safetensors": safetensors.numpy.save(fill_tensors(rows_NH, targets_NLO)),
     }
@@ -62,6 +65,7 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
         "rates": [rate_entry(codec, rows_NH, rate) for rate in codec.rates],
         "max_state_bytes": MAX_STATE_BYTES,
         "fill": "fill.safetensors",
+        "copies": [{"bits": 8, "judge": "copy8.safetensors", "levels": LEVELS}],
         "training": {
             "command": "none",
             "seed": seed,
@@ -77,24 +81,37 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
 
 def exit_of(checkpoint: Checkpoint, depth: int, seed: int) -> dict[str, NDArray[Any]]:
     """The last layer behind a map that changes nothing, and a judge that is as often sure as not."""
-    exit_, model = Exit(checkpoint.config, depth), Llama.load(checkpoint, torch.float32)
+    exit_, model = Exit(checkpoint.config, depth, 1), Llama.load(checkpoint, torch.float32)
     with torch.no_grad():
         exit_.map.weight.copy_(torch.eye(checkpoint.config.hidden))
         exit_.map.bias.zero_()
-        exit_.layer.load_state_dict(model.layers[-1].state_dict())
-        ids = torch.randint(3, checkpoint.config.vocab, (4, 50), generator=torch.Generator().manual_seed(seed))
-        x_BTH = model.embed(ids)
-        for layer in list(model.layers)[:depth]:
-            x_BTH, _ = layer(x_BTH)
+        exit_.layers[0].load_state_dict(model.layers[-1].state_dict())
+        x_BTH, _ = guesses(checkpoint, depth, seed)
         logits_BTV = F.linear(exit_(x_BTH), model.embedding_VH)
-        usual = float(logits_BTV.log_softmax(-1).amax(-1).median())
+    return {**exit_tensors(exit_, checkpoint), **judge_of(logits_BTV)}
+
+
+@torch.no_grad()
+def guesses(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows behind so many layers of random texts, and what the model's head makes of them."""
+    model = Llama.load(checkpoint, torch.float32)
+    ids = torch.randint(3, checkpoint.config.vocab, (4, 50), generator=torch.Generator().manual_seed(seed))
+    x_BTH = model.embed(ids)
+    for layer in list(model.layers)[:depth]:
+        x_BTH, _ = layer(x_BTH)
+    return x_BTH, model.logits(x_BTH)
+
+
+def judge_of(logits_BTV: Tensor) -> dict[str, NDArray[Any]]:
+    """One that doubts whatever is less likely than usual."""
+    usual = float(logits_BTV.log_softmax(-1).amax(-1).median())
     judge = {
         "judge.0.weight": torch.tensor([[1.0, *[0.0] * (EVIDENCE - 1)]]),  # the log-probability of the choice
         "judge.0.bias": torch.tensor([LEAST]),
         "judge.2.weight": torch.tensor([[STEEP]]),
         "judge.2.bias": torch.tensor([-STEEP * (usual + LEAST)]),
     }
-    return {**exit_tensors(exit_, checkpoint), **{name: tensor.numpy() for name, tensor in judge.items()}}
+    return {name: tensor.numpy() for name, tensor in judge.items()}
 
 
 def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floats]:
@@ -160,7 +177,7 @@ def fill_tensors(rows_NH: Floats, targets_NLO: Floats) -> dict[str, NDArray[Any]
     size_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True)) + 1e-6
     inputs = np.concatenate([rows_NH / size_N1, np.ones((count, 1), np.float32)], axis=1)
     found = np.linalg.lstsq(inputs, targets_NLO.reshape(count, -1), rcond=None)[0].astype(np.float32)
-    return {**packed(np.ascontiguousarray(found[:-1].T), "weight"), "bias": found[-1].reshape(layers, outputs)}
+    return {**packed8(np.ascontiguousarray(found[:-1].T), "weight"), "bias": found[-1].reshape(layers, outputs)}
 
 
 def rate_entry(codec: StateCodec, rows_NH: Floats, rate: int) -> dict[str, float]:

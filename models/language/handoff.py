@@ -1,9 +1,10 @@
 """What a device and a cloud need to share one language model by layers: exits, the codec of hidden states, the KV fill.
 
     manifest.json          schema of `models.language.handoff_manifest`
-    exit<depth>.safetensors  a linear map, one decoder layer, a norm, a judge; matrices in 4 bits
+    exit<depth>.safetensors  a linear map, decoder layers, a norm, a judge; matrices in 4 bits
     states.safetensors     basis, middle, integer tables
     fill.safetensors       keys and values of the layers behind `depth`, straight from the row before them
+    copy<bits>.safetensors   a judge of what the whole model with such weights says on the device
 
 It holds nothing of the model itself, and names that by its fingerprint.
 """
@@ -20,8 +21,9 @@ from models.bundle import Files, read_manifest
 from models.errors import BundleError
 from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
-from models.language.handoff_manifest import HandoffManifest
-from models.language.packing import Floats, matrix, unpacked
+from models.language.handoff_manifest import HandoffManifest, Level
+from models.language.judge import Judge
+from models.language.packing import Floats, matrix, unpacked8
 from models.language.states import StateCodec
 
 
@@ -63,11 +65,16 @@ class Handoff:
         """
         config, tensors = self._config, self._files.tensors(self.manifest.fill)
         bias_LO = matrix(tensors, "bias", 2)
-        weight_LOH = unpacked(tensors, "weight").reshape(*bias_LO.shape, -1)
+        weight_LOH = unpacked8(tensors, "weight").reshape(*bias_LO.shape, -1)
         expected = (config.layers - self.depth, 2 * config.kv_heads * config.head_dim, config.hidden)
         if weight_LOH.shape != expected or bias_LO.shape != expected[:2]:
             raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")
         return weight_LOH, bias_LO
+
+    def copy(self, bits: int) -> tuple[Judge, tuple[Level, ...]] | None:
+        """The judge of the device's copy with weights of so many bits, and what it is worth. Raises BundleError."""
+        found = next((copy for copy in self.manifest.copies if copy.bits == bits), None)
+        return None if found is None else (Judge.of(self._files.tensors(found.judge)), found.levels)
 
     def exit(self, index: int) -> dict[str, NDArray[Any]]:
         """The tensors of an exit, as stored. Raises BundleError."""

@@ -1,4 +1,4 @@
-"""What a hand-off bundle says of itself: exits of one language model, and how its hidden states cross.
+"""What a hand-off bundle says of itself: exits of one language model, judges, and how its hidden states cross.
 
 Values only. Units: rows are (hidden,) float32 behind a layer, sizes in bytes, fractions in [0, 1].
 """
@@ -38,6 +38,31 @@ class StateRate(Part):
     agreement: Fraction
 
 
+class Level(Part):
+    """A copy that decides no token it finds less than `likely` to be right: what share of all tokens is not decided
+    then, and what share is, otherwise than by the full model (the upper end of a 95 % interval).
+    """
+
+    likely: Fraction
+    asked: Fraction
+    wrong: Fraction
+
+
+class DeviceCopy(Part):
+    """The whole model on a device, with weights of so many bits: a judge of its choices, and what that is worth."""
+
+    bits: Literal[4, 8]
+    judge: FileName
+    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=100)]
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> DeviceCopy:
+        likely = [level.likely for level in self.levels]
+        if likely != sorted(set(likely)) or likely[0] != 0:
+            raise ValueError(f"levels of the {self.bits}-bit copy must rise from likely 0")
+        return self
+
+
 class HandoffManifest(Part):
     """The whole of `manifest.json`."""
 
@@ -54,6 +79,7 @@ class HandoffManifest(Part):
     rates: Annotated[tuple[StateRate, ...], Field(min_length=1, max_length=64)]
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
+    copies: Annotated[tuple[DeviceCopy, ...], Field(max_length=2)] = ()
     training: Training
     scores: dict[str, Interval]
     files: dict[FileName, FileEntry]
@@ -64,6 +90,12 @@ class HandoffManifest(Part):
         depths = [exit_.depth for exit_ in self.exits]
         if depths != sorted(set(depths)) or depths[-1] != self.depth:
             raise ValueError(f"exits at {depths} must rise, and the last be at depth {self.depth}")
-        if missing := sorted({self.states, self.fill, *(exit_.weights for exit_ in self.exits)} - set(self.files)):
+        named = {
+            self.states,
+            self.fill,
+            *(exit_.weights for exit_ in self.exits),
+            *(copy.judge for copy in self.copies),
+        }
+        if missing := sorted(named - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         return self

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from models.language.decoder import Decoder, Linear, padded_tokens, rotate
 from models.language.kv_cache import KVCache
 from models.language.packing import Floats
+from models.language.states import SMALLEST
 
-SMALLEST = 1e-6  # added to a row's root mean square, as in `states.components`
+EXACT_ROWS = 32  # of a prompt, the last, that are left to the layers: what follows reads these most
 
 
 class KVFill:
@@ -44,10 +45,15 @@ class KVFill:
         """At most `width` rows."""
         decoder, count = self._decoder, len(rows_NH)
         x_NH = F.pad(rows_NH, (0, 0, 0, decoder.width - count))
-        x_NH = x_NH / (x_NH.square().mean(-1, keepdim=True).sqrt() + SMALLEST)
+        x_NH = normalised(x_NH)
         shape = (decoder.width, len(decoder.layers), 2, decoder.config.kv_heads, decoder.config.head_dim)
         pairs_NL2KD = self._linear(x_NH.to(decoder.dtype)).view(shape)
         cos_N1D, sin_N1D = decoder.rotation(range(start, start + count))
         for place, layer in enumerate(decoder.layers):
             keys_NKD = rotate(pairs_NL2KD[:, place, 0].float(), cos_N1D, sin_N1D).to(decoder.dtype)
             cache.write(layer, start, keys_NKD[:count], pairs_NL2KD[:count, place, 1])
+
+
+def normalised(rows: Tensor) -> Tensor:
+    """Rows (.., hidden) divided by their root mean square: what a fill's map takes."""
+    return rows / (rows.square().mean(-1, keepdim=True).sqrt() + SMALLEST)

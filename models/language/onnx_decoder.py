@@ -42,17 +42,18 @@ class OnnxLayers:
 
     def run(self, rows_NH: Floats) -> Floats:
         """Rows (N, hidden) of the tokens that follow, through the layers."""
-        parts = [self._run(rows_NH[start : start + PREFILL_ROWS]) for start in range(0, len(rows_NH), PREFILL_ROWS)]
+        starts = range(0, len(rows_NH), PREFILL_ROWS)
+        parts = [self._run(rows_NH[start : start + PREFILL_ROWS], self.length + start) for start in starts]
+        self.length += len(rows_NH)
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def _run(self, rows_NH: Floats) -> Floats:
-        total, binding = self.length + len(rows_NH), self._binding
+    def _run(self, rows_NH: Floats, before: int) -> Floats:
+        total, binding = before + len(rows_NH), self._binding
         binding.bind_cpu_input("hidden", np.ascontiguousarray(rows_NH)[None])
         binding.bind_cpu_input("last", np.array([total - 1], np.int32))
         binding.bind_cpu_input("total", np.array(total, np.int32))
         binding.bind_output("out", "cpu")
         self._session.run_with_iobinding(binding)
-        self.length = total
         out_NH: Floats = binding.get_outputs()[-1].numpy()[0]
         return out_NH
 
@@ -131,9 +132,9 @@ class OnnxDecoder:
         """
         for index in range(part + 1):
             rows_NH = self._waiting[index]
-            self._waiting[index] = rows_NH[:0]
             if len(rows_NH):
                 rows_NH = self._parts[index].run(rows_NH)
+            self._waiting[index] = rows_NH[:0]  # only now: should the run fail, they still wait
             if index < len(self._parts) - 1:
                 self._wait(index + 1, rows_NH)
         return rows_NH

@@ -1,15 +1,16 @@
 """Early exits of a language model on the device: what the whole model would say, guessed behind some of its layers.
 
-    rows behind a depth -> map, one layer, norm -> the model's own head -> logits -> choice
-                                             likelihoods of the first two, entropy -> how likely it is the model's
+    rows behind a depth -> map, layers, norm -> the model's own head -> logits -> choice
+                                         likelihoods of the first two, entropy -> how likely it is the model's
 
 Source: `models.recipes.language_exits`, which trains them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,88 +19,55 @@ from numpy.typing import NDArray
 from models.errors import BundleError, InvalidInput
 from models.language.drafts import shared_length
 from models.language.handoff import Handoff
+from models.language.judge import Judge
 from models.language.onnx_decoder import OnnxDecoder, OnnxLayers
 from models.language.onnx_graph import Weights, exit_graph
 from models.language.packing import Floats, matrix, unpacked
-from models.language.weights import layer_shapes
+from models.language.weights import tensor_shapes
+
+LAYER_NAME = re.compile(r"model\.layers\.(\d{1,3})\.")
 
 
 class ExitWeights:
-    """One exit's tensors by the names of Hugging Face, its layer as number 0.
+    """One exit's tensors by the names of Hugging Face, its layers counted from 0; `config` has so many.
 
-    Matrices are stored as what training changed: of the layer that it began as, and of a map that changes nothing.
+    Matrices are stored as what training changed: of the model's last layers, and of a map that changes nothing.
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], base: Weights) -> None:
-        self.config = base.config
+        """Raises BundleError when there are no layers, or more than the model has."""
+        found = {int(match[1]) for name in tensors if (match := LAYER_NAME.match(name))}
+        if found != set(range(len(found))) or not 0 < len(found) <= base.config.layers:
+            raise BundleError(
+                f"an exit has layers {sorted(found)}, expected some, at most {base.config.layers}, from 0"
+            )
+        self.config = replace(base.config, layers=len(found))
         self._tensors, self._base = tensors, base
+        self._shapes: dict[str, tuple[int, ...]] = tensor_shapes(self.config)
+        hidden = self.config.hidden
+        self._shapes |= {"map.weight": (hidden, hidden), "map.bias": (hidden,)}
 
     def tensor(self, name: str) -> Floats:
         """Raises BundleError when it is missing or of the wrong shape."""
-        name = name.removeprefix("model.layers.0.")
-        if f"{name}.codes" in self._tensors:
-            found = unpacked(self._tensors, name)
-            found = found + before(self._base, name) if found.shape == self._shape(name) else found
-        else:
-            found = matrix(self._tensors, name, 1)
-        if found.shape != (expected := self._shape(name)):
+        expected = self._shapes[name]
+        found = unpacked(self._tensors, name) if len(expected) == 2 else matrix(self._tensors, name, 1)
+        if found.shape != expected:
             raise BundleError(f"tensor {name} has shape {found.shape}, expected {expected}")
-        return found
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        hidden = self.config.hidden
-        others = {"map.weight": (hidden, hidden), "map.bias": (hidden,), "model.norm.weight": (hidden,)}
-        return {**layer_shapes(self.config), **others}[name]
+        return found + before(self._base, self.config.layers, name) if len(expected) == 2 else found
 
 
-def before(base: Weights, name: str) -> Floats:
-    """A matrix of an exit as it was before training: the identity, or the last layer's."""
-    if name == "map.weight":
+def before(base: Weights, layers: int, name: str) -> Floats:
+    """A matrix of an exit of so many layers as it was before training: the identity, or of the model's last layers."""
+    match = LAYER_NAME.match(name)
+    if match is None:
         return np.eye(base.config.hidden, dtype=np.float32)
-    return base.tensor(f"model.layers.{base.config.layers - 1}.{name}")
+    return base.tensor(f"model.layers.{base.config.layers - layers + int(match[1])}.{name[match.end() :]}")
 
 
-EVIDENCE = 3  # values
-
-
-@dataclass(frozen=True)
-class Judge:
-    """How likely an exit's choice is the full model's: one hidden layer over what `evidence` gives."""
-
-    first_FE: Floats
-    first_F: Floats
-    second_F: Floats
-    second: float
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, NDArray[Any]]) -> Judge:
-        """Raises BundleError."""
-        first_FE, first_F = matrix(tensors, "judge.0.weight", 2), matrix(tensors, "judge.0.bias", 1)
-        second_1F, second_1 = matrix(tensors, "judge.2.weight", 2), matrix(tensors, "judge.2.bias", 1)
-        if (
-            first_FE.shape != (len(first_F), EVIDENCE)
-            or second_1F.shape != (1, *first_F.shape)
-            or second_1.shape != (1,)
-        ):
-            raise BundleError("the tensors of judge do not fit each other")
-        return cls(first_FE, first_F, second_1F[0], float(second_1[0]))
-
-    def __call__(self, logits_V: Floats) -> float:
-        hidden_F = np.maximum(self.first_FE @ evidence(logits_V) + self.first_F, 0)
-        return float(1 / (1 + np.exp(-(self.second_F @ hidden_F + self.second))))
-
-
-def evidence(logits_V: Floats) -> Floats:
-    """What an exit's judge looks at (EVIDENCE,): the log-probabilities of its two likeliest tokens, and the entropy.
-
-    Not its row: that taught judges the texts they were trained on, and on others they were worse than the softmax.
-    """
-    second, first = np.partition(logits_V, -2)[-2:]
-    weights_V = np.exp(logits_V - first)
-    total = weights_V.sum()
-    log_total = float(np.log(total))
-    entropy = log_total - float((weights_V * (logits_V - first)).sum() / total)
-    return np.array([-log_total, second - first - log_total, entropy], np.float32)
+def exit_layers(weights: ExitWeights, context: int, threads: int) -> OnnxLayers:
+    """An exit ready to run: rows behind its depth -> normed rows for the head. Raises BundleError."""
+    config = weights.config
+    return OnnxLayers(exit_graph(weights, context), config, range(config.layers), context, threads)
 
 
 class OnnxExit:
@@ -107,23 +75,22 @@ class OnnxExit:
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], base: Weights, decoder: OnnxDecoder, threads: int) -> None:
         """Raises BundleError."""
-        graph = exit_graph(ExitWeights(tensors, base), decoder.context)
-        self._layer = OnnxLayers(graph, base.config, range(1), decoder.context, threads)
+        self._layers = exit_layers(ExitWeights(tensors, base), decoder.context, threads)
         self._judge = Judge.of(tensors)
         self._decoder = decoder
 
     @property
     def length(self) -> int:
         """Tokens seen."""
-        return self._layer.length
+        return self._layers.length
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
-        self._layer.length = min(self._layer.length, length)
+        self._layers.length = min(self._layers.length, length)
 
     def __call__(self, rows_NH: Floats) -> tuple[Floats, float]:
         """Rows of the tokens that follow -> logits (vocab,) behind the last, and how likely their choice is right."""
-        row_H = self._layer.run(rows_NH)[-1]
+        row_H = self._layers.run(rows_NH)[-1]
         logits_V: Floats = self._decoder.logits(row_H[None])[0]
         return logits_V, self._judge(logits_V)
 

@@ -1,7 +1,7 @@
 """Layers of a Llama-type model as an ONNX graph with 8- or 4-bit weights, for a device without PyTorch.
 
     hidden (1, S, H), caches, lengths -> [norm, qkv, attention, norm, feed-forward] * layers -> hidden (1, S, H)
-    hidden (1, S, H), caches, lengths -> an exit: linear map, one layer, norm -> rows for the head (1, S, H)
+    hidden (1, S, H), caches, lengths -> an exit: linear map, its layers, norm -> rows for the head (1, S, H)
     rows (S, H) -> output head -> logits (S, V)
 
 Behind the model's last layer comes its norm, so that the head takes its rows and those of exits alike.
@@ -75,7 +75,7 @@ class Graph:
 
 
 class Weights(Protocol):
-    """Tensors by their Hugging Face names: a checkpoint, or the one layer of an exit."""
+    """Tensors by their Hugging Face names: a checkpoint, or an exit, whose `config` has its own number of layers."""
 
     @property
     def config(self) -> LlamaConfig: ...
@@ -96,12 +96,12 @@ def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int)
 
 
 def exit_graph(weights: Weights, context: int) -> ModelProto:
-    """An exit's map, its layer (number 0), its norm; caches as those of `layers_graph`. Always 8 bits."""
-    graph = Graph()
+    """An exit's map, its layers, its norm; caches as those of `layers_graph`. Always 8 bits."""
+    graph, layers = Graph(), range(weights.config.layers)
     x = graph.linear("hidden", "map", weights.tensor("map.weight"), 8, weights.tensor("map.bias"))
-    x = add_layers(graph, weights, range(1), x, context, 8)
+    x = add_layers(graph, weights, layers, x, context, 8)
     x = graph.norm(x, "norm", weights.tensor("model.norm.weight"), weights.config.norm_eps)
-    return finished(graph, weights.config, range(1), x, context)
+    return finished(graph, weights.config, layers, x, context)
 
 
 def add_layers(graph: Graph, weights: Weights, layers: range, x: str, context: int, bits: int) -> str:

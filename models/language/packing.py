@@ -74,6 +74,22 @@ def unpacked(tensors: Mapping[str, NDArray[Any]], name: str) -> Floats:
     return weight_OI
 
 
+def packed8(weight_OI: Floats, name: str) -> dict[str, NDArray[Any]]:
+    """A matrix in 8 bits as a bundle stores it: of 32 weights each the codes and a scale."""
+    codes_OGB, scale_OG = quantise8(weight_OI)
+    return {f"{name}.codes": codes_OGB, f"{name}.scale": scale_OG.astype(np.float16)}
+
+
+def unpacked8(tensors: Mapping[str, NDArray[Any]], name: str) -> Floats:
+    """The matrix that `packed8` stored. Raises BundleError."""
+    scale_OG, codes_OGB = matrix(tensors, f"{name}.scale", 2), tensors.get(f"{name}.codes")
+    shape = (*scale_OG.shape, BLOCK)
+    if codes_OGB is None or codes_OGB.dtype != np.uint8 or codes_OGB.shape != shape:
+        raise BundleError(f"tensor {name}.codes is missing or not uint8 of shape {shape}")
+    weight_OI: Floats = ((codes_OGB.astype(np.float32) - 128) * scale_OG[..., None]).reshape(len(scale_OG), -1)
+    return weight_OI
+
+
 def matrix(tensors: Mapping[str, NDArray[Any]], name: str, axes: int) -> Floats:
     """A float tensor of a bundle. Raises BundleError."""
     array = tensors.get(name)

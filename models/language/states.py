@@ -19,6 +19,8 @@ from models.codecs.contextual import ContextualCodec, from_tensors
 from models.errors import BundleError, InvalidInput
 from models.language.packing import Floats, matrix
 
+SMALLEST = 1e-6  # added to a row's root mean square
+
 
 class StateCodec:
     """Codes rows (hidden,) one by one, so that any of them may be dropped or sent again."""
@@ -56,11 +58,19 @@ class StateCodec:
         return np.asarray(shape_NH * size_N1, np.float32)
 
 
+def sizes(rows_NH: Floats) -> NDArray[np.float64]:
+    """Root mean square (N, 1) of each row, never 0."""
+    found: NDArray[np.float64] = (
+        np.sqrt(np.mean(np.square(rows_NH, dtype=np.float64), axis=1, keepdims=True)) + SMALLEST
+    )
+    return found
+
+
 def components(rows_NH: Floats, basis_CH: Floats, middle_H1: Floats) -> Floats:
     """Latents (N, C + 1) of rows: components of a row divided by its size, and the logarithm of that to base 2.
 
     Both are counted from `middle_H1`.
     """
-    size_N1 = np.sqrt(np.mean(np.square(rows_NH, dtype=np.float64), axis=1, keepdims=True)) + 1e-6
+    size_N1 = sizes(rows_NH)
     latents_NC = (rows_NH / size_N1 - middle_H1[:-1]) @ basis_CH.T
     return np.asarray(np.concatenate([latents_NC, np.log2(size_N1) - middle_H1[-1]], axis=1), np.float32)

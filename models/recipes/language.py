@@ -26,23 +26,26 @@ from torch import Tensor, nn
 from models import bundle
 from models.bundle import read_manifest
 from models.errors import InvalidInput
+from models.language.architecture import LlamaConfig
 from models.language.checkpoint import SMOLLM2, Checkpoint
 from models.language.handoff_manifest import HandoffManifest, StateRate
-from models.language.packing import unpacked
+from models.language.packing import unpacked8
 from models.language.states import StateCodec
 from models.manifest import Interval
 from models.recipes import language_text
 from models.recipes.calibrate import interval
 from models.recipes.language_device import Observed, Tensors, exit_tensors, observe
 from models.recipes.language_exits import Exit, Traces, start, trace, train
-from models.recipes.language_figures import Fill, answered, completed
+from models.recipes.language_figures import Fill, answered, chats, completed
 from models.recipes.language_judge import decided, judged, train_judge
+from models.recipes.language_router import copies
 from models.recipes.language_states import RATE_BYTES, fit_fill, fit_states
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from models.recipes.trainer import Run
 
 DEPTHS = (1 / 2, 2 / 3)  # of the layers, where exits are
+EXIT_LAYERS = (1, 2)  # decoder layers of each exit
 HELD_OUT = 20  # every so manyth sequence
 JUDGED = 0.6  # of the held out tokens teach the judges; thresholds are measured on the others
 TESTED = 4  # every so manyth answer to the test prompts is run as on a device
@@ -51,11 +54,11 @@ STATE_ROWS = 60_000  # that basis and tables are fitted on
 MEASURED_ROWS = 16  # every so manyth row of answers is coded to see how large it is
 MAX_STATE_BYTES = 1152  # of a row of 576 values: what it takes as 16-bit floats
 VERSIONS = ("torch", "numpy", "onnxruntime", "constriction")
-FULL_CHUNKS = 3  # of chats, whose rows of all depths are kept: for what is found in closed form
+FULL_PARTS = 3  # of chats, and of entries, whose rows of all depths are kept: for what is found in closed form
 
 
-def depths(model: Llama) -> tuple[int, ...]:
-    return tuple(round(share * model.config.layers) for share in DEPTHS)
+def depths(config: LlamaConfig) -> tuple[int, ...]:
+    return tuple(round(share * config.layers) for share in DEPTHS)
 
 
 def texts(run: Run, model: Llama, checkpoint: Checkpoint) -> dict[str, Texts]:
@@ -76,49 +79,64 @@ def traces(run: Run, model: Llama, named: dict[str, Texts], wanted: Sequence[int
             made = trace(model, each, wanted)
             torch.save({field.name: getattr(made, field.name) for field in fields(Traces)}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
-        found.append(Traces(**torch.load(path, weights_only=True)))
+        found.append(Traces(**torch.load(path, weights_only=True, mmap=True)))
     return Traces.joined(found)
 
 
 def exit_at(run: Run, model: Llama, depth: int, learnt: Traces, full: Traces) -> Exit:
     """A trained exit; a run that was interrupted goes on."""
     torch.manual_seed(run.seed)
-    exit_ = Exit(model.config, depth)
-    start(exit_, model, full, depth)
+    count = EXIT_LAYERS[depths(model.config).index(depth)]
+    exit_ = Exit(model.config, depth, count)
+    start(exit_, model, full)
     chosen = [index for index in range(len(learnt)) if index % HELD_OUT]
     return train(run, exit_, model, learnt, chosen)
 
 
-def prepare(run: Run, source: str) -> tuple[Checkpoint, Llama, Traces, Traces]:
-    """Model and traces: those to learn from, and a few of all depths."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+def opened(source: str) -> Checkpoint:
+    """Raises BundleError, InvalidInput for a model that exits cannot share the head of."""
     checkpoint = Checkpoint.open(source)
     if not checkpoint.config.tied:
         raise InvalidInput(f"{checkpoint.name}: its output head is not its embedding, which exits here share")
+    return checkpoint
+
+
+def prepare(run: Run, checkpoint: Checkpoint) -> tuple[Llama, Traces, Traces]:
+    """Model and traces: those to learn from, and a few of all depths."""
+    run.folder.mkdir(parents=True, exist_ok=True)
     print("opening the model", file=sys.stderr)
     model = Llama.load(checkpoint)
     named = texts(run, model, checkpoint)
-    first, last = depths(model)[0], model.config.layers
-    few = {name: named[name] for name in list(named)[:FULL_CHUNKS]}
-    full = traces(run, model, few, [first, *range(depths(model)[-1], last + 1)], "full")
-    return checkpoint, model, traces(run, model, named, depths(model)), full
+    first, last = depths(model.config)[0], model.config.layers
+    few = {name: each for name, each in named.items() if int(name.rpartition("-")[2]) < FULL_PARTS}
+    full = traces(run, model, few, [first, *range(depths(model.config)[-1], last + 1)], "full")
+    return model, traces(run, model, named, depths(model.config)), full
 
 
 def only_exit(work: Path, seed: int, source: str, depth: int) -> None:
     """Train one exit alone, so that several can be trained side by side. Raises InvalidInput, BundleError."""
-    run = Run(work, seed)
-    _, model, learnt, full = prepare(run, source)
-    if depth not in depths(model):
-        raise InvalidInput(f"there is no exit at depth {depth}, exits are at {depths(model)}")
+    run, checkpoint = Run(work, seed), opened(source)
+    if depth not in depths(checkpoint.config):
+        raise InvalidInput(f"there is no exit at depth {depth}, exits are at {depths(checkpoint.config)}")
+    model, learnt, full = prepare(run, checkpoint)
     exit_at(run, model, depth, learnt, full)
 
 
 def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> HandoffManifest:
     """The whole recipe. Raises InvalidInput, BundleError. Interrupted, it goes on where its last epoch ended."""
-    checkpoint, model, learnt, full = prepare(run, source)
-    answers = answered(run.folder / "answers.npz", model, checkpoint.tokenizer, prompts)
-    tested = traces(run, model, {"answers": answers}, depths(model), "test")
-    exits = {depth: exit_tensors(exit_at(run, model, depth, learnt, full), checkpoint) for depth in depths(model)}
+    checkpoint = opened(source)
+    asked = chats(prompts, checkpoint.tokenizer)
+    model, learnt, full = prepare(run, checkpoint)
+    tested = traces(
+        run,
+        model,
+        dict([answered(run.folder, model, checkpoint.tokenizer.eos_ids, asked)]),
+        depths(model.config),
+        "test",
+    )
+    exits = {
+        depth: exit_tensors(exit_at(run, model, depth, learnt, full), checkpoint) for depth in depths(model.config)
+    }
     held_out = observe(checkpoint, exits, learnt, range(0, len(learnt), HELD_OUT))
     test = observe(checkpoint, exits, tested, range(0, len(tested), TESTED))
 
@@ -131,20 +149,22 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
     likely_EN = likely(judges, held_out)[:, ~chosen_N]
     right_EN = held_out.right_EN[:, ~chosen_N]
 
-    rows_NH = learnt.rows[depths(model)[-1]]
+    rows_NH = learnt.rows[depths(model.config)[-1]]
     states = fit_states(rows_NH[:: len(rows_NH) // STATE_ROWS + 1].float().numpy())
-    fill = fit_fill(model, full, depths(model)[-1])
+    fill = fit_fill(model, full, depths(model.config)[-1])
     codec = StateCodec(states, model.config.hidden, len(RATE_BYTES), MAX_STATE_BYTES)
     rates, scores = crossing(model, test, codec, fill)
     files = {f"exit{depth}.safetensors": safetensors.numpy.save(tensors) for depth, tensors in exits.items()}
     files |= {"states.safetensors": safetensors.numpy.save(states), "fill.safetensors": safetensors.numpy.save(fill)}
+    entries, judges_of_copies = copies(checkpoint, learnt, run.seed)
+    files |= {name: safetensors.numpy.save(tensors) for name, tensors in judges_of_copies.items()}
     manifest = {
         "kind": "handoff",
         "name": "smollm2" if source == SMOLLM2 else re.sub(r"[^a-z0-9_.-]", "-", checkpoint.name.lower())[:64],
         "licence": "as the model's",
         "base": checkpoint.fingerprint.hex(),
         "hidden": model.config.hidden,
-        "depth": depths(model)[-1],
+        "depth": depths(model.config)[-1],
         "exits": [
             {"depth": depth, "weights": f"exit{depth}.safetensors", "agreement": float(right_N.float().mean())}
             for depth, right_N in zip(exits, right_EN, strict=True)
@@ -158,6 +178,7 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
         "rates": [rate.model_dump() for rate in rates],
         "max_state_bytes": MAX_STATE_BYTES,
         "fill": "fill.safetensors",
+        "copies": entries,
         "training": {
             "command": command,
             "seed": run.seed,
@@ -194,10 +215,10 @@ def crossing(
     model: Llama, test: Observed, codec: StateCodec, fill: Tensors
 ) -> tuple[list[StateRate], dict[str, Interval]]:
     """What the cloud completes from the device's rows: as such, coded at each rate, and with the KV fill."""
-    depth, full_N = depths(model)[-1], test.traces.top_NK[:, 0].numpy()
+    depth, full_N = depths(model.config)[-1], test.traces.top_NK[:, 0].numpy()
     places_N = np.flatnonzero(test.decides_N.numpy())
     bias_LO = torch.from_numpy(fill["bias"]).float()
-    weight_LOH = torch.from_numpy(unpacked(fill, "weight")).view(*bias_LO.shape, -1)
+    weight_LOH = torch.from_numpy(unpacked8(fill, "weight")).view(*bias_LO.shape, -1)
 
     def right(codec: StateCodec | None = None, rate: int = 0, fill: Fill | None = None) -> NDArray[np.bool_]:
         chosen_N = completed(model, test.traces, depth, codec, rate, fill).chosen_N.numpy()

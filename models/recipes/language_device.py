@@ -13,9 +13,10 @@ from rich.progress import track
 from torch import Tensor
 
 from models.language.checkpoint import Checkpoint
-from models.language.onnx_decoder import OnnxDecoder, OnnxLayers
-from models.language.onnx_exits import ExitWeights, before, evidence
-from models.language.onnx_graph import Weights, exit_graph
+from models.language.judge import evidence
+from models.language.onnx_decoder import OnnxDecoder
+from models.language.onnx_exits import ExitWeights, before, exit_layers
+from models.language.onnx_graph import Weights
 from models.language.packing import packed
 from models.recipes.language_exits import Exit, Traces
 from models.recipes.language_figures import next_logprobs
@@ -27,10 +28,12 @@ def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
     """As they are stored: what training changed of matrices, in 4 bits; without a judge."""
     found: Tensors = {"model.norm.weight": exit_.norm_H.detach().numpy(), "map.bias": exit_.map.bias.detach().numpy()}
     matrices: dict[str, Tensor] = {"map.weight": exit_.map.weight}
-    matrices.update({name.replace("__", "."): each for name, each in exit_.layer.named_parameters()})
+    for index, layer in enumerate(exit_.layers):
+        own = {name.replace("__", "."): each for name, each in layer.named_parameters()}
+        matrices.update({f"model.layers.{index}.{name}": each for name, each in own.items()})
     for name, weight in matrices.items():
         array = weight.detach().float().numpy()
-        found |= packed(array - before(base, name), name) if array.ndim == 2 else {name: array}
+        found |= packed(array - before(base, len(exit_.layers), name), name) if array.ndim == 2 else {name: array}
     return found
 
 
@@ -54,16 +57,7 @@ def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces
     depths = sorted(exits)
     longest = max(end - start for start, end in map(traces.bounds, sequences))
     decoder = OnnxDecoder(checkpoint, longest, 8, torch.get_num_threads(), depths)
-    layers = [
-        OnnxLayers(
-            exit_graph(ExitWeights(exits[depth], checkpoint), longest),
-            checkpoint.config,
-            range(1),
-            longest,
-            torch.get_num_threads(),
-        )
-        for depth in depths
-    ]
+    layers = [exit_layers(ExitWeights(exits[depth], checkpoint), longest, torch.get_num_threads()) for depth in depths]
     seen: list[list[Tensor]] = [[] for _ in depths]
     right: list[list[Tensor]] = [[] for _ in depths]
     following: list[list[Tensor]] = [[] for _ in depths]

@@ -1,17 +1,19 @@
-"""Exits of a language model: what all layers would say, guessed by one layer behind the first few.
+"""Exits of a language model: what all layers would say, guessed by a layer or two behind the first few.
 
-    x_BTH behind layer k -> linear map -> one decoder layer -> norm -> the model's own output head -> logits
+    x_BTH behind layer k -> linear map -> n decoder layers -> norm -> the model's own output head -> logits
 
-The map begins as the ridge regression onto what the last layer takes, the layer as that last layer, the norm as the
-model's. A second, small head says how likely the exit's choice is the full model's.
+The layers begin as the model's last n, the map as the ridge regression onto what the first of these takes, the norm as
+the model's. A second, small head says how likely the exit's choice is the full model's.
 
-Source: EE-Tuning (Pan et al., 2024) for exits on a frozen backbone; Kangaroo (Liu et al., 2024) for one layer and the
-shared output head; closed-form start and learnt correctness are ours.
+Source: EE-Tuning (Pan et al., 2024) for exits on a frozen backbone; Kangaroo (Liu et al., 2024) for few layers and the
+shared output head; Jean et al. (2015) for the softmax over part of a vocabulary; closed-form start and learnt
+correctness are ours.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,8 @@ TEACHER_TOKENS = 16  # likeliest ones whose probabilities are learnt from
 RIDGE = 1e-2  # of the mean variance
 HEAD_ROWS = 512  # of the output head at once
 AGREEMENT_ROWS = 64  # of a batch, whose agreement is logged
-EPOCHS, PEAK_LR = 4, 4e-4
+DRAWN_TOKENS = 4096  # of a step, that stand for all but the teacher's
+EPOCHS, PEAK_LR = 4, 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Traces:
     def __len__(self) -> int:
         return len(self.ends)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [end - start for start, end in map(self.bounds, range(len(self)))]
+
     def bounds(self, sequence: int) -> tuple[int, int]:
         return (self.ends[sequence - 1] if sequence else 0), self.ends[sequence]
 
@@ -78,8 +86,8 @@ def trace(model: Llama, texts: Texts, depths: Sequence[int]) -> Traces:
     top_NK = torch.empty(total, TEACHER_TOKENS, dtype=torch.int32)
     logprobs_NK = torch.empty(total, TEACHER_TOKENS)
     ids_N = torch.from_numpy(texts.ids_N.astype("int64"))
-    order = sorted(range(len(ends)), key=lambda s: ends[s] - starts[s])
-    for batch in track(list(packed(order, [ends[s] - starts[s] for s in range(len(ends))])), "full model"):
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    for batch in track(list(grouped(sorted(range(len(ends)), key=lengths.__getitem__), lengths)), "full model"):
         ids_BT = nn.utils.rnn.pad_sequence([ids_N[starts[s] : ends[s]] for s in batch], batch_first=True)
         x_BTH = model.embed(ids_BT)
         kept = {0: x_BTH}
@@ -87,7 +95,7 @@ def trace(model: Llama, texts: Texts, depths: Sequence[int]) -> Traces:
             x_BTH, _ = layer(x_BTH)
             kept[index + 1] = x_BTH
         for row, s in enumerate(batch):
-            here, length = slice(starts[s], ends[s]), ends[s] - starts[s]
+            here, length = slice(starts[s], ends[s]), lengths[s]
             for depth in depths:
                 rows[depth][here] = kept[depth][row, :length]
             logprobs_TV = model.logits(x_BTH[row, :length]).float().log_softmax(-1)
@@ -95,7 +103,7 @@ def trace(model: Llama, texts: Texts, depths: Sequence[int]) -> Traces:
     return Traces(rows, top_NK, logprobs_NK, ids_N, tuple(ends), tuple(texts.answers_S.tolist()))
 
 
-def packed(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+def grouped(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
     """Sequences in this order, together as long as they stay below BATCH_TOKENS with padding."""
     batch: list[int] = []
     for sequence in order:
@@ -111,27 +119,31 @@ def packed(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
 class Exit(nn.Module):
     """Rows behind layer `depth` -> rows that the output head can read."""
 
-    def __init__(self, config: LlamaConfig, depth: int) -> None:
+    def __init__(self, config: LlamaConfig, depth: int, layers: int) -> None:
         super().__init__()
         self.depth = depth
         self.eps = config.norm_eps
         self.map = nn.Linear(config.hidden, config.hidden)
-        self.layer = Layer(config)
+        self.layers: Sequence[Layer] = nn.ModuleList(Layer(config) for _ in range(layers))  # type: ignore[assignment]
         self.norm_H = nn.Parameter(torch.ones(config.hidden))
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        y_BTH, _ = self.layer(self.map(x_BTH))
-        return F.rms_norm(y_BTH.float(), self.norm_H.shape, self.norm_H, self.eps)
+        x_BTH = self.map(x_BTH)
+        for layer in self.layers:
+            x_BTH, _ = layer(x_BTH)
+        return F.rms_norm(x_BTH.float(), self.norm_H.shape, self.norm_H, self.eps)
 
 
-def start(exit_: Exit, model: Llama, traces: Traces, depth: int) -> None:
-    """Make an exit the best linear guess of what the last layer takes, and that layer."""
-    weight_OI, bias_O = ridge(traces.rows[depth].float(), traces.rows[model.config.layers - 1].float(), RIDGE)
+def start(exit_: Exit, model: Llama, traces: Traces) -> None:
+    """Make an exit the best linear guess of what the last layers take, and these layers."""
+    first = model.config.layers - len(exit_.layers)
+    weight_OI, bias_O = ridge(traces.rows[exit_.depth].float(), traces.rows[first].float(), RIDGE)
     with torch.no_grad():
         exit_.map.weight.copy_(weight_OI)
         exit_.map.bias.copy_(bias_O)
         exit_.norm_H.copy_(model.norm_H)
-    exit_.layer.load_state_dict(model.layers[-1].state_dict())
+    for own, theirs in zip(exit_.layers, list(model.layers)[first:], strict=True):
+        own.load_state_dict(theirs.state_dict())
     exit_.requires_grad_(True)
 
 
@@ -156,10 +168,10 @@ class Batch:
 
 def batches(traces: Traces, depth: int, chosen: Sequence[int], generator: torch.Generator) -> Iterator[Batch]:
     """All chosen sequences once, in random order, those of similar length together."""
-    lengths = [end - start for start, end in map(traces.bounds, range(len(traces)))]
+    lengths = traces.lengths
     jitter = (1 + 0.2 * torch.rand(len(traces), generator=generator)).tolist()
     order = sorted(chosen, key=lambda s: lengths[s] * jitter[s])
-    groups = list(packed(order, lengths))
+    groups = list(grouped(order, lengths))
     for index in torch.randperm(len(groups), generator=generator).tolist():
         spans = [traces.bounds(s) for s in groups[index]]
         parts = [traces.rows[depth][start:end].float() for start, end in spans]
@@ -171,6 +183,27 @@ def batches(traces: Traces, depth: int, chosen: Sequence[int], generator: torch.
         )
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Part of a vocabulary: ids, what is added to their logits, and where in it the teacher's tokens are."""
+
+    ids_V: Tensor
+    shift_V: Tensor
+    top_MK: Tensor
+
+
+def drawn(top_MK: Tensor, vocab: int, count: int) -> Drawn:
+    """The teacher's tokens of all rows and `count` others by chance, which stand for all that are not there."""
+    own_V, places_MK = torch.unique(top_MK, return_inverse=True)
+    others = torch.ones(vocab, dtype=torch.bool)
+    others[own_V] = False
+    others_V = others.nonzero()[:, 0]
+    some_V = others_V[torch.randperm(len(others_V))[:count]]
+    shift_V = torch.zeros(len(own_V) + len(some_V))
+    shift_V[len(own_V) :] = math.log(max(len(others_V), 1) / max(len(some_V), 1))
+    return Drawn(torch.cat([own_V, some_V]), shift_V, places_MK)
+
+
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of the output head's answers to rows (M, H), without ever holding (M, vocab) of them at once.
 
@@ -179,14 +212,14 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_MH: Tensor, head_VH: Tensor, top_MK: Tensor, weight_MK: Tensor) -> Tensor:
-        """`top_MK` ids and `weight_MK` probabilities that they should have; the mean over rows."""
-        rows_MH = h_MH.to(head_VH.dtype)
+    def forward(ctx: Any, h_MH: Tensor, head_VH: Tensor, shift_V: Tensor, top_MK: Tensor, weight_MK: Tensor) -> Tensor:
+        """`shift_V` is added to logits; `top_MK` ids and `weight_MK` probabilities they should have; mean over rows."""
+        rows_MH, shift_V = h_MH.to(head_VH.dtype), shift_V.to(head_VH.dtype)
         gradient_MH = torch.empty_like(rows_MH)
         loss = torch.zeros(())
         for start in range(0, len(rows_MH), HEAD_ROWS):
             here = slice(start, start + HEAD_ROWS)
-            likely_MV = torch.softmax(F.linear(rows_MH[here], head_VH), 1)
+            likely_MV = torch.softmax(F.linear(rows_MH[here], head_VH, shift_V), 1)
             own_MK = likely_MV.gather(1, top_MK[here]).float().clamp(min=1e-9)
             loss -= (weight_MK[here] * own_MK.log()).sum()
             likely_MV *= weight_MK[here].sum(1, keepdim=True)
@@ -196,9 +229,9 @@ class HeadLoss(torch.autograd.Function):
         return loss / len(rows_MH)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_MH,) = ctx.saved_tensors
-        return gradients[0] * gradient_MH, None, None, None
+        return gradients[0] * gradient_MH, None, None, None, None
 
 
 def train(run: Run, exit_: Exit, model: Llama, traces: Traces, chosen: Sequence[int]) -> Exit:
@@ -209,7 +242,8 @@ def train(run: Run, exit_: Exit, model: Llama, traces: Traces, chosen: Sequence[
         with torch.autocast("cpu", torch.bfloat16):
             h_MH = exit_(batch.x_BTH)[batch.real_BT]
         top_MK = traces.top_NK[batch.places_M].long()
-        loss: Tensor = HeadLoss.apply(h_MH, head_VH, top_MK, traces.logprobs_NK[batch.places_M].exp())  # type: ignore[no-untyped-call]
+        part, weight_MK = drawn(top_MK, len(head_VH), DRAWN_TOKENS), traces.logprobs_NK[batch.places_M].exp()
+        loss: Tensor = HeadLoss.apply(h_MH, head_VH[part.ids_V], part.shift_V, part.top_MK, weight_MK)  # type: ignore[no-untyped-call]
         some_MH = h_MH.detach()[:: len(h_MH) // AGREEMENT_ROWS + 1].to(head_VH.dtype)
         agree = F.linear(some_MH, head_VH).argmax(1) == top_MK[:: len(h_MH) // AGREEMENT_ROWS + 1, 0]
         return loss, {"agree": float(agree.float().mean())}

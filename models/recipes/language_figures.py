@@ -6,21 +6,21 @@ All figures are of positions in answers, with the full model's text before them:
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.errors import InvalidInput
+from models.language.kv_fill import EXACT_ROWS, normalised
 from models.language.states import StateCodec
 from models.language.tokenizer import Message, Tokenizer
-from models.recipes.language_exits import Traces, packed
-from models.recipes.language_states import normalised
+from models.recipes.language_exits import Traces, grouped
 from models.recipes.language_text import Texts, generate
 from models.recipes.llama import Layer, Llama
 
@@ -28,45 +28,44 @@ ANSWER_TOKENS = 96
 LONGEST_PROMPT = 512  # tokens; longer ones are left out
 PROMPTS_AT_ONCE = 32
 
-Bools = NDArray[np.bool_]
 
+def chats(prompts: Path, tokenizer: Tokenizer, every: int = 1) -> list[list[int]]:
+    """The prompts of a file as Spec-Bench's (JSON lines with "turns") as token ids, `every` so manyth by length.
 
-def answered(path: Path, model: Llama, tokenizer: Tokenizer, prompts: Path, every: int = 1) -> Texts:
-    """The model's greedy answers to prompts of a file as Spec-Bench's (JSON lines with "turns"), kept at `path`.
-
-    `every`: so manyth prompt in order of length. Raises InvalidInput when the file holds none.
+    Raises InvalidInput when the file holds none.
     """
-    if path.exists():
-        return Texts.load(path)
     try:
         lines = [json.loads(line)["turns"][0] for line in prompts.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InvalidInput(f"{prompts}: expected lines of JSON with turns: {error!r}") from error
-    chats = sorted((tokenizer.chat([Message("user", str(line))]) for line in lines), key=len)
-    chats = [chat for chat in chats if len(chat) <= LONGEST_PROMPT][::every]
-    if not chats:
+    found = sorted((tokenizer.chat([Message("user", str(line))]) for line in lines), key=len)
+    found = [chat for chat in found if len(chat) <= LONGEST_PROMPT][::every]
+    if not found:
         raise InvalidInput(f"{prompts} holds no prompt of at most {LONGEST_PROMPT} tokens")
+    return found
+
+
+def answered(folder: Path, model: Llama, eos_ids: frozenset[int], asked: Sequence[Sequence[int]]) -> tuple[str, Texts]:
+    """The model's greedy answers to chats, kept below `folder`, and the name that they are kept under."""
+    name = f"answers-{zlib.crc32(json.dumps(asked).encode()):08x}"
+    path = folder / f"{name}.npz"
+    if path.exists():
+        return name, Texts.load(path)
     made, generator = [], torch.Generator().manual_seed(0)
-    for start in track(range(0, len(chats), PROMPTS_AT_ONCE), "answers to test prompts"):
-        batch = chats[start : start + PROMPTS_AT_ONCE]
-        answers = generate(model, batch, ANSWER_TOKENS, tokenizer.eos_ids, generator, [0.0] * len(batch))
+    for start in track(range(0, len(asked), PROMPTS_AT_ONCE), "answers to test prompts"):
+        batch = asked[start : start + PROMPTS_AT_ONCE]
+        answers = generate(model, batch, ANSWER_TOKENS, eos_ids, generator, [0.0] * len(batch))
         made += [([*chat, *answer], len(chat)) for chat, answer in zip(batch, answers, strict=True)]
     texts = Texts.of(made)
     texts.save(path)
-    return texts
-
-
-def in_answers(traces: Traces) -> NDArray[np.int64]:
-    """Positions whose next token is one of an answer."""
-    found = [np.arange(traces.answers[s] - 1, traces.bounds(s)[1] - 1) for s in range(len(traces))]
-    return np.concatenate(found)
+    return name, texts
 
 
 @dataclass(frozen=True)
 class Fill:
     """Maps (layers, outputs, hidden) with biases; keys and values of which earlier positions come from them.
 
-    `prompts_only`: those before an answer; else all, as if no other token had been completed.
+    `prompts_only`: those of a prompt but its last EXACT_ROWS; else all, as if no other token had been completed.
     """
 
     weight_LOH: Tensor
@@ -93,16 +92,15 @@ def completed(
 ) -> Completed:
     """What the layers behind `depth` choose at every position, from coded rows; without a codec from rows as such."""
     found = Completed(torch.zeros(traces.ends[-1], dtype=torch.int64), torch.zeros(traces.ends[-1]))
-    lengths = [end - start for start, end in map(traces.bounds, range(len(traces)))]
-    order = sorted(range(len(traces)), key=lengths.__getitem__)
-    for group in track(list(packed(order, lengths)), "completing"):
+    lengths = traces.lengths
+    for group in track(list(grouped(sorted(range(len(traces)), key=lengths.__getitem__), lengths)), "completing"):
         spans = [traces.bounds(s) for s in group]
         parts = [traces.rows[depth][start:end].float() for start, end in spans]
         if codec is not None:
             parts = [torch.from_numpy(codec.decode(codec.encode(part.numpy(), rate), rate)) for part in parts]
         x_BTH = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(model.embedding_VH.dtype)
         given = None if fill is None else filled(x_BTH, fill)
-        until_B = torch.tensor([traces.answers[s] - 1 - traces.bounds(s)[0] for s in group])
+        until_B = torch.tensor([traces.answers[s] - EXACT_ROWS - traces.bounds(s)[0] for s in group])
         if fill is None or not fill.prompts_only:
             until_B = torch.full_like(until_B, x_BTH.shape[1])
         for index in range(depth, model.config.layers):

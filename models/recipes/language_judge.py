@@ -1,6 +1,6 @@
 """How likely an exit's choice is the full model's: a small head, trained where exits were not.
 
-It looks at what `models.language.onnx_exits.evidence` gives. Source: a learnt confidence beats the softmax's own
+It looks at what `models.language.judge.evidence` gives. Source: a learnt confidence beats the softmax's own
 (CALM, Schuster et al., 2022, section 3.5); here its target is agreement with the whole model.
 """
 
@@ -12,26 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HIDDEN, STEPS, LR, DECAY = 16, 400, 1e-2, 0.01
-ROWS = 4096  # a step
+HIDDEN, STEPS, DECAY = 16, 300, 1e-5
 
 
 def train_judge(seen_NF: Tensor, right_N: Tensor, seed: int) -> nn.Sequential:
-    """A judge for one exit; what it sees is scaled inside of its first layer."""
+    """A judge; what it sees is scaled inside of its first layer."""
     torch.manual_seed(seed)
     mean_F, deviation_F = seen_NF.mean(0), seen_NF.std(0) + 1e-3
     normal_NF, wanted_N = (seen_NF - mean_F) / deviation_F, right_N.float()
     first, second = nn.Linear(seen_NF.shape[1], HIDDEN), nn.Linear(HIDDEN, 1)
-    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()], lr=LR, weight_decay=DECAY)
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = LR * (1 - step / STEPS)
-        chosen_M = torch.randint(len(normal_NF), (ROWS,))
-        hidden_MF = F.relu(first(normal_NF[chosen_M]))
-        loss = F.binary_cross_entropy_with_logits(second(hidden_MF)[:, 0], wanted_N[chosen_M])
+    optimizer = torch.optim.LBFGS(
+        [*first.parameters(), *second.parameters()], max_iter=STEPS, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        likely_N = second(F.relu(first(normal_NF)))[:, 0]
+        decay = DECAY * (first.weight.square().sum() + second.weight.square().sum())
+        found = F.binary_cross_entropy_with_logits(likely_N, wanted_N) + decay
+        found.backward()  # type: ignore[no-untyped-call]
+        return found
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         first.weight.div_(deviation_F)
         first.bias.sub_(first.weight @ mean_F)
@@ -47,9 +49,10 @@ def judged(judge: nn.Sequential, seen_NF: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decided:
-    """Which tokens exits decide at a threshold (N,), and which of their choices are the full model's (N,)."""
+    """Which tokens exits decide at a threshold (N,), by which exit, and which choices are the full model's (N,)."""
 
     sure_N: Tensor
+    exit_N: Tensor
     right_N: Tensor
 
     @property
@@ -66,4 +69,4 @@ def decided(likely_EN: Tensor, right_EN: Tensor, confidence: float) -> Decided:
     """Each token is decided by the first exit that reaches the threshold."""
     sure_EN = likely_EN >= confidence
     first_N = sure_EN.int().argmax(0)
-    return Decided(sure_EN.any(0), right_EN.gather(0, first_N[None])[0])
+    return Decided(sure_EN.any(0), first_N, right_EN.gather(0, first_N[None])[0])

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.codecs.contextual import to_tensors
-from models.language.packing import packed
-from models.language.states import components
+from models.language.kv_fill import normalised
+from models.language.packing import packed8
+from models.language.states import components, sizes
 from models.recipes.fit_tables import fit
 from models.recipes.language_exits import Traces, ridge
 from models.recipes.llama import Layer, Llama
@@ -29,9 +30,9 @@ BISECTIONS = 14
 GAUGED_ROWS = 2000  # that gains are chosen on
 
 
-def fit_states(rows_NH: Floats, sizes: Sequence[float] = RATE_BYTES) -> dict[str, NDArray[Any]]:
+def fit_states(rows_NH: Floats, rate_bytes: Sequence[float] = RATE_BYTES) -> dict[str, NDArray[Any]]:
     """The tensors of `states.safetensors`, from rows (N, hidden), for rates of about so many bytes a row."""
-    sizes_N1 = np.sqrt(np.mean(np.square(rows_NH, dtype=np.float64), axis=1, keepdims=True)) + 1e-6
+    sizes_N1 = sizes(rows_NH)
     shapes_NH = rows_NH / sizes_N1
     mean_H = shapes_NH.mean(0)
     centred_NH = (shapes_NH - mean_H).astype(np.float64)
@@ -39,7 +40,7 @@ def fit_states(rows_NH: Floats, sizes: Sequence[float] = RATE_BYTES) -> dict[str
     basis_CH = np.ascontiguousarray(vectors_HC[:, ::-1].T).astype(np.float16)
     middle_H1 = np.append(mean_H, np.log2(sizes_N1).mean()).astype(np.float16)
     latents_NC = components(rows_NH, basis_CH.astype(np.float32), middle_H1.astype(np.float32))
-    gain_R1 = np.array([[gain_for(latents_NC, size)] for size in sizes], np.float32)
+    gain_R1 = np.array([[gain_for(latents_NC, size)] for size in rate_bytes], np.float32)
     most_C = np.abs(latents_NC).max(0) + 1e-6  # no row is cut off: later tokens attend to the largest of all
     gain_RC = np.minimum(gain_R1, LARGEST / most_C).astype(np.float32)
     gain_RC[:, -1] = SIZE_GAIN
@@ -67,12 +68,7 @@ def fit_fill(model: Llama, traces: Traces, depth: int) -> dict[str, NDArray[Any]
         weight_OH, bias_O = ridge(x_NH, keys_values(model.layers[index], traces.rows[index]), 1e-3)
         weights.append(weight_OH.numpy())
         biases.append(bias_O.to(torch.float16).numpy())
-    return {**packed(np.concatenate(weights), "weight"), "bias": np.stack(biases)}
-
-
-def normalised(rows: Tensor) -> Tensor:
-    """Rows divided by their root mean square, as `models.language.states` does."""
-    return rows / (rows.square().mean(-1, keepdim=True).sqrt() + 1e-6)
+    return {**packed8(np.concatenate(weights), "weight"), "bias": np.stack(biases)}
 
 
 def keys_values(layer: Layer, rows: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from models.language.tokenizer import Message, Tokenizer
 from models.recipes import debian
 from models.recipes.llama import Llama, Past
 
-CHUNKS, CHATS = 24, 64  # batches of so many chats
+CHUNKS, CHATS = 60, 64  # batches of so many chats
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 128
 ENTRY_TOKENS = 160
 GREEDY_SHARE = 0.75  # of answers; the others are sampled

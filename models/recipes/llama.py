@@ -23,7 +23,7 @@ from models.language.weights import layer_shapes
 
 @dataclass
 class Past:
-    """Rotated keys and values (B, kv_heads, tokens, D) of one layer, and which of them may be read (B, tokens)."""
+    """Rotated keys and values (B, kv_heads, tokens, D) of one layer."""
 
     keys_BKTD: Tensor
     values_BKTD: Tensor

@@ -17,24 +17,28 @@ from tests.bench.processes import CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec
 
 QUESTIONS = (("verify", "What is a suspension bridge?"), ("cloud", "Name one of them."), ("edge", "Who invented it?"))
-SHARED = (("handoff", "Count from one to ten."), ("handoff", "Why is the sky blue, and red in the evening?"))
+EASY, HARD = "Count from one to ten.", "Why is the sky blue, and red in the evening?"
+SHARED = (("auto", EASY), ("auto", HARD), ("handoff", EASY), ("handoff", HARD))
 
 
 @click.command(epilog="Example: python -m tests.bench.chat --svg runs/chat.svg")
 @click.option("--svg", type=click.Path(path_type=Path), required=True)
 @click.option("--model", default="smollm2", show_default=True)
-@click.option("--handoff", type=click.Path(path_type=Path, exists=True), help="Its bundle of exits, for that arm.")
+@click.option("--handoff", type=click.Path(path_type=Path, exists=True), help="Its bundle: for auto, handoff.")
 @click.option("--rtt-ms", default=50.0, show_default=True)
 @click.option("--max-tokens", default=72, show_default=True)
 def main(svg: Path, model: str, handoff: Path | None, rtt_ms: float, max_tokens: int) -> None:
-    """Ask one question by each arm, and an easy and a hard one where layers are shared."""
+    """Ask one question by each arm; an easy and a hard one where the device decides some tokens by itself."""
     console = Console(record=True, width=104, force_terminal=True, highlight=False, file=io.StringIO())
     console.print(Text.assemble(*((f"■ {LEGEND[made]}   ", COLOURS[made]) for made in COLOURS)))
     mine, theirs = share_cores()
     shared = ("--handoff", str(handoff)) if handoff else ()
     cloud = CloudProcess(arguments=("--model", model, *shared), cpus=",".join(map(str, theirs)))
     with cloud, LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)) as link:
-        config = LanguageConfig(model, (f"127.0.0.1:{link.port}",), connect_s=10.0, threads=len(mine), handoff=handoff)
+        target, threads = f"127.0.0.1:{link.port}", len(mine)
+        config = LanguageConfig(
+            model, (target,), connect_s=10.0, threads=threads, handoff=handoff, objective="cheapest"
+        )
         with LanguageAgent(config) as agent:
             for arm, question in (*QUESTIONS, *(SHARED if handoff else ())):
                 console.print(Text(f"\n{arm} › {question}", style="bold"))

@@ -32,15 +32,17 @@ from torch import Tensor
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks
 from models.language.handoff import Handoff
-from models.language.kv_fill import KVFill
+from models.language.judge import Judge
+from models.language.kv_fill import EXACT_ROWS, KVFill
 from models.language.tokenizer import Tokenizer
 from models.recipes.calibrate import interval
 from models.recipes.language_device import Observed, observe
 from models.recipes.language_exits import trace
-from models.recipes.language_figures import Completed, Fill, answered, completed
+from models.recipes.language_figures import Completed, Fill, answered, chats, completed
 from models.recipes.language_judge import decided
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
+from tests.bench.language import layer_weights
 
 CONFIDENCES = tuple(round(0.3 + step / 100, 2) for step in range(70))
 OTHER_TOKENS, OTHER_PROMPT = 256, 192  # of a passage of another domain, and of those its prompt
@@ -68,20 +70,16 @@ class Costs:
 
 def costs(checkpoint: Checkpoint, depth: int) -> Costs:
     config = checkpoint.config
-    layer = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads) + 3 * config.hidden * config.ffn
-    later = config.layers - depth
+    layer, later = layer_weights(config), config.layers - depth
     fill = later * config.hidden * 2 * config.kv_heads * config.head_dim
     return Costs(later * layer, config.layers * layer, config.hidden * config.vocab, fill)
 
 
 def judged(handoff: Handoff, observed: Observed) -> Tensor:
     """How likely right (E, N) the bundle's judges say that each exit's choice is."""
-    found = []
-    for index, seen_NF in enumerate(observed.seen_ENF):
-        judge = {name: torch.from_numpy(array) for name, array in handoff.exit(index).items() if "judge" in name}
-        hidden_NF = torch.relu(seen_NF @ judge["judge.0.weight"].T + judge["judge.0.bias"])
-        found.append(torch.sigmoid(hidden_NF @ judge["judge.2.weight"].T + judge["judge.2.bias"])[:, 0])
-    return torch.stack(found)
+    judges = [Judge.of(handoff.exit(index)) for index in range(len(handoff.depths))]
+    seen_ENF = observed.seen_ENF.numpy()
+    return torch.from_numpy(np.stack([judge.likely(seen_NF) for judge, seen_NF in zip(judges, seen_ENF, strict=True)]))
 
 
 def curve(
@@ -158,13 +156,11 @@ def other_domain(
     base = float(torch.exp(-exact.next_N[here].mean()))
     rows = []
     for confidence in CONFIDENCES[20:]:
-        sure_EN = likely_EN >= confidence
-        first_N = sure_EN.int().argmax(0)
-        exit_N = test.next_EN.gather(0, first_N[None])[0]
         each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
+        exit_N = test.next_EN[:, here].gather(0, each.exit_N[None])[0]
         row: Row = {"confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
         for kind, found in (("exact", crossed), ("fill", guessed)):
-            mixed_N = torch.where(sure_EN.any(0), exit_N, found.next_N)[here]
+            mixed_N = torch.where(each.sure_N, exit_N, found.next_N[here])
             row[f"perplexity ratio, {kind}"] = float(torch.exp(-mixed_N.mean())) / base
         rows.append(row)
     same_N = (prompts.chosen_N == full_N)[here]
@@ -201,11 +197,15 @@ def prefill_ratio(checkpoint: Checkpoint, handoff: Handoff) -> Row:
 
         def filled(part: list[int], start: int, last: bool) -> None:
             x_NH = lower.forward(lower.embed(part), [Span(below, start, len(part))])
-            fill.write(above, start, x_NH[: len(part) - last])
-            if last:
-                one_NH = torch.zeros_like(x_NH)
-                one_NH[0] = x_NH[len(part) - 1]
-                upper.logits(upper.forward(one_NH, [Span(above, start + len(part) - 1, 1)]))
+            count = min(len(part), max(len(ids) - EXACT_ROWS - start, 0))
+            if count:
+                fill.write(above, start, x_NH[:count])
+            if through := len(part) - count:
+                y_NH = torch.zeros_like(x_NH)
+                y_NH[:through] = x_NH[count : len(part)]
+                y_NH = upper.forward(y_NH, [Span(above, start + count, through)])
+                if last:
+                    upper.logits(y_NH)
 
         exact_s = read(exactly)
         return read(filled) / exact_s
@@ -274,8 +274,9 @@ def main(
     """Measure exits, hidden states and KV fill of a hand-off bundle beside CE-CoLLM's scheme."""
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(model)
+    asked = chats(prompts, checkpoint.tokenizer, every)
     handoff, llama = Handoff.open(bundle, checkpoint), Llama.load(checkpoint)
-    texts = answered(work / f"answers-{every}.npz", llama, checkpoint.tokenizer, prompts, every)
+    _, texts = answered(work, llama, checkpoint.tokenizer.eos_ids, asked)
     traces = trace(llama, texts, handoff.depths)
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     test = observe(checkpoint, exits, traces, range(len(traces)))

@@ -1,4 +1,4 @@
-"""The arms beside each other: tokens a second, time to the first token, bytes and cloud work for each token.
+"""The arms beside each other: tokens a second, time to the first token, bytes, cloud work, agreement, perplexity.
 
     arms and drafts  x  round trip 5 .. 150 ms  x  a cloud of this speed, and four times slower
 
@@ -10,17 +10,20 @@ learns the link. Can be interrupted: settings that are in the JSON file already 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
@@ -28,7 +31,9 @@ from rich.table import Column, Table
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Arm, Ask, Summary
 from edge_agent.language import LanguageAgent
+from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
+from models.language.decoder import Decoder, chunks, run_rows
 from models.language.handoff import Handoff
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import load_prompts
@@ -38,48 +43,78 @@ RTTS_MS = (5, 20, 50, 100, 150)
 SLOWDOWNS = (1, 4)
 WIDTH = 16  # rows of a pass, padding included
 LONGEST_TOKENS = 400
+QUALITIES = (0.97, 0.99, 0.999, 1.0)  # the dial of auto
 Settings = tuple[tuple[str, Any], ...]  # of an agent
-Methods = dict[str, tuple[Arm, Settings]]
-
 Row = dict[str, Any]
 
 
-def methods(handoff: Path | None) -> Methods:
-    """Name -> arm, settings of the agent; those of layers shared where there is a bundle for them."""
+class Way(NamedTuple):
+    """One way to answers. `quality`: of auto."""
+
+    arm: Arm
+    settings: Settings
+    quality: float | None = None
+
+
+def methods(handoff: Path | None) -> dict[str, Way]:
+    """By name; those that need a bundle of exits and judges where there is one."""
     eight: Settings = (("device_bits", 8),)
-    found: Methods = {
-        "cloud": ("cloud", eight),
-        "verify, 8-bit copy": ("verify", eight),
-        "verify, 4-bit copy": ("verify", (("device_bits", 4),)),
-        "verify, prompt lookup": ("verify", (*eight, ("draft", "lookup"))),
-        "edge, 8-bit": ("edge", eight),
+    found = {
+        "cloud": Way("cloud", eight),
+        "verify, 8-bit copy": Way("verify", eight),
+        "verify, 4-bit copy": Way("verify", (("device_bits", 4),)),
+        "verify, prompt lookup": Way("verify", (*eight, ("draft", "lookup"))),
+        "edge, 8-bit": Way("edge", eight),
     }
     if handoff is not None:
         shared = (*eight, ("handoff", handoff))
-        found |= {"handoff": ("handoff", shared), "handoff, fill": ("handoff", (*shared, ("fill", True)))}
+        found |= {"handoff": Way("handoff", shared), "handoff, fill": Way("handoff", (*shared, ("fill", True)))}
+        found |= {f"auto-q{quality:g}": Way("auto", shared, quality) for quality in QUALITIES}
     return found
 
 
-def answer(agent: LanguageAgent, prompt: tuple[int, ...], arm: Arm, tokens: int) -> tuple[Summary, float, float, int]:
-    """The summary of one answer, seconds to its first token and in all, and how many tokens the cloud did not make."""
-    started_s, first_s, own = time.perf_counter(), 0.0, 0
-    for event in agent.generate(Ask(prompt, tokens, arm)):
+@dataclass(frozen=True)
+class Timed:
+    """One answer: its tokens, how many of them the cloud did not make, and how long it took."""
+
+    summary: Summary
+    ids: list[int]
+    own: int
+    first_s: float
+    total_s: float
+
+
+def answer(agent: LanguageAgent, prompt: tuple[int, ...], way: Way, tokens: int) -> Timed:
+    started_s, first_s, own, ids = time.perf_counter(), 0.0, 0, list[int]()
+    for event in agent.generate(Ask(prompt, tokens, way.arm, quality=way.quality)):
         if isinstance(event, Summary):
-            return event, first_s, time.perf_counter() - started_s, own
+            return Timed(event, ids, own, first_s, time.perf_counter() - started_s)
         first_s = first_s or time.perf_counter() - started_s
         own += event.source != "cloud"
+        ids.append(event.id)
     raise RuntimeError("the answer ended without a summary")
 
 
-def measure(agent: LanguageAgent, prompts: list[tuple[int, ...]], arm: Arm, tokens: int, flops: int) -> Row:
-    answer(agent, prompts[0], arm, tokens)
-    every = [answer(agent, prompt, arm, tokens) for prompt in prompts]
-    runs, shares = [each[:3] for each in every], [own for *_, own in every]
+def worth(decoder: Decoder, prompt: tuple[int, ...], ids: list[int]) -> tuple[int, float]:
+    """How many tokens of an answer the cloud's model would have chosen there, and their log-probability by it."""
+    text = [*prompt, *ids]
+    logprobs_TV = run_rows(decoder, text, chunks(len(text), decoder.width))[len(prompt) - 1 : -1].log_softmax(1)
+    ids_T = torch.tensor(ids)
+    return int((logprobs_TV.argmax(1) == ids_T).sum()), float(logprobs_TV.gather(1, ids_T[:, None]).sum())
+
+
+def measure(
+    agent: LanguageAgent, prompts: list[tuple[int, ...]], way: Way, tokens: int, flops: int, model: Decoder
+) -> Row:
+    answer(agent, prompts[0], way, tokens)
+    every = [answer(agent, prompt, way, tokens) for prompt in prompts]
+    runs = [(timed.summary, timed.first_s, timed.total_s) for timed in every]
+    worths = [worth(model, prompt, timed.ids) for prompt, timed in zip(prompts, every, strict=True)]
     made = sum(summary.tokens for summary, _, _ in runs)
     passes = sum(summary.passes for summary, _, _ in runs)
     drafts = sum(summary.accepted + summary.rejected for summary, _, _ in runs)
     rounds = sum(summary.rounds for summary, _, _ in runs)
-    way = sum(summary.bytes_up + summary.bytes_down - summary.opening_bytes for summary, _, _ in runs)
+    crossed = sum(summary.bytes_up + summary.bytes_down - summary.opening_bytes for summary, _, _ in runs)
     return {
         "prompts": len(prompts),
         "tokens": made,
@@ -88,36 +123,46 @@ def measure(agent: LanguageAgent, prompts: list[tuple[int, ...]], arm: Arm, toke
         "first_token_ms": statistics.median(1000 * first_s for _, first_s, _ in runs),
         "bytes_up_per_token": sum(summary.bytes_up for summary, _, _ in runs) / made,
         "bytes_down_per_token": sum(summary.bytes_down for summary, _, _ in runs) / made,
-        "bytes_per_round": way / rounds if rounds and arm == "verify" else None,
+        "bytes_per_round": crossed / rounds if rounds and way.arm == "verify" else None,
         "cloud_passes_per_token": passes / made,
         "cloud_gflops_per_token": passes * WIDTH * flops / made / 1e9,
-        "device_share": sum(shares) / made,
+        "device_share": sum(timed.own for timed in every) / made,
+        "agreement": sum(right for right, _ in worths) / made,
+        "perplexity": math.exp(-sum(logprob for _, logprob in worths) / made),
         "acceptance": sum(summary.accepted for summary, _, _ in runs) / drafts if drafts else None,
         "why": runs[-1][0].why,
     }
 
 
-def agents(stack: ExitStack, ways: Methods, model: str, target: str, threads: int) -> dict[Settings, LanguageAgent]:
+def agents(
+    stack: ExitStack, ways: dict[str, Way], model: str, target: str, threads: int
+) -> dict[Settings, LanguageAgent]:
     """An agent for each kind of settings."""
     made: dict[Settings, LanguageAgent] = {}
-    for _, settings in ways.values():
-        if settings not in made:
-            config = LanguageConfig(model, (target,), threads=threads, connect_s=10.0, **dict(settings))
-            made[settings] = stack.enter_context(LanguageAgent(config))
+    for way in ways.values():
+        if way.settings not in made:
+            config = LanguageConfig(model, (target,), threads=threads, connect_s=10.0, **dict(way.settings))
+            made[way.settings] = stack.enter_context(LanguageAgent(config))
     return made
 
 
 def run(
-    model: str, handoff: Path | None, prompts: list[tuple[int, ...]], settings: Row, rows: list[Row], save: Any
+    model: str,
+    handoff: Path | None,
+    ways: dict[str, Way],
+    prompts: list[tuple[int, ...]],
+    settings: Row,
+    rows: list[Row],
+    save: Any,
 ) -> None:
     """Every setting that has no row yet."""
-    ways = methods(handoff)
     done = {(row["method"], row["rtt_ms"], row["slowdown"]) for row in rows}
     todo = [key for key in product(ways, settings["rtts_ms"], settings["slowdowns"]) if key not in done]
     mine, theirs = share_cores()
     checkpoint = Checkpoint.open(model)
     depth = Handoff.open(handoff, checkpoint).depth if handoff else 0
-    flops = {arm: 2 * parameters(checkpoint, depth if arm == "handoff" else 0) for arm, _ in ways.values()}
+    flops = {way.arm: 2 * parameters(checkpoint.config, depth * (way.arm == "handoff")) for way in ways.values()}
+    whole = Decoder.load(checkpoint)
     with Progress() as bar:
         task = bar.add_task("settings", total=len(todo))
         for slowdown, rtt_ms in product(settings["slowdowns"], settings["rtts_ms"]):
@@ -135,8 +180,9 @@ def run(
                 proxy = stack.enter_context(LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)))
                 by_way = agents(stack, ways, model, f"127.0.0.1:{proxy.port}", len(mine))
                 for name in names:
-                    arm, own = ways[name]
-                    row = measure(by_way[own], prompts, arm, settings["max_tokens"], flops[arm])
+                    way = ways[name]
+                    agent = by_way[way.settings]
+                    row = measure(agent, prompts, way, settings["max_tokens"], flops[way.arm], whole)
                     rows.append({"method": name, "rtt_ms": rtt_ms, "slowdown": slowdown, **row})
                     save()
                     bar.advance(task)
@@ -150,22 +196,28 @@ def share_cores() -> tuple[list[int], list[int]]:
     return mine, theirs
 
 
-def parameters(checkpoint: Checkpoint, depth: int) -> int:
+def parameters(config: LlamaConfig, depth: int) -> int:
     """Weights that one row of a pass meets: all but the embedding, behind `depth` layers, and the head."""
-    config = checkpoint.config
+    return (config.layers - depth) * layer_weights(config) + config.hidden * config.vocab
+
+
+def layer_weights(config: LlamaConfig) -> int:
     attention = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    return (config.layers - depth) * (attention + 3 * config.hidden * config.ffn) + config.hidden * config.vocab
+    return attention + 3 * config.hidden * config.ffn
 
 
 def table(rows: list[Row]) -> Table:
     method = Column("method", no_wrap=True)
-    page = Table("cloud, way", method, "tokens/s", "first ms", "B up", "B down", "passes", "device", "accepted")
+    page = Table(
+        "cloud, way", method, "tokens/s", "first ms", "B up", "B down", "passes", "device", "right", "accepted"
+    )
     for row in sorted(rows, key=lambda row: (row["slowdown"], row["rtt_ms"], row["method"])):
         accepted = "" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
         page.add_row(
             f"{row['slowdown']}x {row['rtt_ms']} ms", row["method"], f"{row['tokens_per_s']:.1f}",
             f"{row['first_token_ms']:.0f}", f"{row['bytes_up_per_token']:.1f}", f"{row['bytes_down_per_token']:.1f}",
-            f"{row['cloud_passes_per_token']:.2f}", f"{row['device_share']:.0%}", accepted,
+            f"{row['cloud_passes_per_token']:.2f}", f"{row['device_share']:.0%}", f"{row['agreement']:.1%}",
+            accepted,
         )  # fmt: skip
     return page
 
@@ -199,12 +251,13 @@ def plot(rows: list[Row], names: Iterable[str], file: Path) -> None:
 @click.option("--tokens", default=64, type=click.IntRange(2), show_default=True, help="Of each answer, at most.")
 @click.option("--rtt-ms", "rtts_ms", multiple=True, type=int, default=RTTS_MS, show_default=True)
 @click.option("--slowdown", "slowdowns", multiple=True, type=int, default=SLOWDOWNS, show_default=True)
+@click.option("--only", multiple=True, help="Ways whose name begins like this, repeatable.  [default: all]")
 @click.option("--quick", is_flag=True, help="One round trip, one speed, two prompts, 12 tokens.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path))
 def main(
     prompts: Path | None, model: str, handoff: Path | None, n: int, tokens: int, rtts_ms: tuple[int, ...],
-    slowdowns: tuple[int, ...], quick: bool, json_file: Path, plot_file: Path | None,
+    slowdowns: tuple[int, ...], only: tuple[str, ...], quick: bool, json_file: Path, plot_file: Path | None,
 ) -> None:  # fmt: skip
     """Measure every arm on every link."""
     n, tokens = (2, 12) if quick else (n, tokens)
@@ -225,10 +278,11 @@ def main(
         json_file.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
     ids = load_prompts(prompts, Checkpoint.open(model).tokenizer, n, LONGEST_TOKENS)
-    run(model, handoff, ids, settings, rows, save)
+    ways = {name: way for name, way in methods(handoff).items() if not only or name.startswith(only)}
+    run(model, handoff, ways, ids, settings, rows, save)
     Console().print(table(rows))
     if plot_file:
-        plot(rows, methods(handoff), plot_file)
+        plot(rows, ways, plot_file)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from edge_agent.config import LanguageConfig
 from edge_agent.generation import Arm, Ask, Summary, Token
 from edge_agent.language import LanguageAgent
 from models.language.sampling import GREEDY, Sampling
+from tests.bench.processes import CloudProcess
 
 CHATTER = Sampling(0.8, seed=7)  # its noise depends on the position, so a token lost or doubled changes all that follow
 
@@ -18,6 +19,13 @@ CHATTER = Sampling(0.8, seed=7)  # its noise depends on the position, so a token
 def language_agent(model: Path, *clouds: str, **settings: Any) -> LanguageAgent:
     settings = {"threads": 1, "connect_s": 10.0, "device_bits": 4, **settings}
     return LanguageAgent(LanguageConfig(str(model), clouds, **settings))
+
+
+def started(cloud: CloudProcess) -> CloudProcess:
+    """It serves, whatever the test before did to it."""
+    if cloud.process is None or cloud.process.poll() is not None:
+        cloud.start()
+    return cloud
 
 
 def prompt_of(agent: LanguageAgent, text: str) -> tuple[int, ...]:
@@ -35,12 +43,13 @@ class Answer:
         arm: Arm = "verify",
         sampling: Sampling = GREEDY,
         meanwhile: Callable[[int], None] = lambda made: None,
+        quality: float | None = None,
     ) -> None:
         """`meanwhile` is called after each token with their number."""
         self.tokens: list[Token] = []
         self.at_s = [time.monotonic()]
         self.summary: Summary | None = None
-        for event in agent.generate(Ask(tuple(prompt), tokens, arm, sampling)):
+        for event in agent.generate(Ask(tuple(prompt), tokens, arm, sampling, quality=quality)):
             assert self.summary is None, "a summary is the last event"
             if isinstance(event, Summary):
                 self.summary = event

@@ -106,18 +106,20 @@ def test_language_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     result = json.loads(figures.read_text(encoding="utf-8"))
     assert result["settings"]["rtts_ms"] == [20]
     rows = {row["method"]: row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 7
+    assert len(rows) == len(result["rows"]) == 11
     for name, row in rows.items():
         assert {"rtt_ms", "slowdown", "bytes_up_per_token", "bytes_down_per_token", "bytes_per_round", "why"} <= set(
             row
         )
         assert {"cloud_gflops_per_token", "acceptance", "tokens_per_s_after_first"} <= set(row)
         assert row["tokens_per_s"] > 0 and 2 < row["tokens"] <= 24
-        alone = name.startswith("edge")
+        alone = name.startswith("edge") or (row["device_share"] == 1 and not row["cloud_passes_per_token"])
         assert (row["bytes_up_per_token"] == 0) == alone and (row["cloud_passes_per_token"] == 0) == alone
-        own = alone or name.startswith("handoff")  # may begin by itself
+        own = alone or name.startswith(("handoff", "auto"))  # may begin by itself
         assert own or row["first_token_ms"] >= 20, "the emulated round trip is part of it"
-    assert rows["cloud"]["tokens"] == rows["verify, 8-bit copy"]["tokens"]
+    assert rows["cloud"]["tokens"] == rows["verify, 8-bit copy"]["tokens"] == rows["auto-q1"]["tokens"]
+    assert rows["cloud"]["agreement"] == rows["verify, 8-bit copy"]["agreement"] == rows["auto-q1"]["agreement"] == 1
+    assert rows["cloud"]["perplexity"] > 1
     assert picture.stat().st_size > 10_000 and "verif" in printed
 
 
@@ -135,7 +137,30 @@ def test_decoder_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     assert set(result["decode_tokens_per_s"]) == set(result["prefill_tokens_per_s"])
 
 
-MODULES = ["demo", "codec", "lossless", "language", "decoder"]
+def test_routing_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
+    figures, picture, prompts = tmp_path / "routing.json", tmp_path / "routing.png", tmp_path / "prompts.jsonl"
+    bundle = write_tiny_handoff(tmp_path / "bundle", Checkpoint.open(tiny_llama))
+    prompts.write_text(
+        "".join(json.dumps({"turns": [f"What is {word}?"]}) + "\n" for word in ("a", "bridge", "it all"))
+    )
+    arguments = ("--model", str(tiny_llama), "--bundle", str(bundle), "--prompts", str(prompts), "--bits", "8")
+    work = ("--work", str(tmp_path / "work"), "--resamples", "20")
+    printed = run("tests.bench.routing", *arguments, *work, "--json", str(figures), "--plot", str(picture))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert result["answers"] == 3 and result["tokens"] > 10
+    found = result["copies"]["8"]
+    routers = found["routers"]
+    assert routers["oracle"]["apgr"] >= max(row["apgr"] for row in routers.values())
+    for row in routers.values():
+        assert row["curve"][0] == [0.0, found["device_alone"]] and row["curve"][-1] == [1.0, 1.0]
+        low, high = row["intervals"]["apgr"]
+        assert low <= high and 0 <= row["cpt50"] <= row["cpt80"] <= 1 >= row["saved_at_no_loss"] >= 0
+    assert [row["quality"] for row in found["dial"]] == [0.97, 0.98, 0.99, 0.995, 0.999]
+    assert all(row["asked"] == 1 and row["agreement"] == 1 for row in found["dial"]), "the tiny bundle promises 0.9"
+    assert picture.stat().st_size > 10_000 and "CPT(50)" in printed
+
+
+MODULES = ["demo", "codec", "lossless", "language", "decoder", "routing"]
 
 
 @pytest.mark.parametrize("module", [f"tests.bench.{name}" for name in MODULES])

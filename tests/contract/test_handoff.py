@@ -11,7 +11,7 @@ from edge_agent.language import LanguageAgent
 from models.language.checkpoint import Checkpoint
 from tests.bench.processes import CloudProcess
 from tests.contract.conftest import LANGUAGE
-from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of
+from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of, started
 from tests.tiny_handoff import write_tiny_handoff
 
 TOKENS = 40
@@ -32,10 +32,7 @@ def cloud(endless_llama: Path, bundle: Path) -> Iterator[CloudProcess]:
 
 @pytest.fixture
 def serving(cloud: CloudProcess) -> CloudProcess:
-    """It serves, whatever the test before did to it."""
-    if cloud.process is None or cloud.process.poll() is not None:
-        cloud.start()
-    return cloud
+    return started(cloud)
 
 
 def agent_of(
@@ -54,7 +51,7 @@ def test_exits_decide_what_they_are_sure_of_and_the_cloud_the_rest(
 ) -> None:
     before = serving.metric("state_positions_total", kind="filled")
     with agent_of(serving, endless_llama, bundle, fill=fill) as agent:
-        assert agent.arms() == ("edge", "cloud", "verify", "handoff")
+        assert agent.arms() == ("auto", "edge", "cloud", "verify", "handoff")
         answer = answered(agent)
     assert (serving.metric("state_positions_total", kind="filled") > before) == fill
     sources = [token.source for token in answer.tokens]

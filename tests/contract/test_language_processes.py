@@ -51,12 +51,12 @@ def isthmus(reply: Any) -> dict[str, Any]:
 def test_the_arms_give_one_text(client: openai.OpenAI, cloud: CloudProcess) -> None:
     before = cloud.metric("tokens_committed_total")
     texts = {}
-    for name in ("endless", "endless:cloud", "verify"):
+    for name, arm in (("endless", "auto"), ("endless:cloud", "cloud"), ("verify", "verify")):
         reply = client.chat.completions.create(model=name, messages=HI, max_tokens=20, temperature=0.8, seed=3)
         texts[name] = reply.choices[0].message.content
         assert reply.choices[0].finish_reason == "length"
         assert reply.usage is not None and reply.usage.completion_tokens == 20
-        assert isthmus(reply)["arm"] == ("cloud" if "cloud" in name else "verify") and not isthmus(reply)["degraded"]
+        assert isthmus(reply)["arm"] == arm and not isthmus(reply)["degraded"]
     assert len(set(texts.values())) == 1 and texts["endless"]
     assert cloud.metric("tokens_committed_total") - before >= 60
 
@@ -68,7 +68,7 @@ def test_a_stream_is_the_whole_reply_in_pieces(client: openai.OpenAI) -> None:
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
     assert len(pieces) > 5 and "".join(pieces) == whole.choices[0].message.content
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 30
-    assert isthmus(chunks[-1])["arm"] == "verify"
+    assert isthmus(chunks[-1])["arm"] == "auto" and isthmus(chunks[-1])["spans"][0]["arm"] in ("cloud", "verify")
 
 
 def test_a_completion_with_logprobs(client: openai.OpenAI) -> None:
@@ -171,7 +171,7 @@ def test_chat_over_standard_input(endless_llama: Path, cloud: CloudProcess) -> N
     lines = "How are you?\n\n/arm cloud\nAnd why?\n/arm edge\nReally?\n"
     first, second, third = chat(endless_llama, lines, "--cloud", cloud.target, "--max-tokens", "12")
     assert [row["question"] for row in (first, second, third)] == ["How are you?", "And why?", "Really?"]
-    assert [row["arm"] for row in (first, second, third)] == ["verify", "cloud", "edge"]
+    assert [row["arm"] for row in (first, second, third)] == ["auto", "cloud", "edge"]
     for row in (first, second, third):
         assert row["tokens"] == sum(row["made"].values()) == 12 and row["text"] and not row["degraded"]
     assert third["made"]["edge"] == 12 and third["bytes_up"] == 0 < second["bytes_up"]

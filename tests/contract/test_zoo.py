@@ -17,7 +17,8 @@ from models.bundle import Bundle, kind_of
 from models.codecs.contexts import Integers
 from models.language.checkpoint import Checkpoint
 from models.language.handoff import Handoff
-from models.language.onnx_exits import ExitWeights, Judge
+from models.language.judge import Judge
+from models.language.onnx_exits import ExitWeights
 from models.manifest import Manifest
 from models.recipes.elpv_data import load
 from models.vision.head import Head

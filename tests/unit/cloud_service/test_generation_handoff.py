@@ -26,7 +26,7 @@ from models.errors import (
 from models.language.decoder import Decoder, Span
 from models.language.handoff import Handoff
 from models.language.kv_cache import KVCache
-from models.language.kv_fill import KVFill
+from models.language.kv_fill import EXACT_ROWS, KVFill
 from models.language.sampling import GREEDY, Sampling, choose, logprobs
 from models.language.session import Committed, Round
 from protos.limits import MAX_ROUNDS
@@ -75,9 +75,10 @@ class ByHand:
     def take(self, tokens: Sequence[int], asked: bool = True) -> Any:
         """Logits (vocab,) behind `tokens`, of which those that the cache has are known."""
         rows_NH = head_rows(self.decoder, self.handoff.depth, tokens)[self.cache.length :]
+        exact = asked * (1 if self.cache.length else EXACT_ROWS)
         for index, payload in enumerate(self.handoff.states.encode(rows_NH, self.rate)):
             row_1H = torch.from_numpy(self.handoff.states.decode([payload], self.rate))
-            if self.fill and not (asked and index == len(rows_NH) - 1):
+            if self.fill and index < len(rows_NH) - exact:
                 self._fill.write(self.cache, self.cache.length, row_1H)
                 continue
             x_NH = torch.zeros(self.decoder.width, self.decoder.config.hidden)

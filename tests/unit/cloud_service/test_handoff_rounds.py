@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cloud_service.handoff_rounds import FILL_ROWS, HandoffText
 from models.errors import InvalidInput, PayloadTooLarge
+from models.language.kv_fill import EXACT_ROWS
 from models.language.sampling import GREEDY, Floats, Sampling, choose
 from models.language.session import Committed, Opening, Round
 
@@ -109,9 +110,9 @@ def test_any_rounds_and_passes_give_the_text_of_the_device(sampling: Sampling, f
             text.forget()
             tokens, expected = [], []
             continue
-        stop = len(tokens)
+        stop, exact = len(tokens), extend if base else extend * EXACT_ROWS
         expected[base:] = [
-            (state_of(position, tokens[position]), not fill or (bool(extend) and position == stop - 1))
+            (state_of(position, tokens[position]), not fill or position >= stop - exact)
             for position in range(base, stop)
         ]
         cache: Any = text.cache
@@ -153,17 +154,31 @@ def test_the_extent_is_what_the_round_will_hold() -> None:
     assert (text.extent, text.rows, text.reusable) == (4, 0, 4)
 
 
-def test_filling_takes_one_row_of_a_pass_at_most() -> None:
-    text, tokens = new_text(fill=True), [1] * (2 * FILL_ROWS + 1)
-    text.begin(round_of(tokens, 0), 0.0)
+def rows_run(text: HandoffText, width: int) -> list[tuple[int, int]]:
+    """States filled in and run in each pass of so many rows."""
     passes = []
     while text.work is not None and text.rows:
-        assert text.rows == 1
-        states, run = text.next_states(1)
+        states, run = text.next_states(min(text.rows, width))
         passes.append((len(states) - run, run))
-        if compute(text, 1) is not None:
+        if compute(text, min(text.rows, width)) is not None:
             text.next_extension(0.0)
-    assert passes == [(FILL_ROWS, 0), (FILL_ROWS, 1)]
+    return passes
+
+
+def test_a_fill_leaves_the_end_of_a_prompt_to_the_layers() -> None:
+    text = new_text(fill=True)
+    text.begin(round_of([1] * (2 * FILL_ROWS + EXACT_ROWS), 0), 0.0)
+    assert text.rows == 1, "a turn of filling"
+    assert rows_run(text, 16) == [(FILL_ROWS, 0), (FILL_ROWS, 16), (0, EXACT_ROWS - 16)]
+
+
+def test_behind_a_prompt_a_fill_takes_one_row_of_a_pass_at_most() -> None:
+    text, tokens = new_text(fill=True), [1] * (2 * FILL_ROWS + 2)
+    text.begin(round_of(tokens[:1], 0), 0.0)
+    finish(text)
+    text.begin(round_of(tokens, 1), 0.0)
+    assert text.rows == 1
+    assert rows_run(text, 16) == [(FILL_ROWS, 0), (FILL_ROWS, 1)]
 
 
 def test_times_and_passes_are_summed() -> None:

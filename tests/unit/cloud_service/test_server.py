@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -128,8 +129,7 @@ def test_sigterm_turns_health_off_says_farewell_and_waits_for_streams(
             assert await call.read() is grpc.aio.EOF
             await serving
 
-    with caplog.at_level(logging.INFO, "isthmus.cloud"):
-        asyncio.run(asyncio.wait_for(play(), 30))
+    watched(play(), caplog)
     assert caplog.messages[-1] == "drained"
 
 
@@ -158,8 +158,7 @@ def test_a_stream_that_arrives_with_sigterm_is_answered_too(
             await call.done_writing()
             await serving
 
-    with caplog.at_level(logging.INFO, "isthmus.cloud"):
-        asyncio.run(asyncio.wait_for(play(), 30))
+    watched(play(), caplog)
 
 
 def test_language_models_are_served_beside_each_other_and_drained(
@@ -189,9 +188,14 @@ def test_language_models_are_served_beside_each_other_and_drained(
                 assert await call.read() is grpc.aio.EOF
             await serving
 
-    with caplog.at_level(logging.INFO, "isthmus.cloud"):
-        asyncio.run(asyncio.wait_for(play(), 30))
+    watched(play(), caplog)
     assert caplog.messages[-1] == "drained"
+
+
+def watched(play: Coroutine[Any, Any, None], caplog: pytest.LogCaptureFixture) -> None:
+    """Run a play to its end, within 30 s, and keep what the service logs."""
+    with caplog.at_level(logging.INFO, "isthmus.cloud"):
+        asyncio.run(asyncio.wait_for(play, 30))
 
 
 def tiny_model(folder: Path, seed: int) -> Checkpoint:
@@ -245,7 +249,6 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
             assert await call.read() is grpc.aio.EOF
             await serving
 
-    with caplog.at_level(logging.INFO, "isthmus.cloud"):
-        asyncio.run(asyncio.wait_for(play(), 30))
+    watched(play(), caplog)
     assert caplog.messages[-1] == "drained"
     assert any(f"hand-off of one {handoff.fingerprint.hex()[:12]}" in message for message in caplog.messages)

@@ -50,7 +50,7 @@ class Scripted:
     closed: threading.Event = field(default_factory=threading.Event)
 
     def arms(self) -> tuple[Arm, ...]:
-        return ("edge", "cloud", "verify") if self.cloud else ("edge",)
+        return ("auto", "edge", "cloud", "verify") if self.cloud else ("auto", "edge")
 
     def generate(self, ask: Ask) -> Iterator[Token | Summary]:
         self.asks.append(ask)

@@ -85,7 +85,7 @@ def test_commands() -> None:
     out = talk(generator, "/help", "/arm edge", "q", "/arm moon", "/nothing", "/quit", "not asked")
     assert [ask.arm for ask in generator.asks] == ["edge"]
     assert "/reset" in out
-    assert "'moon' is not available; there is edge, cloud, verify, now edge" in out
+    assert "'moon' is not available; there is auto, edge, cloud, verify, now edge" in out
     assert "unknown command /nothing" in out
 
 
@@ -168,6 +168,8 @@ def test_a_degraded_answer_says_why() -> None:
     )
     line = status({**figures, "tokens": 3, "finish": "length", "degraded": True, "why": "the cloud \x1bwas lost"})
     assert line == "3 tokens · DEGRADED: the cloud \\x1bwas lost"
+    told = status({**figures, "tokens": 3, "finish": "length", "degraded": False, "arm": "auto", "why": "fastest"})
+    assert told == "3 tokens · auto · fastest"
 
 
 def test_max_tokens_and_sampling_reach_the_prompt_loop() -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def test_max_tokens_is_cut_to_what_the_context_leaves(agent: LanguageAgent) -> N
         (Ask((65,), 0, "edge"), "max_tokens is 0"),
         (Ask((65, 259), 5, "edge"), "vocabulary of 259"),
         (Ask((-1, 65), 5, "edge"), "vocabulary of 259"),
+        (Ask((65,), 5, "auto", quality=1.5), "quality is 1.5, expected 0 to 1"),
         (Ask((65,), 5, "cloud"), "needs a cloud"),
         (Ask((65,), 5, "verify"), "needs a cloud"),
         (Ask((65,), 5, "handoff"), "needs a cloud"),
@@ -110,8 +112,26 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(agent: LanguageAge
         agent.generate(ask)
 
 
+def test_auto_without_a_cloud_is_the_device(agent: LanguageAgent) -> None:
+    tokens, summary = said(agent, Ask((65, 66, 67), 10, "auto"))
+    assert [token.id for token in tokens] == [token.id for token in said(agent, Ask((65, 66, 67), 10, "edge"))[0]]
+    assert (summary.arm, summary.why, summary.spans) == ("edge", "no cloud is configured", ())
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.8, 1.0])
+def test_auto_with_a_lost_cloud_goes_on_alone_and_says_so(folder: Path, tmp_path: Path, quality: float) -> None:
+    handoff = write_tiny_handoff(tmp_path / "handoff", Checkpoint.open(folder))
+    with lost_agent(folder, handoff=handoff) as lost:
+        ask = Ask((65, 66, 67), 12, "auto", quality=quality)
+        tokens, summary = said(lost, ask)
+        expected = [token.id for token in said(lost, replace(ask, arm="edge"))[0]]
+    assert [token.id for token in tokens] == expected and {token.source for token in tokens} == {"edge"}
+    assert (summary.arm, [span.arm for span in summary.spans]) == ("auto", ["edge"])
+    assert summary.degraded == (quality > 0)
+
+
 def test_what_it_is(agent: LanguageAgent) -> None:
-    assert (agent.name, agent.context, agent.arms()) == ("tiny", CONTEXT, ("edge",))
+    assert (agent.name, agent.context, agent.arms()) == ("tiny", CONTEXT, ("auto", "edge"))
     assert list(agent.replicas) == []
 
 
@@ -175,7 +195,7 @@ def test_when_the_cloud_is_not_there_the_device_answers_alone(
     folder: Path, agent: LanguageAgent, arm: Any, draft: Any
 ) -> None:
     with lost_agent(folder, draft=draft) as lost:
-        assert lost.arms() == ("edge", "cloud", "verify") and lost.context == 512
+        assert lost.arms() == ("auto", "edge", "cloud", "verify") and lost.context == 512
         tokens, summary = said(lost, Ask((65, 66, 67), 10, arm, top_logprobs=0))
         expected, _ = said(agent, Ask((65, 66, 67), 10, "edge", top_logprobs=0))
         assert [(token.id, token.source) for token in tokens] == [(token.id, "edge") for token in expected]

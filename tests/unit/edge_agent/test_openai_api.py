@@ -75,7 +75,7 @@ def test_a_whole_chat() -> None:
     generator = Scripted("Héllo", sources=("draft", "cloud"))
     answer = ask(generator).json()
     assert answer["id"].startswith("chatcmpl-")
-    assert (answer["object"], answer["model"]) == ("chat.completion", "tiny:verify")
+    assert (answer["object"], answer["model"]) == ("chat.completion", "tiny:auto")
     assert answer["choices"] == [
         {
             "index": 0,
@@ -97,8 +97,9 @@ def test_a_whole_chat() -> None:
         },
     }
     assert answer["isthmus"] == {
-        "arm": "verify",
+        "arm": "auto",
         "why": "as scripted",
+        "spans": [],
         "degraded": False,
         "rounds": 3,
         "bytes_up": 40,
@@ -130,7 +131,7 @@ def test_usage_comes_in_a_chunk_of_its_own() -> None:
     assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 3
-    assert last["isthmus"]["arm"] == "verify"
+    assert last["isthmus"]["arm"] == "auto"
     assert not any("isthmus" in chunk for chunk in chunks)
 
 
@@ -236,7 +237,7 @@ def test_a_header_keeps_a_request_on_the_device(value: str) -> None:
     ask(generator, headers={"X-Isthmus-Private": value})
     ask(generator, headers={"X-Isthmus-Private": "0"})
     ask(generator, headers=[("X-Isthmus-Private", "0"), ("X-Isthmus-Private", value)])
-    assert [one.arm for one in generator.asks] == ["edge", "verify", "edge"]
+    assert [one.arm for one in generator.asks] == ["edge", "auto", "edge"]
     assert_error(ask(generator, headers={"X-Isthmus-Private": value}, model="cloud"), 400, param="model")
 
 

@@ -55,7 +55,7 @@ def test_openai_reads_a_whole_chat() -> None:
     assert answer.usage.completion_tokens_details.accepted_prediction_tokens == 4
     assert answer.choices[0].logprobs and answer.choices[0].logprobs.content
     assert answer.choices[0].logprobs.content[0].top_logprobs[0].token == "a"
-    assert answer.model_extra and answer.model_extra["isthmus"]["arm"] == "verify"
+    assert answer.model_extra and answer.model_extra["isthmus"]["arm"] == "auto"
 
 
 def test_openai_reads_a_stream() -> None:

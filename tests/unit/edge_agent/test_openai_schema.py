@@ -78,8 +78,8 @@ def test_defaults_of_a_chat() -> None:
     (ask,) = job.asks
     assert bytes(ask.prompt) == b"[user]hi[assistant]"
     assert ask.max_tokens == GENERATOR.context - len(ask.prompt)
-    assert (ask.arm, ask.sampling.temperature, ask.sampling.top_p, ask.top_logprobs) == ("verify", 1.0, 1.0, None)
-    assert (job.model, job.stops, job.stream, job.include_usage) == ("tiny:verify", (), False, False)
+    assert (ask.arm, ask.sampling.temperature, ask.sampling.top_p, ask.top_logprobs) == ("auto", 1.0, 1.0, None)
+    assert (job.model, job.stops, job.stream, job.include_usage) == ("tiny:auto", (), False, False)
 
 
 def test_defaults_of_a_completion() -> None:
@@ -233,27 +233,67 @@ def test_top_p_zero_is_the_likeliest_token() -> None:
 
 def test_model_names() -> None:
     assert models(GENERATOR) == {
-        "tiny": "verify",
-        "auto": "verify",
+        "tiny": "auto",
+        "auto": "auto",
         "edge": "edge",
         "cloud": "cloud",
         "verify": "verify",
-        "tiny:auto": "verify",
+        "tiny:auto": "auto",
         "tiny:edge": "edge",
         "tiny:cloud": "cloud",
         "tiny:verify": "verify",
     }
-    assert set(models(Scripted(cloud=False)).values()) == {"edge"}
+    assert set(models(Scripted(cloud=False)).values()) == {"auto", "edge"}
 
 
-@pytest.mark.parametrize("name", ["gpt-4", "tiny:", "tiny:tiny", "cloud", "tiny:verify", ""])
+@pytest.mark.parametrize(
+    ("fields", "quality"),
+    [
+        ({"model": "auto"}, None),
+        ({"model": "auto-q0.8"}, 0.8),
+        ({"model": "tiny-q1"}, 1.0),
+        ({"model": "tiny:auto-q0"}, 0.0),
+        ({"model": "auto", "quality": 0.25}, 0.25),
+        ({"model": "auto-q0.8", "quality": 0.25}, 0.8),
+    ],
+)
+def test_the_dial_is_a_part_of_the_models_name_or_a_field(fields: dict[str, Any], quality: float | None) -> None:
+    job = chat(**fields)
+    assert (job.arm, job.model) == ("auto", "tiny:auto")
+    assert [ask.quality for ask in job.asks] == [quality]
+    assert completion(**fields).asks[0].quality == quality
+
+
+@pytest.mark.parametrize("quality", [-0.1, 1.1, "0.8", True, []])
+def test_a_quality_that_is_none_is_refused_by_name(quality: object) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(quality=quality)
+    assert (caught.value.status, caught.value.error["param"]) == (400, "quality")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-4",
+        "tiny:",
+        "tiny:tiny",
+        "cloud",
+        "tiny:verify",
+        "",
+        "edge-q0.5",
+        "auto-q",
+        "auto-q1.5",
+        "auto-q-1",
+        "auto-qx",
+    ],
+)
 def test_what_is_not_there_is_a_404(name: str) -> None:
     with pytest.raises(ApiError) as caught:
         chat(generator=Scripted(cloud=False), model=name)
     assert (caught.value.status, caught.value.error["code"]) == (404, "model_not_found")
 
 
-@pytest.mark.parametrize("name", ["auto", "edge", "tiny", "tiny:edge", "tiny:auto"])
+@pytest.mark.parametrize("name", ["auto", "edge", "tiny", "tiny:edge", "tiny:auto", "auto-q0.9"])
 def test_what_is_private_stays_on_the_device(name: str) -> None:
     assert chat(header=True, model=name).arm == "edge"
     assert completion(True, model=name).asks[0].arm == "edge"

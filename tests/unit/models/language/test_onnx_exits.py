@@ -13,7 +13,10 @@ from models.language.checkpoint import Checkpoint
 from models.language.drafts import ModelDraft
 from models.language.handoff import Handoff
 from models.language.onnx_decoder import OnnxDecoder
-from models.language.onnx_exits import ExitingDecoder, ExitWeights, Judge, evidence
+from models.language.onnx_exits import ExitingDecoder, ExitWeights, OnnxExit
+from models.recipes.language_device import exit_tensors
+from models.recipes.language_exits import Exit
+from models.recipes.llama import Llama
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
 
@@ -93,6 +96,25 @@ def test_an_exit_is_its_layer_behind_its_map(checkpoint: Checkpoint, handoff: Ha
     assert np.corrcoef(found.logits_V, logits_V)[0, 1] > 0.9  # but for the norm and 8 bits of bits
 
 
+def test_an_exit_of_two_layers_is_the_last_two(checkpoint: Checkpoint, handoff: Handoff) -> None:
+    """Behind one layer of three, with a map that changes nothing, they are the model."""
+    exit_, model = Exit(checkpoint.config, 1, 2), Llama.load(checkpoint, torch.float32)
+    exit_.map.weight.data, exit_.map.bias.data = torch.eye(checkpoint.config.hidden), torch.zeros_like(exit_.map.bias)
+    exit_.norm_H.data = model.norm_H.data
+    for own, theirs in zip(exit_.layers, list(model.layers)[1:], strict=True):
+        own.load_state_dict(theirs.state_dict())
+    weights = ExitWeights(exit_tensors(exit_, checkpoint), checkpoint)
+    name = "self_attn.k_proj.weight"
+    np.testing.assert_array_equal(weights.tensor(f"model.layers.0.{name}"), checkpoint.tensor(f"model.layers.1.{name}"))
+    decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=(1,))
+    wanted_V = decoder.extend(TEXT[:20])
+    decoder.truncate(0)
+    decoder.append(TEXT[:20])
+    judge = {name: array for name, array in handoff.exit(0).items() if name.startswith("judge.")}
+    found_V, _ = OnnxExit({**exit_tensors(exit_, checkpoint), **judge}, checkpoint, decoder, 1)(decoder.advance(0))
+    assert np.corrcoef(found_V, wanted_V)[0, 1] > 0.99
+
+
 @pytest.mark.parametrize("common", [3, 9, 10])
 def test_another_text_keeps_what_it_shares(checkpoint: Checkpoint, handoff: Handoff, common: int) -> None:
     other = [*TEXT[:common], *TEXT[20:30]]
@@ -126,25 +148,12 @@ def test_a_text_beyond_the_context_is_refused_and_harms_nothing(parts: tuple[Onn
     np.testing.assert_allclose(parts[1].choose(TEXT[:10], NEVER).logits_V, before.logits_V, atol=1e-5)
 
 
-def test_evidence_and_judge_are_what_pytorch_says(checkpoint: Checkpoint, handoff: Handoff) -> None:
-    rng = np.random.default_rng(0)
-    logits_V = (9 * rng.normal(size=259)).astype(np.float32)
-    log_V = torch.from_numpy(logits_V).log_softmax(0)
-    expected = [*log_V.topk(2).values.tolist(), float(-(log_V.exp() * log_V).sum())]
-    np.testing.assert_allclose(evidence(logits_V), expected, rtol=1e-4)
-    tensors = {name: torch.from_numpy(array) for name, array in handoff.exit(0).items() if name.startswith("judge")}
-    seen_F = torch.from_numpy(evidence(logits_V))
-    hidden_F = torch.relu(tensors["judge.0.weight"] @ seen_F + tensors["judge.0.bias"])
-    likely = torch.sigmoid(tensors["judge.2.weight"] @ hidden_F + tensors["judge.2.bias"]).item()
-    assert Judge.of(handoff.exit(0))(logits_V) == pytest.approx(likely, rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
         ("map.bias", (63,)),
         ("map.weight.scale", (64, 3)),
-        ("self_attn.k_proj.weight.codes", (32, 2, 15)),
+        ("model.layers.0.self_attn.k_proj.weight.codes", (32, 2, 15)),
         ("map.weight.zero", (64, 2)),
     ],
 )
@@ -156,10 +165,18 @@ def test_broken_tensors_are_refused(
     whole = name.removesuffix(".scale").removesuffix(".codes").removesuffix(".zero")
     with pytest.raises(BundleError, match="tensor"):
         ExitWeights(broken, checkpoint).tensor(whole)
-    with pytest.raises(BundleError, match="missing"):
-        ExitWeights({}, checkpoint).tensor("map.bias")
-    with pytest.raises(BundleError, match="judge"):
-        Judge.of({**tensors, "judge.2.bias": np.zeros(2, np.float32)})
+    del broken["map.bias"]
+    with pytest.raises(BundleError, match="map.bias is missing"):
+        ExitWeights(broken, checkpoint).tensor("map.bias")
+
+
+@pytest.mark.parametrize("layers", [[], [1], [0, 2], [0, 1, 2, 3], [0, 999]])
+def test_layers_that_do_not_follow_each_other_or_are_too_many_are_refused(
+    checkpoint: Checkpoint, layers: list[int]
+) -> None:
+    tensors = {f"model.layers.{index}.input_layernorm.weight": np.ones(64, np.float32) for index in layers}
+    with pytest.raises(BundleError, match=r"at most 3, from 0"):
+        ExitWeights(tensors, checkpoint)
 
 
 def test_another_cut_is_refused(checkpoint: Checkpoint, handoff: Handoff, tmp_path: Path) -> None:

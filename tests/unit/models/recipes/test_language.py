@@ -55,7 +55,7 @@ def made(folder: Path, work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             (language_figures, "ANSWER_TOKENS", 10),
             (language, "HELD_OUT", 3),
             (language, "TESTED", 1),
-            (language, "FULL_CHUNKS", 1),
+            (language, "FULL_PARTS", 1),
         ):
             patch.setattr(module, name, value)
         prompts = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
@@ -75,6 +75,7 @@ def test_the_bundle_serves_its_model_and_no_other(made: Path, folder: Path, tmp_
     choice = ExitingDecoder(handoff, checkpoint, decoder, 1).choose([5, 6, 7], 2.0)
     assert choice.exit == 1 and 0 <= choice.likely <= 1
     assert handoff.manifest.training.command == "python -m models.recipes language"
+    assert [copy.bits for copy in handoff.manifest.copies] == [8, 4]
     assert {"test exit0 agreement", "test rows agreement", "test rate0 agreement"} <= set(handoff.manifest.scores)
     other = Checkpoint.open(write_tiny_llama(tmp_path / "other", layers=6, seed=1))
     with pytest.raises(Exception, match="belongs to the model"):
@@ -95,7 +96,7 @@ def test_it_can_be_looked_at(made: Path) -> None:
 def test_an_exit_that_is_not_there(folder: Path, work: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("CHUNKS", 2), ("CHATS", 6)):
         monkeypatch.setattr(language_text, name, value)
-    monkeypatch.setattr(language, "FULL_CHUNKS", 1)
+    monkeypatch.setattr(language, "FULL_PARTS", 1)
     with pytest.raises(InvalidInput, match=r"no exit at depth 5, exits are at \(3, 4\)"):
         language.only_exit(work, 0, str(folder), 5)
 

@@ -3,13 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from models.language.checkpoint import Checkpoint
-from models.recipes.language_exits import Exit, HeadLoss, Traces, batches, packed, ridge, start, trace
+from models.language.kv_fill import normalised
+from models.language.packing import unpacked8
+from models.recipes import language_figures
+from models.recipes.language_exits import Exit, HeadLoss, Traces, batches, drawn, grouped, ridge, start, trace
 from models.recipes.language_figures import Fill, completed, next_logprobs
 from models.recipes.language_judge import decided, judged, train_judge
-from models.recipes.language_states import fit_fill, normalised
+from models.recipes.language_states import fit_fill, keys_values
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from tests.bench.tiny_llama import write_tiny_llama
@@ -34,20 +38,51 @@ def traces(model: Llama, texts: Texts) -> Traces:
     return trace(model, texts, range(LAYERS + 1))
 
 
-def test_the_loss_of_the_head_is_the_cross_entropy_and_so_is_its_gradient() -> None:
+def cross_entropy(rows_MH: Tensor, head_VH: Tensor, top_MK: Tensor, weight_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all logits, by autograd; and its gradient."""
+    loss = -(weight_MK * F.linear(rows_MH, head_VH).log_softmax(1).gather(1, top_MK)).sum(1).mean()
+    return loss, torch.autograd.grad(loss, rows_MH)[0]
+
+
+@pytest.fixture
+def answers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, an output head, the likeliest tokens and their likelihoods."""
     torch.manual_seed(0)
     rows_MH, head_VH = torch.randn(700, 32, requires_grad=True), 0.3 * torch.randn(1000, 32)
-    top_MK = torch.stack([torch.randperm(1000)[:16] for _ in range(700)])
+    top_MK = torch.stack([torch.randperm(300)[:16] for _ in range(700)])
     weight_MK = torch.rand(700, 16)
-    weight_MK /= 1.2 * weight_MK.sum(1, keepdim=True)  # the likeliest are not all
-    wanted = -(weight_MK * F.linear(rows_MH, head_VH).log_softmax(1).gather(1, top_MK)).sum(1).mean()
-    wanted.backward()
-    gradient_MH, rows_MH.grad = rows_MH.grad, None
-    found = HeadLoss.apply(rows_MH, head_VH, top_MK, weight_MK)  # type: ignore[no-untyped-call]
+    return rows_MH, head_VH, top_MK, weight_MK / (1.2 * weight_MK.sum(1, keepdim=True))  # the likeliest are not all
+
+
+def test_with_all_of_the_vocabulary_the_loss_is_the_cross_entropy_and_so_is_its_gradient(
+    answers: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    rows_MH, head_VH, top_MK, weight_MK = answers
+    wanted, gradient_MH = cross_entropy(*answers)
+    part = drawn(top_MK, 1000, 1000)
+    assert sorted(part.ids_V.tolist()) == list(range(1000)) and not part.shift_V.any()
+    found = HeadLoss.apply(rows_MH, head_VH[part.ids_V], part.shift_V, part.top_MK, weight_MK)  # type: ignore[no-untyped-call]
     (3 * found).backward()
-    assert gradient_MH is not None and rows_MH.grad is not None
     torch.testing.assert_close(found, wanted)
+    assert rows_MH.grad is not None
     torch.testing.assert_close(rows_MH.grad, 3 * gradient_MH, atol=1e-7, rtol=1e-4)
+
+
+def test_part_of_the_vocabulary_stands_for_all_of_it(answers: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    rows_MH, head_VH, top_MK, weight_MK = answers
+    wanted, gradient_MH = cross_entropy(*answers)
+    losses, gradients = [], []
+    for _ in range(20):
+        part = drawn(top_MK, 1000, 200)
+        assert len(part.ids_V) == len(part.ids_V.unique()) == 500 and torch.equal(part.ids_V[part.top_MK], top_MK)
+        rows_MH.grad = None
+        loss = HeadLoss.apply(rows_MH, head_VH[part.ids_V], part.shift_V, part.top_MK, weight_MK)  # type: ignore[no-untyped-call]
+        loss.backward()
+        assert rows_MH.grad is not None
+        losses.append(loss.item())
+        gradients.append(rows_MH.grad)
+    assert sum(losses) / 20 == pytest.approx(wanted.item(), rel=0.01)
+    assert F.cosine_similarity(torch.stack(gradients).mean(0), gradient_MH, dim=1).mean() > 0.99
 
 
 def test_traces_are_the_model_sequence_by_sequence(model: Llama, texts: Texts, traces: Traces) -> None:
@@ -78,7 +113,7 @@ def test_batches_hold_each_chosen_token_once(traces: Traces) -> None:
 
 def test_packs_stay_small_unless_one_is_large() -> None:
     lengths = [1500, 900, 600, 3000, 10]
-    packs = list(packed([4, 2, 1, 0, 3], lengths))
+    packs = list(grouped([4, 2, 1, 0, 3], lengths))
     assert [max(lengths[s] for s in pack) * len(pack) <= 2048 or len(pack) == 1 for pack in packs] == [True] * len(
         packs
     )
@@ -93,13 +128,14 @@ def test_ridge_finds_a_linear_map() -> None:
     torch.testing.assert_close(found_O, bias_O, atol=1e-3, rtol=1e-3)
 
 
-def test_an_exit_before_the_last_layer_starts_as_the_model(model: Llama, traces: Traces) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_exit_before_the_last_layers_starts_as_the_model(model: Llama, traces: Traces, count: int) -> None:
     """Its map is then the regression of the rows on themselves."""
-    exit_ = Exit(model.config, LAYERS - 1)
-    start(exit_, model, traces, LAYERS - 1)
+    exit_ = Exit(model.config, LAYERS - count, count)
+    start(exit_, model, traces)
     first, last = traces.bounds(3)
     with torch.no_grad():
-        logits_TV = F.linear(exit_(traces.rows[LAYERS - 1][None, first:last].float())[0], model.embedding_VH)
+        logits_TV = F.linear(exit_(traces.rows[LAYERS - count][None, first:last].float())[0], model.embedding_VH)
     assert (logits_TV.argmax(1) == traces.top_NK[first:last, 0]).float().mean() > 0.7
 
 
@@ -108,14 +144,26 @@ def test_layers_behind_complete_what_the_model_says(model: Llama, traces: Traces
     assert (found.chosen_N == traces.top_NK[:, 0]).float().mean() > 0.95, "rows are kept in 16 bits"
 
 
-def test_a_fill_of_nothing_but_prompts_leaves_what_comes_before_an_answer(model: Llama, traces: Traces) -> None:
-    fill = fit_fill(model, traces, 1)
-    bias_LO = torch.from_numpy(fill["bias"]).float()
+def test_a_fill_of_nothing_but_prompts_leaves_their_ends_to_the_layers(
+    model: Llama, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias_LO = torch.from_numpy(fit_fill(model, traces, 1)["bias"]).float()
     wrong = Fill(torch.zeros(*bias_LO.shape, model.config.hidden), torch.zeros_like(bias_LO), prompts_only=True)
-    exact, found = completed(model, traces, 1), completed(model, traces, 1, fill=wrong)
-    first, end = traces.bounds(1)
+    exact, spared = completed(model, traces, 1), completed(model, traces, 1, fill=wrong)
+    assert torch.allclose(spared.next_N, exact.next_N, atol=1e-4), "no prompt is so long"
+    monkeypatch.setattr(language_figures, "EXACT_ROWS", 5)
+    found, (first, end) = completed(model, traces, 1, fill=wrong), traces.bounds(1)
     assert torch.equal(found.chosen_N[first], exact.chosen_N[first]), "the first position reads itself alone"
     assert not torch.allclose(found.next_N[first + 1 : end - 1], exact.next_N[first + 1 : end - 1])
+
+
+def test_a_fill_gives_the_first_layer_what_it_makes_itself(model: Llama, traces: Traces) -> None:
+    fill = fit_fill(model, traces, 1)
+    bias_LO = torch.from_numpy(fill["bias"]).float()
+    weight_LOH = torch.from_numpy(unpacked8(fill, "weight")).view(*bias_LO.shape, -1)
+    wanted_NO = keys_values(model.layers[1], traces.rows[1])
+    found_NO = normalised(traces.rows[1].float()) @ weight_LOH[0].T + bias_LO[0]
+    assert (found_NO - wanted_NO).square().mean() < 0.01 * wanted_NO.square().mean()
 
 
 def test_next_logprobs_are_of_the_token_that_follows() -> None:

@@ -1,0 +1,124 @@
+"""Which arm makes an answer's next tokens. Pure: estimates in, a plan out, which says why.
+
+The dial is a promise with a number: the share of an answer's tokens that are to be what the cloud's model would choose.
+`cloud` and `verify` keep any. The device's own copy keeps it by asking the cloud for single tokens, those that its
+judge is not sure enough of:
+
+    seconds a token  =  device  +  share asked * (round trip + a pass in the cloud)
+    wrong tokens     =  those that the judge lets through; how many that is, calibration says
+
+Source: token-level routing by the small model's doubt (CITER, Zheng et al., 2025; U-HLM, Oh et al., 2024), with doubt
+calibrated against the cloud model's own choice. Not by the prompt: neither it nor the first tokens of an answer say how
+often the copy will be wrong in the rest (correlation below 0.2 on Spec-Bench).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_agent.generation import Arm
+from edge_agent.policy.drafting import Pace
+from edge_agent.policy.plan import Objective, Prices
+from models.language.handoff_manifest import Level
+
+MARGIN = 0.9  # another arm than the one at work must look this much better: a change costs a round trip
+STREAM_BYTES = 2.0  # that go up for a token: an opening, once an answer
+ROUND_BYTES = 60.0  # of a round of drafts, or of a question for one token
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Layers shared: overall share of right tokens, share that the cloud completes, and of a pass for one of these."""
+
+    quality: float
+    asked: float
+    work: float
+    state_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the owner wants. `quality`: share of tokens that are to be the cloud model's choice."""
+
+    quality: float
+    objective: Objective = "fastest"
+    prices: Prices = Prices()
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An arm that keeps the quality, with what a token costs by it. `likely` and `asked` as in Level, for `edge`."""
+
+    arm: Arm
+    seconds: float
+    usd: float
+    likely: float = 0.0
+    asked: float = 0.0
+
+    def cost(self, objective: Objective) -> tuple[float, float]:
+        return (self.seconds, self.usd) if objective == "fastest" else (self.usd, self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The arm for the next tokens. On `edge` the cloud is asked for those that are less than `likely` to be right.
+
+    `asked`: which share that will be, as far as anybody knows.
+    """
+
+    arm: Arm
+    likely: float
+    why: str
+    asked: float = 0.0
+
+
+def level_for(levels: Sequence[Level], quality: float) -> Level | None:
+    """The one that asks least and keeps the quality; None: not even the last one keeps it. `levels` rise."""
+    return next((level for level in levels if 1 - level.wrong >= quality), None)
+
+
+def offers(
+    wish: Wish, pace: Pace, drafts: bool, edge_s: float, edge: Level | None, shared: Shared | None
+) -> list[Offer]:
+    """Every arm that keeps the wished quality. `drafts`: whether the device can draft at present, at this `pace`.
+
+    `edge`: at which level its copy keeps it, at `edge_s` a token; None: at none.
+    """
+    prices = wish.prices
+    if drafts and not pace.streams:
+        seconds = max(pace.verify_s, pace.measured_s or 0.0)
+        rounds = 1 / pace.drafts + 1 - pace.acceptance  # about: one ends full, or at a wrong draft
+        found = [Offer("verify", seconds, prices.usd(rounds * ROUND_BYTES, rounds * pace.pass_s, seconds))]
+    else:
+        found = [Offer("cloud", pace.stream_s, prices.usd(STREAM_BYTES, pace.pass_s, 0.0))]
+    if edge is not None:
+        usd = prices.usd(edge.asked * ROUND_BYTES, edge.asked * pace.pass_s, edge_s)
+        found.append(Offer("edge", edge_s + asking_s(pace, edge.asked), usd, edge.likely, edge.asked))
+    if shared is not None and shared.quality >= wish.quality:
+        usd = prices.usd(shared.state_bytes, shared.asked * shared.work * pace.pass_s, edge_s)
+        found.append(Offer("handoff", edge_s + asking_s(pace, shared.asked), usd))
+    return found
+
+
+def asking_s(pace: Pace, asked: float) -> float:
+    """Seconds a token that are spent on asking the cloud for a share of them, one by one."""
+    return asked * (pace.rtt_s + pace.pass_s)
+
+
+def choose(offers: Sequence[Offer], wish: Wish, now: Arm | None) -> Plan:
+    """The fastest or the cheapest; the arm at work keeps its place unless another is clearly better."""
+    best = min(offers, key=lambda offer: offer.cost(wish.objective))
+    here = next((offer for offer in offers if offer.arm == now), best)
+    if here.cost(wish.objective)[0] * MARGIN <= best.cost(wish.objective)[0]:
+        best = here
+    others = [offer for offer in offers if offer is not best]
+    why = f"{wish.objective} at {wish.quality:g}: {told(best, others, wish.objective)}"
+    return Plan(best.arm, best.likely, why, best.asked)
+
+
+def told(best: Offer, others: Sequence[Offer], objective: Objective) -> str:
+    return " against ".join(
+        f"{offer.arm} {1000 * offer.seconds:.0f} ms" + (f" {1e6 * offer.usd:.2f} µ$" if objective == "cheapest" else "")
+        for offer in [best, *others]
+    )

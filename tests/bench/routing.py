@@ -1,0 +1,231 @@
+"""The router of tokens: what an answer is worth against the share of its tokens that the cloud decides.
+
+    the model's greedy answers to prompts --the device's copy--> which choices are the model's, how sure each router is
+
+Quality is the share of tokens that are what the cloud's model would choose, with its own text before them: 1 by the
+cloud, less by the device alone. Beside our judge: a plain confidence threshold on tokens, one on prompts (how likely
+the answer's first token is, which is what the device's prefill says of it), chance, and an oracle. Intervals come from
+resampling prompts. The dial's promises are held against the same answers, which nothing was calibrated on.
+
+Source: APGR, the area under the share of the quality gap that is recovered, and CPT(x), the share of calls for x % of
+it: RouteLLM (Ong et al., ICLR 2025). A call is a token here, so that routers of prompts and of tokens can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from models.language.checkpoint import Checkpoint
+from models.language.handoff import Handoff
+from models.recipes.calibrate import interval
+from models.recipes.language_exits import trace
+from models.recipes.language_figures import answered, chats
+from models.recipes.language_router import answers
+from models.recipes.llama import Llama
+
+QUALITIES = (0.97, 0.98, 0.99, 0.995, 0.999)
+CURVE_POINTS = 101
+NO_LOSS = 0.999  # of tokens as the cloud's model chooses
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Which tokens the device has right, in the order in which a router gives them to the cloud."""
+
+    right_N: Bools
+
+    @property
+    def quality(self) -> Floats:
+        """(N + 1,) after so many tokens went to the cloud."""
+        wrong_N = np.cumsum(~self.right_N[::-1])[::-1]
+        return 1 - np.append(wrong_N, 0) / len(self.right_N)
+
+    @property
+    def apgr(self) -> float:
+        weak = self.quality[0]
+        return float((self.quality[:-1].mean() - weak) / (1 - weak)) if weak < 1 else 1.0
+
+    def calls(self, quality: float) -> float:
+        """Share of tokens that must go to the cloud for this quality."""
+        return float(np.argmax(self.quality >= quality - 1e-12) / len(self.right_N))
+
+    def figures(self) -> dict[str, float]:
+        weak = float(self.quality[0])
+        return {
+            "apgr": self.apgr,
+            "cpt50": self.calls(weak + 0.5 * (1 - weak)),
+            "cpt80": self.calls(weak + 0.8 * (1 - weak)),
+            "saved_at_no_loss": 1 - self.calls(NO_LOSS),
+        }
+
+
+def order(sure_N: Floats, right_N: Bools, generator: np.random.Generator) -> Routed:
+    """The least sure first; equals by chance."""
+    return Routed(right_N[np.lexsort((generator.random(len(sure_N)), sure_N))])
+
+
+def resampled(
+    sure_N: Floats, right_N: Bools, starts_S: NDArray[np.int64], times: int, seed: int
+) -> dict[str, list[float]]:
+    """95 % intervals of the figures, from answers drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    spans = np.split(np.arange(len(right_N)), starts_S[1:])
+    found: list[dict[str, float]] = []
+    for _ in range(times):
+        drawn_N = np.concatenate([spans[index] for index in generator.integers(0, len(spans), len(spans))])
+        found.append(order(sure_N[drawn_N], right_N[drawn_N], generator).figures())
+    return {
+        name: [float(np.quantile([each[name] for each in found], edge)) for edge in (0.025, 0.975)] for name in found[0]
+    }
+
+
+def dial(handoff: Handoff, bits: int, likely_N: Floats, right_N: Bools) -> list[Row]:
+    """What the bundle promises at each quality, and what comes of it."""
+    copy = handoff.copy(bits)
+    assert copy is not None
+    rows = []
+    for quality in QUALITIES:
+        level = next((level for level in copy[1] if 1 - level.wrong >= quality), None)
+        asked_N = likely_N < (level.likely if level else 2.0)
+        as_cloud = interval(asked_N | right_N)
+        rows.append(
+            {
+                "quality": quality,
+                "likely": level.likely if level else None,
+                "agreement": as_cloud.value,
+                "interval": [as_cloud.low, as_cloud.high],
+                "asked": float(asked_N.mean()),
+                "of_those_on_the_device": float(right_N[~asked_N].mean()) if (~asked_N).any() else None,
+            }
+        )
+    return rows
+
+
+def measure(
+    handoff: Handoff, bits: int, seen_NF: Floats, right_N: Bools, starts_S: NDArray[np.int64], times: int
+) -> Row:
+    copy = handoff.copy(bits)
+    if copy is None:
+        raise click.ClickException(f"{handoff.manifest.name} knows no copy in {bits} bits")
+    likely_N = copy[0].likely(seen_NF.astype(np.float32)).astype(np.float64)
+    answer_N = np.repeat(np.arange(len(starts_S)), np.diff(np.append(starts_S, len(right_N))))
+    generator = np.random.default_rng(0)
+    routers: dict[str, Callable[[], Floats]] = {
+        "judge of tokens (ours)": lambda: likely_N,
+        "confidence of tokens": lambda: seen_NF[:, 0],
+        "confidence of prompts": lambda: seen_NF[starts_S, 0][answer_N],
+        "chance": lambda: generator.random(len(right_N)),
+        "oracle": lambda: right_N.astype(np.float64),
+    }
+    rows: dict[str, Row] = {}
+    for seed, (name, sureness) in enumerate(track(routers.items(), f"routers, {bits} bits")):
+        routed = order(sureness(), right_N, generator)
+        places = np.linspace(0, len(right_N), CURVE_POINTS).astype(int)
+        rows[name] = {
+            **routed.figures(),
+            "intervals": resampled(sureness(), right_N, starts_S, times, seed),
+            "curve": [[float(place / len(right_N)), float(routed.quality[place])] for place in places],
+        }
+    return {"device_alone": float(right_N.mean()), "routers": rows, "dial": dial(handoff, bits, likely_N, right_N)}
+
+
+def table(result: Row) -> list[Table]:
+    pages = []
+    for bits, found in result["copies"].items():
+        title = f"{bits}-bit copy, alone {found['device_alone']:.2%}"
+        page = Table("router", "APGR", "CPT(50)", "CPT(80)", "no loss", title=title)
+        for name, row in found["routers"].items():
+            low, high = row["intervals"]["apgr"]
+            cells = [f"{row['cpt50']:.1%}", f"{row['cpt80']:.1%}", f"{row['saved_at_no_loss']:.1%}"]
+            page.add_row(name, f"{row['apgr']:.3f} [{low:.3f}, {high:.3f}]", *cells)
+        promised = Table("auto-q", "as the cloud would", "asked for", "of the device's own", title="the dial")
+        for row in found["dial"]:
+            own = row["of_those_on_the_device"]
+            low, high = row["interval"]
+            promised.add_row(
+                f"{row['quality']:g}",
+                f"{row['agreement']:.2%} [{low:.2%}, {high:.2%}]",
+                f"{row['asked']:.1%}",
+                "" if own is None else f"{own:.2%}",
+            )
+        pages += [page, promised]
+    return pages
+
+
+def plot(result: Row, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(result["copies"]), 4), layout="constrained")
+    for index, (bits, found) in enumerate(result["copies"].items()):
+        axes = figure.add_subplot(1, len(result["copies"]), index + 1)
+        for name, row in found["routers"].items():
+            axes.plot(*(100 * np.array(row["curve"])).T, label=f"{name}, APGR {row['apgr']:.2f}")
+        for row in found["dial"]:
+            axes.plot(100 * row["asked"], 100 * row["agreement"], "k.")
+        axes.set(title=f"the device has {bits} bits", xlabel="tokens from the cloud, %", ylabel="as the cloud would, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+
+
+@click.command(epilog="Example: python -m tests.bench.routing --prompts p.jsonl --json runs/routing.json")
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True), required=True, help="As Spec-Bench's.")
+@click.option("--every", default=1, show_default=True, type=click.IntRange(1), help="So manyth prompt, by length.")
+@click.option("--bits", "all_bits", multiple=True, type=click.Choice(["4", "8"]), default=("8", "4"), show_default=True)
+@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(10))
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/routing"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path))
+def main(
+    bundle: Path, model: str, prompts: Path, every: int, all_bits: tuple[str, ...], resamples: int, work: Path,
+    json_file: Path, plot_file: Path | None,
+) -> None:  # fmt: skip
+    """Measure routers of tokens and of prompts between a device's copy of a model and the cloud."""
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.open(model)
+    handoff, llama = Handoff.open(bundle, checkpoint), Llama.load(checkpoint)
+    asked = chats(prompts, checkpoint.tokenizer, every)
+    _, texts = answered(work, llama, checkpoint.tokenizer.eos_ids, asked)
+    traces = trace(llama, texts, ())
+    chosen = [s for s in range(len(traces)) if traces.answers[s] < traces.bounds(s)[1] - 1]
+    lengths = [traces.bounds(s)[1] - traces.answers[s] for s in chosen]
+    starts_S = np.cumsum([0, *lengths[:-1]])
+    copies: Row = {}
+    for bits in map(int, all_bits):
+        seen_NF, right_N = (found.numpy() for found in answers(checkpoint, bits, traces, chosen))
+        copies[str(bits)] = measure(handoff, bits, seen_NF.astype(np.float64), right_N, starts_S, resamples)
+    result: Row = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "answers": len(chosen),
+        "tokens": int(sum(lengths)),
+        "copies": copies,
+    }
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for page in table(result):
+        Console().print(page)
+    if plot_file:
+        plot(result, plot_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The router of tokens: which arms it offers, which it takes, and what it says of that."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.policy.drafting import Pace
+from edge_agent.policy.plan import Objective, Prices
+from edge_agent.policy.routing import MARGIN, Offer, Shared, Wish, choose, level_for, offers
+from models.language.handoff_manifest import Level
+
+LEVELS = (
+    Level(likely=0.0, asked=0.0, wrong=0.04),
+    Level(likely=0.6, asked=0.05, wrong=0.01),
+    Level(likely=0.9, asked=0.2, wrong=0.001),
+)
+EDGE_S = 0.016
+SLOW = Pace(rtt_s=0.05, pass_s=0.2, draft_s=EDGE_S, acceptance=0.95)
+FAST = Pace(rtt_s=0.05, pass_s=0.002, draft_s=EDGE_S, acceptance=0.95)
+SHARED = Shared(quality=0.96, asked=0.9, work=1 / 3, state_bytes=378)
+
+
+@pytest.mark.parametrize(
+    ("quality", "likely"), [(0.0, 0.0), (0.96, 0.0), (0.961, 0.6), (0.99, 0.6), (0.995, 0.9), (0.9995, None)]
+)
+def test_the_level_that_asks_least_and_keeps_the_quality(quality: float, likely: float | None) -> None:
+    found = level_for(LEVELS, quality)
+    assert (found.likely if found else None) == likely
+    assert level_for((), quality) is None
+
+
+def arms(
+    quality: float,
+    pace: Pace = SLOW,
+    drafts: bool = True,
+    edge: Level | None = LEVELS[1],
+    shared: Shared | None = SHARED,
+) -> list[str]:
+    return [offer.arm for offer in offers(Wish(quality), pace, drafts, EDGE_S, edge, shared)]
+
+
+def test_only_arms_that_keep_the_quality_are_offered() -> None:
+    assert arms(0.95) == ["verify", "edge", "handoff"]
+    assert arms(0.97) == ["verify", "edge"]
+    assert arms(1.0, edge=None) == ["verify"]
+    assert arms(1.0, drafts=False, edge=None, shared=None) == ["cloud"]
+    assert arms(1.0, pace=FAST, edge=None) == ["cloud"], "where drafting does not pay the cloud streams"
+
+
+def test_what_a_token_takes() -> None:
+    verify, edge, handoff = offers(Wish(0.95), SLOW, True, EDGE_S, LEVELS[1], SHARED)
+    assert edge.seconds == pytest.approx(EDGE_S + 0.05 * (0.05 + 0.2)) and edge.likely == 0.6
+    assert handoff.seconds == pytest.approx(EDGE_S + 0.9 * (0.05 + 0.2))
+    assert verify.seconds == SLOW.verify_s
+    assert edge.usd < verify.usd and edge.usd < handoff.usd
+    measured = Pace(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15)
+    assert offers(Wish(1), measured, True, EDGE_S, None, None)[0].seconds == 0.15
+
+
+def test_what_is_dear_is_not_taken_when_it_shall_be_cheap() -> None:
+    fast, cheap = Offer("cloud", 0.01, 2e-6), Offer("edge", 0.05, 1e-6, 0.6)
+    plan = choose([fast, cheap], Wish(0.99), None)
+    assert (plan.arm, plan.why) == ("cloud", "fastest at 0.99: cloud 10 ms against edge 50 ms")
+    plan = choose([fast, cheap], Wish(0.99, "cheapest"), None)
+    assert (plan.arm, plan.likely) == ("edge", 0.6)
+    assert plan.why == "cheapest at 0.99: edge 50 ms 1.00 µ$ against cloud 10 ms 2.00 µ$"
+
+
+def test_prices_count() -> None:
+    free_link = Wish(0.95, "cheapest", Prices(0.0, 1.0))
+    dear_link = Wish(0.95, "cheapest", Prices(1.0, 0.0))
+    none = Level(likely=0.99, asked=0.99, wrong=0.0)
+    assert choose(offers(free_link, SLOW, True, EDGE_S, none, SHARED), free_link, None).arm == "verify"
+    assert choose(offers(dear_link, FAST, True, EDGE_S, none, SHARED), dear_link, None).arm == "cloud"
+
+
+def test_a_change_must_be_worth_it() -> None:
+    here, little, much = Offer("edge", 0.020, 0.0), Offer("verify", 0.0185, 0.0), Offer("verify", 0.017, 0.0)
+    assert choose([here, little], Wish(0.9), None).arm == "verify"
+    assert choose([here, little], Wish(0.9), "edge").arm == "edge"
+    assert choose([here, much], Wish(0.9), "edge").arm == "verify"
+    assert choose([here, little], Wish(0.9), "cloud").arm == "verify", "the arm at work is not offered any more"
+
+
+COSTS = st.floats(0, 10)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["edge", "cloud", "verify", "handoff"]), COSTS, COSTS), min_size=1, max_size=4),
+    st.sampled_from(["fastest", "cheapest"]),
+    st.sampled_from([None, "edge", "cloud", "verify", "handoff"]),
+)
+def test_it_is_never_much_worse_than_the_best(
+    found: list[tuple[object, float, float]], objective: Objective, now: object
+) -> None:
+    made = [Offer(arm, seconds, usd) for arm, seconds, usd in found]  # type: ignore[arg-type]
+    plan = choose(made, Wish(0.9, objective), now)  # type: ignore[arg-type]
+    best = min(offer.cost(objective)[0] for offer in made)
+    assert min(offer.cost(objective)[0] for offer in made if offer.arm == plan.arm) <= best / MARGIN + 1e-9
