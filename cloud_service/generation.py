@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cloud_service.batching import Want, next_pass
 from cloud_service.generation_metrics import GenerationMetrics
-from cloud_service.passes import Behind, Passed, Whole
+from cloud_service.passes import Behind, Passed, Short, Whole
 from cloud_service.sessions import IDLE_S, Answer, Answers, Session, Sessions
 from models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from models.language.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ class Generation:
             checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics, fingerprint
         )
         self._decoder = decoder
-        self._whole = Whole(decoder, checkpoint.tokenizer.eos_ids)
+        self._whole = Whole(decoder, checkpoint.tokenizer.eos_ids, handoff)
         self._behind = Behind(handoff, decoder) if handoff else None
         self._metrics = metrics
         self._sessions = Sessions(config, budget_bytes, metrics)
@@ -173,9 +173,7 @@ class Generation:
                 break  # or small ones would overtake a large one for ever
             served[session.name] = session
         by_ticket = {session.ticket: session for session in served.values()}
-        wants = [
-            Want(ticket, session.text.rows, session.served, session.layers) for ticket, session in by_ticket.items()
-        ]
+        wants = [Want(ticket, session.text.rows, session.served, due(session)) for ticket, session in by_ticket.items()]
         return [(by_ticket[ticket], rows) for ticket, rows in next_pass(wants, self._decoder.width)]
 
     def _stays(self, session: Session) -> bool:
@@ -188,7 +186,7 @@ class Generation:
         for session, _ in plan:
             assert session.text.work is not None
             session.text.work.started_s = session.text.work.started_s or started_s
-        loop, layers = asyncio.get_running_loop(), plan[0][0].layers
+        loop, layers = asyncio.get_running_loop(), due(plan[0][0])
         parts = [(session.text, rows) for session, rows in plan]
         try:
             passed = await loop.run_in_executor(self._thread, layers.run, parts)
@@ -199,8 +197,10 @@ class Generation:
         now_s = time.monotonic()
         if passed.rows:
             self._metrics.passed(passed.rows, self._decoder.width, now_s - started_s)
-        if layers is self._behind:
+        if isinstance(layers, Behind):
             self._metrics.took(passed.rows, passed.filled)
+        elif passed.filled:
+            self._metrics.took(0, passed.filled)
         for (session, _), answer in zip(plan, passed.outcomes, strict=True):
             session.served = self._passes
             if session.reading and answer is not None:
@@ -229,6 +229,11 @@ class Generation:
         if not isinstance(error, CallerError):
             self._sessions.forget_state(session)
         session.tell(error)
+
+
+def due(session: Session) -> Whole | Short | Behind:
+    """The layers of its next rows."""
+    return session.layers.due(session.text)
 
 
 def is_whole(session: Session) -> bool:

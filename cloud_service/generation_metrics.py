@@ -30,7 +30,9 @@ class GenerationFamilies:
         self.tokens = counter("tokens_committed", "Tokens that became part of an answer.")
         self.drafts = counter("draft_tokens", "Draft tokens that devices sent.", "result")
         self.state_rounds = counter("state_rounds", "Rounds of hidden states: with a token, or none asked for.", "kind")
-        self.positions = counter("state_positions", "Hidden states run through layers, or filled in instead.", "kind")
+        self.positions = counter(
+            "state_positions", "Hidden states run through layers; positions, of prompts too, filled in instead.", "kind"
+        )
         self.evictions = counter("context_evictions", "Session states given up.", "reason")
         self.sessions = gauge("contexts_held", "Session states in memory.")
         self.bytes = gauge("contexts_bytes", "Memory of session states.")

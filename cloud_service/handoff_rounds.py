@@ -27,7 +27,7 @@ class HandoffText:
         """`max_state_bytes`: the bundle's own cap."""
         self.tokens = list(tokens)
         self.sampling: Sampling = opening.sampling
-        self.rate, self.fill = opening.rate, opening.fill
+        self.rate, self.fill = opening.rate, opening.kept > 0
         self.cache: KVCache | None = None
         self.work: Work | None = None
         self._logprobs = opening.logprobs

@@ -1,6 +1,7 @@
 """What a pass computes, on the compute thread: tokens through the whole model, or hidden states through its end.
 
     Whole    ids -> embed -> all layers -> logits
+    Short    ids -> embed -> the first layers -> KV fill of the others, where no token is decided
     Behind   states -> rows -> the layers behind the cut -> logits, for a token; -> KV fill, where none is decided
 
 A pass is of one kind: the layers differ. Both share weights. Knows nothing about queues, memory or the event loop.
@@ -33,7 +34,10 @@ Outcome = Committed | IsthmusError | None
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What became of each text, `rows` that went through layers (0: no forward pass was due), positions `filled`."""
+    """What became of each text, `rows` that went through layers (0: no forward pass was due).
+
+    Of all positions, how many were `filled` in behind the cut instead of run.
+    """
 
     outcomes: list[Outcome]
     rows: int
@@ -43,12 +47,33 @@ class Passed:
 class Whole:
     """Passes over all layers, for sessions of tokens."""
 
-    def __init__(self, decoder: Decoder, eos_ids: frozenset[int]) -> None:
+    def __init__(self, decoder: Decoder, eos_ids: frozenset[int], handoff: Handoff | None) -> None:
         self.decoder, self.empty = decoder, decoder.new_cache()
-        self._eos_ids = eos_ids
+        self._eos_ids, self._handoff = eos_ids, handoff
+        self._short: dict[int, Short] = {}
 
     def new_text(self, tokens: Sequence[int], opening: Opening) -> Text:
-        return Text(tokens, opening.sampling, opening.logprobs, self._eos_ids, self.decoder.config.context)
+        """Raises InvalidInput for layers that cannot be the only ones kept."""
+        if opening.kept:
+            self._check_kept(opening.kept)
+        return Text(tokens, opening, self._eos_ids, self.decoder.config.context)
+
+    def due(self, text: AnyText) -> Whole | Short:
+        """What the text's next rows go through."""
+        assert isinstance(text, Text)
+        if not text.guesses:
+            return self
+        if text.kept not in self._short:
+            assert self._handoff is not None
+            self._short[text.kept] = Short(self._handoff, self.decoder, text.kept)
+        return self._short[text.kept]
+
+    def _check_kept(self, kept: int) -> None:
+        if self._handoff is None:
+            raise InvalidInput(f"{kept} layers of a prompt: no hand-off bundle is held here to guess the others by")
+        if not self._handoff.depth <= kept < self.decoder.config.layers:
+            last = self.decoder.config.layers - 1
+            raise InvalidInput(f"{kept} layers of a prompt, expected {self._handoff.depth} to {last}, or 0 for all")
 
     def run(self, parts: Sequence[Part]) -> Passed:
         """One forward pass; what each round committed, if it ended."""
@@ -69,6 +94,38 @@ class Whole:
         return Passed(outcomes, row)
 
 
+class Short:
+    """Passes over the first layers alone, for positions that decide nothing; the later ones' state in closed form."""
+
+    def __init__(self, handoff: Handoff, decoder: Decoder, kept: int) -> None:
+        """`decoder`: the whole model. `kept`: layers, from the hand-off's depth on."""
+        depth, (weight_LOH, bias_LO) = handoff.depth, handoff.fill()
+        self._first = decoder[:depth]
+        self._between = decoder[depth:kept] if kept > depth else None
+        self._fill = KVFill(weight_LOH[kept - depth :], bias_LO[kept - depth :], decoder[kept:])
+
+    def run(self, parts: Sequence[Part]) -> Passed:
+        """One forward pass, which ends no round."""
+        started_s = time.monotonic()
+        ids, spans = [], []
+        for text, rows in parts:
+            assert isinstance(text, Text) and text.cache is not None
+            ids += text.next_ids(rows)
+            spans.append(Span(text.cache, text.cache.length, rows))
+        x_NH = self._first.forward(self._first.embed(ids), spans)
+        if self._between is not None:
+            self._between.forward(x_NH, spans)
+        row = 0
+        for span in spans:
+            self._fill.write(span.cache, span.start, x_NH[row : row + span.count])
+            row += span.count
+        seconds = time.monotonic() - started_s
+        for text, rows in parts:
+            assert isinstance(text, Text)
+            text.settle(None, rows, seconds)
+        return Passed([None] * len(parts), row, row)
+
+
 class Behind:
     """Passes over the layers behind a hand-off's cut, for sessions of hidden states."""
 
@@ -77,16 +134,22 @@ class Behind:
         self.name = handoff.fingerprint[:BUNDLE_ID_BYTES]
         self.decoder = decoder[handoff.depth :]
         self.empty = self.decoder.new_cache()
-        self._states = handoff.states
+        self._depth, self._states = handoff.depth, handoff.states
         self._max_state_bytes = min(handoff.manifest.max_state_bytes, MAX_STATE_BYTES)
         self._fill = KVFill(*handoff.fill(), self.decoder)
 
     def new_text(self, tokens: Sequence[int], opening: Opening) -> HandoffText:
-        """Raises InvalidInput for a rate that the bundle lacks."""
+        """Raises InvalidInput for a rate or a depth that the bundle lacks."""
         if opening.rate not in self._states.rates:
             last = len(self._states.rates) - 1
             raise InvalidInput(f"rate {opening.rate} does not exist, the hand-off has rates 0 to {last}")
+        if opening.kept not in (0, self._depth):
+            raise InvalidInput(f"{opening.kept} layers kept, the hand-off is behind layer {self._depth}")
         return HandoffText(tokens, opening, self._max_state_bytes, self.decoder.config.context)
+
+    def due(self, text: AnyText) -> Behind:
+        """What the text's next rows go through."""
+        return self
 
     def run(self, parts: Sequence[Part]) -> Passed:
         """Decode, fill, and a forward pass if any row needs the layers. A bad state fails its own round alone."""

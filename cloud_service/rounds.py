@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from models.errors import InvalidInput
 from models.language.kv_cache import KVCache
-from models.language.sampling import Floats, Sampling, choose, logprobs
-from models.language.session import Committed, Logprobs, Round
+from models.language.kv_fill import EXACT_ROWS
+from models.language.sampling import Floats, choose, logprobs
+from models.language.session import Committed, Logprobs, Opening, Round
 
 
 @dataclass
@@ -50,14 +51,13 @@ class Work:
 class Text:
     """A session's committed tokens and the cache of their keys and values (None: evicted, to be made again)."""
 
-    def __init__(
-        self, tokens: Sequence[int], sampling: Sampling, logprobs: int | None, eos_ids: frozenset[int], context: int
-    ) -> None:
+    def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
         self.tokens = list(tokens)
-        self.sampling = sampling
+        self.kept = opening.kept
+        self._guessed = len(tokens) - EXACT_ROWS if opening.kept else 0  # so many may skip the layers behind `kept`
         self.cache: KVCache | None = None
         self.work: Work | None = None
-        self._logprobs = logprobs
+        self._sampling, self._logprobs = opening.sampling, opening.logprobs
         self._eos_ids = eos_ids
         self._context = context
         self._ended = False
@@ -110,10 +110,15 @@ class Text:
 
     @property
     def rows(self) -> int:
-        """Rows that the round could still use."""
+        """Rows of the same kind that the round could still use."""
         if self.work is None:
             return 0
-        return len(self.tokens) + len(self.work.draft) - (self.cache.length if self.cache else 0)
+        return (self._guessed if self.guesses else self.extent) - self._held
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the rows that come next decide nothing, and may skip the layers behind `kept`."""
+        return self._held < self._guessed
 
     def next_ids(self, count: int) -> list[int]:
         """The next `count` tokens to feed."""
@@ -139,7 +144,7 @@ class Text:
             index = first + row + 1 - length  # of the draft token that this row confirms or not
             if index < work.matched:  # the text itself, or run again after an eviction
                 continue
-            token = choose(logits_NV[row], self.sampling, length + index)
+            token = choose(logits_NV[row], self._sampling, length + index)
             self._note(work, logits_NV[row], token)
             if index < len(work.draft) and work.draft[index] == token:
                 work.matched += 1
@@ -156,6 +161,10 @@ class Text:
         self.work = None
         if work.extend and not self.finished:
             self.work = Work(len(self.tokens), 0, (), work.extend - 1, True, now_s)
+
+    @property
+    def _held(self) -> int:
+        return self.cache.length if self.cache is not None else 0
 
     def _commit(self, work: Work, own: tuple[int, ...]) -> Committed:
         assert self.cache is not None

@@ -34,6 +34,7 @@ from models.language.handoff import Handoff
 from models.language.handoff_manifest import HandoffManifest
 from protos import limits
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_CONCURRENT_CALLS = 1024  # open streams and calls; above it gRPC answers RESOURCE_EXHAUSTED at once
 
 log = logging.getLogger("isthmus.cloud")
@@ -72,8 +73,9 @@ async def serve(config: CloudConfig) -> None:
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     bound = Bound(bind(server, config.listen, config.tls), serve_metrics(config.metrics, registry))
     stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    loop = asyncio.get_running_loop()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stopping.set))
     running = [asyncio.create_task(worker.run()), *(asyncio.create_task(g.run()) for g in generations)]
     for task in running:
         task.add_done_callback(lambda _: stopping.set())  # a worker that dies must not leave a service that looks well
@@ -97,6 +99,8 @@ async def serve(config: CloudConfig) -> None:
     await server.stop(config.drain_s)  # calls that came in with the signal are still answered
     worker.drain()
     await asyncio.gather(*running)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # one more, while Python takes itself down, would count as a crash
     log.info("drained")
 
 

@@ -37,7 +37,7 @@ class Session:
     layers: Whole | Behind
     text: AnyText
     answers: Answers
-    fill: bool = False  # of a hand-off: whether its state was made by the closed form
+    kept: int = 0  # of the opening: whose state was guessed is of no use to others
     rounds: deque[tuple[Round, float]] = field(default_factory=deque)
     attached: bool = True
     ending: bool = False  # the device has half-closed: None follows the last answer
@@ -79,14 +79,14 @@ class Sessions:
     def open(self, opening: Opening, layers: Whole | Behind, answers: Answers, passes: int) -> Session:
         """A session of these tokens, with its former state. Raises InvalidInput, ContextGone, Overloaded."""
         former = self._by_name.get(opening.session)
-        heir = former is not None and (former.layers, former.fill) == (layers, opening.fill)
+        heir = former is not None and (former.layers, former.kept) == (layers, opening.kept)
         tokens = self._tokens(opening, former.text.tokens if former is not None and heir else [])
         if layers.empty.bytes_for(len(tokens)) > self._contexts.budget_bytes:
             raise self.too_large(len(tokens))
         if former is None and len(self._by_name) >= MAX_SESSIONS:
             self._forget_stalest()
         text = layers.new_text(tokens, opening)
-        session = Session(opening.session, next(self._tickets), layers, text, answers, opening.fill, served=passes)
+        session = Session(opening.session, next(self._tickets), layers, text, answers, opening.kept, served=passes)
         if former is not None:
             take_over(former, session, heir)
         self._by_name[session.name] = session

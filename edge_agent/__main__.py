@@ -67,6 +67,9 @@ LANGUAGE = [
     option("--agreement", type=click.FloatRange(0, 1), default=0.97, help="With the full model, where exits decide."),
     option("--state-rate", type=click.IntRange(0), help="Of rows that cross.  [default: the cheapest good one]"),
     option("--fill", is_flag=True, help="The cloud guesses state of tokens that exits decided: cheaper, less exact."),
+    option(
+        "--prefill-layers", type=click.IntRange(0, 512), default=0, help="Of the cloud's, for prompts; 0: all, exact."
+    ),
     option("--context", type=click.IntRange(16), default=2048, help="Tokens that the device's model holds."),
     option("--on-loss", type=click.Choice(["alone", "wait"]), default="alone", help="No cloud left in mid-answer."),
 ]
@@ -132,6 +135,7 @@ def to_language_config(
     agreement: float,
     state_rate: int | None,
     fill: bool,
+    prefill_layers: int,
     quality: float,
     objective: str,
     context: int,
@@ -155,6 +159,7 @@ def to_language_config(
         agreement=agreement,
         state_rate=state_rate,
         fill=fill,
+        prefill_layers=prefill_layers,
         quality=quality,
         objective=objective,  # type: ignore[arg-type]
         prices=Prices(usd_per_gb / 1e9, usd_per_cloud_hour / 3600),

@@ -71,10 +71,11 @@ class Collaboration(CloudAnswer):
         tempo: Tempo,
         draft: Draft | None,
         alone: Callable[[list[int]], Token | None] | None,
+        prefill_layers: int = 0,
     ) -> None:
-        """`draft` None: the cloud decodes by itself. `alone` as for CloudAnswer."""
+        """`draft` None: the cloud decodes by itself. `alone` as for CloudAnswer. `prefill_layers` as LanguageConfig."""
         super().__init__(ask, eos_ids, replicas, alone)
-        self._tempo, self._draft = tempo, draft
+        self._tempo, self._draft, self._prefill_layers = tempo, draft, prefill_layers
         self._ahead: list[tuple[int, float]] = []  # drafted, with confidence
         self._sent = 0  # of `_ahead`, in rounds under way
         self._rounds: deque[Sent] = deque()
@@ -126,6 +127,7 @@ class Collaboration(CloudAnswer):
             crc32=checksum(self._text),
             sampling=self._ask.sampling,
             logprobs=self._ask.top_logprobs,
+            kept=self._prefill_layers,
         )
         conversation.open(opening)
         self._seat.target, self._seat.held = link.target, held

@@ -4,13 +4,13 @@
                                         no:  rows of all tokens not sent yet go up, and the cloud completes this one
 
 Rows of tokens that were made here go up in the background, coded, once the cloud has been asked for something. When the
-cloud is lost the last exit decides alone. Knows nothing about text, only tokens; nothing about gRPC.
+cloud is lost the device goes on through all layers. Knows nothing about text, only tokens; nothing about gRPC.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from edge_agent.cloud_answer import CloudAnswer
@@ -53,10 +53,10 @@ class Handover(CloudAnswer):
         device: ExitingDecoder,
         handoff: Handoff,
         terms: Terms,
-        wait: bool,
+        alone: Callable[[list[int]], Token | None] | None,
     ) -> None:
-        """`wait`: for a cloud when none is left, rather than believe the last exit."""
-        super().__init__(ask, eos_ids, replicas, None if wait else self._last_exit, handoff.fingerprint)
+        """`alone` as for CloudAnswer."""
+        super().__init__(ask, eos_ids, replicas, alone, handoff.fingerprint)
         self._device, self._handoff, self._terms = device, handoff, terms
         self._sent = 0  # tokens whose rows are on their way, or there
         self._rounds: deque[int] = deque()  # under way: where in the text each ends
@@ -106,7 +106,7 @@ class Handover(CloudAnswer):
             logprobs=self._ask.top_logprobs,
             handoff=self._handoff.fingerprint,
             rate=self._terms.rate,
-            fill=self._terms.fill,
+            kept=self._handoff.depth if self._terms.fill else 0,
         )
         conversation.open(opening)
         self._seat.target, self._seat.held = link.target, held
@@ -146,9 +146,6 @@ class Handover(CloudAnswer):
         self.tally.prefill_passes += committed.passes
         self.tally.cached += committed.held
         return committed
-
-    def _last_exit(self, text: list[int]) -> Token:
-        return self._token(self._device.choose(text, NEVER))
 
     def _token(self, choice: Choice) -> Token:
         return edge_token(choice.logits_V, self._ask, len(self._text))

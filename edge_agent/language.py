@@ -189,14 +189,14 @@ class LanguageAgent:
 
     def _begun(self, ask: Ask, mine: bool) -> CloudAnswer:
         """An answer by one of the cloud's arms. `mine`: it may use the device's model."""
+        alone = partial(self._alone, ask) if mine and self.config.on_loss == "alone" else None
         if ask.arm == "handoff":
             assert self._shared is not None
-            wait = self.config.on_loss == "wait"
-            return Handover(ask, self.tokenizer.eos_ids, self.replicas, *self._shared, wait)
+            return Handover(ask, self.tokenizer.eos_ids, self.replicas, *self._shared, alone)
         draft = self._draft(ask, mine)
         tempo = self._lookup_tempo if isinstance(draft, LookupDraft) else self._tempo
-        alone = partial(self._alone, ask) if mine and self.config.on_loss == "alone" else None
-        return Collaboration(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone)
+        layers = self.config.prefill_layers
+        return Collaboration(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone, layers)
 
     def _plan(self, wish: Wish, usable: bool, now: Arm | None) -> Plan:
         """What the router says, by what is believed at present. `usable`: the device's copy can go on."""

@@ -37,7 +37,7 @@ def pack_opening(opening: Opening) -> pb.GenerateRequest:
             logprobs=0 if opening.logprobs is None else opening.logprobs + 1,
             handoff=int.from_bytes(opening.handoff[: limits.BUNDLE_ID_BYTES], "little"),
             rate=opening.rate,
-            fill=opening.fill,
+            kept=opening.kept,
         )
     )
 
@@ -69,8 +69,8 @@ def unpack_opening(message: pb.Open) -> Opening:
     total = message.start + len(message.tokens)
     if message.handoff and message.tokens:
         raise InvalidInput(f"{len(message.tokens)} tokens without states in a hand-off, expected none")
-    if not message.handoff and (message.rate or message.fill):
-        raise InvalidInput("a rate or a fill of hidden states, and no hand-off that they are of")
+    if not message.handoff and message.rate:
+        raise InvalidInput("a rate of hidden states, and no hand-off that they are of")
     if not message.handoff and not total:
         raise InvalidInput("the session has no tokens, expected at least 1")
     if total > limits.MAX_TOKENS:
@@ -91,7 +91,7 @@ def unpack_opening(message: pb.Open) -> Opening:
         logprobs=message.logprobs - 1 if message.logprobs else None,
         handoff=message.handoff.to_bytes(limits.BUNDLE_ID_BYTES, "little") if message.handoff else b"",
         rate=message.rate,
-        fill=message.fill,
+        kept=message.kept,
     )
 
 

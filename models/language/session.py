@@ -26,7 +26,7 @@ class Opening:
     logprobs: int | None = None
     handoff: bytes = b""
     rate: int = 0
-    fill: bool = False  # keys and values of positions that decide nothing by the closed form
+    kept: int = 0  # layers of positions that decide nothing; the others' state is guessed in closed form; 0: all
 
 
 @dataclass(frozen=True, slots=True)

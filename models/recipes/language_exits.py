@@ -41,7 +41,7 @@ EPOCHS, PEAK_LR = 4, 1.5e-3
 class Traces:
     """What a model made of sequences: rows behind some layers, and its likeliest next tokens.
 
-    rows: layer count -> (N, H) bfloat16. top_NK ids and logprobs_NK of the full model. ends: of each sequence.
+    rows: layer count -> (N, H). top_NK ids and logprobs_NK of the full model. ends: of each sequence.
     """
 
     rows: dict[int, Tensor]
@@ -77,12 +77,12 @@ class Traces:
 
 
 @torch.inference_mode()
-def trace(model: Llama, texts: Texts, depths: Sequence[int]) -> Traces:
-    """Run sequences of similar length together; `depths` in layers, from 0, the embedding, to all."""
+def trace(model: Llama, texts: Texts, depths: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Traces:
+    """Run sequences of similar length together; `depths` in layers, from 0, the embedding, to all; `dtype` of rows."""
     ends = texts.ends_S.tolist()
     starts = [0, *ends[:-1]]
     total, hidden = len(texts.ids_N), model.config.hidden
-    rows = {depth: torch.empty(total, hidden, dtype=torch.bfloat16) for depth in depths}
+    rows = {depth: torch.empty(total, hidden, dtype=dtype) for depth in depths}
     top_NK = torch.empty(total, TEACHER_TOKENS, dtype=torch.int32)
     logprobs_NK = torch.empty(total, TEACHER_TOKENS)
     ids_N = torch.from_numpy(texts.ids_N.astype("int64"))

@@ -98,7 +98,7 @@ def completed(
         parts = [traces.rows[depth][start:end].float() for start, end in spans]
         if codec is not None:
             parts = [torch.from_numpy(codec.decode(codec.encode(part.numpy(), rate), rate)) for part in parts]
-        x_BTH = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(model.embedding_VH.dtype)
+        x_BTH = nn.utils.rnn.pad_sequence(parts, batch_first=True)
         given = None if fill is None else filled(x_BTH, fill)
         until_B = torch.tensor([traces.answers[s] - EXACT_ROWS - traces.bounds(s)[0] for s in group])
         if fill is None or not fill.prompts_only:
@@ -121,10 +121,7 @@ def next_logprobs(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
 def filled(x_BTH: Tensor, fill: Fill) -> list[Tensor]:
     """Keys, not rotated, and values (B, T, O) of each layer behind the rows."""
     shape_BTH = normalised(x_BTH.float())
-    return [
-        (shape_BTH @ weight_OH.T + bias_O).to(x_BTH.dtype)
-        for weight_OH, bias_O in zip(fill.weight_LOH, fill.bias_LO, strict=True)
-    ]
+    return [shape_BTH @ weight_OH.T + bias_O for weight_OH, bias_O in zip(fill.weight_LOH, fill.bias_LO, strict=True)]
 
 
 def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None, until_B: Tensor) -> Tensor:
@@ -135,7 +132,7 @@ def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None, until_B: Tenso
     config, tokens = layer.config, x_BTH.shape[1]
     places_BT = torch.arange(tokens).expand(x_BTH.shape[:2])
     q_BTHD, k_BTKD, v_BTKD = layer.project(x_BTH, places_BT)
-    half = config.kv_heads * config.head_dim
+    half, given_BTO = config.kv_heads * config.head_dim, given_BTO.to(k_BTKD.dtype)
     shape = (*x_BTH.shape[:2], config.kv_heads, config.head_dim)
     given_k = layer.rotated(given_BTO[..., :half].reshape(shape), places_BT)
     given_v = given_BTO[..., half:].reshape(shape)

@@ -2,7 +2,8 @@
 
     ids_BT -> embed -> x_BTH -> layers[0] -> ... -> layers[L - 1] -> x_BTH -> logits_BTV
 
-`models.language.decoder` serves and cares for each row's bits; this one cares for throughput. Layers have the names of
+`models.language.decoder` serves and cares for each row's bits; this one cares for throughput. Rows between layers are
+float32 in both, whatever type the matrices have: what is measured here is what is served. Layers have the names of
 Hugging Face's tensors inside. Shape legend: B sequences, T tokens, H hidden, D a head's size.
 """
 
@@ -68,10 +69,10 @@ class Layer(nn.Module):
 
     def mix(self, x_BTH: Tensor, mixed_BHTD: Tensor) -> Tensor:
         """What comes behind attention: its projection, the feed-forward part."""
-        x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj"))
+        x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj")).float()
         h_BTH = self.norm(x_BTH, "post_attention_layernorm")
         gate, up = (F.linear(h_BTH, self.weight(f"mlp.{part}_proj")) for part in ("gate", "up"))
-        return x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj"))
+        return x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj")).float()
 
     def project(self, x_BTH: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, heads, D), rotated keys and values (B, T, kv_heads, D)."""
@@ -87,13 +88,13 @@ class Layer(nn.Module):
     def rotated(self, x_BTKD: Tensor, places_BT: Tensor) -> Tensor:
         """Queries or keys with their positions in them."""
         angles_BTD = (places_BT[..., None].float() * self.frequencies_F).repeat(1, 1, 2)  # type: ignore[operator]
-        cos, sin = (each[:, :, None].to(x_BTKD.dtype) for each in (angles_BTD.cos(), angles_BTD.sin()))
-        return rotate(x_BTKD, cos, sin)
+        cos, sin = angles_BTD.cos()[:, :, None], angles_BTD.sin()[:, :, None]
+        return rotate(x_BTKD.float(), cos, sin).to(x_BTKD.dtype)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        """RMS norm, in float32 as the served decoder has it."""
+        """RMS norm, in float32 as the served decoder has it, for matrices of another type."""
         weight = self.weight(name)
-        return F.rms_norm(x.float(), weight.shape, weight.float(), self.config.norm_eps).to(x.dtype)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.config.norm_eps).to(weight.dtype)
 
     def weight(self, name: str) -> Tensor:
         return self.get_parameter(parameter_name(name, "weight"))
@@ -131,9 +132,9 @@ class Llama(nn.Module):
         return model.to(dtype).eval()
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        return F.embedding(ids_BT, self.embedding_VH)
+        return F.embedding(ids_BT, self.embedding_VH).float()
 
     def logits(self, x: Tensor) -> Tensor:
         """Of rows behind the last layer. The output head is the embedding: models without tied weights are not read."""
-        h = F.rms_norm(x.float(), self.norm_H.shape, self.norm_H.float(), self.config.norm_eps).to(x.dtype)
+        h = F.rms_norm(x, self.norm_H.shape, self.norm_H.float(), self.config.norm_eps).to(self.embedding_VH.dtype)
         return F.linear(h, self.embedding_VH)

@@ -145,7 +145,7 @@ def other_domain(
 ) -> Row:
     """KV fill and perplexity on a text of another domain."""
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
-    traces = trace(model, texts, handoff.depths)
+    traces = trace(model, texts, handoff.depths, torch.float32)
     test = observe(checkpoint, exits, traces, range(len(traces)))
     here, full_N = test.decides_N, traces.top_NK[:, 0]
     prompts = completed(model, traces, handoff.depth, fill=Fill(*fill, prompts_only=True))

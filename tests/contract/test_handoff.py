@@ -82,7 +82,9 @@ def test_a_killed_cloud_changes_no_token(serving: CloudProcess, endless_llama: P
     assert answer.ids == expected and not answer.how.degraded and "went on" in answer.how.why
 
 
-def test_without_the_cloud_the_last_exit_goes_on(serving: CloudProcess, endless_llama: Path, bundle: Path) -> None:
+def test_without_the_cloud_the_device_goes_on_through_all_layers(
+    serving: CloudProcess, endless_llama: Path, bundle: Path
+) -> None:
     def kill(made: int) -> None:
         if made == 15:
             serving.kill()
@@ -91,6 +93,8 @@ def test_without_the_cloud_the_last_exit_goes_on(serving: CloudProcess, endless_
         expected, answer = answered(agent).ids, answered(agent, kill)
         assert answer.ids[:15] == expected[:15] and len(answer.ids) == TOKENS
         assert answer.how.degraded and {token.source for token in answer.tokens[17:]} == {"edge"}
+        prompt = (*prompt_of(agent, "Tell me a long story."), *answer.ids[:20])
+        assert answer.ids[20:] == Answer(agent, prompt, TOKENS - 20, "edge", CHATTER).ids
         serving.start()
         link = agent.replicas.best() or agent.replicas.wait()
         assert link.target == serving.target and not answered(agent).how.degraded

@@ -200,7 +200,7 @@ class Open(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     HANDOFF_FIELD_NUMBER: _builtins.int
     RATE_FIELD_NUMBER: _builtins.int
-    FILL_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     """limits.WIRE_VERSION of the sender"""
     model: _builtins.bytes
@@ -227,8 +227,8 @@ class Open(_message.Message):
     """costs no byte, when no states come
     of the states: index into the hand-off bundle's rates
     """
-    fill: _builtins.bool
-    """keys and values of positions that decide nothing by the bundle's closed form"""
+    kept: _builtins.int
+    """layers that positions go through which decide nothing; the state of the others is"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """those from position `start` on; start + tokens is at least 1. Of a hand-off none:"""
@@ -248,11 +248,11 @@ class Open(_message.Message):
         logprobs: _builtins.int = ...,
         handoff: _builtins.int = ...,
         rate: _builtins.int = ...,
-        fill: _builtins.bool = ...,
+        kept: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "fill", b"fill", "handoff", b"handoff", "logprobs", b"logprobs", "model", b"model", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "handoff", b"handoff", "kept", b"kept", "logprobs", b"logprobs", "model", b"model", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from models.errors import Draining, Overloaded, ServiceError
+from models.errors import Draining, InvalidInput, Overloaded, ServiceError
 from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder
+from models.language.decoder import Decoder, Span
+from models.language.handoff import Handoff
+from models.language.kv_fill import EXACT_ROWS, KVFill
+from models.language.sampling import GREEDY, choose
 from models.language.session import Committed, Round
 from protos.limits import MAX_ROUNDS
+from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.tiny import (
     CONTEXT,
     WIDTH,
@@ -19,6 +26,7 @@ from tests.unit.cloud_service.tiny import (
     House,
     Scenario,
     plain,
+    prompts,
     until,
 )
 
@@ -233,5 +241,86 @@ def test_warm_up_proves_the_rows(checkpoint: Checkpoint, decoder: Decoder, tmp_p
         house.decoder.forward = lambda x_NH, spans: forward(x_NH, spans) + float(len(spans))  # type: ignore[method-assign]
         with pytest.raises(ServiceError, match="other bits in other company"):
             house.generation.warm_up()
+
+    asyncio.run(play())
+
+
+class ByHand:
+    """A prompt whose first `guessed` tokens run through `kept` layers alone, one token a pass."""
+
+    def __init__(self, decoder: Decoder, handoff: Handoff, kept: int) -> None:
+        weight_LOH, bias_LO = handoff.fill()
+        first = kept - handoff.depth
+        self._decoder, self._depth, self._kept = decoder, handoff.depth, kept
+        self._fill = KVFill(weight_LOH[first:], bias_LO[first:], decoder[kept:])
+
+    def decode(self, prompt: Sequence[int], guessed: int, count: int) -> list[int]:
+        tokens, cache, decoder = list(prompt), self._decoder.new_cache(), self._decoder
+        for position in range(len(prompt) + count - 1):
+            spans = [Span(cache, position, 1)]
+            x_NH = decoder[: self._depth].forward(decoder.embed([tokens[position]]), spans)
+            if position < guessed:
+                if self._kept > self._depth:
+                    decoder[self._depth : self._kept].forward(x_NH, spans)
+                self._fill.write(cache, position, x_NH[:1])
+                continue
+            x_NH = decoder[self._depth :].forward(x_NH, spans)
+            if position + 1 == len(tokens):
+                tokens.append(choose(decoder.logits(x_NH)[0].numpy(), GREEDY, position + 1))
+        return tokens
+
+
+LONG = prompts(1, longest=120, seed=9)[0] * 4
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_prompt_but_its_end_may_skip_the_last_layers(tmp_path: Path, kept: int) -> None:
+    """Beside a prompt that goes through all of them, and with its state evicted in between."""
+    checkpoint = Checkpoint.open(write_tiny_llama(tmp_path / "three", layers=3, context=CONTEXT))
+    handoff = Handoff.open(write_tiny_handoff(tmp_path / "handoff", checkpoint), checkpoint)
+    decoder = Decoder.load(checkpoint, torch.float32, WIDTH)
+    prompt = LONG[:100]
+    expected = ByHand(decoder, handoff, kept).decode(prompt, len(prompt) - EXACT_ROWS, 12)
+    house = House(checkpoint, decoder, 100, handoff)
+
+    async def play() -> None:
+        running = asyncio.create_task(house.generation.run())
+        device, exact = Device(house, 1, prompt, kept=kept), Device(house, 2, prompt)
+        await device.open()
+        await exact.open()
+        device.send()
+        await exact.ask()
+        await device.receive()
+        await device.ask(expected[len(device.tokens) : 106])
+        assert device.session is not None
+        house.generation._sessions.forget_state(device.session)
+        while len(device.tokens) < len(expected):
+            await device.ask()
+        await exact.ask(extend=10)
+        for _ in range(10):
+            await exact.receive()
+        house.generation.drain()
+        await running
+        assert device.tokens == expected
+        assert exact.tokens == plain(decoder, prompt, 12)
+
+    asyncio.run(play())
+    assert house.count("state_positions_total", kind="filled") == 2 * (len(prompt) - EXACT_ROWS)
+    assert set(house.decoder.depths) == {0, 1} if kept == 2 else {0}
+
+
+@pytest.mark.parametrize(("kept", "words"), [(2, "2 layers of a prompt, expected 1 to 1, or 0 for all")])
+def test_layers_that_cannot_be_kept_are_refused(scenario: Scenario, kept: int, words: str) -> None:
+    async def play(house: House) -> None:
+        with pytest.raises(InvalidInput, match=words):
+            await Device(house, 1, LONG[:100], kept=kept).open()
+
+    scenario(play)
+
+
+def test_without_a_handoff_no_layer_can_be_skipped(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    async def play() -> None:
+        with pytest.raises(InvalidInput, match="no hand-off bundle is held here"):
+            await Device(House(checkpoint, decoder, 100), 1, LONG[:100], kept=1).open()
 
     asyncio.run(play())

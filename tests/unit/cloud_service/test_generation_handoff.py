@@ -374,14 +374,16 @@ def test_a_device_that_comes_back_brings_only_what_is_new(scenario: Scenario, ne
     scenario(play)
 
 
-def test_only_a_state_of_the_same_kind_is_taken_over(scenario: Scenario, new_device: NewDevice) -> None:
+def test_only_a_state_of_the_same_kind_is_taken_over(
+    scenario: Scenario, new_device: NewDevice, handoff: Handoff
+) -> None:
     async def play(house: House) -> None:
         device, ordinary = new_device(house), Device(house, 1, PROMPT)
         await device.open()
         await device.ask(0)
         device.tokens.pop()
         with pytest.raises(ContextGone):
-            await device.open(start=10, fill=True)
+            await device.open(start=10, kept=handoff.depth)
         with pytest.raises(ContextGone):
             await ordinary.open(start=10)
         with pytest.raises(ContextGone):

@@ -49,7 +49,7 @@ class StateCache:
 
 
 def new_text(sampling: Sampling = GREEDY, fill: bool = False, logprobs: int | None = None) -> HandoffText:
-    opening = Opening(b"", b"", 0, (), 0, sampling, logprobs, handoff=b"x", fill=fill)
+    opening = Opening(b"", b"", 0, (), 0, sampling, logprobs, handoff=b"x", kept=int(fill))
     text = HandoffText((), opening, CAP, CONTEXT)
     give_memory(text)
     return text

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cloud_service.rounds import Text
 from models.errors import InvalidInput
 from models.language.sampling import GREEDY, Floats, Sampling, choose, log_softmax
-from models.language.session import Committed, Round
+from models.language.session import Committed, Opening, Round
 
 VOCAB, EOS, CONTEXT = 8, 2, 24
 SAMPLED = Sampling(temperature=1.0, top_p=0.9, seed=7)
@@ -53,7 +53,7 @@ class TokenCache:
 
 
 def new_text(prompt: list[int], sampling: Sampling = GREEDY, logprobs: int | None = None) -> Text:
-    text = Text(prompt, sampling, logprobs, frozenset({EOS}), CONTEXT)
+    text = Text(prompt, Opening(b"", b"", 0, (), 0, sampling, logprobs), frozenset({EOS}), CONTEXT)
     evict(text)
     return text
 

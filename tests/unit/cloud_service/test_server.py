@@ -240,7 +240,7 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
             (info,) = wire.unpack_service(await stub.Describe(pb.DescribeRequest())).models
             assert info.handoff == handoff.fingerprint
             call = stub.Generate()
-            opening = Opening(info.fingerprint, bytes(16), 0, (), 0, handoff=info.handoff, rate=1, fill=True)
+            opening = Opening(info.fingerprint, bytes(16), 0, (), 0, handoff=info.handoff, rate=1, kept=1)
             await call.write(wire_session.pack_opening(opening))
             await call.write(wire_session.pack_round(Round(0, (5, 6, 7), 1, tuple(states))))
             assert len((await call.read()).tokens) == 1

@@ -117,7 +117,10 @@ Scenario = Callable[..., House]
 class Device:
     """One device: its text, and the queue that its stream would read."""
 
-    def __init__(self, house: House, name: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> None:
+    def __init__(
+        self, house: House, name: int, prompt: Sequence[int], sampling: Sampling = GREEDY, kept: int = 0
+    ) -> None:
+        self.kept = kept
         self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
         self.tokens = list(prompt)
         self.answers: Answers = asyncio.Queue()
@@ -127,9 +130,8 @@ class Device:
     async def open(self, start: int = 0, crc32: int | None = None, logprobs: int | None = None) -> None:
         crc32 = checksum(self.tokens) if crc32 is None else crc32
         tokens = tuple(self.tokens[start:])
-        opening = Opening(
-            self.generation.info.fingerprint[:8], self.name, start, tokens, crc32, self.sampling, logprobs
-        )
+        model = self.generation.info.fingerprint[:8]
+        opening = Opening(model, self.name, start, tokens, crc32, self.sampling, logprobs, kept=self.kept)
         self.session = await self.generation.open(opening, self.answers)
 
     def send(self, draft: Sequence[int] = (), extend: int = 0) -> None:
@@ -196,7 +198,11 @@ class StateDevice:
         crc32 = checksum(self.tokens[:start])
         model = self.generation.info.fingerprint[:8]
         opening = Opening(model, self.name, start, (), crc32, self.sampling, logprobs)
-        ours = {"handoff": self.handoff.fingerprint[:8], "rate": self.rate, "fill": self.fill}
+        ours = {
+            "handoff": self.handoff.fingerprint[:8],
+            "rate": self.rate,
+            "kept": self.handoff.depth if self.fill else 0,
+        }
         return replace(opening, **{**ours, **fields})
 
     async def open(self, start: int = 0, logprobs: int | None = None, **fields: Any) -> None:
