@@ -27,10 +27,10 @@ class HandoffText:
         """`max_state_bytes`: the bundle's own cap."""
         self.tokens = list(tokens)
         self.sampling: Sampling = opening.sampling
-        self.rate, self.fill = opening.rate, opening.kept > 0
+        self.fill = opening.kept > 0
+        self._opening = opening
         self.cache: KVCache | None = None
         self.work: Work | None = None
-        self._logprobs = opening.logprobs
         self._max_state_bytes = max_state_bytes
         self._context = context
 
@@ -95,6 +95,10 @@ class HandoffText:
         through = min(rows, len(left) - fills)
         return left[: fills + through], through
 
+    def rate_at(self, position: int) -> int:
+        """Of the state of a position."""
+        return self._opening.prompt_rate if position < self._opening.prompt else self._opening.rate
+
     def _fills(self, left: int) -> int:
         """How many of the round's states that are left decide nothing and are not near what is decided first."""
         work = self.work
@@ -102,6 +106,12 @@ class HandoffText:
             return 0
         exact = work.extend if work.base else work.extend * EXACT_ROWS
         return max(left - exact, 0)
+
+    @property
+    def first(self) -> int:
+        """The text's first token, of a round that brings it."""
+        assert self.work is not None and self.work.base == 0
+        return self.work.draft[0]
 
     @property
     def decides(self) -> bool:
@@ -120,8 +130,8 @@ class HandoffText:
         own: tuple[int, ...] = ()
         if logits_V is not None:
             own = (choose(logits_V, self.sampling, self.extent),)
-            if self._logprobs is not None:
-                work.logprobs.append(Logprobs(*logprobs(logits_V, own[0], self._logprobs)))
+            if self._opening.logprobs is not None:
+                work.logprobs.append(Logprobs(*logprobs(logits_V, own[0], self._opening.logprobs)))
         return work.committed(own)
 
     def next_extension(self, now_s: float) -> None:

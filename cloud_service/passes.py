@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from cloud_service.handoff_rounds import HandoffText
 from cloud_service.rounds import Text
 from models.errors import InvalidInput, IsthmusError
 from models.language.decoder import Decoder, Span
+from models.language.first_token import FirstToken
 from models.language.handoff import Handoff
 from models.language.kv_fill import KVFill
 from models.language.sampling import Floats
@@ -100,9 +100,10 @@ class Short:
     def __init__(self, handoff: Handoff, decoder: Decoder, kept: int) -> None:
         """`decoder`: the whole model. `kept`: layers, from the hand-off's depth on."""
         depth, (weight_LOH, bias_LO) = handoff.depth, handoff.fill()
-        self._first = decoder[:depth]
+        self._lower = decoder[:depth]
         self._between = decoder[depth:kept] if kept > depth else None
         self._fill = KVFill(weight_LOH[kept - depth :], bias_LO[kept - depth :], decoder[kept:])
+        self._first_token = FirstToken(decoder, depth)
 
     def run(self, parts: Sequence[Part]) -> Passed:
         """One forward pass, which ends no round."""
@@ -112,12 +113,14 @@ class Short:
             assert isinstance(text, Text) and text.cache is not None
             ids += text.next_ids(rows)
             spans.append(Span(text.cache, text.cache.length, rows))
-        x_NH = self._first.forward(self._first.embed(ids), spans)
+        x_NH = self._lower.forward(self._lower.embed(ids), spans)
         if self._between is not None:
             self._between.forward(x_NH, spans)
         row = 0
         for span in spans:
             self._fill.write(span.cache, span.start, x_NH[row : row + span.count])
+            if span.start == 0:
+                self._first_token.write(span.cache, ids[row])
             row += span.count
         seconds = time.monotonic() - started_s
         for text, rows in parts:
@@ -137,12 +140,13 @@ class Behind:
         self._depth, self._states = handoff.depth, handoff.states
         self._max_state_bytes = min(handoff.manifest.max_state_bytes, MAX_STATE_BYTES)
         self._fill = KVFill(*handoff.fill(), self.decoder)
+        self._first = FirstToken(decoder, handoff.depth)
 
     def new_text(self, tokens: Sequence[int], opening: Opening) -> HandoffText:
         """Raises InvalidInput for a rate or a depth that the bundle lacks."""
-        if opening.rate not in self._states.rates:
+        if (rate := max(opening.rate, opening.prompt_rate)) not in self._states.rates:
             last = len(self._states.rates) - 1
-            raise InvalidInput(f"rate {opening.rate} does not exist, the hand-off has rates 0 to {last}")
+            raise InvalidInput(f"rate {rate} does not exist, the hand-off has rates 0 to {last}")
         if opening.kept not in (0, self._depth):
             raise InvalidInput(f"{opening.kept} layers kept, the hand-off is behind layer {self._depth}")
         return HandoffText(tokens, opening, self._max_state_bytes, self.decoder.config.context)
@@ -177,11 +181,19 @@ class Behind:
         assert cache is not None
         states, through = text.next_states(rows)
         # One by one: a product's bits depend on how many rows it has.
-        rows_MH = torch.from_numpy(np.concatenate([self._states.decode([state], text.rate) for state in states]))
-        filled = len(states) - through
+        rows_MH = torch.cat([self._row(text, cache.length + place, state) for place, state in enumerate(states)])
+        start, filled = cache.length, len(states) - through
         if filled:
-            self._fill.write(cache, cache.length, rows_MH[:filled])
+            self._fill.write(cache, start, rows_MH[:filled])
+            if start == 0:
+                self._first.write(cache, text.first)
         return Taken(index, text, Span(cache, cache.length, through), rows_MH[filled:], filled)
+
+    def _row(self, text: HandoffText, position: int, state: bytes) -> Tensor:
+        """The row (1, hidden) of a position. Raises what `decode` raises."""
+        if position == 0:
+            return self._first.row(text.first)
+        return torch.from_numpy(self._states.decode([state], text.rate_at(position)))
 
     def _forward(self, taken: Sequence[Taken]) -> Floats | None:
         """Logits (width, vocab), if a row decides a token."""

@@ -65,11 +65,9 @@ LANGUAGE = [
     ),
     option("--quality", type=click.FloatRange(0, 1), default=0.99, help="Of auto: its tokens as the cloud has them."),
     option("--agreement", type=click.FloatRange(0, 1), default=0.97, help="With the full model, where exits decide."),
-    option("--state-rate", type=click.IntRange(0), help="Of rows that cross.  [default: the cheapest good one]"),
+    option("--state-point", type=click.IntRange(0), help="How rows are coded.  [default: the cheapest good one]"),
     option("--fill", is_flag=True, help="The cloud guesses state of tokens that exits decided: cheaper, less exact."),
-    option(
-        "--prefill-layers", type=click.IntRange(0, 512), default=0, help="Of the cloud's, for prompts; 0: all, exact."
-    ),
+    option("--prefill-layers", type=click.IntRange(0, 512), default=0, help="Of the cloud, for prompts; 0: all."),
     option("--context", type=click.IntRange(16), default=2048, help="Tokens that the device's model holds."),
     option("--on-loss", type=click.Choice(["alone", "wait"]), default="alone", help="No cloud left in mid-answer."),
 ]
@@ -133,7 +131,7 @@ def to_language_config(
     draft: str,
     handoff: Path | None,
     agreement: float,
-    state_rate: int | None,
+    state_point: int | None,
     fill: bool,
     prefill_layers: int,
     quality: float,
@@ -157,7 +155,7 @@ def to_language_config(
         draft=draft,  # type: ignore[arg-type]
         handoff=handoff,
         agreement=agreement,
-        state_rate=state_rate,
+        state_point=state_point,
         fill=fill,
         prefill_layers=prefill_layers,
         quality=quality,

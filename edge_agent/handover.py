@@ -20,7 +20,9 @@ from edge_agent.link import Link
 from edge_agent.replicas import Replicas
 from models.errors import ContextGone, ServiceError
 from models.language.handoff import Handoff
+from models.language.handoff_manifest import StatePoint
 from models.language.onnx_exits import Choice, ExitingDecoder
+from models.language.packing import Floats
 from models.language.session import Committed, Opening, Round
 from protos.limits import MAX_STATES
 from protos.wire_session import checksum
@@ -33,12 +35,12 @@ NEVER = 2.0  # a likelihood that no exit reaches
 class Terms:
     """When an exit is believed, and how rows cross.
 
-    likely: how likely right an exit must be. rate: of the coded rows. fill: the cloud need not compute what decides
+    likely: how likely right an exit must be. point: how rows are coded. fill: the cloud need not compute what decides
     nothing.
     """
 
     likely: float
-    rate: int
+    point: StatePoint
     fill: bool
 
 
@@ -58,6 +60,7 @@ class Handover(CloudAnswer):
         """`alone` as for CloudAnswer."""
         super().__init__(ask, eos_ids, replicas, alone, handoff.fingerprint)
         self._device, self._handoff, self._terms = device, handoff, terms
+        self._read = len(ask.prompt) - 1  # positions that decide nothing
         self._sent = 0  # tokens whose rows are on their way, or there
         self._rounds: deque[int] = deque()  # under way: where in the text each ends
 
@@ -105,7 +108,9 @@ class Handover(CloudAnswer):
             sampling=self._ask.sampling,
             logprobs=self._ask.top_logprobs,
             handoff=self._handoff.fingerprint,
-            rate=self._terms.rate,
+            rate=self._terms.point.rate,
+            prompt=self._read,
+            prompt_rate=self._terms.point.prompt_rate,
             kept=self._handoff.depth if self._terms.fill else 0,
         )
         conversation.open(opening)
@@ -129,13 +134,19 @@ class Handover(CloudAnswer):
         """Send the rows of all tokens that have not been sent, and maybe ask what follows them."""
         rows_NH = self._device.rows(self._sent)
         for start in range(0, len(rows_NH), MAX_STATES):
-            states = self._handoff.states.encode(rows_NH[start : start + MAX_STATES], self._terms.rate)
+            states = self._coded(rows_NH[start : start + MAX_STATES])
             ids, last = self._text[self._sent : self._sent + len(states)], start + MAX_STATES >= len(rows_NH)
             conversation.send(Round(self._sent, tuple(ids), int(ask and last), tuple(states)))
             self._sent += len(states)
             self._rounds.append(self._sent)
             if not last:  # one at a time: a service holds few of them
                 self._take(conversation, link)
+
+    def _coded(self, rows_NH: Floats) -> list[bytes]:
+        """States of the tokens that follow those sent. The first of a text is none: the cloud makes it itself."""
+        codec, point, prompt = self._handoff.states, self._terms.point, max(self._read - self._sent, 0)
+        states = codec.encode(rows_NH[:prompt], point.prompt_rate) + codec.encode(rows_NH[prompt:], point.rate)
+        return states if self._sent else [b"", *states[1:]]
 
     def _take(self, conversation: Conversation, link: Link) -> Committed:
         committed = self._receive(conversation, link)

@@ -35,7 +35,7 @@ from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.drafts import Draft, LookupDraft, ModelDraft
 from models.language.handoff import Handoff
-from models.language.handoff_manifest import HandoffManifest, Level
+from models.language.handoff_manifest import HandoffManifest, Level, StatePoint
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.onnx_exits import ExitingDecoder
 from models.language.sampling import Floats
@@ -238,22 +238,28 @@ class LanguageAgent:
 
 
 def terms_of(manifest: HandoffManifest, config: LanguageConfig) -> Terms:
-    """When exits are believed and how rows cross, as the owner wants it. Raises InvalidInput for a rate that is not."""
+    """When exits are believed and how rows cross, as the owner wants it. Raises InvalidInput."""
     good = [threshold.confidence for threshold in manifest.thresholds if threshold.agreement >= config.agreement]
-    if config.state_rate is not None and not 0 <= config.state_rate < len(manifest.rates):
-        raise InvalidInput(f"rate {config.state_rate} does not exist, there are 0 to {len(manifest.rates) - 1}")
-    best = max(rate.agreement for rate in manifest.rates)
-    near = [index for index, rate in enumerate(manifest.rates) if rate.agreement >= best - LOST_TO_CODING]
-    return Terms(min(good, default=NEVER), min(near) if config.state_rate is None else config.state_rate, config.fill)
+    return Terms(min(good, default=NEVER), point_of(manifest, config.state_point), config.fill)
+
+
+def point_of(manifest: HandoffManifest, index: int | None) -> StatePoint:
+    """How rows cross; None: the cheapest point that loses little. Raises InvalidInput for one that does not exist."""
+    points = manifest.points
+    if index is None:
+        least = max(point.agreement for point in points) - LOST_TO_CODING
+        return next(point for point in points if point.agreement >= least)
+    if not 0 <= index < len(points):
+        raise InvalidInput(f"point {index} does not exist, there are 0 to {len(points) - 1}")
+    return points[index]
 
 
 def shared_of(manifest: HandoffManifest, terms: Terms, config: LlamaConfig) -> Shared:
     """What layers shared are worth on these terms, as the bundle measured it."""
     found = min(manifest.thresholds, key=lambda threshold: abs(threshold.confidence - terms.likely))
     decided = found.coverage if terms.likely <= 1 else 0.0
-    rate = manifest.rates[terms.rate]
-    right = decided * found.agreement + (1 - decided) * rate.agreement
-    return Shared(right, 1 - decided, 1 - manifest.depth / config.layers, rate.mean_bytes)
+    right = decided * found.agreement + (1 - decided) * terms.point.agreement
+    return Shared(right, 1 - decided, 1 - manifest.depth / config.layers, terms.point.mean_bytes)
 
 
 def told(ask: Ask, answer: CloudAnswer | Auto) -> Generator[Token | Summary, None, None]:

@@ -112,7 +112,12 @@ def handoff_summary(manifest: HandoffManifest) -> list[str]:
             f" {threshold.agreement:.1%} of them as the model would"
         )
     for index, rate in enumerate(manifest.rates):
-        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a row, the cloud's choice stays for {rate.agreement:.1%}")
+        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a row")
+    for index, point in enumerate(manifest.points):
+        lines.append(
+            f"point {index}: prompts at rate {point.prompt_rate}, answers at {point.rate}: {point.mean_bytes:.0f} B a row,"
+            f" {point.agreement:.1%} of tokens decided from them as the model would"
+        )
     for name, score in manifest.scores.items():
         lines.append(f"{name:<32} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
     return lines

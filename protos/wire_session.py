@@ -37,6 +37,8 @@ def pack_opening(opening: Opening) -> pb.GenerateRequest:
             logprobs=0 if opening.logprobs is None else opening.logprobs + 1,
             handoff=int.from_bytes(opening.handoff[: limits.BUNDLE_ID_BYTES], "little"),
             rate=opening.rate,
+            prompt=opening.prompt,
+            prompt_rate=opening.prompt_rate,
             kept=opening.kept,
         )
     )
@@ -69,7 +71,7 @@ def unpack_opening(message: pb.Open) -> Opening:
     total = message.start + len(message.tokens)
     if message.handoff and message.tokens:
         raise InvalidInput(f"{len(message.tokens)} tokens without states in a hand-off, expected none")
-    if not message.handoff and message.rate:
+    if not message.handoff and (message.rate or message.prompt or message.prompt_rate):
         raise InvalidInput("a rate of hidden states, and no hand-off that they are of")
     if not message.handoff and not total:
         raise InvalidInput("the session has no tokens, expected at least 1")
@@ -91,6 +93,8 @@ def unpack_opening(message: pb.Open) -> Opening:
         logprobs=message.logprobs - 1 if message.logprobs else None,
         handoff=message.handoff.to_bytes(limits.BUNDLE_ID_BYTES, "little") if message.handoff else b"",
         rate=message.rate,
+        prompt=message.prompt,
+        prompt_rate=message.prompt_rate,
         kept=message.kept,
     )
 

@@ -63,6 +63,10 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
         "thresholds": [threshold],
         "states": "states.safetensors",
         "rates": [rate_entry(codec, rows_NH, rate) for rate in codec.rates],
+        "points": [
+            {"prompt_rate": 0, "rate": 0, "mean_bytes": 30.0, "agreement": 0.5},
+            {"prompt_rate": 0, "rate": 1, "mean_bytes": 50.0, "agreement": 0.5},
+        ],
         "max_state_bytes": MAX_STATE_BYTES,
         "fill": "fill.safetensors",
         "copies": [{"bits": 8, "judge": "copy8.safetensors", "levels": LEVELS}],
@@ -182,4 +186,4 @@ def fill_tensors(rows_NH: Floats, targets_NLO: Floats) -> dict[str, NDArray[Any]
 
 def rate_entry(codec: StateCodec, rows_NH: Floats, rate: int) -> dict[str, float]:
     sizes = [len(payload) for payload in codec.encode(rows_NH[::8], rate)]
-    return {"mean_bytes": float(np.mean(sizes)), "max_bytes": max(sizes), "agreement": 0.5}
+    return {"mean_bytes": float(np.mean(sizes)), "max_bytes": max(sizes)}

@@ -31,10 +31,20 @@ class LanguageExit(Part):
 
 
 class StateRate(Part):
-    """One rate of the hidden states: entropy-coded bytes a token, and how often the token decided from them stays."""
+    """One rate of the hidden states: entropy-coded bytes a token."""
 
     mean_bytes: Annotated[float, Field(ge=0)]
     max_bytes: Annotated[int, Field(ge=0, le=1 << 16)]
+
+
+class StatePoint(Part):
+    """Rates of a prompt's hidden states and of those behind it: bytes of a row on average over texts, and how many of
+    the tokens that are decided from them are the model's.
+    """
+
+    prompt_rate: Annotated[int, Field(ge=0, le=63)]
+    rate: Annotated[int, Field(ge=0, le=63)]
+    mean_bytes: Annotated[float, Field(ge=0)]
     agreement: Fraction
 
 
@@ -77,6 +87,7 @@ class HandoffManifest(Part):
     thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1, max_length=100)]
     states: FileName
     rates: Annotated[tuple[StateRate, ...], Field(min_length=1, max_length=64)]
+    points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # the cheapest first
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
     copies: Annotated[tuple[DeviceCopy, ...], Field(max_length=2)] = ()
@@ -90,6 +101,8 @@ class HandoffManifest(Part):
         depths = [exit_.depth for exit_ in self.exits]
         if depths != sorted(set(depths)) or depths[-1] != self.depth:
             raise ValueError(f"exits at {depths} must rise, and the last be at depth {self.depth}")
+        if any(max(point.prompt_rate, point.rate) >= len(self.rates) for point in self.points):
+            raise ValueError(f"a point names a rate that does not exist, there are 0 to {len(self.rates) - 1}")
         named = {
             self.states,
             self.fill,

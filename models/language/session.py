@@ -14,7 +14,8 @@ class Opening:
     """A session of `start` + len(tokens) tokens, of which the cloud should hold the first `start`.
 
     `logprobs` None: none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8
-    bytes, of the bundle whose hidden states rounds bring, coded at `rate`; then `tokens` is empty.
+    bytes, of the bundle whose hidden states rounds bring, coded at `rate`, below position `prompt` at `prompt_rate`; then
+    `tokens` is empty.
     """
 
     model: bytes
@@ -26,6 +27,8 @@ class Opening:
     logprobs: int | None = None
     handoff: bytes = b""
     rate: int = 0
+    prompt: int = 0
+    prompt_rate: int = 0
     kept: int = 0  # layers of positions that decide nothing; the others' state is guessed in closed form; 0: all
 
 

@@ -13,14 +13,12 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import safetensors.numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import bundle
@@ -28,15 +26,14 @@ from models.bundle import read_manifest
 from models.errors import InvalidInput
 from models.language.architecture import LlamaConfig
 from models.language.checkpoint import SMOLLM2, Checkpoint
-from models.language.handoff_manifest import HandoffManifest, StateRate
-from models.language.packing import unpacked8
+from models.language.handoff_manifest import HandoffManifest, StatePoint, StateRate
 from models.language.states import StateCodec
 from models.manifest import Interval
 from models.recipes import language_text
 from models.recipes.calibrate import interval
-from models.recipes.language_device import Observed, Tensors, exit_tensors, observe
+from models.recipes.language_device import Observed, exit_tensors, observe
 from models.recipes.language_exits import Exit, Traces, start, trace, train
-from models.recipes.language_figures import Fill, answered, chats, completed
+from models.recipes.language_figures import Crossing, Fill, answered, chats, completed
 from models.recipes.language_judge import decided, judged, train_judge
 from models.recipes.language_router import copies
 from models.recipes.language_states import RATE_BYTES, fit_fill, fit_states
@@ -51,8 +48,10 @@ JUDGED = 0.6  # of the held out tokens teach the judges; thresholds are measured
 TESTED = 4  # every so manyth answer to the test prompts is run as on a device
 CONFIDENCES = tuple(round(0.5 + step / 100, 2) for step in range(50))
 STATE_ROWS = 60_000  # that basis and tables are fitted on
-MEASURED_ROWS = 16  # every so manyth row of answers is coded to see how large it is
+CROSSED = 4  # every so manyth held out chat tells what rates are worth
+PAIRED = 2  # steps that the rate of prompts may be below that of answers
 MAX_STATE_BYTES = 1152  # of a row of 576 values: what it takes as 16-bit floats
+Scores = dict[str, Interval]
 VERSIONS = ("torch", "numpy", "onnxruntime", "constriction")
 FULL_PARTS = 3  # of chats, and of entries, whose rows of all depths are kept: for what is found in closed form
 
@@ -70,13 +69,20 @@ def texts(run: Run, model: Llama, checkpoint: Checkpoint) -> dict[str, Texts]:
     return {**named, **{f"entries-{index}": each for index, each in enumerate(language_text.parted(plain))}}
 
 
-def traces(run: Run, model: Llama, named: dict[str, Texts], wanted: Sequence[int], label: str = "trace") -> Traces:
+def traces(
+    run: Run,
+    model: Llama,
+    named: dict[str, Texts],
+    wanted: Sequence[int],
+    label: str = "trace",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Traces:
     """What the model makes of all of them, at the wanted depths; kept on disk, file by file."""
     found = []
     for name, each in named.items():
         path = run.folder / f"{label}-{name}.pt"
         if not path.exists():
-            made = trace(model, each, wanted)
+            made = trace(model, each, wanted, dtype)
             torch.save({field.name: getattr(made, field.name) for field in fields(Traces)}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
         found.append(Traces(**torch.load(path, weights_only=True, mmap=True)))
@@ -133,6 +139,7 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
         dict([answered(run.folder, model, checkpoint.tokenizer.eos_ids, asked)]),
         depths(model.config),
         "test",
+        torch.float32,
     )
     exits = {
         depth: exit_tensors(exit_at(run, model, depth, learnt, full), checkpoint) for depth in depths(model.config)
@@ -149,11 +156,13 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
     likely_EN = likely(judges, held_out)[:, ~chosen_N]
     right_EN = held_out.right_EN[:, ~chosen_N]
 
-    rows_NH = learnt.rows[depths(model.config)[-1]]
+    rows_NH = learnt.rows[depths(model.config)[-1]][learnt.later_N]
     states = fit_states(rows_NH[:: len(rows_NH) // STATE_ROWS + 1].float().numpy())
     fill = fit_fill(model, full, depths(model.config)[-1])
     codec = StateCodec(states, model.config.hidden, len(RATE_BYTES), MAX_STATE_BYTES)
-    rates, scores = crossing(model, test, codec, fill)
+    answering = [s for s in range(0, len(learnt), HELD_OUT) if learnt.answers[s] < learnt.bounds(s)[1] - 1]
+    rates, points = crossing(model, observe(checkpoint, exits, learnt, answering[::CROSSED]), codec)
+    scores = completing(model, test, codec, points, Fill.of(fill))
     files = {f"exit{depth}.safetensors": safetensors.numpy.save(tensors) for depth, tensors in exits.items()}
     files |= {"states.safetensors": safetensors.numpy.save(states), "fill.safetensors": safetensors.numpy.save(fill)}
     entries, judges_of_copies = copies(checkpoint, learnt, run.seed)
@@ -176,6 +185,7 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
         ],
         "states": "states.safetensors",
         "rates": [rate.model_dump() for rate in rates],
+        "points": [point.model_dump() for point in points],
         "max_state_bytes": MAX_STATE_BYTES,
         "fill": "fill.safetensors",
         "copies": entries,
@@ -197,7 +207,7 @@ def likely(judges: Sequence[nn.Sequential], observed: Observed) -> Tensor:
     return torch.stack([judged(judge, seen_NF) for judge, seen_NF in zip(judges, observed.seen_ENF, strict=True)])
 
 
-def deciding(judges: Sequence[nn.Sequential], test: Observed) -> dict[str, Interval]:
+def deciding(judges: Sequence[nn.Sequential], test: Observed) -> Scores:
     """Coverage of the exits and agreement with the model, on answers to the test prompts, at some thresholds."""
     likely_EN, right_EN = likely(judges, test)[:, test.decides_N], test.right_EN[:, test.decides_N]
     scores = {}
@@ -211,30 +221,44 @@ def deciding(judges: Sequence[nn.Sequential], test: Observed) -> dict[str, Inter
     return scores
 
 
-def crossing(
-    model: Llama, test: Observed, codec: StateCodec, fill: Tensors
-) -> tuple[list[StateRate], dict[str, Interval]]:
-    """What the cloud completes from the device's rows: as such, coded at each rate, and with the KV fill."""
-    depth, full_N = depths(model.config)[-1], test.traces.top_NK[:, 0].numpy()
-    places_N = np.flatnonzero(test.decides_N.numpy())
-    bias_LO = torch.from_numpy(fill["bias"]).float()
-    weight_LOH = torch.from_numpy(unpacked8(fill, "weight")).view(*bias_LO.shape, -1)
+def crossing(model: Llama, seen: Observed, codec: StateCodec) -> tuple[list[StateRate], list[StatePoint]]:
+    """What rows cost at each rate, and what pairs of rates are worth, one for prompts and one for answers.
 
-    def right(codec: StateCodec | None = None, rate: int = 0, fill: Fill | None = None) -> NDArray[np.bool_]:
-        chosen_N = completed(model, test.traces, depth, codec, rate, fill).chosen_N.numpy()
-        same_N: NDArray[np.bool_] = chosen_N[places_N] == full_N[places_N]
-        return same_N
+    Of the pairs those are left than which none is both cheaper and better.
+    """
+    depth, here, full_N = depths(model.config)[-1], seen.decides_N, seen.traces.top_NK[:, 0]
+    crossed = Crossing(seen.traces, depth, codec)
+    pairs = [(low, high) for high in codec.rates for low in range(max(high - PAIRED, 0), high + 1)]
+    found = []
+    for low, high in pairs:
+        traces, mean_bytes = crossed.at(low, high)
+        right_N = (completed(model, traces, depth).chosen_N == full_N)[here]
+        agreement = float(right_N.float().mean())
+        found.append(StatePoint(prompt_rate=low, rate=high, mean_bytes=mean_bytes, agreement=agreement))
+    points, best = [], 0.0
+    for point in sorted(found, key=lambda point: point.mean_bytes):
+        if point.agreement > best:
+            points.append(point)
+            best = point.agreement
+    rates = [StateRate(mean_bytes=float(sizes_N.mean()), max_bytes=int(sizes_N.max())) for sizes_N in crossed.sizes]
+    return rates, points
 
-    scores = {
-        "test rows agreement": interval(right()),
-        "test fill agreement": interval(right(fill=Fill(weight_LOH, bias_LO))),
-        "test fill of prompts agreement": interval(right(fill=Fill(weight_LOH, bias_LO, prompts_only=True))),
+
+def completing(model: Llama, test: Observed, codec: StateCodec, points: Sequence[StatePoint], fill: Fill) -> Scores:
+    """How many tokens of test answers the cloud completes as the model: from rows as such, at each point, filled."""
+    depth, here, full_N = depths(model.config)[-1], test.decides_N, test.traces.top_NK[:, 0]
+
+    def score(traces: Traces, fill: Fill | None = None) -> Interval:
+        right_N = (completed(model, traces, depth, fill).chosen_N == full_N)[here]
+        return interval(right_N.numpy())
+
+    crossed = Crossing(test.traces, depth, codec)
+    return {
+        "test rows agreement": score(test.traces),
+        "test fill agreement": score(test.traces, fill),
+        "test fill of prompts agreement": score(test.traces, replace(fill, prompts_only=True)),
+        **{
+            f"test point{index} agreement": score(crossed.at(point.prompt_rate, point.rate)[0])
+            for index, point in enumerate(points)
+        },
     }
-    rates = []
-    some_NH = test.traces.rows[depth][places_N[::MEASURED_ROWS]].float().numpy()
-    for rate in codec.rates:
-        sizes = [len(payload) for payload in codec.encode(some_NH, rate)]
-        same_N = right(codec, rate)
-        scores[f"test rate{rate} agreement"] = interval(same_N)
-        rates.append(StateRate(mean_bytes=float(np.mean(sizes)), max_bytes=max(sizes), agreement=float(same_N.mean())))
-    return rates, scores

@@ -39,7 +39,7 @@ def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
 
 @dataclass(frozen=True)
 class Observed:
-    """N positions of texts: what each exit's judge sees, whether its choice was the model's, the rows that would cross.
+    """N positions of texts: what each exit's judge sees, whether its choice was the model's, the rows to be completed.
 
     next: log-probability of the token that follows in the text. decides: whether that is one of an answer.
     traces: of the same positions, with the device's rows.
@@ -74,7 +74,9 @@ def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces
             seen[index].append(torch.from_numpy(np.stack([evidence(logits_V) for logits_V in logits_NV])))
             right[index].append(torch.from_numpy(logits_NV.argmax(1)) == traces.top_NK[start:end, 0])
             following[index].append(next_logprobs(torch.from_numpy(logits_NV), traces.ids_N[start:end]))
-        rows.append(torch.from_numpy(behind_NH))
+        own_NH = torch.from_numpy(behind_NH)
+        own_NH[0] = traces.rows[depths[-1]][start].float()  # the cloud makes the first itself
+        rows.append(own_NH)
         positions_N = torch.arange(start, end)
         decides.append((positions_N >= traces.answers[sequence] - 1) & (positions_N < end - 1))
         ends.append(ends[-1] + end - start)

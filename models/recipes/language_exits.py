@@ -72,6 +72,13 @@ class Traces:
         """Tokens of each sequence."""
         return [end - start for start, end in map(self.bounds, range(len(self)))]
 
+    @property
+    def later_N(self) -> Tensor:
+        """Of every position, whether it is not the first of its sequence."""
+        later_N = torch.ones(self.ends[-1], dtype=torch.bool)
+        later_N[[0, *self.ends[:-1]]] = False
+        return later_N
+
     def bounds(self, sequence: int) -> tuple[int, int]:
         return (self.ends[sequence - 1] if sequence else 0), self.ends[sequence]
 

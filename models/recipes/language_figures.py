@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.errors import InvalidInput
 from models.language.kv_fill import EXACT_ROWS, normalised
+from models.language.packing import unpacked8
 from models.language.states import StateCodec
 from models.language.tokenizer import Message, Tokenizer
 from models.recipes.language_exits import Traces, grouped
@@ -65,12 +69,44 @@ def answered(folder: Path, model: Llama, eos_ids: frozenset[int], asked: Sequenc
 class Fill:
     """Maps (layers, outputs, hidden) with biases; keys and values of which earlier positions come from them.
 
-    `prompts_only`: those of a prompt but its last EXACT_ROWS; else all, as if no other token had been completed.
+    All but the first, as if no other token had been completed; `prompts_only`: but the last EXACT_ROWS of a prompt too.
     """
 
     weight_LOH: Tensor
     bias_LO: Tensor
     prompts_only: bool = False
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, NDArray[Any]]) -> Fill:
+        """Of the tensors of `fill.safetensors`."""
+        bias_LO = torch.from_numpy(tensors["bias"]).float()
+        return cls(torch.from_numpy(unpacked8(tensors, "weight")).view(*bias_LO.shape, -1), bias_LO)
+
+
+class Crossing:
+    """Rows of texts as they come to the cloud: at every rate, all but the first of each text."""
+
+    def __init__(self, traces: Traces, depth: int, codec: StateCodec) -> None:
+        self._traces, self._depth = traces, depth
+        self._coded, self.sizes = [], list[NDArray[np.int64]]()  # (N,) bytes of each row, by rate
+        rows_NH = traces.rows[depth].float()
+        starts = [traces.bounds(sequence)[0] for sequence in range(len(traces))]
+        for rate in track(codec.rates, "coding rows"):
+            payloads = codec.encode(rows_NH.numpy(), rate)
+            coded_NH = torch.from_numpy(codec.decode(payloads, rate))
+            coded_NH[starts] = rows_NH[starts]
+            self._coded.append(coded_NH)
+            self.sizes.append(np.array([len(payload) for payload in payloads]))
+            self.sizes[-1][starts] = 0
+        self._prompt_N = torch.zeros(len(rows_NH), dtype=torch.bool)
+        for sequence, start in enumerate(starts):
+            self._prompt_N[start : traces.answers[sequence] - 1] = True
+
+    def at(self, prompt_rate: int, rate: int) -> tuple[Traces, float]:
+        """With prompts at one rate and answers at another, and bytes of a row on average."""
+        rows_NH = torch.where(self._prompt_N[:, None], self._coded[prompt_rate], self._coded[rate])
+        sizes_N = np.where(self._prompt_N.numpy(), self.sizes[prompt_rate], self.sizes[rate])
+        return replace(self._traces, rows={self._depth: rows_NH}), float(sizes_N.mean())
 
 
 @dataclass(frozen=True)
@@ -82,22 +118,13 @@ class Completed:
 
 
 @torch.inference_mode()
-def completed(
-    model: Llama,
-    traces: Traces,
-    depth: int,
-    codec: StateCodec | None = None,
-    rate: int = 0,
-    fill: Fill | None = None,
-) -> Completed:
-    """What the layers behind `depth` choose at every position, from coded rows; without a codec from rows as such."""
+def completed(model: Llama, traces: Traces, depth: int, fill: Fill | None = None) -> Completed:
+    """What the layers behind `depth` choose at every position, from the rows of `traces`."""
     found = Completed(torch.zeros(traces.ends[-1], dtype=torch.int64), torch.zeros(traces.ends[-1]))
     lengths = traces.lengths
     for group in track(list(grouped(sorted(range(len(traces)), key=lengths.__getitem__), lengths)), "completing"):
         spans = [traces.bounds(s) for s in group]
         parts = [traces.rows[depth][start:end].float() for start, end in spans]
-        if codec is not None:
-            parts = [torch.from_numpy(codec.decode(codec.encode(part.numpy(), rate), rate)) for part in parts]
         x_BTH = nn.utils.rnn.pad_sequence(parts, batch_first=True)
         given = None if fill is None else filled(x_BTH, fill)
         until_B = torch.tensor([traces.answers[s] - EXACT_ROWS - traces.bounds(s)[0] for s in group])
@@ -125,7 +152,10 @@ def filled(x_BTH: Tensor, fill: Fill) -> list[Tensor]:
 
 
 def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None, until_B: Tensor) -> Tensor:
-    """Rows behind a layer. Each position reads the keys and values given of those before it and before `until_B`."""
+    """Rows behind a layer. Each position reads the keys and values given of those before it and before `until_B`.
+
+    Of the first position it reads the layer's own.
+    """
     if given_BTO is None:
         out_BTH: Tensor = layer(x_BTH)[0]
         return out_BTH
@@ -137,7 +167,7 @@ def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None, until_B: Tenso
     given_k = layer.rotated(given_BTO[..., :half].reshape(shape), places_BT)
     given_v = given_BTO[..., half:].reshape(shape)
     before_TT, self_TT = torch.ones(tokens, tokens, dtype=torch.bool).tril(-1), torch.eye(tokens, dtype=torch.bool)
-    given_B1T = torch.arange(tokens) < until_B[:, None, None]
+    given_B1T = (torch.arange(tokens) > 0) & (torch.arange(tokens) < until_B[:, None, None])
     seen_B1TS = torch.cat([before_TT & given_B1T, before_TT & ~given_B1T | self_TT], 2)[:, None]
     mixed_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),

@@ -23,7 +23,7 @@ from models.recipes.language_exits import Traces, ridge
 from models.recipes.llama import Layer, Llama
 
 Floats = NDArray[np.float32]
-RATE_BYTES = (60, 90, 130, 180, 250, 350)  # of a row, for each rate; 576 values in 16 bits have 1,152
+RATE_BYTES = (75, 110, 155, 205, 260, 330)  # of a row, for each rate; 576 values in 16 bits have 1,152
 SIZE_GAIN = 12.0  # integers an octave of a row's size: within 3 %, over ten octaves to either side
 LARGEST = 120.0  # integer, of 127, that a component of the rows at hand takes
 BISECTIONS = 14
@@ -61,11 +61,15 @@ def gain_for(latents_NC: Floats, size: float) -> float:
 
 
 def fit_fill(model: Llama, traces: Traces, depth: int) -> dict[str, NDArray[Any]]:
-    """The tensors of `fill.safetensors`; `traces` has the rows of every depth from `depth` to the last layer's own."""
-    x_NH = normalised(traces.rows[depth].float())
+    """The tensors of `fill.safetensors`; `traces` has the rows of every depth from `depth` to the last layer's own.
+
+    First tokens teach nothing: theirs are not guessed.
+    """
+    later_N = traces.later_N
+    x_NH = normalised(traces.rows[depth][later_N].float())
     weights, biases = [], []
     for index in range(depth, model.config.layers):
-        weight_OH, bias_O = ridge(x_NH, keys_values(model.layers[index], traces.rows[index]), 1e-3)
+        weight_OH, bias_O = ridge(x_NH, keys_values(model.layers[index], traces.rows[index][later_N]), 1e-3)
         weights.append(weight_OH.numpy())
         biases.append(bias_O.to(torch.float16).numpy())
     return {**packed8(np.concatenate(weights), "weight"), "bias": np.stack(biases)}

@@ -17,8 +17,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,24 @@ import click
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from cloud_service.passes import Whole
+from edge_agent.language import point_of
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks
 from models.language.handoff import Handoff
+from models.language.handoff_manifest import StatePoint
 from models.language.judge import Judge
-from models.language.kv_fill import EXACT_ROWS, KVFill
+from models.language.kv_cache import KVCache
+from models.language.session import Committed, Opening, Round
 from models.language.tokenizer import Tokenizer
 from models.recipes.calibrate import interval
 from models.recipes.language_device import Observed, observe
 from models.recipes.language_exits import trace
-from models.recipes.language_figures import Completed, Fill, answered, chats, completed
+from models.recipes.language_figures import Completed, Crossing, Fill, answered, chats, completed
 from models.recipes.language_judge import decided
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
@@ -48,7 +54,6 @@ CONFIDENCES = tuple(round(0.3 + step / 100, 2) for step in range(70))
 OTHER_TOKENS, OTHER_PROMPT = 256, 192  # of a passage of another domain, and of those its prompt
 HALF_BYTES = 2  # CE-CoLLM's hidden states
 FRAMING_BYTES = 4  # of our messages, a row
-REPEATS = 5
 
 Row = dict[str, Any]
 
@@ -110,20 +115,18 @@ def bounds(right_N: Tensor) -> list[float]:
     return [found.low, found.high] if found else [0.0, 1.0]
 
 
-def rate_rows(model: Llama, handoff: Handoff, test: Observed, exact: Completed, fp16_bytes: int) -> list[Row]:
-    """Every rate: bytes, and the agreement with what uncoded rows give and with the model, at all positions."""
+def point_rows(model: Llama, handoff: Handoff, test: Observed, exact: Completed, crossing: Crossing) -> list[Row]:
+    """Every point: bytes of a row, prompts' and answers', and the agreement with the model at all positions."""
     here, full_N = test.decides_N, test.traces.top_NK[:, 0]
-    some_NH = test.traces.rows[handoff.depth][here][::8].float().numpy()
     rows = []
-    for rate in handoff.states.rates:
-        sizes = [len(payload) for payload in handoff.states.encode(some_NH, rate)]
-        found = completed(model, test.traces, handoff.depth, handoff.states, rate)
-        right_N = (found.chosen_N == full_N)[here]
+    for index, point in enumerate(handoff.manifest.points):
+        crossed, mean_bytes = crossing.at(point.prompt_rate, point.rate)
+        right_N = (completed(model, crossed, handoff.depth).chosen_N == full_N)[here]
         rows.append(
             {
-                "rate": rate,
-                "bytes": float(np.mean(sizes)),
-                "of_fp16": float(np.mean(sizes)) / fp16_bytes,
+                "point": index,
+                "bytes": mean_bytes,
+                "of_fp16": mean_bytes / HALF_BYTES / handoff.manifest.hidden,
                 "agreement": float(right_N.float().mean()),
                 "interval": bounds(right_N),
                 "lost": float((exact.chosen_N == full_N)[here].float().mean() - right_N.float().mean()),
@@ -141,17 +144,16 @@ def passages(file: Path, tokenizer: Tokenizer, count: int) -> Texts:
 
 
 def other_domain(
-    model: Llama, checkpoint: Checkpoint, handoff: Handoff, fill: tuple[Tensor, Tensor], texts: Texts, rate: int
+    model: Llama, checkpoint: Checkpoint, handoff: Handoff, fill: Fill, texts: Texts, point: StatePoint
 ) -> Row:
-    """KV fill and perplexity on a text of another domain."""
+    """Perplexity on a text of another domain."""
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     traces = trace(model, texts, handoff.depths, torch.float32)
     test = observe(checkpoint, exits, traces, range(len(traces)))
-    here, full_N = test.decides_N, traces.top_NK[:, 0]
-    prompts = completed(model, traces, handoff.depth, fill=Fill(*fill, prompts_only=True))
-    exact = completed(model, traces, handoff.depth)
-    crossed = completed(model, test.traces, handoff.depth, handoff.states, rate)
-    guessed = completed(model, test.traces, handoff.depth, handoff.states, rate, Fill(*fill))
+    here, exact = test.decides_N, completed(model, traces, handoff.depth)
+    rows_crossed, _ = Crossing(test.traces, handoff.depth, handoff.states).at(point.prompt_rate, point.rate)
+    crossed = completed(model, rows_crossed, handoff.depth)
+    guessed = completed(model, rows_crossed, handoff.depth, fill)
     likely_EN = judged(handoff, test)
     base = float(torch.exp(-exact.next_N[here].mean()))
     rows = []
@@ -163,56 +165,64 @@ def other_domain(
             mixed_N = torch.where(each.sure_N, exit_N, found.next_N[here])
             row[f"perplexity ratio, {kind}"] = float(torch.exp(-mixed_N.mean())) / base
         rows.append(row)
-    same_N = (prompts.chosen_N == full_N)[here]
-    return {
-        "positions": int(here.sum()),
-        "prefill_agreement": float(same_N.float().mean()),
-        "prefill_interval": bounds(same_N),
-        "perplexity": base,
-        "curve": rows,
-    }
+    return {"positions": int(here.sum()), "perplexity": base, "curve": rows}
 
 
-def prefill_ratio(checkpoint: Checkpoint, handoff: Handoff) -> Row:
-    """Time of reading a prompt with the KV fill over that of reading it exactly, side by side."""
-    decoder = Decoder.load(checkpoint)
-    lower, upper = decoder[: handoff.depth], decoder[handoff.depth :]
-    fill = KVFill(*handoff.fill(), upper)
-    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab, OTHER_TOKENS).tolist()
+def read(whole: Whole, prompt: Sequence[int], kept: int) -> tuple[KVCache, int, float]:
+    """The service's own passes over a prompt: its state, the token that follows, seconds. `kept`: 0 for all layers."""
+    text = whole.new_text(prompt, Opening(b"", b"", 0, (), 0, kept=kept))
+    text.cache = whole.decoder.new_cache()
+    started_s = time.perf_counter()
+    text.begin(Round(len(prompt)), 0.0)
+    committed = None
+    while committed is None:
+        (committed,) = whole.due(text).run([(text, min(text.rows, whole.decoder.width))]).outcomes
+    if not isinstance(committed, Committed):
+        raise committed
+    return text.cache, committed.tokens[0], time.perf_counter() - started_s
 
-    def read(run: Callable[[list[int], int, bool], None]) -> float:
-        started_s, start = time.perf_counter(), 0
-        for count in chunks(len(ids), decoder.width):
-            run(ids[start : start + count], start, start + count == len(ids))
-            start += count
-        return time.perf_counter() - started_s
 
-    def once() -> float:
-        cache, below, above = decoder.new_cache(), lower.new_cache(), upper.new_cache()
+def following(whole: Whole, cache: KVCache, ids: Sequence[int]) -> list[int]:
+    """What the model chooses behind each of the tokens that follow."""
+    chosen, decoder = list[int](), whole.decoder
+    for count in chunks(len(ids), decoder.width):
+        part = ids[len(chosen) : len(chosen) + count]
+        x_NH = decoder.forward(decoder.embed(part), [Span(cache, cache.length, count)])
+        chosen += decoder.logits(x_NH)[:count].argmax(-1).tolist()
+    return chosen
 
-        def exactly(part: list[int], start: int, last: bool) -> None:
-            x_NH = decoder.forward(decoder.embed(part), [Span(cache, start, len(part))])
-            if last:
-                decoder.logits(x_NH)
 
-        def filled(part: list[int], start: int, last: bool) -> None:
-            x_NH = lower.forward(lower.embed(part), [Span(below, start, len(part))])
-            count = min(len(part), max(len(ids) - EXACT_ROWS - start, 0))
-            if count:
-                fill.write(above, start, x_NH[:count])
-            if through := len(part) - count:
-                y_NH = torch.zeros_like(x_NH)
-                y_NH[:through] = x_NH[count : len(part)]
-                y_NH = upper.forward(y_NH, [Span(above, start + count, through)])
-                if last:
-                    upper.logits(y_NH)
-
-        exact_s = read(exactly)
-        return read(filled) / exact_s
-
-    once()
-    ratios = [once() for _ in range(REPEATS)]
-    return {"prefill_time_ratio": statistics.median(ratios), "prompt_tokens": len(ids), "repeats": REPEATS}
+def prefill_rows(checkpoint: Checkpoint, handoff: Handoff, texts: Texts) -> list[Row]:
+    """Prompts that keep so many layers beside prompts that keep all, in turns: the time, and what is chosen behind."""
+    whole = Whole(Decoder.load(checkpoint), frozenset(), handoff)
+    layers = checkpoint.config.layers
+    kept = range(handoff.depth, layers, max((layers - handoff.depth) // 3, 1))
+    ratios: dict[int, list[float]] = {each: [] for each in kept}
+    same: dict[int, list[bool]] = {each: [] for each in kept}
+    bounds_S = [0, *texts.ends_S.tolist()]
+    for index, (start, end) in enumerate(track(list(pairwise(bounds_S)), "reading prompts")):
+        answer = int(texts.answers_S[index])
+        prompt, after = texts.ids_N[start:answer].tolist(), texts.ids_N[answer : end - 1].tolist()
+        cache, first, exact_s = read(whole, prompt, 0)
+        exactly = [first, *following(whole, cache, after)]
+        for each in kept:
+            cache, first, seconds = read(whole, prompt, each)
+            ratios[each].append(seconds / exact_s)
+            chosen = [first, *following(whole, cache, after)]
+            same[each] += [ours == theirs for ours, theirs in zip(chosen, exactly, strict=True)]
+    return [
+        {
+            "kept": each,
+            "time_ratio": statistics.median(ratios[each]),
+            "quartiles": np.quantile(ratios[each], [0.25, 0.75]).tolist(),
+            "prompts": len(ratios[each]),
+            "prompt_tokens": OTHER_PROMPT,
+            "agreement": float(np.mean(same[each])),
+            "interval": bounds(torch.tensor(same[each])),
+            "positions": len(same[each]),
+        }
+        for each in kept
+    ]
 
 
 def best(rows: list[Row], agreement: float) -> Row | None:
@@ -263,12 +273,12 @@ def plot(result: Row, file: Path) -> None:
 @click.option("--other", type=click.Path(path_type=Path, exists=True), required=True, help="Plain text.")
 @click.option("--every", default=4, show_default=True, type=click.IntRange(1), help="So manyth prompt, by length.")
 @click.option("--passages", "count", default=40, show_default=True, type=click.IntRange(1), help="Of the other text.")
-@click.option("--rate", default=5, show_default=True, type=click.IntRange(0), help="Of the rows in ours.")
+@click.option("--point", type=click.IntRange(0), help="How rows are coded in ours.  [default: as on a device]")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/handoff"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path))
 def main(
-    bundle: Path, model: str, prompts: Path, other: Path, every: int, count: int, rate: int, work: Path,
+    bundle: Path, model: str, prompts: Path, other: Path, every: int, count: int, point: int | None, work: Path,
     json_file: Path, plot_file: Path | None,
 ) -> None:  # fmt: skip
     """Measure exits, hidden states and KV fill of a hand-off bundle beside CE-CoLLM's scheme."""
@@ -280,46 +290,43 @@ def main(
     traces = trace(llama, texts, handoff.depths)
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     test = observe(checkpoint, exits, traces, range(len(traces)))
-    weight_LOH, bias_LO = (torch.from_numpy(array) for array in handoff.fill())
-    exact = completed(llama, test.traces, handoff.depth)
+    fill, exact = Fill(*map(torch.from_numpy, handoff.fill())), completed(llama, test.traces, handoff.depth)
+    chosen = point_of(handoff.manifest, point)
+    crossing = Crossing(test.traces, handoff.depth, handoff.states)
+    crossed, mean_bytes = crossing.at(chosen.prompt_rate, chosen.rate)
     ours = {
-        "exact": completed(llama, test.traces, handoff.depth, handoff.states, rate),
-        "fill": completed(llama, test.traces, handoff.depth, handoff.states, rate, Fill(weight_LOH, bias_LO)),
+        "exact": completed(llama, crossed, handoff.depth),
+        "fill": completed(llama, crossed, handoff.depth, fill),
     }
     price, fp16_bytes = costs(checkpoint, handoff.depth), HALF_BYTES * checkpoint.config.hidden
-    rates = rate_rows(llama, handoff, test, exact, fp16_bytes)
+    others = passages(other, checkpoint.tokenizer, count)
     softmax_EN = test.seen_ENF[:, :, -3].exp()
     result: Row = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "answers": len(traces),
         "positions": int(test.decides_N.sum()),
         "rows_agreement": float((exact.chosen_N == traces.top_NK[:, 0])[test.decides_N].float().mean()),
-        "rates": rates,
+        "points": point_rows(llama, handoff, test, exact, crossing),
         "curves": {
-            "ours": curve("ours", judged(handoff, test), test, ours, rates[rate]["bytes"] + FRAMING_BYTES, price),
+            "ours": curve("ours", judged(handoff, test), test, ours, mean_bytes + FRAMING_BYTES, price),
             "CE-CoLLM": curve("CE-CoLLM", softmax_EN, test, {"exact": exact}, fp16_bytes, price),
         },
-        "other": {
-            "text": other.name,
-            **other_domain(
-                llama, checkpoint, handoff, (weight_LOH, bias_LO), passages(other, checkpoint.tokenizer, count), rate
-            ),
-        },
-        **prefill_ratio(checkpoint, handoff),
+        "other": {"text": other.name, **other_domain(llama, checkpoint, handoff, fill, others, chosen)},
+        "prefill": {"text": other.name, "rows": prefill_rows(checkpoint, handoff, others)},
     }
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console = Console()
     console.print(table(result))
-    for row in rates:
+    for row in result["points"]:
         console.print(
-            f"rate {row['rate']}: {row['bytes']:.0f} B, {row['of_fp16']:.2f} of fp16, {row['lost']:+.2%} lost"
+            f"point {row['point']}: {row['bytes']:.0f} B, {row['of_fp16']:.2f} of fp16, {row['lost']:+.2%} lost"
         )
-    fill = result["other"]
-    console.print(
-        f"KV fill of prompts: {result['prefill_time_ratio']:.2f} of the time, {fill['prefill_agreement']:.1%} agreement"
-        f" on {fill['text']} (n={fill['positions']})"
-    )
+    for row in result["prefill"]["rows"]:
+        console.print(
+            f"KV fill of prompts, {row['kept']} layers kept: {row['time_ratio']:.2f} of the time,"
+            f" {row['agreement']:.1%} agreement on {other.name} (n={row['positions']})"
+        )
     if plot_file:
         plot(result, plot_file)
 

@@ -64,7 +64,7 @@ def test_exits_decide_what_they_are_sure_of_and_the_cloud_the_rest(
 def test_an_agreement_that_no_exit_has_leaves_all_to_the_cloud(
     serving: CloudProcess, endless_llama: Path, bundle: Path
 ) -> None:
-    with agent_of(serving, endless_llama, bundle, CLOUD, state_rate=1) as agent:
+    with agent_of(serving, endless_llama, bundle, CLOUD, state_point=1) as agent:
         answer = answered(agent)
         whole = Answer(agent, prompt_of(agent, "Tell me a long story."), TOKENS, "cloud", CHATTER)
     assert {token.source for token in answer.tokens} == {"cloud"}

@@ -201,6 +201,8 @@ class Open(_message.Message):
     HANDOFF_FIELD_NUMBER: _builtins.int
     RATE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_RATE_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     """limits.WIRE_VERSION of the sender"""
     model: _builtins.bytes
@@ -225,10 +227,16 @@ class Open(_message.Message):
     """the first 8 bytes of the hand-off bundle's SHA-256 fingerprint, little-endian; 0, which"""
     rate: _builtins.int
     """costs no byte, when no states come
-    of the states: index into the hand-off bundle's rates
+    of the states from position `prompt` on: index into the hand-off bundle's rates
     """
     kept: _builtins.int
     """layers that positions go through which decide nothing; the state of the others is"""
+    prompt: _builtins.int
+    """guessed by the closed form of the service's hand-off bundle. 0: all
+    positions below it have states of another rate
+    """
+    prompt_rate: _builtins.int
+    """of these"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """those from position `start` on; start + tokens is at least 1. Of a hand-off none:"""
@@ -249,10 +257,12 @@ class Open(_message.Message):
         handoff: _builtins.int = ...,
         rate: _builtins.int = ...,
         kept: _builtins.int = ...,
+        prompt: _builtins.int = ...,
+        prompt_rate: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "handoff", b"handoff", "kept", b"kept", "logprobs", b"logprobs", "model", b"model", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "handoff", b"handoff", "kept", b"kept", "logprobs", b"logprobs", "model", b"model", "prompt", b"prompt", "prompt_rate", b"prompt_rate", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,7 +290,8 @@ class Round(_message.Message):
     extend: _builtins.int
     """tokens that the service may go on decoding afterwards; the next round ends this. With"""
     crc32: _builtins.int
-    """limits.MAX_STATES of at most limits.MAX_STATE_BYTES
+    """limits.MAX_STATES of at most limits.MAX_STATE_BYTES. That of position 0 is not read,
+    and best empty: the service makes the row itself
     with states CRC-32 (zlib) of: base, extend and draft as little-endian uint32; then of
     """
     @_builtins.property

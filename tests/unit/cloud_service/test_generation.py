@@ -259,7 +259,7 @@ class ByHand:
         for position in range(len(prompt) + count - 1):
             spans = [Span(cache, position, 1)]
             x_NH = decoder[: self._depth].forward(decoder.embed([tokens[position]]), spans)
-            if position < guessed:
+            if 0 < position < guessed:
                 if self._kept > self._depth:
                     decoder[self._depth : self._kept].forward(x_NH, spans)
                 self._fill.write(cache, position, x_NH[:1])

@@ -96,7 +96,7 @@ def test_a_hostile_round_is_one_error_and_the_session_goes_on(scene: HandoffScen
             (Status.DATA_LOSS, spoilt(good, crc32=1, true_crc=False)),
             (Status.DATA_LOSS, spoilt(good, draft=tokens[::-1], true_crc=False)),
             (Status.DATA_LOSS, spoilt(good, states=states[::-1], true_crc=False)),
-            (Status.DATA_LOSS, spoilt(good, states=[b"\xff" * 150, *states[1:]])),
+            (Status.DATA_LOSS, spoilt(good, states=[states[0], b"\xff" * 150, *states[2:]])),
             (Status.DATA_LOSS, spoilt(good, states=[*states[:-1], b"\x01\x00"])),
         ]
         await caller.call.write(caller.opened())

@@ -17,11 +17,12 @@ from prometheus_client import CollectorRegistry
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Ask, Summary, Token
 from edge_agent.handover import NEVER, Terms
-from edge_agent.language import LanguageAgent, terms_of
+from edge_agent.language import LanguageAgent, point_of, terms_of
 from edge_agent.language_metrics import LanguageMetrics
 from models.errors import BundleError, InvalidInput, LinkDown
 from models.language.checkpoint import Checkpoint
 from models.language.handoff import Handoff
+from models.language.handoff_manifest import StatePoint
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.sampling import Sampling, choose, log_softmax
 from tests.bench.tiny_llama import write_tiny_llama
@@ -252,13 +253,26 @@ def test_a_bundle_of_another_model_is_refused(folder: Path, bundle: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, Terms(0.5, 0, False)),
-        ({"agreement": 0.95}, Terms(NEVER, 0, False)),
-        ({"agreement": 0.9, "state_rate": 1, "fill": True}, Terms(0.5, 1, True)),
+        ({}, (0.5, 0, False)),
+        ({"agreement": 0.95}, (NEVER, 0, False)),
+        ({"agreement": 0.9, "state_point": 1, "fill": True}, (0.5, 1, True)),
     ],
 )
-def test_terms_are_the_owners(folder: Path, bundle: Path, settings: dict[str, Any], expected: Terms) -> None:
+def test_terms_are_the_owners(
+    folder: Path, bundle: Path, settings: dict[str, Any], expected: tuple[float, int, bool]
+) -> None:
     manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
-    assert terms_of(manifest, LanguageConfig(str(folder), **{"agreement": 0.9, **settings})) == expected
-    with pytest.raises(InvalidInput, match="rate 2 does not exist, there are 0 to 1"):
-        terms_of(manifest, LanguageConfig(str(folder), state_rate=2))
+    likely, point, fill = expected
+    terms = Terms(likely, manifest.points[point], fill)
+    assert terms_of(manifest, LanguageConfig(str(folder), **{"agreement": 0.9, **settings})) == terms
+    with pytest.raises(InvalidInput, match="point 2 does not exist, there are 0 to 1"):
+        terms_of(manifest, LanguageConfig(str(folder), state_point=2))
+
+
+def test_the_cheapest_point_that_loses_little_is_taken(folder: Path, bundle: Path) -> None:
+    manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
+    agreements = (0.9, 0.966, 0.97)
+    points = tuple(
+        StatePoint(prompt_rate=0, rate=1, mean_bytes=index, agreement=each) for index, each in enumerate(agreements)
+    )
+    assert point_of(manifest.model_copy(update={"points": points}), None) == points[1]

@@ -46,6 +46,8 @@ HANDOFF_OPENING = Opening(
     sampling=Sampling(0.7, 0.95, 1234),
     handoff=bytes(range(200, 208)),
     rate=2,
+    prompt=299,
+    prompt_rate=1,
     kept=20,
 )
 HANDOFF_ROUND = Round(300, (10_000, 20_000, 30_000), 1, (b"", b"\x01", bytes(range(40))))
@@ -116,6 +118,8 @@ def openings(draw: st.DrawFn) -> Opening:
         logprobs=draw(st.none() | st.integers(0, limits.MAX_LOGPROBS)),
         handoff=handoff,
         rate=draw(ids) if handoff else 0,
+        prompt=draw(ids) if handoff else 0,
+        prompt_rate=draw(ids) if handoff else 0,
         kept=draw(st.integers(0, 40)),
     )
 
@@ -126,7 +130,18 @@ def test_an_opening_arrives_as_it_was_sent(opening: Opening) -> None:
     assert isinstance(arrived, Opening)
     assert arrived.model == opening.model[: limits.BUNDLE_ID_BYTES]
     assert arrived.handoff == opening.handoff[: limits.BUNDLE_ID_BYTES]
-    for name in ("session", "start", "tokens", "crc32", "sampling", "logprobs", "rate", "kept"):
+    for name in (
+        "session",
+        "start",
+        "tokens",
+        "crc32",
+        "sampling",
+        "logprobs",
+        "rate",
+        "prompt",
+        "prompt_rate",
+        "kept",
+    ):
         assert getattr(arrived, name) == getattr(opening, name)
 
 
@@ -232,6 +247,8 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
     "many logprobs": ({"logprobs": 22}, InvalidInput, "logprobs asks for 21, at most 20 are given"),
     "tokens of a hand-off": ({"handoff": 7}, InvalidInput, "5 tokens without states in a hand-off, expected none"),
     "rate of nothing": ({"rate": 1}, InvalidInput, "and no hand-off that they are of"),
+    "prompt of nothing": ({"prompt": 1}, InvalidInput, "and no hand-off that they are of"),
+    "prompt's rate of nothing": ({"prompt_rate": 1}, InvalidInput, "and no hand-off that they are of"),
     "huge start of a hand-off": (
         {"handoff": 7, "tokens": [], "start": limits.MAX_TOKENS + 1},
         PayloadTooLarge,

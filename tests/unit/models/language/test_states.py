@@ -52,7 +52,8 @@ def test_rows_are_coded_one_by_one(codec: StateCodec) -> None:
     fresh_NH = rows(5, seed=2)
     together = codec.encode(fresh_NH, 1)
     assert together == [codec.encode(row_H[None], 1)[0] for row_H in fresh_NH]
-    np.testing.assert_array_equal(codec.decode(together[3:4], 1), codec.decode(together, 1)[3:4])
+    # On some machines the bits of a product depend on how many rows it has.
+    np.testing.assert_allclose(codec.decode(together[3:4], 1), codec.decode(together, 1)[3:4], rtol=1e-4, atol=1e-5)
     assert codec.encode(fresh_NH[:0], 1) == [] and codec.decode([], 1).shape == (0, HIDDEN)
 
 

@@ -76,7 +76,7 @@ def test_the_bundle_serves_its_model_and_no_other(made: Path, folder: Path, tmp_
     assert choice.exit == 1 and 0 <= choice.likely <= 1
     assert handoff.manifest.training.command == "python -m models.recipes language"
     assert [copy.bits for copy in handoff.manifest.copies] == [8, 4]
-    assert {"test exit0 agreement", "test rows agreement", "test rate0 agreement"} <= set(handoff.manifest.scores)
+    assert {"test exit0 agreement", "test rows agreement", "test point0 agreement"} <= set(handoff.manifest.scores)
     other = Checkpoint.open(write_tiny_llama(tmp_path / "other", layers=6, seed=1))
     with pytest.raises(Exception, match="belongs to the model"):
         Handoff.open(made, other)
@@ -84,7 +84,12 @@ def test_the_bundle_serves_its_model_and_no_other(made: Path, folder: Path, tmp_
 
 def test_it_can_be_looked_at(made: Path) -> None:
     shown = CliRunner().invoke(bundles, ["inspect", str(made)])
-    assert shown.exit_code == 0 and "exit behind 3 layers" in shown.output and "rate 0:" in shown.output
+    assert (
+        shown.exit_code == 0
+        and "exit behind 3 layers" in shown.output
+        and "rate 0:" in shown.output
+        and "point 0:" in shown.output
+    )
     as_json = json.loads(CliRunner().invoke(bundles, ["inspect", "--json", str(made)]).output)
     assert as_json == json.loads((made / "manifest.json").read_text())
     assert CliRunner().invoke(bundles, ["verify", str(made)]).output.startswith("ok:")
