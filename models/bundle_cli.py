@@ -115,7 +115,7 @@ def handoff_summary(manifest: HandoffManifest) -> list[str]:
         lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a row")
     for index, point in enumerate(manifest.points):
         lines.append(
-            f"point {index}: prompts at rate {point.prompt_rate}, answers at {point.rate}: {point.mean_bytes:.0f} B a row,"
+            f"point {index}: prompts at rate {point.prompt_rate}, others at {point.rate}: {point.mean_bytes:.0f} B,"
             f" {point.agreement:.1%} of tokens decided from them as the model would"
         )
     for name, score in manifest.scores.items():

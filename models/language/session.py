@@ -14,8 +14,8 @@ class Opening:
     """A session of `start` + len(tokens) tokens, of which the cloud should hold the first `start`.
 
     `logprobs` None: none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8
-    bytes, of the bundle whose hidden states rounds bring, coded at `rate`, below position `prompt` at `prompt_rate`; then
-    `tokens` is empty.
+    bytes, of the bundle whose hidden states rounds bring; then `tokens` is empty, and states are coded at `prompt_rate`
+    below position `prompt`, from there on at `rate`.
     """
 
     model: bytes

@@ -5,7 +5,8 @@
 Quality is the share of tokens that are what the cloud's model would choose, with its own text before them: 1 by the
 cloud, less by the device alone. Beside our judge: a plain confidence threshold on tokens, one on prompts (how likely
 the answer's first token is, which is what the device's prefill says of it), chance, and an oracle. Intervals come from
-resampling prompts. The dial's promises are held against the same answers, which nothing was calibrated on.
+resampling prompts, the same ones for all routers. The dial's promises are held against the same answers, which nothing
+was calibrated on.
 
 Source: APGR, the area under the share of the quality gap that is recovered, and CPT(x), the share of calls for x % of
 it: RouteLLM (Ong et al., ICLR 2025). A call is a token here, so that routers of prompts and of tokens can be compared.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from models.recipes.language_exits import trace
 from models.recipes.language_figures import answered, chats
 from models.recipes.language_router import answers
 from models.recipes.llama import Llama
+from tests.bench.language import layer_weights
 
 QUALITIES = (0.97, 0.98, 0.99, 0.995, 0.999)
 CURVE_POINTS = 101
+OURS = "judge of tokens (ours)"
 NO_LOSS = 0.999  # of tokens as the cloud's model chooses
 
 Floats = NDArray[np.float64]
@@ -81,22 +84,47 @@ def order(sure_N: Floats, right_N: Bools, generator: np.random.Generator) -> Rou
     return Routed(right_N[np.lexsort((generator.random(len(sure_N)), sure_N))])
 
 
-def resampled(
-    sure_N: Floats, right_N: Bools, starts_S: NDArray[np.int64], times: int, seed: int
-) -> dict[str, list[float]]:
-    """95 % intervals of the figures, from answers drawn with replacement."""
-    generator = np.random.default_rng(seed)
+def resampled(sure_N: Floats, right_N: Bools, starts_S: NDArray[np.int64], times: int) -> dict[str, list[float]]:
+    """The figures of answers drawn with replacement, so many times; the same ones for every router."""
+    draws, chance = np.random.default_rng(0), np.random.default_rng(1)
     spans = np.split(np.arange(len(right_N)), starts_S[1:])
-    found: list[dict[str, float]] = []
+    found: dict[str, list[float]] = {}
     for _ in range(times):
-        drawn_N = np.concatenate([spans[index] for index in generator.integers(0, len(spans), len(spans))])
-        found.append(order(sure_N[drawn_N], right_N[drawn_N], generator).figures())
-    return {
-        name: [float(np.quantile([each[name] for each in found], edge)) for edge in (0.025, 0.975)] for name in found[0]
-    }
+        drawn_N = np.concatenate([spans[index] for index in draws.integers(0, len(spans), len(spans))])
+        for name, value in order(sure_N[drawn_N], right_N[drawn_N], chance).figures().items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
-def dial(handoff: Handoff, bits: int, likely_N: Floats, right_N: Bools) -> list[Row]:
+def bounds(values: Sequence[float]) -> list[float]:
+    """A 95 % interval."""
+    return [float(np.quantile(values, edge)) for edge in (0.025, 0.975)]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a cloud must read for answers: tokens of their prompts, where each begins among all; weights of a token."""
+
+    prompts_S: NDArray[np.int64]
+    starts_S: NDArray[np.int64]
+    layers: float
+    head: float
+
+    def share(self, asked_N: Bools) -> float:
+        """What the cloud computes of what it does when it makes all by itself.
+
+        It reads each text up to the last token that it is asked for, and the prompts of all: while the device does.
+        """
+        ends_S = np.append(self.starts_S[1:], len(asked_N))
+        last_S = np.array(
+            [np.flatnonzero(asked_N[start:end])[-1:].sum() for start, end in zip(self.starts_S, ends_S, strict=True)]
+        )
+        ours = self.layers * (self.prompts_S + last_S).sum() + self.head * asked_N.sum()
+        alone = self.layers * (self.prompts_S + ends_S - self.starts_S - 1).sum() + self.head * len(asked_N)
+        return float(ours / alone)
+
+
+def dial(handoff: Handoff, bits: int, likely_N: Floats, right_N: Bools, reading: Reading) -> list[Row]:
     """What the bundle promises at each quality, and what comes of it."""
     copy = handoff.copy(bits)
     assert copy is not None
@@ -112,38 +140,46 @@ def dial(handoff: Handoff, bits: int, likely_N: Floats, right_N: Bools) -> list[
                 "agreement": as_cloud.value,
                 "interval": [as_cloud.low, as_cloud.high],
                 "asked": float(asked_N.mean()),
+                "cloud": reading.share(asked_N),
                 "of_those_on_the_device": float(right_N[~asked_N].mean()) if (~asked_N).any() else None,
             }
         )
     return rows
 
 
-def measure(
-    handoff: Handoff, bits: int, seen_NF: Floats, right_N: Bools, starts_S: NDArray[np.int64], times: int
-) -> Row:
+def measure(handoff: Handoff, bits: int, seen_NF: Floats, right_N: Bools, reading: Reading, times: int) -> Row:
     copy = handoff.copy(bits)
     if copy is None:
         raise click.ClickException(f"{handoff.manifest.name} knows no copy in {bits} bits")
     likely_N = copy[0].likely(seen_NF.astype(np.float32)).astype(np.float64)
+    starts_S = reading.starts_S
     answer_N = np.repeat(np.arange(len(starts_S)), np.diff(np.append(starts_S, len(right_N))))
     generator = np.random.default_rng(0)
     routers: dict[str, Callable[[], Floats]] = {
-        "judge of tokens (ours)": lambda: likely_N,
+        OURS: lambda: likely_N,
         "confidence of tokens": lambda: seen_NF[:, 0],
         "confidence of prompts": lambda: seen_NF[starts_S, 0][answer_N],
         "chance": lambda: generator.random(len(right_N)),
         "oracle": lambda: right_N.astype(np.float64),
     }
     rows: dict[str, Row] = {}
-    for seed, (name, sureness) in enumerate(track(routers.items(), f"routers, {bits} bits")):
+    drawn: dict[str, dict[str, list[float]]] = {}
+    for name, sureness in track(routers.items(), f"routers, {bits} bits"):
         routed = order(sureness(), right_N, generator)
+        drawn[name] = resampled(sureness(), right_N, starts_S, times)
         places = np.linspace(0, len(right_N), CURVE_POINTS).astype(int)
         rows[name] = {
             **routed.figures(),
-            "intervals": resampled(sureness(), right_N, starts_S, times, seed),
+            "intervals": {figure: bounds(values) for figure, values in drawn[name].items()},
             "curve": [[float(place / len(right_N)), float(routed.quality[place])] for place in places],
         }
-    return {"device_alone": float(right_N.mean()), "routers": rows, "dial": dial(handoff, bits, likely_N, right_N)}
+    ours = np.array(drawn[OURS]["apgr"])
+    return {
+        "device_alone": float(right_N.mean()),
+        "routers": rows,
+        "apgr_above": {name: bounds((ours - each["apgr"]).tolist()) for name, each in drawn.items() if name != OURS},
+        "dial": dial(handoff, bits, likely_N, right_N, reading),
+    }
 
 
 def table(result: Row) -> list[Table]:
@@ -155,7 +191,7 @@ def table(result: Row) -> list[Table]:
             low, high = row["intervals"]["apgr"]
             cells = [f"{row['cpt50']:.1%}", f"{row['cpt80']:.1%}", f"{row['saved_at_no_loss']:.1%}"]
             page.add_row(name, f"{row['apgr']:.3f} [{low:.3f}, {high:.3f}]", *cells)
-        promised = Table("auto-q", "as the cloud would", "asked for", "of the device's own", title="the dial")
+        promised = Table("auto-q", "as the cloud would", "asked", "cloud", "of the device's own", title="the dial")
         for row in found["dial"]:
             own = row["of_those_on_the_device"]
             low, high = row["interval"]
@@ -163,6 +199,7 @@ def table(result: Row) -> list[Table]:
                 f"{row['quality']:g}",
                 f"{row['agreement']:.2%} [{low:.2%}, {high:.2%}]",
                 f"{row['asked']:.1%}",
+                f"{row['cloud']:.0%}",
                 "" if own is None else f"{own:.2%}",
             )
         pages += [page, promised]
@@ -208,11 +245,14 @@ def main(
     traces = trace(llama, texts, ())
     chosen = [s for s in range(len(traces)) if traces.answers[s] < traces.bounds(s)[1] - 1]
     lengths = [traces.bounds(s)[1] - traces.answers[s] for s in chosen]
-    starts_S = np.cumsum([0, *lengths[:-1]])
+    prompts = [traces.answers[s] - traces.bounds(s)[0] for s in chosen]
+    config = checkpoint.config
+    layers, head = config.layers * layer_weights(config), config.hidden * config.vocab
+    reading = Reading(np.array(prompts), np.cumsum([0, *lengths[:-1]]), layers, head)
     copies: Row = {}
     for bits in map(int, all_bits):
         seen_NF, right_N = (found.numpy() for found in answers(checkpoint, bits, traces, chosen))
-        copies[str(bits)] = measure(handoff, bits, seen_NF.astype(np.float64), right_N, starts_S, resamples)
+        copies[str(bits)] = measure(handoff, bits, seen_NF.astype(np.float64), right_N, reading, resamples)
     result: Row = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "answers": len(chosen),

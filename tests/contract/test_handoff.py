@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from edge_agent.language import LanguageAgent
+from models.errors import InvalidInput
 from models.language.checkpoint import Checkpoint
+from models.language.kv_fill import EXACT_ROWS
 from tests.bench.processes import CloudProcess
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of, started
@@ -59,6 +61,19 @@ def test_exits_decide_what_they_are_sure_of_and_the_cloud_the_rest(
     assert answer.how.arm == "handoff" and not answer.how.degraded
     assert answer.how.rounds == answer.how.passes == sources.count("cloud")
     assert 0 < answer.how.bytes_up < TOKENS * 160
+
+
+def test_a_prompt_may_skip_the_last_layers(serving: CloudProcess, endless_llama: Path, bundle: Path) -> None:
+    """Both arms read it the same way; a service without a bundle, or other layers, are refused in one line."""
+    before = serving.metric("state_positions_total", kind="filled")
+    with agent_of(serving, endless_llama, bundle, prefill_layers=1) as agent:
+        prompt = prompt_of(agent, "Tell me a long story. " * 12)
+        cloud, verify = (Answer(agent, prompt, TOKENS, arm, CHATTER) for arm in ("cloud", "verify"))
+    assert verify.ids == cloud.ids and not cloud.how.degraded
+    assert serving.metric("state_positions_total", kind="filled") - before >= len(prompt) - EXACT_ROWS
+    refused = pytest.raises(InvalidInput, match="2 layers of a prompt, expected 1 to 1, or 0 for all")
+    with agent_of(serving, endless_llama, bundle, prefill_layers=2) as agent, refused:
+        Answer(agent, prompt, TOKENS, "cloud", CHATTER)
 
 
 def test_an_agreement_that_no_exit_has_leaves_all_to_the_cloud(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,12 @@ from torch.nn import functional as F
 from models.language.checkpoint import Checkpoint
 from models.language.kv_fill import normalised
 from models.language.packing import unpacked8
+from models.language.states import StateCodec
 from models.recipes import language_figures
 from models.recipes.language_exits import Exit, HeadLoss, Traces, batches, drawn, grouped, ridge, start, trace
-from models.recipes.language_figures import Fill, completed, next_logprobs
+from models.recipes.language_figures import Crossing, Fill, completed, next_logprobs
 from models.recipes.language_judge import decided, judged, train_judge
-from models.recipes.language_states import fit_fill, keys_values
+from models.recipes.language_states import fit_fill, fit_states, keys_values
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from tests.bench.tiny_llama import write_tiny_llama
@@ -199,3 +202,24 @@ def test_the_first_sure_exit_decides() -> None:
     ]
     assert (found.coverage, found.agreement) == (0.75, pytest.approx(2 / 3))
     assert decided(likely_EN, right_EN, 1.0).agreement == 1.0
+
+
+def test_rows_cross_at_the_rate_of_their_place(model: Llama, traces: Traces) -> None:
+    """A prompt's at one rate, but not its last, which decides; the first of a text as it was, and without a byte."""
+    states = fit_states(traces.rows[1].float().numpy(), (20, 60))
+    codec = StateCodec(states, model.config.hidden, 2, 1000)
+    prompt, (start, end) = 4, traces.bounds(2)
+    traces = replace(traces, answers=tuple(traces.bounds(s)[0] + prompt for s in range(len(traces))))
+    crossing = Crossing(traces, 1, codec)
+    (mixed, mean_bytes), (low, _), (high, _) = crossing.at(0, 1), crossing.at(0, 0), crossing.at(1, 1)
+    rows, ends = mixed.rows[1][start:end], start + prompt - 1
+    assert torch.equal(rows[0], traces.rows[1][start].float())
+    assert torch.equal(rows[1 : prompt - 1], low.rows[1][start + 1 : ends])
+    assert torch.equal(rows[prompt - 1 :], high.rows[1][ends:end])
+    sizes_N = np.concatenate(
+        [
+            [0, *crossing.sizes[0][a + 1 : a + prompt - 1], *crossing.sizes[1][a + prompt - 1 : b]]
+            for a, b in map(traces.bounds, range(len(traces)))
+        ]
+    )
+    assert mean_bytes == pytest.approx(sizes_N.mean()) and crossing.sizes[0][start] == 0
