@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from edge_agent.cloud_answer import CloudAnswer, Tally
 from edge_agent.collaboration import Collaboration
-from edge_agent.generation import Arm, Ask, Token, edge_token
+from edge_agent.generation import Arm, Ask, Growing, Token, edge_token
 from edge_agent.policy.routing import Plan
 from models.language.sampling import Floats
 
@@ -35,7 +34,7 @@ class Copy:
     judge: Callable[[Floats], float] | None
 
 
-class Auto:
+class Auto(Growing):
     """One answer. `tokens` yields it, once; `tally` is complete behind the last one."""
 
     def __init__(
@@ -50,16 +49,10 @@ class Auto:
 
         `begin` begins an answer, or the rest of one, by an arm of the cloud's.
         """
-        self._ask, self._eos_ids = ask, eos_ids
+        super().__init__(ask, eos_ids)
         self._copy, self._route, self._begin = copy, route, begin
-        self._text = list(ask.prompt)
-        self._finished = False
         self._ready: CloudAnswer | None = None  # that reads the prompt while the device does
         self.tally = Tally()
-
-    @property
-    def finish(self) -> Literal["stop", "length"]:
-        return "stop" if self._text[-1] in self._eos_ids and self._left < self._ask.max_tokens else "length"
 
     def tokens(self) -> Generator[Token, None, None]:
         """Committed tokens. Raises IsthmusError as the arms do."""
@@ -85,10 +78,6 @@ class Auto:
             self._end(self._ready)
             self._ready = None
 
-    @property
-    def _left(self) -> int:
-        return self._ask.max_tokens - (len(self._text) - len(self._ask.prompt))
-
     def _plan(self, now: Arm | None) -> Plan:
         usable = self._copy is not None and len(self._text) < self._copy.context
         return self._route(usable, now)
@@ -100,7 +89,7 @@ class Auto:
             logits_V = self._copy.logits(self._text)
             likely = 1.0 if self._copy.judge is None else self._copy.judge(logits_V)
             if likely >= plan.likely:
-                yield self._add(edge_token(logits_V, self._ask, len(self._text)), "edge", plan.why)
+                yield self._took(edge_token(logits_V, self._ask, len(self._text)), "edge", plan.why)
             else:
                 why = f"the device is {likely:.0%} sure of it, {plan.likely:.0%} needed"
                 yield from self._part("cloud", 1, why)
@@ -127,7 +116,7 @@ class Auto:
             with closing(answer.tokens()) as made:
                 for token in made:
                     alone = token.source == "edge" and answer.tally.degraded
-                    yield self._add(token, "edge" if alone else arm, answer.tally.why if alone else why)
+                    yield self._took(token, "edge" if alone else arm, answer.tally.why if alone else why)
         finally:
             self._end(answer)
 
@@ -138,8 +127,7 @@ class Auto:
         answer.close()
         self.tally.add(answer.tally)
 
-    def _add(self, token: Token, arm: Arm, why: str) -> Token:
-        self._text.append(token.id)
-        self._finished = self._left <= 0 or token.id in self._eos_ids
+    def _took(self, token: Token, arm: Arm, why: str) -> Token:
+        self._add(token)
         self.tally.count(arm, why)
         return token

@@ -1,6 +1,6 @@
 """One answer with a cloud, whichever arm: attempts at one cloud after another, what is counted, how long to wait.
 
-The text is here and grows here; what a cloud holds of it is a cache. Knows nothing about gRPC, drafts or exits.
+What a cloud holds of the text is a cache. Knows nothing about gRPC, drafts or exits.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from edge_agent.conversation import Conversation
-from edge_agent.generation import Arm, Ask, Span, Token
+from edge_agent.generation import Arm, Ask, Growing, Span, Token
 from edge_agent.link import Link
 from edge_agent.replicas import Replicas
 from models.errors import DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
@@ -69,7 +68,7 @@ class Tally:
         self.why = part.why if part.why != ASKED else self.why
 
 
-class CloudAnswer(ABC):
+class CloudAnswer(Growing, ABC):
     """`tokens` yields one answer, once; `tally` may be read at any time."""
 
     def __init__(
@@ -84,16 +83,11 @@ class CloudAnswer(ABC):
 
         `kind` tells sessions in the cloud apart that cannot take over each other's state.
         """
-        self._ask, self._eos_ids, self._replicas, self._alone = ask, eos_ids, replicas, alone
-        self._text = list(ask.prompt)
-        self._finished = False
+        super().__init__(ask, eos_ids)
+        self._replicas, self._alone = replicas, alone
         self._reopened: int | None = None  # tokens made when the cloud last had to be brought everything again
         self._seat = replicas.seat(ask.prompt, kind)
         self.tally = Tally()
-
-    @property
-    def finish(self) -> Literal["stop", "length"]:
-        return "stop" if self._text[-1] in self._eos_ids and self._made else "length"
 
     def tokens(self) -> Generator[Token, None, None]:
         """Committed tokens. Raises what the cloud says of a wrong request, and LinkDown when nobody can go on."""
@@ -117,18 +111,6 @@ class CloudAnswer(ABC):
     @abstractmethod
     def _with_cloud(self, link: Link) -> Iterator[Token]:
         """As many tokens as this cloud gives. Raises LinkError, ServiceError when it is lost."""
-
-    @property
-    def _made(self) -> int:
-        return len(self._text) - len(self._ask.prompt)
-
-    @property
-    def _left(self) -> int:
-        return self._ask.max_tokens - self._made
-
-    def _add(self, token: Token) -> None:
-        self._text.append(token.id)
-        self._finished = self._left <= 0 or token.id in self._eos_ids
 
     def _attempt(self, link: Link) -> Generator[Token, None, LinkError | ServiceError | None]:
         """As many tokens as this cloud gives; what ended it too early."""

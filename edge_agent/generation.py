@@ -55,6 +55,31 @@ def cloud_token(id_: int, source: Source, row: Logprobs | None) -> Token:
     return Token(id_, source, row.own if row else None, row.top if row else ())
 
 
+class Growing:
+    """An answer's text, which is here and grows here, until it ends or is as long as was asked for."""
+
+    def __init__(self, ask: Ask, eos_ids: frozenset[int]) -> None:
+        self._ask, self._eos_ids = ask, eos_ids
+        self._text = list(ask.prompt)
+        self._finished = False
+
+    @property
+    def finish(self) -> Literal["stop", "length"]:
+        return "stop" if self._made and self._text[-1] in self._eos_ids else "length"
+
+    @property
+    def _made(self) -> int:
+        return len(self._text) - len(self._ask.prompt)
+
+    @property
+    def _left(self) -> int:
+        return self._ask.max_tokens - self._made
+
+    def _add(self, token: Token) -> None:
+        self._text.append(token.id)
+        self._finished = self._left <= 0 or token.id in self._eos_ids
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Tokens in a row that one arm made, and why it was that one."""

@@ -194,7 +194,7 @@ class Talk:
             self._text = None
             self._ready.append((ContextGone("not held here"), {}))
             return
-        self._text = Text(tokens, opening.sampling, opening.logprobs, ENDS, self._cloud.context)
+        self._text = Text(tokens, opening, ENDS, self._cloud.context)
         self._text.cache = Cache()  # type: ignore[assignment]
         self._cloud.texts[opening.session] = self._text
 
