@@ -31,7 +31,7 @@ class Copy:
 
     logits: Callable[[Sequence[int]], Floats]
     context: int
-    judge: Callable[[Floats], float] | None
+    judge: Callable[[Floats, Sequence[int]], float] | None
 
 
 class Auto(Growing):
@@ -87,7 +87,7 @@ class Auto(Growing):
         assert self._copy is not None
         for _ in range(min(SPAN_TOKENS, self._left, self._copy.context - len(self._text))):
             logits_V = self._copy.logits(self._text)
-            likely = 1.0 if self._copy.judge is None else self._copy.judge(logits_V)
+            likely = 1.0 if self._copy.judge is None else self._copy.judge(logits_V, self._text)
             if likely >= plan.likely:
                 yield self._took(edge_token(logits_V, self._ask, len(self._text)), "edge", plan.why)
             else:

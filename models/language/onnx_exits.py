@@ -88,11 +88,14 @@ class OnnxExit:
         """Forget everything behind the first `length` tokens."""
         self._layers.length = min(self._layers.length, length)
 
-    def __call__(self, rows_NH: Floats) -> tuple[Floats, float]:
-        """Rows of the tokens that follow -> logits (vocab,) behind the last, and how likely their choice is right."""
+    def __call__(self, rows_NH: Floats, text: Sequence[int]) -> tuple[Floats, float]:
+        """Rows of the tokens that follow -> logits (vocab,) behind the last, and how likely their choice is right.
+
+        `text`: up to and with that one.
+        """
         row_H = self._layers.run(rows_NH)[-1]
         logits_V: Floats = self._decoder.logits(row_H[None])[0]
-        return logits_V, self._judge(logits_V)
+        return logits_V, self._judge(logits_V, text)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class ExitingDecoder:
         """
         self._follow(text)
         for index, exit_ in enumerate(self._exits):
-            found = Choice(*exit_(self._advance(index)), index)
+            found = Choice(*exit_(self._advance(index), text), index)
             if found.likely >= likely:
                 break
         return found
@@ -131,7 +134,7 @@ class ExitingDecoder:
         """Rows behind the last exit's depth (N, hidden), of all tokens from position `start` on."""
         last = len(self._exits) - 1
         if self._decoder.through(last) < self._decoder.length:
-            self._exits[last](self._advance(last))
+            self._exits[last](self._advance(last), self._decoder.ids)
         return self._rows_NH[start:]
 
     def _advance(self, index: int) -> Floats:

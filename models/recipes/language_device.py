@@ -17,7 +17,7 @@ from models.language.judge import evidence
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.onnx_exits import ExitWeights, before, exit_layers
 from models.language.onnx_graph import Weights
-from models.language.packing import packed
+from models.language.packing import Floats, packed
 from models.recipes.language_exits import Exit, Traces
 from models.recipes.language_figures import next_logprobs
 
@@ -52,6 +52,12 @@ class Observed:
     traces: Traces
 
 
+def seen_behind(logits_NV: Floats, text: Sequence[int], first: int) -> Tensor:
+    """What a judge sees (N, F) of logits behind the tokens of a text from position `first` on."""
+    rows = [evidence(logits_V, text[: first + place + 1]) for place, logits_V in enumerate(logits_NV)]
+    return torch.from_numpy(np.stack(rows))
+
+
 def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces, sequences: Sequence[int]) -> Observed:
     """Run some sequences through the device's lower layers and exits. `exits`: depth -> tensors."""
     depths = sorted(exits)
@@ -65,13 +71,14 @@ def observe(checkpoint: Checkpoint, exits: Mapping[int, Tensors], traces: Traces
     for sequence in track(sequences, "as the device runs it"):
         start, end = traces.bounds(sequence)
         decoder.truncate(0)
-        decoder.append(traces.ids_N[start:end].tolist())
+        text = traces.ids_N[start:end].tolist()
+        decoder.append(text)
         for index, layer in enumerate(layers):
             layer.length = 0
             behind_NH = decoder.advance(index)
             guess_NH = layer.run(behind_NH)
             logits_NV = decoder.logits(guess_NH)
-            seen[index].append(torch.from_numpy(np.stack([evidence(logits_V) for logits_V in logits_NV])))
+            seen[index].append(seen_behind(logits_NV, text, 0))
             right[index].append(torch.from_numpy(logits_NV.argmax(1)) == traces.top_NK[start:end, 0])
             following[index].append(next_logprobs(torch.from_numpy(logits_NV), traces.ids_N[start:end]))
         own_NH = torch.from_numpy(behind_NH)

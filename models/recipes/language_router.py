@@ -10,10 +10,9 @@ from rich.progress import track
 from torch import Tensor
 
 from models.language.checkpoint import Checkpoint
-from models.language.judge import evidence
 from models.language.onnx_decoder import OnnxDecoder
 from models.recipes.calibrate import interval
-from models.recipes.language_device import Tensors
+from models.recipes.language_device import Tensors, seen_behind
 from models.recipes.language_exits import Traces
 from models.recipes.language_judge import judged, train_judge
 
@@ -65,11 +64,12 @@ def answers(checkpoint: Checkpoint, bits: int, traces: Traces, sequences: Sequen
         start, end = traces.bounds(sequence)
         first = traces.answers[sequence] - 1
         decoder.truncate(0)
-        decoder.append(traces.ids_N[start : end - 1].tolist())
+        text = traces.ids_N[start : end - 1].tolist()
+        decoder.append(text)
         logits_NV = decoder.logits(decoder.advance(0)[first - start :])
-        seen += [torch.from_numpy(evidence(logits_V)) for logits_V in logits_NV]
+        seen.append(seen_behind(logits_NV, text, first - start))
         right.append(torch.from_numpy(logits_NV.argmax(1)) == traces.top_NK[first : end - 1, 0])
-    return torch.stack(seen), torch.cat(right)
+    return torch.cat(seen), torch.cat(right)
 
 
 def levels(likely_N: Tensor, right_N: Tensor) -> list[dict[str, float]]:

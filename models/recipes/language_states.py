@@ -23,7 +23,7 @@ from models.recipes.language_exits import Traces, ridge
 from models.recipes.llama import Layer, Llama
 
 Floats = NDArray[np.float32]
-RATE_BYTES = (75, 110, 155, 205, 260, 330)  # of a row, for each rate; 576 values in 16 bits have 1,152
+RATE_BYTES = (75, 110, 155, 205, 245, 305)  # of a row, for each rate; 576 values in 16 bits have 1,152
 SIZE_GAIN = 12.0  # integers an octave of a row's size: within 3 %, over ten octaves to either side
 LARGEST = 120.0  # integer, of 127, that a component of the rows at hand takes
 BISECTIONS = 14

@@ -39,7 +39,7 @@ def test_the_judge_of_a_copy(folder: Path, checkpoint: Checkpoint) -> None:
     judge, levels = found
     sure_V, unsure_V = np.zeros((2, 259), np.float32)
     sure_V[7] = 50
-    assert judge(sure_V) > 0.5 > judge(unsure_V)
+    assert judge(sure_V, [7]) > 0.5 > judge(unsure_V, [7])
     assert [level.model_dump() for level in levels] == LEVELS
     assert Handoff.open(folder, checkpoint).copy(4) is None
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models.errors import BundleError
-from models.language.judge import EVIDENCE, Judge, evidence
+from models.language.judge import EVIDENCE, Judge, echoes, evidence
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -21,12 +23,41 @@ TENSORS = {
 def test_evidence_and_judge_are_what_pytorch_says() -> None:
     logits_V = (9 * RNG.normal(size=259)).astype(np.float32)
     log_V = torch.from_numpy(logits_V).log_softmax(0)
-    expected = [*log_V.topk(2).values.tolist(), float(-(log_V.exp() * log_V).sum())]
-    np.testing.assert_allclose(evidence(logits_V), expected, rtol=1e-4)
+    text = [1, int(logits_V.argmax()), 1]
+    expected = [*log_V.topk(4).values.tolist(), float(-(log_V.exp() * log_V).sum()), 1, 0, 0]
+    np.testing.assert_allclose(evidence(logits_V, text), expected, rtol=1e-4)
     tensors = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
-    hidden_F = torch.relu(tensors["judge.0.weight"] @ torch.from_numpy(evidence(logits_V)) + tensors["judge.0.bias"])
+    seen_E = torch.from_numpy(evidence(logits_V, text))
+    hidden_F = torch.relu(tensors["judge.0.weight"] @ seen_E + tensors["judge.0.bias"])
     likely = torch.sigmoid(tensors["judge.2.weight"] @ hidden_F + tensors["judge.2.bias"]).item()
-    assert Judge.of(TENSORS)(logits_V) == pytest.approx(likely, rel=1e-4)
+    assert Judge.of(TENSORS)(logits_V, text) == pytest.approx(likely, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ([5], [0, 0, 0]),
+        ([5, 6], [0, 0, 0]),
+        ([5, 5], [-1, 0, 0]),
+        ([5, 7, 5], [1, 0, 0]),
+        ([5, 7, 5, 8, 5], [-1, 0, 0]),
+        ([4, 5, 7, 5, 8, 4, 5], [-1, 1, 0]),
+        ([3, 4, 5, 7, 4, 5, 8, 3, 4, 5], [-1, -1, 1]),
+        ([3, 4, 5, 3, 4, 5], [-1, -1, -1]),
+        ([7, 7, 7, 7], [1, 1, 1]),
+    ],
+)
+def test_echoes_are_of_the_last_place_where_the_text_stood_so(text: list[int], found: list[float]) -> None:
+    assert echoes(text, 7) == found
+
+
+@given(text=st.lists(st.integers(0, 3), min_size=1, max_size=30), choice=st.integers(0, 3))
+def test_echoes_are_what_a_search_from_behind_finds(text: list[int], choice: int) -> None:
+    for count, found in enumerate(echoes(text, choice), 1):
+        tail = text[-count:]
+        places = [end for end in range(count, len(text)) if text[end - count : end] == tail]
+        expected = 0 if not places or len(text) < count else 1 if text[places[-1]] == choice else -1
+        assert found == expected
 
 
 def test_many_are_judged_as_each_alone() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from models.language.checkpoint import Checkpoint
 from models.language.handoff_manifest import DeviceCopy
-from models.language.judge import Judge
+from models.language.judge import EVIDENCE, Judge, echoes
 from models.language.onnx_decoder import OnnxDecoder
 from models.recipes.calibrate import interval
 from models.recipes.language_exits import Traces, trace
@@ -33,7 +33,7 @@ def traces(checkpoint: Checkpoint) -> Traces:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_judge_sees_the_copys_choices_in_answers(checkpoint: Checkpoint, traces: Traces, bits: int) -> None:
     seen_NF, right_N = answers(checkpoint, bits, traces, [1, 2])
-    assert seen_NF.shape == (40, 3), "20 tokens of either answer, each decided behind the token before it"
+    assert seen_NF.shape == (40, EVIDENCE), "20 tokens of either answer, each decided behind the token before it"
     decoder = OnnxDecoder(checkpoint, 64, bits, 1)
     start, end = traces.bounds(2)
     logits_TV = decoder.extend_all(traces.ids_N[start:end].tolist())
@@ -41,6 +41,8 @@ def test_a_judge_sees_the_copys_choices_in_answers(checkpoint: Checkpoint, trace
     np.testing.assert_array_equal(right_N[20:].numpy(), expected_T)
     log_V = torch.from_numpy(logits_TV[9]).log_softmax(0)
     np.testing.assert_allclose(seen_NF[20, :2], log_V.topk(2).values, rtol=1e-3)
+    text = traces.ids_N[start : start + 10].tolist()
+    assert seen_NF[20, -3:].tolist() == echoes(text, int(log_V.argmax())), "the text up to the token that decides"
 
 
 def test_a_copy_of_fewer_bits_is_right_less_often(checkpoint: Checkpoint, traces: Traces) -> None:
@@ -54,7 +56,7 @@ def test_entries_and_files_belong_together(checkpoint: Checkpoint, traces: Trace
     assert [copy.bits for copy in found] == [8, 4]
     for copy in found:
         judge = Judge.of(files[copy.judge])
-        assert 0 <= judge(np.random.default_rng(0).normal(size=259).astype(np.float32)) <= 1
+        assert 0 <= judge(np.random.default_rng(0).normal(size=259).astype(np.float32), [7]) <= 1
         asked = [level.asked for level in copy.levels]
         assert asked == sorted(asked) and asked[0] == 0
 
