@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder, chunks, run_rows
+from models.language.decoder import Decoder, Span, chunks, run_rows
 from models.recipes.llama import Llama, Past
 from tests.bench.tiny_llama import write_tiny_llama
 
 KINDS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {"kind": "qwen2"}, "qwen3": {"kind": "qwen3", "head_dim": 32}}
+LITTLE = 1e-3  # of the mean square
 IDS = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -43,3 +44,14 @@ def test_a_past_and_padding_change_nothing(checkpoint: Checkpoint) -> None:
     for part in (padded[:, :10], padded[:, 10:11], padded[:, 11:]):
         parts.append(through(model, part, pasts, starts_B))
     torch.testing.assert_close(torch.cat(parts, 1)[:, 4:], whole_BTV, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_float32_between_layers_of_another_type(checkpoint: Checkpoint) -> None:
+    """As in the service: rows that are handed over must be the ones that it would have made itself."""
+    model, decoder = Llama.load(checkpoint, torch.bfloat16), Decoder.load(checkpoint, torch.bfloat16)
+    x_BTH, spans = model.embed(IDS[:1, :16]), [Span(decoder.new_cache(), 0, 16)]
+    for layer in model.layers:
+        x_BTH, _ = layer(x_BTH)
+        assert x_BTH.dtype == torch.float32
+    served_NH = decoder.forward(decoder.embed(IDS[0, :16].tolist()), spans)[:16]
+    assert (x_BTH[0] - served_NH).square().mean() < LITTLE * served_NH.square().mean()
