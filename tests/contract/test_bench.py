@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from models.language.checkpoint import Checkpoint
+from tests.bench.handoff import OTHER_PROMPT, OTHER_TOKENS
 from tests.bench.processes import ROOT
 from tests.tiny_handoff import write_tiny_handoff
 
@@ -69,13 +70,16 @@ def test_handoff_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     prompts, other, figures = tmp_path / "prompts.jsonl", tmp_path / "other.txt", tmp_path / "handoff.json"
     prompts.write_text("".join(json.dumps({"turns": [f"What is {word}?"]}) + "\n" for word in ("rain", "a bridge")))
     other.write_text("A river runs to the sea, and a bridge crosses it. " * 40)
-    settings = ("--model", str(tiny_llama), "--bundle", str(bundle), "--every", "1", "--passages", "2", "--rate", "1")
+    settings = ("--model", str(tiny_llama), "--bundle", str(bundle), "--every", "1", "--passages", "2", "--point", "1")
     files = ("--prompts", str(prompts), "--other", str(other), "--work", str(tmp_path), "--json", str(figures))
     printed = run("tests.bench.handoff", *settings, *files, "--plot", str(tmp_path / "handoff.png"))
     result = json.loads(figures.read_text(encoding="utf-8"))
-    assert result["answers"] == 2 and result["positions"] > 20 and result["prefill_time_ratio"] > 0
-    assert [row["rate"] for row in result["rates"]] == [0, 1]
-    assert result["rates"][0]["bytes"] < result["rates"][1]["bytes"] < 160
+    assert result["answers"] == 2 and result["positions"] > 20
+    assert [row["point"] for row in result["points"]] == [0, 1]
+    assert result["points"][0]["bytes"] < result["points"][1]["bytes"] < 160
+    (prefill,) = result["prefill"]["rows"]
+    assert (prefill["kept"], prefill["prompts"]) == (1, 2) and prefill["time_ratio"] > 0
+    assert prefill["positions"] == 2 * (OTHER_TOKENS - OTHER_PROMPT) and 0 <= prefill["agreement"] <= 1
     for scheme, rows in result["curves"].items():
         coverages = [row["coverage"] for row in rows]
         assert coverages == sorted(coverages, reverse=True), f"{scheme}: the surer, the fewer"
@@ -155,6 +159,8 @@ def test_routing_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
         assert row["curve"][0] == [0.0, found["device_alone"]] and row["curve"][-1] == [1.0, 1.0]
         low, high = row["intervals"]["apgr"]
         assert low <= high and 0 <= row["cpt50"] <= row["cpt80"] <= 1 >= row["saved_at_no_loss"] >= 0
+    assert found["apgr_above"].keys() == routers.keys() - {"judge of tokens (ours)"}
+    assert all(0 < row["cloud"] <= 1 for row in found["dial"])
     assert [row["quality"] for row in found["dial"]] == [0.97, 0.98, 0.99, 0.995, 0.999]
     assert all(row["asked"] == 1 and row["agreement"] == 1 for row in found["dial"]), "the tiny bundle promises 0.9"
     assert picture.stat().st_size > 10_000 and "CPT(50)" in printed
