@@ -253,9 +253,10 @@ def test_a_bundle_of_another_model_is_refused(folder: Path, bundle: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, (0.5, 0, False)),
+        ({}, (0.9, 0, False)),
+        ({"agreement": 0.4}, (0.5, 0, False)),
         ({"agreement": 0.95}, (NEVER, 0, False)),
-        ({"agreement": 0.9, "state_point": 1, "fill": True}, (0.5, 1, True)),
+        ({"agreement": 0.9, "state_point": 1, "fill": True}, (0.9, 1, True)),
     ],
 )
 def test_terms_are_the_owners(
