@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from cloud_service.handoff_rounds import HandoffText
 from cloud_service.rounds import Text
 from models.errors import InvalidInput, IsthmusError
 from models.language.decoder import Decoder, Span
-from models.language.first_token import FirstToken
 from models.language.handoff import Handoff
 from models.language.kv_fill import KVFill
 from models.language.sampling import Floats
 from models.language.session import Committed, Opening
 from protos.limits import BUNDLE_ID_BYTES, MAX_STATE_BYTES
+
+FIRST_TOKENS = 64  # whose rows are kept: chats begin with the same one
 
 AnyText = Text | HandoffText
 Part = tuple[AnyText, int]  # a session's text, and its rows of the pass
@@ -99,11 +101,10 @@ class Short:
 
     def __init__(self, handoff: Handoff, decoder: Decoder, kept: int) -> None:
         """`decoder`: the whole model. `kept`: layers, from the hand-off's depth on."""
-        depth, (weight_LOH, bias_LO) = handoff.depth, handoff.fill()
+        depth = handoff.depth
         self._lower = decoder[:depth]
         self._between = decoder[depth:kept] if kept > depth else None
-        self._fill = KVFill(weight_LOH[kept - depth :], bias_LO[kept - depth :], decoder[kept:])
-        self._first_token = FirstToken(decoder, depth)
+        self._fill = KVFill(*handoff.fill(), decoder[depth:], kept - depth)
 
     def run(self, parts: Sequence[Part]) -> Passed:
         """One forward pass, which ends no round."""
@@ -119,8 +120,6 @@ class Short:
         row = 0
         for span in spans:
             self._fill.write(span.cache, span.start, x_NH[row : row + span.count])
-            if span.start == 0:
-                self._first_token.write(span.cache, ids[row])
             row += span.count
         seconds = time.monotonic() - started_s
         for text, rows in parts:
@@ -140,7 +139,8 @@ class Behind:
         self._depth, self._states = handoff.depth, handoff.states
         self._max_state_bytes = min(handoff.manifest.max_state_bytes, MAX_STATE_BYTES)
         self._fill = KVFill(*handoff.fill(), self.decoder)
-        self._first = FirstToken(decoder, handoff.depth)
+        self._lower = decoder[: handoff.depth]
+        self._first_row = lru_cache(FIRST_TOKENS)(self._make_first_row)
 
     def new_text(self, tokens: Sequence[int], opening: Opening) -> HandoffText:
         """Raises InvalidInput for a rate or a depth that the bundle lacks."""
@@ -185,15 +185,18 @@ class Behind:
         start, filled = cache.length, len(states) - through
         if filled:
             self._fill.write(cache, start, rows_MH[:filled])
-            if start == 0:
-                self._first.write(cache, text.first)
         return Taken(index, text, Span(cache, cache.length, through), rows_MH[filled:], filled)
 
     def _row(self, text: HandoffText, position: int, state: bytes) -> Tensor:
         """The row (1, hidden) of a position. Raises what `decode` raises."""
         if position == 0:
-            return self._first.row(text.first)
+            return self._first_row(text.first)
         return torch.from_numpy(self._states.decode([state], text.rate_at(position)))
+
+    def _make_first_row(self, id_: int) -> Tensor:
+        """Of a text's first token, which depends on nothing else; coded, it would lose as much as all others."""
+        spans = [Span(self._lower.new_cache(), 0, 1)]
+        return self._lower.forward(self._lower.embed([id_]), spans)[:1].clone()
 
     def _forward(self, taken: Sequence[Taken]) -> Floats | None:
         """Logits (width, vocab), if a row decides a token."""

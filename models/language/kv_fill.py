@@ -3,7 +3,10 @@
     row_H --/ its root mean square--> one matrix product --> of each layer: keys (rotated at the position), values
 
 A closed form in place of those layers: a few per cent of their work, and an error that only later tokens' attention
-sees. Knows nothing about where the rows come from.
+sees. The first token of a text is not guessed: all others attend to it, its row is a hundred times as large as theirs,
+and half of what a fill loses it would lose there. Knows nothing about where the rows come from.
+
+Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (ICLR 2024), for the first token.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.language.decoder import Decoder, Linear, padded_tokens, rotate
+from models.language.decoder import Decoder, Linear, Span, padded_tokens, rotate
 from models.language.kv_cache import KVCache
 from models.language.packing import Floats
 from models.language.states import SMALLEST
@@ -23,11 +26,14 @@ EXACT_ROWS = 32  # of a prompt, the last, that are left to the layers: what foll
 class KVFill:
     """Fills the caches of a decoder's layers. As in its passes, a row's bits do not depend on the rows beside it."""
 
-    def __init__(self, weight_LOH: Floats, bias_LO: Floats, decoder: Decoder) -> None:
-        """The map of each of `decoder`'s layers: O is all of a layer's keys, not rotated yet, then its values."""
-        self._decoder = decoder
-        weight = torch.from_numpy(weight_LOH).flatten(0, 1).to(decoder.dtype)
-        self._linear = Linear(weight, torch.from_numpy(bias_LO).flatten().to(decoder.dtype), decoder.width)
+    def __init__(self, weight_LOH: Floats, bias_LO: Floats, behind: Decoder, skipped: int = 0) -> None:
+        """The map of each layer `behind` the rows: O is all of its keys, not rotated yet, then its values.
+
+        The first `skipped` of them are not filled: rows go through these.
+        """
+        self._behind, self._decoder = behind, (decoder := behind[skipped:])
+        weight = torch.from_numpy(weight_LOH[skipped:]).flatten(0, 1).to(decoder.dtype)
+        self._linear = Linear(weight, torch.from_numpy(bias_LO[skipped:]).flatten().to(decoder.dtype), decoder.width)
 
     @torch.inference_mode()
     def write(self, cache: KVCache, start: int, rows_NH: Tensor) -> None:
@@ -37,7 +43,9 @@ class KVFill:
         """
         stop, width = start + len(rows_NH), self._decoder.width
         cache.reserve(padded_tokens(stop, self._decoder.config.context))
-        for first in range(0, len(rows_NH), width):
+        if start == 0 and stop:
+            self._behind.forward(rows_NH[:1].repeat(width, 1), [Span(cache, 0, 1)])
+        for first in range(start == 0, len(rows_NH), width):
             self._write(cache, start + first, rows_NH[first : first + width])
         cache.length = stop
 

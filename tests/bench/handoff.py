@@ -51,7 +51,7 @@ from models.recipes.llama import Llama
 from tests.bench.language import layer_weights
 
 CONFIDENCES = tuple(round(0.3 + step / 100, 2) for step in range(70))
-OTHER_TOKENS, OTHER_PROMPT = 256, 192  # of a passage of another domain, and of those its prompt
+OTHER_TOKENS, OTHER_PROMPT = 320, 256  # of a passage of another domain, and of those its prompt
 HALF_BYTES = 2  # CE-CoLLM's hidden states
 FRAMING_BYTES = 4  # of our messages, a row
 

@@ -249,10 +249,8 @@ class ByHand:
     """A prompt whose first `guessed` tokens run through `kept` layers alone, one token a pass."""
 
     def __init__(self, decoder: Decoder, handoff: Handoff, kept: int) -> None:
-        weight_LOH, bias_LO = handoff.fill()
-        first = kept - handoff.depth
         self._decoder, self._depth, self._kept = decoder, handoff.depth, kept
-        self._fill = KVFill(weight_LOH[first:], bias_LO[first:], decoder[kept:])
+        self._fill = KVFill(*handoff.fill(), decoder[self._depth :], kept - handoff.depth)
 
     def decode(self, prompt: Sequence[int], guessed: int, count: int) -> list[int]:
         tokens, cache, decoder = list(prompt), self._decoder.new_cache(), self._decoder

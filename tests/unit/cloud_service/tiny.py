@@ -84,6 +84,9 @@ class WatchedPart:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
+    def __getitem__(self, cut: slice) -> Any:
+        return WatchedPart(self._whole, self._decoder[cut])
+
     def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         return self._whole.watch(self._decoder, x_NH, spans)
 

@@ -61,7 +61,7 @@ def same(one: KVCache, other: KVCache, decoder: Decoder) -> bool:
     )
 
 
-@pytest.mark.parametrize("start", [0, 37])
+@pytest.mark.parametrize("start", [1, 37])
 @pytest.mark.parametrize("count", [1, WIDTH, 2 * WIDTH + 3])
 def test_keys_and_values_are_those_of_plain_numpy(tail: Decoder, start: int, count: int) -> None:
     rows_NH, cache = some_rows(count, tail.config.hidden), tail.new_cache()
@@ -74,6 +74,19 @@ def test_keys_and_values_are_those_of_plain_numpy(tail: Decoder, start: int, cou
         ):
             assert found.dtype == tail.dtype
             np.testing.assert_allclose(found[:, start:].float().numpy(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_the_first_token_is_not_guessed(tail: Decoder, skipped: int) -> None:
+    """Its row goes through the layers, also those that the others' rows have been through already."""
+    rows_NH, filled, exact, later = some_rows(11, tail.config.hidden), *(tail.new_cache() for _ in range(3))
+    KVFill(*maps(tail), tail, skipped).write(filled, 0, rows_NH)
+    tail.forward(rows_NH[:1].repeat(WIDTH, 1), [Span(exact, 0, 1)])
+    KVFill(*maps(tail), tail).write(later, 1, rows_NH[1:])
+    assert filled.length == 11
+    for layer in tail.layers[skipped:]:
+        for found, first, others in zip(*(cache.read(layer, 11) for cache in (filled, exact, later)), strict=True):
+            assert torch.equal(found[:, :1], first[:, :1]) and torch.equal(found[:, 1:], others[:, 1:])
 
 
 def test_bits_of_a_row_are_its_own(tail: Decoder) -> None:
