@@ -20,6 +20,7 @@ from models.language.kv_cache import KVCache
 from models.language.packing import Floats
 from models.language.states import SMALLEST
 
+FIRSTS = 64  # tokens that texts begin with, whose state is kept
 EXACT_ROWS = 32  # of a prompt, the last, that are left to the layers: what follows reads these most
 
 
@@ -32,6 +33,7 @@ class KVFill:
         The first `skipped` of them are not filled: rows go through these.
         """
         self._behind, self._decoder = behind, (decoder := behind[skipped:])
+        self._firsts: dict[bytes, list[Tensor]] = {}  # by row: of each layer keys and values (2, 1, kv_heads, D)
         weight = torch.from_numpy(weight_LOH[skipped:]).flatten(0, 1).to(decoder.dtype)
         self._linear = Linear(weight, torch.from_numpy(bias_LO[skipped:]).flatten().to(decoder.dtype), decoder.width)
 
@@ -44,10 +46,22 @@ class KVFill:
         stop, width = start + len(rows_NH), self._decoder.width
         cache.reserve(padded_tokens(stop, self._decoder.config.context))
         if start == 0 and stop:
-            self._behind.forward(rows_NH[:1].repeat(width, 1), [Span(cache, 0, 1)])
+            self._write_first(cache, rows_NH[:1])
         for first in range(start == 0, len(rows_NH), width):
             self._write(cache, start + first, rows_NH[first : first + width])
         cache.length = stop
+
+    def _write_first(self, cache: KVCache, row_1H: Tensor) -> None:
+        """By the layers themselves; of equal rows once, as chats begin with the same token."""
+        key = row_1H.numpy().tobytes()
+        if key not in self._firsts:
+            made = self._behind.new_cache()
+            self._behind.forward(row_1H.repeat(self._behind.width, 1), [Span(made, 0, 1)])
+            if len(self._firsts) >= FIRSTS:
+                del self._firsts[next(iter(self._firsts))]
+            self._firsts[key] = [torch.stack(made.read(layer, 1)).transpose(1, 2) for layer in self._decoder.layers]
+        for layer, (keys_1KD, values_1KD) in zip(self._decoder.layers, self._firsts[key], strict=True):
+            cache.write(layer, 0, keys_1KD, values_1KD)
 
     def _write(self, cache: KVCache, start: int, rows_NH: Tensor) -> None:
         """At most `width` rows."""
@@ -57,9 +71,9 @@ class KVFill:
         shape = (decoder.width, len(decoder.layers), 2, decoder.config.kv_heads, decoder.config.head_dim)
         pairs_NL2KD = self._linear(x_NH.to(decoder.dtype)).view(shape)
         cos_N1D, sin_N1D = decoder.rotation(range(start, start + count))
+        keys_NLKD = rotate(pairs_NL2KD[:, :, 0].float(), cos_N1D[:, None], sin_N1D[:, None]).to(decoder.dtype)
         for place, layer in enumerate(decoder.layers):
-            keys_NKD = rotate(pairs_NL2KD[:, place, 0].float(), cos_N1D, sin_N1D).to(decoder.dtype)
-            cache.write(layer, start, keys_NKD[:count], pairs_NL2KD[:count, place, 1])
+            cache.write(layer, start, keys_NLKD[:count, place], pairs_NL2KD[:count, place, 1])
 
 
 def normalised(rows: Tensor) -> Tensor:
