@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from edge_agent.cloud_answer import CloudAnswer, Tally
 from edge_agent.collaboration import Collaboration
 from edge_agent.generation import Arm, Ask, Growing, Token, edge_token
-from edge_agent.policy.routing import Plan
+from edge_agent.policy.routing import Doubts, Plan
 from models.language.sampling import Floats
 
 SPAN_TOKENS = 16  # after so many the router is asked again
@@ -32,6 +32,7 @@ class Copy:
     logits: Callable[[Sequence[int]], Floats]
     context: int
     judge: Callable[[Floats, Sequence[int]], float] | None
+    doubts: Doubts = field(default_factory=Doubts)  # of the judge, over many answers
 
 
 class Auto(Growing):
@@ -56,6 +57,8 @@ class Auto(Growing):
 
     def tokens(self) -> Generator[Token, None, None]:
         """Committed tokens. Raises IsthmusError as the arms do."""
+        if self._copy is not None:
+            self._copy.doubts.fade()
         plan = self._plan(None)
         self.tally.why = plan.why
         if plan.arm == "edge" and plan.asked * self._left >= 1:
@@ -88,6 +91,7 @@ class Auto(Growing):
         for _ in range(min(SPAN_TOKENS, self._left, self._copy.context - len(self._text))):
             logits_V = self._copy.logits(self._text)
             likely = 1.0 if self._copy.judge is None else self._copy.judge(logits_V, self._text)
+            self._copy.doubts.observe(likely)
             if likely >= plan.likely:
                 yield self._took(edge_token(logits_V, self._ask, len(self._text)), "edge", plan.why)
             else:

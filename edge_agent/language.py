@@ -205,8 +205,8 @@ class LanguageAgent:
         edge = None
         if usable and wish.quality <= 0:
             edge = Level(likely=0, asked=0, wrong=1)
-        elif usable and self._levels and wish.quality < 1:
-            edge = level_for(self._levels, wish.quality)
+        elif usable and wish.quality < 1 and (level := level_for(self._levels, wish.quality)):
+            edge = self._copy.doubts.on(level)
         drafts = usable or self.config.draft == "lookup"
         layers = self._layers if usable else None
         found = offers(wish, tempo.pace(link), drafts, self._tempo.draft_s.value, edge, layers)

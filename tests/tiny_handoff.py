@@ -33,7 +33,8 @@ from models.recipes.llama import Llama
 GAINS = ((3.0, 8.0), (24.0, 16.0))  # steps of a component and of the size, a coarse rate and a fine one
 MAX_STATE_BYTES = 160  # 65 channels of at most 16 bits, and some
 TEXTS = 3
-LEVELS = [{"likely": 0.0, "asked": 0.0, "wrong": 0.4}, {"likely": 0.5, "asked": 0.01, "wrong": 0.1}]  # asks more
+ASKED = 0.2  # of the copy's tokens, about
+LEVELS = [{"likely": 0.0, "asked": 0.0, "wrong": 0.4}, {"likely": 0.5, "asked": ASKED, "wrong": 0.1}]
 LEAST, STEEP = 30.0, 4.0  # of a judge: no log-probability is lower; how sharply it doubts what is less than usual
 
 
@@ -45,7 +46,9 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
     exits = {f"exit{index}.safetensors": exit_of(checkpoint, index, seed) for index in range(1, depth + 1)}
     files = {
         **{name: safetensors.numpy.save(tensors) for name, tensors in exits.items()},
-        "copy8.safetensors": safetensors.numpy.save(judge_of(guesses(checkpoint, checkpoint.config.layers, seed)[1])),
+        "copy8.safetensors": safetensors.numpy.save(
+            judge_of(guesses(checkpoint, checkpoint.config.layers, seed)[1], ASKED)
+        ),
         "states.safetensors": safetensors.numpy.save(states),
         "fill.safetensors": safetensors.numpy.save(fill_tensors(rows_NH, targets_NLO)),
     }
@@ -106,9 +109,9 @@ def guesses(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Tensor, Tens
     return x_BTH, model.logits(x_BTH)
 
 
-def judge_of(logits_BTV: Tensor) -> dict[str, NDArray[Any]]:
-    """One that doubts whatever is less likely than usual."""
-    usual = float(logits_BTV.log_softmax(-1).amax(-1).median())
+def judge_of(logits_BTV: Tensor, doubted: float = 0.5) -> dict[str, NDArray[Any]]:
+    """One that doubts the least likely, so many of them."""
+    usual = float(logits_BTV.log_softmax(-1).amax(-1).quantile(doubted))
     judge = {
         "judge.0.weight": torch.tensor([[1.0, *[0.0] * (EVIDENCE - 1)]]),  # the log-probability of the choice
         "judge.0.bias": torch.tensor([LEAST]),

@@ -14,6 +14,7 @@ often the copy will be wrong in the rest (correlation below 0.2 on Spec-Bench).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from edge_agent.policy.drafting import Pace
 from edge_agent.policy.plan import Objective, Prices
 from models.language.handoff_manifest import Level
 
+KNOWN_TOKENS, PRIOR_TOKENS = 128, 32  # that say how often the device asks: the last ones, and the bundle's word
+FADING = 8  # a share of one in so many is forgotten with each answer
 MARGIN = 0.9  # another arm than the one at work must look this much better: a change costs a round trip
 STREAM_BYTES = 2.0  # that go up for a token: an opening, once an answer
 ROUND_BYTES = 60.0  # of a round of drafts, or of a question for one token
@@ -71,6 +74,27 @@ class Plan:
     likely: float
     why: str
     asked: float = 0.0
+
+
+class Doubts:
+    """How sure the device's judge was of late, and so what share it will ask for: texts differ from one another."""
+
+    def __init__(self) -> None:
+        self._likely: deque[float] = deque(maxlen=KNOWN_TOKENS)
+
+    def observe(self, likely: float) -> None:
+        self._likely.append(likely)
+
+    def on(self, level: Level) -> Level:
+        """With the share that will be asked for: by what the bundle says and what was seen."""
+        seen = sum(likely < level.likely for likely in self._likely)
+        asked = (PRIOR_TOKENS * level.asked + seen) / (PRIOR_TOKENS + len(self._likely))
+        return level.model_copy(update={"asked": asked})
+
+    def fade(self) -> None:
+        """Another answer begins: the oldest are forgotten, so that an arm is tried again that was given up."""
+        for _ in range(-(-len(self._likely) // FADING)):
+            self._likely.popleft()
 
 
 def level_for(levels: Sequence[Level], quality: float) -> Level | None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edge_agent.policy.drafting import Pace
 from edge_agent.policy.plan import Objective, Prices
-from edge_agent.policy.routing import MARGIN, Offer, Shared, Wish, choose, level_for, offers
+from edge_agent.policy.routing import KNOWN_TOKENS, MARGIN, Doubts, Offer, Shared, Wish, choose, level_for, offers
 from models.language.handoff_manifest import Level
 
 LEVELS = (
@@ -29,6 +29,26 @@ def test_the_level_that_asks_least_and_keeps_the_quality(quality: float, likely:
     found = level_for(LEVELS, quality)
     assert (found.likely if found else None) == likely
     assert level_for((), quality) is None
+
+
+def test_how_much_is_asked_is_learnt_from_texts() -> None:
+    doubts, level = Doubts(), LEVELS[1]
+    assert doubts.on(level) == level
+    for likely in (0.5, 0.95) * 16:
+        doubts.observe(likely)
+    assert doubts.on(level) == Level(likely=0.6, asked=(32 * 0.05 + 16) / 64, wrong=0.01)
+    assert doubts.on(LEVELS[0]).asked == 0 and doubts.on(LEVELS[2]).asked > doubts.on(level).asked
+
+
+def test_what_was_learnt_fades_with_answers_that_teach_nothing() -> None:
+    doubts, level, asked = Doubts(), LEVELS[1], []
+    doubts.fade()
+    for _ in range(KNOWN_TOKENS + 50):
+        doubts.observe(0.1)
+    for _ in range(60):
+        asked.append(doubts.on(level).asked)
+        doubts.fade()
+    assert asked == sorted(asked, reverse=True) and asked[0] > 0.75 and asked[-1] == level.asked
 
 
 def arms(
