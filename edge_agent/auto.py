@@ -9,6 +9,7 @@ arms work, nor about estimates.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -116,13 +117,17 @@ class Auto(Growing):
         else:
             self.close()
             answer = self._begun(arm, tokens)
+        asked_s, waited_s = time.monotonic(), 0.0
         try:
             with closing(answer.tokens()) as made:
                 for token in made:
+                    waited_s = waited_s or time.monotonic() - asked_s
                     alone = token.source == "edge" and answer.tally.degraded
                     yield self._took(token, "edge" if alone else arm, answer.tally.why if alone else why)
         finally:
             self._end(answer)
+        if self._copy is not None and tokens == 1 and answer.tally.rtt_s is not None and not answer.tally.degraded:
+            self._copy.doubts.overhead_s.observe(max(waited_s - answer.tally.rtt_s - answer.tally.cloud_s, 0.0))
 
     def _begun(self, arm: Arm, tokens: int) -> CloudAnswer:
         return self._begin(replace(self._ask, prompt=tuple(self._text), max_tokens=tokens, arm=arm))

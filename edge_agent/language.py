@@ -209,7 +209,8 @@ class LanguageAgent:
             edge = self._copy.doubts.on(level)
         drafts = usable or self.config.draft == "lookup"
         layers = self._layers if usable else None
-        found = offers(wish, tempo.pace(link), drafts, self._tempo.draft_s.value, edge, layers)
+        edge_s = self._tempo.draft_s.value + (edge.asked * self._copy.doubts.overhead_s.value if edge else 0.0)
+        found = offers(wish, tempo.pace(link), drafts, edge_s, edge, layers)
         return choose(found, wish, now)
 
     def _draft(self, ask: Ask, mine: bool) -> Draft | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from edge_agent.generation import Arm
 from edge_agent.policy.drafting import Pace
+from edge_agent.policy.estimates import Average
 from edge_agent.policy.plan import Objective, Prices
 from models.language.handoff_manifest import Level
 
@@ -81,6 +82,7 @@ class Doubts:
 
     def __init__(self) -> None:
         self._likely: deque[float] = deque(maxlen=KNOWN_TOKENS)
+        self.overhead_s = Average(0.0)  # of a question, beyond round trip and pass
 
     def observe(self, likely: float) -> None:
         self._likely.append(likely)

@@ -194,3 +194,11 @@ def test_nothing_is_sent_for_what_the_device_is_sure_of() -> None:
     answer = auto(cloud, always("edge", 0.0), every=2)
     list(answer.tokens())
     assert not cloud.talks and answer.tally.bytes_up == 0
+
+
+def test_what_a_question_really_takes_is_remembered() -> None:
+    answer = auto(Cloud(BRAIN), always("edge"))
+    assert answer._copy is not None
+    assert len(list(answer.tokens())) == TOKENS
+    overhead_s = answer._copy.doubts.overhead_s
+    assert overhead_s._count > 5 and 0 <= overhead_s.value < 1
