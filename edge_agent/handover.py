@@ -144,9 +144,10 @@ class Handover(CloudAnswer):
 
     def _coded(self, rows_NH: Floats) -> list[bytes]:
         """States of the tokens that follow those sent. The first of a text is none: the cloud makes it itself."""
-        codec, point, prompt = self._handoff.states, self._terms.point, max(self._read - self._sent, 0)
-        states = codec.encode(rows_NH[:prompt], point.prompt_rate) + codec.encode(rows_NH[prompt:], point.rate)
-        return states if self._sent else [b"", *states[1:]]
+        codec, point, first = self._handoff.states, self._terms.point, int(self._sent == 0)
+        prompt = max(self._read - self._sent, first)
+        states = codec.encode(rows_NH[first:prompt], point.prompt_rate) + codec.encode(rows_NH[prompt:], point.rate)
+        return [b""] * first + states
 
     def _take(self, conversation: Conversation, link: Link) -> Committed:
         committed = self._receive(conversation, link)

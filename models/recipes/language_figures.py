@@ -91,8 +91,10 @@ class Crossing:
         self._coded, self.sizes = [], list[NDArray[np.int64]]()  # (N,) bytes of each row, by rate
         rows_NH = traces.rows[depth].float()
         starts = [traces.bounds(sequence)[0] for sequence in range(len(traces))]
+        sent_NH = rows_NH.clone()
+        sent_NH[starts] = 0
         for rate in track(codec.rates, "coding rows"):
-            payloads = codec.encode(rows_NH.numpy(), rate)
+            payloads = codec.encode(sent_NH.numpy(), rate)
             coded_NH = torch.from_numpy(codec.decode(payloads, rate))
             coded_NH[starts] = rows_NH[starts]
             self._coded.append(coded_NH)
