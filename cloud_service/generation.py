@@ -11,6 +11,8 @@ import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from cloud_service.batching import Want, next_pass
 from cloud_service.generation_metrics import GenerationMetrics
 from cloud_service.passes import Behind, Passed, Short, Whole
@@ -57,8 +59,18 @@ class Generation:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
     def warm_up(self) -> None:
-        """Compile kernels, and prove that answers do not depend on the batch. Raises ServiceError when they do."""
-        check_rows(self._decoder)
+        """Compile kernels, and prove that answers do not depend on the batch, if need be with a single thread.
+
+        Raises ServiceError when they do. Threads share rows of attention, and on some machines not to the last bit.
+        """
+        try:
+            check_rows(self._decoder)
+        except ServiceError:
+            if torch.get_num_threads() == 1:
+                raise
+            self._metrics.log_warning("kernels give rows other bits when threads share them: computing with one thread")
+            torch.set_num_threads(1)
+            check_rows(self._decoder)
 
     async def open(self, opening: Opening, answers: Answers) -> Session:
         """A session with these tokens, its state taken over as far as it is held. What follows goes to `answers`.

@@ -87,6 +87,10 @@ class GenerationMetrics:
         self._sessions.set(number)
         self._bytes.set(size_bytes)
 
+    def log_warning(self, what: str) -> None:
+        """What an operator may want to know."""
+        log.warning(what)
+
     def log_failure(self, what: str) -> None:
         """A failure of ours, with its traceback, in the log alone."""
         log.exception(what)

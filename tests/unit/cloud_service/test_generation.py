@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cloud_service import generation
 from models.errors import Draining, InvalidInput, Overloaded, ServiceError
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span
@@ -322,3 +323,35 @@ def test_without_a_handoff_no_layer_can_be_skipped(checkpoint: Checkpoint, decod
             await Device(House(checkpoint, decoder, 100), 1, LONG[:100], kept=1).open()
 
     asyncio.run(play())
+
+
+def test_rows_that_threads_give_other_bits_are_computed_by_one(
+    checkpoint: Checkpoint, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(decoder: Decoder) -> None:
+        if torch.get_num_threads() > 1:
+            raise ServiceError("other bits")
+
+    monkeypatch.setattr(generation, "check_rows", check)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        House(checkpoint, decoder, 100).generation.warm_up()
+        assert torch.get_num_threads() == 1 and "computing with one thread" in caplog.text
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bits_that_differ_with_one_thread_too_end_the_service(
+    checkpoint: Checkpoint, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(decoder: Decoder) -> None:
+        raise ServiceError("other bits")
+
+    monkeypatch.setattr(generation, "check_rows", check)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(ServiceError, match="other bits"):
+            House(checkpoint, decoder, 100).generation.warm_up()
+    finally:
+        torch.set_num_threads(threads)
