@@ -209,10 +209,7 @@ class Generation:
         now_s = time.monotonic()
         if passed.rows:
             self._metrics.passed(passed.rows, self._decoder.width, now_s - started_s)
-        if isinstance(layers, Behind):
-            self._metrics.took(passed.rows, passed.filled)
-        elif passed.filled:
-            self._metrics.took(0, passed.filled)
+        self._metrics.took(passed.rows if isinstance(layers, Behind) else 0, passed.filled)
         for (session, _), answer in zip(plan, passed.outcomes, strict=True):
             session.served = self._passes
             if session.reading and answer is not None:

@@ -182,9 +182,9 @@ class Behind:
         states, through = text.next_states(rows)
         # One by one: a product's bits depend on how many rows it has.
         rows_MH = torch.cat([self._row(text, cache.length + place, state) for place, state in enumerate(states)])
-        start, filled = cache.length, len(states) - through
+        filled = len(states) - through
         if filled:
-            self._fill.write(cache, start, rows_MH[:filled])
+            self._fill.write(cache, cache.length, rows_MH[:filled])
         return Taken(index, text, Span(cache, cache.length, through), rows_MH[filled:], filled)
 
     def _row(self, text: HandoffText, position: int, state: bytes) -> Tensor:

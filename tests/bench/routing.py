@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from edge_agent.policy.routing import level_for
 from models.language.checkpoint import Checkpoint
 from models.language.handoff import Handoff
 from models.recipes.calibrate import interval
@@ -130,7 +131,7 @@ def dial(handoff: Handoff, bits: int, likely_N: Floats, right_N: Bools, reading:
     assert copy is not None
     rows = []
     for quality in QUALITIES:
-        level = next((level for level in copy[1] if 1 - level.wrong >= quality), None)
+        level = level_for(copy[1], quality)
         asked_N = likely_N < (level.likely if level else 2.0)
         as_cloud = interval(asked_N | right_N)
         rows.append(
@@ -245,10 +246,10 @@ def main(
     traces = trace(llama, texts, ())
     chosen = [s for s in range(len(traces)) if traces.answers[s] < traces.bounds(s)[1] - 1]
     lengths = [traces.bounds(s)[1] - traces.answers[s] for s in chosen]
-    prompts = [traces.answers[s] - traces.bounds(s)[0] for s in chosen]
+    read = [traces.answers[s] - traces.bounds(s)[0] for s in chosen]
     config = checkpoint.config
     layers, head = config.layers * layer_weights(config), config.hidden * config.vocab
-    reading = Reading(np.array(prompts), np.cumsum([0, *lengths[:-1]]), layers, head)
+    reading = Reading(np.array(read), np.cumsum([0, *lengths[:-1]]), layers, head)
     copies: Row = {}
     for bits in map(int, all_bits):
         seen_NF, right_N = (found.numpy() for found in answers(checkpoint, bits, traces, chosen))
