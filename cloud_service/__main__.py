@@ -107,6 +107,8 @@ def main(
     )
     # OpenMP threads that spin while they wait make a pass twenty times slower as soon as one core is taken.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Or products' bits depend on where in memory their rows are, which differs between threads.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     from cloud_service.server import serve  # PyTorch takes seconds to import, and --check runs often
 
     try:

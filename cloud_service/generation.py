@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -30,7 +31,7 @@ Plan = list[tuple[Session, int]]  # rows of each session in a pass; all have the
 
 
 class Generation:
-    """One language model over sessions within a memory budget; with a hand-off, of hidden states too."""
+    """One language model over sessions within a memory budget; with hand-offs, of hidden states too."""
 
     def __init__(
         self,
@@ -38,18 +39,18 @@ class Generation:
         decoder: Decoder,
         budget_bytes: int,
         metrics: GenerationMetrics,
-        handoff: Handoff | None = None,
+        handoffs: Sequence[Handoff] = (),
     ) -> None:
-        """Raises BundleError when the hand-off's fill does not fit the model."""
+        """Raises BundleError when the fill of a hand-off does not fit the model."""
         config, dtype = checkpoint.config, str(decoder.dtype).removeprefix("torch.")
         numerics = f"{dtype}/{decoder.width}"
-        fingerprint = handoff.fingerprint if handoff else b""
+        fingerprints = tuple(handoff.fingerprint for handoff in handoffs)
         self.info = ModelInfo(
-            checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics, fingerprint
+            checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics, fingerprints
         )
         self._decoder = decoder
-        self._whole = Whole(decoder, checkpoint.tokenizer.eos_ids, handoff)
-        self._behind = Behind(handoff, decoder) if handoff else None
+        self._whole = Whole(decoder, checkpoint.tokenizer.eos_ids, handoffs)
+        self._behind = {each.name: each for each in (Behind(handoff, decoder) for handoff in handoffs)}
         self._metrics = metrics
         self._sessions = Sessions(config, budget_bytes, metrics)
         self._passes = 0
@@ -134,10 +135,10 @@ class Generation:
         """Raises UnknownBundle for a hand-off that is not this model's."""
         if not opening.handoff:
             return self._whole
-        if self._behind is None or opening.handoff != self._behind.name:
-            held = self._behind.name.hex() if self._behind else "none"
+        if opening.handoff not in self._behind:
+            held = ", ".join(name.hex() for name in self._behind) or "none"
             raise UnknownBundle(f"hand-off {opening.handoff.hex()} is not held here, of this model there is {held}")
-        return self._behind
+        return self._behind[opening.handoff]
 
     def _check_open(self) -> None:
         if self._draining:

@@ -49,9 +49,9 @@ class Passed:
 class Whole:
     """Passes over all layers, for sessions of tokens."""
 
-    def __init__(self, decoder: Decoder, eos_ids: frozenset[int], handoff: Handoff | None) -> None:
+    def __init__(self, decoder: Decoder, eos_ids: frozenset[int], handoffs: Sequence[Handoff]) -> None:
         self.decoder, self.empty = decoder, decoder.new_cache()
-        self._eos_ids, self._handoff = eos_ids, handoff
+        self._eos_ids, self._handoffs = eos_ids, sorted(handoffs, key=lambda handoff: handoff.depth)
         self._short: dict[int, Short] = {}
 
     def new_text(self, tokens: Sequence[int], opening: Opening) -> Text:
@@ -66,16 +66,16 @@ class Whole:
         if not text.guesses:
             return self
         if text.kept not in self._short:
-            assert self._handoff is not None
-            self._short[text.kept] = Short(self._handoff, self.decoder, text.kept)
+            deepest = [handoff for handoff in self._handoffs if handoff.depth <= text.kept][-1]
+            self._short[text.kept] = Short(deepest, self.decoder, text.kept)
         return self._short[text.kept]
 
     def _check_kept(self, kept: int) -> None:
-        if self._handoff is None:
+        if not self._handoffs:
             raise InvalidInput(f"{kept} layers of a prompt: no hand-off bundle is held here to guess the others by")
-        if not self._handoff.depth <= kept < self.decoder.config.layers:
-            last = self.decoder.config.layers - 1
-            raise InvalidInput(f"{kept} layers of a prompt, expected {self._handoff.depth} to {last}, or 0 for all")
+        first, last = self._handoffs[0].depth, self.decoder.config.layers - 1
+        if not first <= kept <= last:
+            raise InvalidInput(f"{kept} layers of a prompt, expected {first} to {last}, or 0 for all")
 
     def run(self, parts: Sequence[Part]) -> Passed:
         """One forward pass; what each round committed, if it ended."""

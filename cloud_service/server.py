@@ -63,7 +63,7 @@ async def serve(config: CloudConfig) -> None:
     families = GenerationFamilies(registry)
     checkpoints = [Checkpoint.open(source) for source in config.models]
     handoffs = open_handoffs(config.handoffs, checkpoints)
-    generations = [load_model(each, handoffs.get(each.fingerprint), config, families) for each in checkpoints]
+    generations = [load_model(each, handoffs[each.fingerprint], config, families) for each in checkpoints]
     models = tuple(generation.info for generation in generations)
     servicer = Servicer(worker, service_info(bundles, models), metrics, generations)
     server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
@@ -83,7 +83,7 @@ async def serve(config: CloudConfig) -> None:
     for name in ("", SERVICE_NAME):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     held = [(info.name, info.fingerprint) for info in bundles] + [(info.name, info.fingerprint) for info in models]
-    held += [(f"hand-off of {info.name}", info.handoff) for info in models if info.handoff]
+    held += [(f"hand-off of {info.name}", handoff) for info in models for handoff in info.handoffs]
     names = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in held)
     log.info("serving %s on port %d, metrics on port %s", names, bound.grpc_port, bound.metrics_port)
     await stopping.wait()
@@ -104,28 +104,29 @@ async def serve(config: CloudConfig) -> None:
     log.info("drained")
 
 
-def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, Handoff]:
-    """Hand-off bundles by the fingerprint of their model. Raises BundleError for one of no model here, or a second."""
+def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, list[Handoff]]:
+    """Hand-off bundles by the fingerprint of their model. Raises BundleError for one of no model here."""
     held = {checkpoint.fingerprint: checkpoint for checkpoint in checkpoints}
-    handoffs: dict[bytes, Handoff] = {}
+    handoffs: dict[bytes, list[Handoff]] = {fingerprint: [] for fingerprint in held}
     for folder in folders:
         base = bytes.fromhex(read_manifest(folder, HandoffManifest).base)
         if base not in held:
             names = ", ".join(f"{each.name} {each.fingerprint.hex()[:12]}…" for each in checkpoints) or "none"
             raise BundleError(f"{folder}: belongs to the model {base.hex()[:12]}…, served are {names}")
-        if base in handoffs:
-            raise BundleError(f"{folder}: a second hand-off bundle for {held[base].name}, one is served")
-        handoffs[base] = Handoff.open(folder, held[base])
+        handoff = Handoff.open(folder, held[base])
+        if handoff.fingerprint in (other.fingerprint for other in handoffs[base]):
+            raise BundleError(f"{folder}: this hand-off bundle of {held[base].name} is named twice")
+        handoffs[base].append(handoff)
     return handoffs
 
 
 def load_model(
-    checkpoint: Checkpoint, handoff: Handoff | None, config: CloudConfig, families: GenerationFamilies
+    checkpoint: Checkpoint, handoffs: Sequence[Handoff], config: CloudConfig, families: GenerationFamilies
 ) -> Generation:
     """A language model, warm. Raises BundleError, ServiceError when its answers would depend on the batch."""
     decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
     metrics = GenerationMetrics(families, checkpoint.name)
-    generation = Generation(checkpoint, decoder, config.context_bytes, metrics, handoff)
+    generation = Generation(checkpoint, decoder, config.context_bytes, metrics, handoffs)
     generation.warm_up()
     return generation
 

@@ -151,7 +151,7 @@ def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
             vocab=m.vocab,
             context=m.context,
             numerics=m.numerics,
-            handoff=m.handoff,
+            handoffs=m.handoffs,
         )
         for m in info.models
     ]
@@ -169,10 +169,12 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
     for m in message.models:
         if len(m.fingerprint) != limits.FINGERPRINT_BYTES or not m.vocab or not m.context:
             raise InvalidInput("the service lists a model whose fingerprint, vocabulary or context cannot be true")
-        if len(m.handoff) not in (0, limits.FINGERPRINT_BYTES):
-            raise InvalidInput("the service lists a model whose hand-off's fingerprint cannot be true")
+        if len(m.handoffs) > limits.MAX_BUNDLES or {*map(len, m.handoffs)} - {limits.FINGERPRINT_BYTES}:
+            raise InvalidInput("the service lists a model whose hand-offs' fingerprints cannot be true")
     bundles = tuple(unpack_bundle(bundle) for bundle in message.bundles)
-    models = tuple(ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics, m.handoff) for m in message.models)
+    models = tuple(
+        ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics, tuple(m.handoffs)) for m in message.models
+    )
     return ServiceInfo(message.version, message.wire_version, bundles, models)
 
 

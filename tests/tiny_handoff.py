@@ -23,7 +23,7 @@ from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks, rotate
 from models.language.handoff_manifest import HandoffManifest
 from models.language.judge import EVIDENCE
-from models.language.packing import Floats, packed8
+from models.language.packing import Floats, packed
 from models.language.states import StateCodec, components
 from models.recipes.fit_tables import MAX_INTEGER, frequencies
 from models.recipes.language_device import exit_tensors
@@ -184,7 +184,7 @@ def fill_tensors(rows_NH: Floats, targets_NLO: Floats) -> dict[str, NDArray[Any]
     size_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True)) + 1e-6
     inputs = np.concatenate([rows_NH / size_N1, np.ones((count, 1), np.float32)], axis=1)
     found = np.linalg.lstsq(inputs, targets_NLO.reshape(count, -1), rcond=None)[0].astype(np.float32)
-    return {**packed8(np.ascontiguousarray(found[:-1].T), "weight"), "bias": found[-1].reshape(layers, outputs)}
+    return {**packed(np.ascontiguousarray(found[:-1].T), "weight", 8), "bias": found[-1].reshape(layers, outputs)}
 
 
 def rate_entry(codec: StateCodec, rows_NH: Floats, rate: int) -> dict[str, float]:

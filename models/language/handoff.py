@@ -23,7 +23,7 @@ from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.handoff_manifest import HandoffManifest, Level
 from models.language.judge import Judge
-from models.language.packing import Floats, matrix, unpacked8
+from models.language.packing import Floats, matrix, unpacked
 from models.language.states import StateCodec
 
 
@@ -65,7 +65,7 @@ class Handoff:
         """
         config, tensors = self._config, self._files.tensors(self.manifest.fill)
         bias_LO = matrix(tensors, "bias", 2)
-        weight_LOH = unpacked8(tensors, "weight").reshape(*bias_LO.shape, -1)
+        weight_LOH = unpacked(tensors, "weight").reshape(*bias_LO.shape, -1)
         expected = (config.layers - self.depth, 2 * config.kv_heads * config.head_dim, config.hidden)
         if weight_LOH.shape != expected or bias_LO.shape != expected[:2]:
             raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")

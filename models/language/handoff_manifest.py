@@ -87,7 +87,7 @@ class HandoffManifest(Part):
     thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1, max_length=100)]
     states: FileName
     rates: Annotated[tuple[StateRate, ...], Field(min_length=1, max_length=64)]
-    points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # the cheapest first
+    points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # in the order of bytes
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
     copies: Annotated[tuple[DeviceCopy, ...], Field(max_length=2)] = ()
@@ -103,6 +103,9 @@ class HandoffManifest(Part):
             raise ValueError(f"exits at {depths} must rise, and the last be at depth {self.depth}")
         if any(max(point.prompt_rate, point.rate) >= len(self.rates) for point in self.points):
             raise ValueError(f"a point names a rate that does not exist, there are 0 to {len(self.rates) - 1}")
+        sizes = [point.mean_bytes for point in self.points]
+        if sizes != sorted(sizes):
+            raise ValueError(f"points of {sizes} bytes must rise")
         named = {
             self.states,
             self.fill,

@@ -1,4 +1,4 @@
-"""Matrices in 8 and 4 bits, and how a bundle stores them: groups of 32 weights along a row share a scale.
+"""Matrices in 8 and 4 bits, and how a bundle stores them in 2 to 8: some weights along a row share a scale.
 
 NumPy alone: device and cloud both read them. Shape legend: O rows, I columns, G = I / 32 groups, B = 32.
 """
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from models.errors import BundleError
 
-BLOCK = 32  # weights that share a scale
+BLOCK = 32  # weights that share a scale where they are computed with
+STORED_BLOCK = 64  # in a bundle
+CLIPPED = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a block's largest weight: what the last level may stand for
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -38,11 +40,11 @@ def quantise4(weight_OI: Floats) -> tuple[Bytes, Floats, Bytes]:
     return in_pairs(codes_OGB), scale_OG, in_pairs(zero_OG.astype(np.uint8))
 
 
-def in_blocks(weight_OI: Floats) -> Floats:
+def in_blocks(weight_OI: Floats, size: int = BLOCK) -> Floats:
     rows, columns = weight_OI.shape
-    if columns % BLOCK:
-        raise BundleError(f"a matrix has {columns} columns, 8- and 4-bit weights need a multiple of {BLOCK}")
-    return weight_OI.reshape(rows, columns // BLOCK, BLOCK)
+    if columns % size:
+        raise BundleError(f"a matrix has {columns} columns, weights of a few bits need a multiple of {size}")
+    return weight_OI.reshape(rows, columns // size, size)
 
 
 def in_pairs(codes: Bytes) -> Bytes:
@@ -52,42 +54,45 @@ def in_pairs(codes: Bytes) -> Bytes:
     return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
 
 
-def packed(weight_OI: Floats, name: str) -> dict[str, NDArray[Any]]:
-    """A matrix in 4 bits as a bundle stores it: of 32 weights each the codes in pairs, scale and zero point."""
-    codes, scale_OG, zero = quantise4(weight_OI)
-    return {f"{name}.codes": codes, f"{name}.scale": scale_OG.astype(np.float16), f"{name}.zero": zero}
+def packed(weight_OI: Floats, name: str, bits: int) -> dict[str, NDArray[Any]]:
+    """A matrix as a bundle stores it: of STORED_BLOCK weights each the codes, `bits` (2 to 8) of each, and a scale.
+
+    A weight is scale * (code - (2 ** bits - 1) / 2): levels to both sides of zero, with none on it, for there all have
+    the same use; what is nothing but zeros has scale 0. Raises BundleError unless STORED_BLOCK divides I.
+    """
+    blocks_OGB = in_blocks(weight_OI, STORED_BLOCK)
+    middle = (2**bits - 1) / 2
+    largest_OG = np.abs(blocks_OGB).max(-1)
+    best_OG, scale_OG = np.full_like(largest_OG, np.inf), np.zeros_like(largest_OG)
+    for share in CLIPPED:
+        tried_OG = (largest_OG * share / middle).astype(np.float16).astype(np.float32)
+        levels_OGB = levels(blocks_OGB, tried_OG, bits) - middle
+        error_OG = np.square(levels_OGB * tried_OG[..., None] - blocks_OGB).sum(-1)
+        scale_OG = np.where(error_OG < best_OG, tried_OG, scale_OG)
+        best_OG = np.minimum(error_OG, best_OG)
+    codes_OGB = levels(blocks_OGB, scale_OG, bits).astype(np.uint8)
+    bits_OGK = np.unpackbits(codes_OGB[..., None], axis=-1)[..., 8 - bits :].reshape(*scale_OG.shape, -1)
+    return {f"{name}.codes": np.packbits(bits_OGK, axis=-1), f"{name}.scale": scale_OG.astype(np.float16)}
+
+
+def levels(blocks_OGB: Floats, scale_OG: Floats, bits: int) -> Floats:
+    """The nearest code of each weight."""
+    steps_OGB = blocks_OGB / np.maximum(scale_OG, 1e-12)[..., None]
+    return np.asarray(np.clip(np.rint(steps_OGB + (2**bits - 1) / 2), 0, 2**bits - 1), np.float32)
 
 
 def unpacked(tensors: Mapping[str, NDArray[Any]], name: str) -> Floats:
     """The matrix that `packed` stored. Raises BundleError."""
-    scale_OG = matrix(tensors, f"{name}.scale", 2)
-    rows, groups = scale_OG.shape
-    shapes = {"codes": (rows, groups, BLOCK // 2), "zero": (rows, -(-groups // 2))}
-    halves = []
-    for part, shape in shapes.items():
-        pairs = tensors.get(f"{name}.{part}")
-        if pairs is None or pairs.dtype != np.uint8 or pairs.shape != shape:
-            raise BundleError(f"tensor {name}.{part} is missing or not uint8 of shape {shape}")
-        halves.append(np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*shape[:-1], -1))
-    codes_OGB, zero_OG = halves[0].astype(np.float32), halves[1][:, :groups].astype(np.float32)
-    weight_OI: Floats = ((codes_OGB - zero_OG[..., None]) * scale_OG[..., None]).reshape(rows, -1)
-    return weight_OI
-
-
-def packed8(weight_OI: Floats, name: str) -> dict[str, NDArray[Any]]:
-    """A matrix in 8 bits as a bundle stores it: of 32 weights each the codes and a scale."""
-    codes_OGB, scale_OG = quantise8(weight_OI)
-    return {f"{name}.codes": codes_OGB, f"{name}.scale": scale_OG.astype(np.float16)}
-
-
-def unpacked8(tensors: Mapping[str, NDArray[Any]], name: str) -> Floats:
-    """The matrix that `packed8` stored. Raises BundleError."""
-    scale_OG, codes_OGB = matrix(tensors, f"{name}.scale", 2), tensors.get(f"{name}.codes")
-    shape = (*scale_OG.shape, BLOCK)
-    if codes_OGB is None or codes_OGB.dtype != np.uint8 or codes_OGB.shape != shape:
-        raise BundleError(f"tensor {name}.codes is missing or not uint8 of shape {shape}")
-    weight_OI: Floats = ((codes_OGB.astype(np.float32) - 128) * scale_OG[..., None]).reshape(len(scale_OG), -1)
-    return weight_OI
+    scale_OG, codes = matrix(tensors, f"{name}.scale", 2), tensors.get(f"{name}.codes")
+    if codes is None or codes.dtype != np.uint8 or codes.ndim != 3 or codes.shape[:2] != scale_OG.shape:
+        raise BundleError(f"tensor {name}.codes is missing or not uint8 of shape {(*scale_OG.shape, 'bytes')}")
+    bits, rest = divmod(codes.shape[2] * 8, STORED_BLOCK)
+    if rest or not 2 <= bits <= 8:
+        raise BundleError(f"tensor {name}.codes has {codes.shape[2]} bytes a block, expected 8 for each of 2 to 8 bits")
+    bits_OGBK = np.unpackbits(codes, axis=-1).reshape(*scale_OG.shape, STORED_BLOCK, bits)
+    codes_OGB = np.packbits(bits_OGBK, axis=-1)[..., 0] >> (8 - bits)
+    weights_OGB = (codes_OGB.astype(np.float32) - (2**bits - 1) / 2) * scale_OG[..., None]
+    return np.asarray(weights_OGB.reshape(len(scale_OG), -1), np.float32)
 
 
 def matrix(tensors: Mapping[str, NDArray[Any]], name: str, axes: int) -> Floats:

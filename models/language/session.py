@@ -83,4 +83,4 @@ class ModelInfo:
     vocab: int
     context: int
     numerics: str
-    handoff: bytes = b""  # fingerprint of the hand-off bundle whose states it takes; empty: of none
+    handoffs: tuple[bytes, ...] = ()  # fingerprints of the hand-off bundles whose states it takes

@@ -110,19 +110,30 @@ def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_js
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="To measure on, never to train on: lines of JSON with turns, as Spec-Bench's.",
 )
+@click.option(
+    "--depth",
+    "depths",
+    multiple=True,
+    type=int,
+    help="An exit behind so many layers, repeatable; the last is where the device ends.  [default: half, two thirds]",
+)
 @click.option("--exit", "depth", type=int, help="Train the exit behind so many layers and stop: one process for each.")
 @training_options("runs/language")
 @manifest_as_json
-def language(out: Path, model: str, prompts: Path, depth: int | None, work: Path, seed: int, as_json: bool) -> None:
+def language(
+    out: Path, model: str, prompts: Path, depths: tuple[int, ...], depth: int | None, work: Path, seed: int,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Exits of a language model, how its hidden states cross, and its KV fill. An hour on two cores."""
     from models.recipes.language import make, only_exit
 
     with failing_clearly(work):
         if depth is not None:
-            only_exit(work, seed, model, depth)
+            only_exit(work, seed, model, depth, depths)
             return
         command = f"python -m models.recipes language --seed {seed} --model {shlex.quote(model)} --prompts FILE"
-        manifest = make(out, Run(work, seed), command, model, prompts)
+        command += "".join(f" --depth {each}" for each in depths)
+        manifest = make(out, Run(work, seed), command, model, prompts, depths)
     click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(handoff_summary(manifest)))
 
 

@@ -41,8 +41,8 @@ from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from models.recipes.trainer import Run
 
-DEPTHS = (1 / 2, 2 / 3)  # of the layers, where exits are
-EXIT_LAYERS = (1, 2)  # decoder layers of each exit
+SHARES = (1 / 2, 2 / 3)  # of the layers, where exits are unless said otherwise
+EXIT_LAYERS = 1, 2  # decoder layers of the first exit, and of each other
 HELD_OUT = 20  # every so manyth sequence
 JUDGED = 0.6  # of the held out tokens teach the judges; thresholds are measured on the others
 TESTED = 4  # every so manyth answer to the test prompts is run as on a device
@@ -56,8 +56,12 @@ VERSIONS = ("torch", "numpy", "onnxruntime", "constriction")
 FULL_PARTS = 3  # of chats, and of entries, whose rows of all depths are kept: for what is found in closed form
 
 
-def depths(config: LlamaConfig) -> tuple[int, ...]:
-    return tuple(round(share * config.layers) for share in DEPTHS)
+def exit_depths(config: LlamaConfig, chosen: Sequence[int] = ()) -> tuple[int, ...]:
+    """Behind how many layers exits are: those chosen, or at SHARES. Raises InvalidInput."""
+    depths = tuple(sorted(set(chosen))) or tuple(round(share * config.layers) for share in SHARES)
+    if not 0 < depths[0] <= depths[-1] < config.layers:
+        raise InvalidInput(f"exits at {depths}, expected behind 1 to {config.layers - 1} layers")
+    return depths
 
 
 def texts(run: Run, model: Llama, checkpoint: Checkpoint) -> dict[str, Texts]:
@@ -80,7 +84,7 @@ def traces(
     """What the model makes of all of them, at the wanted depths; kept on disk, file by file."""
     found = []
     for name, each in named.items():
-        path = run.folder / f"{label}-{name}.pt"
+        path = run.folder / f"{label}-{name}-{'-'.join(map(str, wanted))}.pt"
         if not path.exists():
             made = trace(model, each, wanted, dtype)
             torch.save({field.name: getattr(made, field.name) for field in fields(Traces)}, path.with_suffix(".part"))
@@ -89,11 +93,10 @@ def traces(
     return Traces.joined(found)
 
 
-def exit_at(run: Run, model: Llama, depth: int, learnt: Traces, full: Traces) -> Exit:
+def exit_at(run: Run, model: Llama, depth: int, first: bool, learnt: Traces, full: Traces) -> Exit:
     """A trained exit; a run that was interrupted goes on."""
     torch.manual_seed(run.seed)
-    count = EXIT_LAYERS[depths(model.config).index(depth)]
-    exit_ = Exit(model.config, depth, count)
+    exit_ = Exit(model.config, depth, EXIT_LAYERS[not first])
     start(exit_, model, full)
     chosen = [index for index in range(len(learnt)) if index % HELD_OUT]
     return train(run, exit_, model, learnt, chosen)
@@ -107,42 +110,49 @@ def opened(source: str) -> Checkpoint:
     return checkpoint
 
 
-def prepare(run: Run, checkpoint: Checkpoint) -> tuple[Llama, Traces, Traces]:
+def prepare(run: Run, checkpoint: Checkpoint, depths: tuple[int, ...]) -> tuple[Llama, Traces, Traces]:
     """Model and traces: those to learn from, and a few of all depths."""
     run.folder.mkdir(parents=True, exist_ok=True)
     print("opening the model", file=sys.stderr)
     model = Llama.load(checkpoint)
     named = texts(run, model, checkpoint)
-    first, last = depths(model.config)[0], model.config.layers
     few = {name: each for name, each in named.items() if int(name.rpartition("-")[2]) < FULL_PARTS}
-    full = traces(run, model, few, [first, *range(depths(model.config)[-1], last + 1)], "full")
-    return model, traces(run, model, named, depths(model.config)), full
+    full = traces(run, model, few, sorted({*depths, *range(depths[-1], model.config.layers + 1)}), "full")
+    return model, traces(run, model, named, depths), full
 
 
-def only_exit(work: Path, seed: int, source: str, depth: int) -> None:
+def only_exit(work: Path, seed: int, source: str, depth: int, chosen: Sequence[int] = ()) -> None:
     """Train one exit alone, so that several can be trained side by side. Raises InvalidInput, BundleError."""
     run, checkpoint = Run(work, seed), opened(source)
-    if depth not in depths(checkpoint.config):
-        raise InvalidInput(f"there is no exit at depth {depth}, exits are at {depths(checkpoint.config)}")
-    model, learnt, full = prepare(run, checkpoint)
-    exit_at(run, model, depth, learnt, full)
+    depths = exit_depths(checkpoint.config, chosen)
+    if depth not in depths:
+        raise InvalidInput(f"there is no exit at depth {depth}, exits are at {depths}")
+    model, learnt, full = prepare(run, checkpoint, depths)
+    exit_at(run, model, depth, depth == depths[0], learnt, full)
 
 
-def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> HandoffManifest:
-    """The whole recipe. Raises InvalidInput, BundleError. Interrupted, it goes on where its last epoch ended."""
+def make(
+    folder: Path, run: Run, command: str, source: str, prompts: Path, chosen: Sequence[int] = ()
+) -> HandoffManifest:
+    """The whole recipe, exits behind `chosen` layers. Interrupted, it goes on where its last epoch ended.
+
+    Raises InvalidInput, BundleError.
+    """
     checkpoint = opened(source)
+    depths = exit_depths(checkpoint.config, chosen)
     asked = chats(prompts, checkpoint.tokenizer)
-    model, learnt, full = prepare(run, checkpoint)
+    model, learnt, full = prepare(run, checkpoint, depths)
     tested = traces(
         run,
         model,
         dict([answered(run.folder, model, checkpoint.tokenizer.eos_ids, asked)]),
-        depths(model.config),
+        depths,
         "test",
         torch.float32,
     )
     exits = {
-        depth: exit_tensors(exit_at(run, model, depth, learnt, full), checkpoint) for depth in depths(model.config)
+        depth: exit_tensors(exit_at(run, model, depth, depth == depths[0], learnt, full), checkpoint)
+        for depth in depths
     }
     held_out = observe(checkpoint, exits, learnt, range(0, len(learnt), HELD_OUT))
     test = observe(checkpoint, exits, tested, range(0, len(tested), TESTED))
@@ -156,13 +166,13 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
     likely_EN = likely(judges, held_out)[:, ~chosen_N]
     right_EN = held_out.right_EN[:, ~chosen_N]
 
-    rows_NH = learnt.rows[depths(model.config)[-1]][learnt.later_N]
+    rows_NH = learnt.rows[depths[-1]][learnt.later_N]
     states = fit_states(rows_NH[:: len(rows_NH) // STATE_ROWS + 1].float().numpy())
-    fill = fit_fill(model, full, depths(model.config)[-1])
+    fill = fit_fill(model, full, depths[-1])
     codec = StateCodec(states, model.config.hidden, len(RATE_BYTES), MAX_STATE_BYTES)
     answering = [s for s in range(0, len(learnt), HELD_OUT) if learnt.answers[s] < learnt.bounds(s)[1] - 1]
-    rates, points = crossing(model, observe(checkpoint, exits, learnt, answering[::CROSSED]), codec)
-    scores = completing(model, test, codec, points, Fill.of(fill))
+    rates, points = crossing(model, observe(checkpoint, exits, learnt, answering[::CROSSED]), depths[-1], codec)
+    scores = completing(model, test, depths[-1], codec, points, Fill.of(fill))
     files = {f"exit{depth}.safetensors": safetensors.numpy.save(tensors) for depth, tensors in exits.items()}
     files |= {"states.safetensors": safetensors.numpy.save(states), "fill.safetensors": safetensors.numpy.save(fill)}
     entries, judges_of_copies = copies(checkpoint, learnt, run.seed)
@@ -173,7 +183,7 @@ def make(folder: Path, run: Run, command: str, source: str, prompts: Path) -> Ha
         "licence": "as the model's",
         "base": checkpoint.fingerprint.hex(),
         "hidden": model.config.hidden,
-        "depth": depths(model.config)[-1],
+        "depth": depths[-1],
         "exits": [
             {"depth": depth, "weights": f"exit{depth}.safetensors", "agreement": float(right_N.float().mean())}
             for depth, right_N in zip(exits, right_EN, strict=True)
@@ -221,12 +231,14 @@ def deciding(judges: Sequence[nn.Sequential], test: Observed) -> Scores:
     return scores
 
 
-def crossing(model: Llama, seen: Observed, codec: StateCodec) -> tuple[list[StateRate], list[StatePoint]]:
+def crossing(
+    model: Llama, seen: Observed, depth: int, codec: StateCodec
+) -> tuple[list[StateRate], list[StatePoint]]:
     """What rows cost at each rate, and what pairs of rates are worth, one for prompts and one for answers.
 
     Of the pairs those are left than which none is both cheaper and better.
     """
-    depth, here, full_N = depths(model.config)[-1], seen.decides_N, seen.traces.top_NK[:, 0]
+    here, full_N = seen.decides_N, seen.traces.top_NK[:, 0]
     crossed = Crossing(seen.traces, depth, codec)
     pairs = [(low, high) for high in codec.rates for low in range(max(high - PAIRED, 0), high + 1)]
     found = []
@@ -244,9 +256,11 @@ def crossing(model: Llama, seen: Observed, codec: StateCodec) -> tuple[list[Stat
     return rates, points
 
 
-def completing(model: Llama, test: Observed, codec: StateCodec, points: Sequence[StatePoint], fill: Fill) -> Scores:
+def completing(
+    model: Llama, test: Observed, depth: int, codec: StateCodec, points: Sequence[StatePoint], fill: Fill
+) -> Scores:
     """How many tokens of test answers the cloud completes as the model: from rows as such, at each point, filled."""
-    depth, here, full_N = depths(model.config)[-1], test.decides_N, test.traces.top_NK[:, 0]
+    here, full_N = test.decides_N, test.traces.top_NK[:, 0]
 
     def score(traces: Traces, fill: Fill | None = None) -> Interval:
         right_N = (completed(model, traces, depth, fill).chosen_N == full_N)[here]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from models.errors import InvalidInput
 from models.language.kv_fill import EXACT_ROWS, normalised
-from models.language.packing import unpacked8
+from models.language.packing import unpacked
 from models.language.states import StateCodec
 from models.language.tokenizer import Message, Tokenizer
 from models.recipes.language_exits import Traces, grouped
@@ -80,7 +80,7 @@ class Fill:
     def of(cls, tensors: Mapping[str, NDArray[Any]]) -> Fill:
         """Of the tensors of `fill.safetensors`."""
         bias_LO = torch.from_numpy(tensors["bias"]).float()
-        return cls(torch.from_numpy(unpacked8(tensors, "weight")).view(*bias_LO.shape, -1), bias_LO)
+        return cls(torch.from_numpy(unpacked(tensors, "weight")).view(*bias_LO.shape, -1), bias_LO)
 
 
 class Crossing:

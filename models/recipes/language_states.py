@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.codecs.contextual import to_tensors
 from models.language.kv_fill import normalised
-from models.language.packing import packed8
+from models.language.packing import packed
 from models.language.states import components, sizes
 from models.recipes.fit_tables import fit
 from models.recipes.language_exits import Traces, ridge
@@ -24,6 +24,7 @@ from models.recipes.llama import Layer, Llama
 
 Floats = NDArray[np.float32]
 RATE_BYTES = (75, 110, 155, 205, 245, 305)  # of a row, for each rate; 576 values in 16 bits have 1,152
+FILL_BITS = 5  # of a weight
 SIZE_GAIN = 12.0  # integers an octave of a row's size: within 3 %, over ten octaves to either side
 LARGEST = 120.0  # integer, of 127, that a component of the rows at hand takes
 BISECTIONS = 14
@@ -72,7 +73,7 @@ def fit_fill(model: Llama, traces: Traces, depth: int) -> dict[str, NDArray[Any]
         weight_OH, bias_O = ridge(x_NH, keys_values(model.layers[index], traces.rows[index][later_N]), 1e-3)
         weights.append(weight_OH.numpy())
         biases.append(bias_O.to(torch.float16).numpy())
-    return {**packed8(np.concatenate(weights), "weight"), "bias": np.stack(biases)}
+    return {**packed(np.concatenate(weights), "weight", FILL_BITS), "bias": np.stack(biases)}
 
 
 def keys_values(layer: Layer, rows: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def following(whole: Whole, cache: KVCache, ids: Sequence[int]) -> list[int]:
 
 def prefill_rows(checkpoint: Checkpoint, handoff: Handoff, texts: Texts) -> list[Row]:
     """Prompts that keep so many layers beside prompts that keep all, in turns: the time, and what is chosen behind."""
-    whole = Whole(Decoder.load(checkpoint), frozenset(), handoff)
+    whole = Whole(Decoder.load(checkpoint), frozenset(), [handoff])
     layers = checkpoint.config.layers
     kept = range(handoff.depth, layers, max((layers - handoff.depth) // 3, 1))
     ratios: dict[int, list[float]] = {each: [] for each in kept}

@@ -559,7 +559,7 @@ class Model(_message.Message):
     VOCAB_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     NUMERICS_FIELD_NUMBER: _builtins.int
-    HANDOFF_FIELD_NUMBER: _builtins.int
+    HANDOFFS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
     """SHA-256 over weights, configuration and tokenizer, 32 bytes"""
     name: _builtins.str
@@ -569,8 +569,10 @@ class Model(_message.Message):
     """tokens of prompt and answer together"""
     numerics: _builtins.str
     """type and rows of a pass: equal answers need equal numerics"""
-    handoff: _builtins.bytes
-    """SHA-256 fingerprint of the hand-off bundle it takes states of, 32 bytes; empty for none"""
+    @_builtins.property
+    def handoffs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """SHA-256 fingerprints, 32 bytes each, of the hand-off bundles it takes states of"""
+
     def __init__(
         self,
         *,
@@ -579,11 +581,11 @@ class Model(_message.Message):
         vocab: _builtins.int = ...,
         context: _builtins.int = ...,
         numerics: _builtins.str = ...,
-        handoff: _builtins.bytes = ...,
+        handoffs: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fingerprint", b"fingerprint", "handoff", b"handoff", "name", b"name", "numerics", b"numerics", "vocab", b"vocab"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fingerprint", b"fingerprint", "handoffs", b"handoffs", "name", b"name", "numerics", b"numerics", "vocab", b"vocab"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

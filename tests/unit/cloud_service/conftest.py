@@ -44,7 +44,7 @@ def scenario(checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff, small_s
 
     def run(play: Play, pages: int = 100) -> House:
         async def both() -> House:
-            house = House(checkpoint, decoder, pages, handoff)
+            house = House(checkpoint, decoder, pages, [handoff])
             running = asyncio.create_task(house.generation.run())
             await asyncio.wait_for(play(house), 60)
             house.decoder.gate.set()

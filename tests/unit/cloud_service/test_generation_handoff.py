@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from models.errors import (
     ServiceError,
     UnknownBundle,
 )
+from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span
 from models.language.handoff import Handoff
 from models.language.kv_cache import KVCache
@@ -30,6 +32,8 @@ from models.language.kv_fill import EXACT_ROWS, KVFill
 from models.language.sampling import GREEDY, Sampling, choose, logprobs
 from models.language.session import Committed, Round
 from protos.limits import MAX_ROUNDS
+from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.tiny import (
     CONTEXT,
     SAMPLED,
@@ -500,16 +504,47 @@ def test_another_handoff_is_refused_with_both_names(
 def test_a_service_without_a_handoff_says_so(decoder: Decoder, checkpoint: Any, new_device: NewDevice) -> None:
     async def play() -> None:
         house = House(checkpoint, decoder, 1)
-        assert house.generation.info.handoff == b""
+        assert house.generation.info.handoffs == ()
         with pytest.raises(UnknownBundle, match="of this model there is none"):
             await new_device(house).open()
 
     asyncio.run(play())
 
 
+def test_two_handoffs_of_a_model_are_served_side_by_side(tmp_path: Path) -> None:
+    """Sessions cut at other layers, and one that moves to the other cut and brings its text again."""
+    checkpoint = Checkpoint.open(write_tiny_llama(tmp_path / "three", layers=3, context=CONTEXT))
+    decoder = Decoder.load(checkpoint, torch.float32, WIDTH)
+    folders = [write_tiny_handoff(tmp_path / str(depth), checkpoint, depth=depth) for depth in (1, 2)]
+    handoffs = [Handoff.open(folder, checkpoint) for folder in folders]
+    house = House(checkpoint, decoder, 100, handoffs)
+
+    def expected(handoff: Handoff, tokens: Sequence[int]) -> int:
+        return choose(ByHand(decoder, handoff).take(tokens), GREEDY, len(tokens))
+
+    async def play() -> None:
+        running = asyncio.create_task(house.generation.run())
+        devices = [StateDevice(house, decoder, handoff, name, PROMPT) for name, handoff in enumerate(handoffs)]
+        for device in devices:
+            await device.open()
+            device.send(0)
+        for device, handoff in zip(devices, handoffs, strict=True):
+            assert (await device.receive()).tokens == (expected(handoff, PROMPT),)
+        moved = StateDevice(house, decoder, handoffs[1], 0, PROMPT)  # the first, by its name
+        with pytest.raises(ContextGone):
+            await moved.open(start=len(PROMPT))
+        await moved.open()
+        assert (await moved.ask(0)).tokens == (expected(handoffs[1], PROMPT),)
+        house.generation.drain()
+        await running
+
+    asyncio.run(play())
+    assert {1, 2} <= set(house.decoder.depths)
+
+
 def test_info_names_the_handoff(scenario: Scenario, handoff: Handoff) -> None:
     async def play(house: House) -> None:
-        assert house.generation.info.handoff == handoff.fingerprint
+        assert house.generation.info.handoffs == (handoff.fingerprint,)
 
     scenario(play)
 

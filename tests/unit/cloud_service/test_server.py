@@ -206,15 +206,17 @@ def test_handoffs_are_of_the_models_that_are_served(tmp_path: Path) -> None:
     one, two = (tiny_model(tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
     folders = [write_tiny_handoff(tmp_path / f"to-{model.name}", model) for model in (two, one)]
     found = open_handoffs(folders, [one, two])
-    assert {name: handoff.manifest.base for name, handoff in found.items()} == {
-        model.fingerprint: model.fingerprint.hex() for model in (one, two)
+    assert {name: [each.manifest.base for each in handoffs] for name, handoffs in found.items()} == {
+        model.fingerprint: [model.fingerprint.hex()] for model in (one, two)
     }
-    assert open_handoffs([], [one]) == {}
+    assert open_handoffs([], [one]) == {one.fingerprint: []}
+    deeper = write_tiny_handoff(tmp_path / "deeper", one, depth=1, seed=1)
+    assert len(open_handoffs([*folders, deeper], [one, two])[one.fingerprint]) == 2
     with pytest.raises(BundleError, match=f"belongs to the model {two.fingerprint.hex()[:12]}…, served are one"):
         open_handoffs(folders, [one])
     with pytest.raises(BundleError, match="served are none"):
         open_handoffs(folders, [])
-    with pytest.raises(BundleError, match="a second hand-off bundle for one"):
+    with pytest.raises(BundleError, match="this hand-off bundle of one is named twice"):
         open_handoffs([*folders, folders[1]], [one, two])
     with pytest.raises(BundleError, match="no such bundle folder"):
         open_handoffs([tmp_path / "nothing"], [one])
@@ -238,9 +240,9 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
         async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
             stub = pb_grpc.IsthmusStub(channel)
             (info,) = wire.unpack_service(await stub.Describe(pb.DescribeRequest())).models
-            assert info.handoff == handoff.fingerprint
+            assert info.handoffs == (handoff.fingerprint,)
             call = stub.Generate()
-            opening = Opening(info.fingerprint, bytes(16), 0, (), 0, handoff=info.handoff, rate=1, kept=1)
+            opening = Opening(info.fingerprint, bytes(16), 0, (), 0, handoff=handoff.fingerprint, rate=1, kept=1)
             await call.write(wire_session.pack_opening(opening))
             await call.write(wire_session.pack_round(Round(0, (5, 6, 7), 1, tuple(states))))
             assert len((await call.read()).tokens) == 1

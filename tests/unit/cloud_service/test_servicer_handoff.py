@@ -163,7 +163,7 @@ def test_what_is_lost_is_one_error_until_the_stream_opens_again(scene: HandoffSc
 def test_describe_names_the_handoff(scene: HandoffScene, handoff: Handoff) -> None:
     async def play(door: Door, caller: Caller) -> None:
         info = wire.unpack_service(await door.stub.Describe(pb.DescribeRequest()))
-        assert [model.handoff for model in info.models] == [handoff.fingerprint]
+        assert [model.handoffs for model in info.models] == [(handoff.fingerprint,)]
         await caller.call.done_writing()
 
     scene(play)

@@ -94,14 +94,14 @@ class WatchedPart:
 class House:
     """A generation, its watched decoder and its metrics; the memory is looked at behind each pass."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, pages: int, handoff: Handoff | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, pages: int, handoffs: Sequence[Handoff] = ()) -> None:
         self.decoder, self.registry = Watched(decoder), CollectorRegistry()
         self.budget_bytes = decoder.new_cache().bytes_for(PAGE_TOKENS) * pages
         self.most_bytes = 0
         self.decoder.look = self.look
         metrics = GenerationMetrics(GenerationFamilies(self.registry), "tiny")
         watched: Any = self.decoder
-        self.generation = Generation(checkpoint, watched, self.budget_bytes, metrics, handoff)
+        self.generation = Generation(checkpoint, watched, self.budget_bytes, metrics, handoffs)
 
     def look(self) -> None:
         caches = [session.text.cache for session in self.generation._sessions]

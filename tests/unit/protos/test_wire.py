@@ -63,7 +63,7 @@ def test_describe_response_with_a_language_model_is_golden(golden: Callable[[str
 
 
 def test_describe_response_with_a_handoff_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    model = ModelInfo(FINGERPRINT, "SmolLM2", 49_152, 8192, "bfloat16/16", bytes(range(32)))
+    model = ModelInfo(FINGERPRINT, "SmolLM2", 49_152, 8192, "bfloat16/16", (bytes(range(32)),))
     info = dataclasses.replace(SERVICE, models=(model,))
     message = wire.pack_service(info)
     golden("describe_handoff_v2.bin", message.SerializeToString(deterministic=True))
@@ -137,7 +137,7 @@ def test_an_answer_arrives_as_it_was_sent(weights: list[list[int]], queue_us: in
             vocab=st.integers(1, wire.UINT32),
             context=st.integers(1, limits.MAX_TOKENS),
             numerics=st.text(),
-            handoff=st.sampled_from([b"", bytes(range(32))]),
+            handoffs=st.sampled_from([(), (bytes(range(32)),), (bytes(32), bytes(range(32)))]),
         ),
         max_size=3,
     ),
@@ -310,7 +310,8 @@ BAD_SERVICES: dict[str, tuple[pb.DescribeResponse, type[IsthmusError]]] = {
     "65 rates": (described(taps=[pb.Tap(rates=65)]), InvalidInput),
     "too many bundles": (many({"bundles": list(described().bundles)}), InvalidInput),
     "short fingerprint of a model": (described_model(fingerprint=bytes(8)), InvalidInput),
-    "short fingerprint of a hand-off": (described_model(handoff=bytes(8)), InvalidInput),
+    "short fingerprint of a hand-off": (described_model(handoffs=[bytes(8)]), InvalidInput),
+    "too many hand-offs": (described_model(handoffs=[bytes(32)] * (limits.MAX_BUNDLES + 1)), InvalidInput),
     "model without tokens": (described_model(vocab=0), InvalidInput),
     "model without context": (described_model(context=0), InvalidInput),
     "too many models": (many({"models": list(described_model().models)}), InvalidInput),

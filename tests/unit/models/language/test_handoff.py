@@ -60,6 +60,12 @@ def test_levels_that_are_none(manifest: Any, levels: list[Any], words: str) -> N
         HandoffManifest.model_validate(manifest)
 
 
+def test_points_out_of_order(manifest: Any) -> None:
+    manifest["points"] = manifest["points"][::-1]
+    with pytest.raises(ValidationError, match="must rise"):
+        HandoffManifest.model_validate(manifest)
+
+
 def test_a_copy_whose_judge_is_not_listed(manifest: Any) -> None:
     manifest["copies"][0]["judge"] = "copy5.safetensors"
     with pytest.raises(ValidationError, match=r"files does not list copy5\.safetensors"):

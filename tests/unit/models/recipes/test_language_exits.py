@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.language.checkpoint import Checkpoint
 from models.language.kv_fill import normalised
-from models.language.packing import unpacked8
+from models.language.packing import unpacked
 from models.language.states import StateCodec
 from models.recipes import language_figures
 from models.recipes.language_exits import Exit, HeadLoss, Traces, batches, drawn, grouped, ridge, start, trace
@@ -163,7 +163,7 @@ def test_a_fill_of_nothing_but_prompts_leaves_their_ends_to_the_layers(
 def test_a_fill_gives_the_first_layer_what_it_makes_itself(model: Llama, traces: Traces) -> None:
     fill = fit_fill(model, traces, 1)
     bias_LO = torch.from_numpy(fill["bias"]).float()
-    weight_LOH = torch.from_numpy(unpacked8(fill, "weight")).view(*bias_LO.shape, -1)
+    weight_LOH = torch.from_numpy(unpacked(fill, "weight")).view(*bias_LO.shape, -1)
     wanted_NO = keys_values(model.layers[1], traces.rows[1])
     found_NO = normalised(traces.rows[1].float()) @ weight_LOH[0].T + bias_LO[0]
     assert (found_NO - wanted_NO).square().mean() < 0.01 * wanted_NO.square().mean()
