@@ -179,7 +179,7 @@ def make(
     files |= {name: safetensors.numpy.save(tensors) for name, tensors in judges_of_copies.items()}
     manifest = {
         "kind": "handoff",
-        "name": "smollm2" if source == SMOLLM2 else re.sub(r"[^a-z0-9_.-]", "-", checkpoint.name.lower())[:64],
+        "name": name_of(source, checkpoint.name) + (f"-{depths[-1]}" if chosen else ""),
         "licence": "as the model's",
         "base": checkpoint.fingerprint.hex(),
         "hidden": model.config.hidden,
@@ -212,6 +212,11 @@ def make(
     return read_manifest(bundle.write(folder, manifest, files, HandoffManifest), HandoffManifest)
 
 
+def name_of(source: str, model: str) -> str:
+    """What a bundle may be called after its model."""
+    return "smollm2" if source == SMOLLM2 else re.sub(r"[^a-z0-9_.-]", "-", model.lower())[:60]
+
+
 def likely(judges: Sequence[nn.Sequential], observed: Observed) -> Tensor:
     """How likely right (E, N) each exit's choice is."""
     return torch.stack([judged(judge, seen_NF) for judge, seen_NF in zip(judges, observed.seen_ENF, strict=True)])
@@ -231,9 +236,7 @@ def deciding(judges: Sequence[nn.Sequential], test: Observed) -> Scores:
     return scores
 
 
-def crossing(
-    model: Llama, seen: Observed, depth: int, codec: StateCodec
-) -> tuple[list[StateRate], list[StatePoint]]:
+def crossing(model: Llama, seen: Observed, depth: int, codec: StateCodec) -> tuple[list[StateRate], list[StatePoint]]:
     """What rows cost at each rate, and what pairs of rates are worth, one for prompts and one for answers.
 
     Of the pairs those are left than which none is both cheaper and better.

@@ -34,7 +34,9 @@ def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
         matrices.update({f"model.layers.{index}.{name}": each for name, each in own.items()})
     for name, weight in matrices.items():
         array = weight.detach().float().numpy()
-        found |= packed(array - before(base, len(exit_.layers), name), name, EXIT_BITS) if array.ndim == 2 else {name: array}
+        found |= (
+            packed(array - before(base, len(exit_.layers), name), name, EXIT_BITS) if array.ndim == 2 else {name: array}
+        )
     return found
 
 

@@ -17,7 +17,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -51,7 +51,7 @@ from models.recipes.llama import Llama
 from tests.bench.language import layer_weights
 
 CONFIDENCES = tuple(round(0.3 + step / 100, 2) for step in range(70))
-OTHER_TOKENS, OTHER_PROMPT = 320, 256  # of a passage of another domain, and of those its prompt
+OTHER_TOKENS = 64  # of a passage of another domain, behind its prompt
 HALF_BYTES = 2  # CE-CoLLM's hidden states
 FRAMING_BYTES = 4  # of our messages, a row
 
@@ -136,11 +136,12 @@ def point_rows(model: Llama, handoff: Handoff, test: Observed, exact: Completed,
     return rows
 
 
-def passages(file: Path, tokenizer: Tokenizer, count: int) -> Texts:
-    """Passages of a plain text, the first OTHER_PROMPT tokens of each a prompt."""
-    ids = tokenizer.encode(file.read_text(encoding="utf-8")[: 40 * count * OTHER_TOKENS // 4])
-    starts = np.linspace(0, len(ids) - OTHER_TOKENS, count).astype(int).tolist()
-    return Texts.of([(ids[start : start + OTHER_TOKENS], OTHER_PROMPT) for start in starts])
+def passages(file: Path, tokenizer: Tokenizer, count: int, prompt: int) -> Texts:
+    """Passages of a plain text, the first `prompt` tokens of each a prompt."""
+    tokens = prompt + OTHER_TOKENS
+    ids = tokenizer.encode(file.read_text(encoding="utf-8")[: 10 * count * tokens])
+    starts = np.linspace(0, len(ids) - tokens, count).astype(int).tolist()
+    return Texts.of([(ids[start : start + tokens], prompt) for start in starts])
 
 
 def other_domain(
@@ -216,7 +217,7 @@ def prefill_rows(checkpoint: Checkpoint, handoff: Handoff, texts: Texts) -> list
             "time_ratio": statistics.median(ratios[each]),
             "quartiles": np.quantile(ratios[each], [0.25, 0.75]).tolist(),
             "prompts": len(ratios[each]),
-            "prompt_tokens": OTHER_PROMPT,
+            "prompt_tokens": int(texts.answers_S[0]),
             "agreement": float(np.mean(same[each])),
             "interval": bounds(torch.tensor(same[each])),
             "positions": len(same[each]),
@@ -230,32 +231,37 @@ def best(rows: list[Row], agreement: float) -> Row | None:
     return max((row for row in rows if row["agreement"] >= agreement), key=lambda row: row["coverage"], default=None)
 
 
-def table(result: Row) -> Table:
+def table(results: Mapping[str, Row]) -> Table:
     page = Table("scheme", "from", "device", "agreement", "of all", "cloud", "of all, fill", "cloud, fill", "B/token")
-    for name, rows in result["curves"].items():
-        for agreement in (0.9, 0.95, 0.97, 0.98, 0.99):
-            row = best(rows, agreement)
-            if row is not None:
-                page.add_row(
-                    name, f"{row['confidence']:.2f}", f"{row['coverage']:.1%}", f"{row['agreement']:.1%}",
-                    f"{row['agreement of all, exact']:.1%}", f"{row['cloud, exact']:.1%}",
-                    f"{row['agreement of all, fill']:.1%}" if "cloud, fill" in row else "",
-                    f"{row['cloud, fill']:.1%}" if "cloud, fill" in row else "", f"{row['bytes_a_token']:.0f}",
-                )  # fmt: skip
+    for bundle, result in results.items():
+        for name, rows in result["curves"].items():
+            for agreement in (0.9, 0.95, 0.97, 0.98, 0.99):
+                row = best(rows, agreement)
+                if row is not None:
+                    page.add_row(
+                        f"{name}, {bundle}", f"{row['confidence']:.2f}", f"{row['coverage']:.1%}",
+                        f"{row['agreement']:.1%}", f"{row['agreement of all, exact']:.1%}",
+                        f"{row['cloud, exact']:.1%}",
+                        f"{row['agreement of all, fill']:.1%}" if "cloud, fill" in row else "",
+                        f"{row['cloud, fill']:.1%}" if "cloud, fill" in row else "", f"{row['bytes_a_token']:.0f}",
+                    )  # fmt: skip
     return page
 
 
-def plot(result: Row, file: Path) -> None:
+def plot(results: Mapping[str, Row], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, rows in result["curves"].items():
-        left.plot([100 * r["coverage"] for r in rows], [100 * r["agreement"] for r in rows], marker=".", label=name)
-        for kind in ("exact", "fill"):
-            if f"cloud, {kind}" in rows[0]:
-                x, y = ([100 * r[f"{what}, {kind}"] for r in rows] for what in ("cloud", "agreement of all"))
-                right.plot(x, y, marker=".", label=f"{name}, {kind}" if name == "ours" else name)
+    for index, result in enumerate(results.values()):
+        cut = f"cut behind layer {result['depth']}"
+        for name, rows in result["curves"].items():
+            style = {"marker": ".", "color": f"C{index}", "linestyle": "-" if name == "ours" else ":"}
+            sure = [row for row in rows if row["coverage"]]
+            x, y = [100 * row["coverage"] for row in sure], [100 * row["agreement"] for row in sure]
+            left.plot(x, y, label=f"{name}, {cut}", **style)
+            x, y = ([100 * row[f"{what}, exact"] for row in rows] for what in ("cloud", "agreement of all"))
+            right.plot(x, y, label=f"{name}, {cut}", **style)
     left.set(xlabel="tokens decided on the device, %", ylabel="of those as the full model, %", ylim=(80, 100.5))
     right.set(xlabel="the cloud's computation, % of making all tokens itself", ylabel="all tokens as the full model, %")
     for axes in (left, right):
@@ -264,33 +270,24 @@ def plot(result: Row, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-@click.command(
-    epilog="Example: python -m tests.bench.handoff --prompts p.jsonl --other text.txt --json runs/handoff.json"
-)
-@click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
-@click.option("--model", default="smollm2", show_default=True)
-@click.option("--prompts", type=click.Path(path_type=Path, exists=True), required=True, help="As Spec-Bench's.")
-@click.option("--other", type=click.Path(path_type=Path, exists=True), required=True, help="Plain text.")
-@click.option("--every", default=4, show_default=True, type=click.IntRange(1), help="So manyth prompt, by length.")
-@click.option("--passages", "count", default=40, show_default=True, type=click.IntRange(1), help="Of the other text.")
-@click.option("--point", type=click.IntRange(0), help="How rows are coded in ours.  [default: as on a device]")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/handoff"), show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path))
-def main(
-    bundle: Path, model: str, prompts: Path, other: Path, every: int, count: int, point: int | None, work: Path,
-    json_file: Path, plot_file: Path | None,
-) -> None:  # fmt: skip
-    """Measure exits, hidden states and KV fill of a hand-off bundle beside CE-CoLLM's scheme."""
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint.open(model)
-    asked = chats(prompts, checkpoint.tokenizer, every)
-    handoff, llama = Handoff.open(bundle, checkpoint), Llama.load(checkpoint)
-    _, texts = answered(work, llama, checkpoint.tokenizer.eos_ids, asked)
-    traces = trace(llama, texts, handoff.depths)
+@dataclass(frozen=True)
+class Asked:
+    """What every bundle is measured on: the model's answers to prompts, and prompts of another domain."""
+
+    answers: Texts
+    others: list[Texts]
+    other_name: str
+
+
+def measured(folder: Path, checkpoint: Checkpoint, llama: Llama, asked: Asked, point: int | None) -> Row:
+    """All figures of a bundle."""
+    handoff = Handoff.open(folder, checkpoint)
+    traces = trace(llama, asked.answers, handoff.depths)
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     test = observe(checkpoint, exits, traces, range(len(traces)))
-    fill, exact = Fill(*map(torch.from_numpy, handoff.fill())), completed(llama, test.traces, handoff.depth)
+    weight_LOH, bias_LO = handoff.fill()
+    fill = Fill(torch.from_numpy(weight_LOH), torch.from_numpy(bias_LO))
+    exact = completed(llama, test.traces, handoff.depth)
     chosen = point_of(handoff.manifest, point)
     crossing = Crossing(test.traces, handoff.depth, handoff.states)
     crossed, mean_bytes = crossing.at(chosen.prompt_rate, chosen.rate)
@@ -299,36 +296,81 @@ def main(
         "fill": completed(llama, crossed, handoff.depth, fill),
     }
     price, fp16_bytes = costs(checkpoint, handoff.depth), HALF_BYTES * checkpoint.config.hidden
-    others = passages(other, checkpoint.tokenizer, count)
     softmax_EN = test.seen_ENF[:, :, 0].exp()
-    result: Row = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    return {
+        "depth": handoff.depth,
+        "exits": handoff.depths,
         "answers": len(traces),
         "positions": int(test.decides_N.sum()),
+        "exit_agreement": test.right_EN[:, test.decides_N].float().mean(1).tolist(),
         "rows_agreement": float((exact.chosen_N == traces.top_NK[:, 0])[test.decides_N].float().mean()),
         "points": point_rows(llama, handoff, test, exact, crossing),
         "curves": {
             "ours": curve("ours", judged(handoff, test), test, ours, mean_bytes + FRAMING_BYTES, price),
             "CE-CoLLM": curve("CE-CoLLM", softmax_EN, test, {"exact": exact}, fp16_bytes, price),
         },
-        "other": {"text": other.name, **other_domain(llama, checkpoint, handoff, fill, others, chosen)},
-        "prefill": {"text": other.name, "rows": prefill_rows(checkpoint, handoff, others)},
+        "other": {
+            "text": asked.other_name,
+            **other_domain(llama, checkpoint, handoff, fill, asked.others[0], chosen),
+        },
+        "prefill": {
+            "text": asked.other_name,
+            "rows": [row for texts in asked.others for row in prefill_rows(checkpoint, handoff, texts)],
+        },
     }
+
+
+@click.command(
+    epilog="Example: python -m tests.bench.handoff --prompts p.jsonl --other text.txt --json runs/handoff.json"
+)
+@click.option(
+    "--bundle", "bundles", multiple=True, type=click.Path(path_type=Path), show_default=True,
+    default=(Path("models/zoo/smollm2"), Path("models/zoo/smollm2-25")),
+)  # fmt: skip
+@click.option("--model", default="smollm2", show_default=True)
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True), required=True, help="As Spec-Bench's.")
+@click.option("--other", type=click.Path(path_type=Path, exists=True), required=True, help="Plain text.")
+@click.option("--every", default=4, show_default=True, type=click.IntRange(1), help="So manyth prompt, by length.")
+@click.option("--passages", "count", default=40, show_default=True, type=click.IntRange(1), help="Of the other text.")
+@click.option(
+    "--prompt-tokens", "lengths", multiple=True, default=(256, 512), show_default=True, type=click.IntRange(1),
+    help="How long prompts of the other text are.",
+)  # fmt: skip
+@click.option("--point", type=click.IntRange(0), help="How rows are coded in ours.  [default: as on a device]")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/handoff"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path))
+def main(
+    bundles: tuple[Path, ...], model: str, prompts: Path, other: Path, every: int, count: int, lengths: tuple[int, ...],
+    point: int | None, work: Path, json_file: Path, plot_file: Path | None,
+) -> None:  # fmt: skip
+    """Measure exits, hidden states and KV fill of hand-off bundles beside CE-CoLLM's scheme."""
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.open(model)
+    prompt_chats = chats(prompts, checkpoint.tokenizer, every)
+    llama = Llama.load(checkpoint)
+    _, answers = answered(work, llama, checkpoint.tokenizer.eos_ids, prompt_chats)
+    asked = Asked(answers, [passages(other, checkpoint.tokenizer, count, length) for length in lengths], other.name)
+    results = {folder.name: measured(folder, checkpoint, llama, asked, point) for folder in bundles}
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    json_file.write_text(json.dumps({"machine": machine, "bundles": results}, indent=1) + "\n", encoding="utf-8")
     console = Console()
-    console.print(table(result))
-    for row in result["points"]:
-        console.print(
-            f"point {row['point']}: {row['bytes']:.0f} B, {row['of_fp16']:.2f} of fp16, {row['lost']:+.2%} lost"
-        )
-    for row in result["prefill"]["rows"]:
-        console.print(
-            f"KV fill of prompts, {row['kept']} layers kept: {row['time_ratio']:.2f} of the time,"
-            f" {row['agreement']:.1%} agreement on {other.name} (n={row['positions']})"
-        )
+    console.print(table(results))
+    for name, result in results.items():
+        for row in result["points"]:
+            console.print(
+                f"{name}, point {row['point']}: {row['bytes']:.0f} B, {row['of_fp16']:.2f} of fp16,"
+                f" {row['lost']:+.2%} lost"
+            )
+        for row in result["prefill"]["rows"]:
+            console.print(
+                f"{name}, KV fill of {row['prompt_tokens']} tokens, {row['kept']} layers kept:"
+                f" {row['time_ratio']:.2f} of the time, {row['agreement']:.1%} agreement on {other.name}"
+                f" (n={row['positions']})"
+            )
     if plot_file:
-        plot(result, plot_file)
+        plot(results, plot_file)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from models.language.checkpoint import Checkpoint
-from tests.bench.handoff import OTHER_PROMPT, OTHER_TOKENS
+from tests.bench.handoff import OTHER_TOKENS
 from tests.bench.processes import ROOT
 from tests.tiny_handoff import write_tiny_handoff
 
@@ -70,21 +70,26 @@ def test_handoff_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     prompts, other, figures = tmp_path / "prompts.jsonl", tmp_path / "other.txt", tmp_path / "handoff.json"
     prompts.write_text("".join(json.dumps({"turns": [f"What is {word}?"]}) + "\n" for word in ("rain", "a bridge")))
     other.write_text("A river runs to the sea, and a bridge crosses it. " * 40)
-    settings = ("--model", str(tiny_llama), "--bundle", str(bundle), "--every", "1", "--passages", "2", "--point", "1")
+    settings = (
+        "--model", str(tiny_llama), "--bundle", str(bundle), "--every", "1", "--passages", "2", "--point", "1",
+        "--prompt-tokens", "200",
+    )  # fmt: skip
     files = ("--prompts", str(prompts), "--other", str(other), "--work", str(tmp_path), "--json", str(figures))
     printed = run("tests.bench.handoff", *settings, *files, "--plot", str(tmp_path / "handoff.png"))
-    result = json.loads(figures.read_text(encoding="utf-8"))
+    result = json.loads(figures.read_text(encoding="utf-8"))["bundles"]["bundle"]
     assert result["answers"] == 2 and result["positions"] > 20
     assert [row["point"] for row in result["points"]] == [0, 1]
     assert result["points"][0]["bytes"] < result["points"][1]["bytes"] < 160
     (prefill,) = result["prefill"]["rows"]
     assert (prefill["kept"], prefill["prompts"]) == (1, 2) and prefill["time_ratio"] > 0
-    assert prefill["positions"] == 2 * (OTHER_TOKENS - OTHER_PROMPT) and 0 <= prefill["agreement"] <= 1
+    assert (
+        prefill["positions"] == 2 * OTHER_TOKENS and prefill["prompt_tokens"] == 200 and 0 <= prefill["agreement"] <= 1
+    )
     for scheme, rows in result["curves"].items():
         coverages = [row["coverage"] for row in rows]
         assert coverages == sorted(coverages, reverse=True), f"{scheme}: the surer, the fewer"
         assert all(0 < row["cloud, exact"] <= 1 for row in rows)
-    assert result["curves"].keys() == {"ours", "CE-CoLLM"} and "KV fill of prompts" in printed
+    assert result["curves"].keys() == {"ours", "CE-CoLLM"} and "KV fill of 200 tokens" in printed
 
 
 def test_lossless_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:

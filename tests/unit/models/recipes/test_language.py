@@ -106,6 +106,15 @@ def test_an_exit_that_is_not_there(folder: Path, work: Path, made: Path, monkeyp
         language.only_exit(work, 0, str(folder), 5)
 
 
+def test_exits_are_where_one_wants_them(folder: Path) -> None:
+    config = Checkpoint.open(folder).config
+    assert language.exit_depths(config) == (3, 4)
+    assert language.exit_depths(config, (5, 2, 5)) == (2, 5)
+    for chosen in ((0, 3), (6,)):
+        with pytest.raises(InvalidInput, match="expected behind 1 to 5 layers"):
+            language.exit_depths(config, chosen)
+
+
 def test_entries_are_whole_and_long_enough(work: Path) -> None:
     found = entries(work)
     assert len(found) == 24 and found[0].title == "word0"
