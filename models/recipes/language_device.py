@@ -22,11 +22,11 @@ from models.recipes.language_exits import Exit, Traces
 from models.recipes.language_figures import next_logprobs
 
 Tensors = dict[str, NDArray[Any]]
-EXIT_BITS = 3  # of what training changed
+LAYER_BITS, MAP_BITS = 3, 5  # of what training changed
 
 
 def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
-    """As they are stored: what training changed of matrices, in EXIT_BITS; without a judge."""
+    """As they are stored: what training changed of matrices, in a few bits; without a judge."""
     found: Tensors = {"model.norm.weight": exit_.norm_H.detach().numpy(), "map.bias": exit_.map.bias.detach().numpy()}
     matrices: dict[str, Tensor] = {"map.weight": exit_.map.weight}
     for index, layer in enumerate(exit_.layers):
@@ -34,9 +34,8 @@ def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
         matrices.update({f"model.layers.{index}.{name}": each for name, each in own.items()})
     for name, weight in matrices.items():
         array = weight.detach().float().numpy()
-        found |= (
-            packed(array - before(base, len(exit_.layers), name), name, EXIT_BITS) if array.ndim == 2 else {name: array}
-        )
+        bits = MAP_BITS if name == "map.weight" else LAYER_BITS
+        found |= packed(array - before(base, len(exit_.layers), name), name, bits) if array.ndim == 2 else {name: array}
     return found
 
 

@@ -38,20 +38,22 @@ def shipped(request: pytest.FixtureRequest) -> Bundle:
 
 
 def test_there_is_a_zoo_and_it_is_small() -> None:
-    assert [folder.name for folder in FOLDERS] == ["elpv", "fashion", "photos", "smollm2"]
+    assert [folder.name for folder in FOLDERS] == ["elpv", "fashion", "photos", "smollm2", "smollm2-25"]
     assert sum(path.stat().st_size for path in (ROOT / "models" / "zoo").rglob("*") if path.is_file()) <= MAX_ZOO_BYTES
 
 
-def test_exits_of_the_language_model_belong_to_it() -> None:
-    checkpoint = Checkpoint.open("smollm2")
-    handoff = Handoff.open(ROOT / "models" / "zoo" / "smollm2", checkpoint)
+@pytest.mark.parametrize(("name", "depths"), [("smollm2", (15, 20)), ("smollm2-25", (25,))])
+def test_exits_of_the_language_model_belong_to_it(name: str, depths: tuple[int, ...]) -> None:
+    checkpoint, folder = Checkpoint.open("smollm2"), ROOT / "models" / "zoo" / name
+    handoff = Handoff.open(folder, checkpoint)
     manifest = handoff.manifest
     assert manifest.training.command.startswith("python -m models.recipes language") and manifest.training.seconds > 0
-    assert handoff.depths == (15, 20) and len(manifest.rates) >= 4 and len(manifest.thresholds) >= 20
-    assert {path.name for path in (ROOT / "models" / "zoo" / "smollm2").iterdir()} == {*manifest.files, "manifest.json"}
+    assert manifest.name == name and len(manifest.rates) >= 4 and len(manifest.thresholds) >= 20
+    assert handoff.depths == depths and [copy.bits for copy in manifest.copies] == [8, 4]
+    assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
     weight_LOH, _ = handoff.fill()
-    assert weight_LOH.shape == (10, 384, 576)
-    for index in range(2):
+    assert weight_LOH.shape == (30 - depths[-1], 384, 576)
+    for index in range(len(depths)):
         ExitWeights(handoff.exit(index), checkpoint).tensor("map.weight")
         Judge.of(handoff.exit(index))
 
