@@ -29,7 +29,7 @@ demo: env  ## compare the arms on 200 photos over an emulated thin link
 
 demo-language: env  ## a chat by every arm over an emulated link, each token in the colour of where it was made
 	@mkdir -p runs
-	$(BIN)/python -m tests.bench.chat --handoff models/zoo/smollm2 --svg runs/chat.svg
+	$(BIN)/python -m tests.bench.chat --handoff models/zoo/smollm2-25 --svg runs/chat.svg
 
 test: env  ## run every test
 	$(BIN)/python -m pytest tests -q
