@@ -51,6 +51,8 @@ from models.recipes.llama import Llama
 from tests.bench.language import layer_weights
 
 CONFIDENCES = tuple(round(0.3 + step / 100, 2) for step in range(70))
+SURER = (*CONFIDENCES[20:], 0.992, 0.994, 0.996, 0.998, 0.999)  # for perplexity, which few wrong tokens spoil
+NEAR = 1.02  # of the model's perplexity
 OTHER_TOKENS = 64  # of a passage of another domain, behind its prompt
 HALF_BYTES = 2  # CE-CoLLM's hidden states
 FRAMING_BYTES = 4  # of our messages, a row
@@ -71,6 +73,15 @@ class Costs:
     def alone(self) -> float:
         """When the cloud makes a token by itself."""
         return self.layers + self.head
+
+    def computed(self, asked: float, kind: str) -> float:
+        """What the cloud computes where it is asked for this share of tokens, of what it would alone.
+
+        Every row goes through its layers ("exact"), or those it is not asked for through the KV fill ("fill").
+        """
+        if kind == "fill":
+            return (self.fill + asked * (self.behind + self.head)) / self.alone
+        return (self.behind + asked * self.head) / self.alone
 
 
 def costs(checkpoint: Checkpoint, depth: int) -> Costs:
@@ -95,16 +106,12 @@ def curve(
     full_N = test.traces.top_NK[:, 0]
     for confidence in CONFIDENCES:
         each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
-        asked = 1 - each.coverage
         row: Row = {"scheme": name, "confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
         row["interval"] = bounds(each.right_N[each.sure_N])
         for kind, found in done.items():
             whole_N = torch.where(each.sure_N, each.right_N, (found.chosen_N == full_N)[here])
             row[f"agreement of all, {kind}"] = float(whole_N.float().mean())
-            computed = price.behind + asked * price.head
-            if kind == "fill":
-                computed = price.fill + asked * (price.behind + price.head)
-            row[f"cloud, {kind}"] = computed / price.alone
+            row[f"cloud, {kind}"] = price.computed(1 - each.coverage, kind)
         row["bytes_a_token"] = bytes_a_row
         rows.append(row)
     return rows
@@ -147,7 +154,7 @@ def passages(file: Path, tokenizer: Tokenizer, count: int, prompt: int) -> Texts
 def other_domain(
     model: Llama, checkpoint: Checkpoint, handoff: Handoff, fill: Fill, texts: Texts, point: StatePoint
 ) -> Row:
-    """Perplexity on a text of another domain."""
+    """Perplexity on a text of another domain, and what the cloud computes."""
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     traces = trace(model, texts, handoff.depths, torch.float32)
     test = observe(checkpoint, exits, traces, range(len(traces)))
@@ -157,14 +164,15 @@ def other_domain(
     guessed = completed(model, rows_crossed, handoff.depth, fill)
     likely_EN = judged(handoff, test)
     base = float(torch.exp(-exact.next_N[here].mean()))
-    rows = []
-    for confidence in CONFIDENCES[20:]:
+    rows, price = [], costs(checkpoint, handoff.depth)
+    for confidence in SURER:
         each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
         exit_N = test.next_EN[:, here].gather(0, each.exit_N[None])[0]
         row: Row = {"confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
         for kind, found in (("exact", crossed), ("fill", guessed)):
             mixed_N = torch.where(each.sure_N, exit_N, found.next_N[here])
             row[f"perplexity ratio, {kind}"] = float(torch.exp(-mixed_N.mean())) / base
+            row[f"cloud, {kind}"] = price.computed(1 - each.coverage, kind)
         rows.append(row)
     return {"positions": int(here.sum()), "perplexity": base, "curve": rows}
 
@@ -231,20 +239,19 @@ def best(rows: list[Row], agreement: float) -> Row | None:
     return max((row for row in rows if row["agreement"] >= agreement), key=lambda row: row["coverage"], default=None)
 
 
-def table(results: Mapping[str, Row]) -> Table:
-    page = Table("scheme", "from", "device", "agreement", "of all", "cloud", "of all, fill", "cloud, fill", "B/token")
-    for bundle, result in results.items():
-        for name, rows in result["curves"].items():
-            for agreement in (0.9, 0.95, 0.97, 0.98, 0.99):
-                row = best(rows, agreement)
-                if row is not None:
-                    page.add_row(
-                        f"{name}, {bundle}", f"{row['confidence']:.2f}", f"{row['coverage']:.1%}",
-                        f"{row['agreement']:.1%}", f"{row['agreement of all, exact']:.1%}",
-                        f"{row['cloud, exact']:.1%}",
-                        f"{row['agreement of all, fill']:.1%}" if "cloud, fill" in row else "",
-                        f"{row['cloud, fill']:.1%}" if "cloud, fill" in row else "", f"{row['bytes_a_token']:.0f}",
-                    )  # fmt: skip
+def table(bundle: str, result: Row) -> Table:
+    heads = ("scheme", "from", "device", "agreement", "of all", "cloud", "of all, fill", "cloud, fill", "B/token")
+    page = Table(*heads, title=f"{bundle}: cut behind layer {result['depth']}")
+    for name, rows in result["curves"].items():
+        for agreement in (0.9, 0.95, 0.97, 0.98, 0.99):
+            row = best(rows, agreement)
+            if row is not None:
+                page.add_row(
+                    name, f"{row['confidence']:.2f}", f"{row['coverage']:.1%}", f"{row['agreement']:.1%}",
+                    f"{row['agreement of all, exact']:.1%}", f"{row['cloud, exact']:.1%}",
+                    f"{row['agreement of all, fill']:.1%}" if "cloud, fill" in row else "",
+                    f"{row['cloud, fill']:.1%}" if "cloud, fill" in row else "", f"{row['bytes_a_token']:.0f}",
+                )  # fmt: skip
     return page
 
 
@@ -356,8 +363,14 @@ def main(
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     json_file.write_text(json.dumps({"machine": machine, "bundles": results}, indent=1) + "\n", encoding="utf-8")
     console = Console()
-    console.print(table(results))
     for name, result in results.items():
+        console.print(table(name, result))
+        near = [row for row in result["other"]["curve"] if row["perplexity ratio, exact"] <= NEAR]
+        for row in sorted(near, key=lambda row: -row["coverage"])[:1]:
+            console.print(
+                f"{name}, from {row['confidence']}: perplexity {row['perplexity ratio, exact']:.3f} of the model's on"
+                f" {other.name}, {row['coverage']:.1%} of tokens decided, the cloud computes {row['cloud, exact']:.1%}"
+            )
         for row in result["points"]:
             console.print(
                 f"{name}, point {row['point']}: {row['bytes']:.0f} B, {row['of_fp16']:.2f} of fp16,"
