@@ -14,7 +14,7 @@ from models.language.states import StateCodec
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import MAX_STATE_BYTES, write_tiny_handoff
 
-HIDDEN = 32
+HIDDEN = 64
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class Door:
     """A servicer over one generation, and a client's stub."""
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff | None = None) -> None:
-        self.house, self.registry = House(checkpoint, decoder, 100, [handoff]), CollectorRegistry()
+        self.house, self.registry = House(checkpoint, decoder, 100, [handoff] if handoff else []), CollectorRegistry()
         self.generation, self.decoder = self.house.generation, self.house.decoder
         self.metrics = CloudMetrics(self.registry, [])
         worker: Any = None  # no photo comes

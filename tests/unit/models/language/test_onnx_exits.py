@@ -155,7 +155,7 @@ def test_a_text_beyond_the_context_is_refused_and_harms_nothing(parts: tuple[Onn
         ("map.bias", (63,)),
         ("map.weight.scale", (64, 3)),
         ("model.layers.0.self_attn.k_proj.weight.codes", (32, 2, 15)),
-        ("map.weight.zero", (64, 2)),
+        ("map.weight.codes", (64, 1, 9)),
     ],
 )
 def test_broken_tensors_are_refused(
@@ -163,7 +163,7 @@ def test_broken_tensors_are_refused(
 ) -> None:
     tensors = handoff.exit(0)
     broken = {**tensors, name: np.zeros(shape, tensors[name].dtype)}
-    whole = name.removesuffix(".scale").removesuffix(".codes").removesuffix(".zero")
+    whole = name.removesuffix(".scale").removesuffix(".codes")
     with pytest.raises(BundleError, match="tensor"):
         ExitWeights(broken, checkpoint).tensor(whole)
     del broken["map.bias"]
