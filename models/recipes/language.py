@@ -93,10 +93,10 @@ def traces(
     return Traces.joined(found)
 
 
-def exit_at(run: Run, model: Llama, depth: int, first: bool, learnt: Traces, full: Traces) -> Exit:
+def exit_at(run: Run, model: Llama, depth: int, depths: Sequence[int], learnt: Traces, full: Traces) -> Exit:
     """A trained exit; a run that was interrupted goes on."""
     torch.manual_seed(run.seed)
-    exit_ = Exit(model.config, depth, EXIT_LAYERS[not first])
+    exit_ = Exit(model.config, depth, EXIT_LAYERS[depth != depths[0]])
     start(exit_, model, full)
     chosen = [index for index in range(len(learnt)) if index % HELD_OUT]
     return train(run, exit_, model, learnt, chosen)
@@ -128,7 +128,7 @@ def only_exit(work: Path, seed: int, source: str, depth: int, chosen: Sequence[i
     if depth not in depths:
         raise InvalidInput(f"there is no exit at depth {depth}, exits are at {depths}")
     model, learnt, full = prepare(run, checkpoint, depths)
-    exit_at(run, model, depth, depth == depths[0], learnt, full)
+    exit_at(run, model, depth, depths, learnt, full)
 
 
 def make(
@@ -150,10 +150,7 @@ def make(
         "test",
         torch.float32,
     )
-    exits = {
-        depth: exit_tensors(exit_at(run, model, depth, depth == depths[0], learnt, full), checkpoint)
-        for depth in depths
-    }
+    exits = {depth: exit_tensors(exit_at(run, model, depth, depths, learnt, full), checkpoint) for depth in depths}
     held_out = observe(checkpoint, exits, learnt, range(0, len(learnt), HELD_OUT))
     test = observe(checkpoint, exits, tested, range(0, len(tested), TESTED))
 
