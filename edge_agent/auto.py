@@ -1,6 +1,7 @@
 """One answer made by several arms in turn, as the router has it.
 
-    plan: edge -> the device's copy decides what its judge is sure of, the cloud is asked for single tokens
+    plan: edge -> the device's copy decides what its judge is sure of, the cloud is asked for single tokens;
+                  while it works the copy goes on behind its own choice, in vain if the cloud's is another
           else -> that arm, as long as the router finds nothing clearly better
 
 Every arm begins from the text so far, and what a cloud still holds of it is not sent again. Knows nothing about how
@@ -15,12 +16,12 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from edge_agent.cloud_answer import CloudAnswer, Tally
-from edge_agent.collaboration import Collaboration
 from edge_agent.generation import Arm, Ask, Growing, Token, edge_token
 from edge_agent.policy.routing import Doubts, Plan
 from models.language.sampling import Floats
 
 SPAN_TOKENS = 16  # after so many the router is asked again
+MAX_AHEAD = 32  # tokens behind one that the cloud has not decided yet
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Auto(Growing):
         """
         super().__init__(ask, eos_ids)
         self._copy, self._route, self._begin = copy, route, begin
-        self._ready: CloudAnswer | None = None  # that reads the prompt while the device does
+        self._ready: CloudAnswer | None = None  # that was asked for the token behind so many of the text
+        self._ready_for = 0
         self.tally = Tally()
 
     def tokens(self) -> Generator[Token, None, None]:
@@ -63,9 +65,7 @@ class Auto(Growing):
         plan = self._plan(None)
         self.tally.why = plan.why
         if plan.arm == "edge" and plan.asked * self._left >= 1:
-            self._ready = self._begun("cloud", 1)
-            if isinstance(self._ready, Collaboration):
-                self._ready.prepare()
+            self._prepare()  # the cloud reads the prompt while the device does
         try:
             while not self._finished:
                 if plan.arm == "edge":
@@ -89,45 +89,82 @@ class Auto(Growing):
     def _own(self, plan: Plan) -> Generator[Token, None, None]:
         """A few tokens of the device's copy, with what the cloud is asked for in between."""
         assert self._copy is not None
-        for _ in range(min(SPAN_TOKENS, self._left, self._copy.context - len(self._text))):
-            logits_V = self._copy.logits(self._text)
-            likely = 1.0 if self._copy.judge is None else self._copy.judge(logits_V, self._text)
+        until = min(len(self._text) + SPAN_TOKENS, self._copy.context)
+        while len(self._text) < until and not self._finished:
+            choice, likely = self._choice(self._text)
             self._copy.doubts.observe(likely)
             if likely >= plan.likely:
-                yield self._took(edge_token(logits_V, self._ask, len(self._text)), "edge", plan.why)
+                yield self._took(choice, "edge", plan.why)
             else:
-                why = f"the device is {likely:.0%} sure of it, {plan.likely:.0%} needed"
-                yield from self._part("cloud", 1, why)
-            if self._finished:
-                return
+                yield from self._asked(choice, likely, plan)
+
+    def _choice(self, text: Sequence[int]) -> tuple[Token, float]:
+        """The copy's next token, and how likely right that is."""
+        assert self._copy is not None
+        logits_V = self._copy.logits(text)
+        likely = 1.0 if self._copy.judge is None else self._copy.judge(logits_V, text)
+        return edge_token(logits_V, self._ask, len(text)), likely
+
+    def _asked(self, guess: Token, likely: float, plan: Plan) -> Generator[Token, None, None]:
+        """The cloud's next token; if that is `guess`, also what the device decided behind it meanwhile."""
+        assert self._copy is not None
+        asked_s, fresh = time.monotonic(), self._ready is None or self._ready_for != len(self._text)
+        if fresh:
+            self._prepare()
+        assert self._ready is not None
+        ahead, ahead_s = self._look_ahead(guess, plan.likely)
+        answer, self._ready = self._ready, None
+        made = list(self._by(answer, "cloud", f"the device is {likely:.0%} sure of it, {plan.likely:.0%} needed"))
+        waited_s = time.monotonic() - asked_s
+        yield from made
+        right = [token.id for token in made] == [guess.id]
+        if fresh and answer.tally.rtt_s is not None and not answer.tally.degraded:
+            spared_s = answer.tally.rtt_s + answer.tally.cloud_s + (ahead_s if right else 0.0)
+            self._copy.doubts.extra_s.observe(waited_s - spared_s)
+        for token, sure in ahead if right else ():
+            self._copy.doubts.observe(sure)
+            yield self._took(token, "edge", plan.why)
+
+    def _prepare(self) -> None:
+        """Ask the cloud for the next token."""
+        self.close()
+        self._ready, self._ready_for = self._begun("cloud", 1), len(self._text)
+        self._ready.prepare()
+
+    def _look_ahead(self, guess: Token, least: float) -> tuple[list[tuple[Token, float]], float]:
+        """What the copy is sure of behind `guess`, and how sure, until the cloud has answered; seconds spent on it."""
+        assert self._copy is not None and self._ready is not None
+        text, found, spent_s = [*self._text, guess.id], list[tuple[Token, float]](), 0.0
+        room = min(self._left - 1, self._copy.context - len(text), MAX_AHEAD)
+        while len(found) < room and text[-1] not in self._eos_ids and not self._ready.answered:
+            started_s = time.monotonic()
+            token, likely = self._choice(text)
+            if likely < least:
+                break
+            spent_s += time.monotonic() - started_s
+            found.append((token, likely))
+            text.append(token.id)
+        return found, spent_s
 
     def _others(self, plan: Plan) -> Generator[Token, None, Plan]:
         """Tokens of another arm, until there is a better one; the plan to go on by."""
-        with closing(self._part(plan.arm, self._left, plan.why)) as tokens:
+        self.close()
+        with closing(self._by(self._begun(plan.arm, self._left), plan.arm, plan.why)) as tokens:
             for made, token in enumerate(tokens, 1):
                 yield token
                 if made % SPAN_TOKENS == 0 and (better := self._plan(plan.arm)).arm != plan.arm:
                     return better
         return plan
 
-    def _part(self, arm: Arm, tokens: int, why: str) -> Generator[Token, None, None]:
-        """At most so many tokens by an arm that needs the cloud."""
-        if self._ready is not None and (arm, len(self._text)) == ("cloud", len(self._ask.prompt)) and tokens == 1:
-            answer, self._ready = self._ready, None
-        else:
-            self.close()
-            answer = self._begun(arm, tokens)
-        asked_s, waited_s = time.monotonic(), 0.0
+    def _by(self, answer: CloudAnswer, arm: Arm, why: str) -> Generator[Token, None, None]:
+        """The tokens of an answer by an arm that needs the cloud; it ends with them."""
         try:
             with closing(answer.tokens()) as made:
                 for token in made:
-                    waited_s = waited_s or time.monotonic() - asked_s
                     alone = token.source == "edge" and answer.tally.degraded
                     yield self._took(token, "edge" if alone else arm, answer.tally.why if alone else why)
         finally:
             self._end(answer)
-        if self._copy is not None and tokens == 1 and answer.tally.rtt_s is not None and not answer.tally.degraded:
-            self._copy.doubts.overhead_s.observe(max(waited_s - answer.tally.rtt_s - answer.tally.cloud_s, 0.0))
 
     def _begun(self, arm: Arm, tokens: int) -> CloudAnswer:
         return self._begin(replace(self._ask, prompt=tuple(self._text), max_tokens=tokens, arm=arm))

@@ -104,6 +104,14 @@ class CloudAnswer(Growing, ABC):
             elif link is not None:
                 attempts += 1
 
+    def prepare(self) -> None:
+        """Have a cloud work for the first token already, while the device does something else; not all arms can."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether the first token of what was prepared is there, or will not come."""
+        return True
+
     def close(self) -> None:
         """Remember the session, so that the next turn of a chat finds its state in the cloud."""
         self._replicas.keep(self._seat, self._text)

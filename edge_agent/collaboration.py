@@ -91,6 +91,11 @@ class Collaboration(CloudAnswer):
             self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
             self._send(conversation, (), extend=self._left - 1)
 
+    @property
+    def answered(self) -> bool:
+        """Whether the first token of what was prepared is there, or will not come."""
+        return self._ready is None or self._ready[0].answered
+
     def close(self) -> None:
         """Also of what was prepared and not wanted."""
         if self._ready is not None:

@@ -46,7 +46,7 @@ class Conversation:
         self._vocab = vocab
         self._heard = heard
         self._outgoing: SimpleQueue[pb.GenerateRequest | None] = SimpleQueue()
-        self._incoming: SimpleQueue[pb.GenerateResponse | IsthmusError] = SimpleQueue()
+        self._incoming: SimpleQueue[tuple[float, pb.GenerateResponse | IsthmusError]] = SimpleQueue()  # since when
         self._sent: deque[tuple[float, int]] = deque()  # when, and how many bytes, for each round not yet answered
         self._unanswered = 0  # bytes of an opening that the next answer answers too
         self._failure: IsthmusError | None = None
@@ -66,6 +66,11 @@ class Conversation:
         size = self._send(wire_session.pack_round(round_))
         self._sent.append((time.monotonic(), size + self._unanswered))
         self._unanswered = 0
+
+    @property
+    def answered(self) -> bool:
+        """Whether `receive` would not wait: an answer is there, or a failure."""
+        return self._failure is not None or not self._incoming.empty()
 
     def poll(self) -> Committed | None:
         """An answer that is there already, or None. Raises like `receive`."""
@@ -90,7 +95,7 @@ class Conversation:
         if self._failure is not None:
             raise self._failure
         try:
-            message = self._incoming.get(timeout_s > 0, timeout_s or None)
+            came_s, message = self._incoming.get(timeout_s > 0, timeout_s or None)
         except Empty:
             return None
         if isinstance(message, IsthmusError):
@@ -99,14 +104,14 @@ class Conversation:
             raise message
         self.bytes_down += message.ByteSize() + GRPC_PREFIX_BYTES
         committed = wire_session.unpack_committed(message, self._vocab)
-        self._heard(self._reply(committed))
+        self._heard(self._reply(committed, came_s))
         return committed
 
-    def _reply(self, committed: Committed) -> ConversationReply:
+    def _reply(self, committed: Committed, came_s: float) -> ConversationReply:
         if committed.extension or not self._sent:
             return ConversationReply(0, None)
         sent_s, size = self._sent.popleft()
-        way_s = time.monotonic() - sent_s - committed.queue_s - committed.compute_s
+        way_s = came_s - sent_s - committed.queue_s - committed.compute_s
         alone = not self._sent and committed.tokens  # behind another round, or stale, it says nothing about the way
         return ConversationReply(size, max(way_s, 0.0) if alone else None)
 
@@ -126,13 +131,13 @@ class Conversation:
         error: IsthmusError = LinkDown("the cloud ended the stream")
         try:
             for response in self._call:
-                self._incoming.put(response)
+                self._incoming.put((time.monotonic(), response))
         except grpc.RpcError as failure:
             error = rpc_error(failure)
             if isinstance(error, DeadlineExceeded | ContextGone):  # of an answer they mean that the stream goes on
                 error = LinkDown(str(error))
         self._outgoing.put(None)
-        self._incoming.put(error)
+        self._incoming.put((time.monotonic(), error))
 
 
 def rpc_error(failure: grpc.RpcError) -> IsthmusError:

@@ -28,7 +28,7 @@ from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.link import Link
 from edge_agent.policy.breaker import BreakerLimits
 from edge_agent.policy.drafting import Acceptance
-from edge_agent.policy.routing import Plan, Shared, Wish, choose, level_for, offers
+from edge_agent.policy.routing import Own, Plan, Shared, Wish, choose, level_for, offers
 from edge_agent.replicas import Replicas
 from models.errors import BundleError, InvalidInput
 from models.language.architecture import LlamaConfig
@@ -202,15 +202,14 @@ class LanguageAgent:
         """What the router says, by what is believed at present. `usable`: the device's copy can go on."""
         link = self.replicas.best() or next(iter(self.replicas))
         tempo = self._lookup_tempo if self.config.draft == "lookup" else self._tempo
-        edge = None
+        own = None
         if usable and wish.quality <= 0:
-            edge = Level(likely=0, asked=0, wrong=1)
+            own = Own(likely=0, asked=0)
         elif usable and wish.quality < 1 and (level := level_for(self._levels, wish.quality)):
-            edge = self._copy.doubts.on(level)
+            own = self._copy.doubts.on(level)
         drafts = usable or self.config.draft == "lookup"
         layers = self._layers if usable else None
-        edge_s = self._tempo.draft_s.value + (edge.asked * self._copy.doubts.overhead_s.value if edge else 0.0)
-        found = offers(wish, tempo.pace(link), drafts, edge_s, edge, layers)
+        found = offers(wish, tempo.pace(link), drafts, self._tempo.draft_s.value, own, layers)
         return choose(found, wish, now)
 
     def _draft(self, ask: Ask, mine: bool) -> Draft | None:

@@ -4,7 +4,7 @@ The dial is a promise with a number: the share of an answer's tokens that are to
 `cloud` and `verify` keep any. The device's own copy keeps it by asking the cloud for single tokens, those that its
 judge is not sure enough of:
 
-    seconds a token  =  device  +  share asked * (round trip + a pass in the cloud)
+    seconds a token  =  device  +  share asked * (round trip + a pass in the cloud - what is decided meanwhile)
     wrong tokens     =  those that the judge lets through; how many that is, calibration says
 
 Source: token-level routing by the small model's doubt (CITER, Zheng et al., 2025; U-HLM, Oh et al., 2024), with doubt
@@ -77,21 +77,33 @@ class Plan:
     asked: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The device's copy at a level: it asks for the share `asked`, of tokens less than `likely` to be right.
+
+    extra_s: what a question takes beyond round trip and pass; less than nothing where it goes on meanwhile.
+    """
+
+    likely: float
+    asked: float
+    extra_s: float = 0.0
+
+
 class Doubts:
     """How sure the device's judge was of late, and so what share it will ask for: texts differ from one another."""
 
     def __init__(self) -> None:
         self._likely: deque[float] = deque(maxlen=KNOWN_TOKENS)
-        self.overhead_s = Average(0.0)  # of a question, beyond round trip and pass
+        self.extra_s = Average(0.0)  # as of Own
 
     def observe(self, likely: float) -> None:
         self._likely.append(likely)
 
-    def on(self, level: Level) -> Level:
+    def on(self, level: Level) -> Own:
         """With the share that will be asked for: by what the bundle says and what was seen."""
         seen = sum(likely < level.likely for likely in self._likely)
         asked = (PRIOR_TOKENS * level.asked + seen) / (PRIOR_TOKENS + len(self._likely))
-        return level.model_copy(update={"asked": asked})
+        return Own(level.likely, asked, self.extra_s.value)
 
     def fade(self) -> None:
         """Another answer begins: the oldest are forgotten, so that an arm is tried again that was given up."""
@@ -105,31 +117,27 @@ def level_for(levels: Sequence[Level], quality: float) -> Level | None:
 
 
 def offers(
-    wish: Wish, pace: Pace, drafts: bool, edge_s: float, edge: Level | None, shared: Shared | None
+    wish: Wish, pace: Pace, drafts: bool, device_s: float, own: Own | None, shared: Shared | None
 ) -> list[Offer]:
     """Every arm that keeps the wished quality. `drafts`: whether the device can draft at present, at this `pace`.
 
-    `edge`: at which level its copy keeps it, at `edge_s` a token; None: at none.
+    `own`: how its copy keeps it, at `device_s` a token; None: not at all.
     """
-    prices = wish.prices
+    prices, question_s = wish.prices, pace.rtt_s + pace.pass_s
     if drafts and not pace.streams:
         seconds = max(pace.verify_s, pace.measured_s or 0.0)
         rounds = 1 / pace.drafts + 1 - pace.acceptance  # about: one ends full, or at a wrong draft
         found = [Offer("verify", seconds, prices.usd(rounds * ROUND_BYTES, rounds * pace.pass_s, seconds))]
     else:
         found = [Offer("cloud", pace.stream_s, prices.usd(STREAM_BYTES, pace.pass_s, 0.0))]
-    if edge is not None:
-        usd = prices.usd(edge.asked * ROUND_BYTES, edge.asked * pace.pass_s, edge_s)
-        found.append(Offer("edge", edge_s + asking_s(pace, edge.asked), usd, edge.likely, edge.asked))
+    if own is not None:
+        usd = prices.usd(own.asked * ROUND_BYTES, own.asked * pace.pass_s, device_s)
+        seconds = device_s + own.asked * max(question_s + own.extra_s, 0.0)
+        found.append(Offer("edge", seconds, usd, own.likely, own.asked))
     if shared is not None and shared.quality >= wish.quality:
-        usd = prices.usd(shared.state_bytes, shared.asked * shared.work * pace.pass_s, edge_s)
-        found.append(Offer("handoff", edge_s + asking_s(pace, shared.asked), usd))
+        usd = prices.usd(shared.state_bytes, shared.asked * shared.work * pace.pass_s, device_s)
+        found.append(Offer("handoff", device_s + shared.asked * question_s, usd))
     return found
-
-
-def asking_s(pace: Pace, asked: float) -> float:
-    """Seconds a token that are spent on asking the cloud for a share of them, one by one."""
-    return asked * (pace.rtt_s + pace.pass_s)
 
 
 def choose(offers: Sequence[Offer], wish: Wish, now: Arm | None) -> Plan:

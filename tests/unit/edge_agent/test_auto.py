@@ -22,16 +22,15 @@ PROMPT = (3, 4)
 BRAIN = Brain(1, ends=False)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Doubts:
-    """A judge that is sure of all but every so manyth choice."""
+    """A judge that is sure of all but every so manyth token behind a prompt."""
 
     every: int
-    asked: int = 0
+    prompt: int
 
     def __call__(self, logits_V: Floats, text: Sequence[int]) -> float:
-        self.asked += 1
-        return 0.2 if self.asked % self.every == 0 else 0.9
+        return 0.2 if (len(text) - self.prompt + 1) % self.every == 0 else 0.9
 
 
 def wrong(text: Sequence[int]) -> Floats:
@@ -61,7 +60,7 @@ def auto(
     def begin(ask: Ask) -> CloudAnswer:
         return Collaboration(ask, ENDS, replicas, tempo, None, lambda text: edge_token(logits(text), ask, len(text)))
 
-    copy = Copy(logits, context, Doubts(every)) if has_device else None
+    copy = Copy(logits, context, Doubts(every, len(prompt))) if has_device else None
     return Auto(Ask(prompt, TOKENS, "auto", sampling), ENDS, copy, route, begin)
 
 
@@ -92,6 +91,21 @@ def test_what_the_device_decides_is_not_taken_back() -> None:
         expected = BRAIN.next(text) if token.source == "cloud" else int(wrong(text).argmax())
         assert token.id == expected, "each decides for the text before it, whoever made that"
         text.append(token.id)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_while_the_cloud_decides_the_device_goes_on(right: bool) -> None:
+    looked: list[int] = []
+
+    def logits(text: Sequence[int]) -> Floats:
+        looked.append(len(text))
+        return BRAIN.logits(text) if right else wrong(text)
+
+    answer = auto(Cloud(BRAIN, seed=1), always("edge"), every=10, logits=logits)
+    assert len(list(answer.tokens())) == TOKENS
+    asked, again = TOKENS // 10, len(looked) - TOKENS
+    assert answer.tally.rounds == asked
+    assert 0 < again <= asked if right else again > asked, "only behind a wrong guess is anything looked at for nothing"
 
 
 def test_what_the_cloud_holds_is_not_sent_again() -> None:
@@ -200,5 +214,5 @@ def test_what_a_question_really_takes_is_remembered() -> None:
     answer = auto(Cloud(BRAIN), always("edge"))
     assert answer._copy is not None
     assert len(list(answer.tokens())) == TOKENS
-    overhead_s = answer._copy.doubts.overhead_s
-    assert overhead_s._count > 5 and 0 <= overhead_s.value < 1
+    extra_s = answer._copy.doubts.extra_s
+    assert extra_s._count > 5 and abs(extra_s.value) < 1

@@ -228,15 +228,28 @@ def test_what_came_before_a_failure_is_not_lost_with_it(
     cloud: Cloud, conversation: Conversation, heard: list[Any]
 ) -> None:
     conversation.open(OPENING)
+    assert not conversation.answered
     conversation.send(Round(3))
-    until(lambda: conversation._incoming.qsize() == 1)
+    until(lambda: conversation.answered)
     cloud.server.stop(None).wait()
     until(lambda: conversation._incoming.qsize() == 2)
     assert heard == []
     assert conversation.receive(5) == ANSWER
     with pytest.raises(LinkDown):
         conversation.poll()
+    assert conversation.answered, "nobody need wait for what has failed"
     assert [type(reply) for reply in heard] == [ConversationReply, LinkDown]
+
+
+def test_an_answer_that_is_taken_late_says_nothing_bad_of_the_link(
+    cloud: Cloud, conversation: Conversation, heard: list[Any]
+) -> None:
+    conversation.open(OPENING)
+    conversation.send(Round(3))
+    until(lambda: conversation.answered)
+    time.sleep(2.0)
+    conversation.receive(5)
+    assert heard[-1].elapsed_s < 2.0
 
 
 def test_a_stream_that_the_cloud_ends_is_link_down() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edge_agent.policy.drafting import Pace
 from edge_agent.policy.plan import Objective, Prices
-from edge_agent.policy.routing import KNOWN_TOKENS, MARGIN, Doubts, Offer, Shared, Wish, choose, level_for, offers
+from edge_agent.policy.routing import KNOWN_TOKENS, MARGIN, Doubts, Offer, Own, Shared, Wish, choose, level_for, offers
 from models.language.handoff_manifest import Level
 
 LEVELS = (
@@ -17,6 +17,7 @@ LEVELS = (
     Level(likely=0.9, asked=0.2, wrong=0.001),
 )
 EDGE_S = 0.016
+OWN = Own(likely=0.6, asked=0.05)
 SLOW = Pace(rtt_s=0.05, pass_s=0.2, draft_s=EDGE_S, acceptance=0.95)
 FAST = Pace(rtt_s=0.05, pass_s=0.002, draft_s=EDGE_S, acceptance=0.95)
 SHARED = Shared(quality=0.96, asked=0.9, work=1 / 3, state_bytes=378)
@@ -33,10 +34,11 @@ def test_the_level_that_asks_least_and_keeps_the_quality(quality: float, likely:
 
 def test_how_much_is_asked_is_learnt_from_texts() -> None:
     doubts, level = Doubts(), LEVELS[1]
-    assert doubts.on(level) == level
+    assert doubts.on(level) == Own(likely=0.6, asked=0.05, extra_s=0)
     for likely in (0.5, 0.95) * 16:
         doubts.observe(likely)
-    assert doubts.on(level) == Level(likely=0.6, asked=(32 * 0.05 + 16) / 64, wrong=0.01)
+    doubts.extra_s.observe(-0.01)
+    assert doubts.on(level) == Own(likely=0.6, asked=(32 * 0.05 + 16) / 64, extra_s=-0.01)
     assert doubts.on(LEVELS[0]).asked == 0 and doubts.on(LEVELS[2]).asked > doubts.on(level).asked
 
 
@@ -55,7 +57,7 @@ def arms(
     quality: float,
     pace: Pace = SLOW,
     drafts: bool = True,
-    edge: Level | None = LEVELS[1],
+    edge: Own | None = OWN,
     shared: Shared | None = SHARED,
 ) -> list[str]:
     return [offer.arm for offer in offers(Wish(quality), pace, drafts, EDGE_S, edge, shared)]
@@ -70,11 +72,14 @@ def test_only_arms_that_keep_the_quality_are_offered() -> None:
 
 
 def test_what_a_token_takes() -> None:
-    verify, edge, handoff = offers(Wish(0.95), SLOW, True, EDGE_S, LEVELS[1], SHARED)
+    verify, edge, handoff = offers(Wish(0.95), SLOW, True, EDGE_S, OWN, SHARED)
     assert edge.seconds == pytest.approx(EDGE_S + 0.05 * (0.05 + 0.2)) and edge.likely == 0.6
     assert handoff.seconds == pytest.approx(EDGE_S + 0.9 * (0.05 + 0.2))
     assert verify.seconds == SLOW.verify_s
     assert edge.usd < verify.usd and edge.usd < handoff.usd
+    for extra_s, question_s in ((0.1, 0.35), (-0.1, 0.15), (-0.3, 0.0)):
+        seconds = offers(Wish(0.95), SLOW, True, EDGE_S, Own(0.6, 0.05, extra_s), None)[1].seconds
+        assert seconds == pytest.approx(EDGE_S + 0.05 * question_s), "a token never takes less than the device"
     measured = Pace(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15)
     assert offers(Wish(1), measured, True, EDGE_S, None, None)[0].seconds == 0.15
 
@@ -91,7 +96,7 @@ def test_what_is_dear_is_not_taken_when_it_shall_be_cheap() -> None:
 def test_prices_count() -> None:
     free_link = Wish(0.95, "cheapest", Prices(0.0, 1.0))
     dear_link = Wish(0.95, "cheapest", Prices(1.0, 0.0))
-    none = Level(likely=0.99, asked=0.99, wrong=0.0)
+    none = Own(likely=0.99, asked=0.99)
     assert choose(offers(free_link, SLOW, True, EDGE_S, none, SHARED), free_link, None).arm == "verify"
     assert choose(offers(dear_link, FAST, True, EDGE_S, none, SHARED), dear_link, None).arm == "cloud"
 
