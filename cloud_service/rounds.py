@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from models.errors import InvalidInput
 from models.language.kv_cache import KVCache
-from models.language.kv_fill import EXACT_ROWS
+from models.language.kv_fill import EXACT_ROWS, FIRST_ROWS
 from models.language.sampling import Floats, choose, logprobs
 from models.language.session import Committed, Logprobs, Opening, Round
 
@@ -54,7 +54,8 @@ class Text:
     def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
         self.tokens = list(tokens)
         self.kept = opening.kept
-        self._guessed = len(tokens) - EXACT_ROWS if opening.kept else 0  # so many may skip the layers behind `kept`
+        guessed = len(tokens) - EXACT_ROWS if opening.kept else 0
+        self._guessed = range(FIRST_ROWS, max(guessed, FIRST_ROWS))  # rows that may skip the layers behind `kept`
         self.cache: KVCache | None = None
         self.work: Work | None = None
         self._sampling, self._logprobs = opening.sampling, opening.logprobs
@@ -113,12 +114,13 @@ class Text:
         """Rows of the same kind that the round could still use."""
         if self.work is None:
             return 0
-        return (self._guessed if self.guesses else self.extent) - self._held
+        ends = (self._guessed.start, self._guessed.stop) if self._guessed else ()
+        return next((end for end in ends if self._held < end), self.extent) - self._held
 
     @property
     def guesses(self) -> bool:
         """Whether the rows that come next decide nothing, and may skip the layers behind `kept`."""
-        return self._held < self._guessed
+        return self._held in self._guessed
 
     def next_ids(self, count: int) -> list[int]:
         """The next `count` tokens to feed."""

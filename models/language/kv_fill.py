@@ -21,7 +21,7 @@ from models.language.packing import Floats
 from models.language.states import SMALLEST
 
 FIRSTS = 64  # tokens that texts begin with, whose state is kept
-EXACT_ROWS = 32  # of a prompt, the last, that are left to the layers: what follows reads these most
+FIRST_ROWS = EXACT_ROWS = 16  # of a prompt, the first and the last, left to the layers: what follows reads these most
 
 
 class KVFill:

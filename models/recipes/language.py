@@ -1,7 +1,7 @@
 """Exits, hidden states and KV fill of a language model, all else left as it is -> a hand-off bundle.
 
     chats with itself, dictionaries --full model--> traces --distil--> exits --held out--> judges
-                                                          --components--> states    --ridge--> KV fill
+                                                          --components--> states    --ridge, distil--> KV fill
 
 A twentieth of the sequences is held out: judges learn on one half of it, and thresholds are measured on the other.
 """
@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import safetensors.numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import bundle
@@ -34,9 +36,10 @@ from models.recipes.calibrate import interval
 from models.recipes.language_device import Observed, exit_tensors, observe
 from models.recipes.language_exits import Exit, Traces, start, trace, train
 from models.recipes.language_figures import Crossing, Fill, answered, chats, completed
+from models.recipes.language_fill import fit_maps, train_maps
 from models.recipes.language_judge import decided, judged, train_judge
 from models.recipes.language_router import copies
-from models.recipes.language_states import RATE_BYTES, fit_fill, fit_states
+from models.recipes.language_states import RATE_BYTES, fit_states
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from models.recipes.trainer import Run
@@ -91,6 +94,21 @@ def traces(
             path.with_suffix(".part").replace(path)
         found.append(Traces(**torch.load(path, weights_only=True, mmap=True)))
     return Traces.joined(found)
+
+
+def filling(run: Run, model: Llama, checkpoint: Checkpoint, depth: int, full: Traces) -> dict[str, NDArray[Any]]:
+    """The tensors of `fill.safetensors`."""
+    entries = language_text.entries(run.folder)
+    chats = language_text.chats(run.folder, model, checkpoint.tokenizer, entries, run.seed)
+    long = [
+        language_text.long_texts(language_text.shuffled(entries, checkpoint.tokenizer, run.seed)),
+        language_text.long_texts(ids for each in chats for ids in each.sequences()),
+    ]
+    parts = [part for texts in long for part in language_text.parted(texts)]
+    learnt = traces(
+        run, model, {f"long-{index}": part for index, part in enumerate(parts)}, (depth, model.config.layers)
+    )
+    return train_maps(run, fit_maps(model, full, depth), model, learnt, depth).tensors()
 
 
 def exit_at(run: Run, model: Llama, depth: int, depths: Sequence[int], learnt: Traces, full: Traces) -> Exit:
@@ -165,7 +183,7 @@ def make(
 
     rows_NH = learnt.rows[depths[-1]][learnt.later_N]
     states = fit_states(rows_NH[:: len(rows_NH) // STATE_ROWS + 1].float().numpy())
-    fill = fit_fill(model, full, depths[-1])
+    fill = filling(run, model, checkpoint, depths[-1], full)
     codec = StateCodec(states, model.config.hidden, len(RATE_BYTES), MAX_STATE_BYTES)
     answering = [s for s in range(0, len(learnt), HELD_OUT) if learnt.answers[s] < learnt.bounds(s)[1] - 1]
     rates, points = crossing(model, observe(checkpoint, exits, learnt, answering[::CROSSED]), depths[-1], codec)

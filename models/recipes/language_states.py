@@ -1,7 +1,6 @@
-"""What crosses and what is filled in: the basis and tables of hidden states, and keys and values straight from them.
+"""What crosses: the basis and tables of hidden states.
 
-Sources: transform coding of a layer's rows by their principal components with integer tables is ours; the ridge maps
-are KV Prediction (Horton et al., 2024) in closed form, from the model's own rows.
+Transform coding of a layer's rows by their principal components, with integer tables, is ours.
 """
 
 from __future__ import annotations
@@ -10,21 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from models.codecs.contextual import to_tensors
-from models.language.kv_fill import normalised
-from models.language.packing import packed
 from models.language.states import components, sizes
 from models.recipes.fit_tables import fit
-from models.recipes.language_exits import Traces, ridge
-from models.recipes.llama import Layer, Llama
 
 Floats = NDArray[np.float32]
 RATE_BYTES = (75, 110, 155, 205, 245, 305)  # of a row, for each rate; 576 values in 16 bits have 1,152
-FILL_BITS = 5  # of a weight
 SIZE_GAIN = 12.0  # integers an octave of a row's size: within 3 %, over ten octaves to either side
 LARGEST = 120.0  # integer, of 127, that a component of the rows at hand takes
 BISECTIONS = 14
@@ -59,25 +51,3 @@ def gain_for(latents_NC: Floats, size: float) -> float:
             bits += float(np.log2(len(values_N)) - (counts * np.log2(counts)).sum() / len(values_N))
         low, high = (gain, high) if bits / 8 < size else (low, gain)
     return float((low * high) ** 0.5)
-
-
-def fit_fill(model: Llama, traces: Traces, depth: int) -> dict[str, NDArray[Any]]:
-    """The tensors of `fill.safetensors`; `traces` has the rows of every depth from `depth` to the last layer's own.
-
-    First tokens teach nothing: theirs are not guessed.
-    """
-    later_N = traces.later_N
-    x_NH = normalised(traces.rows[depth][later_N].float())
-    weights, biases = [], []
-    for index in range(depth, model.config.layers):
-        weight_OH, bias_O = ridge(x_NH, keys_values(model.layers[index], traces.rows[index][later_N]), 1e-3)
-        weights.append(weight_OH.numpy())
-        biases.append(bias_O.to(torch.float16).numpy())
-    return {**packed(np.concatenate(weights), "weight", FILL_BITS), "bias": np.stack(biases)}
-
-
-def keys_values(layer: Layer, rows: Tensor) -> Tensor:
-    """Keys, not rotated, then values (.., 2 * kv_heads * head_dim) that a layer makes of its rows."""
-    h = layer.norm(rows.to(layer.weight("input_layernorm").dtype), "input_layernorm")
-    parts = [h @ layer.weight(f"self_attn.{part}_proj").T for part in ("k", "v")]
-    return torch.cat(parts, -1).float()

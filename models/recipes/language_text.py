@@ -7,10 +7,9 @@ Source: Xu et al., "Magpie" (2024), for questions sampled from the template.
 from __future__ import annotations
 
 import gzip
-import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ OWN_SHARE = 0.4  # of questions that the model makes up
 WANTED_ENTRIES = 2000
 LEAST_CHARACTERS = 200  # of an entry
 PART = 250  # entries that are run at once
+LONG_TEXTS, LONG_TOKENS = 480, 640  # of each kind
 
 ABOUT = (
     "Summarize the following text in one or two sentences:\n\n{text}",
@@ -87,6 +87,10 @@ class Texts:
     ends_S: NDArray[np.int64]
     answers_S: NDArray[np.int64]
 
+    def sequences(self) -> list[list[int]]:
+        """The token ids of each."""
+        return [part.tolist() for part in np.split(self.ids_N, self.ends_S[:-1])]
+
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".part.npz")
         np.savez(partial, ids=self.ids_N, ends=self.ends_S, answers=self.answers_S)
@@ -114,10 +118,22 @@ def plain_texts(entries: Sequence[Entry], tokenizer: Tokenizer, seed: int) -> Te
     return Texts.of([(each, len(each)) for each in ids])
 
 
+def long_texts(sequences: Iterable[Sequence[int]]) -> Texts:
+    """Sequences one after another, cut into at most LONG_TEXTS of LONG_TOKENS; what is left over is dropped."""
+    ids = [id_ for sequence in sequences for id_ in sequence][: LONG_TEXTS * LONG_TOKENS]
+    starts = range(0, len(ids) - LONG_TOKENS + 1, LONG_TOKENS)
+    return Texts.of([(ids[start : start + LONG_TOKENS], LONG_TOKENS) for start in starts])
+
+
+def shuffled(entries: Sequence[Entry], tokenizer: Tokenizer, seed: int) -> list[list[int]]:
+    """Entries in random order, a blank line behind each."""
+    chosen = random.Random(seed).sample(list(entries), len(entries))
+    return [tokenizer.encode(f"{entry.title}\n{entry.text}\n\n") for entry in chosen]
+
+
 def parted(texts: Texts) -> list[Texts]:
     """The same sequences in parts of PART."""
-    bounds = np.r_[0, texts.ends_S]
-    sequences = [(texts.ids_N[start:end].tolist(), end - start) for start, end in itertools.pairwise(bounds.tolist())]
+    sequences = [(ids, len(ids)) for ids in texts.sequences()]
     return [Texts.of(sequences[start : start + PART]) for start in range(0, len(sequences), PART)]
 
 

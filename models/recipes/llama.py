@@ -134,7 +134,10 @@ class Llama(nn.Module):
     def embed(self, ids_BT: Tensor) -> Tensor:
         return F.embedding(ids_BT, self.embedding_VH).float()
 
+    def normed(self, x: Tensor) -> Tensor:
+        """Rows behind the last layer as the output head takes them."""
+        return F.rms_norm(x, self.norm_H.shape, self.norm_H.float(), self.config.norm_eps)
+
     def logits(self, x: Tensor) -> Tensor:
         """Of rows behind the last layer. The output head is the embedding: models without tied weights are not read."""
-        h = F.rms_norm(x, self.norm_H.shape, self.norm_H.float(), self.config.norm_eps).to(self.embedding_VH.dtype)
-        return F.linear(h, self.embedding_VH)
+        return F.linear(self.normed(x).to(self.embedding_VH.dtype), self.embedding_VH)

@@ -169,7 +169,7 @@ def test_a_fill_leaves_the_end_of_a_prompt_to_the_layers() -> None:
     text = new_text(fill=True)
     text.begin(round_of([1] * (2 * FILL_ROWS + EXACT_ROWS), 0), 0.0)
     assert text.rows == 1, "a turn of filling"
-    assert rows_run(text, 16) == [(FILL_ROWS, 0), (FILL_ROWS, 16), (0, EXACT_ROWS - 16)]
+    assert rows_run(text, 10) == [(FILL_ROWS, 0), (FILL_ROWS, 10), (0, EXACT_ROWS - 10)]
 
 
 def test_behind_a_prompt_a_fill_takes_one_row_of_a_pass_at_most() -> None:

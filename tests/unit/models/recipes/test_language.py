@@ -18,8 +18,19 @@ from models.language.checkpoint import Checkpoint
 from models.language.handoff import Handoff
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.onnx_exits import ExitingDecoder
-from models.recipes import language, language_exits, language_figures, language_text
-from models.recipes.language_text import Entry, Texts, ask, cut, entries, generate, parted, plain_texts
+from models.recipes import language, language_exits, language_figures, language_fill, language_text
+from models.recipes.language_text import (
+    Entry,
+    Texts,
+    ask,
+    cut,
+    entries,
+    generate,
+    long_texts,
+    parted,
+    plain_texts,
+    shuffled,
+)
 from models.recipes.llama import Llama
 from models.recipes.trainer import Run
 from tests.bench.tiny_llama import write_tiny_llama
@@ -51,6 +62,11 @@ def made(folder: Path, work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             (language_text, "CHATS", 6),
             (language_text, "ANSWER_TOKENS", 12),
             (language_text, "QUESTION_TOKENS", 6),
+            (language_text, "LONG_TOKENS", 100),
+            (language_fill, "LONG_TOKENS", 100),
+            (language_fill, "LEAST_PROMPT", 40),
+            (language_fill, "FOLLOWING", 8),
+            (language_fill, "EPOCHS", 1),
             (language_exits, "EPOCHS", 1),
             (language_figures, "ANSWER_TOKENS", 10),
             (language, "HELD_OUT", 3),
@@ -131,6 +147,20 @@ def test_texts_are_kept_and_parted(work: Path, folder: Path, tmp_path: Path, mon
     assert [len(part.ends_S) for part in parts] == [10, 10, 4]
     assert np.array_equal(np.concatenate([part.ids_N for part in parts]), texts.ids_N)
     assert np.array_equal(texts.answers_S, texts.ends_S), "running text has no answer"
+
+
+@pytest.mark.parametrize("wanted", [10, 10_000])
+def test_long_texts_are_entries_one_after_another(
+    work: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
+) -> None:
+    monkeypatch.setattr(language_text, "LONG_TEXTS", wanted)
+    monkeypatch.setattr(language_text, "LONG_TOKENS", 100)
+    known, tokenizer = entries(work), Checkpoint.open(folder).tokenizer
+    texts = long_texts(shuffled(known, tokenizer, 0))
+    assert texts.ends_S.tolist() == [100 * (index + 1) for index in range(len(texts.ends_S))]
+    *whole, _ = tokenizer.decode(texts.ids_N.tolist()).split("\n\n")
+    assert len(texts.ends_S) == 10 if wanted == 10 else len(whole) == len(known) - 1, "all there are, but the last end"
+    assert len(set(whole)) == len(whole) and set(whole) <= {f"{entry.title}\n{entry.text}" for entry in known}
 
 
 def test_questions_are_of_their_entry(folder: Path) -> None:
