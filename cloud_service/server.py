@@ -83,7 +83,9 @@ async def serve(config: CloudConfig) -> None:
     for name in ("", SERVICE_NAME):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     held = [(info.name, info.fingerprint) for info in bundles] + [(info.name, info.fingerprint) for info in models]
-    held += [(f"hand-off of {info.name}", handoff) for info in models for handoff in info.handoffs]
+    for model in models:
+        for each in handoffs[model.fingerprint]:
+            held.append((f"hand-off of {model.name} behind layer {each.depth}", each.fingerprint))
     names = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in held)
     log.info("serving %s on port %d, metrics on port %s", names, bound.grpc_port, bound.metrics_port)
     await stopping.wait()

@@ -270,7 +270,8 @@ def crossing(model: Llama, seen: Observed, depth: int, codec: StateCodec) -> tup
         if point.agreement > best:
             points.append(point)
             best = point.agreement
-    rates = [StateRate(mean_bytes=float(sizes_N.mean()), max_bytes=int(sizes_N.max())) for sizes_N in crossed.sizes]
+    sizes = [crossed.coded(rate)[1] for rate in codec.rates]
+    rates = [StateRate(mean_bytes=float(sizes_N.mean()), max_bytes=int(sizes_N.max())) for sizes_N in sizes]
     return rates, points
 
 

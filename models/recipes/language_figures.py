@@ -84,31 +84,36 @@ class Fill:
 
 
 class Crossing:
-    """Rows of texts as they come to the cloud: at every rate, all but the first of each text."""
+    """Rows of texts as they come to the cloud, all but the first of each text coded; at each rate once it is wanted."""
 
     def __init__(self, traces: Traces, depth: int, codec: StateCodec) -> None:
-        self._traces, self._depth = traces, depth
-        self._coded, self.sizes = [], list[NDArray[np.int64]]()  # (N,) bytes of each row, by rate
-        rows_NH = traces.rows[depth].float()
-        starts = [traces.bounds(sequence)[0] for sequence in range(len(traces))]
-        sent_NH = rows_NH.clone()
-        sent_NH[starts] = 0
-        for rate in track(codec.rates, "coding rows"):
-            payloads = codec.encode(sent_NH.numpy(), rate)
-            coded_NH = torch.from_numpy(codec.decode(payloads, rate))
-            coded_NH[starts] = rows_NH[starts]
-            self._coded.append(coded_NH)
-            self.sizes.append(np.array([len(payload) for payload in payloads]))
-            self.sizes[-1][starts] = 0
-        self._prompt_N = torch.zeros(len(rows_NH), dtype=torch.bool)
-        for sequence, start in enumerate(starts):
-            self._prompt_N[start : traces.answers[sequence] - 1] = True
+        self._traces, self._depth, self._codec = traces, depth, codec
+        self._starts = [traces.bounds(sequence)[0] for sequence in range(len(traces))]
+        self._coded: dict[int, tuple[Tensor, NDArray[np.int64]]] = {}
+        self._prompt_N = torch.zeros(traces.ends[-1], dtype=torch.bool)
+        for start, answer in zip(self._starts, traces.answers, strict=True):
+            self._prompt_N[start : answer - 1] = True
+
+    def coded(self, rate: int) -> tuple[Tensor, NDArray[np.int64]]:
+        """Rows (N, hidden) at a rate, and bytes (N,) of each."""
+        if rate not in self._coded:
+            rows_NH = self._traces.rows[self._depth].float()
+            sent_NH = rows_NH.clone()
+            sent_NH[self._starts] = 0
+            payloads = self._codec.encode(sent_NH.numpy(), rate)
+            coded_NH = torch.from_numpy(self._codec.decode(payloads, rate))
+            coded_NH[self._starts] = rows_NH[self._starts]
+            sizes_N = np.array([len(payload) for payload in payloads])
+            sizes_N[self._starts] = 0
+            self._coded[rate] = coded_NH, sizes_N
+        return self._coded[rate]
 
     def at(self, prompt_rate: int, rate: int) -> tuple[Traces, float]:
         """With prompts at one rate and answers at another, and bytes of a row on average."""
-        rows_NH = torch.where(self._prompt_N[:, None], self._coded[prompt_rate], self._coded[rate])
-        sizes_N = np.where(self._prompt_N.numpy(), self.sizes[prompt_rate], self.sizes[rate])
-        return replace(self._traces, rows={self._depth: rows_NH}), float(sizes_N.mean())
+        (prompts_NH, prompt_sizes_N), (answers_NH, sizes_N) = self.coded(prompt_rate), self.coded(rate)
+        rows_NH = torch.where(self._prompt_N[:, None], prompts_NH, answers_NH)
+        mean_bytes = float(np.where(self._prompt_N.numpy(), prompt_sizes_N, sizes_N).mean())
+        return replace(self._traces, rows={self._depth: rows_NH}), mean_bytes
 
 
 @dataclass(frozen=True)

@@ -253,4 +253,7 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
 
     watched(play(), caplog)
     assert caplog.messages[-1] == "drained"
-    assert any(f"hand-off of one {handoff.fingerprint.hex()[:12]}" in message for message in caplog.messages)
+    assert any(
+        f"hand-off of one behind layer {handoff.depth} {handoff.fingerprint.hex()[:12]}" in message
+        for message in caplog.messages
+    )

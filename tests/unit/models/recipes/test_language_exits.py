@@ -206,10 +206,11 @@ def test_rows_cross_at_the_rate_of_their_place(model: Llama, traces: Traces) -> 
     assert torch.equal(rows[0], traces.rows[1][start].float())
     assert torch.equal(rows[1 : prompt - 1], low.rows[1][start + 1 : ends])
     assert torch.equal(rows[prompt - 1 :], high.rows[1][ends:end])
+    (_, cheap_N), (_, dear_N) = crossing.coded(0), crossing.coded(1)
     sizes_N = np.concatenate(
         [
-            [0, *crossing.sizes[0][a + 1 : a + prompt - 1], *crossing.sizes[1][a + prompt - 1 : b]]
+            [0, *cheap_N[a + 1 : a + prompt - 1], *dear_N[a + prompt - 1 : b]]
             for a, b in map(traces.bounds, range(len(traces)))
         ]
     )
-    assert mean_bytes == pytest.approx(sizes_N.mean()) and crossing.sizes[0][start] == 0
+    assert mean_bytes == pytest.approx(sizes_N.mean()) and cheap_N[start] == 0
