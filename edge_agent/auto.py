@@ -119,8 +119,8 @@ class Auto(Growing):
         yield from made
         right = [token.id for token in made] == [guess.id]
         if fresh and answer.tally.rtt_s is not None and not answer.tally.degraded:
-            spared_s = answer.tally.rtt_s + answer.tally.cloud_s + (ahead_s if right else 0.0)
-            self._copy.doubts.extra_s.observe(waited_s - spared_s)
+            expected_s = max(answer.tally.rtt_s + answer.tally.cloud_s, ahead_s)
+            self._copy.doubts.answered(right, max(waited_s - expected_s, 0.0))
         for token, sure in ahead if right else ():
             self._copy.doubts.observe(sure)
             yield self._took(token, "edge", plan.why)

@@ -14,6 +14,7 @@ often the copy will be wrong in the rest (correlation below 0.2 on Spec-Bench).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from edge_agent.policy.plan import Objective, Prices
 from models.language.handoff_manifest import Level
 
 KNOWN_TOKENS, PRIOR_TOKENS = 128, 32  # that say how often the device asks: the last ones, and the bundle's word
+GUESSED, PRIOR_GUESSES = 0.7, 16  # share of questions that are answered as the device guessed: of so many more
 FADING = 8  # a share of one in so many is forgotten with each answer
 MARGIN = 0.9  # another arm than the one at work must look this much better: a change costs a round trip
 STREAM_BYTES = 2.0  # that go up for a token: an opening, once an answer
@@ -81,12 +83,24 @@ class Plan:
 class Own:
     """The device's copy at a level: it asks for the share `asked`, of tokens less than `likely` to be right.
 
-    extra_s: what a question takes beyond round trip and pass; less than nothing where it goes on meanwhile.
+    overhead_s: of a question, beyond round trip and pass. guessed: share of questions that are answered as it guessed.
     """
 
     likely: float
     asked: float
-    extra_s: float = 0.0
+    overhead_s: float = 0.0
+    guessed: float = GUESSED
+
+    def question_s(self, pace: Pace, device_s: float) -> float:
+        """What a question takes, less what the device, at `device_s` a token, decides meanwhile: until it doubts again.
+
+        That counts if its guess was right.
+        """
+        whole_s, sure = pace.rtt_s + pace.pass_s + self.overhead_s, 1 - self.asked
+        if self.asked <= 0 or device_s <= 0:
+            return whole_s * (1 - self.guessed)
+        run = sure * (1 - math.pow(sure, whole_s / device_s)) / self.asked  # tokens until the next doubt, or the answer
+        return whole_s - self.guessed * min(run * device_s, whole_s)
 
 
 class Doubts:
@@ -94,16 +108,23 @@ class Doubts:
 
     def __init__(self) -> None:
         self._likely: deque[float] = deque(maxlen=KNOWN_TOKENS)
-        self.extra_s = Average(0.0)  # as of Own
+        self._guesses: deque[bool] = deque(maxlen=KNOWN_TOKENS)  # at what was asked for: whether they were right
+        self._overhead_s = Average(0.0)
 
     def observe(self, likely: float) -> None:
         self._likely.append(likely)
+
+    def answered(self, guessed: bool, overhead_s: float) -> None:
+        """A question was, as the device had guessed or not; it took so much longer than it should."""
+        self._guesses.append(guessed)
+        self._overhead_s.observe(overhead_s)
 
     def on(self, level: Level) -> Own:
         """With the share that will be asked for: by what the bundle says and what was seen."""
         seen = sum(likely < level.likely for likely in self._likely)
         asked = (PRIOR_TOKENS * level.asked + seen) / (PRIOR_TOKENS + len(self._likely))
-        return Own(level.likely, asked, self.extra_s.value)
+        guessed = (PRIOR_GUESSES * GUESSED + sum(self._guesses)) / (PRIOR_GUESSES + len(self._guesses))
+        return Own(level.likely, asked, self._overhead_s.value, guessed)
 
     def fade(self) -> None:
         """Another answer begins: the oldest are forgotten, so that an arm is tried again that was given up."""
@@ -123,7 +144,7 @@ def offers(
 
     `own`: how its copy keeps it, at `device_s` a token; None: not at all.
     """
-    prices, question_s = wish.prices, pace.rtt_s + pace.pass_s
+    prices = wish.prices
     if drafts and not pace.streams:
         seconds = max(pace.verify_s, pace.measured_s or 0.0)
         rounds = 1 / pace.drafts + 1 - pace.acceptance  # about: one ends full, or at a wrong draft
@@ -132,11 +153,11 @@ def offers(
         found = [Offer("cloud", pace.stream_s, prices.usd(STREAM_BYTES, pace.pass_s, 0.0))]
     if own is not None:
         usd = prices.usd(own.asked * ROUND_BYTES, own.asked * pace.pass_s, device_s)
-        seconds = device_s + own.asked * max(question_s + own.extra_s, 0.0)
+        seconds = device_s + own.asked * own.question_s(pace, device_s)
         found.append(Offer("edge", seconds, usd, own.likely, own.asked))
     if shared is not None and shared.quality >= wish.quality:
         usd = prices.usd(shared.state_bytes, shared.asked * shared.work * pace.pass_s, device_s)
-        found.append(Offer("handoff", device_s + shared.asked * question_s, usd))
+        found.append(Offer("handoff", device_s + shared.asked * (pace.rtt_s + pace.pass_s), usd))
     return found
 
 

@@ -159,6 +159,7 @@ def run(
     done = {(row["method"], row["rtt_ms"], row["slowdown"]) for row in rows}
     todo = [key for key in product(ways, settings["rtts_ms"], settings["slowdowns"]) if key not in done]
     mine, theirs = share_cores()
+    torch.set_num_threads(len(mine))  # more threads than cores wait for each other
     checkpoint = Checkpoint.open(model)
     depth = Handoff.open(handoff, checkpoint).depth if handoff else 0
     flops = {way.arm: 2 * parameters(checkpoint.config, depth * (way.arm == "handoff")) for way in ways.values()}

@@ -14,6 +14,7 @@ from edge_agent.generation import Arm, Ask, Span, edge_token
 from edge_agent.policy.routing import Plan
 from edge_agent.replicas import Replicas
 from models.errors import LinkDown
+from models.language.handoff_manifest import Level
 from models.language.sampling import GREEDY, Floats, Sampling
 from tests.unit.edge_agent.scripted_cloud import ENDS, Brain, Cloud
 
@@ -214,5 +215,5 @@ def test_what_a_question_really_takes_is_remembered() -> None:
     answer = auto(Cloud(BRAIN), always("edge"))
     assert answer._copy is not None
     assert len(list(answer.tokens())) == TOKENS
-    extra_s = answer._copy.doubts.extra_s
-    assert extra_s._count > 5 and abs(extra_s.value) < 1
+    own = answer._copy.doubts.on(Level(likely=0.5, asked=0.25, wrong=0))
+    assert 0 < own.overhead_s < 1 and own.guessed > 0.8, "its guesses are the model's choices"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,11 +37,11 @@ def test_the_level_that_asks_least_and_keeps_the_quality(quality: float, likely:
 
 def test_how_much_is_asked_is_learnt_from_texts() -> None:
     doubts, level = Doubts(), LEVELS[1]
-    assert doubts.on(level) == Own(likely=0.6, asked=0.05, extra_s=0)
+    assert doubts.on(level) == OWN
     for likely in (0.5, 0.95) * 16:
         doubts.observe(likely)
-    doubts.extra_s.observe(-0.01)
-    assert doubts.on(level) == Own(likely=0.6, asked=(32 * 0.05 + 16) / 64, extra_s=-0.01)
+    doubts.answered(False, 0.01)
+    assert doubts.on(level) == Own(likely=0.6, asked=(32 * 0.05 + 16) / 64, overhead_s=0.01, guessed=16 * 0.7 / 17)
     assert doubts.on(LEVELS[0]).asked == 0 and doubts.on(LEVELS[2]).asked > doubts.on(level).asked
 
 
@@ -73,15 +76,35 @@ def test_only_arms_that_keep_the_quality_are_offered() -> None:
 
 def test_what_a_token_takes() -> None:
     verify, edge, handoff = offers(Wish(0.95), SLOW, True, EDGE_S, OWN, SHARED)
-    assert edge.seconds == pytest.approx(EDGE_S + 0.05 * (0.05 + 0.2)) and edge.likely == 0.6
+    assert edge.seconds == pytest.approx(EDGE_S + 0.05 * OWN.question_s(SLOW, EDGE_S)) and edge.likely == 0.6
     assert handoff.seconds == pytest.approx(EDGE_S + 0.9 * (0.05 + 0.2))
     assert verify.seconds == SLOW.verify_s
     assert edge.usd < verify.usd and edge.usd < handoff.usd
-    for extra_s, question_s in ((0.1, 0.35), (-0.1, 0.15), (-0.3, 0.0)):
-        seconds = offers(Wish(0.95), SLOW, True, EDGE_S, Own(0.6, 0.05, extra_s), None)[1].seconds
-        assert seconds == pytest.approx(EDGE_S + 0.05 * question_s), "a token never takes less than the device"
     measured = Pace(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15)
     assert offers(Wish(1), measured, True, EDGE_S, None, None)[0].seconds == 0.15
+
+
+def test_a_question_takes_what_the_device_cannot_use() -> None:
+    whole_s = SLOW.rtt_s + SLOW.pass_s
+
+    def takes(asked: float, guessed: float, device_s: float = EDGE_S, overhead_s: float = 0.0) -> float:
+        return Own(0.6, asked, overhead_s, guessed).question_s(SLOW, device_s)
+
+    assert takes(0.2, 0.0) == pytest.approx(whole_s) and takes(0.2, 0.0, overhead_s=0.1) == pytest.approx(whole_s + 0.1)
+    assert takes(1.0, 1.0) == pytest.approx(whole_s), "it is never sure enough to go on"
+    assert takes(0.0, 0.7) == takes(0.2, 0.7, device_s=0.0) == pytest.approx(0.3 * whole_s)
+    assert takes(1e-6, 0.7) == pytest.approx(0.3 * whole_s, rel=1e-3)
+    chance, found = random.Random(0), []
+    for _ in range(20_000):  # a token after the other, until one is doubted or the answer is there
+        run = next(tokens for tokens in itertools.count() if chance.random() < 0.1 or tokens * EDGE_S >= whole_s)
+        found.append(whole_s - min(run * EDGE_S, whole_s) * (chance.random() < 0.7))
+    assert takes(0.1, 0.7) == pytest.approx(sum(found) / len(found), rel=0.03)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_question_never_takes_less_than_nothing(asked: float, guessed: float, device_s: float, over_s: float) -> None:
+    whole_s = SLOW.rtt_s + SLOW.pass_s + over_s
+    assert -1e-9 <= Own(0.6, asked, over_s, guessed).question_s(SLOW, device_s) <= whole_s + 1e-9
 
 
 def test_what_is_dear_is_not_taken_when_it_shall_be_cheap() -> None:
