@@ -92,7 +92,7 @@ class Auto(Growing):
         until = min(len(self._text) + SPAN_TOKENS, self._copy.context)
         while len(self._text) < until and not self._finished:
             choice, likely = self._choice(self._text)
-            self._copy.doubts.observe(likely)
+            self._learn(likely)
             if likely >= plan.likely:
                 yield self._took(choice, "edge", plan.why)
             else:
@@ -104,6 +104,11 @@ class Auto(Growing):
         logits_V = self._copy.logits(text)
         likely = 1.0 if self._copy.judge is None else self._copy.judge(logits_V, text)
         return edge_token(logits_V, self._ask, len(text)), likely
+
+    def _learn(self, likely: float) -> None:
+        """How sure the judge is of a token of this answer."""
+        if self._copy is not None and self._copy.judge is not None:
+            self._copy.doubts.observe(likely)
 
     def _asked(self, guess: Token, likely: float, plan: Plan) -> Generator[Token, None, None]:
         """The cloud's next token; if that is `guess`, also what the device decided behind it meanwhile."""
@@ -122,7 +127,7 @@ class Auto(Growing):
             expected_s = max(answer.tally.rtt_s + answer.tally.cloud_s, ahead_s)
             self._copy.doubts.answered(right, max(waited_s - expected_s, 0.0))
         for token, sure in ahead if right else ():
-            self._copy.doubts.observe(sure)
+            self._learn(sure)
             yield self._took(token, "edge", plan.why)
 
     def _prepare(self) -> None:

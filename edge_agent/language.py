@@ -28,7 +28,7 @@ from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.link import Link
 from edge_agent.policy.breaker import BreakerLimits
 from edge_agent.policy.drafting import Acceptance
-from edge_agent.policy.routing import Own, Plan, Shared, Wish, choose, level_for, offers
+from edge_agent.policy.routing import Doubts, Own, Plan, Shared, Wish, choose, level_for, offers
 from edge_agent.replicas import Replicas
 from models.errors import BundleError, InvalidInput
 from models.language.architecture import LlamaConfig
@@ -81,10 +81,10 @@ class LanguageAgent:
             self._layers = shared_of(handoff.manifest, self._shared[2], checkpoint.config)
             if found := handoff.copy(config.device_bits):
                 judge, self._levels = found
-        self._copy = Copy(self._logits, self.device_context, judge)
         self._device = threading.Lock()  # the device's model has one cache
         prior = 1 - self._levels[0].wrong if self._levels else PRIOR_ACCEPTANCE[config.device_bits]
         self._tempo = Tempo(acceptance=Acceptance(prior))
+        self._copy = Copy(self._logits, self.device_context, judge, Doubts(self._tempo.acceptance))
         for _ in range(WARM_UP_TOKENS):
             started_s = time.monotonic()
             decoder.extend([0])

@@ -17,6 +17,7 @@ MIN_DRAFTS, MAX_DRAFTS = 4, 16  # of a round
 MAX_ROUNDS = 4  # under way at once
 MARGIN = 0.9  # drafting must look this much better than streaming: a wrong choice costs more than it saves
 BINS = 10
+MEMORY = 100  # drafts
 PRIOR_WEIGHT = 8.0  # observations that the prior counts for, in each bin of confidence
 
 ENOUGH_TOKENS = 12.0
@@ -90,7 +91,7 @@ class Acceptance:
 
     @property
     def overall(self) -> float:
-        """Of the last hundred drafts or so."""
+        """Of the last two hundred drafts or so, the last ones most."""
         return self._overall
 
     def calibrated(self, confidence: float) -> float:
@@ -101,7 +102,11 @@ class Acceptance:
         bin_ = self._bin(confidence)
         self._right[bin_] += right
         self._seen[bin_] += 1
-        self._overall += (right - self._overall) / 50
+        self.expect(right)
+
+    def expect(self, likely: float) -> None:
+        """One more draft that is right as likely as this, as far as anybody knows."""
+        self._overall += (likely - self._overall) / MEMORY
 
     def forget(self) -> None:
         """Nothing was drafted for long: what was seen of late says little."""

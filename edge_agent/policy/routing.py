@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_agent.generation import Arm
-from edge_agent.policy.drafting import Pace
+from edge_agent.policy.drafting import Acceptance, Pace
 from edge_agent.policy.estimates import Average
 from edge_agent.policy.plan import Objective, Prices
 from models.language.handoff_manifest import Level
@@ -106,13 +106,16 @@ class Own:
 class Doubts:
     """How sure the device's judge was of late, and so what share it will ask for: texts differ from one another."""
 
-    def __init__(self) -> None:
+    def __init__(self, acceptance: Acceptance | None = None) -> None:
+        """`acceptance`: of drafts, which are the same choices as those that the judge speaks of."""
+        self._acceptance = acceptance or Acceptance()
         self._likely: deque[float] = deque(maxlen=KNOWN_TOKENS)
         self._guesses: deque[bool] = deque(maxlen=KNOWN_TOKENS)  # at what was asked for: whether they were right
         self._overhead_s = Average(0.0)
 
     def observe(self, likely: float) -> None:
         self._likely.append(likely)
+        self._acceptance.expect(likely)
 
     def answered(self, guessed: bool, overhead_s: float) -> None:
         """A question was, as the device had guessed or not; it took so much longer than it should."""

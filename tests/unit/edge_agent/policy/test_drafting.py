@@ -109,14 +109,17 @@ def test_acceptance_learns_what_a_confidence_is_worth() -> None:
     assert acceptance.calibrated(0.45) == Acceptance().calibrated(0.45)  # nothing was seen of it
 
 
-def test_acceptance_remembers_the_last_hundred_or_so() -> None:
+def test_acceptance_remembers_the_last_two_hundred_or_so() -> None:
     acceptance = Acceptance(0.9)
-    for _ in range(300):
+    for _ in range(600):
         acceptance.observe(0.5, False)
     assert acceptance.overall < 0.01
-    for _ in range(100):
+    for _ in range(200):
         acceptance.observe(0.5, True)
     assert 0.8 < acceptance.overall < 0.9
+    for _ in range(600):
+        acceptance.expect(0.6)
+    assert acceptance.overall == pytest.approx(0.6, abs=0.01), "what is expected counts as what was seen"
     acceptance.forget()
     assert acceptance.overall == 0.9
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.policy.drafting import Pace
+from edge_agent.policy.drafting import Acceptance, Pace
 from edge_agent.policy.plan import Objective, Prices
 from edge_agent.policy.routing import KNOWN_TOKENS, MARGIN, Doubts, Offer, Own, Shared, Wish, choose, level_for, offers
 from models.language.handoff_manifest import Level
@@ -43,6 +43,14 @@ def test_how_much_is_asked_is_learnt_from_texts() -> None:
     doubts.answered(False, 0.01)
     assert doubts.on(level) == Own(likely=0.6, asked=(32 * 0.05 + 16) / 64, overhead_s=0.01, guessed=16 * 0.7 / 17)
     assert doubts.on(LEVELS[0]).asked == 0 and doubts.on(LEVELS[2]).asked > doubts.on(level).asked
+
+
+def test_what_the_judge_says_holds_for_drafts_too() -> None:
+    acceptance = Acceptance(0.95)
+    doubts = Doubts(acceptance)
+    for _ in range(300):
+        doubts.observe(0.7)
+    assert acceptance.overall == pytest.approx(0.7, abs=0.02)
 
 
 def test_what_was_learnt_fades_with_answers_that_teach_nothing() -> None:
