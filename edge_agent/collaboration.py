@@ -43,7 +43,8 @@ class Tempo:
 
     def pace(self, link: Link) -> Pace:
         rtt_s = link.estimate.rtt_s
-        return Pace(rtt_s, self.pass_s.value, self.draft_s.value, self.acceptance.overall, self.measured.value)
+        pass_s, draft_s, acceptance = self.pass_s.value, self.draft_s.value, self.acceptance.overall
+        return Pace(rtt_s, pass_s, draft_s, acceptance, self.measured.value, self.measured.tokens)
 
     def refused(self) -> None:
         """An answer was streamed because drafting does not pay; after many of them that is not believed any more."""
@@ -79,7 +80,7 @@ class Collaboration(CloudAnswer):
         self._ahead: list[tuple[int, float]] = []  # drafted, with confidence
         self._sent = 0  # of `_ahead`, in rounds under way
         self._rounds: deque[Sent] = deque()
-        self._streaming = False
+        self._streaming = self._drafted = False
         self._read = False  # whether the cloud has read the prompt: its passes for it decide no tokens
         self._ready: tuple[Conversation, Link] | None = None  # opened and asked before anybody wanted tokens
 
@@ -105,6 +106,8 @@ class Collaboration(CloudAnswer):
                     self._count(committed)
             self._seat.held = len(self._text)
             self._end(conversation, link)
+        if self._drafted:
+            self._tempo.measured.fade()
         super().close()
 
     def _with_cloud(self, link: Link) -> Iterator[Token]:
@@ -184,7 +187,7 @@ class Collaboration(CloudAnswer):
     def _verify(self, conversation: Conversation, link: Link) -> Iterator[Token]:
         """Draft, send, and wait only when there is nothing better to do."""
         assert self._draft is not None
-        self._streaming = False
+        self._streaming, self._drafted = False, True
         self._send(conversation, ())  # the prompt's own round: its answer comes while the device reads the prompt
         exhausted, clock = False, Clock(self._tempo.measured)
         while not self._finished:
@@ -337,5 +340,4 @@ class Clock:
 
 
 def why_streaming(pace: Pace) -> str:
-    drafting_ms = 1000 * max(pace.verify_s, pace.measured_s or 0.0)
-    return f"drafting takes {drafting_ms:.0f} ms a token here, the cloud alone {1000 * pace.stream_s:.0f} ms"
+    return f"drafting takes {1000 * pace.drafting_s:.0f} ms a token here, the cloud alone {1000 * pace.stream_s:.0f} ms"

@@ -21,6 +21,7 @@ MEMORY = 100  # drafts
 PRIOR_WEIGHT = 8.0  # observations that the prior counts for, in each bin of confidence
 
 ENOUGH_TOKENS = 12.0
+RECKONED_TOKENS = 32.0  # measured ones that what is reckoned counts as much as
 FORGET_TOKEN = 0.98  # a token counts half after 34 others
 RETRY_ANSWERS = 30  # one answer in so many may be spent on finding out whether drafting pays by now
 
@@ -36,6 +37,7 @@ class Pace:
     draft_s: float
     acceptance: float
     measured_s: float | None = None  # seconds a token that drafting really took lately
+    measured_tokens: float = 0.0  # that say so
 
     @property
     def stream_s(self) -> float:
@@ -60,9 +62,17 @@ class Pace:
         return flow_s + wrong * (self.rtt_s + self.pass_s + lost_s + first_s)
 
     @property
+    def drafting_s(self) -> float:
+        """Seconds a token with drafts: as reckoned, and the more is known of it, as it was lately."""
+        if self.measured_s is None:
+            return self.verify_s
+        known = self.measured_tokens / (self.measured_tokens + RECKONED_TOKENS)
+        return self.verify_s + known * (self.measured_s - self.verify_s)
+
+    @property
     def streams(self) -> bool:
         """Whether the cloud had better decode by itself."""
-        return max(self.verify_s, self.measured_s or 0.0) > MARGIN * self.stream_s
+        return self.drafting_s > MARGIN * self.stream_s
 
 
 def next_step(pace: Pace, confidences: Sequence[float], sent: int, under_way: int, exhausted: bool) -> Step:
@@ -127,6 +137,15 @@ class Measured:
     def value(self) -> float | None:
         """None before there were enough tokens to say."""
         return self._seconds / self._tokens if self._tokens >= ENOUGH_TOKENS else None
+
+    @property
+    def tokens(self) -> float:
+        """That say so, old ones counted less."""
+        return self._tokens
+
+    def fade(self) -> None:
+        """Another text may follow, which is drafted better or worse."""
+        self._seconds, self._tokens = self._seconds / 2, self._tokens / 2
 
     def observe(self, seconds: float, tokens: int) -> None:
         keep = FORGET_TOKEN**tokens

@@ -149,7 +149,7 @@ def offers(
     """
     prices = wish.prices
     if drafts and not pace.streams:
-        seconds = max(pace.verify_s, pace.measured_s or 0.0)
+        seconds = pace.drafting_s
         rounds = 1 / pace.drafts + 1 - pace.acceptance  # about: one ends full, or at a wrong draft
         found = [Offer("verify", seconds, prices.usd(rounds * ROUND_BYTES, rounds * pace.pass_s, seconds))]
     else:

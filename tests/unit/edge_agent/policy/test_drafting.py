@@ -11,6 +11,7 @@ from edge_agent.policy.drafting import (
     MAX_DRAFTS,
     MAX_ROUNDS,
     MIN_DRAFTS,
+    RECKONED_TOKENS,
     RETRY_ANSWERS,
     Acceptance,
     Measured,
@@ -52,8 +53,15 @@ def test_when_drafting_pays() -> None:
     assert replace(PAYS, rtt_s=2.0).streams
     assert replace(PAYS, acceptance=0.5).streams
     assert replace(PAYS, draft_s=0.029).streams
-    assert replace(PAYS, measured_s=0.031).streams  # it looked good, and was not
-    assert not replace(PAYS, measured_s=0.001).streams
+    assert replace(PAYS, measured_s=0.06, measured_tokens=50).streams  # it looked good, and was not
+    assert not replace(PAYS, measured_s=0.001, measured_tokens=50).streams
+
+
+def test_what_is_measured_counts_as_much_as_is_known_of_it() -> None:
+    assert PAYS.drafting_s == replace(PAYS, measured_s=1.0).drafting_s == PAYS.verify_s
+    half = replace(PAYS, measured_s=1.0, measured_tokens=RECKONED_TOKENS)
+    assert half.drafting_s == pytest.approx((1.0 + PAYS.verify_s) / 2)
+    assert replace(half, measured_tokens=1e9).drafting_s == pytest.approx(1.0)
 
 
 @given(paces)
@@ -147,6 +155,9 @@ def test_measured_says_nothing_before_it_saw_enough_and_then_follows() -> None:
     for _ in range(100):
         measured.observe(0.04, 2)
     assert measured.value == pytest.approx(0.02, rel=0.05)
+    before = measured.tokens
+    measured.fade()
+    assert measured.value == pytest.approx(0.02, rel=0.05) and measured.tokens == before / 2
 
 
 def test_measured_forgets_what_kept_drafting_away_for_long() -> None:

@@ -88,8 +88,8 @@ def test_what_a_token_takes() -> None:
     assert handoff.seconds == pytest.approx(EDGE_S + 0.9 * (0.05 + 0.2))
     assert verify.seconds == SLOW.verify_s
     assert edge.usd < verify.usd and edge.usd < handoff.usd
-    measured = Pace(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15)
-    assert offers(Wish(1), measured, True, EDGE_S, None, None)[0].seconds == 0.15
+    measured = Pace(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15, measured_tokens=50)
+    assert SLOW.verify_s < offers(Wish(1), measured, True, EDGE_S, None, None)[0].seconds == measured.drafting_s < 0.15
 
 
 def test_a_question_takes_what_the_device_cannot_use() -> None:
