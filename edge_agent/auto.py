@@ -90,6 +90,7 @@ class Auto(Growing):
         """A few tokens of the device's copy, with what the cloud is asked for in between."""
         assert self._copy is not None
         until = min(len(self._text) + SPAN_TOKENS, self._copy.context)
+        made, started_s = self._made, time.monotonic()
         while len(self._text) < until and not self._finished:
             choice, likely = self._choice(self._text)
             self._learn(likely)
@@ -97,6 +98,8 @@ class Auto(Growing):
                 yield self._took(choice, "edge", plan.why)
             else:
                 yield from self._asked(choice, likely, plan)
+        if made:  # the first span reads the prompt
+            self._copy.doubts.took(time.monotonic() - started_s, (self._made - made) * plan.reckoned_s)
 
     def _choice(self, text: Sequence[int]) -> tuple[Token, float]:
         """The copy's next token, and how likely right that is."""

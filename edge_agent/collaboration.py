@@ -46,10 +46,10 @@ class Tempo:
         pass_s, draft_s, acceptance = self.pass_s.value, self.draft_s.value, self.acceptance.overall
         return Pace(rtt_s, pass_s, draft_s, acceptance, self.measured.value, self.measured.tokens)
 
-    def refused(self) -> None:
-        """An answer was streamed because drafting does not pay; after many of them that is not believed any more."""
-        if self.measured.refused():
-            self.acceptance.forget()
+    def fade(self) -> None:
+        """Another text may follow: what was learnt of this one says less of that."""
+        self.measured.fade()
+        self.acceptance.fade()
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Collaboration(CloudAnswer):
         self._ahead: list[tuple[int, float]] = []  # drafted, with confidence
         self._sent = 0  # of `_ahead`, in rounds under way
         self._rounds: deque[Sent] = deque()
-        self._streaming = self._drafted = False
+        self._streaming = False
         self._read = False  # whether the cloud has read the prompt: its passes for it decide no tokens
         self._ready: tuple[Conversation, Link] | None = None  # opened and asked before anybody wanted tokens
 
@@ -106,8 +106,8 @@ class Collaboration(CloudAnswer):
                     self._count(committed)
             self._seat.held = len(self._text)
             self._end(conversation, link)
-        if self._drafted:
-            self._tempo.measured.fade()
+        if self._draft is not None:
+            self._tempo.fade()
         super().close()
 
     def _with_cloud(self, link: Link) -> Iterator[Token]:
@@ -147,7 +147,6 @@ class Collaboration(CloudAnswer):
         pace = self._tempo.pace(link)
         if pace.draft_s >= FREE_S and pace.streams:
             self._explain(pace)
-            self._tempo.refused()
             return True
         return pace.draft_s < FREE_S
 
@@ -187,7 +186,7 @@ class Collaboration(CloudAnswer):
     def _verify(self, conversation: Conversation, link: Link) -> Iterator[Token]:
         """Draft, send, and wait only when there is nothing better to do."""
         assert self._draft is not None
-        self._streaming, self._drafted = False, True
+        self._streaming = False
         self._send(conversation, ())  # the prompt's own round: its answer comes while the device reads the prompt
         exhausted, clock = False, Clock(self._tempo.measured)
         while not self._finished:

@@ -17,13 +17,13 @@ MIN_DRAFTS, MAX_DRAFTS = 4, 16  # of a round
 MAX_ROUNDS = 4  # under way at once
 MARGIN = 0.9  # drafting must look this much better than streaming: a wrong choice costs more than it saves
 BINS = 10
-MEMORY = 100  # drafts
+MEMORY, LONG_MEMORY = 100, 500  # drafts: of this text, of all
 PRIOR_WEIGHT = 8.0  # observations that the prior counts for, in each bin of confidence
 
 ENOUGH_TOKENS = 12.0
+RETRY_ANSWERS = 30  # after about so many, what was learnt of drafts is not believed any more
 RECKONED_TOKENS = 32.0  # measured ones that what is reckoned counts as much as
 FORGET_TOKEN = 0.98  # a token counts half after 34 others
-RETRY_ANSWERS = 30  # one answer in so many may be spent on finding out whether drafting pays by now
 
 Step = Literal["draft", "send", "wait"]
 
@@ -97,7 +97,7 @@ class Acceptance:
     def __init__(self, prior: float = 0.9) -> None:
         self._right = [PRIOR_WEIGHT * (prior + (1 - prior) * (2 * bin_ + 1 - BINS) / BINS) for bin_ in range(BINS)]
         self._seen = [PRIOR_WEIGHT] * BINS
-        self._overall = self._prior = prior
+        self._overall = self._usual = self._prior = prior
 
     @property
     def overall(self) -> float:
@@ -117,21 +117,22 @@ class Acceptance:
     def expect(self, likely: float) -> None:
         """One more draft that is right as likely as this, as far as anybody knows."""
         self._overall += (likely - self._overall) / MEMORY
+        self._usual += (likely - self._usual) / LONG_MEMORY
 
-    def forget(self) -> None:
-        """Nothing was drafted for long: what was seen of late says little."""
-        self._overall = self._prior
+    def fade(self) -> None:
+        """Another text may follow, which is drafted better or worse. What is not seen any more is forgotten."""
+        self._overall = (self._overall + self._usual) / 2
+        self._usual += (self._prior - self._usual) / RETRY_ANSWERS
 
     def _bin(self, confidence: float) -> int:
         return min(max(int(confidence * BINS), 0), BINS - 1)
 
 
 class Measured:
-    """Seconds a token that drafting really took lately; forgotten when it has kept drafting away for long."""
+    """Seconds a token that drafting really took lately."""
 
     def __init__(self) -> None:
         self._seconds = self._tokens = 0.0
-        self._refused = 0
 
     @property
     def value(self) -> float | None:
@@ -151,12 +152,3 @@ class Measured:
         keep = FORGET_TOKEN**tokens
         self._seconds = keep * self._seconds + seconds
         self._tokens = keep * self._tokens + tokens
-
-    def refused(self) -> bool:
-        """An answer was streamed because of it. After many of them things may have changed: True when forgotten."""
-        self._refused += 1
-        if self._refused < RETRY_ANSWERS:
-            return False
-        self._seconds = self._tokens = 0.0
-        self._refused = 0
-        return True

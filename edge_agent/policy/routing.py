@@ -27,6 +27,7 @@ from models.language.handoff_manifest import Level
 
 KNOWN_TOKENS, PRIOR_TOKENS = 128, 32  # that say how often the device asks: the last ones, and the bundle's word
 GUESSED, PRIOR_GUESSES = 0.7, 16  # share of questions that are answered as the device guessed: of so many more
+KEPT_SPAN, RECKONED_S = 0.95, 0.3  # of what spans before took, with each; so much of reckoning is taken for right
 FADING = 8  # a share of one in so many is forgotten with each answer
 MARGIN = 0.9  # another arm than the one at work must look this much better: a change costs a round trip
 STREAM_BYTES = 2.0  # that go up for a token: an opening, once an answer
@@ -61,6 +62,7 @@ class Offer:
     usd: float
     likely: float = 0.0
     asked: float = 0.0
+    slowness: float = 1.0
 
     def cost(self, objective: Objective) -> tuple[float, float]:
         return (self.seconds, self.usd) if objective == "fastest" else (self.usd, self.seconds)
@@ -70,13 +72,15 @@ class Offer:
 class Plan:
     """The arm for the next tokens. On `edge` the cloud is asked for those that are less than `likely` to be right.
 
-    `asked`: which share that will be, as far as anybody knows.
+    `asked`: which share that will be, as far as anybody knows. `reckoned_s`: what a token will take, before what was
+    learnt of such reckoning.
     """
 
     arm: Arm
     likely: float
     why: str
     asked: float = 0.0
+    reckoned_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,18 @@ class Own:
     """The device's copy at a level: it asks for the share `asked`, of tokens less than `likely` to be right.
 
     overhead_s: of a question, beyond round trip and pass. guessed: share of questions that are answered as it guessed.
+    slowness: how many times longer tokens took of late than was reckoned.
     """
 
     likely: float
     asked: float
     overhead_s: float = 0.0
     guessed: float = GUESSED
+    slowness: float = 1.0
+
+    def token_s(self, pace: Pace, device_s: float) -> float:
+        """What a token takes, at `device_s` each where it is sure."""
+        return self.slowness * (device_s + self.asked * self.question_s(pace, device_s))
 
     def question_s(self, pace: Pace, device_s: float) -> float:
         """What a question takes, less what the device, at `device_s` a token, decides meanwhile: until it doubts again.
@@ -112,6 +122,7 @@ class Doubts:
         self._likely: deque[float] = deque(maxlen=KNOWN_TOKENS)
         self._guesses: deque[bool] = deque(maxlen=KNOWN_TOKENS)  # at what was asked for: whether they were right
         self._overhead_s = Average(0.0)
+        self._took_s = self._reckoned_s = 0.0  # of tokens, old ones counted less
 
     def observe(self, likely: float) -> None:
         self._likely.append(likely)
@@ -127,7 +138,13 @@ class Doubts:
         seen = sum(likely < level.likely for likely in self._likely)
         asked = (PRIOR_TOKENS * level.asked + seen) / (PRIOR_TOKENS + len(self._likely))
         guessed = (PRIOR_GUESSES * GUESSED + sum(self._guesses)) / (PRIOR_GUESSES + len(self._guesses))
-        return Own(level.likely, asked, self._overhead_s.value, guessed)
+        slowness = (RECKONED_S + self._took_s) / (RECKONED_S + self._reckoned_s)
+        return Own(level.likely, asked, self._overhead_s.value, guessed, slowness)
+
+    def took(self, seconds: float, reckoned_s: float) -> None:
+        """What some tokens took, and what had been reckoned for them."""
+        self._took_s = KEPT_SPAN * self._took_s + seconds
+        self._reckoned_s = KEPT_SPAN * self._reckoned_s + reckoned_s
 
     def fade(self) -> None:
         """Another answer begins: the oldest are forgotten, so that an arm is tried again that was given up."""
@@ -156,8 +173,7 @@ def offers(
         found = [Offer("cloud", pace.stream_s, prices.usd(STREAM_BYTES, pace.pass_s, 0.0))]
     if own is not None:
         usd = prices.usd(own.asked * ROUND_BYTES, own.asked * pace.pass_s, device_s)
-        seconds = device_s + own.asked * own.question_s(pace, device_s)
-        found.append(Offer("edge", seconds, usd, own.likely, own.asked))
+        found.append(Offer("edge", own.token_s(pace, device_s), usd, own.likely, own.asked, own.slowness))
     if shared is not None and shared.quality >= wish.quality:
         usd = prices.usd(shared.state_bytes, shared.asked * shared.work * pace.pass_s, device_s)
         found.append(Offer("handoff", device_s + shared.asked * (pace.rtt_s + pace.pass_s), usd))
@@ -172,7 +188,7 @@ def choose(offers: Sequence[Offer], wish: Wish, now: Arm | None) -> Plan:
         best = here
     others = [offer for offer in offers if offer is not best]
     why = f"{wish.objective} at {wish.quality:g}: {told(best, others, wish.objective)}"
-    return Plan(best.arm, best.likely, why, best.asked)
+    return Plan(best.arm, best.likely, why, best.asked, best.seconds / best.slowness)
 
 
 def told(best: Offer, others: Sequence[Offer], objective: Objective) -> str:

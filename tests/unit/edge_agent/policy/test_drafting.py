@@ -7,7 +7,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edge_agent.policy.drafting import (
-    ENOUGH_TOKENS,
     MAX_DRAFTS,
     MAX_ROUNDS,
     MIN_DRAFTS,
@@ -128,8 +127,6 @@ def test_acceptance_remembers_the_last_two_hundred_or_so() -> None:
     for _ in range(600):
         acceptance.expect(0.6)
     assert acceptance.overall == pytest.approx(0.6, abs=0.01), "what is expected counts as what was seen"
-    acceptance.forget()
-    assert acceptance.overall == 0.9
 
 
 @given(st.lists(st.tuples(st.floats(-0.5, 1.5), st.booleans())), st.floats(-0.5, 1.5))
@@ -160,14 +157,17 @@ def test_measured_says_nothing_before_it_saw_enough_and_then_follows() -> None:
     assert measured.value == pytest.approx(0.02, rel=0.05) and measured.tokens == before / 2
 
 
-def test_measured_forgets_what_kept_drafting_away_for_long() -> None:
-    measured = Measured()
-    measured.observe(2.0, int(ENOUGH_TOKENS) + 1)
-    for _ in range(RETRY_ANSWERS - 1):
-        assert not measured.refused()
-    assert measured.value is not None
-    assert measured.refused()
-    assert measured.value is None
-    measured.observe(2.0, int(ENOUGH_TOKENS) + 1)
-    assert not measured.refused()  # counted from the start again
-    assert measured.value is not None
+def test_what_was_learnt_of_drafts_fades() -> None:
+    acceptance = Acceptance(0.9)
+    for _ in range(60):
+        acceptance.expect(0.2)
+    low = acceptance.overall
+    acceptance.fade()
+    assert low < 0.6 < acceptance.overall < 0.9, "another text is as texts usually are"
+    for _ in range(5000):
+        acceptance.expect(0.2)
+    acceptance.fade()
+    assert acceptance.overall < 0.25, "and they usually are bad"
+    for _ in range(3 * RETRY_ANSWERS):
+        acceptance.fade()
+    assert acceptance.overall > 0.8, "but not for ever"

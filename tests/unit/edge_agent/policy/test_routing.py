@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -107,6 +108,20 @@ def test_a_question_takes_what_the_device_cannot_use() -> None:
         run = next(tokens for tokens in itertools.count() if chance.random() < 0.1 or tokens * EDGE_S >= whole_s)
         found.append(whole_s - min(run * EDGE_S, whole_s) * (chance.random() < 0.7))
     assert takes(0.1, 0.7) == pytest.approx(sum(found) / len(found), rel=0.03)
+
+
+def test_reckoning_learns_from_what_tokens_took() -> None:
+    doubts, level = Doubts(), LEVELS[1]
+    for _ in range(100):
+        doubts.took(0.3, 0.2)
+    slow = doubts.on(level)
+    assert slow.slowness == pytest.approx(1.5, abs=0.05)
+    edge, reckoned = (
+        offers(Wish(0.97), SLOW, True, EDGE_S, own, None)[1] for own in (slow, replace(slow, slowness=1.0))
+    )
+    assert edge.seconds == pytest.approx(slow.slowness * reckoned.seconds)
+    plan = choose([edge], Wish(0.97), None)
+    assert plan.reckoned_s == pytest.approx(reckoned.seconds), "or it would learn of itself"
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
