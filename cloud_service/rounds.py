@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from models.errors import InvalidInput
 from models.language.kv_cache import KVCache
-from models.language.kv_fill import EXACT_ROWS, FIRST_ROWS
+from models.language.kv_fill import FIRST_ROWS, exact_rows
 from models.language.sampling import Floats, choose, logprobs
 from models.language.session import Committed, Logprobs, Opening, Round
 
@@ -54,7 +54,7 @@ class Text:
     def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
         self.tokens = list(tokens)
         self.kept = opening.kept
-        guessed = len(tokens) - EXACT_ROWS if opening.kept else 0
+        guessed = len(tokens) - exact_rows(len(tokens)) if opening.kept else 0
         self._guessed = range(FIRST_ROWS, max(guessed, FIRST_ROWS))  # rows that may skip the layers behind `kept`
         self.cache: KVCache | None = None
         self.work: Work | None = None

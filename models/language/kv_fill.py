@@ -22,6 +22,7 @@ from models.language.states import SMALLEST
 
 FIRSTS = 64  # tokens that texts begin with, whose state is kept
 FIRST_ROWS = EXACT_ROWS = 16  # of a prompt, the first and the last, left to the layers: what follows reads these most
+EXACT_EVERY = 256  # tokens of a prompt that EXACT_ROWS are the last of
 
 
 class KVFill:
@@ -74,6 +75,11 @@ class KVFill:
         keys_NLKD = rotate(pairs_NL2KD[:, :, 0].float(), cos_N1D[:, None], sin_N1D[:, None]).to(decoder.dtype)
         for place, layer in enumerate(decoder.layers):
             cache.write(layer, start, keys_NLKD[:count, place], pairs_NL2KD[:count, place, 1])
+
+
+def exact_rows(tokens: int) -> int:
+    """How many of a prompt's last rows are left to the layers: the more is guessed, the more counts against it."""
+    return max(tokens // EXACT_EVERY, 1) * EXACT_ROWS
 
 
 def normalised(rows: Tensor) -> Tensor:

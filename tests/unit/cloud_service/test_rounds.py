@@ -302,3 +302,25 @@ def test_the_context_is_filled_and_never_exceeded() -> None:
             text.work = None
             play(text, Round(len(text.tokens), (*expected[len(text.tokens) :], *[5] * CONTEXT)))
         assert text.tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts"),
+    [
+        (10, [(10, False)]),
+        (32, [(32, False)]),
+        (40, [(16, False), (8, True), (16, False)]),
+        (512, [(16, False), (464, True), (32, False)]),
+    ],
+)
+def test_the_middle_of_a_prompt_may_skip_layers(tokens: int, parts: list[tuple[int, bool]]) -> None:
+    """Neither its beginning nor its end, and no pass has rows of two kinds."""
+    for kept in (0, 20):
+        text = Text([1] * tokens, Opening(b"", b"", 0, (), 0, kept=kept), frozenset({EOS}), 1000)
+        evict(text)
+        text.begin(Round(tokens), 0.0)
+        found, cache = [], text.cache
+        while text.rows:
+            found.append((text.rows, text.guesses))
+            cache.tokens += [1] * text.rows  # type: ignore[union-attr]
+        assert found == (parts if kept else [(tokens, False)])

@@ -10,7 +10,7 @@ from models.language.architecture import rope_frequencies
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import DTYPES, PAGE_TOKENS, Decoder, Span
 from models.language.kv_cache import KVCache
-from models.language.kv_fill import KVFill
+from models.language.kv_fill import KVFill, exact_rows
 from models.language.packing import Floats
 from tests.bench.tiny_llama import write_tiny_llama
 
@@ -135,3 +135,7 @@ def test_nothing_is_written_above_the_context(tail: Decoder) -> None:
     assert cache.length == 30
     fill.write(cache, 30, rows_NH[:70])
     assert cache.length == CONTEXT
+
+
+def test_more_of_a_long_prompt_is_left_to_the_layers() -> None:
+    assert [exact_rows(tokens) for tokens in (1, 255, 256, 511, 512, 2048)] == [16, 16, 16, 16, 32, 128]
