@@ -83,9 +83,11 @@ async def serve(config: CloudConfig) -> None:
     for name in ("", SERVICE_NAME):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     held = [(info.name, info.fingerprint) for info in bundles] + [(info.name, info.fingerprint) for info in models]
-    for model in models:
-        for each in handoffs[model.fingerprint]:
-            held.append((f"hand-off of {model.name} behind layer {each.depth}", each.fingerprint))
+    held += [
+        (f"hand-off of {info.name} behind layer {each.depth}", each.fingerprint)
+        for info in models
+        for each in handoffs[info.fingerprint]
+    ]
     names = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in held)
     log.info("serving %s on port %d, metrics on port %s", names, bound.grpc_port, bound.metrics_port)
     await stopping.wait()

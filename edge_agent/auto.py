@@ -110,7 +110,8 @@ class Auto(Growing):
 
     def _learn(self, likely: float) -> None:
         """How sure the judge is of a token of this answer."""
-        if self._copy is not None and self._copy.judge is not None:
+        assert self._copy is not None
+        if self._copy.judge is not None:
             self._copy.doubts.observe(likely)
 
     def _asked(self, guess: Token, likely: float, plan: Plan) -> Generator[Token, None, None]:

@@ -98,16 +98,15 @@ def traces(
 
 def filling(run: Run, model: Llama, checkpoint: Checkpoint, depth: int, full: Traces) -> dict[str, NDArray[Any]]:
     """The tensors of `fill.safetensors`."""
-    entries = language_text.entries(run.folder)
-    chats = language_text.chats(run.folder, model, checkpoint.tokenizer, entries, run.seed)
-    long = [
-        language_text.long_texts(language_text.shuffled(entries, checkpoint.tokenizer, run.seed)),
-        language_text.long_texts(ids for each in chats for ids in each.sequences()),
-    ]
-    parts = [part for texts in long for part in language_text.parted(texts)]
-    learnt = traces(
-        run, model, {f"long-{index}": part for index, part in enumerate(parts)}, (depth, model.config.layers)
+    entries, tokenizer = language_text.entries(run.folder), checkpoint.tokenizer
+    talks = language_text.chats(run.folder, model, tokenizer, entries, run.seed)
+    kinds = (
+        language_text.long_texts(language_text.shuffled(entries, tokenizer, run.seed)),
+        language_text.long_texts(ids for each in talks for ids in each.sequences()),
     )
+    parts = [part for texts in kinds for part in language_text.parted(texts)]
+    named = {f"long-{index}": part for index, part in enumerate(parts)}
+    learnt = traces(run, model, named, (depth, model.config.layers))
     return train_maps(run, fit_maps(model, full, depth), model, learnt, depth).tensors()
 
 

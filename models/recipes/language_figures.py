@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.errors import InvalidInput
 from models.language.kv_fill import EXACT_ROWS, normalised
@@ -166,22 +165,12 @@ def behind(layer: Layer, x_BTH: Tensor, given_BTO: Tensor | None, until_B: Tenso
     if given_BTO is None:
         out_BTH: Tensor = layer(x_BTH)[0]
         return out_BTH
-    config, tokens = layer.config, x_BTH.shape[1]
+    tokens = x_BTH.shape[1]
     places_BT = torch.arange(tokens).expand(x_BTH.shape[:2])
     q_BTHD, k_BTKD, v_BTKD = layer.project(x_BTH, places_BT)
-    half, given_BTO = config.kv_heads * config.head_dim, given_BTO.to(k_BTKD.dtype)
-    shape = (*x_BTH.shape[:2], config.kv_heads, config.head_dim)
-    given_k = layer.rotated(given_BTO[..., :half].reshape(shape), places_BT)
-    given_v = given_BTO[..., half:].reshape(shape)
+    given_k, given_v = layer.given(given_BTO, places_BT)
     before_TT, self_TT = torch.ones(tokens, tokens, dtype=torch.bool).tril(-1), torch.eye(tokens, dtype=torch.bool)
     given_B1T = (torch.arange(tokens) > 0) & (torch.arange(tokens) < until_B[:, None, None])
     seen_B1TS = torch.cat([before_TT & given_B1T, before_TT & ~given_B1T | self_TT], 2)[:, None]
-    mixed_BHTD = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        torch.cat([given_k, k_BTKD], 1).transpose(1, 2),
-        torch.cat([given_v, v_BTKD], 1).transpose(1, 2),
-        seen_B1TS,
-        scale=config.head_dim**-0.5,
-        enable_gqa=True,
-    )
-    return layer.mix(x_BTH, mixed_BHTD)
+    keys_BKSD, values_BKSD = (torch.cat(pair, 1).transpose(1, 2) for pair in ((given_k, k_BTKD), (given_v, v_BTKD)))
+    return layer.attend(x_BTH, q_BTHD, keys_BKSD, values_BKSD, seen_B1TS)

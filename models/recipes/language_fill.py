@@ -98,29 +98,20 @@ def read(model: Llama, maps: Maps, depth: int, x_BTH: Tensor, exact: int) -> Ten
 
     Those before are filled, but for the first FIRST_ROWS, which go through the layers too.
     """
-    config, (batch, tokens, _) = model.config, x_BTH.shape
-    first = FIRST_ROWS
+    first, (batch, tokens, _) = FIRST_ROWS, x_BTH.shape
     guessed_BNH = normalised(x_BTH[:, first:exact])
     guessed_places = torch.arange(first, exact).expand(batch, -1)
     places_T = torch.cat([torch.arange(first), torch.arange(exact, tokens)])
     seen_TS = torch.arange(tokens) <= places_T[:, None]
     own_BTH = torch.cat([x_BTH[:, :first], x_BTH[:, exact:]], 1)
-    half = config.kv_heads * config.head_dim
     for layer, weight_OH, bias_O in zip(list(model.layers)[depth:], maps.stored_LOH(), maps.bias_LO, strict=True):
         q_BTHD, k_BTKD, v_BTKD = layer.project(own_BTH, places_T.expand(batch, -1))
-        given_BNO = guessed_BNH @ weight_OH.T + bias_O
-        shape = (*given_BNO.shape[:2], config.kv_heads, config.head_dim)
-        k_BNKD = layer.rotated(given_BNO[..., :half].reshape(shape), guessed_places).to(k_BTKD.dtype)
-        v_BNKD = given_BNO[..., half:].reshape(shape).to(v_BTKD.dtype)
-        mixed_BHTD = F.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2),
-            torch.cat([k_BTKD[:, :first], k_BNKD, k_BTKD[:, first:]], 1).transpose(1, 2),
-            torch.cat([v_BTKD[:, :first], v_BNKD, v_BTKD[:, first:]], 1).transpose(1, 2),
-            seen_TS,
-            scale=config.head_dim**-0.5,
-            enable_gqa=True,
+        k_BNKD, v_BNKD = layer.given(guessed_BNH @ weight_OH.T + bias_O, guessed_places)
+        keys_BKSD, values_BKSD = (
+            torch.cat([own[:, :first], guessed, own[:, first:]], 1).transpose(1, 2)
+            for own, guessed in ((k_BTKD, k_BNKD), (v_BTKD, v_BNKD))
         )
-        own_BTH = layer.mix(own_BTH, mixed_BHTD)
+        own_BTH = layer.attend(own_BTH, q_BTHD, keys_BKSD, values_BKSD, seen_TS)
     return own_BTH[:, first:]
 
 

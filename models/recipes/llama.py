@@ -44,7 +44,7 @@ class Layer(nn.Module):
 
     def forward(self, x_BTH: Tensor, past: Past | None = None, starts_B: Tensor | None = None) -> tuple[Tensor, Past]:
         """`past` comes before x; sequence b begins at its token starts_B[b], those before are padding."""
-        config, (batch, tokens, _) = self.config, x_BTH.shape
+        batch, tokens, _ = x_BTH.shape
         before = past.keys_BKTD.shape[2] if past else 0
         starts_B = torch.zeros(batch, dtype=torch.int64) if starts_B is None else starts_B
         positions_T = torch.arange(before, before + tokens)
@@ -57,18 +57,15 @@ class Layer(nn.Module):
         columns_S = torch.arange(before + tokens)
         seen_BTS = (columns_S <= positions_T[:, None]) & (columns_S >= starts_B[:, None, None])
         seen_BTS |= columns_S == positions_T[:, None]  # padding reads itself: a softmax over nothing is no number
-        mixed_BHTD = F.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2),
-            k_BKTD,
-            v_BKTD,
-            seen_BTS[:, None],
-            scale=config.head_dim**-0.5,
-            enable_gqa=True,
-        )
-        return self.mix(x_BTH, mixed_BHTD), Past(k_BKTD, v_BKTD)
+        out_BTH = self.attend(x_BTH, q_BTHD, k_BKTD, v_BKTD, seen_BTS[:, None])
+        return out_BTH, Past(k_BKTD, v_BKTD)
 
-    def mix(self, x_BTH: Tensor, mixed_BHTD: Tensor) -> Tensor:
-        """What comes behind attention: its projection, the feed-forward part."""
+    def attend(self, x_BTH: Tensor, q_BTHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen: Tensor) -> Tensor:
+        """Rows behind the layer: attention to the S keys that are `seen` (.., T, S), its projection, feed-forward."""
+        scale = self.config.head_dim**-0.5
+        mixed_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, seen, scale=scale, enable_gqa=True
+        )
         x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj")).float()
         h_BTH = self.norm(x_BTH, "post_attention_layernorm")
         gate, up = (F.linear(h_BTH, self.weight(f"mlp.{part}_proj")) for part in ("gate", "up"))
@@ -84,6 +81,12 @@ class Layer(nn.Module):
         if config.qk_norm:
             q_BTHD, k_BTKD = self.norm(q_BTHD, "self_attn.q_norm"), self.norm(k_BTKD, "self_attn.k_norm")
         return self.rotated(q_BTHD, places_BT), self.rotated(k_BTKD, places_BT), v_BTKD
+
+    def given(self, pairs_BTO: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (B, T, kv_heads, D) of what a KV fill guessed: keys, not rotated yet, then values."""
+        shape = (*pairs_BTO.shape[:2], 2, self.config.kv_heads, self.config.head_dim)
+        k_BTKD, v_BTKD = pairs_BTO.to(self.weight("self_attn.k_proj").dtype).view(shape).unbind(2)
+        return self.rotated(k_BTKD, places_BT), v_BTKD
 
     def rotated(self, x_BTKD: Tensor, places_BT: Tensor) -> Tensor:
         """Queries or keys with their positions in them."""
