@@ -9,6 +9,7 @@ States are not kept. Where the cache is gone the round is lost, and the device o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cloud_service.rounds import Work
 from models.errors import InvalidInput, PayloadTooLarge
@@ -46,7 +47,8 @@ class HandoffText:
 
     def begin(self, round_: Round, arrived_s: float) -> None:
         """Take up a round: the text ends at its `base`. One that is `lost` changes nothing."""
-        self.work = Work(round_.base, 0, round_.draft, round_.extend, False, arrived_s, states=round_.states)
+        work = Work(round_.base, 0, round_.draft, round_.extend, False, arrived_s)
+        self.work = replace(work, states=round_.states, decided=frozenset(round_.decided))
         if not self.lost:
             self.cut()
 
@@ -96,8 +98,11 @@ class HandoffText:
         return left[: fills + through], through
 
     def rate_at(self, position: int) -> int:
-        """Of the state of a position."""
-        return self._opening.prompt_rate if position < self._opening.prompt else self._opening.rate
+        """Of the state of a position in the round."""
+        work = self.work
+        assert work is not None
+        decides = position - work.base in work.decided or (work.extend and position == self.extent - 1)
+        return self._opening.rate if decides else self._opening.context_rate
 
     def _fills(self, left: int) -> int:
         """How many of the round's states that are left decide nothing and are not near what is decided first."""
@@ -107,11 +112,11 @@ class HandoffText:
         exact = work.extend if work.base else work.extend * EXACT_ROWS
         return max(left - exact, 0)
 
-    @property
-    def first(self) -> int:
-        """The text's first token, of a round that brings it."""
-        assert self.work is not None and self.work.base == 0
-        return self.work.draft[0]
+    def id_at(self, position: int) -> int:
+        """The token of a position, of the round or before it."""
+        work = self.work
+        assert work is not None
+        return work.draft[position - work.base] if position >= work.base else self.tokens[position]
 
     @property
     def decides(self) -> bool:

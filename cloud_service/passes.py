@@ -144,7 +144,7 @@ class Behind:
 
     def new_text(self, tokens: Sequence[int], opening: Opening) -> HandoffText:
         """Raises InvalidInput for a rate or a depth that the bundle lacks."""
-        if (rate := max(opening.rate, opening.prompt_rate)) not in self._states.rates:
+        if (rate := max(opening.rate, opening.context_rate)) not in self._states.rates:
             last = len(self._states.rates) - 1
             raise InvalidInput(f"rate {rate} does not exist, the hand-off has rates 0 to {last}")
         if opening.kept not in (0, self._depth):
@@ -190,8 +190,10 @@ class Behind:
     def _row(self, text: HandoffText, position: int, state: bytes) -> Tensor:
         """The row (1, hidden) of a position. Raises what `decode` raises."""
         if position == 0:
-            return self._first_row(text.first)
-        return torch.from_numpy(self._states.decode([state], text.rate_at(position)))
+            return self._first_row(text.id_at(0))
+        ids = [text.id_at(position - 1), text.id_at(position)]
+        embedded_MH = self._lower.embed(ids)[: len(ids)].numpy()
+        return torch.from_numpy(self._states.decode([state], embedded_MH, text.rate_at(position)))
 
     def _make_first_row(self, id_: int) -> Tensor:
         """Of a text's first token, which depends on nothing else; coded, it would lose as much as all others."""

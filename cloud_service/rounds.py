@@ -33,6 +33,7 @@ class Work:
     passes: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     states: tuple[bytes, ...] = ()  # of the draft, in a hand-off
+    decided: frozenset[int] = frozenset()  # indices of those that have decided a token before
 
     def committed(self, tokens: tuple[int, ...], accepted: int = 0) -> Committed:
         """Its answer, with what it cost."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from edge_agent.cloud_answer import CloudAnswer
 from edge_agent.conversation import Conversation
@@ -28,7 +29,6 @@ from protos.limits import MAX_STATES
 from protos.wire_session import checksum
 
 BACKGROUND_ROWS = 8  # that go up without a question
-NEVER = 2.0  # a likelihood that no exit reaches
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Handover(CloudAnswer):
         """`alone` as for CloudAnswer."""
         super().__init__(ask, eos_ids, replicas, alone, handoff.fingerprint)
         self._device, self._handoff, self._terms = device, handoff, terms
-        self._read = len(ask.prompt) - 1  # positions that decide nothing
         self._sent = 0  # tokens whose rows are on their way, or there
+        self._decided: list[int] = []  # positions whose rows the cloud was asked by, rising
         self._rounds: deque[int] = deque()  # under way: where in the text each ends
 
     def _with_cloud(self, link: Link) -> Iterator[Token]:
@@ -109,8 +109,7 @@ class Handover(CloudAnswer):
             logprobs=self._ask.top_logprobs,
             handoff=self._handoff.fingerprint,
             rate=self._terms.point.rate,
-            prompt=self._read,
-            prompt_rate=self._terms.point.prompt_rate,
+            context_rate=self._terms.point.context_rate,
             kept=self._handoff.depth if self._terms.fill else 0,
         )
         conversation.open(opening)
@@ -133,10 +132,14 @@ class Handover(CloudAnswer):
     def _send_rows(self, conversation: Conversation, link: Link, ask: bool = False) -> None:
         """Send the rows of all tokens that have not been sent, and maybe ask what follows them."""
         rows_NH = self._device.rows(self._sent)
+        before = [position for position in self._decided if position >= self._sent]  # the cloud has lost these
+        if ask and self._decided[-1:] != [len(self._text) - 1]:
+            self._decided.append(len(self._text) - 1)
         for start in range(0, len(rows_NH), MAX_STATES):
             states = self._coded(rows_NH[start : start + MAX_STATES])
             ids, last = self._text[self._sent : self._sent + len(states)], start + MAX_STATES >= len(rows_NH)
-            conversation.send(Round(self._sent, tuple(ids), int(ask and last), tuple(states)))
+            decided = tuple(position - self._sent for position in before if position - self._sent in range(len(states)))
+            conversation.send(Round(self._sent, tuple(ids), int(ask and last), tuple(states), decided))
             self._sent += len(states)
             self._rounds.append(self._sent)
             if not last:  # one at a time: a service holds few of them
@@ -145,9 +148,13 @@ class Handover(CloudAnswer):
     def _coded(self, rows_NH: Floats) -> list[bytes]:
         """States of the tokens that follow those sent. The first of a text is none: the cloud makes it itself."""
         codec, point, first = self._handoff.states, self._terms.point, int(self._sent == 0)
-        prompt = max(self._read - self._sent, first)
-        states = codec.encode(rows_NH[first:prompt], point.prompt_rate) + codec.encode(rows_NH[prompt:], point.rate)
-        return [b""] * first + states
+        embedded_MH = self._device.embedded(self._text[self._sent + first - 1 : self._sent + len(rows_NH)])
+        states = [b""] * first
+        for decides, run in groupby(range(first, len(rows_NH)), lambda index: self._sent + index in self._decided):
+            places = list(run)
+            around_MH = embedded_MH[places[0] - first : places[-1] - first + 2]
+            states += codec.encode(rows_NH[places], around_MH, point.rate if decides else point.context_rate)
+        return states
 
     def _take(self, conversation: Conversation, link: Link) -> Committed:
         committed = self._receive(conversation, link)

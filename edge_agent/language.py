@@ -23,7 +23,7 @@ from edge_agent.cloud_answer import ASKED, CloudAnswer
 from edge_agent.collaboration import Collaboration, Tempo
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Arm, Ask, Summary, Token, edge_token
-from edge_agent.handover import NEVER, Handover, Terms
+from edge_agent.handover import Handover, Terms
 from edge_agent.language_metrics import LanguageMetrics
 from edge_agent.link import Link
 from edge_agent.policy.breaker import BreakerLimits
@@ -35,7 +35,7 @@ from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.drafts import Draft, LookupDraft, ModelDraft
 from models.language.handoff import Handoff
-from models.language.handoff_manifest import HandoffManifest, Level, StatePoint
+from models.language.handoff_manifest import HandoffManifest, Level, StatePoint, least_likely
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.onnx_exits import ExitingDecoder
 from models.language.sampling import Floats
@@ -44,7 +44,7 @@ from models.language.sampling import Floats
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
 
 PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a copy with so many bits, until its own are known
-LOST_TO_CODING = 0.005  # of the cloud's choices, at most, when nobody says at which rate rows cross
+LOST_TO_CODING = 0.01  # of the cloud's choices, at most, when nobody says at which rate rows cross
 WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
 
@@ -238,13 +238,9 @@ class LanguageAgent:
 
 
 def terms_of(manifest: HandoffManifest, config: LanguageConfig) -> Terms:
-    """When exits are believed and how rows cross, as the owner wants it. Raises InvalidInput.
-
-    No token is decided that is less likely right than all of them together are to be: on texts of another kind than the
-    bundle was measured on, the mean above its own threshold was three points too good.
-    """
-    good = [threshold.confidence for threshold in manifest.thresholds if threshold.agreement >= config.agreement]
-    return Terms(max(min(good, default=NEVER), config.agreement), point_of(manifest, config.state_point), config.fill)
+    """When exits are believed and how rows cross, as the owner wants it. Raises InvalidInput."""
+    likely = least_likely(manifest.thresholds, config.agreement)
+    return Terms(likely, point_of(manifest, config.state_point), config.fill)
 
 
 def point_of(manifest: HandoffManifest, index: int | None) -> StatePoint:

@@ -115,8 +115,8 @@ def handoff_summary(manifest: HandoffManifest) -> list[str]:
         lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a row")
     for index, point in enumerate(manifest.points):
         lines.append(
-            f"point {index}: prompts at rate {point.prompt_rate}, others at {point.rate}: {point.mean_bytes:.0f} B,"
-            f" {point.agreement:.1%} of tokens decided from them as the model would"
+            f"point {index}: rows that decide at rate {point.rate}, others at {point.context_rate}:"
+            f" {point.mean_bytes:.0f} B, {point.agreement:.1%} of tokens decided from them as the model would"
         )
     for name, score in manifest.scores.items():
         lines.append(f"{name:<32} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")

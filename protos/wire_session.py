@@ -10,6 +10,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,15 +38,16 @@ def pack_opening(opening: Opening) -> pb.GenerateRequest:
             logprobs=0 if opening.logprobs is None else opening.logprobs + 1,
             handoff=int.from_bytes(opening.handoff[: limits.BUNDLE_ID_BYTES], "little"),
             rate=opening.rate,
-            prompt=opening.prompt,
-            prompt_rate=opening.prompt_rate,
+            context_rate=opening.context_rate,
             kept=opening.kept,
         )
     )
 
 
 def pack_round(round_: Round) -> pb.GenerateRequest:
-    message = pb.Round(base=round_.base, draft=round_.draft, extend=round_.extend, states=round_.states)
+    message = pb.Round(
+        base=round_.base, draft=round_.draft, extend=round_.extend, states=round_.states, decided=round_.decided
+    )
     if round_.states:
         message.crc32 = states_checksum(message)
     return pb.GenerateRequest(round=message)
@@ -71,7 +73,7 @@ def unpack_opening(message: pb.Open) -> Opening:
     total = message.start + len(message.tokens)
     if message.handoff and message.tokens:
         raise InvalidInput(f"{len(message.tokens)} tokens without states in a hand-off, expected none")
-    if not message.handoff and (message.rate or message.prompt or message.prompt_rate):
+    if not message.handoff and (message.rate or message.context_rate):
         raise InvalidInput("a rate of hidden states, and no hand-off that they are of")
     if not message.handoff and not total:
         raise InvalidInput("the session has no tokens, expected at least 1")
@@ -93,8 +95,7 @@ def unpack_opening(message: pb.Open) -> Opening:
         logprobs=message.logprobs - 1 if message.logprobs else None,
         handoff=message.handoff.to_bytes(limits.BUNDLE_ID_BYTES, "little") if message.handoff else b"",
         rate=message.rate,
-        prompt=message.prompt,
-        prompt_rate=message.prompt_rate,
+        context_rate=message.context_rate,
         kept=message.kept,
     )
 
@@ -104,6 +105,8 @@ def unpack_round(message: pb.Round) -> Round:
         return unpack_states(message)
     if message.crc32:
         raise PayloadCorrupt("the round has a CRC-32 of states, and no states")
+    if message.decided:
+        raise InvalidInput("the round says which states decided, and has no states")
     if len(message.draft) > limits.MAX_DRAFT:
         raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, at most {limits.MAX_DRAFT} are verified")
     if not 1 <= message.base <= limits.MAX_TOKENS:
@@ -126,9 +129,11 @@ def unpack_states(message: pb.Round) -> Round:
         raise InvalidInput(f"the round ends at position {message.base + count}, expected at most {limits.MAX_TOKENS}")
     if message.extend > 1:
         raise InvalidInput(f"extend is {message.extend}, expected 0 or 1 with states")
+    if any(index >= after for index, after in pairwise([*message.decided, count])):
+        raise InvalidInput(f"decided has {len(message.decided)} indices, expected rising ones below {count}")
     if (found := states_checksum(message)) != message.crc32:
         raise PayloadCorrupt(f"CRC-32 of the states is {found:08x}, the round says {message.crc32:08x}")
-    return Round(message.base, tuple(message.draft), message.extend, tuple(message.states))
+    return Round(message.base, tuple(message.draft), message.extend, tuple(message.states), tuple(message.decided))
 
 
 def pack_committed(committed: Committed) -> pb.GenerateResponse:
@@ -192,8 +197,8 @@ def checksum(tokens: Sequence[int]) -> int:
 
 
 def states_checksum(message: pb.Round) -> int:
-    """CRC-32 of base, extend, draft, and each state behind its size; numbers as little-endian uint32."""
-    crc = checksum([message.base, message.extend, *message.draft])
+    """CRC-32 of base, extend, draft, decided, and each state behind its size; numbers as little-endian uint32."""
+    crc = checksum([message.base, message.extend, *message.draft, *message.decided])
     for state in message.states:
         crc = zlib.crc32(state, zlib.crc32(struct.pack("<I", len(state)), crc))
     return crc

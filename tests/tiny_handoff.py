@@ -1,4 +1,4 @@
-"""A hand-off bundle for a tiny language model: a random basis, one table a rate, a fill by least squares.
+"""A hand-off bundle for a tiny language model: a random transform, one table a rate, a fill by least squares.
 
 `models.recipes.fit_tables` would take minutes for so many channels, and saves nothing on rows that know no direction.
 """
@@ -23,14 +23,15 @@ from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks, rotate
 from models.language.handoff_manifest import HandoffManifest
 from models.language.judge import EVIDENCE
-from models.language.packing import Floats, packed
-from models.language.states import StateCodec, components
+from models.language.packing import Floats, packed, unpacked
+from models.language.states import TOKENS, StateCodec, Transform, pairs
 from models.recipes.fit_tables import MAX_INTEGER, frequencies
 from models.recipes.language_device import exit_tensors
 from models.recipes.language_exits import Exit
 from models.recipes.llama import Llama
 
 GAINS = ((3.0, 8.0), (24.0, 16.0))  # steps of a component and of the size, a coarse rate and a fine one
+GUESSED = 0.03  # of an embedding's value, that a component is made of
 MAX_STATE_BYTES = 160  # 65 channels of at most 16 bits, and some
 TEXTS = 3
 ASKED = 0.2  # of the copy's tokens, about
@@ -40,8 +41,8 @@ LEAST, STEEP = 30.0, 4.0  # of a judge: no log-probability is lower; how sharply
 
 def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, seed: int = 0) -> Path:
     """A bundle whose device runs `depth` layers, with an exit behind each, which says what the last layer would."""
-    rows_NH, targets_NLO = observe(checkpoint, depth, seed)
-    states = state_tensors(rows_NH, seed)
+    rows_NH, embedded_NH, targets_NLO = observe(checkpoint, depth, seed)
+    states = state_tensors(rows_NH, embedded_NH, seed)
     codec = StateCodec(states, checkpoint.config.hidden, len(GAINS), MAX_STATE_BYTES)
     exits = {f"exit{index}.safetensors": exit_of(checkpoint, index, seed) for index in range(1, depth + 1)}
     files = {
@@ -65,10 +66,10 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
         ],
         "thresholds": [threshold],
         "states": "states.safetensors",
-        "rates": [rate_entry(codec, rows_NH, rate) for rate in codec.rates],
+        "rates": [rate_entry(codec, rows_NH, embedded_NH, rate) for rate in codec.rates],
         "points": [
-            {"prompt_rate": 0, "rate": 0, "mean_bytes": 30.0, "agreement": 0.5},
-            {"prompt_rate": 0, "rate": 1, "mean_bytes": 50.0, "agreement": 0.5},
+            {"context_rate": 0, "rate": 0, "mean_bytes": 30.0, "agreement": 0.5},
+            {"context_rate": 0, "rate": 1, "mean_bytes": 50.0, "agreement": 0.5},
         ],
         "max_state_bytes": MAX_STATE_BYTES,
         "fill": "fill.safetensors",
@@ -121,18 +122,20 @@ def judge_of(logits_BTV: Tensor, doubted: float = 0.5) -> dict[str, NDArray[Any]
     return {name: tensor.numpy() for name, tensor in judge.items()}
 
 
-def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floats]:
-    """Rows (N, hidden) behind `depth` layers of random texts, and what a fill should give for them (N, L, O)."""
+def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floats, Floats]:
+    """Rows (N, hidden) of random texts behind `depth` layers, and before them; what a fill should give (N, L, O)."""
     decoder = Decoder.load(checkpoint, torch.float32)
     head, tail = decoder[:depth], decoder[depth:]
-    rng, rows, targets = np.random.default_rng(seed), [], []
+    rng, rows, embedded, targets = np.random.default_rng(seed), [], [], []
     for _ in range(TEXTS):
         cache, later = head.new_cache(), tail.new_cache()
         ids = rng.integers(3, checkpoint.config.vocab, min(200, checkpoint.config.context)).tolist()
         for start, count in zip(range(0, len(ids), decoder.width), chunks(len(ids), decoder.width), strict=True):
-            x_NH = head.forward(head.embed(ids[start : start + count]), [Span(cache, start, count)])
+            embedded_NH = head.embed(ids[start : start + count])
+            x_NH = head.forward(embedded_NH, [Span(cache, start, count)])
             tail.forward(x_NH, [Span(later, start, count)])
             rows.append(x_NH[:count].numpy())
+            embedded.append(embedded_NH[:count].numpy())
         cos_N1D, sin_N1D = decoder.rotation(range(len(ids)))
         layers = []
         for layer in tail.layers:
@@ -140,18 +143,21 @@ def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floa
             keys_NKD = rotate(keys_NKD, cos_N1D, -sin_N1D)  # back
             layers.append(torch.cat([keys_NKD.flatten(1), values_NKD.flatten(1)], dim=1).numpy())
         targets.append(np.stack(layers, axis=1))
-    return np.concatenate(rows), np.concatenate(targets)
+    return np.concatenate(rows), np.concatenate(embedded), np.concatenate(targets)
 
 
-def state_tensors(rows_NH: Floats, seed: int) -> dict[str, NDArray[Any]]:
-    hidden = rows_NH.shape[1]
-    basis_CH = np.linalg.qr(np.random.default_rng(seed).normal(size=(hidden, hidden)))[0].astype(np.float32)
+def state_tensors(rows_NH: Floats, embedded_NH: Floats, seed: int) -> dict[str, NDArray[Any]]:
+    hidden, rng = rows_NH.shape[1], np.random.default_rng(seed)
+    matrix_CH = np.linalg.qr(rng.normal(size=(hidden, hidden)))[0].astype(np.float32)
+    predictor_CT = rng.normal(size=(hidden, TOKENS * hidden)).astype(np.float32) * np.float32(GUESSED)
     sizes_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True))
     middle_H1 = np.append((rows_NH / sizes_N1).mean(0), np.log2(sizes_N1).mean()).astype(np.float32)
-    latents_NC11 = components(rows_NH, basis_CH, middle_H1)[:, :, None, None]
+    stored = {**packed(matrix_CH, "transform", 8), **packed(predictor_CT, "predictor", 8), "middle": middle_H1}
+    transform = Transform.of(unpacked(stored, "transform"), middle_H1, unpacked(stored, "predictor"))
+    latents_NC11 = transform.latents(rows_NH[1:], pairs(embedded_NH[:-1], embedded_NH[1:]))[:, :, None, None]
     gain_RC = np.array([[shape] * hidden + [size] for shape, size in GAINS], np.float32)
     integers = [np.rint(latents_NC11 * gain_C[:, None, None]).astype(np.int32) for gain_C in gain_RC]
-    return {"basis": basis_CH, "middle": middle_H1, **contextual.to_tensors(tables(integers, gain_RC))}
+    return {**stored, **contextual.to_tensors(tables(integers, gain_RC))}
 
 
 def tables(integers: Sequence[NDArray[np.int32]], gain_RC: Floats) -> contextual.Tables:
@@ -187,6 +193,6 @@ def fill_tensors(rows_NH: Floats, targets_NLO: Floats) -> dict[str, NDArray[Any]
     return {**packed(np.ascontiguousarray(found[:-1].T), "weight", 8), "bias": found[-1].reshape(layers, outputs)}
 
 
-def rate_entry(codec: StateCodec, rows_NH: Floats, rate: int) -> dict[str, float]:
-    sizes = [len(payload) for payload in codec.encode(rows_NH[::8], rate)]
+def rate_entry(codec: StateCodec, rows_NH: Floats, embedded_NH: Floats, rate: int) -> dict[str, float]:
+    sizes = [len(payload) for payload in codec.encode(rows_NH[1:40], embedded_NH[:40], rate)]
     return {"mean_bytes": float(np.mean(sizes)), "max_bytes": max(sizes)}

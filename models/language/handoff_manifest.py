@@ -5,12 +5,14 @@ Values only. Units: rows are (hidden,) float32 behind a layer, sizes in bytes, f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from models.manifest import FileEntry, FileName, Fraction, Interval, Name, Part, Sha256, Training
 
+NEVER = 2.0  # a likelihood that no exit reaches
 Depth = Annotated[int, Field(ge=1, le=512)]  # counts layers: rows behind the first `depth` of them
 
 
@@ -30,6 +32,16 @@ class LanguageExit(Part):
     agreement: Fraction
 
 
+def least_likely(thresholds: Sequence[Threshold], agreement: float) -> float:
+    """How likely right a token must be that an exit decides, so that so many of those decided are the model's.
+
+    No token is decided that is less likely right than all of them together are to be: on texts of another kind than the
+    thresholds were measured on, the mean above its own threshold was three points too good.
+    """
+    good = [threshold.confidence for threshold in thresholds if threshold.agreement >= agreement]
+    return max(min(good, default=NEVER), agreement)
+
+
 class StateRate(Part):
     """One rate of the hidden states: entropy-coded bytes a token."""
 
@@ -38,11 +50,13 @@ class StateRate(Part):
 
 
 class StatePoint(Part):
-    """Rates of a prompt's hidden states and of those behind it: bytes of a row on average over texts, and how many of
-    the tokens that are decided from them are the model's.
+    """Rates of hidden states that decide a token, and of those that are context alone; what that is worth.
+
+    Measured where exits decide what they are sure of: bytes of a row on average over texts, and how many of the tokens
+    that the cloud completes are the model's.
     """
 
-    prompt_rate: Annotated[int, Field(ge=0, le=63)]
+    context_rate: Annotated[int, Field(ge=0, le=63)]
     rate: Annotated[int, Field(ge=0, le=63)]
     mean_bytes: Annotated[float, Field(ge=0)]
     agreement: Fraction
@@ -101,7 +115,7 @@ class HandoffManifest(Part):
         depths = [exit_.depth for exit_ in self.exits]
         if depths != sorted(set(depths)) or depths[-1] != self.depth:
             raise ValueError(f"exits at {depths} must rise, and the last be at depth {self.depth}")
-        if any(max(point.prompt_rate, point.rate) >= len(self.rates) for point in self.points):
+        if any(max(point.context_rate, point.rate) >= len(self.rates) for point in self.points):
             raise ValueError(f"a point names a rate that does not exist, there are 0 to {len(self.rates) - 1}")
         sizes = [point.mean_bytes for point in self.points]
         if sizes != sorted(sizes):

@@ -137,6 +137,10 @@ class ExitingDecoder:
             self._exits[last](self._advance(last), self._decoder.ids)
         return self._rows_NH[start:]
 
+    def embedded(self, ids: Sequence[int]) -> Floats:
+        """Rows before the first layer (N, hidden) of tokens."""
+        return self._decoder.embedded(ids)
+
     def _advance(self, index: int) -> Floats:
         rows_NH = self._decoder.advance(index)
         if index == len(self._exits) - 1:

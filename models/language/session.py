@@ -14,8 +14,8 @@ class Opening:
     """A session of `start` + len(tokens) tokens, of which the cloud should hold the first `start`.
 
     `logprobs` None: none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8
-    bytes, of the bundle whose hidden states rounds bring; then `tokens` is empty, and states are coded at `prompt_rate`
-    below position `prompt`, from there on at `rate`.
+    bytes, of the bundle whose hidden states rounds bring; then `tokens` is empty. A state that decides a token, or has
+    done so, is coded at `rate`, those that others only attend to at `context_rate`.
     """
 
     model: bytes
@@ -27,8 +27,7 @@ class Opening:
     logprobs: int | None = None
     handoff: bytes = b""
     rate: int = 0
-    prompt: int = 0
-    prompt_rate: int = 0
+    context_rate: int = 0
     kept: int = 0  # layers of positions that decide nothing; the others' state is guessed in closed form; 0: all
 
 
@@ -36,13 +35,15 @@ class Opening:
 class Round:
     """ "From position `base` the text goes on with `draft`." Then the cloud may decode `extend` tokens by itself.
 
-    With `states`, one for each of the draft: from there the text is the draft, and `extend` 1 asks for what follows it.
+    With `states`, one for each of the draft: from there the text is the draft, and `extend` 1 asks for what follows it,
+    which the last state decides. `decided`: indices of states that have decided a token before.
     """
 
     base: int
     draft: tuple[int, ...] = ()
     extend: int = 0
     states: tuple[bytes, ...] = ()
+    decided: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

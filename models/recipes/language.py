@@ -28,7 +28,7 @@ from models.bundle import read_manifest
 from models.errors import InvalidInput
 from models.language.architecture import LlamaConfig
 from models.language.checkpoint import SMOLLM2, Checkpoint
-from models.language.handoff_manifest import HandoffManifest, StatePoint, StateRate
+from models.language.handoff_manifest import HandoffManifest, StatePoint, StateRate, Threshold, least_likely
 from models.language.states import StateCodec
 from models.manifest import Interval
 from models.recipes import language_text
@@ -39,7 +39,7 @@ from models.recipes.language_figures import Crossing, Fill, answered, chats, com
 from models.recipes.language_fill import fit_maps, train_maps
 from models.recipes.language_judge import decided, judged, train_judge
 from models.recipes.language_router import copies
-from models.recipes.language_states import RATE_BYTES, fit_states
+from models.recipes.language_states import RATE_BYTES, fit_states, harm, token_pairs
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from models.recipes.trainer import Run
@@ -50,9 +50,11 @@ HELD_OUT = 20  # every so manyth sequence
 JUDGED = 0.6  # of the held out tokens teach the judges; thresholds are measured on the others
 TESTED = 4  # every so manyth answer to the test prompts is run as on a device
 CONFIDENCES = tuple(round(0.5 + step / 100, 2) for step in range(50))
-STATE_ROWS = 60_000  # that basis and tables are fitted on
+STATE_ROWS = 60_000  # that transform and tables are fitted on
 CROSSED = 4  # every so manyth held out chat tells what rates are worth
-PAIRED = 2  # steps that the rate of prompts may be below that of answers
+ASKING = 0.97  # of the tokens that exits decide are the model's, where that is measured
+PAIRED = 5  # steps that the rate of rows that are not asked for may be below that of those that are
+HARMED = 240  # chats that tell what errors of rows do
 MAX_STATE_BYTES = 1152  # of a row of 576 values: what it takes as 16-bit floats
 Scores = dict[str, Interval]
 VERSIONS = ("torch", "numpy", "onnxruntime", "constriction")
@@ -108,6 +110,21 @@ def filling(run: Run, model: Llama, checkpoint: Checkpoint, depth: int, full: Tr
     named = {f"long-{index}": part for index, part in enumerate(parts)}
     learnt = traces(run, model, named, (depth, model.config.layers))
     return train_maps(run, fit_maps(model, full, depth), model, learnt, depth).tensors()
+
+
+def stating(run: Run, model: Llama, learnt: Traces, depth: int) -> dict[str, NDArray[Any]]:
+    """The tensors of `states.safetensors`."""
+    taught = [s for s in answering(learnt) if s % HELD_OUT]
+    harm_HH = harm(model, learnt, taught[:: len(taught) // HARMED + 1], depth, run.seed)
+    places_N = learnt.later_N.nonzero()[:, 0]
+    places_N = places_N[:: len(places_N) // STATE_ROWS + 1]
+    rows_NH = learnt.rows[depth][places_N].float().numpy()
+    return fit_states(rows_NH, token_pairs(model, learnt, places_N), harm_HH)
+
+
+def answering(traces: Traces) -> list[int]:
+    """Sequences in which something is decided."""
+    return [s for s in range(len(traces)) if traces.answers[s] < traces.bounds(s)[1] - 1]
 
 
 def exit_at(run: Run, model: Llama, depth: int, depths: Sequence[int], learnt: Traces, full: Traces) -> Exit:
@@ -180,13 +197,18 @@ def make(
     likely_EN = likely(judges, held_out)[:, ~chosen_N]
     right_EN = held_out.right_EN[:, ~chosen_N]
 
-    rows_NH = learnt.rows[depths[-1]][learnt.later_N]
-    states = fit_states(rows_NH[:: len(rows_NH) // STATE_ROWS + 1].float().numpy())
+    thresholds = [
+        Threshold(confidence=confidence, coverage=found.coverage, agreement=found.agreement)
+        for confidence in CONFIDENCES
+        for found in [decided(likely_EN, right_EN, confidence)]
+    ]
+    asking = least_likely(thresholds, ASKING)
     fill = filling(run, model, checkpoint, depths[-1], full)
+    states = stating(run, model, learnt, depths[-1])
     codec = StateCodec(states, model.config.hidden, len(RATE_BYTES), MAX_STATE_BYTES)
-    answering = [s for s in range(0, len(learnt), HELD_OUT) if learnt.answers[s] < learnt.bounds(s)[1] - 1]
-    rates, points = crossing(model, observe(checkpoint, exits, learnt, answering[::CROSSED]), depths[-1], codec)
-    scores = completing(model, test, depths[-1], codec, points, Fill.of(fill))
+    seen = observe(checkpoint, exits, learnt, [s for s in answering(learnt) if s % HELD_OUT == 0][::CROSSED])
+    rates, points = crossing(model, seen, asked_of(judges, seen, asking), depths[-1], codec)
+    scores = completing(model, test, asked_of(judges, test, asking), depths[-1], codec, points, Fill.of(fill))
     files = {f"exit{depth}.safetensors": safetensors.numpy.save(tensors) for depth, tensors in exits.items()}
     files |= {"states.safetensors": safetensors.numpy.save(states), "fill.safetensors": safetensors.numpy.save(fill)}
     entries, judges_of_copies = copies(checkpoint, learnt, run.seed)
@@ -202,11 +224,7 @@ def make(
             {"depth": depth, "weights": f"exit{depth}.safetensors", "agreement": float(right_N.float().mean())}
             for depth, right_N in zip(exits, right_EN, strict=True)
         ],
-        "thresholds": [
-            {"confidence": confidence, "coverage": found.coverage, "agreement": found.agreement}
-            for confidence in CONFIDENCES
-            for found in [decided(likely_EN, right_EN, confidence)]
-        ],
+        "thresholds": [threshold.model_dump() for threshold in thresholds],
         "states": "states.safetensors",
         "rates": [rate.model_dump() for rate in rates],
         "points": [point.model_dump() for point in points],
@@ -250,20 +268,26 @@ def deciding(judges: Sequence[nn.Sequential], test: Observed) -> Scores:
     return scores
 
 
-def crossing(model: Llama, seen: Observed, depth: int, codec: StateCodec) -> tuple[list[StateRate], list[StatePoint]]:
-    """What rows cost at each rate, and what pairs of rates are worth, one for prompts and one for answers.
+def asked_of(judges: Sequence[nn.Sequential], observed: Observed, confidence: float) -> Tensor:
+    """Of every position (N,), whether it decides a token of an answer, and no exit is sure of that."""
+    return observed.decides_N & ~decided(likely(judges, observed), observed.right_EN, confidence).sure_N
+
+
+def crossing(
+    model: Llama, seen: Observed, asked_N: Tensor, depth: int, codec: StateCodec
+) -> tuple[list[StateRate], list[StatePoint]]:
+    """What rows cost at each rate, and what pairs of rates are worth: for rows that are asked for, and for others.
 
     Of the pairs those are left than which none is both cheaper and better.
     """
-    here, full_N = seen.decides_N, seen.traces.top_NK[:, 0]
-    crossed = Crossing(seen.traces, depth, codec)
+    full_N = seen.traces.top_NK[:, 0]
+    crossed = Crossing(model, seen.traces, depth, codec)
     pairs = [(low, high) for high in codec.rates for low in range(max(high - PAIRED, 0), high + 1)]
     found = []
     for low, high in pairs:
-        traces, mean_bytes = crossed.at(low, high)
-        right_N = (completed(model, traces, depth).chosen_N == full_N)[here]
-        agreement = float(right_N.float().mean())
-        found.append(StatePoint(prompt_rate=low, rate=high, mean_bytes=mean_bytes, agreement=agreement))
+        traces, mean_bytes = crossed.at(low, high, asked_N)
+        agreement = float((completed(model, traces, depth).chosen_N == full_N)[asked_N].float().mean())
+        found.append(StatePoint(context_rate=low, rate=high, mean_bytes=mean_bytes, agreement=agreement))
     points, best = [], 0.0
     for point in sorted(found, key=lambda point: point.mean_bytes):
         if point.agreement > best:
@@ -275,22 +299,30 @@ def crossing(model: Llama, seen: Observed, depth: int, codec: StateCodec) -> tup
 
 
 def completing(
-    model: Llama, test: Observed, depth: int, codec: StateCodec, points: Sequence[StatePoint], fill: Fill
+    model: Llama,
+    test: Observed,
+    asked_N: Tensor,
+    depth: int,
+    codec: StateCodec,
+    points: Sequence[StatePoint],
+    fill: Fill,
 ) -> Scores:
-    """How many tokens of test answers the cloud completes as the model: from rows as such, at each point, filled."""
-    here, full_N = test.decides_N, test.traces.top_NK[:, 0]
+    """How many tokens of test answers the cloud completes as the model: all from rows as such, or filled; those that
+    are asked for from rows as such, and at each point.
+    """
+    full_N = test.traces.top_NK[:, 0]
 
-    def score(traces: Traces, fill: Fill | None = None) -> Interval:
-        right_N = (completed(model, traces, depth, fill).chosen_N == full_N)[here]
-        return interval(right_N.numpy())
+    def score(traces: Traces, here_N: Tensor, fill: Fill | None = None) -> Interval:
+        return interval((completed(model, traces, depth, fill).chosen_N == full_N)[here_N].numpy())
 
-    crossed = Crossing(test.traces, depth, codec)
+    crossed = Crossing(model, test.traces, depth, codec)
     return {
-        "test rows agreement": score(test.traces),
-        "test fill agreement": score(test.traces, fill),
-        "test fill of prompts agreement": score(test.traces, replace(fill, prompts_only=True)),
+        "test rows agreement": score(test.traces, test.decides_N),
+        "test fill agreement": score(test.traces, test.decides_N, fill),
+        "test fill of prompts agreement": score(test.traces, test.decides_N, replace(fill, prompts_only=True)),
+        "test asked rows agreement": score(test.traces, asked_N),
         **{
-            f"test point{index} agreement": score(crossed.at(point.prompt_rate, point.rate)[0])
+            f"test point{index} agreement": score(crossed.at(point.context_rate, point.rate, asked_N)[0], asked_N)
             for index, point in enumerate(points)
         },
     }

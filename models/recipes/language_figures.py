@@ -85,33 +85,29 @@ class Fill:
 class Crossing:
     """Rows of texts as they come to the cloud, all but the first of each text coded; at each rate once it is wanted."""
 
-    def __init__(self, traces: Traces, depth: int, codec: StateCodec) -> None:
+    def __init__(self, model: Llama, traces: Traces, depth: int, codec: StateCodec) -> None:
         self._traces, self._depth, self._codec = traces, depth, codec
-        self._starts = [traces.bounds(sequence)[0] for sequence in range(len(traces))]
+        self._embedded_NH = model.embed(traces.ids_N)
         self._coded: dict[int, tuple[Tensor, NDArray[np.int64]]] = {}
-        self._prompt_N = torch.zeros(traces.ends[-1], dtype=torch.bool)
-        for start, answer in zip(self._starts, traces.answers, strict=True):
-            self._prompt_N[start : answer - 1] = True
 
     def coded(self, rate: int) -> tuple[Tensor, NDArray[np.int64]]:
         """Rows (N, hidden) at a rate, and bytes (N,) of each."""
         if rate not in self._coded:
             rows_NH = self._traces.rows[self._depth].float()
-            sent_NH = rows_NH.clone()
-            sent_NH[self._starts] = 0
-            payloads = self._codec.encode(sent_NH.numpy(), rate)
-            coded_NH = torch.from_numpy(self._codec.decode(payloads, rate))
-            coded_NH[self._starts] = rows_NH[self._starts]
-            sizes_N = np.array([len(payload) for payload in payloads])
-            sizes_N[self._starts] = 0
+            coded_NH, sizes_N = rows_NH.clone(), np.zeros(len(rows_NH), np.int64)
+            for start, end in map(self._traces.bounds, range(len(self._traces))):
+                embedded_MH = self._embedded_NH[start:end].numpy()
+                payloads = self._codec.encode(rows_NH[start + 1 : end].numpy(), embedded_MH, rate)
+                coded_NH[start + 1 : end] = torch.from_numpy(self._codec.decode(payloads, embedded_MH, rate))
+                sizes_N[start + 1 : end] = [len(payload) for payload in payloads]
             self._coded[rate] = coded_NH, sizes_N
         return self._coded[rate]
 
-    def at(self, prompt_rate: int, rate: int) -> tuple[Traces, float]:
-        """With prompts at one rate and answers at another, and bytes of a row on average."""
-        (prompts_NH, prompt_sizes_N), (answers_NH, sizes_N) = self.coded(prompt_rate), self.coded(rate)
-        rows_NH = torch.where(self._prompt_N[:, None], prompts_NH, answers_NH)
-        mean_bytes = float(np.where(self._prompt_N.numpy(), prompt_sizes_N, sizes_N).mean())
+    def at(self, context_rate: int, rate: int, asked_N: Tensor) -> tuple[Traces, float]:
+        """Rows that decide what is asked for at one rate, others at another; and bytes of a row on average."""
+        (context_NH, context_sizes_N), (asked_NH, sizes_N) = self.coded(context_rate), self.coded(rate)
+        rows_NH = torch.where(asked_N[:, None], asked_NH, context_NH)
+        mean_bytes = float(np.where(asked_N.numpy(), sizes_N, context_sizes_N).mean())
         return replace(self._traces, rows={self._depth: rows_NH}), mean_bytes
 
 

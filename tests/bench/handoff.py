@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from edge_agent.language import point_of
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, Span, chunks
 from models.language.handoff import Handoff
-from models.language.handoff_manifest import StatePoint
+from models.language.handoff_manifest import StatePoint, least_likely
 from models.language.judge import Judge
 from models.language.kv_cache import KVCache
 from models.language.session import Committed, Opening, Round
@@ -50,9 +50,13 @@ from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from tests.bench.language import layer_weights
 
-CONFIDENCES = tuple(round(0.3 + step / 100, 2) for step in range(70))
-SURER = (*CONFIDENCES[20:], 0.992, 0.994, 0.996, 0.998, 0.999)  # for perplexity, which few wrong tokens spoil
+CONFIDENCES = (
+    *(round(0.3 + step / 20, 2) for step in range(10)), *(round(0.8 + step / 50, 2) for step in range(5)),
+    *(round(0.9 + step / 100, 2) for step in range(10)),
+)  # fmt: skip
+SURER = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.992, 0.994, 0.996, 0.998)  # for perplexity, which few wrong tokens spoil
 NEAR = 1.02  # of the model's perplexity
+AGREEMENT = 0.97  # of the tokens that exits decide, where points are measured: a device's default
 OTHER_TOKENS = 64  # of a passage of another domain, behind its prompt
 HALF_BYTES = 2  # CE-CoLLM's hidden states
 FRAMING_BYTES = 4  # of our messages, a row
@@ -98,23 +102,48 @@ def judged(handoff: Handoff, observed: Observed) -> Tensor:
     return torch.from_numpy(np.stack([judge.likely(seen_NF) for judge, seen_NF in zip(judges, seen_ENF, strict=True)]))
 
 
-def curve(
-    name: str, likely_EN: Tensor, test: Observed, done: dict[str, Completed], bytes_a_row: float, price: Costs
-) -> list[Row]:
-    """A scheme at every threshold, over positions that decide tokens of answers."""
-    here, rows = test.decides_N, []
-    full_N = test.traces.top_NK[:, 0]
+@dataclass(frozen=True)
+class Ways:
+    """How rows come to the cloud, and what it does with those that it is not asked for."""
+
+    model: Llama
+    depth: int
+    crossing: Crossing
+    point: StatePoint
+    fill: Fill
+
+    def completed(self, asked_N: Tensor) -> tuple[dict[str, Completed], float]:
+        """What is completed where the cloud is asked, every row through its layers or filled; bytes of a row."""
+        traces, mean_bytes = self.crossing.at(self.point.context_rate, self.point.rate, asked_N)
+        fills = {"exact": None, "fill": self.fill}
+        return {kind: completed(self.model, traces, self.depth, fill) for kind, fill in fills.items()}, mean_bytes
+
+
+def ours(likely_EN: Tensor, test: Observed, ways: Ways, price: Costs) -> list[Row]:
+    """Our scheme at every threshold. How a row crosses depends on whether the cloud is asked."""
+    rows = []
     for confidence in CONFIDENCES:
-        each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
-        row: Row = {"scheme": name, "confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
-        row["interval"] = bounds(each.right_N[each.sure_N])
-        for kind, found in done.items():
-            whole_N = torch.where(each.sure_N, each.right_N, (found.chosen_N == full_N)[here])
-            row[f"agreement of all, {kind}"] = float(whole_N.float().mean())
-            row[f"cloud, {kind}"] = price.computed(1 - each.coverage, kind)
-        row["bytes_a_token"] = bytes_a_row
-        rows.append(row)
+        sure_N = decided(likely_EN, test.right_EN, confidence).sure_N
+        done, mean_bytes = ways.completed(test.decides_N & ~sure_N)
+        rows.append(decided_row("ours", confidence, likely_EN, test, done, mean_bytes + FRAMING_BYTES, price))
     return rows
+
+
+def decided_row(
+    name: str, confidence: float, likely_EN: Tensor, test: Observed, done: Mapping[str, Completed], bytes_a_row: float,
+    price: Costs,
+) -> Row:  # fmt: skip
+    """A scheme at one threshold, over positions that decide tokens of answers."""
+    here, full_N = test.decides_N, test.traces.top_NK[:, 0]
+    each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
+    row: Row = {"scheme": name, "confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
+    row["interval"] = bounds(each.right_N[each.sure_N])
+    for kind, found in done.items():
+        whole_N = torch.where(each.sure_N, each.right_N, (found.chosen_N == full_N)[here])
+        row[f"agreement of all, {kind}"] = float(whole_N.float().mean())
+        row[f"cloud, {kind}"] = price.computed(1 - each.coverage, kind)
+    row["bytes_a_token"] = bytes_a_row
+    return row
 
 
 def bounds(right_N: Tensor) -> list[float]:
@@ -122,25 +151,37 @@ def bounds(right_N: Tensor) -> list[float]:
     return [found.low, found.high] if found else [0.0, 1.0]
 
 
-def point_rows(model: Llama, handoff: Handoff, test: Observed, exact: Completed, crossing: Crossing) -> list[Row]:
-    """Every point: bytes of a row, prompts' and answers', and the agreement with the model at all positions."""
+def point_rows(ways: Ways, handoff: Handoff, test: Observed, exact: Completed) -> list[Row]:
+    """Every point, where exits decide as on a device: bytes of a row, and how many tokens coding makes others.
+
+    lost: of all tokens; lost_asked: of those that the cloud is asked for, whose share is `asked`.
+    """
     here, full_N = test.decides_N, test.traces.top_NK[:, 0]
+    each = decided(judged(handoff, test), test.right_EN, least_likely(handoff.manifest.thresholds, AGREEMENT))
+    asked_N, exact_N = here & ~each.sure_N, exact.chosen_N == full_N
     rows = []
     for index, point in enumerate(handoff.manifest.points):
-        crossed, mean_bytes = crossing.at(point.prompt_rate, point.rate)
-        right_N = (completed(model, crossed, handoff.depth).chosen_N == full_N)[here]
+        done, mean_bytes = replace(ways, point=point).completed(asked_N)
+        right_N = done["exact"].chosen_N == full_N
         rows.append(
             {
                 "point": index,
                 "bytes": mean_bytes,
                 "of_fp16": mean_bytes / HALF_BYTES / handoff.manifest.hidden,
-                "agreement": float(right_N.float().mean()),
-                "interval": bounds(right_N),
-                "lost": float((exact.chosen_N == full_N)[here].float().mean() - right_N.float().mean()),
-                "positions": len(right_N),
+                "agreement": float(torch.where(each.sure_N, each.right_N, right_N)[here].float().mean()),
+                "interval": bounds(torch.where(each.sure_N, each.right_N, right_N)[here]),
+                "lost": share_lost(exact_N & asked_N, right_N & asked_N, here),
+                "lost_asked": share_lost(exact_N, right_N, asked_N),
+                "asked": float(asked_N.sum() / here.sum()),
+                "positions": int(here.sum()),
             }
         )
     return rows
+
+
+def share_lost(exact_N: Tensor, right_N: Tensor, here_N: Tensor) -> float:
+    """How many fewer positions of some are right than from rows as such."""
+    return float(exact_N[here_N].float().mean() - right_N[here_N].float().mean())
 
 
 def passages(file: Path, tokenizer: Tokenizer, count: int, prompt: int) -> Texts:
@@ -159,20 +200,20 @@ def other_domain(
     traces = trace(model, texts, handoff.depths, torch.float32)
     test = observe(checkpoint, exits, traces, range(len(traces)))
     here, exact = test.decides_N, completed(model, traces, handoff.depth)
-    rows_crossed, _ = Crossing(test.traces, handoff.depth, handoff.states).at(point.prompt_rate, point.rate)
-    crossed = completed(model, rows_crossed, handoff.depth)
-    guessed = completed(model, rows_crossed, handoff.depth, fill)
+    ways = Ways(model, handoff.depth, Crossing(model, test.traces, handoff.depth, handoff.states), point, fill)
     likely_EN = judged(handoff, test)
     base = float(torch.exp(-exact.next_N[here].mean()))
     rows, price = [], costs(checkpoint, handoff.depth)
     for confidence in SURER:
-        each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
-        exit_N = test.next_EN[:, here].gather(0, each.exit_N[None])[0]
-        row: Row = {"confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
-        for kind, found in (("exact", crossed), ("fill", guessed)):
-            mixed_N = torch.where(each.sure_N, exit_N, found.next_N[here])
+        each = decided(likely_EN, test.right_EN, confidence)
+        done, _ = ways.completed(here & ~each.sure_N)
+        exit_N = test.next_EN.gather(0, each.exit_N[None])[0]
+        coverage, right_N = float(each.sure_N[here].float().mean()), each.right_N[here & each.sure_N]
+        row: Row = {"confidence": confidence, "coverage": coverage, "agreement": float(right_N.float().mean())}
+        for kind, found in done.items():
+            mixed_N = torch.where(each.sure_N, exit_N, found.next_N)[here]
             row[f"perplexity ratio, {kind}"] = float(torch.exp(-mixed_N.mean())) / base
-            row[f"cloud, {kind}"] = price.computed(1 - each.coverage, kind)
+            row[f"cloud, {kind}"] = price.computed(1 - coverage, kind)
         rows.append(row)
     return {"positions": int(here.sum()), "perplexity": base, "curve": rows}
 
@@ -296,14 +337,9 @@ def measured(folder: Path, checkpoint: Checkpoint, llama: Llama, asked: Asked, p
     fill = Fill(torch.from_numpy(weight_LOH), torch.from_numpy(bias_LO))
     exact = completed(llama, test.traces, handoff.depth)
     chosen = point_of(handoff.manifest, point)
-    crossing = Crossing(test.traces, handoff.depth, handoff.states)
-    crossed, mean_bytes = crossing.at(chosen.prompt_rate, chosen.rate)
-    ours = {
-        "exact": completed(llama, crossed, handoff.depth),
-        "fill": completed(llama, crossed, handoff.depth, fill),
-    }
+    ways = Ways(llama, handoff.depth, Crossing(llama, test.traces, handoff.depth, handoff.states), chosen, fill)
     price, fp16_bytes = costs(checkpoint, handoff.depth), HALF_BYTES * checkpoint.config.hidden
-    softmax_EN = test.seen_ENF[:, :, 0].exp()
+    softmax_EN, done = test.seen_ENF[:, :, 0].exp(), {"exact": exact}
     return {
         "depth": handoff.depth,
         "exits": handoff.depths,
@@ -311,10 +347,13 @@ def measured(folder: Path, checkpoint: Checkpoint, llama: Llama, asked: Asked, p
         "positions": int(test.decides_N.sum()),
         "exit_agreement": test.right_EN[:, test.decides_N].float().mean(1).tolist(),
         "rows_agreement": float((exact.chosen_N == traces.top_NK[:, 0])[test.decides_N].float().mean()),
-        "points": point_rows(llama, handoff, test, exact, crossing),
+        "points": point_rows(ways, handoff, test, exact),
         "curves": {
-            "ours": curve("ours", judged(handoff, test), test, ours, mean_bytes + FRAMING_BYTES, price),
-            "CE-CoLLM": curve("CE-CoLLM", softmax_EN, test, {"exact": exact}, fp16_bytes, price),
+            "ours": ours(judged(handoff, test), test, ways, price),
+            "CE-CoLLM": [
+                decided_row("CE-CoLLM", confidence, softmax_EN, test, done, fp16_bytes, price)
+                for confidence in CONFIDENCES
+            ],
         },
         "other": {
             "text": asked.other_name,
@@ -374,7 +413,7 @@ def main(
         for row in result["points"]:
             console.print(
                 f"{name}, point {row['point']}: {row['bytes']:.0f} B, {row['of_fp16']:.2f} of fp16,"
-                f" {row['lost']:+.2%} lost"
+                f" {row['lost']:+.2%} of tokens lost, {row['lost_asked']:+.2%} of the {row['asked']:.0%} asked for"
             )
         for row in result["prefill"]["rows"]:
             console.print(

@@ -3,8 +3,10 @@
     arms and drafts  x  round trip 5 .. 150 ms  x  a cloud of this speed, and four times slower
 
 Device and cloud have a core each where there are two, so that neither takes the other's time; the link between them is
-emulated (round trip only). Each setting answers the same prompts greedily; an arm's first answer is not counted, it
-learns the link. Can be interrupted: settings that are in the JSON file already are not run again.
+emulated (round trip only). Each setting answers the same prompts greedily, every prompt by all ways in turn, so that
+what else the machine does meets them alike; a way's first answer is not counted, it learns the link. `auto` is set
+beside the fastest single arm of equal quality, prompt by prompt. Can be interrupted: settings that are in the JSON file
+already are not run again.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -23,10 +26,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
+from scipy.stats import bootstrap
 
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Arm, Ask, Summary
@@ -46,6 +51,7 @@ LONGEST_TOKENS = 400
 QUALITIES = (0.97, 0.99, 0.999, 1.0)  # the dial of auto
 Settings = tuple[tuple[str, Any], ...]  # of an agent
 Row = dict[str, Any]
+Prompts = list[tuple[int, ...]]
 
 
 class Way(NamedTuple):
@@ -83,6 +89,10 @@ class Timed:
     first_s: float
     total_s: float
 
+    @property
+    def tokens_per_s(self) -> float:
+        return self.summary.tokens / self.total_s
+
 
 def answer(agent: LanguageAgent, prompt: tuple[int, ...], way: Way, tokens: int) -> Timed:
     started_s, first_s, own, ids = time.perf_counter(), 0.0, 0, list[int]()
@@ -103,11 +113,24 @@ def worth(decoder: Decoder, prompt: tuple[int, ...], ids: list[int]) -> tuple[in
     return int((logprobs_TV.argmax(1) == ids_T).sum()), float(logprobs_TV.gather(1, ids_T[:, None]).sum())
 
 
-def measure(
-    agent: LanguageAgent, prompts: list[tuple[int, ...]], way: Way, tokens: int, flops: int, model: Decoder
-) -> Row:
-    answer(agent, prompts[0], way, tokens)
-    every = [answer(agent, prompt, way, tokens) for prompt in prompts]
+def in_turns(
+    turns: Mapping[str, tuple[LanguageAgent, Way]], prompts: Prompts, tokens: int, advance: Callable[[], None]
+) -> dict[str, list[Timed]]:
+    """Answers to all prompts by every way: each prompt by all of them, beginning with another, before the next one."""
+    found: dict[str, list[Timed]] = {name: [] for name in turns}
+    for agent, way in turns.values():
+        answer(agent, prompts[0], way, tokens)
+    for index, prompt in enumerate(prompts):
+        names = deque(turns)
+        names.rotate(-index)
+        for name in names:
+            found[name].append(answer(turns[name][0], prompt, turns[name][1], tokens))
+            advance()
+    return found
+
+
+def row_of(every: list[Timed], prompts: Prompts, way: Way, flops: int, model: Decoder) -> Row:
+    """What a way's answers to the prompts took, and what they are worth."""
     runs = [(timed.summary, timed.first_s, timed.total_s) for timed in every]
     worths = [worth(model, prompt, timed.ids) for prompt, timed in zip(prompts, every, strict=True)]
     made = sum(summary.tokens for summary, _, _ in runs)
@@ -118,7 +141,8 @@ def measure(
     return {
         "prompts": len(prompts),
         "tokens": made,
-        "tokens_per_s": statistics.median(summary.tokens / total_s for summary, _, total_s in runs),
+        "tokens_per_s": statistics.median(timed.tokens_per_s for timed in every),
+        "each_tokens_per_s": [round(timed.tokens_per_s, 2) for timed in every],
         "tokens_per_s_after_first": (made - len(runs)) / sum(total_s - first_s for _, first_s, total_s in runs),
         "first_token_ms": statistics.median(1000 * first_s for _, first_s, _ in runs),
         "bytes_up_per_token": sum(summary.bytes_up for summary, _, _ in runs) / made,
@@ -132,6 +156,18 @@ def measure(
         "acceptance": sum(summary.accepted for summary, _, _ in runs) / drafts if drafts else None,
         "why": runs[-1][0].why,
     }
+
+
+def beside(row: Row, quality: float, singles: Mapping[str, Row]) -> Row | None:
+    """A row of auto's beside the fastest single arm that keeps its quality: tokens/s as a ratio, prompt by prompt."""
+    equal = [name for name, single in singles.items() if single["agreement"] >= quality]
+    if not equal:
+        return None
+    best = max(equal, key=lambda name: float(singles[name]["tokens_per_s"]))
+    ratios = np.array(row["each_tokens_per_s"]) / np.array(singles[best]["each_tokens_per_s"])
+    found = bootstrap((ratios,), np.median, random_state=0).confidence_interval if len(ratios) > 1 else None
+    low, high = (float(found.low), float(found.high)) if found else (None, None)
+    return {"method": best, "ratio": float(np.median(ratios)), "low": low, "high": high}
 
 
 def agents(
@@ -150,14 +186,16 @@ def run(
     model: str,
     handoff: Path | None,
     ways: dict[str, Way],
-    prompts: list[tuple[int, ...]],
+    prompts: Prompts,
     settings: Row,
     rows: list[Row],
     save: Any,
 ) -> None:
-    """Every setting that has no row yet."""
-    done = {(row["method"], row["rtt_ms"], row["slowdown"]) for row in rows}
-    todo = [key for key in product(ways, settings["rtts_ms"], settings["slowdowns"]) if key not in done]
+    """Every setting that has not got a row of each way yet."""
+    done = {(row["slowdown"], row["rtt_ms"], row["method"]) for row in rows}
+    every = product(settings["slowdowns"], settings["rtts_ms"])
+    todo = [setting for setting in every if not all((*setting, name) in done for name in ways)]
+    rows[:] = [row for row in rows if (row["slowdown"], row["rtt_ms"]) not in todo]
     mine, theirs = share_cores()
     torch.set_num_threads(len(mine))  # more threads than cores wait for each other
     checkpoint = Checkpoint.open(model)
@@ -165,11 +203,8 @@ def run(
     flops = {way.arm: 2 * parameters(checkpoint.config, depth * (way.arm == "handoff")) for way in ways.values()}
     whole = Decoder.load(checkpoint)
     with Progress() as bar:
-        task = bar.add_task("settings", total=len(todo))
-        for slowdown, rtt_ms in product(settings["slowdowns"], settings["rtts_ms"]):
-            names = [name for name, rtt, slow in todo if (rtt, slow) == (rtt_ms, slowdown)]
-            if not names:
-                continue
+        task = bar.add_task("answers", total=len(todo) * len(ways) * len(prompts))
+        for slowdown, rtt_ms in todo:
             os.environ["ISTHMUS_BENCH_SLOWDOWN"] = str(slowdown)
             with ExitStack() as stack:
                 cloud = CloudProcess(
@@ -180,13 +215,14 @@ def run(
                 stack.enter_context(cloud)
                 proxy = stack.enter_context(LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)))
                 by_way = agents(stack, ways, model, f"127.0.0.1:{proxy.port}", len(mine))
-                for name in names:
-                    way = ways[name]
-                    agent = by_way[way.settings]
-                    row = measure(agent, prompts, way, settings["max_tokens"], flops[way.arm], whole)
-                    rows.append({"method": name, "rtt_ms": rtt_ms, "slowdown": slowdown, **row})
-                    save()
-                    bar.advance(task)
+                turns = {name: (by_way[way.settings], way) for name, way in ways.items()}
+                timed = in_turns(turns, prompts, settings["max_tokens"], lambda: bar.advance(task))
+            here = {name: row_of(timed[name], prompts, way, flops[way.arm], whole) for name, way in ways.items()}
+            singles = {name: here[name] for name, way in ways.items() if way.quality is None}
+            for name, way in ways.items():
+                row = {"method": name, "rtt_ms": rtt_ms, "slowdown": slowdown, **here[name]}
+                rows.append(row | {"beside": beside(row, way.quality, singles) if way.quality is not None else None})
+            save()
 
 
 def share_cores() -> tuple[list[int], list[int]]:
@@ -210,7 +246,17 @@ def layer_weights(config: LlamaConfig) -> int:
 def table(rows: list[Row]) -> Table:
     method = Column("method", no_wrap=True)
     page = Table(
-        "cloud, way", method, "tokens/s", "first ms", "B up", "B down", "passes", "device", "right", "accepted"
+        "cloud, way",
+        method,
+        "tokens/s",
+        "first ms",
+        "B up",
+        "B down",
+        "passes",
+        "device",
+        "right",
+        "accepted",
+        "of the best arm",
     )
     for row in sorted(rows, key=lambda row: (row["slowdown"], row["rtt_ms"], row["method"])):
         accepted = "" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
@@ -218,9 +264,16 @@ def table(rows: list[Row]) -> Table:
             f"{row['slowdown']}x {row['rtt_ms']} ms", row["method"], f"{row['tokens_per_s']:.1f}",
             f"{row['first_token_ms']:.0f}", f"{row['bytes_up_per_token']:.1f}", f"{row['bytes_down_per_token']:.1f}",
             f"{row['cloud_passes_per_token']:.2f}", f"{row['device_share']:.0%}", f"{row['agreement']:.1%}",
-            accepted,
+            accepted, told(row["beside"]),
         )  # fmt: skip
     return page
+
+
+def told(found: Row | None) -> str:
+    if found is None:
+        return ""
+    bounds = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{found['ratio']:.2f}{bounds} of {found['method']}"
 
 
 def plot(rows: list[Row], names: Iterable[str], file: Path) -> None:

@@ -88,12 +88,14 @@ def test_an_agreement_that_no_exit_has_leaves_all_to_the_cloud(
 
 
 def test_a_killed_cloud_changes_no_token(serving: CloudProcess, endless_llama: Path, bundle: Path) -> None:
+    """Rows that decided a token cross again as they did, beside others of another rate."""
+
     def restart(made: int) -> None:
         if made == 15:
             serving.kill()
             serving.start(wait=False)
 
-    with agent_of(serving, endless_llama, bundle, on_loss="wait") as agent:
+    with agent_of(serving, endless_llama, bundle, state_point=1, on_loss="wait") as agent:
         expected, answer = answered(agent).ids, answered(agent, restart)
     assert answer.ids == expected and not answer.how.degraded and "went on" in answer.how.why
 
@@ -129,7 +131,7 @@ def test_evicted_in_the_middle_it_brings_everything_again(endless_llama: Path, b
     arguments = ("--model", str(endless_llama), "--handoff", str(bundle), "--context-mb", "1", *LANGUAGE)
     with (
         CloudProcess(arguments=arguments) as cloud,
-        agent_of(cloud, endless_llama, bundle, CLOUD) as one,
+        agent_of(cloud, endless_llama, bundle, CLOUD, state_point=1) as one,
         agent_of(cloud, endless_llama, bundle, CLOUD) as other,
     ):
         expected = answered(one).ids

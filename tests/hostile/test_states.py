@@ -15,6 +15,7 @@ from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import MAX_STATE_BYTES, write_tiny_handoff
 
 HIDDEN = 64
+EMBEDDED_2H = np.random.default_rng(0).normal(size=(2, HIDDEN)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> StateCodec:
 
 def survive(states: StateCodec, data: bytes, rate: int) -> None:
     try:
-        row_1H = states.decode([data], rate)
+        row_1H = states.decode([data], EMBEDDED_2H, rate)
     except CallerError:
         return
     assert row_1H.shape == (1, HIDDEN) and np.isfinite(row_1H).all()
@@ -40,7 +41,7 @@ def test_random_bytes(states: StateCodec, data: bytes, rate: int) -> None:
 @given(seed=st.integers(0, 99), bit=st.integers(0, 8 * MAX_STATE_BYTES), cut=st.integers(0, 20))
 def test_flipped_bits_and_cut_ends(states: StateCodec, seed: int, bit: int, cut: int) -> None:
     row_1H = np.random.default_rng(seed).normal(size=(1, HIDDEN)).astype(np.float32)
-    data = bytearray(states.encode(row_1H, 1)[0])
+    data = bytearray(states.encode(row_1H, EMBEDDED_2H, 1)[0])
     data[bit // 8 % len(data)] ^= 1 << bit % 8
     survive(states, bytes(data[: len(data) - cut]), 1)
 
@@ -50,10 +51,16 @@ def test_rows_that_are_not_finite_are_not_sent(states: StateCodec, value: float)
     row_1H = np.zeros((1, HIDDEN), np.float32)
     row_1H[0, 3] = value
     with pytest.raises(CallerError, match="not finite"):
-        states.encode(row_1H, 0)
+        states.encode(row_1H, EMBEDDED_2H, 0)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e18])
 def test_rows_of_any_size_are_sent(states: StateCodec, scale: float) -> None:
     row_1H = np.full((1, HIDDEN), scale, np.float32)
-    assert np.isfinite(states.decode(states.encode(row_1H, 1), 1)).all()
+    assert np.isfinite(states.decode(states.encode(row_1H, EMBEDDED_2H, 1), EMBEDDED_2H, 1)).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e18])
+def test_embeddings_of_any_size_are_taken(states: StateCodec, scale: float) -> None:
+    row_1H, embedded_2H = np.ones((1, HIDDEN), np.float32), EMBEDDED_2H * np.float32(scale)
+    assert np.isfinite(states.decode(states.encode(row_1H, embedded_2H, 1), embedded_2H, 1)).all()

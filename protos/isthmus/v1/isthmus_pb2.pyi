@@ -201,8 +201,7 @@ class Open(_message.Message):
     HANDOFF_FIELD_NUMBER: _builtins.int
     RATE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
-    PROMPT_FIELD_NUMBER: _builtins.int
-    PROMPT_RATE_FIELD_NUMBER: _builtins.int
+    CONTEXT_RATE_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     """limits.WIRE_VERSION of the sender"""
     model: _builtins.bytes
@@ -227,16 +226,16 @@ class Open(_message.Message):
     """the first 8 bytes of the hand-off bundle's SHA-256 fingerprint, little-endian; 0, which"""
     rate: _builtins.int
     """costs no byte, when no states come
-    of the states from position `prompt` on: index into the hand-off bundle's rates
+    of states that decide a token: the last of a round that asks for one, and those of
     """
     kept: _builtins.int
-    """layers that positions go through which decide nothing; the state of the others is"""
-    prompt: _builtins.int
-    """guessed by the closed form of the service's hand-off bundle. 0: all
-    positions below it have states of another rate
+    """Round.decided; index into the hand-off bundle's rates
+    layers that positions go through which decide nothing; the state of the others is
     """
-    prompt_rate: _builtins.int
-    """of these"""
+    context_rate: _builtins.int
+    """guessed by the closed form of the service's hand-off bundle. 0: all
+    of all other states
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """those from position `start` on; start + tokens is at least 1. Of a hand-off none:"""
@@ -257,12 +256,11 @@ class Open(_message.Message):
         handoff: _builtins.int = ...,
         rate: _builtins.int = ...,
         kept: _builtins.int = ...,
-        prompt: _builtins.int = ...,
-        prompt_rate: _builtins.int = ...,
+        context_rate: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "handoff", b"handoff", "kept", b"kept", "logprobs", b"logprobs", "model", b"model", "prompt", b"prompt", "prompt_rate", b"prompt_rate", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_rate", b"context_rate", "crc32", b"crc32", "handoff", b"handoff", "kept", b"kept", "logprobs", b"logprobs", "model", b"model", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,6 +283,7 @@ class Round(_message.Message):
     EXTEND_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
+    DECIDED_FIELD_NUMBER: _builtins.int
     base: _builtins.int
     """position of the first draft token, at most the number of committed tokens; from 1, and"""
     extend: _builtins.int
@@ -292,7 +291,7 @@ class Round(_message.Message):
     crc32: _builtins.int
     """limits.MAX_STATES of at most limits.MAX_STATE_BYTES. That of position 0 is not read,
     and best empty: the service makes the row itself
-    with states CRC-32 (zlib) of: base, extend and draft as little-endian uint32; then of
+    with states CRC-32 (zlib) of: base, extend, draft and decided as little-endian uint32;
     """
     @_builtins.property
     def draft(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -306,6 +305,12 @@ class Round(_message.Message):
         of each draft token the entropy-coded row behind the hand-off's layers, at most
         """
 
+    @_builtins.property
+    def decided(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """then of each state its size as little-endian uint32 and its bytes
+        rising indices of states that decided a token when they were sent before: the service
+        """
+
     def __init__(
         self,
         *,
@@ -314,10 +319,11 @@ class Round(_message.Message):
         extend: _builtins.int = ...,
         states: _abc.Iterable[_builtins.bytes] | None = ...,
         crc32: _builtins.int = ...,
+        decided: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "crc32", b"crc32", "draft", b"draft", "extend", b"extend", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "crc32", b"crc32", "decided", b"decided", "draft", b"draft", "extend", b"extend", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -42,9 +42,11 @@ from tests.unit.cloud_service.tiny import (
     House,
     Scenario,
     StateDevice,
+    embedded,
     head_rows,
     plain,
     prompts,
+    states_of,
     until,
 )
 
@@ -69,6 +71,7 @@ class ByHand:
     decoder: Decoder
     handoff: Handoff
     rate: int = 1
+    context_rate: int = 0
     fill: bool = False
 
     def __post_init__(self) -> None:
@@ -78,13 +81,18 @@ class ByHand:
 
     def take(self, tokens: Sequence[int], asked: bool = True) -> Any:
         """Logits (vocab,) behind `tokens`, of which those that the cache has are known."""
-        rows_NH = head_rows(self.decoder, self.handoff.depth, tokens)[self.cache.length :]
-        exact = asked * (1 if self.cache.length else EXACT_ROWS)
-        for index, payload in enumerate(self.handoff.states.encode(rows_NH, self.rate)):
-            row_1H = torch.from_numpy(self.handoff.states.decode([payload], self.rate))
-            if not self.cache.length:
-                row_1H = torch.from_numpy(rows_NH[:1])  # the cloud makes it itself, and never guesses behind it
-            elif self.fill and index < len(rows_NH) - exact:
+        start = self.cache.length
+        exact = asked * (1 if start else EXACT_ROWS)
+        rates = [self.context_rate] * (len(tokens) - start - asked) + [self.rate] * asked
+        decided = {len(tokens) - 1} if asked else set()
+        payloads = states_of(self.decoder, self.handoff, tokens, start, self.context_rate, self.rate, decided)
+        for index, (payload, rate) in enumerate(zip(payloads, rates, strict=True)):
+            if not self.cache.length:  # the cloud makes it itself, and never guesses behind it
+                row_1H = torch.from_numpy(head_rows(self.decoder, self.handoff.depth, tokens[:1]))
+            else:
+                around = tokens[start + index - 1 : start + index + 1]
+                row_1H = torch.from_numpy(self.handoff.states.decode([payload], embedded(self.decoder, around), rate))
+            if self.cache.length and self.fill and index < len(payloads) - exact:
                 self._fill.write(self.cache, self.cache.length, row_1H)
                 continue
             x_NH = torch.zeros(self.decoder.width, self.decoder.config.hidden)
@@ -115,8 +123,8 @@ def test_the_cloud_decides_what_its_layers_decide(
     """A prompt in two rounds, tokens that the device skips, and a token each time that it asks."""
 
     async def play(house: House) -> None:
-        device = new_device(house, sampling=sampling, rate=rate, fill=fill)
-        expected = ByHand(decoder, handoff, rate, fill)
+        device = new_device(house, sampling=sampling, rate=rate, context_rate=1 - rate, fill=fill)
+        expected = ByHand(decoder, handoff, rate, 1 - rate, fill)
         await device.open(logprobs=2)
         device.tokens = PROMPT[:20]
         answer = await device.ask(0, extend=0)

@@ -181,6 +181,20 @@ def test_behind_a_prompt_a_fill_takes_one_row_of_a_pass_at_most() -> None:
     assert rows_run(text, 16) == [(FILL_ROWS, 0), (FILL_ROWS, 1)]
 
 
+def test_what_decides_or_has_decided_has_a_rate_of_its_own() -> None:
+    opening = Opening(b"", b"", 0, (), 0, handoff=b"x", rate=5, context_rate=2)
+    text = HandoffText((), opening, CAP, CONTEXT)
+    give_memory(text)
+    states = tuple(state_of(position, position) for position in range(4))
+    text.begin(Round(0, (0, 1, 2, 3), 1, states, decided=(1,)), 0.0)
+    assert [text.rate_at(position) for position in range(4)] == [2, 5, 2, 5]
+    assert [text.id_at(position) for position in range(4)] == [0, 1, 2, 3]
+    finish(text)
+    text.begin(Round(4, (6, 7), 0, states[:2]), 0.0)
+    assert [text.rate_at(position) for position in (4, 5)] == [2, 2], "nothing is asked for"
+    assert [text.id_at(position) for position in (3, 4, 5)] == [3, 6, 7]
+
+
 def test_times_and_passes_are_summed() -> None:
     text = new_text()
     text.begin(round_of([1, 2, 3, 4], 0), 10.0)

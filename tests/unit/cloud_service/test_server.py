@@ -233,7 +233,8 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
         listen="127.0.0.1:0",
         metrics=None,
     )
-    states = handoff.states.encode(np.ones((3, model.config.hidden), np.float32), 1)
+    ones_MH = np.ones((4, model.config.hidden), np.float32)
+    states = handoff.states.encode(ones_MH[1:], ones_MH, 1)
 
     async def play() -> None:
         serving = asyncio.create_task(serve(config))
@@ -242,7 +243,9 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
             (info,) = wire.unpack_service(await stub.Describe(pb.DescribeRequest())).models
             assert info.handoffs == (handoff.fingerprint,)
             call = stub.Generate()
-            opening = Opening(info.fingerprint, bytes(16), 0, (), 0, handoff=handoff.fingerprint, rate=1, kept=1)
+            opening = Opening(
+                info.fingerprint, bytes(16), 0, (), 0, handoff=handoff.fingerprint, rate=1, context_rate=1, kept=1
+            )
             await call.write(wire_session.pack_opening(opening))
             await call.write(wire_session.pack_round(Round(0, (5, 6, 7), 1, tuple(states))))
             assert len((await call.read()).tokens) == 1

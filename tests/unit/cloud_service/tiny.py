@@ -176,6 +176,28 @@ def head_rows(decoder: Decoder, depth: int, tokens: Sequence[int]) -> Floats:
     return np.concatenate(rows)
 
 
+def embedded(decoder: Decoder, ids: Sequence[int]) -> Floats:
+    """Rows (N, hidden) before the first layer."""
+    return np.concatenate([decoder.embed([id_])[:1].numpy() for id_ in ids])
+
+
+def states_of(
+    decoder: Decoder,
+    handoff: Handoff,
+    tokens: Sequence[int],
+    base: int,
+    context_rate: int,
+    rate: int,
+    decided: set[int],
+) -> list[bytes]:
+    """Of the tokens from `base` on as a device sends them; `rate` of the positions that are decided by."""
+    rows_NH = head_rows(decoder, handoff.depth, tokens)[base:]
+    around = [tokens[max(base - 1, 0)], *tokens[base:]]
+    embedded_MH = embedded(decoder, around)
+    both = [handoff.states.encode(rows_NH, embedded_MH, each) for each in (context_rate, rate)]
+    return [pair[base + index in decided] for index, pair in enumerate(zip(*both, strict=True))]
+
+
 class StateDevice:
     """A device that runs the first layers itself, and keeps the text."""
 
@@ -188,11 +210,13 @@ class StateDevice:
         prompt: Sequence[int],
         sampling: Sampling = GREEDY,
         rate: int = 1,
+        context_rate: int = 0,
         fill: bool = False,
     ) -> None:
         self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
-        self.handoff, self.rate, self.fill = handoff, rate, fill
+        self.handoff, self.rate, self.context_rate, self.fill = handoff, rate, context_rate, fill
         self.tokens = list(prompt)
+        self.decided: set[int] = set()  # positions that the cloud was asked by
         self.answers: Answers = asyncio.Queue()
         self.session: Session | None = None
         self._decoder = decoder
@@ -204,6 +228,7 @@ class StateDevice:
         ours = {
             "handoff": self.handoff.fingerprint[:8],
             "rate": self.rate,
+            "context_rate": self.context_rate,
             "kept": self.handoff.depth if self.fill else 0,
         }
         return replace(opening, **{**ours, **fields})
@@ -213,8 +238,10 @@ class StateDevice:
 
     def round(self, base: int, extend: int = 1) -> Round:
         """All tokens from `base` on, with their states."""
-        rows_NH = head_rows(self._decoder, self.handoff.depth, self.tokens)[base:]
-        return Round(base, tuple(self.tokens[base:]), extend, tuple(self.handoff.states.encode(rows_NH, self.rate)))
+        before = tuple(position - base for position in sorted(self.decided) if base <= position < len(self.tokens))
+        self.decided |= {len(self.tokens) - 1} if extend else set()
+        states = states_of(self._decoder, self.handoff, self.tokens, base, self.context_rate, self.rate, self.decided)
+        return Round(base, tuple(self.tokens[base:]), extend, tuple(states), before)
 
     def send(self, base: int, extend: int = 1) -> None:
         self.put(self.round(base, extend))

@@ -16,13 +16,13 @@ from prometheus_client import CollectorRegistry
 
 from edge_agent.config import LanguageConfig
 from edge_agent.generation import Ask, Summary, Token
-from edge_agent.handover import NEVER, Terms
+from edge_agent.handover import Terms
 from edge_agent.language import LanguageAgent, point_of, terms_of
 from edge_agent.language_metrics import LanguageMetrics
 from models.errors import BundleError, InvalidInput, LinkDown
 from models.language.checkpoint import Checkpoint
 from models.language.handoff import Handoff
-from models.language.handoff_manifest import StatePoint
+from models.language.handoff_manifest import NEVER, StatePoint
 from models.language.onnx_decoder import OnnxDecoder
 from models.language.sampling import Sampling, choose, log_softmax
 from tests.bench.tiny_llama import write_tiny_llama
@@ -272,8 +272,8 @@ def test_terms_are_the_owners(
 
 def test_the_cheapest_point_that_loses_little_is_taken(folder: Path, bundle: Path) -> None:
     manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
-    agreements = (0.9, 0.966, 0.97)
+    agreements = (0.9, 0.961, 0.97)
     points = tuple(
-        StatePoint(prompt_rate=0, rate=1, mean_bytes=index, agreement=each) for index, each in enumerate(agreements)
+        StatePoint(context_rate=0, rate=1, mean_bytes=index, agreement=each) for index, each in enumerate(agreements)
     )
     assert point_of(manifest.model_copy(update={"points": points}), None) == points[1]

@@ -46,11 +46,10 @@ HANDOFF_OPENING = Opening(
     sampling=Sampling(0.7, 0.95, 1234),
     handoff=bytes(range(200, 208)),
     rate=2,
-    prompt=299,
-    prompt_rate=1,
+    context_rate=1,
     kept=20,
 )
-HANDOFF_ROUND = Round(300, (10_000, 20_000, 30_000), 1, (b"", b"\x01", bytes(range(40))))
+HANDOFF_ROUND = Round(300, (10_000, 20_000, 30_000), 1, (b"", b"\x01", bytes(range(40))), (1,))
 COMMITTED = Committed(
     base=300,
     accepted=1,
@@ -118,8 +117,7 @@ def openings(draw: st.DrawFn) -> Opening:
         logprobs=draw(st.none() | st.integers(0, limits.MAX_LOGPROBS)),
         handoff=handoff,
         rate=draw(ids) if handoff else 0,
-        prompt=draw(ids) if handoff else 0,
-        prompt_rate=draw(ids) if handoff else 0,
+        context_rate=draw(ids) if handoff else 0,
         kept=draw(st.integers(0, 40)),
     )
 
@@ -138,8 +136,7 @@ def test_an_opening_arrives_as_it_was_sent(opening: Opening) -> None:
         "sampling",
         "logprobs",
         "rate",
-        "prompt",
-        "prompt_rate",
+        "context_rate",
         "kept",
     ):
         assert getattr(arrived, name) == getattr(opening, name)
@@ -162,7 +159,8 @@ def test_a_round_arrives_as_it_was_sent(base: int, draft: tuple[int, ...], exten
 )
 def test_states_arrive_as_they_were_sent(base: int, sent_rows: list[tuple[int, bytes]], extend: int) -> None:
     draft, states = zip(*sent_rows, strict=True)
-    round_ = Round(base, draft, extend, states)
+    decided = tuple(index for index, state in enumerate(states) if len(state) % 2)
+    round_ = Round(base, draft, extend, states, decided)
     assert wire_session.unpack_generate(sent(wire_session.pack_round(round_))) == round_
 
 
@@ -211,7 +209,7 @@ def test_the_checksum_is_the_crc_that_the_contract_describes() -> None:
 
 
 def test_the_checksum_of_states_is_the_crc_that_the_contract_describes() -> None:
-    numbers = b"".join(number.to_bytes(4, "little") for number in (300, 1, 10_000, 20_000, 30_000))
+    numbers = b"".join(number.to_bytes(4, "little") for number in (300, 1, 10_000, 20_000, 30_000, 1))
     states = b"".join(len(state).to_bytes(4, "little") + state for state in HANDOFF_ROUND.states)
     assert wire_session.pack_round(HANDOFF_ROUND).round.crc32 == zlib.crc32(numbers + states)
 
@@ -247,8 +245,7 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
     "many logprobs": ({"logprobs": 22}, InvalidInput, "logprobs asks for 21, at most 20 are given"),
     "tokens of a hand-off": ({"handoff": 7}, InvalidInput, "5 tokens without states in a hand-off, expected none"),
     "rate of nothing": ({"rate": 1}, InvalidInput, "and no hand-off that they are of"),
-    "prompt of nothing": ({"prompt": 1}, InvalidInput, "and no hand-off that they are of"),
-    "prompt's rate of nothing": ({"prompt_rate": 1}, InvalidInput, "and no hand-off that they are of"),
+    "context's rate of nothing": ({"context_rate": 1}, InvalidInput, "and no hand-off that they are of"),
     "huge start of a hand-off": (
         {"handoff": 7, "tokens": [], "start": limits.MAX_TOKENS + 1},
         PayloadTooLarge,
@@ -284,6 +281,7 @@ BAD_ROUNDS: dict[str, tuple[pb.Round, type[IsthmusError], str]] = {
         "the draft has 65 tokens, at most 64 are verified",
     ),
     "checksum of nothing": (pb.Round(base=1, crc32=1), PayloadCorrupt, "a CRC-32 of states, and no states"),
+    "deciding nothing": (pb.Round(base=1, decided=[0]), InvalidInput, "which states decided, and has no states"),
 }
 
 
@@ -312,6 +310,9 @@ BAD_ROUNDS |= {
     "states beyond": (handed(base=limits.MAX_TOKENS - 1), InvalidInput, "ends at position 262145, expected at most"),
     "states at a wild base": (handed(base=wire.UINT32), InvalidInput, "ends at position 4294967297"),
     "many tokens asked": (handed(extend=2), InvalidInput, "extend is 2, expected 0 or 1 with states"),
+    "decided beyond": (handed(decided=[2]), InvalidInput, "decided has 1 indices, expected rising ones below 2"),
+    "decided twice": (handed(decided=[1, 1]), InvalidInput, "decided has 2 indices, expected rising ones below 2"),
+    "decided backwards": (handed(decided=[1, 0]), InvalidInput, "expected rising ones below 2"),
     "no checksum of states": (handed(crc32=0), PayloadCorrupt, "the round says 00000000"),
     "wrong checksum of states": (handed(crc32=1), PayloadCorrupt, "the round says 00000001"),
 }
@@ -319,7 +320,14 @@ BAD_ROUNDS |= {
 
 @pytest.mark.parametrize(
     "change",
-    [{"base": 1}, {"extend": 0}, {"draft": [6, 5]}, {"states": [b"a", b"bc"]}, {"states": [b"ab", b"d"]}],
+    [
+        {"base": 1},
+        {"extend": 0},
+        {"draft": [6, 5]},
+        {"decided": [0]},
+        {"states": [b"a", b"bc"]},
+        {"states": [b"ab", b"d"]},
+    ],
     ids=str,
 )
 def test_the_checksum_covers_all_of_a_round(change: dict[str, Any]) -> None:
@@ -329,6 +337,7 @@ def test_the_checksum_covers_all_of_a_round(change: dict[str, Any]) -> None:
 
 def test_the_rounds_that_those_are_bent_from_is_good() -> None:
     assert wire_session.unpack_round(handed()) == Round(0, (5, 6), 1, (b"ab", b"c"))
+    assert wire_session.unpack_round(handed(decided=[0, 1])).decided == (0, 1)
 
 
 @pytest.mark.parametrize(("message", "kind", "words"), BAD_ROUNDS.values(), ids=BAD_ROUNDS.keys())

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from models.recipes import language_figures
 from models.recipes.language_exits import Exit, HeadLoss, Traces, batches, drawn, grouped, ridge, start, trace
 from models.recipes.language_figures import Crossing, Fill, completed, next_logprobs
 from models.recipes.language_judge import decided, judged, train_judge
-from models.recipes.language_states import fit_states
+from models.recipes.language_states import fit_states, token_pairs
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from tests.bench.tiny_llama import write_tiny_llama
@@ -194,23 +192,19 @@ def test_the_first_sure_exit_decides() -> None:
     assert decided(likely_EN, right_EN, 1.0).agreement == 1.0
 
 
-def test_rows_cross_at_the_rate_of_their_place(model: Llama, traces: Traces) -> None:
-    """A prompt's at one rate, but not its last, which decides; the first of a text as it was, and without a byte."""
-    states = fit_states(traces.rows[1].float().numpy(), (20, 60))
-    codec = StateCodec(states, model.config.hidden, 2, 1000)
-    prompt, (start, end) = 4, traces.bounds(2)
-    traces = replace(traces, answers=tuple(traces.bounds(s)[0] + prompt for s in range(len(traces))))
-    crossing = Crossing(traces, 1, codec)
-    (mixed, mean_bytes), (low, _), (high, _) = crossing.at(0, 1), crossing.at(0, 0), crossing.at(1, 1)
-    rows, ends = mixed.rows[1][start:end], start + prompt - 1
-    assert torch.equal(rows[0], traces.rows[1][start].float())
-    assert torch.equal(rows[1 : prompt - 1], low.rows[1][start + 1 : ends])
-    assert torch.equal(rows[prompt - 1 :], high.rows[1][ends:end])
-    (_, cheap_N), (_, dear_N) = crossing.coded(0), crossing.coded(1)
-    sizes_N = np.concatenate(
-        [
-            [0, *cheap_N[a + 1 : a + prompt - 1], *dear_N[a + prompt - 1 : b]]
-            for a, b in map(traces.bounds, range(len(traces)))
-        ]
-    )
-    assert mean_bytes == pytest.approx(sizes_N.mean()) and cheap_N[start] == 0
+def test_rows_cross_at_the_rate_that_they_are_wanted_at(model: Llama, traces: Traces) -> None:
+    """Those that decide at one rate, others at another; the first of a text as it was, and without a byte."""
+    places_N = traces.later_N.nonzero()[:, 0]
+    rows_NH = traces.rows[1][places_N].float().numpy()
+    states = fit_states(rows_NH, token_pairs(model, traces, places_N), np.eye(rows_NH.shape[1]), (20, 60))
+    crossing = Crossing(model, traces, 1, StateCodec(states, model.config.hidden, 2, 1000))
+    asked_N = torch.arange(traces.ends[-1]) % 3 == 0
+    (mixed, mean_bytes), (low_NH, cheap_N), (high_NH, dear_N) = crossing.at(0, 1, asked_N), *map(crossing.coded, (0, 1))
+    first_N = ~traces.later_N
+    assert torch.equal(mixed.rows[1][first_N], traces.rows[1][first_N].float())
+    assert torch.equal(mixed.rows[1][asked_N], high_NH[asked_N])
+    assert torch.equal(mixed.rows[1][~asked_N], low_NH[~asked_N])
+    apart = [float((rows_NH - traces.rows[1].float())[~first_N].square().mean()) for rows_NH in (low_NH, high_NH)]
+    assert 0 < apart[1] < apart[0]
+    assert cheap_N[first_N.numpy()].sum() == dear_N[first_N.numpy()].sum() == 0 < cheap_N.sum() < dear_N.sum()
+    assert mean_bytes == pytest.approx(np.where(asked_N.numpy(), dear_N, cheap_N).mean())
