@@ -69,7 +69,7 @@ class LanguageConfig:
     objective: Objective = "fastest"  # of the arms that keep it
     prices: Prices = Prices()
     agreement: float = 0.97  # with the full model, of tokens that exits decide: picks the bundle's thresholds
-    state_point: int | None = None  # how rows that cross are coded; None: the cheapest that loses half a point at most
+    state_point: int | None = None  # how rows that cross are coded; None: the cheapest of those that lose little
     fill: bool = False  # whether the cloud may guess keys and values of tokens that it does not decide
     prefill_layers: int = 0  # of the cloud's, that a prompt goes through but for its end, others guessed; 0: all, exact
     context: int = 2048  # tokens that the device's own model holds

@@ -1,7 +1,7 @@
 """Exits, hidden states and KV fill of a language model, all else left as it is -> a hand-off bundle.
 
     chats with itself, dictionaries --full model--> traces --distil--> exits --held out--> judges
-                                                          --components--> states    --ridge, distil--> KV fill
+                                                          --harm, tokens--> states    --ridge, distil--> KV fill
 
 A twentieth of the sequences is held out: judges learn on one half of it, and thresholds are measured on the other.
 """
@@ -12,8 +12,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from models.language.states import StateCodec
 from models.manifest import Interval
 from models.recipes import language_text
 from models.recipes.calibrate import interval
-from models.recipes.language_device import Observed, exit_tensors, observe
+from models.recipes.language_device import Observed, Tensors, exit_tensors, observe
 from models.recipes.language_exits import Exit, Traces, start, trace, train
 from models.recipes.language_figures import Crossing, Fill, answered, chats, completed
 from models.recipes.language_fill import fit_maps, train_maps
@@ -188,27 +188,13 @@ def make(
     held_out = observe(checkpoint, exits, learnt, range(0, len(learnt), HELD_OUT))
     test = observe(checkpoint, exits, tested, range(0, len(tested), TESTED))
 
-    chosen_N = torch.rand(held_out.right_EN.shape[1], generator=torch.Generator().manual_seed(run.seed)) < JUDGED
-    judges = []
-    for (depth, tensors), seen_NF, right_N in zip(exits.items(), held_out.seen_ENF, held_out.right_EN, strict=True):
-        judges.append(train_judge(seen_NF[chosen_N], right_N[chosen_N], run.seed + depth))
-        state = {f"judge.{name}": value.detach().numpy() for name, value in judges[-1].state_dict().items()}
-        tensors.update(state)
-    likely_EN = likely(judges, held_out)[:, ~chosen_N]
-    right_EN = held_out.right_EN[:, ~chosen_N]
-
-    thresholds = [
-        Threshold(confidence=confidence, coverage=found.coverage, agreement=found.agreement)
-        for confidence in CONFIDENCES
-        for found in [decided(likely_EN, right_EN, confidence)]
-    ]
-    asking = least_likely(thresholds, ASKING)
+    judging = judge(exits, held_out, run.seed)
     fill = filling(run, model, checkpoint, depths[-1], full)
     states = stating(run, model, learnt, depths[-1])
     codec = StateCodec(states, model.config.hidden, len(RATE_BYTES), MAX_STATE_BYTES)
     seen = observe(checkpoint, exits, learnt, [s for s in answering(learnt) if s % HELD_OUT == 0][::CROSSED])
-    rates, points = crossing(model, seen, asked_of(judges, seen, asking), depths[-1], codec)
-    scores = completing(model, test, asked_of(judges, test, asking), depths[-1], codec, points, Fill.of(fill))
+    rates, points = crossing(model, seen, judging.asked(seen), depths[-1], codec)
+    scores = completing(model, test, judging.asked(test), depths[-1], codec, points, Fill.of(fill))
     files = {f"exit{depth}.safetensors": safetensors.numpy.save(tensors) for depth, tensors in exits.items()}
     files |= {"states.safetensors": safetensors.numpy.save(states), "fill.safetensors": safetensors.numpy.save(fill)}
     entries, judges_of_copies = copies(checkpoint, learnt, run.seed)
@@ -221,10 +207,10 @@ def make(
         "hidden": model.config.hidden,
         "depth": depths[-1],
         "exits": [
-            {"depth": depth, "weights": f"exit{depth}.safetensors", "agreement": float(right_N.float().mean())}
-            for depth, right_N in zip(exits, right_EN, strict=True)
+            {"depth": depth, "weights": f"exit{depth}.safetensors", "agreement": agreement}
+            for depth, agreement in zip(exits, judging.agreements, strict=True)
         ],
-        "thresholds": [threshold.model_dump() for threshold in thresholds],
+        "thresholds": [threshold.model_dump() for threshold in judging.thresholds],
         "states": "states.safetensors",
         "rates": [rate.model_dump() for rate in rates],
         "points": [point.model_dump() for point in points],
@@ -239,9 +225,39 @@ def make(
             "data": f"{len(learnt.ids_N)} tokens: the model's chats with itself, entries of FOLDOC and the Jargon File",
             "versions": {name: version(name) for name in VERSIONS},
         },
-        "scores": {name: score.model_dump() for name, score in {**scores, **deciding(judges, test)}.items()},
+        "scores": {name: score.model_dump() for name, score in {**scores, **deciding(judging.judges, test)}.items()},
     }
     return read_manifest(bundle.write(folder, manifest, files, HandoffManifest), HandoffManifest)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """A judge of each exit, how many of its choices are the model's, and thresholds: on tokens that neither saw."""
+
+    judges: list[nn.Sequential]
+    agreements: list[float]
+    thresholds: list[Threshold]
+
+    def asked(self, observed: Observed) -> Tensor:
+        """Of every position (N,), whether it decides a token of an answer, and no exit is sure of that."""
+        each = decided(likely(self.judges, observed), observed.right_EN, least_likely(self.thresholds, ASKING))
+        return observed.decides_N & ~each.sure_N
+
+
+def judge(exits: Mapping[int, Tensors], held_out: Observed, seed: int) -> Judging:
+    """Judges, which are added to the tensors of their exits."""
+    chosen_N = torch.rand(held_out.right_EN.shape[1], generator=torch.Generator().manual_seed(seed)) < JUDGED
+    judges = []
+    for (depth, tensors), seen_NF, right_N in zip(exits.items(), held_out.seen_ENF, held_out.right_EN, strict=True):
+        judges.append(train_judge(seen_NF[chosen_N], right_N[chosen_N], seed + depth))
+        state = judges[-1].state_dict()
+        tensors.update({f"judge.{name}": value.detach().numpy() for name, value in state.items()})
+    likely_EN, right_EN = likely(judges, held_out)[:, ~chosen_N], held_out.right_EN[:, ~chosen_N]
+    thresholds = []
+    for confidence in CONFIDENCES:
+        found = decided(likely_EN, right_EN, confidence)
+        thresholds.append(Threshold(confidence=confidence, coverage=found.coverage, agreement=found.agreement))
+    return Judging(judges, right_EN.float().mean(1).tolist(), thresholds)
 
 
 def name_of(source: str, model: str) -> str:
@@ -266,11 +282,6 @@ def deciding(judges: Sequence[nn.Sequential], test: Observed) -> Scores:
         if found.sure_N.any():
             scores[f"test agreement from {confidence:g}"] = interval(found.right_N[found.sure_N].numpy())
     return scores
-
-
-def asked_of(judges: Sequence[nn.Sequential], observed: Observed, confidence: float) -> Tensor:
-    """Of every position (N,), whether it decides a token of an answer, and no exit is sure of that."""
-    return observed.decides_N & ~decided(likely(judges, observed), observed.right_EN, confidence).sure_N
 
 
 def crossing(
