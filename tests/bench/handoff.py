@@ -104,19 +104,21 @@ def judged(handoff: Handoff, observed: Observed) -> Tensor:
 
 @dataclass(frozen=True)
 class Ways:
-    """How rows come to the cloud, and what it does with those that it is not asked for."""
+    """How rows come to the cloud; it may have a fill for those that it is not asked for."""
 
     model: Llama
     depth: int
     crossing: Crossing
     point: StatePoint
-    fill: Fill
+    fill: Fill | None
 
     def completed(self, asked_N: Tensor) -> tuple[dict[str, Completed], float]:
-        """What is completed where the cloud is asked, every row through its layers or filled; bytes of a row."""
+        """What is completed where the cloud is asked, with every row through its layers, and filled; bytes of a row."""
         traces, mean_bytes = self.crossing.at(self.point.context_rate, self.point.rate, asked_N)
-        fills = {"exact": None, "fill": self.fill}
-        return {kind: completed(self.model, traces, self.depth, fill) for kind, fill in fills.items()}, mean_bytes
+        done = {"exact": completed(self.model, traces, self.depth)}
+        if self.fill is not None:
+            done["fill"] = completed(self.model, traces, self.depth, self.fill)
+        return done, mean_bytes
 
 
 def ours(likely_EN: Tensor, test: Observed, ways: Ways, price: Costs) -> list[Row]:
@@ -161,7 +163,7 @@ def point_rows(ways: Ways, handoff: Handoff, test: Observed, exact: Completed) -
     asked_N, exact_N = here & ~each.sure_N, exact.chosen_N == full_N
     rows = []
     for index, point in enumerate(handoff.manifest.points):
-        done, mean_bytes = replace(ways, point=point).completed(asked_N)
+        done, mean_bytes = replace(ways, point=point, fill=None).completed(asked_N)
         right_N = done["exact"].chosen_N == full_N
         rows.append(
             {
