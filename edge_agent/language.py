@@ -44,7 +44,7 @@ from models.language.sampling import Floats
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
 
 PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a copy with so many bits, until its own are known
-LOST_TO_CODING = 0.01  # of the cloud's choices, at most, when nobody says at which rate rows cross
+LOST_TO_CODING = 0.005  # of the cloud's choices, at most, when nobody says at which rate rows cross
 WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
 
