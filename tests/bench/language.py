@@ -40,6 +40,7 @@ from models.language.architecture import LlamaConfig
 from models.language.checkpoint import Checkpoint
 from models.language.decoder import Decoder, chunks, run_rows
 from models.language.handoff import Handoff
+from models.language.sampling import GREEDY, choose
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import load_prompts
 from tests.bench.proxy import LinkProxy, LinkSpec
@@ -108,9 +109,10 @@ def answer(agent: LanguageAgent, prompt: tuple[int, ...], way: Way, tokens: int)
 def worth(decoder: Decoder, prompt: tuple[int, ...], ids: list[int]) -> tuple[int, float]:
     """How many tokens of an answer the cloud's model would have chosen there, and their log-probability by it."""
     text = [*prompt, *ids]
-    logprobs_TV = run_rows(decoder, text, chunks(len(text), decoder.width))[len(prompt) - 1 : -1].log_softmax(1)
-    ids_T = torch.tensor(ids)
-    return int((logprobs_TV.argmax(1) == ids_T).sum()), float(logprobs_TV.gather(1, ids_T[:, None]).sum())
+    logits_TV = run_rows(decoder, text, chunks(len(text), decoder.width))[len(prompt) - 1 : -1]
+    chosen = [choose(logits_V, GREEDY, 0) for logits_V in logits_TV.numpy()]
+    logprobs_T1 = logits_TV.log_softmax(1).gather(1, torch.tensor(ids)[:, None])
+    return sum(own == id_ for own, id_ in zip(chosen, ids, strict=True)), float(logprobs_T1.sum())
 
 
 def in_turns(
@@ -158,11 +160,10 @@ def row_of(every: list[Timed], prompts: Prompts, way: Way, flops: int, model: De
     }
 
 
-def beside(row: Row, quality: float, singles: Mapping[str, Row]) -> Row | None:
+def beside(row: Row, quality: float, singles: Mapping[str, Row]) -> Row:
     """A row of auto's beside the fastest single arm that keeps its quality: tokens/s as a ratio, prompt by prompt."""
-    equal = [name for name, single in singles.items() if single["agreement"] >= quality]
-    if not equal:
-        return None
+    wanted = min(quality, max(single["agreement"] for single in singles.values()))
+    equal = [name for name, single in singles.items() if single["agreement"] >= wanted]
     best = max(equal, key=lambda name: float(singles[name]["tokens_per_s"]))
     ratios = np.array(row["each_tokens_per_s"]) / np.array(singles[best]["each_tokens_per_s"])
     found = bootstrap((ratios,), np.median, random_state=0).confidence_interval if len(ratios) > 1 else None
@@ -220,8 +221,9 @@ def run(
             here = {name: row_of(timed[name], prompts, way, flops[way.arm], whole) for name, way in ways.items()}
             singles = {name: here[name] for name, way in ways.items() if way.quality is None}
             for name, way in ways.items():
+                found = beside(here[name], way.quality, singles) if singles and way.quality is not None else None
                 row = {"method": name, "rtt_ms": rtt_ms, "slowdown": slowdown, **here[name]}
-                rows.append(row | {"beside": beside(row, way.quality, singles) if way.quality is not None else None})
+                rows.append({**row, "beside": found})
             save()
 
 
