@@ -2,7 +2,7 @@
 
     manifest.json          schema of `models.language.handoff_manifest`
     exit<depth>.safetensors  a linear map, decoder layers, a norm, a judge; matrices in a few bits
-    states.safetensors     basis, middle, integer tables
+    states.safetensors     transform, predictor, middle, integer tables
     fill.safetensors       keys and values of the layers behind `depth`, straight from the row before them
     copy<bits>.safetensors   a judge of what the whole model with such weights says on the device
 
