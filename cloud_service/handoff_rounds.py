@@ -9,7 +9,6 @@ States are not kept. Where the cache is gone the round is lost, and the device o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from cloud_service.rounds import Work
 from models.errors import InvalidInput, PayloadTooLarge
@@ -47,8 +46,8 @@ class HandoffText:
 
     def begin(self, round_: Round, arrived_s: float) -> None:
         """Take up a round: the text ends at its `base`. One that is `lost` changes nothing."""
-        work = Work(round_.base, 0, round_.draft, round_.extend, False, arrived_s)
-        self.work = replace(work, states=round_.states, decided=frozenset(round_.decided))
+        states, decided = round_.states, frozenset(round_.decided)
+        self.work = Work(round_.base, 0, round_.draft, round_.extend, False, arrived_s, states=states, decided=decided)
         if not self.lost:
             self.cut()
 
