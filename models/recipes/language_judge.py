@@ -55,6 +55,10 @@ class Decided:
     exit_N: Tensor
     right_N: Tensor
 
+    def at(self, here_N: Tensor) -> Decided:
+        """Of some of the tokens alone."""
+        return Decided(self.sure_N[here_N], self.exit_N[here_N], self.right_N[here_N])
+
     @property
     def coverage(self) -> float:
         return float(self.sure_N.float().mean())

@@ -42,10 +42,11 @@ from models.language.kv_cache import KVCache
 from models.language.session import Committed, Opening, Round
 from models.language.tokenizer import Tokenizer
 from models.recipes.calibrate import interval
+from models.recipes.language import ASKING
 from models.recipes.language_device import Observed, observe
 from models.recipes.language_exits import trace
 from models.recipes.language_figures import Completed, Crossing, Fill, answered, chats, completed
-from models.recipes.language_judge import decided
+from models.recipes.language_judge import Decided, decided
 from models.recipes.language_text import Texts
 from models.recipes.llama import Llama
 from tests.bench.language import layer_weights
@@ -56,7 +57,6 @@ CONFIDENCES = (
 )  # fmt: skip
 SURER = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.992, 0.994, 0.996, 0.998)  # for perplexity, which few wrong tokens spoil
 NEAR = 1.02  # of the model's perplexity
-AGREEMENT = 0.97  # of the tokens that exits decide, where points are measured: a device's default
 OTHER_TOKENS = 64  # of a passage of another domain, behind its prompt
 HALF_BYTES = 2  # CE-CoLLM's hidden states
 FRAMING_BYTES = 4  # of our messages, a row
@@ -125,19 +125,19 @@ def ours(likely_EN: Tensor, test: Observed, ways: Ways, price: Costs) -> list[Ro
     """Our scheme at every threshold. How a row crosses depends on whether the cloud is asked."""
     rows = []
     for confidence in CONFIDENCES:
-        sure_N = decided(likely_EN, test.right_EN, confidence).sure_N
-        done, mean_bytes = ways.completed(test.decides_N & ~sure_N)
-        rows.append(decided_row("ours", confidence, likely_EN, test, done, mean_bytes + FRAMING_BYTES, price))
+        each = decided(likely_EN, test.right_EN, confidence)
+        done, mean_bytes = ways.completed(test.decides_N & ~each.sure_N)
+        rows.append(decided_row("ours", confidence, each, test, done, mean_bytes + FRAMING_BYTES, price))
     return rows
 
 
 def decided_row(
-    name: str, confidence: float, likely_EN: Tensor, test: Observed, done: Mapping[str, Completed], bytes_a_row: float,
+    name: str, confidence: float, each: Decided, test: Observed, done: Mapping[str, Completed], bytes_a_row: float,
     price: Costs,
 ) -> Row:  # fmt: skip
     """A scheme at one threshold, over positions that decide tokens of answers."""
     here, full_N = test.decides_N, test.traces.top_NK[:, 0]
-    each = decided(likely_EN[:, here], test.right_EN[:, here], confidence)
+    each = each.at(here)
     row: Row = {"scheme": name, "confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
     row["interval"] = bounds(each.right_N[each.sure_N])
     for kind, found in done.items():
@@ -159,19 +159,20 @@ def point_rows(ways: Ways, handoff: Handoff, test: Observed, exact: Completed) -
     lost: of all tokens; lost_asked: of those that the cloud is asked for, whose share is `asked`.
     """
     here, full_N = test.decides_N, test.traces.top_NK[:, 0]
-    each = decided(judged(handoff, test), test.right_EN, least_likely(handoff.manifest.thresholds, AGREEMENT))
+    each = decided(judged(handoff, test), test.right_EN, least_likely(handoff.manifest.thresholds, ASKING))
     asked_N, exact_N = here & ~each.sure_N, exact.chosen_N == full_N
     rows = []
     for index, point in enumerate(handoff.manifest.points):
         done, mean_bytes = replace(ways, point=point, fill=None).completed(asked_N)
         right_N = done["exact"].chosen_N == full_N
+        whole_N = torch.where(each.sure_N, each.right_N, right_N)[here]
         rows.append(
             {
                 "point": index,
                 "bytes": mean_bytes,
                 "of_fp16": mean_bytes / HALF_BYTES / handoff.manifest.hidden,
-                "agreement": float(torch.where(each.sure_N, each.right_N, right_N)[here].float().mean()),
-                "interval": bounds(torch.where(each.sure_N, each.right_N, right_N)[here]),
+                "agreement": float(whole_N.float().mean()),
+                "interval": bounds(whole_N),
                 "lost": share_lost(exact_N & asked_N, right_N & asked_N, here),
                 "lost_asked": share_lost(exact_N, right_N, asked_N),
                 "asked": float(asked_N.sum() / here.sum()),
@@ -210,12 +211,12 @@ def other_domain(
         each = decided(likely_EN, test.right_EN, confidence)
         done, _ = ways.completed(here & ~each.sure_N)
         exit_N = test.next_EN.gather(0, each.exit_N[None])[0]
-        coverage, right_N = float(each.sure_N[here].float().mean()), each.right_N[here & each.sure_N]
-        row: Row = {"confidence": confidence, "coverage": coverage, "agreement": float(right_N.float().mean())}
+        told = each.at(here)
+        row: Row = {"confidence": confidence, "coverage": told.coverage, "agreement": told.agreement}
         for kind, found in done.items():
             mixed_N = torch.where(each.sure_N, exit_N, found.next_N)[here]
             row[f"perplexity ratio, {kind}"] = float(torch.exp(-mixed_N.mean())) / base
-            row[f"cloud, {kind}"] = price.computed(1 - coverage, kind)
+            row[f"cloud, {kind}"] = price.computed(1 - told.coverage, kind)
         rows.append(row)
     return {"positions": int(here.sum()), "perplexity": base, "curve": rows}
 
@@ -353,8 +354,9 @@ def measured(folder: Path, checkpoint: Checkpoint, llama: Llama, asked: Asked, p
         "curves": {
             "ours": ours(judged(handoff, test), test, ways, price),
             "CE-CoLLM": [
-                decided_row("CE-CoLLM", confidence, softmax_EN, test, done, fp16_bytes, price)
+                decided_row("CE-CoLLM", confidence, each, test, done, fp16_bytes, price)
                 for confidence in CONFIDENCES
+                for each in [decided(softmax_EN, test.right_EN, confidence)]
             ],
         },
         "other": {

@@ -76,6 +76,7 @@ def test_handoff_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     )  # fmt: skip
     files = ("--prompts", str(prompts), "--other", str(other), "--work", str(tmp_path), "--json", str(figures))
     printed = run("tests.bench.handoff", *settings, *files, "--plot", str(tmp_path / "handoff.png"))
+    assert "NaN" not in figures.read_text(encoding="utf-8"), "where no exit is sure of a token, none is wrong"
     result = json.loads(figures.read_text(encoding="utf-8"))["bundles"]["bundle"]
     assert result["answers"] == 2 and result["positions"] > 20
     assert [row["point"] for row in result["points"]] == [0, 1]

@@ -190,6 +190,13 @@ def test_the_first_sure_exit_decides() -> None:
     ]
     assert (found.coverage, found.agreement) == (0.75, pytest.approx(2 / 3))
     assert decided(likely_EN, right_EN, 1.0).agreement == 1.0
+    some = found.at(torch.tensor([False, True, True, False]))
+    assert (some.sure_N.tolist(), some.exit_N.tolist(), some.coverage, some.agreement) == (
+        [True, False],
+        [1, 0],
+        0.5,
+        1.0,
+    )
 
 
 def test_rows_cross_at_the_rate_that_they_are_wanted_at(model: Llama, traces: Traces) -> None:
