@@ -14,7 +14,7 @@ help:  ## show this text
 
 env: $(STAMP)  ## make .venv with everything (other targets do it by themselves)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Isthmus needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv; the first time this takes a few minutes"
@@ -40,6 +40,7 @@ lint: env  ## style, formatting, and who may import whom
 	$(BIN)/lint-imports --no-logo
 
 types: env  ## mypy, strict
+	@mkdir -p build/tree/isthmus && ln -sfn $(CURDIR)/edge_agent $(CURDIR)/cloud_service $(CURDIR)/protos $(CURDIR)/models build/tree/isthmus/
 	$(BIN)/mypy
 
 bench: env  ## measure the codec, the device's decoder, and whether verify is lossless
@@ -49,8 +50,11 @@ bench: env  ## measure the codec, the device's decoder, and whether verify is lo
 	$(BIN)/python -m tests.bench.lossless --json runs/lossless.json
 
 protos: env  ## generate the stubs again
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
-		--mypy_out=quiet:. --mypy_grpc_out=quiet:. protos/isthmus/v1/isthmus.proto
+	@mkdir -p build/stubs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I isthmus/protos=protos --python_out=build/stubs \
+		--grpc_python_out=build/stubs --mypy_out=quiet:build/stubs --mypy_grpc_out=quiet:build/stubs \
+		isthmus/protos/isthmus/v1/isthmus.proto
+	cp build/stubs/isthmus/protos/isthmus/v1/isthmus_pb2* protos/isthmus/v1/
 
 up:  ## build and start the cloud service and Prometheus (COMPOSE_PROFILES=edge,grafana for more)
 	$(COMPOSE) up --build --detach

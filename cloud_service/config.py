@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud_service.batching import BatchLimits
+from isthmus.cloud_service.vision.batching import BatchLimits
 
 
 @dataclass(frozen=True)

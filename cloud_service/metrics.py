@@ -8,8 +8,8 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from models.errors import IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
-from models.types import BundleInfo
+from isthmus.models.errors import IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
+from isthmus.models.messages import BundleInfo
 
 LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)

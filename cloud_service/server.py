@@ -19,20 +19,20 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.process_collector import ProcessCollector
 
-from cloud_service.config import CloudConfig, Tls
-from cloud_service.generation import Generation
-from cloud_service.generation_metrics import GenerationFamilies, GenerationMetrics
-from cloud_service.inference import Answerer
-from cloud_service.metrics import CloudMetrics
-from cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
-from cloud_service.worker import Worker
-from models.bundle import Bundle, read_manifest
-from models.errors import BundleError, InvalidInput
-from models.language.checkpoint import Checkpoint
-from models.language.decoder import DTYPES, Decoder
-from models.language.handoff import Handoff
-from models.language.handoff_manifest import HandoffManifest
-from protos import limits
+from isthmus.cloud_service.config import CloudConfig, Tls
+from isthmus.cloud_service.language.engine import Generation
+from isthmus.cloud_service.language.metrics import GenerationFamilies, GenerationMetrics
+from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
+from isthmus.cloud_service.vision.predictor import Answerer
+from isthmus.cloud_service.vision.worker import Worker
+from isthmus.models.bundle.bundle import Bundle, read_manifest
+from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.manifest import HandoffManifest
+from isthmus.models.language.torch.decoder import DTYPES, Decoder
+from isthmus.protos import limits
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_CONCURRENT_CALLS = 1024  # open streams and calls; above it gRPC answers RESOURCE_EXHAUSTED at once

@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from cloud_service.generation import Generation
-from cloud_service.metrics import CloudMetrics
-from cloud_service.sessions import Answers, Session
-from cloud_service.worker import Worker
-from models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, ServiceError, UnknownBundle
-from models.language.session import Committed, ModelInfo, Opening
-from models.types import BundleInfo, CloudAnswer, ServiceInfo
-from protos import limits, status, wire, wire_session
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.cloud_service.language.engine import Generation
+from isthmus.cloud_service.language.sessions import Answers, Session
+from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.cloud_service.vision.worker import Worker
+from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, ServiceError, UnknownBundle
+from isthmus.models.language.session import Committed, ModelInfo, Opening
+from isthmus.models.messages import BundleInfo, CloudAnswer, ServiceInfo
+from isthmus.protos import limits, status, wire, wire_session
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 T = TypeVar("T")
 

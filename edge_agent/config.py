@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edge_agent.policy.breaker import BreakerLimits
-from edge_agent.policy.plan import Objective, Prices
-from models.manifest import Precision
+from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.policy.exits import Objective, Prices
+from isthmus.models.vision.manifest import Precision
 
 Mode = Literal["auto", "edge", "split", "offload"]
 MODES: tuple[Mode, ...] = ("auto", "edge", "split", "offload")

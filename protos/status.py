@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 
-from models import errors
-from protos.limits import MAX_ERROR_CHARACTERS
+from isthmus.models import errors
+from isthmus.protos.limits import MAX_ERROR_CHARACTERS
 
 # Most specific first is not needed: an error's own class is looked up, then its bases.
 CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {

@@ -1,4 +1,4 @@
-"""models.types <-> messages. Bytes from outside are checked here before anything is allocated for them.
+"""isthmus.models.messages <-> messages. Bytes from outside are checked here before anything is allocated for them.
 
 Knows nothing about channels, queues or networks; `status` turns what is raised here into gRPC codes.
 
@@ -14,17 +14,26 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-from models.errors import (
+from isthmus.models.errors import (
     DeadlineExceeded,
     InvalidInput,
     PayloadCorrupt,
     PayloadTooLarge,
     UnsupportedVersion,
 )
-from models.language.session import ModelInfo
-from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
-from protos import limits, status
-from protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.models.language.session import ModelInfo
+from isthmus.models.messages import (
+    BundleInfo,
+    CloudAnswer,
+    CloudRequest,
+    Codec,
+    Payload,
+    ServiceInfo,
+    TapInfo,
+    TaskInfo,
+)
+from isthmus.protos import limits, status
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 UINT32 = (1 << 32) - 1
 MICROSECONDS = 1_000_000

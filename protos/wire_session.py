@@ -1,4 +1,4 @@
-"""models.language.session <-> messages of `Generate`. Checked here, before anything is allocated for them.
+"""isthmus.models.language.session <-> messages of `Generate`. Checked here, before anything is allocated for them.
 
 Opening, Round -> pack_opening, pack_round -> GenerateRequest ~~~ unpack_generate -> Opening or Round
 Committed -> pack_committed -> GenerateResponse ~~~ unpack_committed -> Committed or an error
@@ -14,12 +14,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from models.errors import InvalidInput, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
-from models.language.sampling import Sampling
-from models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
-from protos import limits, status
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.wire import MICROSECONDS, microseconds
+from isthmus.models.errors import InvalidInput, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
+from isthmus.models.language.sampling import Sampling
+from isthmus.models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
+from isthmus.protos import limits, status
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.wire import MICROSECONDS, microseconds
 
 
 def pack_opening(opening: Opening) -> pb.GenerateRequest:

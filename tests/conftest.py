@@ -16,13 +16,13 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from models import bundle as bundles
-from models.bundle import Bundle
-from models.codecs import contextual
-from models.codecs.contexts import ALL_CONTEXTS, ENDS
-from models.codecs.tables import SHAPES
-from models.manifest import Manifest, TapArchitecture
-from models.vision.split import SplitClassifier
+from isthmus.models.bundle import bundle as bundles
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.codecs import checkerboard as contextual
+from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS
+from isthmus.models.codecs.tables import SHAPES
+from isthmus.models.vision.manifest import Manifest, TapArchitecture
+from isthmus.models.vision.split import SplitClassifier
 from tests.tiny_bundle import SIDE, TINY, random_split, write_tiny_bundle
 
 settings.register_profile("isthmus", deadline=None, derandomize=True, max_examples=60)
@@ -77,7 +77,7 @@ def photo() -> Image.Image:
 
 @dataclass(frozen=True)
 class Parts:
-    """What `models.bundle.write` takes; `write` and `tamper` put it on disk, whole or broken."""
+    """What `models.bundle.bundle.write` takes; `write` and `tamper` put it on disk, whole or broken."""
 
     manifest: dict[str, Any]
     files: dict[str, bytes]

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from models import bundle as bundles
-from models.bundle import Bundle
-from models.codecs.contextual import Tables
-from models.manifest import Architecture, Manifest, Preprocessing, TapArchitecture, Task
-from models.recipes.export import Parts, Trained, TrainedTap, halve, head_parts
-from models.recipes.fit_tables import fit
-from models.vision.split import SplitClassifier
+from isthmus.models.bundle import bundle as bundles
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.codecs.checkerboard import Tables
+from isthmus.models.recipes.common.fit_tables import fit
+from isthmus.models.recipes.vision.export import Parts, Trained, TrainedTap, halve, head_parts
+from isthmus.models.vision.manifest import Architecture, Manifest, Preprocessing, TapArchitecture, Task
+from isthmus.models.vision.split import SplitClassifier
 
 SIDE = 64
 TASKS = (("defect", ("good", "bad")), ("colour", ("red", "green", "blue")))
@@ -107,7 +107,7 @@ def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
 
 
 def manifest_of(parts: Parts) -> dict[str, Any]:
-    """What `models.bundle.write` wants to know. The wider and the richer, the more agreement and the more bytes."""
+    """What `bundle.write` wants to know. The wider and the richer, the more agreement and the more bytes."""
     for segment in parts.segments:
         segment["macs"] = 10_000_000
     for tap, built in zip(parts.taps, TINY.taps, strict=True):

@@ -1,6 +1,6 @@
 """A hand-off bundle for a tiny language model: a random transform, one table a rate, a fill by least squares.
 
-`models.recipes.fit_tables` would take minutes for so many channels, and saves nothing on rows that know no direction.
+`recipes.common.fit_tables` would take minutes for so many channels, and saves nothing on rows that know no direction.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import bundle
-from models.codecs import contextual
-from models.codecs.contexts import ALL_CONTEXTS, ENDS, PHASES
-from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder, Span, chunks, rotate
-from models.language.handoff_manifest import HandoffManifest
-from models.language.judge import EVIDENCE
-from models.language.packing import Floats, packed, unpacked
-from models.language.states import TOKENS, StateCodec, Transform, pairs
-from models.recipes.fit_tables import MAX_INTEGER, frequencies
-from models.recipes.language_device import exit_tensors
-from models.recipes.language_exits import Exit
-from models.recipes.llama import Llama
+from isthmus.models.bundle import bundle
+from isthmus.models.codecs import checkerboard as contextual
+from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS, PHASES
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.confidence_head import EVIDENCE
+from isthmus.models.language.handoff.hidden_states import TOKENS, StateCodec, Transform, pairs
+from isthmus.models.language.handoff.manifest import HandoffManifest
+from isthmus.models.language.packing import Floats, packed, unpacked
+from isthmus.models.language.torch.decoder import Decoder, Span, chunks, rotate
+from isthmus.models.recipes.common.fit_tables import MAX_INTEGER, frequencies
+from isthmus.models.recipes.language.device import exit_tensors
+from isthmus.models.recipes.language.exits import Exit
+from isthmus.models.recipes.language.llama import Llama
 
 GAINS = ((3.0, 8.0), (24.0, 16.0))  # steps of a component and of the size, a coarse rate and a fine one
 GUESSED = 0.03  # of an embedding's value, that a component is made of

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.codecs.contexts import ALL_CONTEXTS, CONTEXTS, ENDS, OUTSIDE, Priors, Weights
-from models.errors import BundleError
+from isthmus.models.codecs.context_model import ALL_CONTEXTS, CONTEXTS, ENDS, OUTSIDE, Priors, Weights
+from isthmus.models.errors import BundleError
 
 FREQUENCY_BITS = 16  # CompressAI's precision
 MAX_SYMBOLS = 512  # of a table; integers are 8-bit, a prior may start below the lowest and end above the highest
@@ -22,7 +22,7 @@ class Tables:
     """R rates of C channels, of which L rows, rate after rate, are not silent (low < high); T tables, E priors.
 
     gain: integers = round(latent * gain). low, high: the integers a channel may take.
-    near, slope, bias, ends: weights of a row's contexts (`models.codecs.contexts`). prior: the prior of each context.
+    near, slope, bias, ends: weights of a row's contexts (`context_model`). prior: the prior of each context.
     table, first: of a prior; priors are in the order of their tables. lengths, frequencies: the tables one after
     another, each entry >= 1, sum 2**16.
     """

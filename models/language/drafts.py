@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from models.language.sampling import Floats, Sampling, choose
+from isthmus.models.language.sampling import Floats, Sampling, choose
 
 if TYPE_CHECKING:  # the cloud compares texts too, and has no ONNX Runtime
-    from models.language.onnx_decoder import OnnxDecoder
+    from isthmus.models.language.onnx.decoder import OnnxDecoder
 
 NGRAM_TOKENS = (4, 3, 2)  # lengths of the text's end that are looked up, longest first
 NGRAM_CONFIDENCE = {4: 0.8, 3: 0.65, 2: 0.45}  # prior; what is really accepted corrects it

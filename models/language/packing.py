@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import BundleError
+from isthmus.models.errors import BundleError
 
 BLOCK = 32  # weights that share a scale where they are computed with
 STORED_BLOCK = 64  # in a bundle

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import InvalidInput
+from isthmus.models.errors import InvalidInput
 
 Floats = NDArray[np.float32]
 MAX_SEED = (1 << 63) - 1

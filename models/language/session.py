@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.language.sampling import GREEDY, Sampling
+from isthmus.models.language.sampling import GREEDY, Sampling
 
 SESSION_BYTES = 16
 

@@ -13,16 +13,16 @@ from typing import Any
 import click
 import torch
 
-from models.bundle import Bundle
-from models.bundle_cli import handoff_summary, summary
-from models.errors import IsthmusError
-from models.manifest import Preprocessing
-from models.recipes.trainer import Run
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.bundle.cli import handoff_summary, summary
+from isthmus.models.errors import IsthmusError
+from isthmus.models.recipes.common.trainer import Run
+from isthmus.models.vision.manifest import Preprocessing
 
 Command = Callable[..., Any]
 
 
-@click.group(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv")
+@click.group(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv")
 def main() -> None:
     """Train a model and write it as a bundle. Interrupt a run whenever you like: started again, it goes on."""
 
@@ -60,21 +60,23 @@ def training_options(work: str) -> Callable[[Command], Command]:
     return add
 
 
-@main.command(epilog="Example: python -m models.recipes elpv --out models/zoo/elpv --seed 0")
+@main.command(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv --seed 0")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
 @training_options("runs/elpv")
 @manifest_as_json
 def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
     """Solar cells: fine-tune the cloud model, distil exits and bottlenecks, calibrate. Three hours on two cores."""
-    from models.recipes.elpv import make  # CompressAI alone takes seconds to import
+    from isthmus.models.recipes.vision.elpv import make  # CompressAI alone takes seconds to import
 
-    command = f"python -m models.recipes elpv --seed {seed} --out {shlex.quote(str(out))}"
+    command = f"python -m isthmus.models.recipes elpv --seed {seed} --out {shlex.quote(str(out))}"
     with failing_clearly(work):
         bundle = make(out, Run(work, seed), command)
     report(out, bundle, as_json)
 
 
-@main.command(epilog="Example: python -m models.recipes photos --labelled imagenet_sample --out models/zoo/photos")
+@main.command(
+    epilog="Example: python -m isthmus.models.recipes photos --labelled imagenet_sample --out models/zoo/photos"
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/photos"), show_default=True)
 @click.option(
     "--photos",
@@ -93,15 +95,17 @@ def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
 @manifest_as_json
 def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_json: bool) -> None:
     """Any photo: EfficientNet-Lite2's 1,000 classes behind a bridge, distilled without labels. An hour on two cores."""
-    from models.recipes.photos import make
+    from isthmus.models.recipes.vision.photos import make
 
     with failing_clearly(work):
-        command = f"python -m models.recipes photos --seed {seed} --labelled FOLDER"
+        command = f"python -m isthmus.models.recipes photos --seed {seed} --labelled FOLDER"
         bundle = make(out, Run(work, seed), command, photos, labelled)
     report(out, bundle, as_json)
 
 
-@main.command(epilog="Example: python -m models.recipes language --prompts spec_bench.jsonl --out models/zoo/smollm2")
+@main.command(
+    epilog="Example: python -m isthmus.models.recipes language --prompts spec_bench.jsonl --out models/zoo/smollm2"
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
 @click.option("--model", default="smollm2", show_default=True, help="GGUF file, Hugging Face folder, or smollm2.")
 @click.option(
@@ -125,19 +129,19 @@ def language(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Exits of a language model, how its hidden states cross, and its KV fill. An hour on two cores."""
-    from models.recipes.language import make, only_exit
+    from isthmus.models.recipes.language.bundle import make, only_exit
 
     with failing_clearly(work):
         if depth is not None:
             only_exit(work, seed, model, depth, depths)
             return
-        command = f"python -m models.recipes language --seed {seed} --model {shlex.quote(model)} --prompts FILE"
+        command = f"python -m isthmus.models.recipes language --seed {seed} --model {shlex.quote(model)} --prompts FILE"
         command += "".join(f" --depth {each}" for each in depths)
         manifest = make(out, Run(work, seed), command, model, prompts, depths)
     click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(handoff_summary(manifest)))
 
 
-@main.command(epilog="Example: python -m models.recipes fashion --out models/zoo/fashion")
+@main.command(epilog="Example: python -m isthmus.models.recipes fashion --out models/zoo/fashion")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/fashion"), show_default=True)
 @click.option(
     "--data",
@@ -150,14 +154,14 @@ def language(
 @manifest_as_json
 def fashion(out: Path, data: Path, work: Path, seed: int, as_json: bool) -> None:
     """Fashion-MNIST: train a small network, split it behind three exits. An hour on two cores."""
-    from models.recipes.fashion import make
+    from isthmus.models.recipes.vision.fashion import make
 
     with failing_clearly(work):
-        bundle = make(out, Run(work, seed), f"python -m models.recipes fashion --seed {seed}", data)
+        bundle = make(out, Run(work, seed), f"python -m isthmus.models.recipes fashion --seed {seed}", data)
     report(out, bundle, as_json)
 
 
-@main.command(epilog="Example: python -m models.recipes baselines n0 entropic-student --work runs/sc2")
+@main.command(epilog="Example: python -m isthmus.models.recipes baselines n0 entropic-student --work runs/sc2")
 @click.argument("methods", nargs=-1)
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
 @training_options("runs/sc2")
@@ -167,14 +171,16 @@ def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, as_
 
     About half an hour a method on one core; several may run side by side.
     """
-    from models.recipes.elpv import train_baselines
+    from isthmus.models.recipes.vision.elpv import train_baselines
 
     with failing_clearly(work):
         log = train_baselines(bundle, Run(work, seed), methods)
     click.echo(json.dumps(log) if as_json else "\n".join(f"{name}: {figures}" for name, figures in log.items()))
 
 
-@main.command(epilog="Example: python -m models.recipes split --model zoo.nets:resnet --data photos --out my-bundle")
+@main.command(
+    epilog="Example: python -m isthmus.models.recipes split --model zoo.nets:resnet --data photos --out my-bundle"
+)
 @click.option("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="Makes the trained torch.nn.Module.")
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="Images; sub-folders, sorted, are classes."
@@ -212,8 +218,8 @@ def split(
 
     The model is not changed, and neither device nor cloud needs its code. About an hour for 2,000 images on two cores.
     """
-    from models.recipes import own, own_data
-    from models.recipes.cutting import capture, places
+    from isthmus.models.recipes.vision import own, own_data
+    from isthmus.models.recipes.vision.cutting import capture, places
 
     with failing_clearly(work):
         found = own_data.find(data)
@@ -226,7 +232,7 @@ def split(
             return
         spec = Preprocessing(resize=max(size, resize or size), crop=(size, size), mean=mean, deviation=deviation)
         settings = own.Settings(name or out.name, licence, spec, chosen)
-        command = shlex.join(["python", "-m", "models.recipes", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "isthmus.models.recipes", *sys.argv[1:]])
         bundle, figures = own.make(out, Run(work, seed), command, captured, found, settings)
     if as_json:
         click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.vision.blocks import Blocks
+from isthmus.models.vision.blocks import Blocks
 
 
 @dataclass(frozen=True)

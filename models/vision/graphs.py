@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from models.bundle import Bundle
-from models.errors import BundleError
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import BundleError
 
 # ONNX Runtime reports to its makers unless told not to before it is loaded; its own switch comes too late.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

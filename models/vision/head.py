@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Bundle
-from models.errors import BundleError, InvalidInput
-from models.manifest import Precision
-from models.vision.graphs import open_graph
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.vision.graphs import open_graph
+from isthmus.models.vision.manifest import Precision
 
 Floats = NDArray[np.float32]
 

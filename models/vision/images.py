@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from models.errors import InvalidInput
-from models.manifest import Preprocessing
+from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000  # a 50-megapixel camera; decoded to 150 MB, met before anything is decompressed

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vision.efficientnet_lite import BN_EPS, BN_MOMENTUM, InvertedResidual, SameConv2d, same_conv
+from isthmus.models.vision.efficientnet_lite import BN_EPS, BN_MOMENTUM, InvertedResidual, SameConv2d, same_conv
 
 INT8_MAX = 127
 

@@ -22,10 +22,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from models.manifest import Architecture, TapArchitecture
-from models.vision.blocks import Blocks
-from models.vision.efficientnet_lite import EfficientNetLite, InvertedResidual, Stage, conv_bn, fuse_batch_norms
-from models.vision.slim import SlimEncoder
+from isthmus.models.vision.blocks import Blocks
+from isthmus.models.vision.efficientnet_lite import EfficientNetLite, InvertedResidual, Stage, conv_bn, fuse_batch_norms
+from isthmus.models.vision.manifest import Architecture, TapArchitecture
+from isthmus.models.vision.slim import SlimEncoder
 
 EXIT_CHANNELS = 256
 

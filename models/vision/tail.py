@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.bundle import Bundle
-from models.catalog import BUILDERS
-from models.errors import BundleError
-from models.vision.efficientnet_lite import fuse_batch_norms
-from models.vision.graph_tail import GraphTail
-from models.vision.split import SplitClassifier
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import BundleError
+from isthmus.models.vision.catalog import BUILDERS
+from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
+from isthmus.models.vision.graph_tail import GraphTail
+from isthmus.models.vision.split import SplitClassifier
 
 Floats = NDArray[np.float32]
 

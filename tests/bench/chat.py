@@ -9,9 +9,9 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from edge_agent.chat import COLOURS, LEGEND, ChatSettings, chat
-from edge_agent.config import LanguageConfig
-from edge_agent.language import LanguageAgent
+from isthmus.edge_agent.cli.chat import COLOURS, LEGEND, ChatSettings, chat
+from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.language.agent import LanguageAgent
 from tests.bench.language import share_cores
 from tests.bench.processes import CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec

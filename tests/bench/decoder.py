@@ -23,9 +23,9 @@ from typing import Any
 import click
 import numpy as np
 
-from models.language.checkpoint import Checkpoint, smollm2_path
-from models.language.onnx_decoder import OnnxDecoder
-from models.recipes.calibrate import interval
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint, smollm2_path
+from isthmus.models.language.onnx.decoder import OnnxDecoder
+from isthmus.models.recipes.common.calibrate import interval
 
 TEXT = (
     "The first bridge between the two towns was made of wood, and it burned down in the year of the great fire. "
@@ -72,7 +72,7 @@ def transformers_model(model: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import models.recipes.compressai_entropy  # noqa: F401  # lets torchvision be imported
+    import isthmus.models.recipes.vision.compressai_entropy  # noqa: F401  # lets torchvision be imported
 
     path = source(model)
     folder, file = (path, None) if path.is_dir() else (path.parent, path.name)

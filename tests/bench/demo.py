@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from edge_agent import Answer, EdgeAgent, EdgeConfig
-from edge_agent.config import WholeImage
-from models.errors import IsthmusError
-from models.recipes.calibrate import interval
-from models.recipes.elpv_data import Photos, load
+from isthmus.edge_agent import Answer, EdgeAgent, EdgeConfig
+from isthmus.edge_agent.config import WholeImage
+from isthmus.models.errors import IsthmusError
+from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.vision.elpv_data import Photos, load
 from tests.bench.processes import ROOT, CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec
 

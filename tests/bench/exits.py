@@ -18,13 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from models.bundle import Bundle
-from models.errors import IsthmusError
-from models.manifest import Precision
-from models.recipes.calibrate import first_exit, interval
-from models.vision.head import Head
-from models.vision.images import preprocess
-from models.vision.tail import open_tail
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import IsthmusError
+from isthmus.models.recipes.common.calibrate import first_exit, interval
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.manifest import Precision
+from isthmus.models.vision.tail import open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_photos import Photos, labelled_option, photos_of
 

@@ -24,11 +24,11 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Bundle
-from models.errors import IsthmusError
-from models.recipes.elpv_data import load
-from models.vision.head import Head
-from models.vision.images import open_image, preprocess
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import IsthmusError
+from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import open_image, preprocess
 from tests.bench.processes import ROOT
 
 TORCH = "tests.bench.torch_device"

@@ -31,24 +31,24 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from cloud_service.passes import Whole
-from edge_agent.language import point_of
-from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder, Span, chunks
-from models.language.handoff import Handoff
-from models.language.handoff_manifest import StatePoint, least_likely
-from models.language.judge import Judge
-from models.language.kv_cache import KVCache
-from models.language.session import Committed, Opening, Round
-from models.language.tokenizer import Tokenizer
-from models.recipes.calibrate import interval
-from models.recipes.language import ASKING
-from models.recipes.language_device import Observed, observe
-from models.recipes.language_exits import trace
-from models.recipes.language_figures import Completed, Crossing, Fill, answered, chats, completed
-from models.recipes.language_judge import Decided, decided
-from models.recipes.language_text import Texts
-from models.recipes.llama import Llama
+from isthmus.cloud_service.language.model_runner import Whole
+from isthmus.edge_agent.language.agent import point_of
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.handoff.confidence_head import Judge
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.manifest import StatePoint, least_likely
+from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.language.torch.decoder import Decoder, Span, chunks
+from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.language.bundle import ASKING
+from isthmus.models.recipes.language.confidence_head import Decided, decided
+from isthmus.models.recipes.language.device import Observed, observe
+from isthmus.models.recipes.language.evaluate import Completed, Crossing, Fill, answered, chats, completed
+from isthmus.models.recipes.language.exits import trace
+from isthmus.models.recipes.language.llama import Llama
+from isthmus.models.recipes.language.text import Texts
 from tests.bench.language import layer_weights
 
 CONFIDENCES = (

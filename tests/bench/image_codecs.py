@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from models.vision.images import is_grey, open_image, shrink
+from isthmus.models.vision.images import is_grey, open_image, shrink
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "jpeg": {"optimize": True},

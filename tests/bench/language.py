@@ -33,14 +33,14 @@ from rich.progress import Progress
 from rich.table import Column, Table
 from scipy.stats import bootstrap
 
-from edge_agent.config import LanguageConfig
-from edge_agent.generation import Arm, Ask, Summary
-from edge_agent.language import LanguageAgent
-from models.language.architecture import LlamaConfig
-from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder, chunks, run_rows
-from models.language.handoff import Handoff
-from models.language.sampling import GREEDY, choose
+from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.language.agent import LanguageAgent
+from isthmus.edge_agent.language.request import Arm, Ask, Summary
+from isthmus.models.language.architecture import LlamaConfig
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.sampling import GREEDY, choose
+from isthmus.models.language.torch.decoder import Decoder, chunks, run_rows
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import load_prompts
 from tests.bench.proxy import LinkProxy, LinkSpec

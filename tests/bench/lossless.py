@@ -24,15 +24,15 @@ from typing import Any
 import click
 from rich.progress import Progress
 
-from edge_agent.collaboration import Collaboration, Tempo
-from edge_agent.generation import Ask
-from edge_agent.language import BREAKER
-from edge_agent.link import Link
-from edge_agent.replicas import Replicas
-from models.language.checkpoint import Checkpoint
-from models.language.drafts import Draft, LookupDraft, ModelDraft
-from models.language.onnx_decoder import OnnxDecoder
-from models.language.sampling import Sampling
+from isthmus.edge_agent.language.agent import BREAKER
+from isthmus.edge_agent.language.arms.verify import Collaboration, Tempo
+from isthmus.edge_agent.language.replicas import Replicas
+from isthmus.edge_agent.language.request import Ask
+from isthmus.edge_agent.transport.link import Link
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.drafts import Draft, LookupDraft, ModelDraft
+from isthmus.models.language.onnx.decoder import OnnxDecoder
+from isthmus.models.language.sampling import Sampling
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import RandomDraft, ScriptedDraft, load_prompts, sparing, stubborn
 

@@ -28,10 +28,10 @@ def free_port() -> int:
 
 
 class CloudProcess:
-    """`python -m cloud_service` on a loopback port; killed and started again at will, always on the same ports."""
+    """`python -m isthmus.cloud_service` on a loopback port; killed and restarted at will, always on the same ports."""
 
     def __init__(
-        self, *bundles: Path, arguments: tuple[str, ...] = (), module: str = "cloud_service", cpus: str = ""
+        self, *bundles: Path, arguments: tuple[str, ...] = (), module: str = "isthmus.cloud_service", cpus: str = ""
     ) -> None:
         """`cpus`: the cores it may use, as taskset takes them."""
         self.port, self.metrics_port = free_port(), free_port()
@@ -119,11 +119,11 @@ class CloudProcess:
 
 
 class EdgeProcess:
-    """`python -m edge_agent run` on a loopback port."""
+    """`python -m isthmus.edge_agent run` on a loopback port."""
 
     def __init__(self, *arguments: str) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
-        self._arguments = [sys.executable, "-m", "edge_agent", "run"]
+        self._arguments = [sys.executable, "-m", "isthmus.edge_agent", "run"]
         self._arguments += ["--listen", f"127.0.0.1:{port}", *arguments]
         self._log = tempfile.NamedTemporaryFile(prefix="edge-", suffix=".log")  # noqa: SIM115
 

@@ -7,11 +7,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_agent.collaboration import Tempo
-from edge_agent.policy.drafting import Acceptance, Measured
-from edge_agent.policy.estimates import Average
-from models.language.sampling import Sampling
-from models.language.tokenizer import Message, Tokenizer
+from isthmus.edge_agent.language.arms.verify import Tempo
+from isthmus.edge_agent.policy.estimates import Average
+from isthmus.edge_agent.policy.speculation import Acceptance, Measured
+from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
+from isthmus.models.language.sampling import Sampling
 
 FEW = (
     "Explain what a suspension bridge is.",

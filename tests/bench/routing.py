@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from edge_agent.policy.routing import level_for
-from models.language.checkpoint import Checkpoint
-from models.language.handoff import Handoff
-from models.recipes.calibrate import interval
-from models.recipes.language_exits import trace
-from models.recipes.language_figures import answered, chats
-from models.recipes.language_router import answers
-from models.recipes.llama import Llama
+from isthmus.edge_agent.policy.arms import level_for
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.language.evaluate import answered, chats
+from isthmus.models.recipes.language.exits import trace
+from isthmus.models.recipes.language.llama import Llama
+from isthmus.models.recipes.language.router import answers
 from tests.bench.language import layer_weights
 
 QUALITIES = (0.97, 0.98, 0.99, 0.995, 0.999)

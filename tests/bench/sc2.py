@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from models.bundle import Bundle
-from models.errors import IsthmusError
-from models.vision.head import Head
-from models.vision.tail import open_tail
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import IsthmusError
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.tail import open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_figures import compare
 from tests.bench.sc2_measure import Bench, Measured

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.manifest import Preprocessing
-from models.types import CloudRequest, Codec, Payload
-from models.vision.images import preprocess
-from protos.wire import pack_request
+from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.manifest import Preprocessing
+from isthmus.protos.wire import pack_request
 from tests.bench.sc2_ways import Floats, Photo, Way
 
 GRPC_PREFIX_BYTES = 5  # compression flag and length of a message

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.errors import InvalidInput
-from models.recipes import fashion, photos_data
-from models.recipes.elpv_data import load
-from models.vision.images import open_image
+from isthmus.models.errors import InvalidInput
+from isthmus.models.recipes.vision import fashion, photos_data
+from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.images import open_image
 
 FASHION = Path("runs/fashion/data")
 

@@ -19,22 +19,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.bundle import Bundle
-from models.codecs.contextual import ContextualCodec
-from models.errors import InvalidInput
-from models.types import Codec
-from models.vision.graph_tail import GraphTail
-from models.vision.head import Head
-from models.vision.images import preprocess
-from models.vision.tail import Tail, load_split
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.codecs.checkerboard import ContextualCodec
+from isthmus.models.errors import InvalidInput
+from isthmus.models.messages import Codec
+from isthmus.models.vision.graph_tail import GraphTail
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.tail import Tail, load_split
 from tests.bench.image_codecs import CODECS, ImageCodec, ladder
 
 if TYPE_CHECKING:
-    from models.recipes.baselines import Baseline
-    from models.recipes.single import SingleRate
+    from isthmus.models.recipes.vision.baselines import Baseline
+    from isthmus.models.recipes.vision.single import SingleRate
 
 OURS = "ours"
-TRAINED = ("bq", "entropic-student", "n0", "n4", "ours-single")  # what `models.recipes.baselines` trains
+TRAINED = ("bq", "entropic-student", "n0", "n4", "ours-single")  # what `models.recipes.vision.baselines` trains
 METHODS = (*CODECS, *TRAINED, OURS)
 
 Floats = NDArray[np.float32]
@@ -95,7 +95,7 @@ def ways(bundle: Bundle, head: Head, tail: Tail | GraphTail, work: Path, methods
 
 
 def training_command(methods: Sequence[str], work: Path) -> str:
-    return f"python -m models.recipes baselines {' '.join(methods)} --work {shlex.quote(str(work))}"
+    return f"python -m isthmus.models.recipes baselines {' '.join(methods)} --work {shlex.quote(str(work))}"
 
 
 def steps(form: str, bundle: Bundle) -> list[tuple[str, ImageCodec]]:
@@ -170,7 +170,7 @@ def trained_way(baseline: Baseline | SingleRate) -> Way:
 
 def trained(work: Path, method: str, bundle: Bundle) -> Sequence[Baseline | SingleRate]:
     """Finished runs of a method under `work`. Raises InvalidInput when a setting is missing."""
-    from models.recipes import baselines, single  # CompressAI alone takes seconds to import
+    from isthmus.models.recipes.vision import baselines, single
 
     split = load_split(bundle)
     if method == single.METHOD:

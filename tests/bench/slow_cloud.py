@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cloud_service.__main__ import main
-from models.language.decoder import Decoder, Span
+from isthmus.cloud_service.cli import main
+from isthmus.models.language.torch.decoder import Decoder, Span
 
 SLOWDOWN = float(os.environ.get("ISTHMUS_BENCH_SLOWDOWN", "1"))
 
@@ -31,8 +31,8 @@ class SlowDecoder(Decoder):
 
 
 if __name__ == "__main__":
-    import cloud_service.server
+    import isthmus.cloud_service.server
 
     if SLOWDOWN > 1:
-        cloud_service.server.Decoder = SlowDecoder  # type: ignore[misc]
+        isthmus.cloud_service.server.Decoder = SlowDecoder  # type: ignore[misc]
     main()

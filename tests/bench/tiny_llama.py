@@ -14,13 +14,13 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
-from models.language import gguf_model, huggingface
-from models.language.checkpoint import smollm2_path
-from models.language.gguf_file import GgufFile
-from models.language.gguf_model import LAYER, TOP
-from models.language.gguf_tokenizer import build
-from models.language.tokenizer import BYTES
-from models.language.weights import tensor_shapes
+from isthmus.models.language.checkpoint import gguf_model, huggingface
+from isthmus.models.language.checkpoint.checkpoint import smollm2_path
+from isthmus.models.language.checkpoint.gguf_file import GgufFile
+from isthmus.models.language.checkpoint.gguf_model import LAYER, TOP
+from isthmus.models.language.checkpoint.gguf_tokenizer import build
+from isthmus.models.language.checkpoint.tokenizer import BYTES
+from isthmus.models.language.checkpoint.weights import tensor_shapes
 
 Kind = Literal["llama", "qwen2", "qwen3"]
 Vocab = Literal["bytes", "smollm2"]

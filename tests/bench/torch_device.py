@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from models.bundle import Bundle
-from models.vision.images import open_image, preprocess
-from models.vision.tail import load_split
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.images import open_image, preprocess
+from isthmus.models.vision.tail import load_split
 
 
 @torch.inference_mode()

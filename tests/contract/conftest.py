@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
-from edge_agent import EdgeAgent, EdgeConfig
-from edge_agent.policy.breaker import BreakerLimits
-from models.bundle import Bundle
-from models.language.huggingface import WEIGHTS
+from isthmus.edge_agent import EdgeAgent, EdgeConfig
+from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.language.checkpoint.huggingface import WEIGHTS
 from tests.bench.processes import CloudProcess
 from tests.bench.tiny_llama import write_tiny_llama
 

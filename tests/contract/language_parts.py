@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_agent.config import LanguageConfig
-from edge_agent.generation import Arm, Ask, Summary, Token
-from edge_agent.language import LanguageAgent
-from models.language.sampling import GREEDY, Sampling
+from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.language.agent import LanguageAgent
+from isthmus.edge_agent.language.request import Arm, Ask, Summary, Token
+from isthmus.models.language.sampling import GREEDY, Sampling
 from tests.bench.processes import CloudProcess
 
 CHATTER = Sampling(0.8, seed=7)  # its noise depends on the position, so a token lost or doubled changes all that follow

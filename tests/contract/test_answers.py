@@ -18,16 +18,16 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
-from edge_agent import EdgeAgent
-from edge_agent.config import WholeImage
-from models.bundle import Bundle
-from models.types import CloudRequest, Codec, Payload
-from models.vision.head import Head
-from models.vision.images import encode_image, open_image, preprocess
-from models.vision.tail import Tail
-from protos import limits, wire
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.edge_agent import EdgeAgent
+from isthmus.edge_agent.config import WholeImage
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import encode_image, open_image, preprocess
+from isthmus.models.vision.tail import Tail
+from isthmus.protos import limits, wire
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.processes import ROOT, CloudProcess, EdgeProcess
 from tests.tiny_bundle import TAPS, TINY
 
@@ -87,7 +87,7 @@ def test_points_and_tasks_are_chosen_on_the_command_line(
     cloud: CloudProcess, tiny_bundle: Bundle, photo: Image.Image, tmp_path: Path
 ) -> None:
     photo.save(tmp_path / "photo.png")
-    command = [sys.executable, "-m", "edge_agent", "infer", str(tmp_path / "photo.png"), "--json"]
+    command = [sys.executable, "-m", "isthmus.edge_agent", "infer", str(tmp_path / "photo.png"), "--json"]
     command += ["--bundle", str(tiny_bundle.folder), "--cloud", cloud.target, "--deadline-ms", "10000"]
     command += ["--tap", "light", "--width", "0.5", "--rate", "2", "--task", "colour"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

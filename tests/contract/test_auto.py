@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from edge_agent.generation import Ask, Summary, Token
-from edge_agent.language import LanguageAgent
-from models.language.checkpoint import Checkpoint
+from isthmus.edge_agent.language.agent import LanguageAgent
+from isthmus.edge_agent.language.request import Ask, Summary, Token
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from tests.bench.processes import CloudProcess, EdgeProcess
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import Answer, language_agent, prompt_of, started

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from models.language.checkpoint import Checkpoint
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from tests.bench.handoff import OTHER_TOKENS
 from tests.bench.processes import ROOT
 from tests.tiny_handoff import write_tiny_handoff

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.bundle import read_manifest
-from models.manifest import Manifest
+from isthmus.models.bundle.bundle import read_manifest
+from isthmus.models.vision.manifest import Manifest
 from tests.bench.processes import ROOT
 
 FIGURE = {"value", "low", "high", "undefined"}
@@ -51,7 +51,7 @@ def test_a_method_without_training_is_one_line(tmp_path: Path) -> None:
     found = run("--methods", "n0", "--photos", "12", "--work", str(tmp_path))
     assert found.returncode == 1 and found.stdout == "" and found.stderr.count("\n") == 1
     assert found.stderr.startswith("error: no finished runs of n0")
-    assert f"python -m models.recipes baselines n0 --work {tmp_path}" in found.stderr
+    assert f"python -m isthmus.models.recipes baselines n0 --work {tmp_path}" in found.stderr
 
 
 def test_help_has_an_example() -> None:

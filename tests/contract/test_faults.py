@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from edge_agent import Answer, EdgeAgent
-from models.bundle import Bundle
+from isthmus.edge_agent import Answer, EdgeAgent
+from isthmus.models.bundle.bundle import Bundle
 from tests.bench.processes import CloudProcess, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_agent import EdgeAgent
-from models.bundle import Bundle
-from models.types import CloudRequest, Codec, Payload
-from protos import limits, wire
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.edge_agent import EdgeAgent
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.protos import limits, wire
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.processes import CloudProcess
 
 Status = grpc.StatusCode

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.collaboration import Tempo
-from models.language.checkpoint import Checkpoint
-from models.language.sampling import GREEDY, Sampling
+from isthmus.edge_agent.language.arms.verify import Tempo
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.sampling import GREEDY, Sampling
 from tests.bench.lossless import MODELS, SCRIPTED, Bench, Case
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import stubborn

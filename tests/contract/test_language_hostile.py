@@ -10,12 +10,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from models.language.checkpoint import Checkpoint
-from models.language.sampling import Sampling
-from models.language.session import Opening, Round
-from protos import limits, wire_session
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.sampling import Sampling
+from isthmus.models.language.session import Opening, Round
+from isthmus.protos import limits, wire_session
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.processes import CloudProcess
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of

@@ -152,7 +152,7 @@ def chat(model: Path, lines: str, *arguments: str) -> list[dict[str, Any]]:
     command = [
         sys.executable,
         "-m",
-        "edge_agent",
+        "isthmus.edge_agent",
         "chat",
         "--model",
         str(model),

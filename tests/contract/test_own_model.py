@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.recipes.elpv_data import load
+from isthmus.models.recipes.vision.elpv_data import load
 from tests.bench.processes import ROOT, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
 from tests.contract.test_readme import environment
@@ -79,7 +79,10 @@ def address(folder: Path) -> Iterator[str]:
 
 
 def test_the_page_has_the_commands_in_their_order() -> None:
-    starts = ["python -m models.recipes split"] * 2 + ["python -m models.bundle inspect", "cloud-service"]
+    starts = ["python -m isthmus.models.recipes split"] * 2 + [
+        "python -m isthmus.models.bundle inspect",
+        "cloud-service",
+    ]
     assert len(COMMANDS) == 6
     for command, start in zip(COMMANDS, [*starts, "edge-agent infer", "edge-agent infer"], strict=True):
         assert command.startswith(start)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from models.recipes.elpv_data import load
+from isthmus.models.recipes.vision.elpv_data import load
 from tests.bench.processes import ROOT, free_port
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

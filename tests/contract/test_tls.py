@@ -10,9 +10,9 @@ import pytest
 import trustme
 from PIL import Image
 
-from edge_agent import EdgeAgent
-from edge_agent.config import Tls
-from models.bundle import Bundle
+from isthmus.edge_agent import EdgeAgent
+from isthmus.edge_agent.config import Tls
+from isthmus.models.bundle.bundle import Bundle
 from tests.bench.processes import CloudProcess
 
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from models.bundle import Bundle, kind_of
-from models.codecs.contexts import Integers
-from models.language.checkpoint import Checkpoint
-from models.language.handoff import Handoff
-from models.language.judge import Judge
-from models.language.onnx_exits import ExitWeights
-from models.manifest import Manifest
-from models.recipes.elpv_data import load
-from models.vision.head import Head
-from models.vision.images import open_image, preprocess
-from models.vision.tail import load_split, open_tail
+from isthmus.models.bundle.bundle import Bundle, kind_of
+from isthmus.models.codecs.context_model import Integers
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.confidence_head import Judge
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.onnx.exits import ExitWeights
+from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import open_image, preprocess
+from isthmus.models.vision.manifest import Manifest
+from isthmus.models.vision.tail import load_split, open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_ways import uncapped
 
@@ -102,7 +102,7 @@ def test_real_size_is_the_ideal_one(shipped: Bundle) -> None:
 DECODE = """
 import hashlib, sys, numpy as np
 from pathlib import Path
-from models.bundle import Bundle
+from isthmus.models.bundle.bundle import Bundle
 bundle = Bundle.open(sys.argv[1])
 codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
 for line in sys.stdin:

@@ -10,13 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from edge_agent import EdgeAgent, EdgeConfig
-from edge_agent.link import Reply
-from edge_agent.policy.estimates import LinkEstimate
-from models import bundle as bundles
-from models.bundle import Bundle
-from models.manifest import Manifest
-from models.types import CloudAnswer, Payload
+from isthmus.edge_agent import EdgeAgent, EdgeConfig
+from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.transport.link import Reply
+from isthmus.models.bundle import bundle as bundles
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.messages import CloudAnswer, Payload
+from isthmus.models.vision.manifest import Manifest
 from tests.tiny_bundle import SIDE
 
 CAP = 120  # bytes: over what a plain photo costs at the cheapest rate, under what a costly one does

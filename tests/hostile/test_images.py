@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.errors import InvalidInput
-from models.manifest import Preprocessing
-from models.vision.images import encode_image, open_image, preprocess
+from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.images import encode_image, open_image, preprocess
+from isthmus.models.vision.manifest import Preprocessing
 
 
 def png_of_size(width: int, height: int) -> bytes:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.bundle import MAX_MANIFEST_BYTES, Bundle
-from models.errors import BundleError
+from isthmus.models.bundle.bundle import MAX_MANIFEST_BYTES, Bundle
+from isthmus.models.errors import BundleError
 from tests.conftest import Parts
 
 JSON = st.recursive(

@@ -9,10 +9,10 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import CallerError, IsthmusError, PayloadCorrupt
-from models.types import CloudRequest, Codec, Payload
-from protos import wire
-from protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.models.errors import CallerError, IsthmusError, PayloadCorrupt
+from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.protos import wire
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 GOOD = wire.pack_request(CloudRequest(1, bytes(32), 1.0, Payload(Codec.BOTTLENECK, 1, 2, bytes(range(64))), (0, 1)))
 

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from models.bundle import Bundle
-from models.errors import PayloadCorrupt, PayloadTooLarge
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import PayloadCorrupt, PayloadTooLarge
 
 HOSTILE = {
     "one bit": b"\1\0\0\0",

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import CallerError
-from models.language.checkpoint import Checkpoint
-from models.language.handoff import Handoff
-from models.language.states import StateCodec
+from isthmus.models.errors import CallerError
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.hidden_states import StateCodec
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import MAX_STATE_BYTES, write_tiny_handoff
 

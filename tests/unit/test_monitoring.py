@@ -12,12 +12,12 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from cloud_service.generation_metrics import GenerationFamilies, GenerationMetrics
-from cloud_service.metrics import CloudMetrics
-from edge_agent.language_metrics import LanguageMetrics
-from edge_agent.metrics import EdgeMetrics
-from models.bundle import Bundle
-from models.types import BundleInfo, TapInfo, TaskInfo
+from isthmus.cloud_service.language.metrics import GenerationFamilies, GenerationMetrics
+from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.edge_agent.language.metrics import LanguageMetrics
+from isthmus.edge_agent.vision.metrics import EdgeMetrics
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.messages import BundleInfo, TapInfo, TaskInfo
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cloud_service" / "monitoring"

@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos.isthmus.v1 import isthmus_pb2 as protos_dot_isthmus_dot_v1_dot_isthmus__pb2
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/isthmus/v1/isthmus_pb2_grpc.py depends on'
+        + ' but the generated code in isthmus/protos/isthmus/v1/isthmus_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,23 +36,23 @@ class IsthmusStub:
         """
         self.Infer = channel.unary_unary(
                 '/isthmus.v1.Isthmus/Infer',
-                request_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
-                response_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
+                request_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
                 _registered_method=True)
         self.InferStream = channel.stream_stream(
                 '/isthmus.v1.Isthmus/InferStream',
-                request_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
-                response_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
+                request_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
                 _registered_method=True)
         self.Generate = channel.stream_stream(
                 '/isthmus.v1.Isthmus/Generate',
-                request_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.FromString,
+                request_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/isthmus.v1.Isthmus/Describe',
-                request_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.SerializeToString,
-                response_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.FromString,
+                request_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.FromString,
                 _registered_method=True)
 
 
@@ -101,23 +101,23 @@ def add_IsthmusServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Infer': grpc.unary_unary_rpc_method_handler(
                     servicer.Infer,
-                    request_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.FromString,
-                    response_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.SerializeToString,
             ),
             'InferStream': grpc.stream_stream_rpc_method_handler(
                     servicer.InferStream,
-                    request_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.FromString,
-                    response_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.SerializeToString,
             ),
             'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.FromString,
-                    response_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
-                    request_deserializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.FromString,
-                    response_serializer=protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -145,8 +145,8 @@ class Isthmus:
             request,
             target,
             '/isthmus.v1.Isthmus/Infer',
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -172,8 +172,8 @@ class Isthmus:
             request_iterator,
             target,
             '/isthmus.v1.Isthmus/InferStream',
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferRequest.SerializeToString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.InferResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -199,8 +199,8 @@ class Isthmus:
             request_iterator,
             target,
             '/isthmus.v1.Isthmus/Generate',
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.SerializeToString,
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.FromString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateRequest.SerializeToString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -226,8 +226,8 @@ class Isthmus:
             request,
             target,
             '/isthmus.v1.Isthmus/Describe',
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.SerializeToString,
-            protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.FromString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.SerializeToString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,7 +7,7 @@ Our own framing of a payload costs at most 32 bytes (limits.MAX_FRAMING_BYTES); 
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos.isthmus.v1 import isthmus_pb2 as _isthmus_pb2
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as _isthmus_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.bundle import Bundle
-from models.vision.head import Head
-from models.vision.tail import Tail
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.tail import Tail
 from tests.unit.bench.fakes import FakeBaselines
 
 
@@ -31,5 +31,5 @@ def images() -> list[Image.Image]:
 def baselines(monkeypatch: pytest.MonkeyPatch) -> FakeBaselines:
     """No training has been done, unless the test adds to `ready`."""
     fake = FakeBaselines()
-    monkeypatch.setattr("models.recipes.baselines.trained", fake.trained)
+    monkeypatch.setattr("isthmus.models.recipes.vision.baselines.trained", fake.trained)
     return fake

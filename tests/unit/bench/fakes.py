@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from models.errors import InvalidInput
-from models.types import Codec
-from models.vision.split import SplitClassifier
+from isthmus.models.errors import InvalidInput
+from isthmus.models.messages import Codec
+from isthmus.models.vision.split import SplitClassifier
 from tests.bench.sc2_measure import Measured
 from tests.bench.sc2_ways import Floats, Way
 
@@ -41,7 +41,7 @@ class FakeBaseline:
 
 @dataclass
 class FakeBaselines:
-    """Stands for the module `models.recipes.baselines`."""
+    """Stands for the module `models.recipes.vision.baselines`."""
 
     ready: list[FakeBaseline] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)

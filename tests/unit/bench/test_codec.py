@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.bundle import Bundle
-from models.codecs.contexts import Integers
-from models.codecs.contextual import ContextualCodec
-from models.recipes.fit_tables import fit
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.codecs.checkerboard import ContextualCodec
+from isthmus.models.codecs.context_model import Integers
+from isthmus.models.recipes.common.fit_tables import fit
 from tests.bench.codec import SameTables, factorized_coder, measure, summary
 from tests.bench.codec import latents as bench_latents
 

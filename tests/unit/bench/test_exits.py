@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from models.bundle import Bundle
-from models.vision.head import Head
-from models.vision.images import preprocess
-from models.vision.tail import open_tail
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.tail import open_tail
 from tests.bench import exits
 from tests.bench.sc2_photos import Photos
 

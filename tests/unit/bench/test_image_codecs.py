@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import InvalidInput
+from isthmus.models.errors import InvalidInput
 from tests.bench.image_codecs import COARSE, CODECS, LADDERS, ImageCodec, ladder
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.bundle import Bundle
-from models.types import Codec
-from models.vision.head import Head
-from models.vision.tail import Tail
-from protos.limits import MAX_FRAMING_BYTES
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.messages import Codec
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.tail import Tail
+from isthmus.protos.limits import MAX_FRAMING_BYTES
 from tests.bench.sc2_measure import SHAPE, Bench, data_bytes, wire_bytes
 from tests.bench.sc2_ways import lossless, own_ways, trained_way
 from tests.unit.bench.fakes import FakeBaseline, way

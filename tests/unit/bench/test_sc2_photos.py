@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.errors import InvalidInput
-from models.recipes.elpv_data import load
-from models.recipes.own_data import Images
+from isthmus.models.errors import InvalidInput
+from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.recipes.vision.own_data import Images
 from tests.bench import sc2_photos
 from tests.bench.sc2_photos import photos_of, square
 

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from models.bundle import Bundle
-from models.errors import InvalidInput
-from models.types import Codec
-from models.vision.head import Head
-from models.vision.images import preprocess
-from models.vision.tail import Tail
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import InvalidInput
+from isthmus.models.messages import Codec
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.tail import Tail
 from tests.bench.image_codecs import CODECS
 from tests.bench.sc2_ways import (
     METHODS,
@@ -152,4 +152,4 @@ def test_missing_training_is_named_with_its_command(
         ways(tiny_bundle, head, tail, Path("runs/my sc2"), ["n4", "n0"])
     text = str(caught.value)
     assert text.startswith("no finished runs of n0 under runs/my sc2;") and "\n" not in text
-    assert text.endswith("python -m models.recipes baselines n0 --work 'runs/my sc2'")
+    assert text.endswith("python -m isthmus.models.recipes baselines n0 --work 'runs/my sc2'")

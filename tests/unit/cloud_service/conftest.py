@@ -5,13 +5,13 @@ import asyncio
 import pytest
 import torch
 
-from models.language import kv_cache
-from models.language.checkpoint import Checkpoint
-from models.language.decoder import PAGE_TOKENS, Decoder
-from models.language.handoff import Handoff
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.torch import kv_cache
+from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
-from tests.unit.cloud_service.tiny import CONTEXT, ENDS, WIDTH, House, Play, Scenario
+from tests.unit.cloud_service.language.tiny import CONTEXT, ENDS, WIDTH, House, Play, Scenario
 
 
 @pytest.fixture(scope="session")

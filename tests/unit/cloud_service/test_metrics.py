@@ -7,9 +7,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cloud_service.metrics import IMAGE, METHODS, REJECTIONS, CloudMetrics
-from models.errors import InvalidInput, IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
-from models.types import BundleInfo, TapInfo, TaskInfo
+from isthmus.cloud_service.metrics import IMAGE, METHODS, REJECTIONS, CloudMetrics
+from isthmus.models.errors import InvalidInput, IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
+from isthmus.models.messages import BundleInfo, TapInfo, TaskInfo
 
 INFO = BundleInfo(bytes(32), "fake", (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 2),))
 

@@ -16,18 +16,18 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from cloud_service.config import CloudConfig, Tls
-from cloud_service.server import bind, open_handoffs, serve, serve_metrics
-from cloud_service.servicer import Servicer
-from models.bundle import Bundle
-from models.errors import BundleError, InvalidInput
-from models.language.checkpoint import Checkpoint
-from models.language.handoff import Handoff
-from models.language.session import Opening, Round
-from models.types import CloudRequest, Codec, Payload
-from protos import limits, wire, wire_session
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.cloud_service.config import CloudConfig, Tls
+from isthmus.cloud_service.server import bind, open_handoffs, serve, serve_metrics
+from isthmus.cloud_service.servicer import Servicer
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.session import Opening, Round
+from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.protos import limits, wire, wire_session
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
 

@@ -11,13 +11,13 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cloud_service.metrics import CloudMetrics
-from cloud_service.servicer import Servicer, attach, service_info
-from models import errors
-from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, TapInfo, TaskInfo
-from protos import limits, wire
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.cloud_service.servicer import Servicer, attach, service_info
+from isthmus.models import errors
+from isthmus.models.messages import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.protos import limits, wire
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 INFO = BundleInfo(bytes(range(32)), "fake", (TaskInfo("defect", 2), TaskInfo("colour", 2)), (TapInfo("light", 3),))
 Status = grpc.StatusCode

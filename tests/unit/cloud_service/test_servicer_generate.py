@@ -10,17 +10,17 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cloud_service import passes
-from cloud_service.metrics import CloudMetrics
-from cloud_service.servicer import Servicer, Talk, attach, service_info
-from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder
-from models.language.handoff import Handoff
-from models.language.session import Committed, Opening, Round
-from protos import limits, wire, wire_session
-from protos.isthmus.v1 import isthmus_pb2 as pb
-from protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
-from tests.unit.cloud_service.tiny import House, plain, until
+from isthmus.cloud_service.language import model_runner as passes
+from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.cloud_service.servicer import Servicer, Talk, attach, service_info
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.language.torch.decoder import Decoder
+from isthmus.protos import limits, wire, wire_session
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from tests.unit.cloud_service.language.tiny import House, plain, until
 
 Status = grpc.StatusCode
 VOCAB = 259

@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
-from models.language.checkpoint import Checkpoint
-from models.language.decoder import Decoder
-from models.language.handoff import Handoff
-from protos import limits, wire, wire_session
-from protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.torch.decoder import Decoder
+from isthmus.protos import limits, wire, wire_session
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from tests.unit.cloud_service.language.tiny import StateDevice
 from tests.unit.cloud_service.test_servicer_generate import Door, asked, read, read_error, serve
-from tests.unit.cloud_service.tiny import StateDevice
 
 Status = grpc.StatusCode
 PROMPT = list(range(10, 30))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import re
 
-from models import errors
+from isthmus.models import errors
 
 
 def drawn_tree() -> dict[str, str]:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import grpc
 
-from protos import limits
-from protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos import limits
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 
 def test_the_largest_image_fits_into_a_message() -> None:

@@ -3,10 +3,10 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from models import errors
-from models.errors import IsthmusError
-from protos import status
-from protos.limits import MAX_ERROR_CHARACTERS
+from isthmus.models import errors
+from isthmus.models.errors import IsthmusError
+from isthmus.protos import status
+from isthmus.protos.limits import MAX_ERROR_CHARACTERS
 
 OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, IsthmusError)]
 SECRET = "/srv/models/secret.onnx: token=hunter2"

@@ -18,14 +18,14 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stubs")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I", "."]
+        [sys.executable, "-m", "grpc_tools.protoc", "-I", "isthmus/protos=protos"]
         + [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-        + [str(FOLDER / "isthmus.proto")],
+        + [f"isthmus/{FOLDER}/isthmus.proto"],
         cwd=ROOT,
         env={**os.environ, "PATH": path},
         check=True,
     )
-    return out / FOLDER
+    return out / "isthmus" / FOLDER
 
 
 @pytest.mark.parametrize("name", ["isthmus_pb2.py", "isthmus_pb2.pyi", "isthmus_pb2_grpc.py", "isthmus_pb2_grpc.pyi"])

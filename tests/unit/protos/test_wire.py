@@ -11,8 +11,8 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import errors
-from models.errors import (
+from isthmus.models import errors
+from isthmus.models.errors import (
     DeadlineExceeded,
     InvalidInput,
     IsthmusError,
@@ -21,11 +21,20 @@ from models.errors import (
     UnknownBundle,
     UnsupportedVersion,
 )
-from models.language.session import ModelInfo
-from models.manifest import Manifest, TapArchitecture
-from models.types import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
-from protos import limits, wire
-from protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.models.language.session import ModelInfo
+from isthmus.models.messages import (
+    BundleInfo,
+    CloudAnswer,
+    CloudRequest,
+    Codec,
+    Payload,
+    ServiceInfo,
+    TapInfo,
+    TaskInfo,
+)
+from isthmus.models.vision.manifest import Manifest, TapArchitecture
+from isthmus.protos import limits, wire
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 FINGERPRINT = bytes(range(32))
 REQUEST = CloudRequest(300, FINGERPRINT, 1.5, Payload(Codec.BOTTLENECK, 1, 2, b"payload bytes"), tasks=(0, 2))

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import (
+from isthmus.models.errors import (
     ContextGone,
     InvalidInput,
     IsthmusError,
@@ -18,10 +18,10 @@ from models.errors import (
     PayloadTooLarge,
     UnsupportedVersion,
 )
-from models.language.sampling import MAX_SEED, Sampling
-from models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
-from protos import limits, wire, wire_session
-from protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.models.language.sampling import MAX_SEED, Sampling
+from isthmus.models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
+from isthmus.protos import limits, wire, wire_session
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 GRPC_PREFIX_BYTES = 5
 VOCAB = 49_152

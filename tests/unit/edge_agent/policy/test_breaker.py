@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.policy.breaker import Breaker, BreakerLimits
+from isthmus.edge_agent.policy.breaker import Breaker, BreakerLimits
 
 LIMITS = BreakerLimits(failures=3, first_s=1.0, last_s=4.0)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.policy.estimates import Average, GraphSeconds, LinkEstimate, LinkEstimator, Load
+from isthmus.edge_agent.policy.estimates import Average, GraphSeconds, LinkEstimate, LinkEstimator, Load
 
 TRUE = LinkEstimate(rtt_s=0.040, bytes_per_s=250_000)
 

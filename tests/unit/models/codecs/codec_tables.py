@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from models.codecs.contexts import ALL_CONTEXTS, ENDS, PHASES, Integers
-from models.codecs.contextual import ContextualCodec
-from models.codecs.tables import Tables
+from isthmus.models.codecs.checkerboard import ContextualCodec
+from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS, PHASES, Integers
+from isthmus.models.codecs.tables import Tables
 
 CAP = 1 << 16
 

@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from models.codecs.contexts import Integers
-from models.codecs.tables import Tables
+from isthmus.models.codecs.context_model import Integers
+from isthmus.models.codecs.tables import Tables
 
 QUANTILE_BITS = 24
 

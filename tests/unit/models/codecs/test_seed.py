@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.codecs.seed import seed_of, symbols_of
+from isthmus.models.codecs.seed import seed_of, symbols_of
 from tests.unit.models.codecs.codec_tables import random_frequencies
 from tests.unit.models.codecs.reference import seeded_symbols
 

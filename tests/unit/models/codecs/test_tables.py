@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.codecs.tables import Tables, check_tables, from_tensors, to_tensors
-from models.errors import BundleError
+from isthmus.models.codecs.tables import Tables, check_tables, from_tensors, to_tensors
+from isthmus.models.errors import BundleError
 from tests.unit.models.codecs.codec_tables import fixed_tables, random_tables
 
 Tensors = dict[str, NDArray[Any]]

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.language.architecture import LlamaConfig, RopeScaling, rope_frequencies
+from isthmus.models.language.architecture import LlamaConfig, RopeScaling, rope_frequencies
 
 
 @pytest.fixture(scope="module")
 def transformers() -> Any:
-    pytest.importorskip("models.recipes.compressai_entropy")  # declares what torchvision lacks beside CPU PyTorch
+    pytest.importorskip(
+        "isthmus.models.recipes.vision.compressai_entropy"
+    )  # declares what torchvision lacks beside CPU PyTorch
     return pytest.importorskip("transformers")
 
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import InvalidInput
-from models.language.checkpoint import Checkpoint
-from models.language.drafts import NGRAM_CONFIDENCE, LookupDraft, ModelDraft, probability, shared_length
-from models.language.onnx_decoder import OnnxDecoder
-from models.language.sampling import GREEDY, Sampling, choose
+from isthmus.models.errors import InvalidInput
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.drafts import NGRAM_CONFIDENCE, LookupDraft, ModelDraft, probability, shared_length
+from isthmus.models.language.onnx.decoder import OnnxDecoder
+from isthmus.models.language.sampling import GREEDY, Sampling, choose
 from tests.bench.tiny_llama import write_tiny_llama
 
 CONTEXT = 64

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from models.errors import BundleError
-from models.language.packing import STORED_BLOCK, Floats, packed, unpacked
+from isthmus.models.errors import BundleError
+from isthmus.models.language.packing import STORED_BLOCK, Floats, packed, unpacked
 
 matrices = st.tuples(st.integers(1, 3), st.integers(1, 3)).flatmap(
     lambda shape: nps.arrays(

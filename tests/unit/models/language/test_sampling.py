@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from numpy.typing import NDArray
 
-from models.errors import InvalidInput
-from models.language.sampling import GREEDY, MAX_SEED, Sampling, choose, gumbel, log_softmax, nucleus
+from isthmus.models.errors import InvalidInput
+from isthmus.models.language.sampling import GREEDY, MAX_SEED, Sampling, choose, gumbel, log_softmax, nucleus
 
 SIGNIFICANCE = 1e-4
 DRAWS = 8000

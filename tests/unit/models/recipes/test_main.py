@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from models.errors import InvalidInput
-from models.recipes import elpv
-from models.recipes.__main__ import main
-from models.recipes.baselines import settings_of
-from models.recipes.trainer import Run
+from isthmus.models.errors import InvalidInput
+from isthmus.models.recipes.__main__ import main
+from isthmus.models.recipes.common.trainer import Run
+from isthmus.models.recipes.vision import elpv
+from isthmus.models.recipes.vision.baselines import settings_of
 
 
 @pytest.mark.parametrize("words", [["--help"], ["elpv", "--help"], ["baselines", "--help"]])
 def test_help_has_an_example(words: list[str]) -> None:
-    assert "Example: python -m models.recipes " in CliRunner().invoke(main, words).stdout
+    assert "Example: python -m isthmus.models.recipes " in CliRunner().invoke(main, words).stdout
 
 
 def test_baselines_of_an_unknown_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

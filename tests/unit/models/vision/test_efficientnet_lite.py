@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.recipes.imagenet import load_lite2
-from models.vision.efficientnet_lite import (
+from isthmus.models.recipes.vision.imagenet import load_lite2
+from isthmus.models.vision.efficientnet_lite import (
     WIDTH_DEPTH,
     EfficientNetLite,
     InvertedResidual,

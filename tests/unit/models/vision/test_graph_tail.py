@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.bundle import Bundle
-from models.errors import BundleError, InvalidInput
-from models.recipes.graphs import onnx_bytes
-from models.vision.graph_tail import GraphTail
-from models.vision.tail import open_tail
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.recipes.vision.graphs import onnx_bytes
+from isthmus.models.vision.graph_tail import GraphTail
+from isthmus.models.vision.tail import open_tail
 from tests.conftest import Parts
 
 IMAGE, LATENT = (3, 8, 8), (2, 4, 4)

@@ -9,11 +9,11 @@ import onnx
 import pytest
 import torch
 
-from models.bundle import Bundle
-from models.errors import BundleError, InvalidInput
-from models.vision.head import Head, softmax
-from models.vision.slim import FrozenSlim
-from models.vision.tail import load_split
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.vision.head import Head, softmax
+from isthmus.models.vision.slim import FrozenSlim
+from isthmus.models.vision.tail import load_split
 from tests.conftest import Parts
 from tests.tiny_bundle import random_images
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.errors import InvalidInput
-from models.manifest import Preprocessing
-from models.vision.images import encode_image, is_grey, open_image, preprocess
+from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.images import encode_image, is_grey, open_image, preprocess
+from isthmus.models.vision.manifest import Preprocessing
 
 NEUTRAL = {"mean": (0.0, 0.0, 0.0), "deviation": (1.0, 1.0, 1.0)}
 

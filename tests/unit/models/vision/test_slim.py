@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.vision.efficientnet_lite import EfficientNetLite
-from models.vision.slim import (
+from isthmus.models.vision.efficientnet_lite import EfficientNetLite
+from isthmus.models.vision.slim import (
     FrozenSlim,
     SlimConv,
     SlimEncoder,
@@ -68,7 +68,7 @@ def test_the_widest_front_is_the_backbone_up_to_8_bit_rounding(
 def test_without_rounding_it_is_the_backbone(
     backbone: nn.Sequential, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.vision.slim.rounded", lambda weight: weight)
+    monkeypatch.setattr("isthmus.models.vision.slim.rounded", lambda weight: weight)
     first = backbone[:-1]
     front = SlimFront(first, WIDTHS)
     front.load(first)
@@ -90,7 +90,7 @@ def test_a_narrow_width_uses_the_first_channels_alone(encoder: SlimEncoder, imag
 
 
 def test_half_the_width_costs_less_than_two_fifths(encoder: SlimEncoder) -> None:
-    from models.recipes.export import macs
+    from isthmus.models.recipes.vision.export import macs
 
     image = torch.zeros(1, 3, 64, 64)
     assert 2.5 * macs(encoder, image, 0) < macs(encoder, image, 2)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.vision.efficientnet_lite import EfficientNetLite
-from models.vision.split import SplitClassifier
+from isthmus.models.vision.efficientnet_lite import EfficientNetLite
+from isthmus.models.vision.split import SplitClassifier
 from tests.tiny_bundle import TAPS, TINY
 
 

@@ -11,11 +11,11 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import Bundle
-from models.errors import BundleError
-from models.vision.head import Head
-from models.vision.split import SplitClassifier
-from models.vision.tail import Tail, load_split
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import BundleError
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.split import SplitClassifier
+from isthmus.models.vision.tail import Tail, load_split
 from tests.tiny_bundle import TINY, random_images
 
 IMAGES = random_images(3, seed=5)

@@ -1,0 +1,1 @@
+"""Tails: queue, batches, predictions."""

@@ -1,0 +1,122 @@
+"""A loaded bundle answers payloads: decode, then the tail. Synchronous; knows nothing about queues or gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
+from isthmus.models.messages import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.vision.images import open_image, preprocess
+from isthmus.models.vision.tail import open_tail
+
+Floats = NDArray[np.float32]
+Probabilities = tuple[tuple[float, ...], ...]  # of each task asked for, in the bundle's order
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What payloads must have in common to be computed together. `tap` is None for whole images."""
+
+    tap: int | None
+    tasks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A payload as the tail takes it: a latent (C, H, W) with its rate, or an image (3, H, W)."""
+
+    array: Floats
+    rate: int
+
+
+class Answerer:
+    """One bundle's codecs and tail."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Raises BundleError when tables or weights do not fit."""
+        self.manifest = bundle.manifest
+        self.info = BundleInfo(
+            fingerprint=bundle.fingerprint,
+            name=self.manifest.name,
+            tasks=tuple(TaskInfo(task.name, len(task.labels)) for task in self.manifest.tasks),
+            taps=tuple(TapInfo(tap.name, len(tap.widths[0].rates)) for tap in self.manifest.taps),
+        )
+        self._codecs = [bundle.codec(tap) for tap in range(len(self.manifest.taps))]
+        self._tail = open_tail(bundle)
+
+    def check(self, request: CloudRequest) -> None:
+        """Raise InvalidInput or PayloadTooLarge when its fields alone tell that this bundle cannot answer it."""
+        tasks, taps = self.info.tasks, self.info.taps
+        for task in request.tasks:
+            if task >= len(tasks):
+                raise InvalidInput(f"task {task} does not exist, the bundle has {numbered(tasks)}")
+        payload = request.payload
+        if payload.codec is not Codec.BOTTLENECK:
+            return
+        if payload.tap >= len(taps):
+            raise InvalidInput(f"tap {payload.tap} does not exist, the bundle has {numbered(taps)}")
+        self._codecs[payload.tap].check(len(payload.data), payload.rate)
+
+    def answer(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
+        """Probabilities or an error for each payload of one kind; a bad one harms no other."""
+        results: list[Probabilities | IsthmusError] = []
+        decoded: dict[int, Decoded] = {}
+        for index, payload in enumerate(payloads):
+            outcome = self._decode(payload)
+            if isinstance(outcome, Decoded):
+                decoded[index] = outcome
+            results.append(InvalidInput("not computed") if isinstance(outcome, Decoded) else outcome)
+        for index, probabilities in zip(decoded, self._compute(kind, list(decoded.values())), strict=True):
+            results[index] = probabilities
+        return results
+
+    def warm_up(self) -> None:
+        """Run every way once, so that the first device does not pay for the first call."""
+        tasks = range(len(self.info.tasks))
+        for index, tap in enumerate(self.manifest.taps):
+            self._tail.latents_to_tasks(index, [np.zeros(tap.latent, np.float32)], [0], tasks)
+        self._tail.images_to_tasks([np.zeros((3, *self.manifest.preprocessing.crop), np.float32)], tasks)
+
+    def _decode(self, payload: Payload) -> Decoded | IsthmusError:
+        try:
+            if payload.codec is Codec.IMAGE:
+                return Decoded(preprocess(open_image(payload.data), self.manifest.preprocessing), 0)
+            codec = self._codecs[payload.tap]
+            return Decoded(codec.dequantise(codec.decode(payload.data, payload.rate), payload.rate), payload.rate)
+        except IsthmusError as error:
+            return error
+        except MemoryError:
+            return Overloaded("not enough memory for this input")
+
+    def _compute(self, kind: Kind, inputs: Sequence[Decoded]) -> list[Probabilities | IsthmusError]:
+        """Answer a batch; when that fails, each input alone, so that one cannot take the others down."""
+        if not inputs:
+            return []
+        try:
+            arrays = [decoded.array for decoded in inputs]
+            if kind.tap is None:
+                answers = self._tail.images_to_tasks(arrays, kind.tasks)
+            else:
+                rates = [decoded.rate for decoded in inputs]
+                answers = self._tail.latents_to_tasks(kind.tap, arrays, rates, kind.tasks)
+        except (RuntimeError, MemoryError) as error:  # PyTorch reports exhausted memory as RuntimeError
+            if len(inputs) > 1:
+                return [answer for decoded in inputs for answer in self._compute(kind, [decoded])]
+            error_kind = Overloaded if isinstance(error, MemoryError) or "memory" in str(error) else ServiceError
+            return [error_kind("the tail failed on this input")]
+        return [
+            tuple(tuple(row.tolist()) for row in rows)
+            if all(np.isfinite(row).all() for row in rows)
+            else ServiceError("the tail gave no finite answer")
+            for rows in zip(*answers, strict=True)
+        ]
+
+
+def numbered(entries: Sequence[TaskInfo | TapInfo]) -> str:
+    """What there is, for an error's text."""
+    return ", ".join(f"{index} {entry.name}" for index, entry in enumerate(entries))

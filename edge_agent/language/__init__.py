@@ -1,0 +1,1 @@
+"""Prompts on the device: local decoding, speculative decoding, handoff."""

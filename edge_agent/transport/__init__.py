@@ -1,0 +1,1 @@
+"""The link to the cloud: the only users of gRPC on the device."""

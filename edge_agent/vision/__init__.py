@@ -1,0 +1,1 @@
+"""Photos on the device: head, exits, bottleneck, and the choice of a route."""

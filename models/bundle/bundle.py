@@ -1,0 +1,188 @@
+"""A model on disk: a folder with a manifest, weights, ONNX segments and integer tables. The only disk access there is.
+
+    manifest.json   schema of `models.vision.manifest`; lists every other file with size and SHA-256
+    fingerprint     SHA-256 of the manifest as canonical JSON without this field: one number that names every byte
+
+`python -m isthmus.models.bundle inspect DIR` prints a bundle, `verify DIR` checks every byte of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from isthmus.models.codecs import checkerboard as contextual
+from isthmus.models.codecs.checkerboard import ContextualCodec
+from isthmus.models.errors import BundleError
+from isthmus.models.language.handoff.manifest import HandoffManifest
+from isthmus.models.vision.manifest import SCHEMA_VERSION, FileEntry, Manifest
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 8 << 20  # 100,000 labels of 80 bytes
+
+Schema = TypeVar("Schema", Manifest, HandoffManifest)
+
+
+class Files:
+    """What lies beside a manifest, read as the manifest vouches for it."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
+        self.folder = folder
+        self._entries = entries
+
+    def check(self) -> None:
+        """Raises BundleError naming the file that is missing or not what the manifest says."""
+        for name in self._entries:
+            self.read(name)
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes. Raises BundleError."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BundleError(f"{self.folder}: the manifest lists no file {name}")
+        data = read_plain(self.folder / name, entry.size)
+        if len(data) != entry.size:
+            raise BundleError(f"{self.folder / name}: {len(data)} bytes, the manifest says {entry.size}")
+        if (found := hashlib.sha256(data).hexdigest()) != entry.sha256:
+            raise BundleError(f"{self.folder / name}: SHA-256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…")
+        return data
+
+    def tensors(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays of a safetensors file. Raises BundleError when it does not parse or a float is not finite."""
+        try:
+            tensors = safetensors.numpy.load(self.read(name))
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise BundleError(f"{self.folder / name}: not a safetensors file: {error}") from error
+        for key, array in tensors.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                raise BundleError(f"{self.folder / name}: tensor {key} holds values that are not finite")
+        return tensors
+
+
+class Bundle(Files):
+    """An opened bundle: every listed file was present with the right size and hash when it was opened."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        super().__init__(folder, manifest.files)
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest and check every file against it.
+
+        Raises BundleError naming the file and what was wrong with it.
+        """
+        bundle = cls(Path(folder), read_manifest(Path(folder), Manifest))
+        bundle.check()
+        return bundle
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 over the whole content, 32 bytes."""
+        return bytes.fromhex(self.manifest.fingerprint)
+
+    def codec(self, tap: int) -> ContextualCodec:
+        """The codec of a tap, by its index, under this bundle's tables. Raises BundleError when they are broken."""
+        entry = self.manifest.taps[tap]
+        tables = contextual.from_tensors(self.tensors(entry.tables), len(entry.widths[0].rates))
+        return ContextualCodec(tables, entry.latent, entry.max_payload_bytes)
+
+
+def read_manifest(folder: Path, schema: type[Schema]) -> Schema:
+    """Parse and validate `folder/manifest.json`, fingerprint included. Raises BundleError."""
+    path, content = folder / MANIFEST, read_json(folder)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        found = str(content.get("schema_version"))[:20]
+        raise BundleError(f"{path}: schema_version {found}, this program reads {SCHEMA_VERSION}")
+    try:
+        manifest = schema.model_validate(content)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {first_problem(error)}") from error
+    if (found := fingerprint_of(content)) != manifest.fingerprint:
+        raise BundleError(f"{path}: content has fingerprint {found[:12]}…, it claims {manifest.fingerprint[:12]}…")
+    return manifest
+
+
+def kind_of(folder: Path) -> type[Manifest] | type[HandoffManifest]:
+    """Which schema a folder's manifest asks for. Raises BundleError."""
+    return HandoffManifest if read_json(folder).get("kind") == "handoff" else Manifest
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """A manifest as it is written, not validated. Raises BundleError."""
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle folder")
+    path = folder / MANIFEST
+    raw = read_plain(path, MAX_MANIFEST_BYTES)
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path}: expected a JSON object")
+    return content
+
+
+def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], schema: type[Schema]) -> Path:
+    """Write a new bundle in one step: a folder beside `folder` is filled, checked, then renamed into place; `folder`.
+
+    `manifest` lacks `schema_version`, `files` and `fingerprint`, which are added here. An older bundle is replaced.
+    """
+    listed = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        **manifest,
+        "files": {name: entry.model_dump() for name, entry in sorted(listed.items())},
+    }
+    content["fingerprint"] = fingerprint_of(content)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    entries = read_manifest(partial, schema).files  # before a file is written under a name that it would refuse
+    for name, data in files.items():
+        (partial / name).write_bytes(data)
+    Files(partial, entries).check()
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+def fingerprint_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no spaces, UTF-8) of a manifest without its fingerprint."""
+    rest = {key: value for key, value in content.items() if key != "fingerprint"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """A regular file's bytes, at most `limit + 1` of them; links are refused, they could lead out of the bundle."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise BundleError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing wrong with a manifest, in one line."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ascii(".".join(str(step)[:50] for step in problem["loc"]))[1:-1] or "manifest"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {problem['msg']}{more}"

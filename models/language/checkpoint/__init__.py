@@ -1,0 +1,1 @@
+"""Language models as people have them: GGUF files, Hugging Face folders, tokenizers."""

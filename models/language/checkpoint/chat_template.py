@@ -1,0 +1,84 @@
+"""A model's chat template: messages to the text that the model was trained on.
+
+Knows nothing of tokens. Templates come with checkpoints and are programs in Jinja, run in its sandbox: they reach no
+attribute of Python's, but nothing bounds their time, so they are no safer than the checkpoint that brings them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from isthmus.models.errors import BundleError, InvalidInput
+
+MAX_TEMPLATE_CHARACTERS = 1 << 18  # the longest of published ones have some 20,000
+
+
+class ChatTemplate:
+    """A compiled template. `variables` are such as bos_token and eos_token, by name."""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        """Raises BundleError when `source` is no template."""
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise BundleError(f"chat template: {len(source)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
+        try:
+            self._template = environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            raise BundleError(f"chat template: {str(error)[:200]}") from error
+        self._variables = dict(variables)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text up to where the assistant's answer begins. Raises InvalidInput when the template refuses."""
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
+        except Exception as error:  # a template is a program: it can raise anything
+            raise InvalidInput(f"the chat template refuses these messages: {str(error)[:200]}") from error
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """As transformers sets it up (`_cached_compile_jinja_template` of its utils/chat_template_utils.py)."""
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = strftime_now
+    return sandbox
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; what is inside is written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(pattern: str) -> str:
+    """The local time now."""
+    return datetime.now().strftime(pattern)

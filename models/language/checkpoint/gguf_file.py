@@ -1,0 +1,183 @@
+"""The GGUF container: keys with values, and tensors by name, read through a memory map.
+
+Knows nothing of models. The header is parsed here and not by `gguf.GGUFReader`, which believes every count in the file
+(an array of 2**60 elements fills the memory) and takes seconds over a vocabulary; types and dequantisation are gguf's.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
+from numpy.typing import NDArray
+
+from isthmus.models.errors import BundleError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_KEYS = 4096  # a hundred in practice
+MAX_TENSORS = 1 << 16
+MAX_ELEMENTS = 1 << 22  # of one array in the header; a vocabulary has at most 2**20 tokens
+MAX_DIMENSIONS = 4
+MAX_ALIGNMENT = 1 << 20  # bytes
+SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+KIND_NAMES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+KINDS = {GGMLQuantizationType[name] for name in KIND_NAMES}  # those that gguf dequantises and models use
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies in the file: `offset` and `size` in bytes, `shape` with the contiguous dimension last."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    size: int
+
+
+class GgufFile:
+    """`fields` by key; `tensors` by name. Every tensor lies inside the file. Raises BundleError."""
+
+    def __init__(self, path: Path) -> None:
+        self._data = map_file(path)
+        cursor = _Cursor(self._data)
+        if cursor.take(4) != MAGIC:
+            raise BundleError(f"{path.name}: not a GGUF file, it does not begin with {MAGIC.decode()}")
+        if (version := cursor.scalar("I")) not in VERSIONS:
+            raise BundleError(f"{path.name}: GGUF version {version} or big-endian, this program reads {VERSIONS}")
+        tensors = cursor.count(MAX_TENSORS, 8, "tensors")
+        keys = cursor.count(MAX_KEYS, 8, "keys")
+        self.fields: dict[str, Any] = {}
+        for _ in range(keys):
+            key = cursor.text()
+            if key in self.fields:
+                raise BundleError(f"GGUF header: key {key[:100]} occurs twice")
+            self.fields[key] = cursor.value()
+        headers = [_tensor_header(cursor) for _ in range(tensors)]
+        self.tensors = _place(headers, cursor.at, self._alignment(), len(self._data))
+
+    def bytes_of(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's rows as they lie in the file, (..., bytes of a row); read only, nothing is copied."""
+        stored = self.tensors[name]
+        flat = self._data[stored.offset : stored.offset + stored.size]
+        return flat.reshape(*stored.shape[:-1], -1)
+
+    def floats(self, name: str) -> NDArray[np.float32]:
+        """A tensor as float32, dequantised; a fresh array of its shape."""
+        stored = self.tensors[name]
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = quants.dequantize(self.bytes_of(name), stored.kind)
+        return np.array(values, np.float32).reshape(stored.shape)
+
+    def _alignment(self) -> int:
+        alignment = self.fields.get("general.alignment", 32)
+        if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise BundleError("GGUF header: general.alignment is not a power of two up to 2**20")
+        return alignment
+
+
+def map_file(path: Path) -> NDArray[np.uint8]:
+    """A file's bytes as a read-only memory map. Raises BundleError when it is no regular file, empty or unreadable."""
+    try:
+        if not path.is_file():
+            raise BundleError(f"{path.name}: no such file")
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path.name}: empty or cannot be read") from error
+
+
+class _Cursor:
+    """Reads a header from the front, and never past its end."""
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self._data = data.data
+        self.at = 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self._data) - self.at:
+            raise BundleError(f"GGUF header: truncated, {size} bytes expected at {self.at} of {len(self._data)}")
+        self.at += size
+        return bytes(self._data[self.at - size : self.at])
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self, limit: int, item_bytes: int, what: str) -> int:
+        """How many items of at least `item_bytes` follow."""
+        count: int = self.scalar("Q")
+        if count > limit or count * item_bytes > len(self._data) - self.at:
+            raise BundleError(f"GGUF header: {count} {what}, more than the file holds or over {limit}")
+        return count
+
+    def text(self) -> str:
+        try:
+            return self.take(self.scalar("Q")).decode()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"GGUF header: text before byte {self.at} is not UTF-8") from error
+
+    def value(self) -> Any:
+        kind = self.scalar("I")
+        if kind == GGUFValueType.STRING:
+            return self.text()
+        if kind != GGUFValueType.ARRAY:
+            return self.scalar(_code(kind))
+        if (kind := self.scalar("I")) == GGUFValueType.STRING:
+            return [self.text() for _ in range(self.count(MAX_ELEMENTS, 8, "strings"))]
+        code = _code(kind)
+        count = self.count(MAX_ELEMENTS, struct.calcsize("<" + code), "elements")
+        return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
+
+
+def _code(kind: int) -> str:
+    if kind not in SCALARS:
+        raise BundleError(f"GGUF header: value type {kind} is unknown, or an array of arrays")
+    return SCALARS[GGUFValueType(kind)]
+
+
+def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    """Name, shape, kind, and offset from the start of the data."""
+    name = cursor.text()
+    dimensions = cursor.scalar("I")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise BundleError(f"GGUF header: tensor {name[:100]} has {dimensions} dimensions, expected 1 to 4")
+    shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
+    code, offset = cursor.scalar("I"), cursor.scalar("Q")
+    if code not in KINDS:
+        supported = ", ".join(KIND_NAMES)
+        raise BundleError(f"GGUF header: tensor {name[:100]} is of type {code}, this program reads {supported}")
+    return name, shape, GGMLQuantizationType(code), offset
+
+
+def _place(
+    headers: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], end: int, alignment: int, file_bytes: int
+) -> dict[str, Stored]:
+    """Where each tensor lies; the data begin at the first aligned byte after the header's `end`."""
+    start = -(-end // alignment) * alignment
+    tensors: dict[str, Stored] = {}
+    for name, shape, kind, offset in headers:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        size = math.prod(shape) // block * block_bytes
+        if name in tensors or size == 0 or shape[-1] % block or offset % alignment:
+            raise BundleError(f"GGUF header: tensor {name[:100]} is doubled, empty, unaligned or not whole blocks")
+        if start + offset + size > file_bytes:
+            raise BundleError(f"GGUF file: truncated, tensor {name[:100]} would end at byte {start + offset + size}")
+        tensors[name] = Stored(shape, kind, start + offset, size)
+    return tensors

@@ -1,0 +1,112 @@
+"""The tokenizer in a GGUF header, built anew as a `tokenizers` byte-level BPE.
+
+Knows nothing of files. The way text is cut before BPE is only named in GGUF (`tokenizer.ggml.pre`); here are the cuts
+of the names that we read (llama.cpp, `llm_tokenizer_bpe` of src/llama-vocab.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from isthmus.models.errors import BundleError
+from isthmus.models.language.checkpoint.chat_template import ChatTemplate
+from isthmus.models.language.checkpoint.tokenizer import NAMED_TOKENS, Tokenizer
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, (2, 3), 4, 5  # token types; 2 is "unknown", a special token too
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+
+
+def read(fields: Mapping[str, Any]) -> Tokenizer:
+    """`fields`: the keys of a GGUF header. Raises BundleError naming what is missing or unsupported."""
+    if (kind := fields.get("tokenizer.ggml.model")) != "gpt2":
+        raise BundleError(f"GGUF tokenizer: model is {str(kind)[:40]}, this program reads gpt2 (byte-level BPE)")
+    tokens = _list(fields, "tokens", str)
+    types = _list(fields, "token_type", int)
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise BundleError(f"GGUF tokenizer: {len(tokens)} tokens, {len(types)} types, expected as many and none twice")
+    bare = all(len(token) == 1 for token, kind in zip(tokens, types, strict=True) if kind == NORMAL)
+    merges = [] if bare else _list(fields, "merges", str)  # GGUF writers leave out an empty array
+    try:
+        backend = build(tokens, types, merges, str(fields.get("tokenizer.ggml.pre", "default")))
+        add_bos(backend, tokens, fields)
+    except BundleError:
+        raise
+    except Exception as error:  # the library raises no narrower class
+        raise BundleError(f"GGUF tokenizer: {str(error)[:200]}") from error
+    return Tokenizer(
+        backend,
+        merges=merges,
+        eos_ids=[fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")],
+        template=_template(fields, tokens),
+        unused=[id for id, kind in enumerate(types) if kind == UNUSED],
+    )
+
+
+def build(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE with special tokens. Raises BundleError for an unknown `pre`, and what the library raises."""
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer(pre)
+    backend.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    added = ((token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (*CONTROL, USER_DEFINED))
+    backend.add_tokens([AddedToken(token, normalized=False, special=kind in CONTROL) for token, kind in added])
+    return backend
+
+
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut into the words that BPE sees. Raises BundleError."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name in ("gpt-2", "default"):
+        return gpt2
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    if name in ("llama-bpe", "qwen2"):
+        words = pre_tokenizers.Split(Regex(LLAMA3 if name == "llama-bpe" else QWEN2), "isolated")
+        return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise BundleError(
+        f"GGUF tokenizer: pre is {name[:40]}, this program reads smollm, gpt-2, default, llama-bpe, qwen2"
+    )
+
+
+def add_bos(backend: tokenizers.Tokenizer, tokens: Sequence[str], fields: Mapping[str, Any]) -> None:
+    """A beginning-of-text token before every text, where the file asks for it or is Llama 3's, which means it."""
+    if not fields.get("tokenizer.ggml.add_bos_token", fields.get("tokenizer.ggml.pre") == "llama-bpe"):
+        return
+    if (bos := _named(fields, tokens, "bos_token")) is None:
+        raise BundleError("GGUF tokenizer: add_bos_token without a bos_token_id in the vocabulary")
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], special_tokens=[(bos, tokens.index(bos))]
+    )
+
+
+def _template(fields: Mapping[str, Any], tokens: Sequence[str]) -> ChatTemplate | None:
+    source = fields.get("tokenizer.chat_template")
+    if not isinstance(source, str):
+        return None
+    named = {name: _named(fields, tokens, name) for name in NAMED_TOKENS}
+    return ChatTemplate(source, {name: token for name, token in named.items() if token is not None})
+
+
+def _named(fields: Mapping[str, Any], tokens: Sequence[str], name: str) -> str | None:
+    id = fields.get(f"tokenizer.ggml.{GGUF_NAMES[name]}_token_id")
+    return tokens[id] if type(id) is int and 0 <= id < len(tokens) else None
+
+
+def _list(fields: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    values = fields.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise BundleError(f"GGUF tokenizer: tokenizer.ggml.{name} is missing or not an array of {kind.__name__}")
+    return values

@@ -1,0 +1,1 @@
+"""Layers shared between device and cloud: exits, coded hidden states, KV fill."""

@@ -1,0 +1,68 @@
+"""Statistics with a promise: intervals of measured fractions and certified exit thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binom, binomtest
+
+from isthmus.models.vision.manifest import Interval, Threshold
+
+DELTA = 0.1  # a certificate fails with at most this probability
+EPSILONS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
+GRID = tuple(
+    round(1.0 - step / 200, 3) for step in range(100)
+)  # confidences 1.000, 0.995 ... 0.505, conservative first
+NEVER = 2.0  # a confidence that no exit reaches
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+
+def interval(right_N: Bools) -> Interval:
+    """A fraction with its 95 % Wilson interval."""
+    low, high = binomtest(int(right_N.sum()), len(right_N)).proportion_ci(0.95, method="wilson")
+    return Interval(value=float(right_N.mean()), low=float(low), high=float(high), samples=len(right_N))
+
+
+def first_exit(confidence_EN: Floats, threshold: float) -> NDArray[np.int64]:
+    """The index of the first exit whose confidence reaches `threshold`, or the number of exits when none does."""
+    confident_EN = confidence_EN >= threshold
+    return np.where(confident_EN.any(0), confident_EN.argmax(0), len(confidence_EN))
+
+
+def certify(
+    confidence_EN: Floats, exit_right_EN: Bools, cloud_right_N: Bools, epsilons: Sequence[float] = EPSILONS
+) -> tuple[Threshold, ...]:
+    """For each epsilon the most permissive threshold with P(loss of accuracy > epsilon) <= DELTA.
+
+    Loss of one input: 1 when the exit it takes is wrong and the cloud model right, else 0; an input that takes no exit
+    loses nothing. Learn-then-test (Angelopoulos et al., 2021): exact binomial p-values along GRID in fixed order, the
+    last threshold accepted before the first refusal.
+    """
+    samples = len(cloud_right_N)
+    losses, coverages = [], []
+    for threshold in GRID:
+        taken_N = first_exit(confidence_EN, threshold)
+        exited_N = taken_N < len(confidence_EN)
+        right_N = np.take_along_axis(exit_right_EN, np.minimum(taken_N, len(confidence_EN) - 1)[None], 0)[0]
+        losses.append(int((exited_N & ~right_N & cloud_right_N).sum()))
+        coverages.append(float(exited_N.mean()))
+    certified = []
+    for epsilon in epsilons:
+        accepted = -1
+        while accepted + 1 < len(GRID) and binom.cdf(losses[accepted + 1], samples, epsilon) <= DELTA:
+            accepted += 1
+        certified.append(
+            Threshold(
+                epsilon=epsilon,
+                delta=DELTA,
+                confidence=GRID[accepted] if accepted >= 0 else NEVER,
+                coverage=coverages[accepted] if accepted >= 0 else 0.0,
+                loss=losses[accepted] / samples if accepted >= 0 else 0.0,
+                samples=samples,
+            )
+        )
+    return tuple(certified)

@@ -1,0 +1,169 @@
+"""One training loop for every recipe: warm-up and cosine, moving average of the weights, checkpoint, resume, progress.
+
+Knows nothing about data sets or losses: a recipe passes a function from (epoch, generator) to batches and one from a
+batch to a loss. An epoch draws all its randomness from (seed, stage, epoch), so a resumed run repeats an unbroken one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from isthmus.models.errors import InvalidInput
+
+Batches = Callable[[int, torch.Generator], Iterable[Any]]  # one epoch: (epoch, randomness) -> batches
+Loss = Callable[[Any], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast. `peak_lr` is AdamW's, reached after `warmup_epochs`, then cosine to zero."""
+
+    epochs: int
+    steps: int  # batches an epoch
+    peak_lr: float
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.02
+    ema_decay: float = 0.995
+
+
+def learning_rate(schedule: Schedule, epoch: float) -> float:
+    """Learning rate at a fractional epoch."""
+    if epoch < schedule.warmup_epochs:
+        return schedule.peak_lr * max(epoch / schedule.warmup_epochs, 0.01)
+    done = (epoch - schedule.warmup_epochs) / max(schedule.epochs - schedule.warmup_epochs, 1e-9)
+    return schedule.peak_lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def progress_bar() -> Progress:
+    """Epochs done, elapsed and remaining time, last figures."""
+    return Progress(
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[figures]}"),
+    )
+
+
+@dataclass
+class Run:
+    """Where a stage keeps its checkpoint and log, and the seed all stages share."""
+
+    folder: Path
+    seed: int
+
+    def fit(self, stage: str, module: nn.Module, batches: Batches, loss_of: Loss, schedule: Schedule) -> nn.Module:
+        """Train `module` in place and return the moving average of it, in eval mode.
+
+        Resumes from `folder/<stage>.ckpt` when one is there; an epoch is the unit of work that can be lost.
+        Raises InvalidInput when that checkpoint belongs to another seed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        scales = sorted({getattr(p, "lr_scale", 1.0) for p in trainable})
+        groups = [{"params": [p for p in trainable if getattr(p, "lr_scale", 1.0) == scale]} for scale in scales]
+        optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, weight_decay=schedule.weight_decay)
+        average = deepcopy(module).requires_grad_(False)
+        checkpoint = self.folder / f"{stage}.ckpt"
+        first = self._resume(checkpoint, module, average, optimizer)
+        steps = first * schedule.steps
+        with progress_bar() as bar:
+            task = bar.add_task(stage, total=schedule.epochs, completed=first, figures="")
+            for epoch in range(first, schedule.epochs):
+                started = time.monotonic()
+                torch.manual_seed(zlib.crc32(f"{self.seed}/{stage}/{epoch}".encode()))
+                module.train()
+                figures: dict[str, list[float]] = {}
+                generator = torch.Generator().manual_seed(torch.initial_seed())
+                for index, batch in enumerate(batches(epoch, generator)):
+                    for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                        group["lr"] = scale * learning_rate(schedule, epoch + index / schedule.steps)
+                    loss, measured = loss_of(batch)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    nn.utils.clip_grad_norm_(trainable, 1.0)
+                    optimizer.step()
+                    steps += 1
+                    follow(average, module, min(schedule.ema_decay, steps / (steps + 10)))
+                    for key, value in {"loss": loss.item(), **measured}.items():
+                        figures.setdefault(key, []).append(value)
+                means = {key: sum(values) / len(values) for key, values in figures.items()}
+                self._save(checkpoint, epoch, module, average, optimizer)
+                self._log(stage, epoch, {**means, "seconds": time.monotonic() - started})
+                text = " ".join(f"{key} {value:.3f}" for key, value in means.items())
+                bar.update(task, completed=epoch + 1, figures=text)
+        return average.eval()
+
+    def _resume(self, path: Path, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        if not path.exists():
+            return 0
+        state = torch.load(path, weights_only=True)
+        if state.get("seed", self.seed) != self.seed:
+            raise InvalidInput(f"{path} was made with seed {state['seed']}, this run has seed {self.seed}")
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["epoch"]) + 1
+
+    def _save(
+        self,
+        path: Path,
+        epoch: int,
+        module: nn.Module,
+        average: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        state = {
+            "seed": self.seed,
+            "epoch": epoch,
+            "module": module.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        partial = path.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    @property
+    def log(self) -> Path:
+        """One JSON line an epoch: stage, epoch, mean figures, seconds."""
+        return self.folder / "log.jsonl"
+
+    def _log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"stage": stage, "epoch": epoch, **figures}) + "\n")
+
+    def seconds(self) -> float:
+        """Time spent training, over all stages and resumed runs."""
+        return sum(float(line["seconds"]) for line in self._logged())
+
+    def last_figures(self) -> dict[str, dict[str, float]]:
+        """What the last epoch of every stage logged."""
+        return {line.pop("stage"): line for line in self._logged()}
+
+    def _logged(self) -> list[dict[str, Any]]:
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """Move `average` towards `module`; integer buffers are copied."""
+    for kept, new in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
+        if kept.dtype.is_floating_point:
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)

@@ -1,0 +1,146 @@
+"""A Llama-type decoder for training: whole batches of sequences, differentiable, layer by layer.
+
+    ids_BT -> embed -> x_BTH -> layers[0] -> ... -> layers[L - 1] -> x_BTH -> logits_BTV
+
+`language.torch.decoder` serves and cares for each row's bits; this one cares for throughput. Rows between layers are
+float32 in both, whatever type the matrices have: what is measured here is what is served. Layers have the names of
+Hugging Face's tensors inside. Shape legend: B sequences, T tokens, H hidden, D a head's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isthmus.models.language.architecture import LlamaConfig, rope_frequencies
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.checkpoint.weights import layer_shapes
+from isthmus.models.language.torch.decoder import rotate
+
+
+@dataclass
+class Past:
+    """Rotated keys and values (B, kv_heads, tokens, D) of one layer."""
+
+    keys_BKTD: Tensor
+    values_BKTD: Tensor
+
+
+class Layer(nn.Module):
+    """One decoder layer over whole sequences."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, shape in layer_shapes(config).items():
+            path, _, leaf = name.rpartition(".")
+            self.register_parameter(parameter_name(path, leaf), nn.Parameter(torch.ones(shape)))
+        frequencies_F = torch.from_numpy(rope_frequencies(config))
+        self.register_buffer("frequencies_F", frequencies_F, persistent=False)
+
+    def forward(self, x_BTH: Tensor, past: Past | None = None, starts_B: Tensor | None = None) -> tuple[Tensor, Past]:
+        """`past` comes before x; sequence b begins at its token starts_B[b], those before are padding."""
+        batch, tokens, _ = x_BTH.shape
+        before = past.keys_BKTD.shape[2] if past else 0
+        starts_B = torch.zeros(batch, dtype=torch.int64) if starts_B is None else starts_B
+        positions_T = torch.arange(before, before + tokens)
+        places_BT = (positions_T - starts_B[:, None]).clamp(min=0)
+        q_BTHD, k_BTKD, v_BTKD = self.project(x_BTH, places_BT)
+        k_BKTD, v_BKTD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+        if past:
+            k_BKTD = torch.cat([past.keys_BKTD, k_BKTD], dim=2)
+            v_BKTD = torch.cat([past.values_BKTD, v_BKTD], dim=2)
+        columns_S = torch.arange(before + tokens)
+        seen_BTS = (columns_S <= positions_T[:, None]) & (columns_S >= starts_B[:, None, None])
+        seen_BTS |= columns_S == positions_T[:, None]  # padding reads itself: a softmax over nothing is no number
+        out_BTH = self.attend(x_BTH, q_BTHD, k_BKTD, v_BKTD, seen_BTS[:, None])
+        return out_BTH, Past(k_BKTD, v_BKTD)
+
+    def attend(self, x_BTH: Tensor, q_BTHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen: Tensor) -> Tensor:
+        """Rows behind the layer: attention to the S keys that are `seen` (.., T, S), its projection, feed-forward."""
+        scale = self.config.head_dim**-0.5
+        mixed_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, seen, scale=scale, enable_gqa=True
+        )
+        x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj")).float()
+        h_BTH = self.norm(x_BTH, "post_attention_layernorm")
+        gate, up = (F.linear(h_BTH, self.weight(f"mlp.{part}_proj")) for part in ("gate", "up"))
+        return x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj")).float()
+
+    def project(self, x_BTH: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, T, heads, D), rotated keys and values (B, T, kv_heads, D)."""
+        config, h_BTH, found = self.config, self.norm(x_BTH, "input_layernorm"), []
+        for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
+            y = F.linear(h_BTH, self.weight(f"self_attn.{part}_proj"), self.bias(f"self_attn.{part}_proj"))
+            found.append(y.view(*y.shape[:-1], heads, config.head_dim))
+        q_BTHD, k_BTKD, v_BTKD = found
+        if config.qk_norm:
+            q_BTHD, k_BTKD = self.norm(q_BTHD, "self_attn.q_norm"), self.norm(k_BTKD, "self_attn.k_norm")
+        return self.rotated(q_BTHD, places_BT), self.rotated(k_BTKD, places_BT), v_BTKD
+
+    def given(self, pairs_BTO: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (B, T, kv_heads, D) of what a KV fill guessed: keys, not rotated yet, then values."""
+        shape = (*pairs_BTO.shape[:2], 2, self.config.kv_heads, self.config.head_dim)
+        k_BTKD, v_BTKD = pairs_BTO.to(self.weight("self_attn.k_proj").dtype).view(shape).unbind(2)
+        return self.rotated(k_BTKD, places_BT), v_BTKD
+
+    def rotated(self, x_BTKD: Tensor, places_BT: Tensor) -> Tensor:
+        """Queries or keys with their positions in them."""
+        angles_BTD = (places_BT[..., None].float() * self.frequencies_F).repeat(1, 1, 2)  # type: ignore[operator]
+        cos, sin = angles_BTD.cos()[:, :, None], angles_BTD.sin()[:, :, None]
+        return rotate(x_BTKD.float(), cos, sin).to(x_BTKD.dtype)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """RMS norm, in float32 as the served decoder has it, for matrices of another type."""
+        weight = self.weight(name)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.config.norm_eps).to(weight.dtype)
+
+    def weight(self, name: str) -> Tensor:
+        return self.get_parameter(parameter_name(name, "weight"))
+
+    def bias(self, name: str) -> Tensor | None:
+        return self.get_parameter(parameter_name(name, "bias")) if self.config.qkv_bias else None
+
+
+def parameter_name(path: str, leaf: str) -> str:
+    """A tensor's name inside a layer, which a module's parameter may have: without dots."""
+    return f"{path}.{leaf}".replace(".", "__")
+
+
+class Llama(nn.Module):
+    """A whole model, frozen unless said otherwise."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_VH = nn.Parameter(torch.zeros(config.vocab, config.hidden))
+        self.layers: Sequence[Layer] = nn.ModuleList(Layer(config) for _ in range(config.layers))  # type: ignore[assignment]
+        self.norm_H = nn.Parameter(torch.ones(config.hidden))
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Llama:
+        """Raises BundleError."""
+        model = cls(checkpoint.config).requires_grad_(False)
+        model.embedding_VH.copy_(torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight")))
+        model.norm_H.copy_(torch.from_numpy(checkpoint.tensor("model.norm.weight")))
+        for index, layer in enumerate(model.layers):
+            for name in layer_shapes(checkpoint.config):
+                path, _, leaf = name.rpartition(".")
+                source = torch.from_numpy(checkpoint.tensor(f"model.layers.{index}.{name}"))
+                layer.get_parameter(parameter_name(path, leaf)).copy_(source)
+        return model.to(dtype).eval()
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, self.embedding_VH).float()
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Rows behind the last layer as the output head takes them."""
+        return F.rms_norm(x, self.norm_H.shape, self.norm_H.float(), self.config.norm_eps)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of rows behind the last layer. The output head is the embedding: models without tied weights are not read."""
+        return F.linear(self.normed(x).to(self.embedding_VH.dtype), self.embedding_VH)

@@ -1,0 +1,279 @@
+"""Sessions over a real, tiny decoder, watched in its passes and its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry
+
+from isthmus.cloud_service.language.engine import Generation
+from isthmus.cloud_service.language.metrics import GenerationFamilies, GenerationMetrics
+from isthmus.cloud_service.language.sessions import Answers, Session
+from isthmus.models.errors import IsthmusError
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.sampling import GREEDY, Floats, Sampling, choose
+from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder, Span, chunks
+from isthmus.protos.wire_session import checksum
+
+WIDTH, CONTEXT = 8, 256
+ENDS = {0, 2}  # <|endoftext|> and <|im_end|>
+SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=11)
+
+
+def plain(decoder: Decoder, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+    """`prompt` and `count` tokens, decoded alone and one by one; fewer where the text ends."""
+    tokens, cache = list(prompt), decoder.new_cache()
+    for position in range(len(prompt) + count - 1):
+        x_NH = decoder.forward(decoder.embed([tokens[position]]), [Span(cache, position, 1)])
+        if position + 1 == len(tokens):
+            tokens.append(choose(decoder.logits(x_NH)[0].numpy(), sampling, position + 1))
+            if tokens[-1] in ENDS:
+                break
+    return tokens
+
+
+class Watched:
+    """A decoder that counts its passes, can be held up or fail, and looks at the memory behind each pass."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.gate = threading.Event()
+        self.gate.set()
+        self.inside = False
+        self.failure: Exception | None = None
+        self.rows: list[int] = []  # of each pass
+        self.depths: list[int] = []  # index of its first layer
+        self.look: Callable[[], None] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def __getitem__(self, cut: slice) -> Any:
+        return WatchedPart(self, self._decoder[cut])
+
+    def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        return self.watch(self._decoder, x_NH, spans)
+
+    def watch(self, decoder: Decoder, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        self.inside = True
+        self.gate.wait(10)
+        self.inside = False
+        self.rows.append(sum(span.count for span in spans))
+        self.depths.append(decoder.layers.start)
+        x_NH = decoder.forward(x_NH, spans)
+        if self.failure is not None:
+            raise self.failure  # when the caches have grown already
+        self.look()
+        return x_NH
+
+
+class WatchedPart:
+    """Some layers of a watched decoder; their passes are watched with the others."""
+
+    def __init__(self, whole: Watched, decoder: Decoder) -> None:
+        self._whole, self._decoder = whole, decoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def __getitem__(self, cut: slice) -> Any:
+        return WatchedPart(self._whole, self._decoder[cut])
+
+    def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        return self._whole.watch(self._decoder, x_NH, spans)
+
+
+class House:
+    """A generation, its watched decoder and its metrics; the memory is looked at behind each pass."""
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, pages: int, handoffs: Sequence[Handoff] = ()) -> None:
+        self.decoder, self.registry = Watched(decoder), CollectorRegistry()
+        self.budget_bytes = decoder.new_cache().bytes_for(PAGE_TOKENS) * pages
+        self.most_bytes = 0
+        self.decoder.look = self.look
+        metrics = GenerationMetrics(GenerationFamilies(self.registry), "tiny")
+        watched: Any = self.decoder
+        self.generation = Generation(checkpoint, watched, self.budget_bytes, metrics, handoffs)
+
+    def look(self) -> None:
+        caches = [session.text.cache for session in self.generation._sessions]
+        self.most_bytes = max(self.most_bytes, sum(cache.bytes for cache in caches if cache is not None))
+
+    def count(self, name: str, **labels: str) -> float:
+        value = self.registry.get_sample_value(f"isthmus_cloud_{name}", {"model": "tiny", **labels})
+        assert value is not None
+        return value
+
+
+Play = Callable[[House], Awaitable[None]]
+Scenario = Callable[..., House]
+
+
+class Device:
+    """One device: its text, and the queue that its stream would read."""
+
+    def __init__(
+        self, house: House, name: int, prompt: Sequence[int], sampling: Sampling = GREEDY, kept: int = 0
+    ) -> None:
+        self.kept = kept
+        self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
+        self.tokens = list(prompt)
+        self.answers: Answers = asyncio.Queue()
+        self.session: Session | None = None
+        self.last = Committed(0)
+
+    async def open(self, start: int = 0, crc32: int | None = None, logprobs: int | None = None) -> None:
+        crc32 = checksum(self.tokens) if crc32 is None else crc32
+        tokens = tuple(self.tokens[start:])
+        model = self.generation.info.fingerprint[:8]
+        opening = Opening(model, self.name, start, tokens, crc32, self.sampling, logprobs, kept=self.kept)
+        self.session = await self.generation.open(opening, self.answers)
+
+    def send(self, draft: Sequence[int] = (), extend: int = 0) -> None:
+        assert self.session is not None
+        self.generation.add(self.session, Round(len(self.tokens), tuple(draft), extend))
+
+    async def receive(self, draft: Sequence[int] = ()) -> Committed:
+        answer = await asyncio.wait_for(self.answers.get(), 30)
+        if isinstance(answer, IsthmusError):
+            raise answer
+        assert answer is not None
+        if answer.accepted or answer.tokens:
+            self.tokens[answer.base :] = [*draft[: answer.accepted], *answer.tokens]
+        return answer
+
+    async def ask(self, draft: Sequence[int] = (), extend: int = 0) -> Committed:
+        self.send(draft, extend)
+        return await self.receive(draft)
+
+    def leave(self) -> None:
+        assert self.session is not None
+        self.generation.leave(self.session)
+
+    async def write(self, expected: Sequence[int], rng: np.random.Generator) -> None:
+        """Reach `expected` with drafts that are right in part."""
+        while len(self.tokens) < len(expected):
+            right = expected[len(self.tokens) : len(self.tokens) + int(rng.integers(0, 12))]
+            await self.ask([id_ if rng.random() < 0.8 else int(rng.integers(0, 259)) for id_ in right])
+
+
+def head_rows(decoder: Decoder, depth: int, tokens: Sequence[int]) -> Floats:
+    """What a device sends states of: rows (N, hidden) behind the first `depth` layers."""
+    head, rows, start = decoder[:depth], [], 0
+    cache = head.new_cache()
+    for count in chunks(len(tokens), decoder.width):
+        x_NH = head.forward(head.embed(tokens[start : start + count]), [Span(cache, start, count)])
+        rows.append(x_NH[:count].numpy())
+        start += count
+    return np.concatenate(rows)
+
+
+def embedded(decoder: Decoder, ids: Sequence[int]) -> Floats:
+    """Rows (N, hidden) before the first layer."""
+    return np.concatenate([decoder.embed([id_])[:1].numpy() for id_ in ids])
+
+
+def states_of(
+    decoder: Decoder,
+    handoff: Handoff,
+    tokens: Sequence[int],
+    base: int,
+    context_rate: int,
+    rate: int,
+    decided: set[int],
+) -> list[bytes]:
+    """Of the tokens from `base` on as a device sends them; `rate` of the positions that are decided by."""
+    rows_NH = head_rows(decoder, handoff.depth, tokens)[base:]
+    around = [tokens[max(base - 1, 0)], *tokens[base:]]
+    embedded_MH = embedded(decoder, around)
+    both = [handoff.states.encode(rows_NH, embedded_MH, each) for each in (context_rate, rate)]
+    return [pair[base + index in decided] for index, pair in enumerate(zip(*both, strict=True))]
+
+
+class StateDevice:
+    """A device that runs the first layers itself, and keeps the text."""
+
+    def __init__(
+        self,
+        house: House,
+        decoder: Decoder,
+        handoff: Handoff,
+        name: int,
+        prompt: Sequence[int],
+        sampling: Sampling = GREEDY,
+        rate: int = 1,
+        context_rate: int = 0,
+        fill: bool = False,
+    ) -> None:
+        self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
+        self.handoff, self.rate, self.context_rate, self.fill = handoff, rate, context_rate, fill
+        self.tokens = list(prompt)
+        self.decided: set[int] = set()  # positions that the cloud was asked by
+        self.answers: Answers = asyncio.Queue()
+        self.session: Session | None = None
+        self._decoder = decoder
+
+    def opening(self, start: int = 0, logprobs: int | None = None, **fields: Any) -> Opening:
+        crc32 = checksum(self.tokens[:start])
+        model = self.generation.info.fingerprint[:8]
+        opening = Opening(model, self.name, start, (), crc32, self.sampling, logprobs)
+        ours = {
+            "handoff": self.handoff.fingerprint[:8],
+            "rate": self.rate,
+            "context_rate": self.context_rate,
+            "kept": self.handoff.depth if self.fill else 0,
+        }
+        return replace(opening, **{**ours, **fields})
+
+    async def open(self, start: int = 0, logprobs: int | None = None, **fields: Any) -> None:
+        self.session = await self.generation.open(self.opening(start, logprobs, **fields), self.answers)
+
+    def round(self, base: int, extend: int = 1) -> Round:
+        """All tokens from `base` on, with their states."""
+        before = tuple(position - base for position in sorted(self.decided) if base <= position < len(self.tokens))
+        self.decided |= {len(self.tokens) - 1} if extend else set()
+        states = states_of(self._decoder, self.handoff, self.tokens, base, self.context_rate, self.rate, self.decided)
+        return Round(base, tuple(self.tokens[base:]), extend, tuple(states), before)
+
+    def send(self, base: int, extend: int = 1) -> None:
+        self.put(self.round(base, extend))
+
+    def put(self, round_: Round) -> None:
+        assert self.session is not None
+        self.generation.add(self.session, round_)
+
+    async def receive(self) -> Committed:
+        answer = await asyncio.wait_for(self.answers.get(), 30)
+        if isinstance(answer, IsthmusError):
+            raise answer
+        assert answer is not None
+        return answer
+
+    async def ask(self, base: int, extend: int = 1) -> Committed:
+        """A round and its answer; the token is taken."""
+        self.send(base, extend)
+        answer = await self.receive()
+        self.tokens += answer.tokens
+        return answer
+
+    def leave(self) -> None:
+        assert self.session is not None
+        self.generation.leave(self.session)
+
+
+def prompts(count: int, longest: int = 50, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 259, int(rng.integers(2, longest))).tolist() for _ in range(count)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)

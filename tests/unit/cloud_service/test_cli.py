@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from isthmus.cloud_service.cli import main
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from tests.bench.processes import free_port
+from tests.bench.tiny_llama import write_tiny_llama
+from tests.tiny_handoff import write_tiny_handoff
+
+
+def invoke(*arguments: str, **environment: str) -> Any:
+    return CliRunner().invoke(main, arguments, env=environment)
+
+
+def test_help_has_an_example() -> None:
+    assert "Example: cloud-service --bundle" in invoke("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--bundle"),
+        (("--bundle", "/nowhere"), "no such bundle folder"),
+        (("--bundle", "x", "--max-batch", "0"), "max-batch"),
+        (("--handoff", "x"), "--bundle or --model"),
+        (("--bundle", "x", "--tls-key", __file__), "--tls-certificate"),
+    ],
+)
+def test_a_wrong_call_ends_with_one_clear_line(arguments: tuple[str, ...], words: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code != 0
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_taken_port_is_named(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    result = invoke("--bundle", str(tiny_bundle.folder), "--listen", "256.0.0.1:50051", "--metrics", "")
+    assert result.exit_code == 1
+    assert "cannot listen on 256.0.0.1:50051" in result.stderr
+
+
+def test_health_check_of_nobody_fails() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    result = invoke("--check", address, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {"address": address, "health": "UNAVAILABLE"}
+
+
+def test_a_handoff_of_no_model_here_ends_with_one_clear_line(tmp_path: Path) -> None:
+    model = Checkpoint.open(write_tiny_llama(tmp_path / "one", context=64))
+    handoff = write_tiny_handoff(tmp_path / "handoff", model)
+    write_tiny_llama(tmp_path / "two", seed=1, context=64)
+    for settings in (("--handoff", str(handoff)), ()):
+        environment = {} if settings else {"ISTHMUS_CLOUD_HANDOFF": str(handoff)}
+        result = invoke("--model", str(tmp_path / "two"), "--metrics", "", *settings, **environment)
+        assert result.exit_code == 1
+        assert f"belongs to the model {model.fingerprint.hex()[:12]}…, served are two" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_settings_come_from_the_environment() -> None:
+    result = invoke(ISTHMUS_CLOUD_BUNDLE="/nowhere/a")
+    assert result.exit_code == 1
+    assert "/nowhere/a" in result.stderr

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isthmus.cloud_service.vision.predictor import Answerer, Kind
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import InvalidInput, Overloaded, PayloadCorrupt, PayloadTooLarge, ServiceError
+from isthmus.models.messages import CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.tail import Tail
+
+
+@pytest.fixture(scope="module")
+def answerer(tiny_bundle: Bundle) -> Answerer:
+    made = Answerer(tiny_bundle)
+    made.warm_up()
+    return made
+
+
+LATENTS, IMAGES = Kind(1, (0,)), Kind(None, (0,))
+
+
+def latent_payload(bundle: Bundle, seed: int, rate: int, tap: int = 1) -> Payload:
+    codec = bundle.codec(tap)
+    latent_CHW = np.random.default_rng(seed).normal(size=codec.shape_CHW).astype(np.float32)
+    return Payload(Codec.BOTTLENECK, tap, rate, codec.encode(codec.quantise(latent_CHW, rate), rate))
+
+
+def png(photo: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    photo.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_batch_of_mixed_rates_is_each_input_alone(answerer: Answerer, tiny_bundle: Bundle) -> None:
+    payloads = [latent_payload(tiny_bundle, seed, seed % 2) for seed in range(5)]
+    together = answerer.answer(LATENTS, payloads)
+    alone = [answerer.answer(LATENTS, [payload])[0] for payload in payloads]
+    np.testing.assert_allclose(together, alone, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tap", [0, 1])
+@pytest.mark.parametrize("tasks", [(0,), (1,), (0, 1)])
+def test_every_tap_answers_the_tasks_asked_for(
+    answerer: Answerer, tiny_bundle: Bundle, tap: int, tasks: tuple[int, ...]
+) -> None:
+    codec, payload = tiny_bundle.codec(tap), latent_payload(tiny_bundle, 3, 1, tap)
+    (answer,) = answerer.answer(Kind(tap, tasks), [payload])
+    latent_CHW = codec.dequantise(codec.decode(payload.data, 1), 1)
+    expected = Tail(tiny_bundle).latents_to_tasks(tap, [latent_CHW], [1], tasks)
+    assert isinstance(answer, tuple) and len(answer) == len(tasks)
+    for probabilities, expected_1K in zip(answer, expected, strict=True):
+        np.testing.assert_allclose(probabilities, expected_1K[0], atol=1e-5)
+
+
+def test_a_whole_image_answers_several_tasks(answerer: Answerer, photo: Image.Image) -> None:
+    (answer,) = answerer.answer(Kind(None, (0, 1)), [Payload(Codec.IMAGE, 0, 0, png(photo))])
+    assert isinstance(answer, tuple)
+    assert [(len(p), sum(p)) for p in answer] == [(2, pytest.approx(1)), (3, pytest.approx(1))]
+
+
+def test_it_says_what_it_holds(answerer: Answerer) -> None:
+    assert answerer.info.tasks == (TaskInfo("defect", 2), TaskInfo("colour", 3))
+    assert answerer.info.taps == (TapInfo("light", 3), TapInfo("deep", 2))
+
+
+def test_whole_images_go_through_the_unsplit_model(answerer: Answerer, tiny_bundle: Bundle, photo: Image.Image) -> None:
+    (answer,) = answerer.answer(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo))])
+    expected_BK = Tail(tiny_bundle).answer_images([preprocess(photo, tiny_bundle.manifest.preprocessing)])
+    np.testing.assert_allclose(answer, expected_BK[:1], atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_poison_harms_no_batch_mate(answerer: Answerer, tiny_bundle: Bundle) -> None:
+    good = latent_payload(tiny_bundle, 0, 1)
+    poison = Payload(Codec.BOTTLENECK, 1, 1, b"\x01\x02\x03\x04" * 10)
+    results = answerer.answer(LATENTS, [good, poison, good])
+    assert isinstance(results[1], PayloadCorrupt)
+    np.testing.assert_allclose(results[0], results[2])  # type: ignore[arg-type]
+    np.testing.assert_allclose(results[0], answerer.answer(LATENTS, [good])[0], atol=1e-5)
+
+
+def test_a_broken_image_harms_no_batch_mate(answerer: Answerer, photo: Image.Image) -> None:
+    payloads = [Payload(Codec.IMAGE, 0, 0, data) for data in (png(photo), b"broken", png(photo)[:200])]
+    results = answerer.answer(IMAGES, payloads)
+    assert [type(result) for result in results] == [tuple, InvalidInput, InvalidInput]
+
+
+def test_an_input_that_exhausts_the_memory_is_refused_alone(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer, good = Answerer(tiny_bundle), latent_payload(tiny_bundle, 0, 1)
+    greedy = latent_payload(tiny_bundle, 1, 1)
+    decode = answerer._codecs[1].decode
+
+    def exhausting(data: bytes, rate: int) -> Any:
+        if data == greedy.data:
+            raise MemoryError
+        return decode(data, rate)
+
+    monkeypatch.setattr(answerer._codecs[1], "decode", exhausting)
+    results = answerer.answer(LATENTS, [good, greedy, good])
+    assert [type(result) for result in results] == [tuple, Overloaded, tuple]
+
+
+def request(tap: int, rate: int, data: bytes = b"\1\0\0\0", tasks: tuple[int, ...] = (0,)) -> CloudRequest:
+    return CloudRequest(1, bytes(8), 1.0, Payload(Codec.BOTTLENECK, tap, rate, data), tasks)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "words"),
+    [
+        (request(1, 0, bytes(4097)), PayloadTooLarge, "the bundle's cap is 4096"),
+        (request(1, 2), InvalidInput, "rate 2 does not exist, the bundle has rates 0 to 1"),
+        (request(0, 3), InvalidInput, "rate 3 does not exist, the bundle has rates 0 to 2"),
+        (request(2, 0), InvalidInput, "tap 2 does not exist, the bundle has 0 light, 1 deep"),
+        (request(1 << 25, 63), InvalidInput, "tap 33554432 does not exist"),
+        (request(0, 0, tasks=(2,)), InvalidInput, "task 2 does not exist, the bundle has 0 defect, 1 colour"),
+        (request(0, 0, tasks=tuple(range(32))), InvalidInput, "task 2 does not exist"),
+        (
+            CloudRequest(1, bytes(8), 1.0, Payload(Codec.IMAGE, 0, 0, b"x"), (1, 5)),
+            InvalidInput,
+            "task 5 does not exist",
+        ),
+    ],
+)
+def test_what_the_bundle_does_not_have_is_refused_by_name(
+    answerer: Answerer, asked: CloudRequest, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        answerer.check(asked)
+
+
+@pytest.mark.parametrize("asked", [request(0, 2, tasks=(0, 1)), request(1, 1, tasks=(1,))])
+def test_what_the_bundle_has_is_let_in(answerer: Answerer, asked: CloudRequest) -> None:
+    answerer.check(asked)
+
+
+class BrokenTail:
+    """Fails on more than one input, or always, or gives no finite answer."""
+
+    def __init__(self, error: Exception | None, alone_too: bool) -> None:
+        self.error, self.alone_too = error, alone_too
+
+    def latents_to_tasks(self, tap: int, latents: Sequence[Any], rates: Sequence[int], tasks: Sequence[int]) -> Any:
+        if self.error is not None and (self.alone_too or len(latents) > 1):
+            raise self.error
+        good_BK = np.full((len(latents), 2), 0.5, np.float32)
+        return [good_BK, good_BK * np.nan if self.error is None else good_BK]
+
+
+@pytest.mark.parametrize(
+    ("error", "alone_too", "outcome"),
+    [
+        (RuntimeError("a kernel failed"), False, tuple),
+        (RuntimeError("a kernel failed"), True, ServiceError),
+        (MemoryError(), True, Overloaded),
+        (RuntimeError("not enough memory: you tried to allocate 99 GB"), True, Overloaded),
+        (None, True, ServiceError),
+    ],
+)
+def test_a_failing_tail_is_tried_with_each_input_alone(
+    tiny_bundle: Bundle, error: Exception | None, alone_too: bool, outcome: type
+) -> None:
+    answerer = Answerer(tiny_bundle)
+    answerer._tail = BrokenTail(error, alone_too)  # type: ignore[assignment]
+    results = answerer.answer(LATENTS, [latent_payload(tiny_bundle, seed, 0) for seed in range(3)])
+    assert [type(result) for result in results] == [outcome] * 3

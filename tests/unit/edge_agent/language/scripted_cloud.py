@@ -1,0 +1,249 @@
+"""A cloud at the seam of `Link`: its rounds are the service's own, its model a function, its network what a test says.
+
+Nothing waits here and nothing runs beside: each look of the device moves messages and passes a little, by a seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from isthmus.cloud_service.language.sequence import Text
+from isthmus.edge_agent.language.request import Source
+from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.models.errors import ContextGone, DeadlineExceeded, LinkDown
+from isthmus.models.language.sampling import GREEDY, Floats, Sampling, choose
+from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.protos import wire_session
+
+VOCAB, EOS = 11, 0
+ENDS = frozenset({EOS})
+
+
+class Brain:
+    """A language model whose next token depends on the last two, so that its texts repeat themselves."""
+
+    def __init__(self, seed: int = 0, ends: bool = True) -> None:
+        self._seed, self._ends = seed, ends
+        self._known: dict[tuple[int, ...], Floats] = {}
+
+    def logits(self, text: Sequence[int]) -> Floats:
+        key = tuple(text[-2:])
+        if key not in self._known:
+            logits_V = np.random.default_rng([self._seed, *key]).standard_normal(VOCAB).astype(np.float32)
+            logits_V[EOS] -= 0 if self._ends else 50
+            self._known[key] = logits_V
+        return self._known[key]
+
+    def next(self, text: Sequence[int], sampling: Sampling = GREEDY) -> int:
+        return choose(self.logits(text), sampling, len(text))
+
+    def answer(self, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+        """What a plain loop over the model says."""
+        text = list(prompt)
+        while len(text) < len(prompt) + count and (len(text) == len(prompt) or text[-1] != EOS):
+            text.append(self.next(text, sampling))
+        return text[len(prompt) :]
+
+
+class Cache:
+    """The length of a key-value cache, which is all that `Text` asks of it."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        assert length <= self.length
+        self.length = length
+
+
+@dataclass
+class Cloud:
+    """A link with a cloud behind it. `fault(n)` is raised instead of the n-th answer, counted over all conversations.
+
+    After a failure it is left alone for `away` looks at its state.
+    """
+
+    brain: Brain
+    target: str = "a"
+    seed: int = 0
+    rtt_s: float = 0.05
+    pass_s: float = 0.03
+    width: int = 4  # rows of a pass
+    context: int = 10_000
+    away: float = 0
+    living: bool = True
+    fault: Callable[[int], Exception | None] = lambda answer: None
+    texts: dict[bytes, Text] = field(default_factory=dict)
+    talks: list[Talk] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    answers: int = 0
+    alone: float = 0
+
+    @property
+    def state(self) -> str:
+        if self.alone <= 0:
+            return "closed"
+        self.alone -= 1
+        return "open"
+
+    @property
+    def estimate(self) -> LinkEstimate:
+        return LinkEstimate(self.rtt_s, 1e6)
+
+    def failed(self, reason: str) -> None:
+        self.failures.append(reason)
+        self.alone = self.away
+
+    def alive(self, timeout_s: float) -> bool:
+        return self.living
+
+    def converse(self) -> Talk:
+        self.talks.append(Talk(self, random.Random(self.seed + len(self.talks))))
+        return self.talks[-1]
+
+    def close(self) -> None:
+        pass
+
+
+class Talk:
+    """A conversation. `truth` says of each position where the token that was told first came from."""
+
+    def __init__(self, cloud: Cloud, random_: random.Random) -> None:
+        self._cloud, self._random = cloud, random_
+        self._messages: deque[Any] = deque()
+        self._text: Text | None = None
+        self._held = 0
+        self._ready: deque[tuple[Committed | ContextGone, dict[int, Source]]] = deque()
+        self._failure: LinkDown | None = None
+        self.truth: dict[int, Source] = {}
+        self.openings: list[Opening] = []
+        self.rounds: list[Round] = []
+        self.closed = False
+        self.bytes_up = self.bytes_down = self.opening_bytes = 0
+
+    def open(self, opening: Opening) -> None:
+        self.openings.append(opening)
+        self._put(wire_session.pack_opening(opening))
+        self.opening_bytes += 1
+
+    def send(self, round_: Round) -> None:
+        assert self.openings and not self.closed
+        self.rounds.append(round_)
+        self._put(wire_session.pack_round(round_))
+
+    @property
+    def answered(self) -> bool:
+        """Now and then, a step later."""
+        if self._random.random() < 0.5:
+            self._step()
+        return bool(self._ready)
+
+    def poll(self) -> Committed | None:
+        self._check()
+        for _ in range(self._random.randrange(4)):
+            self._step()
+        return self._deliver(patient=False) if self._ready and self._random.random() < 0.5 else None
+
+    def receive(self) -> Committed:
+        self._check()
+        while not self._ready and self._step():
+            pass
+        assert self._ready, "the device waits for what it has not asked"
+        committed = self._deliver(patient=True)
+        assert committed is not None
+        return committed
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+    def _put(self, message: Any) -> None:
+        self._check()
+        self._messages.append(wire_session.unpack_generate(message))
+        self.bytes_up += 1
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _step(self) -> bool:
+        """A message arrives, or a pass is computed; False when there is neither."""
+        work = self._text.work if self._text else None
+        may_arrive = self._messages and (work is None or work.extension)
+        if may_arrive and (work is None or self._random.random() < 0.5):
+            self._arrive(self._messages.popleft())
+        elif work is not None:
+            self._pass()
+        else:
+            return False
+        return True
+
+    def _arrive(self, message: Opening | Round) -> None:
+        if isinstance(message, Opening):
+            self._open(message)
+        elif self._text is not None:
+            self._text.work = None
+            committed = self._text.begin(message, 0.0)
+            if committed is not None:
+                self._tell(committed, {})
+
+    def _open(self, opening: Opening) -> None:
+        former = self._cloud.texts.pop(opening.session, None)
+        kept = former.tokens[: opening.start] if former else []
+        tokens = [*kept, *opening.tokens]
+        if len(kept) < opening.start or wire_session.checksum(tokens) != opening.crc32:
+            self._text = None
+            self._ready.append((ContextGone("not held here"), {}))
+            return
+        self._text = Text(tokens, opening, ENDS, self._cloud.context)
+        self._text.cache = Cache()  # type: ignore[assignment]
+        self._cloud.texts[opening.session] = self._text
+
+    def _pass(self) -> None:
+        text, brain = self._text, self._cloud.brain
+        assert text is not None and text.work is not None and text.cache is not None
+        work, length, start = text.work, len(text.tokens), text.cache.length
+        count = min(text.rows, self._random.randint(1, self._cloud.width))
+        fed, decides = [*text.tokens, *work.draft], text.decides(count)
+        text.next_ids(count)
+        text.cache.length += count
+        logits = [brain.logits(fed[: start + row + 1]) for row in range(count)]
+        committed = text.settle(np.stack(logits) if decides else None, count, self._cloud.pass_s)
+        if committed is None:
+            return
+        new = range(length, len(text.tokens))
+        self._tell(committed, {place: "draft" if place < length + work.matched else "cloud" for place in new})
+        text.next_extension(0.0)
+
+    def _tell(self, committed: Committed, truth: dict[int, Source]) -> None:
+        self._ready.append((wire_session.unpack_committed(wire_session.pack_committed(committed), VOCAB), truth))
+
+    def _deliver(self, patient: bool) -> Committed | None:
+        fault = self._cloud.fault(self._cloud.answers)
+        if isinstance(fault, DeadlineExceeded) and not patient:
+            return None
+        self._cloud.answers += 1
+        if fault is not None:
+            self._fail(fault)
+        answer, truth = self._ready.popleft()
+        self.bytes_down += 1
+        if isinstance(answer, ContextGone):
+            raise answer
+        self.truth = truth | self.truth
+        return answer
+
+    def _fail(self, fault: Exception) -> None:
+        if isinstance(fault, LinkDown):
+            self._failure = fault
+        if isinstance(fault, ContextGone):  # the session was opened elsewhere, and rounds under way are dropped
+            self._cloud.texts.clear()
+            self._text = None
+            self._ready.clear()
+            self._messages.clear()
+        raise fault

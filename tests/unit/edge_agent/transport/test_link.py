@@ -1,0 +1,316 @@
+"""The link against a real gRPC server in this process, whose servicer does as each test says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import pytest
+
+from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.transport.link import Link, Stream
+from isthmus.models.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidInput,
+    IsthmusError,
+    LinkDown,
+    Overloaded,
+    PayloadCorrupt,
+)
+from isthmus.models.messages import BundleInfo, CloudAnswer, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
+from isthmus.protos import limits, wire
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+
+FINGERPRINT = bytes(range(32))
+PAYLOAD = Payload(Codec.BOTTLENECK, 0, 0, b"\x01\x02\x03\x04")
+ANSWER = CloudAnswer(((0.25, 0.75),), 0.001, 0.002)
+FAST = BreakerLimits(failures=3, first_s=0.05, last_s=0.1)
+
+Reaction = Callable[[pb.InferRequest], list[pb.InferResponse]]
+
+
+def good(request: pb.InferRequest) -> list[pb.InferResponse]:
+    return [wire.pack_answer(request.request_id, ANSWER)]
+
+
+class Servicer(pb_grpc.IsthmusServicer):
+    """`react` gives the responses to one request; raising ends the stream."""
+
+    def __init__(self) -> None:
+        self.react: Reaction = good
+        self.fingerprint = FINGERPRINT
+        self.requests: list[pb.InferRequest] = []
+        self.streams = 0
+
+    def InferStream(self, requests: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
+        self.streams += 1
+        for request in requests:
+            self.requests.append(request)
+            yield from self.react(request)
+
+    def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
+        info = BundleInfo(
+            self.fingerprint, "fake", (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 1),)
+        )
+        return wire.pack_service(ServiceInfo("0", limits.WIRE_VERSION, (info,)))
+
+
+class Cloud:
+    def __init__(self, port: int = 0) -> None:
+        self.servicer = Servicer()
+        self.server = grpc.server(ThreadPoolExecutor(8))
+        pb_grpc.add_IsthmusServicer_to_server(self.servicer, self.server)
+        self.port: int = self.server.add_insecure_port(f"127.0.0.1:{port}")
+        self.server.start()
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    made = Cloud()
+    yield made
+    made.server.stop(None).wait()
+
+
+@pytest.fixture
+def late() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def link(cloud: Cloud, late: list[int]) -> Iterator[Link]:
+    made = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, (2, 3), breaker=FAST, late=lambda: late.append(1))
+    assert made.wait_probed(10)
+    yield made
+    made.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to pass")
+
+
+def test_an_answer_comes_with_its_bytes_and_keeps_one_stream(cloud: Cloud, link: Link) -> None:
+    replies = [link.ask(PAYLOAD, 5.0) for _ in range(3)]
+    assert [reply.answer.probabilities for reply in replies] == [((0.25, 0.75),)] * 3
+    assert replies[0].up_bytes == cloud.servicer.requests[0].ByteSize() + 5
+    assert cloud.servicer.streams == 1
+    assert link.state == "closed"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "probabilities"),
+    [((0,), ((0.25, 0.75),)), ((1,), ((0.5, 0.25, 0.25),)), ((0, 1), ((0.25, 0.75), (0.5, 0.25, 0.25)))],
+)
+def test_the_tasks_asked_for_are_answered_each_by_itself(
+    cloud: Cloud, link: Link, tasks: tuple[int, ...], probabilities: tuple[tuple[float, ...], ...]
+) -> None:
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudAnswer(probabilities, 0, 0))]
+    assert link.ask(PAYLOAD, 5.0, tasks).answer.probabilities == probabilities
+    assert wire.unpack_request(cloud.servicer.requests[0]).tasks == tasks
+
+
+@pytest.mark.parametrize("probabilities", [((0.25, 0.75),), ((0.2, 0.3, 0.5),), ((0.5, 0.25, 0.25), (0.25, 0.75))])
+def test_answers_to_other_tasks_than_were_asked_for_are_not_believed(
+    cloud: Cloud, link: Link, probabilities: tuple[tuple[float, ...], ...]
+) -> None:
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudAnswer(probabilities, 0, 0))]
+    with pytest.raises(InvalidInput):
+        link.ask(PAYLOAD, 5.0, (0, 1))
+
+
+def test_request_ids_start_again_where_they_would_cost_more_bytes(cloud: Cloud, link: Link) -> None:
+    link._next_id = limits.MAX_REQUEST_ID - 1
+    for _ in range(2):
+        link.ask(PAYLOAD, 5.0)
+    assert [request.request_id for request in cloud.servicer.requests] == [limits.MAX_REQUEST_ID, 1]
+
+
+def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> None:
+    link.ask(PAYLOAD, 5.0)  # closes the breaker, so that two may ask at once
+    held: list[pb.InferRequest] = []
+
+    def second_first(request: pb.InferRequest) -> list[pb.InferResponse]:
+        held.append(request)
+        if len(held) < 2:
+            return []
+        answers = [CloudAnswer(((share, 1 - share),), 0, 0) for share in (0.25, 0.5)]
+        pairs = zip(sorted(held, key=lambda r: len(r.payload)), answers, strict=True)
+        return [wire.pack_answer(request.request_id, answer) for request, answer in pairs][::-1]
+
+    cloud.servicer.react = second_first
+    with ThreadPoolExecutor(2) as threads:
+        payloads = [Payload(Codec.BOTTLENECK, 0, 0, bytes(size)) for size in (4, 8)]
+        replies = list(threads.map(lambda payload: link.ask(payload, 5.0), payloads))
+    assert [reply.answer.probabilities[0][0] for reply in replies] == [0.25, 0.5]
+
+
+def test_an_error_response_is_raised_as_its_class_and_trips_no_breaker(cloud: Cloud, link: Link) -> None:
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, PayloadCorrupt("flipped"))]
+    for _ in range(5):
+        with pytest.raises(PayloadCorrupt, match="flipped"):
+            link.ask(PAYLOAD, 5.0)
+    assert link.state == "closed"
+
+
+def test_a_late_answer_is_counted_and_given_to_nobody(cloud: Cloud, link: Link, late: list[int]) -> None:
+    release = threading.Event()
+
+    def slow(request: pb.InferRequest) -> list[pb.InferResponse]:
+        release.wait(10)
+        return good(request)
+
+    link.ask(PAYLOAD, 5.0)
+    cloud.servicer.react = slow
+    with pytest.raises(DeadlineExceeded, match="50 ms"):
+        link.ask(PAYLOAD, 0.05)
+    cloud.servicer.react = good
+    release.set()
+    until(lambda: late == [1])
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+
+
+def test_a_broken_stream_is_link_down_and_the_next_ask_opens_another(cloud: Cloud, link: Link) -> None:
+    link.ask(PAYLOAD, 5.0)
+
+    def broken(request: pb.InferRequest) -> list[pb.InferResponse]:
+        raise RuntimeError("the servicer died")
+
+    cloud.servicer.react = broken
+    with pytest.raises(IsthmusError):
+        link.ask(PAYLOAD, 5.0)
+    cloud.servicer.react = good
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert cloud.servicer.streams == 2
+
+
+def test_a_draining_service_gets_nothing_more_but_still_answers(cloud: Cloud, link: Link) -> None:
+    farewell = wire.pack_error(0, Draining("bye"))
+    cloud.servicer.react = lambda request: [farewell, *good(request)]
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    cloud.servicer.react = good
+    link.ask(PAYLOAD, 5.0)
+    assert cloud.servicer.streams == 2
+
+
+def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link.ask(PAYLOAD, 5.0)
+    send, farewells = Stream.send, iter([True])
+
+    def interrupted(stream: Stream, message: pb.InferRequest) -> Any:
+        if next(farewells, False):
+            stream.retire(Draining("farewell"))
+        return send(stream, message)
+
+    monkeypatch.setattr(Stream, "send", interrupted)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert len(cloud.servicer.requests) == 2
+
+
+def test_a_message_on_its_way_out_is_sent_before_the_stream_half_closes(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(SimpleQueue[Any]):
+        """Lets a farewell try to overtake each message."""
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if item is not None and link._stream is not None:
+                farewell = threading.Thread(target=link._stream.retire, args=(Draining("farewell"),))
+                farewell.start()
+                farewell.join(0.1)
+            super().put(item)
+
+    monkeypatch.setattr("isthmus.edge_agent.transport.link.SimpleQueue", Slow)
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert cloud.servicer.streams == 1
+
+
+def test_after_failures_in_a_row_the_cloud_is_not_asked(cloud: Cloud, link: Link) -> None:
+    link.ask(PAYLOAD, 5.0)
+    cloud.servicer.fingerprint = bytes(32)  # so that the probes keep failing
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full"))]
+    for _ in range(3):
+        with pytest.raises(Overloaded):
+            link.ask(PAYLOAD, 5.0)
+    assert link.state == "open"
+    asked = len(cloud.servicer.requests)
+    with pytest.raises(LinkDown):
+        link.ask(PAYLOAD, 5.0)
+    assert len(cloud.servicer.requests) == asked
+    assert link.usable() is not None
+
+
+def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
+    link.ask(PAYLOAD, 5.0)
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full"))]
+    for _ in range(3):
+        with pytest.raises(Overloaded):
+            link.ask(PAYLOAD, 5.0)
+    cloud.servicer.react = good
+    until(lambda: link.state == "half_open")
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.state == "closed"
+    assert link.usable() is None
+
+
+def test_a_cloud_without_our_bundle_is_refused_by_name(cloud: Cloud) -> None:
+    link = Link(f"127.0.0.1:{cloud.port}", bytes(range(1, 33)), (2, 3), breaker=FAST)
+    try:
+        assert not link.wait_probed(10)
+        refusal = link.usable() or ""
+        assert bytes(range(1, 33)).hex()[:12] in refusal
+        assert "fake" in refusal and FINGERPRINT.hex()[:12] in refusal
+    finally:
+        link.close()
+
+
+@pytest.mark.parametrize("probabilities", [(0.5,), (0.9, 0.9), (float("nan"), 0.5), (-0.5, 1.5)])
+def test_a_cloud_that_talks_nonsense_is_not_believed(
+    cloud: Cloud, link: Link, probabilities: tuple[float, ...]
+) -> None:
+    answer = CloudAnswer((probabilities,), 0, 0)
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, answer)]
+    with pytest.raises(IsthmusError):
+        link.ask(PAYLOAD, 5.0)
+
+
+def test_no_time_left_is_said_before_anything_is_sent(cloud: Cloud, link: Link) -> None:
+    with pytest.raises(DeadlineExceeded):
+        link.ask(PAYLOAD, 0.0)
+    assert cloud.servicer.requests == []
+
+
+def test_a_cloud_that_goes_away_fails_everything_outstanding_at_once(cloud: Cloud, link: Link) -> None:
+    link.ask(PAYLOAD, 5.0)
+    cloud.servicer.react = lambda request: []
+    with ThreadPoolExecutor(3) as threads:
+        asks = [threads.submit(link.ask, PAYLOAD, 60.0) for _ in range(3)]
+        until(lambda: len(cloud.servicer.requests) == 4)
+        cloud.server.stop(None).wait()
+        assert [type(ask.exception(30)) for ask in asks] == [LinkDown] * 3
+
+
+def test_an_interrupted_ask_does_not_keep_the_trial(cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in an interpreter that lives on: were the trial never given back, no photo would reach the cloud again."""
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    assert link.state == "half_open"
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            link.ask(PAYLOAD, 5.0)
+    until(lambda: link.state == "half_open")
+    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)

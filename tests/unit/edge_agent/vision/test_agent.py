@@ -1,0 +1,431 @@
+"""EdgeAgent over a real small bundle; the link is the only fake, at its named seam `agent.link`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from prometheus_client import CollectorRegistry
+
+from isthmus.edge_agent import EdgeAgent, EdgeConfig
+from isthmus.edge_agent.config import WholeImage
+from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.policy.exits import Prices
+from isthmus.edge_agent.transport.link import Reply
+from isthmus.edge_agent.vision.agent import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
+from isthmus.edge_agent.vision.costs import Costs
+from isthmus.edge_agent.vision.metrics import EdgeMetrics
+from isthmus.edge_agent.vision.result import TaskAnswer
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
+from isthmus.models.messages import CloudAnswer, Codec, Payload
+from isthmus.models.vision.images import open_image, preprocess
+
+PROBABILITIES = ((0.25, 0.75), (0.5, 0.125, 0.375))  # of defect and colour
+WAYS = [("light", 0.5, rate) for rate in range(3)] + [("light", 1.0, rate) for rate in range(3)]
+WAYS += [("deep", 1.0, rate) for rate in range(2)]
+
+
+@dataclass
+class FakeLink:
+    """Answers PROBABILITIES, or raises; remembers what it was asked."""
+
+    error: IsthmusError | None = None
+    refusal: str | None = None
+    estimate: LinkEstimate = LinkEstimate(0.01, 1e6)
+    state: str = "closed"
+    asked: list[Payload] = field(default_factory=list)
+    tasks: list[tuple[int, ...]] = field(default_factory=list)
+    budgets_s: list[float] = field(default_factory=list)
+
+    def usable(self) -> str | None:
+        return self.refusal
+
+    def ask(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
+        self.asked.append(payload)
+        self.tasks.append(tasks)
+        self.budgets_s.append(budget_s)
+        if self.error is not None:
+            raise self.error
+        answer = CloudAnswer(tuple(PROBABILITIES[task] for task in tasks), 0.001, 0.002)
+        return Reply(answer, len(payload.data) + 30, 25, 0.02)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Case:
+    agent: EdgeAgent
+    link: FakeLink
+    registry: CollectorRegistry
+
+    def degraded(self, reason: str) -> float | None:
+        return self.registry.get_sample_value("isthmus_edge_degraded_responses_total", {"reason": reason})
+
+
+@pytest.fixture
+def case(tiny_bundle: Bundle) -> Iterator[Case]:
+    registry = CollectorRegistry()
+    config = EdgeConfig(tiny_bundle.folder, threads=1, min_agreement=0.0)  # every rate is good enough
+    with EdgeAgent(config, EdgeMetrics(registry, tiny_bundle.manifest)) as agent:
+        link = FakeLink()
+        agent.link = link  # type: ignore[assignment]
+        yield Case(agent, link, registry)
+
+
+def pinned(case: Case, mode: str) -> Case:
+    case.agent.config = replace(case.agent.config, mode=mode)  # type: ignore[arg-type]
+    return case
+
+
+def test_a_sure_exit_answers_and_sends_nothing(case: Case, photo: Image.Image) -> None:
+    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    case.link.estimate = LinkEstimate(10.0, 1.0)  # too slow to be tried before the first exit
+    answer = case.agent.infer(photo)
+    assert (answer.route, answer.exit, answer.degraded, answer.bytes_up) == ("exit", "exit0", False, 0)
+    assert case.link.asked == []
+
+
+def latent_of(case: Case, photo: Image.Image, tap: str, width: float) -> NDArray[np.float32]:
+    """What the device's own graphs make of a photo."""
+    head, index = case.agent._head, ("light", "deep").index(tap)
+    x_CHW = preprocess(photo, case.agent.manifest.preprocessing)
+    if tap == "deep":
+        for segment in range(2):
+            x_CHW, _ = head.segment(segment, x_CHW)
+    return head.encode(index, x_CHW, 1 if (tap, width) == ("light", 1.0) else 0)
+
+
+@pytest.mark.parametrize(("tap", "width", "rate"), WAYS)
+def test_a_pinned_photo_is_sent_as_exactly_that_quantised_latent(
+    case: Case, tiny_bundle: Bundle, photo: Image.Image, tap: str, width: float, rate: int
+) -> None:
+    answer = case.agent.infer(photo, tap=tap, width=width, rate=rate)
+    (payload,) = case.link.asked
+    index = ("light", "deep").index(tap)
+    assert (payload.codec, payload.tap, payload.rate) == (Codec.BOTTLENECK, index, rate)
+    codec = tiny_bundle.codec(index)
+    expected_CHW = codec.quantise(latent_of(case, photo, tap, width), rate)
+    np.testing.assert_array_equal(codec.decode(payload.data, rate), expected_CHW)
+    assert (answer.tap, answer.width, answer.rate) == (tap, width, rate)
+    assert (answer.label, answer.probabilities, answer.route) == ("bad", (0.25, 0.75), "split")
+    assert answer.bytes_up == len(payload.data) + 30
+    assert ("head" in answer.stage_ms) == (tap == "deep")
+    assert f"tap {tap}, width {width}, rate {rate} asked for" in answer.why
+
+
+def test_rates_and_widths_change_from_request_to_request(case: Case, photo: Image.Image) -> None:
+    found = [case.agent.infer(photo, tap=tap, width=width, rate=rate) for tap, width, rate in WAYS]
+    assert [(answer.tap, answer.width, answer.rate) for answer in found] == WAYS
+    assert len({payload.data for payload in case.link.asked}) == len(WAYS)
+
+
+def test_the_router_fills_in_what_is_not_pinned(case: Case, photo: Image.Image) -> None:
+    """The link is quick, so the cheapest rate is no faster than a narrow encoder is: either is right, the pin holds."""
+    assert case.agent.infer(photo, rate=1).rate == 1
+    assert case.agent.infer(photo, width=0.5).width == 0.5
+    assert case.agent.infer(photo, tap="deep").tap == "deep"
+    case.agent.config = replace(case.agent.config, min_agreement=0.97)
+    answer = case.agent.infer(photo, tap="light")
+    assert (answer.width, answer.rate) == (1.0, 2), "the only point of this quality"
+
+
+def test_a_pin_is_sent_however_sure_an_exit_is_and_however_slow_the_link(case: Case, photo: Image.Image) -> None:
+    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    case.link.estimate = LinkEstimate(10.0, 1.0)
+    assert case.agent.infer(photo, tap="deep").route == "split"
+    assert case.agent.infer(photo, rate=0).route == "split"
+
+
+@pytest.mark.parametrize("mode", ["edge", "offload", "split", "auto"])
+def test_a_pin_holds_in_any_mode(case: Case, photo: Image.Image, mode: str) -> None:
+    answer = pinned(case, mode).agent.infer(photo, tap="light", width=0.5, rate=1)
+    assert (answer.route, answer.tap, answer.width, answer.rate) == ("split", "light", 0.5, 1)
+
+
+def test_mode_split_sends_a_bottleneck_of_the_owners_quality(case: Case, photo: Image.Image) -> None:
+    case.agent.config = replace(case.agent.config, mode="split", min_agreement=0.97)
+    answer = case.agent.infer(photo)
+    assert (answer.route, answer.tap, answer.width, answer.rate) == ("split", "light", 1.0, 2)
+    assert answer.why.startswith("mode split; fastest: light 1 rate 2")
+
+
+def test_the_router_weighs_every_bottleneck_before_the_head_runs(case: Case, photo: Image.Image) -> None:
+    for segment in case.agent.costs.segment_s:
+        segment.calibrate(10.0)
+    case.agent.costs.image_bytes.value = 1e6
+    answer = case.agent.infer(photo, deadline_s=100.0)
+    assert (answer.route, answer.tap) == ("split", "light")
+    assert "head" not in answer.stage_ms
+    assert answer.why.startswith("fastest: light ") and "against" in answer.why
+
+
+def test_a_pinned_photo_without_a_cloud_is_answered_by_the_deepest_exit(case: Case, photo: Image.Image) -> None:
+    case.link.refusal = "the cloud is down"
+    answer = case.agent.infer(photo, tap="light", rate=2)
+    assert (answer.route, answer.exit, answer.tap, answer.rate) == ("fallback", "exit1", None, None)
+    assert answer.why == "tap light, rate 2 asked for; the cloud is down; exit1 is the best there is"
+    assert case.link.asked == []
+    case.agent.link = None
+    assert "no cloud is configured" in case.agent.infer(photo, tap="light").why
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"tap": "x"}, "tap 'x' does not exist, there are light, deep"),
+        ({"width": 0.3}, "width 0.3 does not exist, there are 0.5, 1"),
+        ({"tap": "deep", "rate": 2}, "rate 2 does not exist at tap deep, there are 0 to 1"),
+        ({"tasks": ["defect", "size"]}, "task 'size' does not exist, there are defect, colour"),
+    ],
+)
+def test_what_is_not_there_cannot_be_asked_for(
+    case: Case, photo: Image.Image, wish: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        case.agent.infer(photo, **wish)
+    assert case.link.asked == []
+
+
+@pytest.mark.parametrize(
+    ("names", "sent"),
+    [(["defect"], (0,)), (["colour"], (1,)), (["defect", "colour"], (0, 1)), (["colour", "defect"], (0, 1))],
+)
+@pytest.mark.parametrize("mode", ["auto", "split", "offload"])
+def test_one_upload_answers_every_task_asked_for(
+    case: Case, photo: Image.Image, mode: str, names: list[str], sent: tuple[int, ...]
+) -> None:
+    answer = pinned(case, mode).agent.infer(photo, tasks=names)
+    assert case.link.tasks == [sent]
+    expected = {
+        "defect": TaskAnswer("bad", 1, (0.25, 0.75)),
+        "colour": TaskAnswer("red", 0, (0.5, 0.125, 0.375)),
+    }
+    assert list(answer.answers.items()) == [(name, expected[name]) for name in names]
+    first = expected[names[0]]
+    assert (answer.label, answer.index, answer.probabilities) == (first.label, first.index, first.probabilities)
+    assert (answer.missing, answer.degraded) == ((), False)
+
+
+def test_the_agents_own_tasks_are_answered_to_who_names_none(case: Case, photo: Image.Image) -> None:
+    case.agent.config = replace(case.agent.config, tasks=("colour",))
+    assert list(case.agent.infer(photo).answers) == ["colour"]
+    assert list(case.agent.infer(photo, tasks=["defect"]).answers) == ["defect"]
+
+
+def test_no_exit_answers_what_it_does_not_know(case: Case, photo: Image.Image) -> None:
+    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    answer = case.agent.infer(photo, tasks=["colour"])
+    assert answer.route in ("split", "offload")
+    assert answer.why.startswith("exits do not answer colour; fastest: ")
+    case.agent.infer(photo, tasks=["colour"], tap="deep")  # past both exits
+    shares = [share.value for share in case.agent.costs.exit_share]
+    assert shares == [0.3, 0.3], "it says nothing about how often exits answer"
+
+
+@pytest.mark.parametrize("names", [["colour"], ["colour", "defect"], ["defect", "colour"]])
+@pytest.mark.parametrize("mode", ["auto", "edge", "split", "offload"])
+@pytest.mark.parametrize("cause", ["refused", "failed"])
+def test_without_a_cloud_the_first_task_is_answered_and_the_others_are_missing(
+    case: Case, photo: Image.Image, names: list[str], mode: str, cause: str
+) -> None:
+    if cause == "refused":
+        case.link.refusal = "the cloud is down"
+    case.link.error = LinkDown("gone")
+    answer = pinned(case, mode).agent.infer(photo, tasks=names)
+    assert (answer.route, answer.degraded, answer.missing) == ("fallback", True, ("colour",))
+    assert list(answer.answers) == ["defect"] and answer.answers["defect"].label == answer.label
+    assert answer.label in ("good", "bad") and sum(answer.probabilities) == pytest.approx(1)
+    assert case.registry.get_sample_value("isthmus_edge_missing_answers_total", {"task": "colour"}) == 1
+
+
+def test_settings_with_a_task_that_is_not_there_are_refused(tiny_bundle: Bundle) -> None:
+    with pytest.raises(InvalidInput, match="task 'size' does not exist"):
+        EdgeAgent(EdgeConfig(tiny_bundle.folder, tasks=("size",)))
+
+
+def test_the_device_keeps_back_the_time_that_its_own_answer_takes(case: Case, photo: Image.Image) -> None:
+    for seconds in (2.0, 2.0):
+        case.agent.costs.segment_s[0].calibrate(seconds)
+    own_s = case.agent.costs.segment_s[0].value / 2  # what is believed of the load moves while it encodes
+    case.agent.infer(photo, tap="light", deadline_s=5.0)
+    assert case.link.budgets_s[0] <= 5.0 - FALLBACK_RESERVE_S - own_s
+    case.agent.infer(photo, tap="deep", deadline_s=5.0)
+    assert case.link.budgets_s[1] > case.link.budgets_s[0], "its answer is there already"
+
+
+def test_every_graph_is_calibrated_before_the_first_photo(case: Case) -> None:
+    costs, guesses = case.agent.costs, Costs(case.agent.manifest, Prices())
+    for tap in range(2):
+        for measured, guessed in zip(costs.encode_s[tap], guesses.encode_s[tap], strict=True):
+            assert measured.value not in (0.0, guessed.value)
+    for measured, guessed in zip(costs.segment_s, guesses.segment_s, strict=True):
+        assert measured.value not in (0.0, guessed.value)
+
+
+def test_what_was_sent_is_learnt_at_its_own_point(case: Case, photo: Image.Image) -> None:
+    case.agent.infer(photo, tap="light", width=0.5, rate=2)
+    sizes = {case.agent.costs.points.name(p): average.value for p, average in case.agent.costs.point_bytes.items()}
+    assert sizes["light 0.5 rate 2"] == len(case.link.asked[0].data)
+    assert (sizes["light 1 rate 2"], sizes["light 0.5 rate 1"]) == (120, 80)
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
+def test_offload_sends_the_photo_as_configured(case: Case, photo: Image.Image, form: str) -> None:
+    whole = WholeImage(form)  # type: ignore[arg-type]
+    case.agent.config = replace(case.agent.config, mode="offload", whole_image=whole)
+    assert case.agent.infer(photo).route == "offload"
+    (payload,) = case.link.asked
+    with Image.open(io.BytesIO(payload.data)) as sent:
+        assert sent.format == form.upper()
+        assert sent.size == photo.size
+
+
+def test_large_photos_are_made_smaller_before_they_travel_small_ones_are_left(case: Case, photo: Image.Image) -> None:
+    pinned(case, "offload")
+    case.agent.infer(photo.resize((640, 320)))
+    case.agent.infer(photo.resize((40, 50)))
+    assert [open_image(payload.data).size for payload in case.link.asked] == [(128, 64), (40, 50)]
+
+
+def test_grey_photos_travel_with_one_channel(case: Case, photo: Image.Image) -> None:
+    pinned(case, "offload").agent.infer(photo.convert("L"))
+    with Image.open(io.BytesIO(case.link.asked[0].data)) as sent:
+        assert sent.mode == "L"
+
+
+@pytest.mark.parametrize("mode", ["auto", "split", "offload"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (LinkDown("gone"), "cloud_down"),
+        (DeadlineExceeded("late"), "deadline"),
+        (Overloaded("full"), "rejected"),
+        (PayloadTooLarge("large"), "too_large"),
+        (InvalidInput("strange"), "rejected"),
+    ],
+)
+def test_whatever_the_link_raises_an_exit_answers(
+    case: Case, photo: Image.Image, mode: str, error: IsthmusError, reason: str
+) -> None:
+    case.link.error = error
+    answer = pinned(case, mode).agent.infer(photo)
+    assert answer.route == "fallback"
+    assert answer.degraded
+    assert answer.exit is not None
+    assert sum(answer.probabilities) == pytest.approx(1)
+    assert str(error) in answer.why
+    assert case.degraded(reason) == 1
+
+
+def test_an_open_breaker_is_not_knocked_at(case: Case, photo: Image.Image) -> None:
+    case.link.refusal = "the cloud is down"
+    answer = case.agent.infer(photo)
+    assert case.link.asked == []
+    assert (answer.route, answer.exit) == ("fallback", "exit1")
+    assert "the cloud is down" in answer.why
+    assert case.degraded("cloud_down") == 1
+
+
+def test_no_time_left_counts_as_deadline(case: Case, photo: Image.Image) -> None:
+    case.link.estimate = LinkEstimate(5.0, 1e6)
+    assert case.agent.infer(photo).route == "fallback"
+    assert case.degraded("deadline") == 1
+
+
+@pytest.mark.parametrize(("tap", "width", "rate"), [("light", 0.5, 2), ("light", 1.0, 2), ("deep", 1.0, 1)])
+def test_a_payload_over_the_cap_is_sent_at_the_next_cheaper_rate_of_the_same_width(
+    case: Case, photo: Image.Image, tap: str, width: float, rate: int
+) -> None:
+    codec = case.agent._codecs[("light", "deep").index(tap)]
+    case.agent.infer(photo, tap=tap, width=width, rate=rate)
+    codec.max_bytes = len(case.link.asked[0].data) - 4
+    cheaper = case.agent.infer(photo, tap=tap, width=width, rate=rate)
+    assert (cheaper.tap, cheaper.width, cheaper.rate) == (tap, width, rate - 1)
+    assert len(case.link.asked[1].data) <= codec.max_bytes
+    point = next(p for p in case.agent.costs.point_bytes if case.agent.costs.points.parts(p) == (tap, width, rate - 1))
+    assert case.agent.costs.point_bytes[point].value == len(case.link.asked[1].data)
+
+
+@pytest.mark.parametrize("tap", ["light", "deep"])
+def test_a_payload_over_the_cap_at_every_rate_is_answered_here(case: Case, photo: Image.Image, tap: str) -> None:
+    for codec in case.agent._codecs:
+        codec.max_bytes = 4
+    answer = case.agent.infer(photo, tap=tap)
+    assert answer.route == "fallback"
+    assert case.link.asked == []
+    assert case.degraded("too_large") == 1
+
+
+def test_photos_come_as_image_bytes_or_path(case: Case, photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    case.link.refusal = "none"
+    answers = [case.agent.infer(given) for given in (photo, path.read_bytes(), path, str(path))]
+    assert len({answer.probabilities for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("bad", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(50), "/nowhere/photo.png"])
+def test_unreadable_photos_are_refused(case: Case, bad: bytes | str) -> None:
+    with pytest.raises(InvalidInput):
+        case.agent.infer(bad)
+
+
+def test_answers_are_json(case: Case, photo: Image.Image) -> None:
+    answer = case.agent.infer(photo)
+    assert json.loads(json.dumps(answer.as_dict()))["label"] == answer.label
+    both = case.agent.infer(photo, tasks=["colour", "defect"], tap="light", width=0.5, rate=2)
+    shown = json.loads(json.dumps(both.as_dict()))
+    assert (shown["tap"], shown["width"], shown["rate"], shown["missing"]) == ("light", 0.5, 2, [])
+    assert shown["answers"]["colour"] == {"label": "red", "index": 0, "probabilities": [0.5, 0.125, 0.375]}
+
+
+def test_epsilon_picks_the_certified_threshold(tiny_bundle: Bundle) -> None:
+    thresholds = tiny_bundle.manifest.heads["fp32"].thresholds
+    by_epsilon = {threshold.epsilon: threshold.confidence for threshold in thresholds}
+    assert exit_confidence(thresholds, 0.02) == by_epsilon[0.02]
+    assert exit_confidence(thresholds, 0.025) == by_epsilon[0.02]
+    assert exit_confidence(thresholds, 0.0) == NEVER
+
+
+def test_precision_picks_head_and_thresholds(tiny_bundle: Bundle, photo: Image.Image) -> None:
+    answers = {}
+    for precision, confidence in (("fp32", 0.99), ("int8", 0.98)):
+        with EdgeAgent(EdgeConfig(tiny_bundle.folder, precision=precision)) as agent:  # type: ignore[arg-type]
+            assert agent.goal.exit_confidence == confidence
+            answers[precision] = agent.infer(photo).probabilities
+    np.testing.assert_allclose(answers["int8"], answers["fp32"], atol=0.1)
+    assert answers["int8"] != answers["fp32"]
+
+
+@pytest.mark.parametrize("mode", ["split", "offload", "sideways"])
+def test_settings_that_contradict_each_other_are_refused(tiny_bundle: Bundle, mode: str) -> None:
+    with pytest.raises(InvalidInput, match=mode):
+        EdgeAgent(EdgeConfig(tiny_bundle.folder, None, mode))  # type: ignore[arg-type]
+
+
+def test_a_wrong_estimate_of_the_head_does_not_last(case: Case, photo: Image.Image) -> None:
+    """While whole images or the light tap win, the head is not run and its estimate would never be put right."""
+    case.link.estimate = LinkEstimate(0.0, 1e9)
+    case.agent.costs.cloud_s_per_mac.value = 1e-15
+    for segment in case.agent.costs.segment_s:
+        segment.calibrate(30.0)
+    before_s = case.agent.costs.segment_s[0]._alone.value
+    answers = [case.agent.infer(photo, deadline_s=1000.0) for _ in range(HEAD_IDLE_AT_MOST)]
+    assert {answer.route for answer in answers[:-1]} <= {"offload", "split"}
+    assert ["head" in answer.stage_ms for answer in answers] == [False] * (HEAD_IDLE_AT_MOST - 1) + [True]
+    assert case.agent.costs.segment_s[0]._alone.value < before_s
+
+
+def test_nothing_is_reported_to_the_makers_of_the_runtime() -> None:
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from isthmus.models.bundle import bundle as bundles
+from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.codecs import checkerboard as contextual
+from isthmus.models.errors import BundleError
+from tests.conftest import Parts, paper_tables
+
+# Of the paper bundle: canonical JSON and hashing may never change.
+FINGERPRINT = "203fa4437e743bc23770d3ee39c309608f34fc513309c9f31cc6c3af5c856647"
+
+
+def refused(folder: Path, *words: str) -> None:
+    """Opening `folder` raises a BundleError whose message has all of `words`."""
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_is_written_is_read(paper: Parts, tmp_path: Path) -> None:
+    opened = Bundle.open(paper.write(tmp_path / "b"))
+    assert {name: opened.read(name) for name in paper.files} == paper.files
+    content = opened.manifest.model_dump(mode="json", exclude_none=True)
+    assert {key: content[key] for key in paper.manifest} == paper.manifest
+
+
+def test_weights_come_back_as_arrays(paper: Parts, tmp_path: Path) -> None:
+    weights = Bundle.open(paper.write(tmp_path / "b")).tensors("weights.safetensors")
+    np.testing.assert_array_equal(weights["w"], np.arange(6).reshape(2, 3))
+
+
+def test_codec_has_the_tables_shape_and_cap_of_the_manifest(paper: Parts, tmp_path: Path) -> None:
+    codec = Bundle.open(paper.write(tmp_path / "b")).codec(0)
+    assert (codec.shape_CHW, codec.max_bytes, len(codec.rates)) == ((2, 4, 4), 64, 1)
+    assert [list(f) for f in codec.tables.bank()] == [[40_000, 20_000, 5_536]]
+
+
+def test_every_tap_has_tables_of_its_own(tiny_bundle: Bundle) -> None:
+    light, deep = tiny_bundle.codec(0), tiny_bundle.codec(1)
+    assert (light.shape_CHW, len(light.rates)) == ((3, 8, 8), 3)
+    assert (deep.shape_CHW, len(deep.rates)) == ((4, 8, 8), 2)
+
+
+def test_manifest_bytes_are_golden(paper: Parts, tmp_path: Path, golden: Callable[[str, bytes], None]) -> None:
+    golden("manifest_v3.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
+
+
+def test_fingerprint_is_golden(paper: Parts, tmp_path: Path) -> None:
+    assert Bundle.open(paper.write(tmp_path / "b")).fingerprint.hex() == FINGERPRINT
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_fields(paper: Parts) -> None:
+    backwards = dict(reversed(paper.manifest.items()))
+    assert bundles.fingerprint_of(paper.manifest) == bundles.fingerprint_of(backwards)
+
+
+def test_fingerprint_changes_with_any_file(paper: Parts, tmp_path: Path) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    paper.files["head0.onnx"] += b"!"
+    assert Bundle.open(paper.write(tmp_path / "b")).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "tables.safetensors", "head0.onnx", "encoder.onnx"])
+def test_a_changed_byte_is_refused(paper: Parts, tmp_path: Path, name: str) -> None:
+    path = paper.write(tmp_path / "b") / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path / "b", name, "SHA-256")
+
+
+def test_a_truncated_file_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "head0.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(tmp_path / "b", "head0.onnx", "16 bytes, the manifest says 17")
+
+
+def test_a_longer_file_is_refused_without_being_read_whole(paper: Parts, tmp_path: Path) -> None:
+    with (paper.write(tmp_path / "b") / "head0.onnx").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse; reading it would not fit into memory
+    refused(tmp_path / "b", "head0.onnx", "18 bytes, the manifest says 17")
+
+
+def test_a_missing_file_is_refused(paper: Parts, tmp_path: Path) -> None:
+    (paper.write(tmp_path / "b") / "encoder.onnx").unlink()
+    refused(tmp_path / "b", "encoder.onnx", "cannot be read")
+
+
+def test_a_symlinked_file_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "encoder.onnx"
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    refused(tmp_path / "b", "encoder.onnx", "not a regular file")
+
+
+def test_a_symlinked_manifest_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "manifest.json"
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    refused(tmp_path / "b", "manifest.json", "not a regular file")
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "encoder.onnx"
+    path.unlink()
+    os.mkfifo(path)
+    refused(tmp_path / "b", "encoder.onnx", "not a regular file")
+
+
+def test_no_folder_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "b", "no such bundle folder")
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "manifest.json", "cannot be read")
+
+
+def test_a_wrong_fingerprint_is_refused(paper: Parts, tmp_path: Path) -> None:
+    path = paper.write(tmp_path / "b") / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"paper"', '"paperr"', 1), encoding="utf-8")
+    refused(tmp_path / "b", "manifest.json", "fingerprint")
+
+
+def test_reading_a_file_that_is_not_listed_is_refused(paper: Parts, tmp_path: Path) -> None:
+    opened = Bundle.open(paper.write(tmp_path / "b"))
+    with pytest.raises(BundleError, match="lists no file"):
+        opened.read("manifest.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(paper: Parts, tmp_path: Path, value: float) -> None:
+    paper.replace(tmp_path / "b", "weights.safetensors", safetensors.numpy.save({"w": np.array([1.0, value])}))
+    opened = Bundle.open(tmp_path / "b")
+    with pytest.raises(BundleError, match=r"weights\.safetensors: tensor w .* not finite"):
+        opened.tensors("weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 64,
+        b"\x02\0\0\0\0\0\0\0{}junk",
+        b'\x3c\0\0\0\0\0\0\0{"a":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}      \0\0',
+    ],
+    ids=["empty", "header of 2**64 bytes", "trailing bytes", "a type NumPy lacks"],
+)
+def test_what_is_not_safetensors_is_refused(paper: Parts, tmp_path: Path, data: bytes) -> None:
+    opened = Bundle.open(paper.replace(tmp_path / "b", "weights.safetensors", data))
+    with pytest.raises(BundleError, match=r"weights\.safetensors: not a safetensors file"):
+        opened.tensors("weights.safetensors")
+
+
+def off_by_one(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["frequencies"][0] += 1
+
+
+def zero_frequency(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["frequencies"][:] = [65_535, 0, 1]
+
+
+def lengths_too_long(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["lengths"][0] += 1
+
+
+def no_gain(tensors: dict[str, NDArray[Any]]) -> None:
+    del tensors["gain"]
+
+
+def zero_gain(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["gain"][0, 1] = 0
+
+
+def double_gain(tensors: dict[str, NDArray[Any]]) -> None:
+    tensors["gain"] = tensors["gain"].astype(np.float64)
+
+
+def one_channel(tensors: dict[str, NDArray[Any]]) -> None:
+    for name in ("gain", "low", "high"):
+        tensors[name] = tensors[name][:, :1].copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (off_by_one, "table 0: frequencies must add up to"),
+        (zero_frequency, "table 0: needs 2 to 512 frequencies >= 1"),
+        (lengths_too_long, "tables have 4 frequencies, there are 3"),
+        (no_gain, "tensor gain is missing"),
+        (zero_gain, "gains must be positive"),
+        (double_gain, "tensor gain is float64"),
+        (one_channel, "tables are for 1 channels, expected 2"),
+    ],
+)
+def test_broken_tables_are_refused(
+    paper: Parts, tmp_path: Path, change: Callable[[dict[str, NDArray[Any]]], None], message: str
+) -> None:
+    tensors = paper_tables()
+    change(tensors)
+    opened = Bundle.open(paper.replace(tmp_path / "b", "tables.safetensors", safetensors.numpy.save(tensors)))
+    with pytest.raises(BundleError) as caught:
+        opened.codec(0)
+    assert message in str(caught.value)
+
+
+def test_tables_survive_the_way_through_tensors() -> None:
+    tensors = paper_tables()
+    again = contextual.to_tensors(contextual.from_tensors(tensors, 1))
+    assert tensors.keys() == again.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(again[name], array)
+        assert again[name].dtype == array.dtype
+
+
+def test_a_failed_write_leaves_the_old_bundle(paper: Parts, tmp_path: Path) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    paper.manifest["tasks"] = [{"name": "defect", "labels": ["only one"]}]
+    with pytest.raises(BundleError, match="labels"):
+        paper.write(tmp_path / "b")
+    assert Bundle.open(tmp_path / "b").fingerprint == before
+
+
+def test_a_crash_while_writing_leaves_the_old_bundle(
+    paper: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        patched.setattr(Path, "write_bytes", lambda path, data: (_ for _ in ()).throw(OSError("disk full")))
+        paper.write(tmp_path / "b")
+    assert Bundle.open(tmp_path / "b").fingerprint == before
+    assert Bundle.open(paper.write(tmp_path / "b")).fingerprint == before  # remains of the crash are in no one's way
+
+
+def test_bytes_that_do_not_reach_the_disk_leave_the_old_bundle(
+    paper: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Bundle.open(paper.write(tmp_path / "b")).fingerprint
+    whole = Path.write_bytes
+    with monkeypatch.context() as patched, pytest.raises(BundleError, match="the manifest says"):
+        patched.setattr(Path, "write_bytes", lambda path, data: whole(path, data[:-1]))
+        paper.write(tmp_path / "b")
+    assert Bundle.open(tmp_path / "b").fingerprint == before
+
+
+def test_writing_replaces_every_old_file(paper: Parts, tmp_path: Path) -> None:
+    paper.files["extra"] = b"x"
+    paper.write(tmp_path / "b")
+    del paper.files["extra"]
+    paper.write(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", *sorted([*paper.files, "manifest.json"])]
+
+
+def test_writing_refuses_a_file_name_that_leaves_the_folder(paper: Parts, tmp_path: Path) -> None:
+    paper.files["../escaped"] = b"x"
+    with pytest.raises(BundleError, match="files"):
+        paper.write(tmp_path / "b")
+    assert not (tmp_path / "escaped").exists()
+
+
+def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "isthmus.models.bundle.bundle", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def test_the_module_is_a_command(paper: Parts, tmp_path: Path) -> None:
+    done = command("verify", paper.write(tmp_path / "b"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ok: ")
