@@ -20,11 +20,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.process_collector import ProcessCollector
 
 from isthmus.cloud_service.config import CloudConfig, Tls
-from isthmus.cloud_service.language.engine import Generation
-from isthmus.cloud_service.language.metrics import GenerationFamilies, GenerationMetrics
+from isthmus.cloud_service.language.engine import LanguageEngine
+from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
-from isthmus.cloud_service.vision.predictor import Answerer
+from isthmus.cloud_service.vision.predictor import Predictor
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.bundle.bundle import Bundle, read_manifest
 from isthmus.models.errors import BundleError, InvalidInput
@@ -52,7 +52,7 @@ async def serve(config: CloudConfig) -> None:
     """Run until SIGTERM or SIGINT, then drain. Raises BundleError or InvalidInput before the port opens."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    answerers = [Answerer(Bundle.open(folder)) for folder in config.bundles]
+    answerers = [Predictor(Bundle.open(folder)) for folder in config.bundles]
     for answerer in answerers:
         answerer.warm_up()
     bundles = tuple(answerer.info for answerer in answerers)
@@ -60,7 +60,7 @@ async def serve(config: CloudConfig) -> None:
     ProcessCollector(registry=registry)
     metrics = CloudMetrics(registry, bundles)
     worker = Worker({a.info.fingerprint: a for a in answerers}, config.batch, config.queue_limit, metrics)
-    families = GenerationFamilies(registry)
+    families = EngineMetricFamilies(registry)
     checkpoints = [Checkpoint.open(source) for source in config.models]
     handoffs = open_handoffs(config.handoffs, checkpoints)
     generations = [load_model(each, handoffs[each.fingerprint], config, families) for each in checkpoints]
@@ -125,12 +125,12 @@ def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) ->
 
 
 def load_model(
-    checkpoint: Checkpoint, handoffs: Sequence[Handoff], config: CloudConfig, families: GenerationFamilies
-) -> Generation:
+    checkpoint: Checkpoint, handoffs: Sequence[Handoff], config: CloudConfig, families: EngineMetricFamilies
+) -> LanguageEngine:
     """A language model, warm. Raises BundleError, ServiceError when its answers would depend on the batch."""
     decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
-    metrics = GenerationMetrics(families, checkpoint.name)
-    generation = Generation(checkpoint, decoder, config.context_bytes, metrics, handoffs)
+    metrics = EngineMetrics(families, checkpoint.name)
+    generation = LanguageEngine(checkpoint, decoder, config.context_bytes, metrics, handoffs)
     generation.warm_up()
     return generation
 

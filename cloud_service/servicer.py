@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from isthmus.cloud_service.language.engine import Generation
-from isthmus.cloud_service.language.sessions import Answers, Session
+from isthmus.cloud_service.language.engine import LanguageEngine
+from isthmus.cloud_service.language.sessions import EventQueue, Session
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, ServiceError, UnknownBundle
-from isthmus.models.language.session import Committed, ModelInfo, Opening
-from isthmus.models.messages import BundleInfo, CloudAnswer, ServiceInfo
+from isthmus.models.messages import BundleInfo, CloudReply, Committed, ModelInfo, Opening, ServiceInfo
 from isthmus.protos import limits, status, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -29,7 +28,7 @@ class Servicer(pb_grpc.IsthmusServicer):
     """isthmus.v1.Isthmus over one worker."""
 
     def __init__(
-        self, worker: Worker, info: ServiceInfo, metrics: CloudMetrics, generations: Sequence[Generation] = ()
+        self, worker: Worker, info: ServiceInfo, metrics: CloudMetrics, generations: Sequence[LanguageEngine] = ()
     ) -> None:
         self._worker = worker
         self._generations = {
@@ -74,7 +73,7 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def Generate(
         self, requests: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
-        talk = Talk(self._generations, self._metrics)
+        talk = GenerateHandler(self._generations, self._metrics)
         feeder = asyncio.create_task(talk.listen(requests))
         farewell = asyncio.create_task(self._farewell(talk.answers, Draining("the service is shutting down")))
         self._streams += 1
@@ -152,7 +151,7 @@ class Servicer(pb_grpc.IsthmusServicer):
         self._metrics.answered(method, code.name, time.monotonic() - started_s)
         return response
 
-    async def _submit(self, message: pb.InferRequest, remaining_s: float | None) -> CloudAnswer:
+    async def _submit(self, message: pb.InferRequest, remaining_s: float | None) -> CloudReply:
         try:
             request = wire.unpack_request(message)
         except IsthmusError as error:
@@ -168,16 +167,16 @@ class Servicer(pb_grpc.IsthmusServicer):
             raise
 
 
-class Talk:
+class GenerateHandler:
     """What one device says about one answer. `answers` ends with None after the last of a stream that half-closed."""
 
-    def __init__(self, generations: Mapping[bytes, Generation], metrics: CloudMetrics) -> None:
+    def __init__(self, generations: Mapping[bytes, LanguageEngine], metrics: CloudMetrics) -> None:
         self._generations = generations
         self._metrics = metrics
-        self._generation: Generation | None = None
+        self._generation: LanguageEngine | None = None
         self._session: Session | None = None
         self._opened = False  # or tried to
-        self.answers: Answers = asyncio.Queue()
+        self.answers: EventQueue = asyncio.Queue()
 
     async def listen(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
         """Take messages until the device half-closes. What is wrong with one is answered, and the next one read.

@@ -1,11 +1,19 @@
-"""Frozen values that flow between the rooms. No behaviour beyond what their fields imply."""
+"""Frozen values that flow between the rooms, of both wings. No behaviour beyond what their fields imply.
+
+photos      CloudRequest (a Payload and the tasks wanted) -> CloudReply
+language    Opening, then Round ... -> Committed ...
+Describe    ServiceInfo: a BundleInfo for each bundle, a ModelInfo for each language model
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
 
-from isthmus.models.language.session import ModelInfo
+from isthmus.models.errors import InvalidInput
+
+SESSION_BYTES = 16
+MAX_SEED = (1 << 63) - 1
 
 
 class Codec(IntEnum):
@@ -40,7 +48,7 @@ class CloudRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class CloudAnswer:
+class CloudReply:
     """Class probabilities of each task asked for, in the bundle's order, and what the cloud spent, in seconds."""
 
     probabilities: tuple[tuple[float, ...], ...]
@@ -72,6 +80,104 @@ class BundleInfo:
     name: str
     tasks: tuple[TaskInfo, ...]
     taps: tuple[TapInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """`temperature` 0 is greedy. Raises InvalidInput."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 2:
+            raise InvalidInput(f"temperature is {self.temperature}, expected 0 to 2")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInput(f"top_p is {self.top_p}, expected above 0, at most 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InvalidInput(f"seed is {self.seed}, expected 0 to {MAX_SEED}")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A session of `start` + len(tokens) tokens, of which the cloud should hold the first `start`.
+
+    `logprobs` None: none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8
+    bytes, of the bundle whose hidden states rounds bring; then `tokens` is empty. A state that decides a token, or has
+    done so, is coded at `rate`, those that others only attend to at `context_rate`.
+    """
+
+    model: bytes
+    session: bytes
+    start: int
+    tokens: tuple[int, ...]
+    crc32: int  # of all tokens of the session
+    sampling: Sampling = GREEDY
+    logprobs: int | None = None
+    handoff: bytes = b""
+    rate: int = 0
+    context_rate: int = 0
+    prefill_layers: int = 0  # that positions go through which decide no token; the rest is approximated; 0: all
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """ "From position `base` the text goes on with `draft`." Then the cloud may decode `extend` tokens by itself.
+
+    With `states`, one for each of the draft: from there the text is the draft, and `extend` 1 asks for what follows it,
+    which the last state decides. `decoded_from`: indices of states that have decided a token before.
+    """
+
+    base: int
+    draft: tuple[int, ...] = ()
+    extend: int = 0
+    states: tuple[bytes, ...] = ()
+    decoded_from: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms at temperature 1: of the committed token, and (id, value) of the likeliest."""
+
+    own: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """From position `base` the text is the first `accepted` of the draft, then `tokens`.
+
+    `base` is the round's, and both count tokens too that were committed before the round came; `logprobs` are of the
+    new ones alone, the last. Neither: the draft was stale, and `base` is the length of the text; or the text has ended.
+
+    Of a round with states: its `base`, and in `tokens` what follows its draft, if that was asked for.
+    """
+
+    base: int
+    accepted: int = 0
+    tokens: tuple[int, ...] = ()
+    extension: bool = False
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    passes: int = 0
+    held: int = 0
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a service says of a language model it holds."""
+
+    fingerprint: bytes
+    name: str
+    vocab: int
+    context: int
+    numerics: str
+    handoffs: tuple[bytes, ...] = ()  # fingerprints of the hand-off bundles whose states it takes
 
 
 @dataclass(frozen=True, slots=True)

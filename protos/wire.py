@@ -3,7 +3,7 @@
 Knows nothing about channels, queues or networks; `status` turns what is raised here into gRPC codes.
 
     CloudRequest -> pack_request -> InferRequest ~~~ InferRequest -> unpack_request -> CloudRequest
-    CloudAnswer  -> pack_answer -> InferResponse ~~~ InferResponse -> unpack_answer -> CloudAnswer or an error
+    CloudReply  -> pack_answer -> InferResponse ~~~ InferResponse -> unpack_answer -> CloudReply or an error
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from isthmus.models.errors import (
     PayloadTooLarge,
     UnsupportedVersion,
 )
-from isthmus.models.language.session import ModelInfo
 from isthmus.models.messages import (
     BundleInfo,
-    CloudAnswer,
+    CloudReply,
     CloudRequest,
     Codec,
+    ModelInfo,
     Payload,
     ServiceInfo,
     TapInfo,
@@ -112,7 +112,7 @@ def unpack_tasks(bits: int) -> tuple[int, ...]:
     return tuple(task for task in range(bits.bit_length()) if bits >> task & 1) or (0,)
 
 
-def pack_answer(request_id: int, answer: CloudAnswer) -> pb.InferResponse:
+def pack_answer(request_id: int, answer: CloudReply) -> pb.InferResponse:
     return pb.InferResponse(
         request_id=request_id,
         probabilities=itertools.chain.from_iterable(answer.probabilities),
@@ -126,7 +126,7 @@ def pack_error(request_id: int, error: Exception) -> pb.InferResponse:
     return pb.InferResponse(request_id=request_id, error=pb.Error(code=code.value[0], message=text))
 
 
-def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudAnswer:
+def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudReply:
     """`labels`: the number of classes of each task that was asked for, in the bundle's order.
 
     Raises the error that the response carries, or InvalidInput unless it holds as many probabilities, sum 1 a task.
@@ -140,7 +140,7 @@ def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudAnsw
     for answer in answers:
         if not all(0 <= p <= 1 for p in answer) or not math.isclose(sum(answer), 1, abs_tol=1e-3):
             raise InvalidInput("the cloud sent numbers that are not probabilities")
-    return CloudAnswer(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
+    return CloudReply(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
 
 
 def pack_service(info: ServiceInfo) -> pb.DescribeResponse:

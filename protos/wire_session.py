@@ -1,4 +1,4 @@
-"""isthmus.models.language.session <-> messages of `Generate`. Checked here, before anything is allocated for them.
+"""isthmus.models.messages <-> messages of `Generate`. Checked here, before anything is allocated for them.
 
 Opening, Round -> pack_opening, pack_round -> GenerateRequest ~~~ unpack_generate -> Opening or Round
 Committed -> pack_committed -> GenerateResponse ~~~ unpack_committed -> Committed or an error
@@ -15,8 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from isthmus.models.errors import InvalidInput, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
-from isthmus.models.language.sampling import Sampling
-from isthmus.models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
+from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
 from isthmus.protos import limits, status
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.wire import MICROSECONDS, microseconds
@@ -39,14 +38,14 @@ def pack_opening(opening: Opening) -> pb.GenerateRequest:
             handoff=int.from_bytes(opening.handoff[: limits.BUNDLE_ID_BYTES], "little"),
             rate=opening.rate,
             context_rate=opening.context_rate,
-            kept=opening.kept,
+            kept=opening.prefill_layers,
         )
     )
 
 
 def pack_round(round_: Round) -> pb.GenerateRequest:
     message = pb.Round(
-        base=round_.base, draft=round_.draft, extend=round_.extend, states=round_.states, decided=round_.decided
+        base=round_.base, draft=round_.draft, extend=round_.extend, states=round_.states, decided=round_.decoded_from
     )
     if round_.states:
         message.crc32 = states_checksum(message)
@@ -96,7 +95,7 @@ def unpack_opening(message: pb.Open) -> Opening:
         handoff=message.handoff.to_bytes(limits.BUNDLE_ID_BYTES, "little") if message.handoff else b"",
         rate=message.rate,
         context_rate=message.context_rate,
-        kept=message.kept,
+        prefill_layers=message.kept,
     )
 
 

@@ -14,23 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from isthmus.cloud_service.language.metrics import GenerationMetrics
-from isthmus.cloud_service.language.model_runner import Behind, Passed, Short, Whole
-from isthmus.cloud_service.language.sessions import IDLE_S, Answer, Answers, Session, Sessions
-from isthmus.cloud_service.vision.batching import Want, next_pass
+from isthmus.cloud_service.language.metrics import EngineMetrics
+from isthmus.cloud_service.language.model_runner import FullRunner, PrefixRunner, StepResult, SuffixRunner
+from isthmus.cloud_service.language.sessions import IDLE_S, EventQueue, Session, SessionEvent, Sessions
+from isthmus.cloud_service.vision.batching import Candidate, next_pass
 from isthmus.models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.session import ModelInfo, Opening, Round
 from isthmus.models.language.torch.decoder import Decoder, check_rows
+from isthmus.models.messages import ModelInfo, Opening, Round
 from isthmus.protos.limits import MAX_ROUNDS
 
 STAY_PASSES = 32  # how long a session at work keeps its whole state when others want the memory: less would only thrash
 
-Plan = list[tuple[Session, int]]  # rows of each session in a pass; all have the same layers
+StepPlan = list[tuple[Session, int]]  # rows of each session in a pass; all have the same layers
 
 
-class Generation:
+class LanguageEngine:
     """One language model over sessions within a memory budget; with hand-offs, of hidden states too."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Generation:
         checkpoint: Checkpoint,
         decoder: Decoder,
         budget_bytes: int,
-        metrics: GenerationMetrics,
+        metrics: EngineMetrics,
         handoffs: Sequence[Handoff] = (),
     ) -> None:
         """Raises BundleError when the fill of a hand-off does not fit the model."""
@@ -49,8 +49,8 @@ class Generation:
             checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics, fingerprints
         )
         self._decoder = decoder
-        self._whole = Whole(decoder, checkpoint.tokenizer.eos_ids, handoffs)
-        self._behind = {each.name: each for each in (Behind(handoff, decoder) for handoff in handoffs)}
+        self._whole = FullRunner(decoder, checkpoint.tokenizer.eos_ids, handoffs)
+        self._behind = {each.name: each for each in (SuffixRunner(handoff, decoder) for handoff in handoffs)}
         self._metrics = metrics
         self._sessions = Sessions(config, budget_bytes, metrics)
         self._passes = 0
@@ -73,7 +73,7 @@ class Generation:
             torch.set_num_threads(1)
             check_rows(self._decoder)
 
-    async def open(self, opening: Opening, answers: Answers) -> Session:
+    async def open(self, opening: Opening, answers: EventQueue) -> Session:
         """A session with these tokens, its state taken over as far as it is held. What follows goes to `answers`.
 
         Raises InvalidInput, UnknownBundle, ContextGone, Overloaded or Draining.
@@ -131,7 +131,7 @@ class Generation:
                 await self._arrival()
         self._thread.shutdown()
 
-    def _layers(self, opening: Opening) -> Whole | Behind:
+    def _layers(self, opening: Opening) -> FullRunner | SuffixRunner:
         """Raises UnknownBundle for a hand-off that is not this model's."""
         if not opening.handoff:
             return self._whole
@@ -172,7 +172,7 @@ class Generation:
         if session.ending:
             session.end()
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> StepPlan:
         """Rows of the next pass, for sessions that have memory: who is at work keeps it, who waits longest gets it."""
         waiting = [session for session in self._sessions if session.text.work is not None]
         stay = sorted(filter(self._stays, waiting), key=lambda session: (session.admitted, session.ticket))
@@ -186,7 +186,9 @@ class Generation:
                 break  # or small ones would overtake a large one for ever
             served[session.name] = session
         by_ticket = {session.ticket: session for session in served.values()}
-        wants = [Want(ticket, session.text.rows, session.served, due(session)) for ticket, session in by_ticket.items()]
+        wants = [
+            Candidate(ticket, session.text.rows, session.served, due(session)) for ticket, session in by_ticket.items()
+        ]
         return [(by_ticket[ticket], rows) for ticket, rows in next_pass(wants, self._decoder.width)]
 
     def _stays(self, session: Session) -> bool:
@@ -194,7 +196,7 @@ class Generation:
         at_work = work is not None and (work.passes > 0 or self._passes - session.admitted < STAY_PASSES)
         return at_work and session.text.cache is not None
 
-    async def _pass(self, plan: Plan) -> None:
+    async def _pass(self, plan: StepPlan) -> None:
         started_s = time.monotonic()
         for session, _ in plan:
             assert session.text.work is not None
@@ -205,12 +207,12 @@ class Generation:
             passed = await loop.run_in_executor(self._thread, layers.run, parts)
         except Exception:  # whatever went wrong, every device hears of it and the service lives on
             self._metrics.log_failure("pass failed")
-            passed = Passed([ServiceError("the pass failed") for _ in plan], sum(rows for _, rows in plan))
+            passed = StepResult([ServiceError("the pass failed") for _ in plan], sum(rows for _, rows in plan))
         self._passes += 1
         now_s = time.monotonic()
         if passed.rows:
             self._metrics.passed(passed.rows, self._decoder.width, now_s - started_s)
-        self._metrics.took(passed.rows if isinstance(layers, Behind) else 0, passed.filled)
+        self._metrics.took(passed.rows if isinstance(layers, SuffixRunner) else 0, passed.filled)
         for (session, _), answer in zip(plan, passed.outcomes, strict=True):
             session.served = self._passes
             if session.reading and answer is not None:
@@ -218,7 +220,7 @@ class Generation:
             self._answer(session, answer, now_s)
         self._sessions.measure()
 
-    def _answer(self, session: Session, answer: Answer | None, now_s: float) -> None:
+    def _answer(self, session: Session, answer: SessionEvent | None, now_s: float) -> None:
         if answer is None:
             return
         if isinstance(answer, IsthmusError):
@@ -241,7 +243,7 @@ class Generation:
         session.tell(error)
 
 
-def due(session: Session) -> Whole | Short | Behind:
+def due(session: Session) -> FullRunner | PrefixRunner | SuffixRunner:
     """The layers of its next rows."""
     return session.layers.due(session.text)
 

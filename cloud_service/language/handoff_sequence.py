@@ -10,27 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isthmus.cloud_service.language.sequence import Work
+from isthmus.cloud_service.language.sequence import ScheduledWork
 from isthmus.models.errors import InvalidInput, PayloadTooLarge
 from isthmus.models.language.handoff.kv_fill import EXACT_ROWS
-from isthmus.models.language.sampling import Floats, Sampling, choose, logprobs
-from isthmus.models.language.session import Committed, Logprobs, Opening, Round
+from isthmus.models.language.sampling import Floats, choose, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.messages import Committed, Logprobs, Opening, Round, Sampling
 
 FILL_ROWS = 32  # of one session beside a pass: decoding their states takes some 10 ms, which others wait
 
 
-class HandoffText:
+class HandoffSequence:
     """Tokens whose keys and values are in the cache of the layers behind the cut, and nothing else."""
 
     def __init__(self, tokens: Sequence[int], opening: Opening, max_state_bytes: int, context: int) -> None:
         """`max_state_bytes`: the bundle's own cap."""
         self.tokens = list(tokens)
         self.sampling: Sampling = opening.sampling
-        self.fill = opening.kept > 0
+        self.fill = opening.prefill_layers > 0
         self._opening = opening
         self.cache: KVCache | None = None
-        self.work: Work | None = None
+        self.work: ScheduledWork | None = None
         self._max_state_bytes = max_state_bytes
         self._context = context
 
@@ -46,8 +46,10 @@ class HandoffText:
 
     def begin(self, round_: Round, arrived_s: float) -> None:
         """Take up a round: the text ends at its `base`. One that is `lost` changes nothing."""
-        states, decided = round_.states, frozenset(round_.decided)
-        self.work = Work(round_.base, 0, round_.draft, round_.extend, False, arrived_s, states=states, decided=decided)
+        states, decided = round_.states, frozenset(round_.decoded_from)
+        self.work = ScheduledWork(
+            round_.base, 0, round_.draft, round_.extend, False, arrived_s, states=states, decided=decided
+        )
         if not self.lost:
             self.cut()
 

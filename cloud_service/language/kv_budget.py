@@ -12,7 +12,7 @@ SessionId = bytes
 
 
 @dataclass(slots=True)
-class Held:
+class HeldState:
     """One session's state: its size, when it was last used (monotonic seconds), whether a device is connected to it."""
 
     size_bytes: int
@@ -20,14 +20,14 @@ class Held:
     attached: bool
 
 
-class Contexts:
+class KVBudget:
     """A ledger with a budget in bytes. It never says more is held than the budget allows."""
 
     def __init__(self, budget_bytes: int, idle_s: float) -> None:
         self.budget_bytes = budget_bytes
         self._idle_s = idle_s
         self.held_bytes = 0
-        self._held: dict[SessionId, Held] = {}
+        self._held: dict[SessionId, HeldState] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -35,7 +35,7 @@ class Contexts:
     def record(self, session: SessionId, size_bytes: int, now_s: float, *, attached: bool) -> None:
         """A session was used and has this size now."""
         self.held_bytes += size_bytes - self._size(session)
-        self._held[session] = Held(size_bytes, now_s, attached)
+        self._held[session] = HeldState(size_bytes, now_s, attached)
 
     def detach(self, session: SessionId, now_s: float) -> None:
         """Its device has gone; what is held of it stays for now."""

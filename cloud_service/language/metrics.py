@@ -16,7 +16,7 @@ POSITIONS = ("run", "filled")
 log = logging.getLogger("isthmus.cloud")
 
 
-class GenerationFamilies:
+class EngineMetricFamilies:
     """Once a service, for all its language models; every name starts with isthmus_cloud_."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -45,10 +45,10 @@ class GenerationFamilies:
         )
 
 
-class GenerationMetrics:
+class EngineMetrics:
     """One instance a language model. Known labels exist from the start."""
 
-    def __init__(self, families: GenerationFamilies, model: str) -> None:
+    def __init__(self, families: EngineMetricFamilies, model: str) -> None:
         self._rows = {kind: families.rows.labels(model, kind) for kind in ROWS}
         self._drafts = {result: families.drafts.labels(model, result) for result in DRAFTS}
         self._state_rounds = {kind: families.state_rounds.labels(model, kind) for kind in STATE_ROUNDS}

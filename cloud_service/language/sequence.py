@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.handoff.kv_fill import FIRST_ROWS, exact_rows
 from isthmus.models.language.sampling import Floats, choose, logprobs
-from isthmus.models.language.session import Committed, Logprobs, Opening, Round
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.messages import Committed, Logprobs, Opening, Round
 
 
 @dataclass
-class Work:
+class ScheduledWork:
     """A round under way; `matched` tokens of its draft are confirmed so far."""
 
     base: int
@@ -49,16 +49,16 @@ class Work:
         )
 
 
-class Text:
+class TokenSequence:
     """A session's committed tokens and the cache of their keys and values (None: evicted, to be made again)."""
 
     def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
         self.tokens = list(tokens)
-        self.kept = opening.kept
-        guessed = len(tokens) - exact_rows(len(tokens)) if opening.kept else 0
-        self._guessed = range(FIRST_ROWS, max(guessed, FIRST_ROWS))  # rows that may skip the layers behind `kept`
+        self.prefill_layers = opening.prefill_layers
+        guessed = len(tokens) - exact_rows(len(tokens)) if opening.prefill_layers else 0
+        self._guessed = range(FIRST_ROWS, max(guessed, FIRST_ROWS))  # may skip the upper layers
         self.cache: KVCache | None = None
-        self.work: Work | None = None
+        self.work: ScheduledWork | None = None
         self._sampling, self._logprobs = opening.sampling, opening.logprobs
         self._eos_ids = eos_ids
         self._context = context
@@ -78,12 +78,12 @@ class Text:
         known = self.tokens[round_.base : round_.base + len(round_.draft)]
         if round_.base > length or list(round_.draft[: len(known)]) != known:
             if round_.extend and not self.finished:
-                self.work = Work(length, 0, (), round_.extend - 1, True, arrived_s)
+                self.work = ScheduledWork(length, 0, (), round_.extend - 1, True, arrived_s)
             return Committed(length)
         if self.finished:
             return Committed(round_.base, len(known), tuple(self.tokens[round_.base + len(known) :]))
         draft = round_.draft[len(known) :][: self._context - length - 1]
-        self.work = Work(round_.base, len(known), draft, round_.extend, False, arrived_s)
+        self.work = ScheduledWork(round_.base, len(known), draft, round_.extend, False, arrived_s)
         return None
 
     @property
@@ -120,7 +120,7 @@ class Text:
 
     @property
     def guesses(self) -> bool:
-        """Whether the rows that come next decide nothing, and may skip the layers behind `kept`."""
+        """Whether the rows that come next decide nothing, and may skip the layers behind `prefill_layers`."""
         return self._held in self._guessed
 
     def next_ids(self, count: int) -> list[int]:
@@ -163,13 +163,13 @@ class Text:
         assert work is not None
         self.work = None
         if work.extend and not self.finished:
-            self.work = Work(len(self.tokens), 0, (), work.extend - 1, True, now_s)
+            self.work = ScheduledWork(len(self.tokens), 0, (), work.extend - 1, True, now_s)
 
     @property
     def _held(self) -> int:
         return self.cache.length if self.cache is not None else 0
 
-    def _commit(self, work: Work, own: tuple[int, ...]) -> Committed:
+    def _commit(self, work: ScheduledWork, own: tuple[int, ...]) -> Committed:
         assert self.cache is not None
         length = len(self.tokens)
         unsent = self.tokens[work.base + work.skipped :]  # the draft ended inside of the text
@@ -178,6 +178,6 @@ class Text:
         self.cache.truncate(min(self.cache.length, length + work.matched))
         return work.committed((*unsent, *own), work.skipped + work.matched)
 
-    def _note(self, work: Work, logits_V: Floats, token: int) -> None:
+    def _note(self, work: ScheduledWork, logits_V: Floats, token: int) -> None:
         if self._logprobs is not None:
             work.logprobs.append(Logprobs(*logprobs(logits_V, token, self._logprobs)))

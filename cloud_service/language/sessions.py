@@ -12,20 +12,20 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
-from isthmus.cloud_service.language.kv_budget import Contexts
-from isthmus.cloud_service.language.metrics import GenerationMetrics
-from isthmus.cloud_service.language.model_runner import AnyText, Behind, Whole
+from isthmus.cloud_service.language.kv_budget import KVBudget
+from isthmus.cloud_service.language.metrics import EngineMetrics
+from isthmus.cloud_service.language.model_runner import AnySequence, FullRunner, SuffixRunner
 from isthmus.models.errors import ContextGone, InvalidInput, IsthmusError, Overloaded
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.drafts import shared_length
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos.wire_session import checksum
 
 MAX_SESSIONS = 4096  # texts kept, with or without state: a few kilobytes each
 IDLE_S = 600.0  # how long a state is kept that no device is connected to
 
-Answer = Committed | IsthmusError
-Answers = asyncio.Queue[Answer | None]
+SessionEvent = Committed | IsthmusError
+EventQueue = asyncio.Queue[SessionEvent | None]
 
 
 @dataclass(eq=False)
@@ -34,10 +34,10 @@ class Session:
 
     name: bytes
     ticket: int
-    layers: Whole | Behind
-    text: AnyText
-    answers: Answers
-    kept: int = 0  # of the opening: whose state was guessed is of no use to others
+    layers: FullRunner | SuffixRunner
+    text: AnySequence
+    answers: EventQueue
+    prefill_layers: int = 0  # of the opening: whose state was guessed is of no use to others
     rounds: deque[tuple[Round, float]] = field(default_factory=deque)
     attached: bool = True
     ending: bool = False  # the device has half-closed: None follows the last answer
@@ -46,7 +46,7 @@ class Session:
     reading: bool = False  # its state is not whole yet since it was given memory
     held: int = 0  # tokens whose state was there when it was opened; said once
 
-    def tell(self, answer: Answer) -> None:
+    def tell(self, answer: SessionEvent) -> None:
         """The first answer after an opening says how much was held. A device that has gone hears nothing."""
         if isinstance(answer, Committed) and self.held:
             answer, self.held = replace(answer, held=self.held), 0
@@ -62,9 +62,9 @@ class Session:
 class Sessions:
     """Texts by the name their device chose, and the memory of their states within a budget."""
 
-    def __init__(self, config: LlamaConfig, budget_bytes: int, metrics: GenerationMetrics) -> None:
+    def __init__(self, config: LlamaConfig, budget_bytes: int, metrics: EngineMetrics) -> None:
         self._config = config
-        self._contexts = Contexts(budget_bytes, IDLE_S)
+        self._contexts = KVBudget(budget_bytes, IDLE_S)
         self._metrics = metrics
         self._by_name: dict[bytes, Session] = {}
         self._tickets = itertools.count()
@@ -76,17 +76,19 @@ class Sessions:
         """False too for one that was opened again elsewhere."""
         return self._by_name.get(session.name) is session
 
-    def open(self, opening: Opening, layers: Whole | Behind, answers: Answers, passes: int) -> Session:
+    def open(self, opening: Opening, layers: FullRunner | SuffixRunner, answers: EventQueue, passes: int) -> Session:
         """A session of these tokens, with its former state. Raises InvalidInput, ContextGone, Overloaded."""
         former = self._by_name.get(opening.session)
-        heir = former is not None and (former.layers, former.kept) == (layers, opening.kept)
+        heir = former is not None and (former.layers, former.prefill_layers) == (layers, opening.prefill_layers)
         tokens = self._tokens(opening, former.text.tokens if former is not None and heir else [])
         if layers.empty.bytes_for(len(tokens)) > self._contexts.budget_bytes:
             raise self.too_large(len(tokens))
         if former is None and len(self._by_name) >= MAX_SESSIONS:
             self._forget_stalest()
         text = layers.new_text(tokens, opening)
-        session = Session(opening.session, next(self._tickets), layers, text, answers, opening.kept, served=passes)
+        session = Session(
+            opening.session, next(self._tickets), layers, text, answers, opening.prefill_layers, served=passes
+        )
         if former is not None:
             take_over(former, session, heir)
         self._by_name[session.name] = session
@@ -153,9 +155,9 @@ class Sessions:
     def _tokens(self, opening: Opening, known: list[int]) -> list[int]:
         """All tokens of the session, whose first ones are `known`. Raises InvalidInput, ContextGone."""
         self.check_ids(opening.tokens)
-        kept = known[: opening.start]
-        tokens = [*kept, *opening.tokens]
-        if len(kept) < opening.start or checksum(tokens) != opening.crc32:
+        held = known[: opening.start]
+        tokens = [*held, *opening.tokens]
+        if len(held) < opening.start or checksum(tokens) != opening.crc32:
             raise ContextGone(f"the first {opening.start} tokens of this session are not held here")
         if len(tokens) >= self._config.context:
             raise InvalidInput(f"{len(tokens)} tokens leave no room in the model's context of {self._config.context}")

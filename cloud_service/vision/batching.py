@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class QueuedInput:
     """One waiting input. Only inputs of equal `key` can share a batch. Times are monotonic seconds."""
 
     ticket: int
@@ -31,18 +31,18 @@ class BatchLimits:
 class BatchPlan:
     """`expired` is to be refused, `batch` computed now; without a batch, look again in `wait_s` (None: at arrival)."""
 
-    batch: tuple[Work, ...]
-    expired: tuple[Work, ...]
+    batch: tuple[QueuedInput, ...]
+    expired: tuple[QueuedInput, ...]
     wait_s: float | None
 
 
-def next_batch(queue: Sequence[Work], now_s: float, limits: BatchLimits) -> BatchPlan:
+def next_batch(queue: Sequence[QueuedInput], now_s: float, limits: BatchLimits) -> BatchPlan:
     """Plan the next batch of a queue in order of arrival.
 
     A full batch goes first; otherwise the key of the longest-waiting input, once that has waited enough.
     """
     expired = tuple(work for work in queue if work.deadline_s <= now_s)
-    groups: dict[Hashable, list[Work]] = {}
+    groups: dict[Hashable, list[QueuedInput]] = {}
     for work in queue:
         if work.deadline_s > now_s:
             groups.setdefault(work.key, []).append(work)
@@ -60,7 +60,7 @@ def next_batch(queue: Sequence[Work], now_s: float, limits: BatchLimits) -> Batc
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
+class Candidate:
     """Rows that one session could have in the next pass, and the number of the pass that last served it.
 
     Only wants of equal `kind` can share a pass.
@@ -72,7 +72,7 @@ class Want:
     kind: Hashable = None
 
 
-def next_pass(wants: Sequence[Want], width: int) -> list[tuple[int, int]]:
+def next_pass(wants: Sequence[Candidate], width: int) -> list[tuple[int, int]]:
     """(ticket, rows) of the next pass of `width` rows, at most.
 
     The least recently served come first, each with half a pass at most; what is left then goes to them in the same

@@ -34,7 +34,7 @@ class Decoded:
     rate: int
 
 
-class Answerer:
+class Predictor:
     """One bundle's codecs and tail."""
 
     def __init__(self, bundle: Bundle) -> None:

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.cloud_service.vision.batching import BatchLimits, Work, next_batch
-from isthmus.cloud_service.vision.predictor import Answerer, Kind, Probabilities
+from isthmus.cloud_service.vision.batching import BatchLimits, QueuedInput, next_batch
+from isthmus.cloud_service.vision.predictor import Kind, Predictor, Probabilities
 from isthmus.models.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
-from isthmus.models.messages import CloudAnswer, CloudRequest, Codec
+from isthmus.models.messages import CloudReply, CloudRequest, Codec
 from isthmus.protos.limits import BUNDLE_ID_BYTES
 
 MAX_WAITING_BYTES = 128 << 20  # thirty of the largest photos: a queue is bounded in bytes too
@@ -27,16 +27,16 @@ MAX_WAITING_BYTES = 128 << 20  # thirty of the largest photos: a queue is bounde
 class Waiting:
     """A queued input and whoever waits for its answer."""
 
-    work: Work
+    work: QueuedInput
     request: CloudRequest
-    answer: asyncio.Future[CloudAnswer]
+    answer: asyncio.Future[CloudReply]
 
 
 class Worker:
     """Accepts inputs until drained, answers each exactly once."""
 
     def __init__(
-        self, answerers: Mapping[bytes, Answerer], limits: BatchLimits, queue_limit: int, metrics: CloudMetrics
+        self, answerers: Mapping[bytes, Predictor], limits: BatchLimits, queue_limit: int, metrics: CloudMetrics
     ) -> None:
         """`answerers` by whole fingerprint; requests name the first 8 bytes of it."""
         self._answerers = {fingerprint[:BUNDLE_ID_BYTES]: answerer for fingerprint, answerer in answerers.items()}
@@ -49,7 +49,7 @@ class Worker:
         self._draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tail")
 
-    async def submit(self, request: CloudRequest) -> CloudAnswer:
+    async def submit(self, request: CloudRequest) -> CloudReply:
         """Queue one input and wait for its answer.
 
         Raises UnknownBundle, Overloaded (queue full), Draining, DeadlineExceeded, or what decoding and tail raise;
@@ -68,7 +68,7 @@ class Worker:
             raise Overloaded(f"{len(self._waiting)} inputs of {waiting_bytes} bytes are waiting already")
         now_s = time.monotonic()
         key = (request.fingerprint, kind_of(request))
-        work = Work(next(self._tickets), key, now_s, now_s + request.budget_s)
+        work = QueuedInput(next(self._tickets), key, now_s, now_s + request.budget_s)
         waiting = Waiting(work, request, asyncio.get_running_loop().create_future())
         self._waiting[work.ticket] = waiting
         self._metrics.queue_depth(len(self._waiting))
@@ -124,9 +124,9 @@ class Worker:
             else:
                 if waiting.work.deadline_s <= ended_s:
                     self._metrics.expired("compute")
-                self._finish(waiting, CloudAnswer(result, waited_s, ended_s - started_s))
+                self._finish(waiting, CloudReply(result, waited_s, ended_s - started_s))
 
-    def _finish(self, waiting: Waiting, result: CloudAnswer | IsthmusError) -> None:
+    def _finish(self, waiting: Waiting, result: CloudReply | IsthmusError) -> None:
         if waiting.answer.done():
             return
         if isinstance(result, IsthmusError):

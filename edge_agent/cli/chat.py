@@ -16,12 +16,12 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from isthmus.edge_agent.language.detokenize import AnswerText, Outcome, Shown, close, read
-from isthmus.edge_agent.language.request import Arm, Ask, Generator, Source
+from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, Shown, close, read
+from isthmus.edge_agent.language.request import Arm, GenerationRequest, Generator, Source
 from isthmus.edge_agent.policy.exits import Prices
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.language.checkpoint.tokenizer import Message
-from isthmus.models.language.sampling import GREEDY, Sampling
+from isthmus.models.messages import GREEDY, Sampling
 
 COLOURS: dict[Source, str] = {"edge": "green", "draft": "cyan", "cloud": "magenta"}
 LEGEND: dict[Source, str] = {"edge": "the device", "draft": "device, confirmed by the cloud", "cloud": "the cloud"}
@@ -129,7 +129,7 @@ class Chat:
         start_s = self._clock()
         events = self._generator.generate(self._ask())
         try:
-            for step in read(events, AnswerText(self._generator.tokenizer)):
+            for step in read(events, Detokenizer(self._generator.tokenizer)):
                 answer.total_s = self._clock() - start_s
                 if isinstance(step, Outcome):
                     answer.outcome = step
@@ -152,7 +152,7 @@ class Chat:
             colour = COLOURS[shown.token.source] if shown.token else ""
             self._console.print(Text(visible(shown.text), style=colour), end="", soft_wrap=True)
 
-    def _ask(self) -> Ask:
+    def _ask(self) -> GenerationRequest:
         """Raises InvalidInput when the last question alone is too long. Forgets the oldest messages for room."""
         context = self._generator.context
         system = [Message("system", self._settings.system)] if self._settings.system else []
@@ -165,7 +165,9 @@ class Chat:
             del self._messages[:2]
             self._note("the oldest question and answer are forgotten, the context is full")
         room = context - len(prompt)
-        return Ask(prompt, min(self._settings.max_tokens or room, room), self._arm, self._settings.sampling)
+        return GenerationRequest(
+            prompt, min(self._settings.max_tokens or room, room), self._arm, self._settings.sampling
+        )
 
     def _choose(self, name: str) -> None:
         arms = self._generator.arms()

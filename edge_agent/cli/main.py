@@ -17,7 +17,7 @@ from isthmus.edge_agent.policy.exits import Objective, Prices
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.result import page
 from isthmus.models.errors import InvalidInput, IsthmusError
-from isthmus.models.language.sampling import Sampling
+from isthmus.models.messages import Sampling
 from isthmus.models.vision.manifest import Precision
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)

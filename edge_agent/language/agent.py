@@ -1,9 +1,9 @@
 """Prompt to tokens: on the device alone, by the cloud alone, or drafted here and confirmed there.
 
-    Ask -> edge:   the device's own model, nothing leaves it
-        -> cloud:  prompt up, tokens down            (Collaboration without a draft)
-        -> verify: drafts up, confirmations down     (Collaboration with one)
-        -> handoff: exits here, coded rows up where none is sure    (Handover)
+    GenerationRequest -> edge:   the device's own model, nothing leaves it
+        -> cloud:  prompt up, tokens down            (VerifyArm without a draft)
+        -> verify: drafts up, confirmations down     (VerifyArm with one)
+        -> handoff: exits here, coded rows up where none is sure    (HandoffArm)
         -> auto:   whichever of these keeps the quality and is best now    (Auto)
 
 Knows nothing about text beyond the tokenizer it hands on, and nothing about HTTP.
@@ -19,14 +19,23 @@ from dataclasses import replace
 from functools import partial
 
 from isthmus.edge_agent.config import LanguageConfig
-from isthmus.edge_agent.language.arms.auto import Auto, Copy
-from isthmus.edge_agent.language.arms.handoff import Handover, Terms
-from isthmus.edge_agent.language.arms.verify import Collaboration, Tempo
+from isthmus.edge_agent.language.arms.auto import Auto, LocalModel
+from isthmus.edge_agent.language.arms.handoff import HandoffArm, HandoffSettings
+from isthmus.edge_agent.language.arms.verify import SpeculationStats, VerifyArm
 from isthmus.edge_agent.language.cloud_answer import ASKED, CloudAnswer
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Arm, Ask, Summary, Token, edge_token
-from isthmus.edge_agent.policy.arms import Doubts, Own, Plan, Shared, Wish, choose, level_for, offers
+from isthmus.edge_agent.language.request import Arm, GenerationRequest, Summary, Token, edge_token
+from isthmus.edge_agent.policy.arms import (
+    ArmPlan,
+    ConfidenceStats,
+    HandoffEstimate,
+    LocalEstimate,
+    RoutingGoal,
+    choose,
+    level_for,
+    offers,
+)
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.speculation import Acceptance
 from isthmus.edge_agent.transport.link import Link
@@ -72,8 +81,8 @@ class LanguageAgent:
         cuts = handoff.depths if handoff else ()
         decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads, cuts)
         self._decoder, self._model = decoder, ModelDraft(decoder)
-        self._shared: tuple[ExitingDecoder, Handoff, Terms] | None = None  # what the arm handoff needs
-        self._layers: Shared | None = None  # what that is worth
+        self._shared: tuple[ExitingDecoder, Handoff, HandoffSettings] | None = None  # what the arm handoff needs
+        self._layers: HandoffEstimate | None = None  # what that is worth
         judge, self._levels = None, tuple[Level, ...]()
         if handoff:
             exits = ExitingDecoder(handoff, small, decoder, config.threads)
@@ -83,14 +92,14 @@ class LanguageAgent:
                 judge, self._levels = found
         self._device = threading.Lock()  # the device's model has one cache
         prior = 1 - self._levels[0].wrong if self._levels else PRIOR_ACCEPTANCE[config.device_bits]
-        self._tempo = Tempo(acceptance=Acceptance(prior))
-        self._copy = Copy(self._logits, self.device_context, judge, Doubts(self._tempo.acceptance))
+        self._tempo = SpeculationStats(acceptance=Acceptance(prior))
+        self._copy = LocalModel(self._logits, self.device_context, judge, ConfidenceStats(self._tempo.acceptance))
         for _ in range(WARM_UP_TOKENS):
             started_s = time.monotonic()
             decoder.extend([0])
             self._tempo.draft_s.observe(time.monotonic() - started_s)
         decoder.truncate(0)
-        self._lookup_tempo = Tempo()
+        self._lookup_tempo = SpeculationStats()
         self._lookup_tempo.draft_s.observe(0.0)
         links = [self._link(target, checkpoint) for target in config.clouds]
         self.replicas = Replicas(links, checkpoint.fingerprint, config.wait_s)
@@ -103,7 +112,7 @@ class LanguageAgent:
             return ("auto", "edge")
         return ("auto", "edge", "cloud", "verify", *(("handoff",) if self._shared else ()))
 
-    def generate(self, ask: Ask) -> Iterator[Token | Summary]:
+    def generate(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. Closing it ends the cloud session. Raises IsthmusError."""
         ask = self._checked(ask)
         return self._counted(self._answered(ask))
@@ -121,7 +130,7 @@ class LanguageAgent:
     def _link(self, target: str, checkpoint: Checkpoint) -> Link:
         return Link(target, checkpoint.fingerprint, (checkpoint.config.vocab,), self.config.tls, BREAKER)
 
-    def _checked(self, ask: Ask) -> Ask:
+    def _checked(self, ask: GenerationRequest) -> GenerationRequest:
         """The ask, its answer no longer than the context leaves room for."""
         context = self.device_context if ask.arm in ("edge", "handoff") else self.context
         if ask.arm not in self.arms():
@@ -142,14 +151,14 @@ class LanguageAgent:
             raise InvalidInput(f"quality is {ask.quality}, expected 0 to 1")
         return replace(ask, max_tokens=min(ask.max_tokens, room))
 
-    def _answered(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+    def _answered(self, ask: GenerationRequest) -> Generator[Token | Summary, None, None]:
         if ask.arm == "edge" or not self.config.clouds:
             return self._edge(ask)
         if ask.arm == "handoff":
             return self._handover(ask)
         return self._auto(ask) if ask.arm == "auto" else self._with_cloud(ask)
 
-    def _edge(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+    def _edge(self, ask: GenerationRequest) -> Generator[Token | Summary, None, None]:
         text, why = list(ask.prompt), ASKED if ask.arm == "edge" else "no cloud is configured"
         with self._device:
             for made in range(1, ask.max_tokens + 1):
@@ -161,17 +170,17 @@ class LanguageAgent:
                     return
         yield Summary("length", len(ask.prompt), ask.max_tokens, "edge", why)
 
-    def _with_cloud(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+    def _with_cloud(self, ask: GenerationRequest) -> Generator[Token | Summary, None, None]:
         with self._device_if_free() as mine:
             yield from told(ask, self._begun(ask, mine))
 
-    def _handover(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+    def _handover(self, ask: GenerationRequest) -> Generator[Token | Summary, None, None]:
         with self._device:
             yield from told(ask, self._begun(ask, True))
 
-    def _auto(self, ask: Ask) -> Generator[Token | Summary, None, None]:
+    def _auto(self, ask: GenerationRequest) -> Generator[Token | Summary, None, None]:
         quality = self.config.quality if ask.quality is None else ask.quality
-        wish = Wish(quality, self.config.objective, self.config.prices)
+        wish = RoutingGoal(quality, self.config.objective, self.config.prices)
         with self._device_if_free() as mine:
             copy = self._copy if mine else None
             route, begin = partial(self._plan, wish), partial(self._begun, mine=mine)
@@ -187,24 +196,24 @@ class LanguageAgent:
             if mine:
                 self._device.release()
 
-    def _begun(self, ask: Ask, mine: bool) -> CloudAnswer:
+    def _begun(self, ask: GenerationRequest, mine: bool) -> CloudAnswer:
         """An answer by one of the cloud's arms. `mine`: it may use the device's model."""
         alone = partial(self._alone, ask) if mine and self.config.on_loss == "alone" else None
         if ask.arm == "handoff":
             assert self._shared is not None
-            return Handover(ask, self.tokenizer.eos_ids, self.replicas, *self._shared, alone)
+            return HandoffArm(ask, self.tokenizer.eos_ids, self.replicas, *self._shared, alone)
         draft = self._draft(ask, mine)
         tempo = self._lookup_tempo if isinstance(draft, LookupDraft) else self._tempo
         layers = self.config.prefill_layers
-        return Collaboration(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone, layers)
+        return VerifyArm(ask, self.tokenizer.eos_ids, self.replicas, tempo, draft, alone, layers)
 
-    def _plan(self, wish: Wish, usable: bool, now: Arm | None) -> Plan:
+    def _plan(self, wish: RoutingGoal, usable: bool, now: Arm | None) -> ArmPlan:
         """What the router says, by what is believed at present. `usable`: the device's copy can go on."""
         link = self.replicas.best() or next(iter(self.replicas))
         tempo = self._lookup_tempo if self.config.draft == "lookup" else self._tempo
         own = None
         if usable and wish.quality <= 0:
-            own = Own(likely=0, asked=0)
+            own = LocalEstimate(likely=0, asked=0)
         elif usable and wish.quality < 1 and (level := level_for(self._levels, wish.quality)):
             own = self._copy.doubts.on(level)
         drafts = usable or self.config.draft == "lookup"
@@ -212,13 +221,13 @@ class LanguageAgent:
         found = offers(wish, tempo.pace(link), drafts, self._tempo.draft_s.value, own, layers)
         return choose(found, wish, now)
 
-    def _draft(self, ask: Ask, mine: bool) -> Draft | None:
+    def _draft(self, ask: GenerationRequest, mine: bool) -> Draft | None:
         if ask.arm == "verify" and self.config.draft == "lookup":
             return LookupDraft()
         fits = len(ask.prompt) < self.device_context  # beyond it, in mid-answer, the cloud goes on by itself
         return self._model if ask.arm == "verify" and mine and fits else None
 
-    def _alone(self, ask: Ask, text: Sequence[int]) -> Token | None:
+    def _alone(self, ask: GenerationRequest, text: Sequence[int]) -> Token | None:
         if len(text) > self.device_context:
             return None
         return edge_token(self._logits(text), ask, len(text))
@@ -237,10 +246,10 @@ class LanguageAgent:
         return self._metrics.watch(events)
 
 
-def terms_of(manifest: HandoffManifest, config: LanguageConfig) -> Terms:
+def terms_of(manifest: HandoffManifest, config: LanguageConfig) -> HandoffSettings:
     """When exits are believed and how rows cross, as the owner wants it. Raises InvalidInput."""
     likely = least_likely(manifest.thresholds, config.agreement)
-    return Terms(likely, point_of(manifest, config.state_point), config.fill)
+    return HandoffSettings(likely, point_of(manifest, config.state_point), config.fill)
 
 
 def point_of(manifest: HandoffManifest, index: int | None) -> StatePoint:
@@ -254,15 +263,15 @@ def point_of(manifest: HandoffManifest, index: int | None) -> StatePoint:
     return points[index]
 
 
-def shared_of(manifest: HandoffManifest, terms: Terms, config: LlamaConfig) -> Shared:
+def shared_of(manifest: HandoffManifest, terms: HandoffSettings, config: LlamaConfig) -> HandoffEstimate:
     """What layers shared are worth on these terms, as the bundle measured it."""
     found = min(manifest.thresholds, key=lambda threshold: abs(threshold.confidence - terms.likely))
     decided = found.coverage if terms.likely <= 1 else 0.0
     right = decided * found.agreement + (1 - decided) * terms.point.agreement
-    return Shared(right, 1 - decided, 1 - manifest.depth / config.layers, terms.point.mean_bytes)
+    return HandoffEstimate(right, 1 - decided, 1 - manifest.depth / config.layers, terms.point.mean_bytes)
 
 
-def told(ask: Ask, answer: CloudAnswer | Auto) -> Generator[Token | Summary, None, None]:
+def told(ask: GenerationRequest, answer: CloudAnswer | Auto) -> Generator[Token | Summary, None, None]:
     """An answer's tokens and last its summary; however it ends, its session is remembered."""
     made = 0
     try:
@@ -275,7 +284,7 @@ def told(ask: Ask, answer: CloudAnswer | Auto) -> Generator[Token | Summary, Non
         answer.close()
 
 
-def summary(ask: Ask, answer: CloudAnswer | Auto, made: int) -> Summary:
+def summary(ask: GenerationRequest, answer: CloudAnswer | Auto, made: int) -> Summary:
     tally = answer.tally
     return Summary(
         finish=answer.finish,

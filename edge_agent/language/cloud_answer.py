@@ -11,11 +11,11 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Arm, Ask, Growing, Span, Token
-from isthmus.edge_agent.transport.generate_stream import Conversation
+from isthmus.edge_agent.language.request import AnswerSequence, Arm, GenerationRequest, Span, Token
+from isthmus.edge_agent.transport.generate_stream import GenerateStream
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
-from isthmus.models.language.session import Committed
+from isthmus.models.messages import Committed
 
 ALIVE_S = 0.7  # a cloud that does not answer a Describe within this is lost
 PATIENCE_S = 120.0  # for one answer of a cloud that is alive: a long prompt behind many others
@@ -25,7 +25,7 @@ ASKED = "asked for"
 
 
 @dataclass
-class Tally:
+class GenerationStats:
     """Counts for the Summary."""
 
     accepted: int = 0
@@ -50,7 +50,7 @@ class Tally:
         else:
             self.spans.append(Span(arm, 1, why))
 
-    def add(self, part: Tally) -> None:
+    def add(self, part: GenerationStats) -> None:
         """Count what another arm spent on its part of the answer."""
         if not self.bytes_up:
             self.cached = part.cached  # later parts find what this answer left there
@@ -68,12 +68,12 @@ class Tally:
         self.why = part.why if part.why != ASKED else self.why
 
 
-class CloudAnswer(Growing, ABC):
+class CloudAnswer(AnswerSequence, ABC):
     """`tokens` yields one answer, once; `tally` may be read at any time."""
 
     def __init__(
         self,
-        ask: Ask,
+        ask: GenerationRequest,
         eos_ids: frozenset[int],
         replicas: Replicas,
         alone: Callable[[list[int]], Token | None] | None,
@@ -87,7 +87,7 @@ class CloudAnswer(Growing, ABC):
         self._replicas, self._alone = replicas, alone
         self._reopened: int | None = None  # tokens made when the cloud last had to be brought everything again
         self._seat = replicas.seat(ask.prompt, kind)
-        self.tally = Tally()
+        self.tally = GenerationStats()
 
     def tokens(self) -> Generator[Token, None, None]:
         """Committed tokens. Raises what the cloud says of a wrong request, and LinkDown when nobody can go on."""
@@ -137,7 +137,7 @@ class CloudAnswer(Growing, ABC):
             raise LinkDown("the cloud keeps losing this session")
         self._reopened = self._made
 
-    def _receive(self, conversation: Conversation, link: Link) -> Committed:
+    def _receive(self, conversation: GenerateStream, link: Link) -> Committed:
         """The next answer of a cloud that is alive, however slow. Raises ContextGone when it lacks the session."""
         patience_s = time.monotonic() + PATIENCE_S
         while True:
@@ -147,7 +147,7 @@ class CloudAnswer(Growing, ABC):
                 if time.monotonic() > patience_s or not link.alive(ALIVE_S):
                     raise LinkDown("the cloud does not answer any more") from None
 
-    def _end(self, conversation: Conversation, link: Link) -> None:
+    def _end(self, conversation: GenerateStream, link: Link) -> None:
         """Close a conversation, and count what it carried."""
         conversation.close()
         self.tally.bytes_up += conversation.bytes_up

@@ -41,7 +41,7 @@ class Outcome:
 Step = tuple[Shown, ...] | Outcome
 
 
-class AnswerText:
+class Detokenizer:
     """The text of one answer, token by token. `stopped` once a stop string is complete."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
@@ -120,7 +120,7 @@ def clip(held: Sequence[Shown], cut: int) -> tuple[Shown, ...]:
     return tuple(kept)
 
 
-def read(events: Iterator[Token | Summary], text: AnswerText) -> Iterator[Step]:
+def read(events: Iterator[Token | Summary], text: Detokenizer) -> Iterator[Step]:
     """A step for each token, often an empty one, and last the Outcome. `events` are closed in any case.
 
     Raises what they raise, and RuntimeError when they end without a Summary.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import LinkDown
 from isthmus.models.language.drafts import shared_length
-from isthmus.models.language.session import SESSION_BYTES
+from isthmus.models.messages import SESSION_BYTES
 
 KEPT_SEATS = 32  # sessions remembered for the next turn of their chats
 WORTH_TOKENS = 16  # a shorter common beginning is not worth a session of its own
@@ -22,7 +22,7 @@ LOOK_S = 0.02
 
 
 @dataclass
-class Seat:
+class SessionHandle:
     """A session in a cloud: its name and kind there, where, and how many of `tokens` it should hold."""
 
     session: bytes
@@ -40,7 +40,7 @@ class Replicas:
         self.fingerprint = fingerprint
         self._links = list(links)
         self._wait_s = wait_s
-        self._seats: list[Seat] = []
+        self._seats: list[SessionHandle] = []
         self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
@@ -68,19 +68,19 @@ class Replicas:
             time.sleep(LOOK_S)
         return link
 
-    def seat(self, prompt: Sequence[int], kind: bytes = b"") -> Seat:
+    def seat(self, prompt: Sequence[int], kind: bytes = b"") -> SessionHandle:
         """The kept session of this kind that shares most with `prompt`, taken out for this answer, or a new one."""
         with self._lock:
             seats = [seat for seat in self._seats if seat.kind == kind]
             best = max(seats, key=lambda seat: shared_length(seat.tokens, prompt), default=None)
             held = shared_length(best.tokens, prompt[:-1]) if best is not None else 0
             if best is None or held < WORTH_TOKENS:
-                return Seat(secrets.token_bytes(SESSION_BYTES), kind=kind)
+                return SessionHandle(secrets.token_bytes(SESSION_BYTES), kind=kind)
             self._seats.remove(best)
             best.held = held
             return best
 
-    def keep(self, seat: Seat, text: Sequence[int]) -> None:
+    def keep(self, seat: SessionHandle, text: Sequence[int]) -> None:
         """Remember a session after its answer."""
         if seat.held:
             seat.tokens = tuple(text[: seat.held])

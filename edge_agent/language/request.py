@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from isthmus.models.language.sampling import GREEDY, Floats, Sampling, choose, logprobs
-from isthmus.models.language.session import Logprobs
+from isthmus.models.language.sampling import Floats, choose, logprobs
+from isthmus.models.messages import GREEDY, Logprobs, Sampling
 
 if TYPE_CHECKING:
     from isthmus.models.language.checkpoint.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ Source = Literal["edge", "cloud", "draft"]  # draft: made on the device and conf
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class GenerationRequest:
     """One answer wanted. `top_logprobs` None: no log probabilities; 0: the token's own; n: the n likeliest as well.
 
     `quality`, for auto: the share of its tokens that are to be what the cloud's model would choose; None: the owner's.
@@ -42,7 +42,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def edge_token(logits_V: Floats, ask: Ask, position: int) -> Token:
+def edge_token(logits_V: Floats, ask: GenerationRequest, position: int) -> Token:
     """A token that the device decides by itself."""
     id_ = choose(logits_V, ask.sampling, position)
     if ask.top_logprobs is None:
@@ -55,10 +55,10 @@ def cloud_token(id_: int, source: Source, row: Logprobs | None) -> Token:
     return Token(id_, source, row.own if row else None, row.top if row else ())
 
 
-class Growing:
+class AnswerSequence:
     """An answer's text, which is here and grows here, until it ends or is as long as was asked for."""
 
-    def __init__(self, ask: Ask, eos_ids: frozenset[int]) -> None:
+    def __init__(self, ask: GenerationRequest, eos_ids: frozenset[int]) -> None:
         self._ask, self._eos_ids = ask, eos_ids
         self._text = list(ask.prompt)
         self._finished = False
@@ -130,7 +130,7 @@ class Generator(Protocol):
     def arms(self) -> tuple[Arm, ...]:
         """Those that can be asked for now: without a cloud only edge, and auto, which is edge then."""
 
-    def generate(self, ask: Ask) -> Iterator[Token | Summary]:
+    def generate(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. A generator that blocks; closing it ends the cloud session.
 
         Raises IsthmusError.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from isthmus.edge_agent.language.request import Arm
 from isthmus.edge_agent.policy.estimates import Average
 from isthmus.edge_agent.policy.exits import Objective, Prices
-from isthmus.edge_agent.policy.speculation import Acceptance, Pace
+from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
 from isthmus.models.language.handoff.manifest import Level
 
 KNOWN_TOKENS, PRIOR_TOKENS = 128, 32  # that say how often the device asks: the last ones, and the bundle's word
@@ -35,7 +35,7 @@ ROUND_BYTES = 60.0  # of a round of drafts, or of a question for one token
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class HandoffEstimate:
     """Layers shared: overall share of right tokens, share that the cloud completes, and of a pass for one of these."""
 
     quality: float
@@ -45,7 +45,7 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class RoutingGoal:
     """What the owner wants. `quality`: share of tokens that are to be the cloud model's choice."""
 
     quality: float
@@ -54,7 +54,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class ArmEstimate:
     """An arm that keeps the quality, with what a token costs by it. `likely` and `asked` as in Level, for `edge`."""
 
     arm: Arm
@@ -69,7 +69,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ArmPlan:
     """The arm for the next tokens. On `edge` the cloud is asked for those that are less than `likely` to be right.
 
     `asked`: which share that will be, as far as anybody knows. `reckoned_s`: what a token will take, before what was
@@ -84,7 +84,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class LocalEstimate:
     """The device's copy at a level: it asks for the share `asked`, of tokens less than `likely` to be right.
 
     overhead_s: of a question, beyond round trip and pass. guessed: share of questions that are answered as it guessed.
@@ -97,11 +97,11 @@ class Own:
     guessed: float = GUESSED
     slowness: float = 1.0
 
-    def token_s(self, pace: Pace, device_s: float) -> float:
+    def token_s(self, pace: LatencyModel, device_s: float) -> float:
         """What a token takes, at `device_s` each where it is sure."""
         return self.slowness * (device_s + self.asked * self.question_s(pace, device_s))
 
-    def question_s(self, pace: Pace, device_s: float) -> float:
+    def question_s(self, pace: LatencyModel, device_s: float) -> float:
         """What a question takes, less what the device, at `device_s` a token, decides meanwhile: until it doubts again.
 
         That counts if its guess was right.
@@ -113,7 +113,7 @@ class Own:
         return whole_s - self.guessed * min(run * device_s, whole_s)
 
 
-class Doubts:
+class ConfidenceStats:
     """How sure the device's judge was of late, and so what share it will ask for: texts differ from one another."""
 
     def __init__(self, acceptance: Acceptance | None = None) -> None:
@@ -133,13 +133,13 @@ class Doubts:
         self._guesses.append(guessed)
         self._overhead_s.observe(overhead_s)
 
-    def on(self, level: Level) -> Own:
+    def on(self, level: Level) -> LocalEstimate:
         """With the share that will be asked for: by what the bundle says and what was seen."""
         seen = sum(likely < level.likely for likely in self._likely)
         asked = (PRIOR_TOKENS * level.asked + seen) / (PRIOR_TOKENS + len(self._likely))
         guessed = (PRIOR_GUESSES * GUESSED + sum(self._guesses)) / (PRIOR_GUESSES + len(self._guesses))
         slowness = (RECKONED_S + self._took_s) / (RECKONED_S + self._reckoned_s)
-        return Own(level.likely, asked, self._overhead_s.value, guessed, slowness)
+        return LocalEstimate(level.likely, asked, self._overhead_s.value, guessed, slowness)
 
     def took(self, seconds: float, reckoned_s: float) -> None:
         """What some tokens took, and what had been reckoned for them."""
@@ -158,8 +158,13 @@ def level_for(levels: Sequence[Level], quality: float) -> Level | None:
 
 
 def offers(
-    wish: Wish, pace: Pace, drafts: bool, device_s: float, own: Own | None, shared: Shared | None
-) -> list[Offer]:
+    wish: RoutingGoal,
+    pace: LatencyModel,
+    drafts: bool,
+    device_s: float,
+    own: LocalEstimate | None,
+    shared: HandoffEstimate | None,
+) -> list[ArmEstimate]:
     """Every arm that keeps the wished quality. `drafts`: whether the device can draft at present, at this `pace`.
 
     `own`: how its copy keeps it, at `device_s` a token; None: not at all.
@@ -168,19 +173,19 @@ def offers(
     if drafts and not pace.streams:
         seconds = pace.drafting_s
         rounds = 1 / pace.drafts + 1 - pace.acceptance  # about: one ends full, or at a wrong draft
-        found = [Offer("verify", seconds, prices.usd(rounds * ROUND_BYTES, rounds * pace.pass_s, seconds))]
+        found = [ArmEstimate("verify", seconds, prices.usd(rounds * ROUND_BYTES, rounds * pace.pass_s, seconds))]
     else:
-        found = [Offer("cloud", pace.stream_s, prices.usd(STREAM_BYTES, pace.pass_s, 0.0))]
+        found = [ArmEstimate("cloud", pace.stream_s, prices.usd(STREAM_BYTES, pace.pass_s, 0.0))]
     if own is not None:
         usd = prices.usd(own.asked * ROUND_BYTES, own.asked * pace.pass_s, device_s)
-        found.append(Offer("edge", own.token_s(pace, device_s), usd, own.likely, own.asked, own.slowness))
+        found.append(ArmEstimate("edge", own.token_s(pace, device_s), usd, own.likely, own.asked, own.slowness))
     if shared is not None and shared.quality >= wish.quality:
         usd = prices.usd(shared.state_bytes, shared.asked * shared.work * pace.pass_s, device_s)
-        found.append(Offer("handoff", device_s + shared.asked * (pace.rtt_s + pace.pass_s), usd))
+        found.append(ArmEstimate("handoff", device_s + shared.asked * (pace.rtt_s + pace.pass_s), usd))
     return found
 
 
-def choose(offers: Sequence[Offer], wish: Wish, now: Arm | None) -> Plan:
+def choose(offers: Sequence[ArmEstimate], wish: RoutingGoal, now: Arm | None) -> ArmPlan:
     """The fastest or the cheapest; the arm at work keeps its place unless another is clearly better."""
     best = min(offers, key=lambda offer: offer.cost(wish.objective))
     here = next((offer for offer in offers if offer.arm == now), best)
@@ -188,10 +193,10 @@ def choose(offers: Sequence[Offer], wish: Wish, now: Arm | None) -> Plan:
         best = here
     others = [offer for offer in offers if offer is not best]
     why = f"{wish.objective} at {wish.quality:g}: {told(best, others, wish.objective)}"
-    return Plan(best.arm, best.likely, why, best.asked, best.seconds / best.slowness)
+    return ArmPlan(best.arm, best.likely, why, best.asked, best.seconds / best.slowness)
 
 
-def told(best: Offer, others: Sequence[Offer], objective: Objective) -> str:
+def told(best: ArmEstimate, others: Sequence[ArmEstimate], objective: Objective) -> str:
     return " against ".join(
         f"{offer.arm} {1000 * offer.seconds:.0f} ms" + (f" {1e6 * offer.usd:.2f} µ$" if objective == "cheapest" else "")
         for offer in [best, *others]

@@ -28,7 +28,7 @@ class Prices:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class OperatingPoint:
     """An operating point of the bottlenecks: indices of a tap, of one of its widths and of one of its rates."""
 
     tap: int
@@ -37,14 +37,14 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class RouteEstimate:
     """One way on, with what it is expected to take from here. `point` for split; `name` is for a person."""
 
     route: Literal["continue", "split", "offload"]
     name: str
     seconds: float
     usd: float
-    point: Point | None = None
+    point: OperatingPoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +64,28 @@ class Situation:
 
     exit_name: str | None
     confidence: float | None
-    options: Sequence[Option]
+    options: Sequence[RouteEstimate]
     left_s: float
     cloud_refused: str | None
     no_exit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RoutePlan:
     """What to do, and why in one line."""
 
     route: Route
     why: str
-    point: Point | None = None
+    point: OperatingPoint | None = None
 
 
-def plan(situation: Situation, goal: Goal) -> Plan:
+def plan(situation: Situation, goal: Goal) -> RoutePlan:
     """The next step of one input; a pure function of its arguments."""
     confidence, no_exit = situation.confidence, situation.no_exit
     if no_exit is None and confidence is not None and confidence >= goal.exit_confidence:
-        return Plan("exit", f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} is enough")
+        return RoutePlan(
+            "exit", f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} is enough"
+        )
     unsure = ""
     if no_exit is not None:
         unsure = f"{no_exit}; "
@@ -92,23 +94,23 @@ def plan(situation: Situation, goal: Goal) -> Plan:
     options = [o for o in situation.options if o.route == "continue" or o.seconds <= situation.left_s]
     if not options:
         reason = situation.cloud_refused or f"nothing answers within the {1000 * situation.left_s:.0f} ms left"
-        return Plan("fallback", f"{unsure}{reason}; {situation.exit_name} is the best there is")
+        return RoutePlan("fallback", f"{unsure}{reason}; {situation.exit_name} is the best there is")
     ranked = sorted(options, key=lambda option: option.seconds if goal.objective == "fastest" else option.usd)
     best = ranked[0]
     if situation.cloud_refused and best.route == "continue":
-        return Plan("continue", f"{unsure}{situation.cloud_refused}")
+        return RoutePlan("continue", f"{unsure}{situation.cloud_refused}")
     others = ", ".join(describe(option) for option in rivals(ranked))
     against = f" against {others}" if others else ""
-    return Plan(best.route, f"{unsure}{goal.objective}: {describe(best)}{against}", best.point)
+    return RoutePlan(best.route, f"{unsure}{goal.objective}: {describe(best)}{against}", best.point)
 
 
-def rivals(ranked: Sequence[Option]) -> list[Option]:
+def rivals(ranked: Sequence[RouteEstimate]) -> list[RouteEstimate]:
     """The best option of each way but the first one's, of a tap too: to name every rate and width would say less."""
-    ways: dict[tuple[str, int | None], Option] = {}
+    ways: dict[tuple[str, int | None], RouteEstimate] = {}
     for option in ranked:
         ways.setdefault((option.route, option.point.tap if option.point else None), option)
     return list(ways.values())[1:]
 
 
-def describe(option: Option) -> str:
+def describe(option: RouteEstimate) -> str:
     return f"{option.name} {1000 * option.seconds:.0f} ms {1e6 * option.usd:.2f} µ$"

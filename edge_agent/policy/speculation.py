@@ -29,7 +29,7 @@ Step = Literal["draft", "send", "wait"]
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class LatencyModel:
     """What things cost now, and how often a draft is right."""
 
     rtt_s: float
@@ -75,7 +75,7 @@ class Pace:
         return self.drafting_s > MARGIN * self.stream_s
 
 
-def next_step(pace: Pace, confidences: Sequence[float], sent: int, under_way: int, exhausted: bool) -> Step:
+def next_step(pace: LatencyModel, confidences: Sequence[float], sent: int, under_way: int, exhausted: bool) -> Step:
     """What to do with drafts of these calibrated confidences, the first `sent` of which are in rounds under way.
 
     `exhausted`: the source has no idea how to go on, or nothing may follow.
@@ -128,7 +128,7 @@ class Acceptance:
         return min(max(int(confidence * BINS), 0), BINS - 1)
 
 
-class Measured:
+class MeasuredLatency:
     """Seconds a token that drafting really took lately."""
 
     def __init__(self) -> None:

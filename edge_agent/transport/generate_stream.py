@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from isthmus.models.errors import ContextGone, DeadlineExceeded, IsthmusError, LinkDown
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos import status, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -26,21 +26,21 @@ GRPC_PREFIX_BYTES = 5  # flag and length before each message
 
 
 @dataclass(frozen=True, slots=True)
-class ConversationReply:
+class StreamObservation:
     """What an answer says of the link: `elapsed_s` without the cloud's own time; None when it says nothing."""
 
     up_bytes: int
     elapsed_s: float | None
 
 
-class Conversation:
+class GenerateStream:
     """Ends with the first failure, which every later call raises."""
 
     def __init__(
         self,
         stub: pb_grpc.IsthmusStub,
         vocab: int,
-        heard: Callable[[ConversationReply | IsthmusError], None],
+        heard: Callable[[StreamObservation | IsthmusError], None],
     ) -> None:
         """`heard` is told of each answer and of a failure of the link, in whatever thread takes the answer."""
         self._vocab = vocab
@@ -107,13 +107,13 @@ class Conversation:
         self._heard(self._reply(committed, came_s))
         return committed
 
-    def _reply(self, committed: Committed, came_s: float) -> ConversationReply:
+    def _reply(self, committed: Committed, came_s: float) -> StreamObservation:
         if committed.extension or not self._sent:
-            return ConversationReply(0, None)
+            return StreamObservation(0, None)
         sent_s, size = self._sent.popleft()
         way_s = came_s - sent_s - committed.queue_s - committed.compute_s
         alone = not self._sent and committed.tokens  # behind another round, or stale, it says nothing about the way
-        return ConversationReply(size, max(way_s, 0.0) if alone else None)
+        return StreamObservation(size, max(way_s, 0.0) if alone else None)
 
     def _send(self, message: pb.GenerateRequest) -> int:
         if self._failure is not None:

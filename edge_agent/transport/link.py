@@ -21,9 +21,9 @@ import grpc
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.policy.breaker import Breaker, BreakerLimits, State
 from isthmus.edge_agent.policy.estimates import LinkEstimate, LinkEstimator
-from isthmus.edge_agent.transport.generate_stream import GRPC_PREFIX_BYTES, Conversation, ConversationReply, rpc_error
+from isthmus.edge_agent.transport.generate_stream import GRPC_PREFIX_BYTES, GenerateStream, StreamObservation, rpc_error
 from isthmus.models.errors import CallerError, DeadlineExceeded, Draining, IsthmusError, LinkDown, UnknownBundle
-from isthmus.models.messages import CloudAnswer, CloudRequest, Payload
+from isthmus.models.messages import CloudReply, CloudRequest, Payload
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -36,13 +36,13 @@ PROBE_BYTES = 8192  # enough to see a thin link's bandwidth: 33 ms at 2 Mbit/s
 class Reply:
     """An answer with what it took: bytes with our framing and gRPC's prefix, seconds on the device's clock."""
 
-    answer: CloudAnswer
+    answer: CloudReply
     up_bytes: int
     down_bytes: int
     elapsed_s: float
 
 
-class Stream:
+class InferStream:
     """One InferStream call: messages out through a queue, answers to whoever waits for them."""
 
     def __init__(self, stub: pb_grpc.IsthmusStub, late: Callable[[], None]) -> None:
@@ -133,7 +133,7 @@ class Link:
         self._lock = threading.Lock()
         self._breaker = Breaker(breaker)
         self._estimator = LinkEstimator()
-        self._stream: Stream | None = None
+        self._stream: InferStream | None = None
         self._next_id = 0
         self._wake = threading.Event()
         self._probed = threading.Event()
@@ -184,13 +184,13 @@ class Link:
             self._estimator.observe(reply.up_bytes, reply.elapsed_s - cloud_s)
         return reply
 
-    def converse(self) -> Conversation:
+    def converse(self) -> GenerateStream:
         """A stream of rounds about one answer of a language model. Raises LinkDown while it is left alone."""
         if self._breaker.state == "open":
             raise LinkDown(self.refusal or "the cloud is not answering")
-        return Conversation(self._stub, self._labels[0], self._heard)
+        return GenerateStream(self._stub, self._labels[0], self._heard)
 
-    def _heard(self, reply: ConversationReply | IsthmusError) -> None:
+    def _heard(self, reply: StreamObservation | IsthmusError) -> None:
         """What a conversation says of the link."""
         if isinstance(reply, IsthmusError):
             self.failed(str(reply))
@@ -236,12 +236,12 @@ class Link:
             self._next_id = self._next_id % limits.MAX_REQUEST_ID + 1
             return self._next_id
 
-    def _send(self, message: pb.InferRequest) -> tuple[Stream, Future[pb.InferResponse]]:
+    def _send(self, message: pb.InferRequest) -> tuple[InferStream, Future[pb.InferResponse]]:
         """Send on the open stream, on a new one when that has ended. Raises what ended the new one too, if at once."""
         with self._lock:
             future = self._stream.send(message) if self._stream else None
             if self._stream is None or future is None:
-                self._stream = Stream(self._stub, self._late)
+                self._stream = InferStream(self._stub, self._late)
                 future = self._stream.send(message)
             if future is None:
                 raise self._stream.ended or LinkDown("the stream to the cloud ended")

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from isthmus.edge_agent.config import MODES, EdgeConfig
-from isthmus.edge_agent.policy.exits import Goal, Plan, Point, Situation, plan
+from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan, Situation, plan
 from isthmus.edge_agent.transport.link import Link, Reply
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
-from isthmus.edge_agent.vision.request import Pins, task_indices, wanted
-from isthmus.edge_agent.vision.request_state import Visit
+from isthmus.edge_agent.vision.request import Overrides, task_indices, wanted
+from isthmus.edge_agent.vision.request_state import RequestState
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, TaskAnswer
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.bundle.bundle import Bundle
@@ -97,8 +97,8 @@ class EdgeAgent:
         Never fails for want of a cloud: the best exit answers then, marked degraded, and what no exit knows is listed
         as missing. Raises InvalidInput when the photo cannot be read, or there is no such task, tap, width or rate.
         """
-        wish = wanted(self.costs.points, self.manifest, self.config, tasks, Pins(tap, width, rate))
-        visit = Visit(wish, deadline_s or self.config.deadline_s)
+        wish = wanted(self.costs.points, self.manifest, self.config, tasks, Overrides(tap, width, rate))
+        visit = RequestState(wish, deadline_s or self.config.deadline_s)
         with visit.stage("decode"):
             image = as_image(photo)
             pixels_CHW = preprocess(image, self.manifest.preprocessing)
@@ -112,16 +112,18 @@ class EdgeAgent:
             self.metrics.link(self.link)
         return answer
 
-    def _next(self, visit: Visit) -> Plan:
+    def _next(self, visit: RequestState) -> RoutePlan:
         """Ask the policy; a mode other than auto has its mind made up."""
         passed, mode, wish = len(visit.exits), self.config.mode, visit.wanted
         last = passed == self._head.exits
         if mode == "offload" and not wish.pinned and not passed:
-            return Plan("offload", "mode offload")
+            return RoutePlan("offload", "mode offload")
         if mode == "edge" and not wish.pinned:
             if not last:
-                return Plan("continue", "mode edge")
-            return Plan("fallback", f"mode edge; {wish.no_exit}") if wish.no_exit else Plan("exit", "mode edge")
+                return RoutePlan("continue", "mode edge")
+            return (
+                RoutePlan("fallback", f"mode edge; {wish.no_exit}") if wish.no_exit else RoutePlan("exit", "mode edge")
+            )
         refused = "no cloud is configured" if self.link is None else self.link.usable()
         estimate = self.link.estimate if self.link and refused is None else None
         situation = Situation(
@@ -136,17 +138,17 @@ class EdgeAgent:
         if not passed and wish.no_exit is None and step.route in ("offload", "split"):
             self._head_idle += 1
             if self._head_idle >= HEAD_IDLE_AT_MOST:
-                step = Plan("continue", f"{step.why}; but the head was not measured for {self._head_idle} photos")
+                step = RoutePlan("continue", f"{step.why}; but the head was not measured for {self._head_idle} photos")
         if passed and wish.no_exit is None:
             self.costs.exit_share[passed - 1].observe(step.route == "exit")
         return step
 
-    def _cloud_left_s(self, visit: Visit) -> float:
+    def _cloud_left_s(self, visit: RequestState) -> float:
         """Seconds that the cloud may take: less what the device needs to answer by itself afterwards."""
         own_s = FALLBACK_RESERVE_S if visit.exits else FALLBACK_RESERVE_S + self.costs.segment_s[0].value
         return visit.left_s - own_s
 
-    def _run_segment(self, visit: Visit, pixels_CHW: Floats) -> None:
+    def _run_segment(self, visit: RequestState, pixels_CHW: Floats) -> None:
         index = len(visit.exits)
         self._head_idle = 0
         before_ms = visit.stage_ms.get("head", 0.0)
@@ -158,7 +160,7 @@ class EdgeAgent:
         if self.metrics:
             self.metrics.passed(self._exits[index], float(probabilities_K.max()))
 
-    def _carry_out(self, step: Plan, visit: Visit, image: Image.Image, pixels_CHW: Floats) -> Answer:
+    def _carry_out(self, step: RoutePlan, visit: RequestState, image: Image.Image, pixels_CHW: Floats) -> Answer:
         if step.route == "exit":
             return self._answer_here(step, visit, pixels_CHW, None)
         if step.route == "fallback":
@@ -172,12 +174,14 @@ class EdgeAgent:
                 point, payload = self._encode(visit, step.point, pixels_CHW)
             reply = self._ask(payload, tasks, visit)
         except IsthmusError as error:
-            failed = Plan("fallback", f"{step.why}; but {error}")
+            failed = RoutePlan("fallback", f"{step.why}; but {error}")
             return self._answer_here(failed, visit, pixels_CHW, degraded_reason(error))
         answers = dict(zip(tasks, map(np.array, reply.answer.probabilities), strict=True))
         return self._answer("split" if point else "offload", answers, visit, step.why, point)
 
-    def _encode(self, visit: Visit, planned: Point, pixels_CHW: Floats) -> tuple[Point, Payload]:
+    def _encode(
+        self, visit: RequestState, planned: OperatingPoint, pixels_CHW: Floats
+    ) -> tuple[OperatingPoint, Payload]:
         """Bottleneck bytes at the planned point, or at the next cheaper rate that keeps the cap.
 
         Raises PayloadTooLarge when none does; the caller then answers here.
@@ -195,7 +199,7 @@ class EdgeAgent:
             self.metrics.encoded(len(data), *self.costs.points.parts(point))
         return point, Payload(Codec.BOTTLENECK, tap, rate, data)
 
-    def _pack_image(self, visit: Visit, image: Image.Image) -> Payload:
+    def _pack_image(self, visit: RequestState, image: Image.Image) -> Payload:
         """The whole photo as the cloud needs it: no larger than the network's input, grey when it is grey."""
         whole = self.config.whole_image
         with visit.stage("encode"):
@@ -207,7 +211,7 @@ class EdgeAgent:
         self.costs.image_bytes.observe(len(data))
         return Payload(Codec.IMAGE, 0, 0, data)
 
-    def _ask(self, payload: Payload, tasks: tuple[int, ...], visit: Visit) -> Reply:
+    def _ask(self, payload: Payload, tasks: tuple[int, ...], visit: RequestState) -> Reply:
         if self.link is None:
             raise LinkDown("no cloud is configured")
         with visit.stage("cloud"):
@@ -220,7 +224,7 @@ class EdgeAgent:
         self.costs.cloud_s_per_mac.observe((reply.answer.queue_s + reply.answer.compute_s) / max(macs, 1))
         return reply
 
-    def _answer_here(self, step: Plan, visit: Visit, pixels_CHW: Floats, degraded: str | None) -> Answer:
+    def _answer_here(self, step: RoutePlan, visit: RequestState, pixels_CHW: Floats, degraded: str | None) -> Answer:
         """The deepest exit passed; the first one is run when none was."""
         if not visit.exits:
             self._run_segment(visit, pixels_CHW)
@@ -230,7 +234,12 @@ class EdgeAgent:
         return self._answer(route, {0: visit.exits[-1]}, visit, step.why)
 
     def _answer(
-        self, route: AnswerRoute, found: Mapping[int, NDArray[Any]], visit: Visit, why: str, point: Point | None = None
+        self,
+        route: AnswerRoute,
+        found: Mapping[int, NDArray[Any]],
+        visit: RequestState,
+        why: str,
+        point: OperatingPoint | None = None,
     ) -> Answer:
         """`found`: probabilities of each task that was answered, by its index."""
         asked, tasks = visit.wanted.tasks, self.manifest.tasks

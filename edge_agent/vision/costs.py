@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from isthmus.edge_agent.policy.estimates import Average, GraphSeconds, LinkEstimate, Load
-from isthmus.edge_agent.policy.exits import Option, Point, Prices
-from isthmus.edge_agent.vision.operating_points import Points
-from isthmus.edge_agent.vision.request import Wanted
+from isthmus.edge_agent.policy.exits import OperatingPoint, Prices, RouteEstimate
+from isthmus.edge_agent.vision.operating_points import OperatingPoints
+from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.vision.manifest import Manifest
 from isthmus.protos.limits import MAX_FRAMING_BYTES
 
@@ -32,7 +32,7 @@ class Costs:
         ]
         self.image_encode_s = Average(IMAGE_ENCODE_S)
         self.image_bytes = Average(height * width * IMAGE_BYTES_PER_PIXEL)
-        self.points = Points(manifest)
+        self.points = OperatingPoints(manifest)
         self.point_bytes = {point: Average(rate.mean_bytes) for point, rate in self.points.figures.items()}
         self.cloud_s_per_mac = Average(1 / CLOUD_MACS_PER_S)
         self.exit_share = [Average(0.3) for _ in head_macs]  # of the inputs that reach an exit
@@ -40,41 +40,41 @@ class Costs:
     def cloud_s(self, macs: int) -> float:
         return macs * self.cloud_s_per_mac.value
 
-    def split(self, point: Point, link: LinkEstimate) -> Option:
+    def split(self, point: OperatingPoint, link: LinkEstimate) -> RouteEstimate:
         """Encode and send a bottleneck; what it encodes is at hand."""
         up_bytes = self.point_bytes[point].value + MAX_FRAMING_BYTES
         cloud_s = self.cloud_s(self.tail_macs[point.tap])
         device_s = self.encode_s[point.tap][point.width].value
         seconds = device_s + link.transfer_s(up_bytes) + cloud_s
         usd = self._prices.usd(up_bytes, cloud_s, device_s)
-        return Option("split", f"{self.points.name(point)} ({up_bytes:.0f} B)", seconds, usd, point)
+        return RouteEstimate("split", f"{self.points.name(point)} ({up_bytes:.0f} B)", seconds, usd, point)
 
-    def offload(self, link: LinkEstimate) -> Option:
+    def offload(self, link: LinkEstimate) -> RouteEstimate:
         """Store and send the whole photo."""
         up_bytes = self.image_bytes.value + MAX_FRAMING_BYTES
         cloud_s, device_s = self.cloud_s(self.whole_macs), self.image_encode_s.value
         seconds = device_s + link.transfer_s(up_bytes) + cloud_s
         usd = self._prices.usd(up_bytes, cloud_s, device_s)
-        return Option("offload", f"whole image ({up_bytes:.0f} B)", seconds, usd)
+        return RouteEstimate("offload", f"whole image ({up_bytes:.0f} B)", seconds, usd)
 
-    def options(self, passed: int, link: LinkEstimate | None, wanted: Wanted) -> list[Option]:
+    def options(self, passed: int, link: LinkEstimate | None, wanted: InferenceRequest) -> list[RouteEstimate]:
         """The ways on behind `passed` segments; without a link, running on is all there is.
 
         The image is at hand throughout, so what encodes it can still be sent behind any segment.
         """
         last = passed == len(self.segment_s)
         if link is None:
-            return [] if last else [Option("continue", "run on", self.segment_s[passed].value, 0.0)]
+            return [] if last else [RouteEstimate("continue", "run on", self.segment_s[passed].value, 0.0)]
         ways = [] if wanted.pinned else [self.offload(link)]
         ways += [self.split(point, link) for point in wanted.points if self.points.after(point) in (0, passed)]
         deeper = any(self.points.after(point) > passed for point in wanted.points)
         return [*ways, self.run_on(passed, link, wanted)] if deeper or (not last and wanted.no_exit is None) else ways
 
-    def run_on(self, passed: int, link: LinkEstimate, wanted: Wanted) -> Option:
+    def run_on(self, passed: int, link: LinkEstimate, wanted: InferenceRequest) -> RouteEstimate:
         """The next segment, then, unless its exit answers, the best way behind it."""
         behind = self.options(passed + 1, link, wanted)
         share = 1.0 if wanted.no_exit else 1 - self.exit_share[passed].value
         device_s = self.segment_s[passed].value
         seconds = device_s + share * min(option.seconds for option in behind)
         usd = self._prices.usd(0, 0, device_s) + share * min(option.usd for option in behind)
-        return Option("continue", "run on", seconds, usd)
+        return RouteEstimate("continue", "run on", seconds, usd)

@@ -4,43 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isthmus.edge_agent.policy.exits import Point
+from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.manifest import Manifest, Rate
 
 
-class Points:
+class OperatingPoints:
     """Every tap x width x rate with its figures."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._taps = manifest.taps
         self._after = [tap.after for tap in manifest.architecture.taps]
-        self.figures: dict[Point, Rate] = {
-            Point(t, w, r): rate
+        self.figures: dict[OperatingPoint, Rate] = {
+            OperatingPoint(t, w, r): rate
             for t, tap in enumerate(manifest.taps)
             for w, width in enumerate(tap.widths)
             for r, rate in enumerate(width.rates)
         }
 
-    def after(self, point: Point) -> int:
+    def after(self, point: OperatingPoint) -> int:
         """Segments that must have run before it; 0 encodes the image itself."""
         return self._after[point.tap]
 
-    def parts(self, point: Point) -> tuple[str, float, int]:
+    def parts(self, point: OperatingPoint) -> tuple[str, float, int]:
         """Name of the tap, share of the encoder's channels, rate."""
         return self._taps[point.tap].name, self._width(point), point.rate
 
-    def name(self, point: Point) -> str:
+    def name(self, point: OperatingPoint) -> str:
         """For example "light 0.5 rate 2"; the width is left out where there is only one."""
         width = f" {self._width(point):g}" if len(self._taps[point.tap].widths) > 1 else ""
         return f"{self._taps[point.tap].name}{width} rate {point.rate}"
 
-    def good(self, points: Sequence[Point], min_agreement: float) -> tuple[Point, ...]:
+    def good(self, points: Sequence[OperatingPoint], min_agreement: float) -> tuple[OperatingPoint, ...]:
         """Those of `points` that meet the owner's quality; the best one when none does."""
         good = tuple(point for point in points if self.figures[point].agreement >= min_agreement)
         return good or (max(points, key=lambda point: self.figures[point].agreement),)
 
-    def pinned(self, tap: str | None, width: float | None, rate: int | None) -> tuple[Point, ...]:
+    def pinned(self, tap: str | None, width: float | None, rate: int | None) -> tuple[OperatingPoint, ...]:
         """The points that a request leaves open: of this tap, at this share of its channels, at this rate.
 
         Raises InvalidInput naming what there is.
@@ -67,5 +67,5 @@ class Points:
                 raise InvalidInput(f"rate {rate} does not exist{where}, there are 0 to {most}")
         return found
 
-    def _width(self, point: Point) -> float:
+    def _width(self, point: OperatingPoint) -> float:
         return self._taps[point.tap].widths[point.width].width

@@ -6,27 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isthmus.edge_agent.config import EdgeConfig
-from isthmus.edge_agent.policy.exits import Point
-from isthmus.edge_agent.vision.operating_points import Points
+from isthmus.edge_agent.policy.exits import OperatingPoint
+from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class InferenceRequest:
     """`tasks`: indices, in the order in which they were asked for. `points`: those that may be sent.
 
     `pinned`: a bottleneck is to be sent whatever the router thinks of it. `no_exit`: why no exit may answer.
     """
 
     tasks: tuple[int, ...]
-    points: tuple[Point, ...]
+    points: tuple[OperatingPoint, ...]
     pinned: bool
     no_exit: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Pins:
+class Overrides:
     """Of one request; None leaves the choice to the router."""
 
     tap: str | None = None
@@ -38,18 +38,20 @@ class Pins:
         return ", ".join(f"{name} {value}" for name, value in named if value is not None)
 
 
-def wanted(points: Points, manifest: Manifest, config: EdgeConfig, names: Sequence[str] | None, pins: Pins) -> Wanted:
+def wanted(
+    points: OperatingPoints, manifest: Manifest, config: EdgeConfig, names: Sequence[str] | None, pins: Overrides
+) -> InferenceRequest:
     """`names` of tasks; None or none of them for the agent's own. Raises InvalidInput naming what there is."""
     tasks = task_indices(manifest, names or config.tasks)
     open_points = points.pinned(pins.tap, pins.width, pins.rate)
     good = points.good(open_points, config.min_agreement)
-    if pins != Pins():
-        return Wanted(tasks, good, True, f"{pins} asked for")
+    if pins != Overrides():
+        return InferenceRequest(tasks, good, True, f"{pins} asked for")
     if config.mode == "split":
-        return Wanted(tasks, good, True, "mode split")
+        return InferenceRequest(tasks, good, True, "mode split")
     others = [manifest.tasks[task].name for task in tasks if task]
     no_exit = f"exits do not answer {', '.join(others)}" if others else None
-    return Wanted(tasks, good, False, no_exit)
+    return InferenceRequest(tasks, good, False, no_exit)
 
 
 def task_indices(manifest: Manifest, names: Sequence[str]) -> tuple[int, ...]:

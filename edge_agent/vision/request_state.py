@@ -9,15 +9,15 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.edge_agent.vision.request import Wanted
+from isthmus.edge_agent.vision.request import InferenceRequest
 
 Floats = NDArray[np.float32]
 
 
-class Visit:
+class RequestState:
     """One photo on its way: what is wanted, exits passed, features behind the last of them, bytes sent and received."""
 
-    def __init__(self, wanted: Wanted, deadline_s: float) -> None:
+    def __init__(self, wanted: InferenceRequest, deadline_s: float) -> None:
         self.wanted = wanted
         self.started_s = time.monotonic()
         self.deadline_s = self.started_s + deadline_s

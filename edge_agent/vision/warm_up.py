@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.edge_agent.policy.exits import Point
+from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.errors import PayloadTooLarge
@@ -38,7 +38,7 @@ def warm_up(head: Head, codecs: Sequence[ContextualCodec], costs: Costs, blank_C
                 costs.encode_s[point.tap][point.width].calibrate(time.monotonic() - started_s)
 
 
-def encode(head: Head, codec: ContextualCodec, point: Point, source_CHW: Floats) -> None:
+def encode(head: Head, codec: ContextualCodec, point: OperatingPoint, source_CHW: Floats) -> None:
     """For the sake of the time it takes."""
     with contextlib.suppress(PayloadTooLarge):
         codec.encode(codec.quantise(head.encode(point.tap, source_CHW, point.width), point.rate), point.rate)

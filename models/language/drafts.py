@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from isthmus.models.language.sampling import Floats, Sampling, choose
+from isthmus.models.language.sampling import Floats, choose
+from isthmus.models.messages import Sampling
 
 if TYPE_CHECKING:  # the cloud compares texts too, and has no ONNX Runtime
     from isthmus.models.language.onnx.decoder import OnnxDecoder

@@ -9,35 +9,12 @@ accepted nearly as often as under rejection sampling, with no probabilities on t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.errors import InvalidInput
+from isthmus.models.messages import Sampling
 
 Floats = NDArray[np.float32]
-MAX_SEED = (1 << 63) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """`temperature` 0 is greedy. Raises InvalidInput."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 2:
-            raise InvalidInput(f"temperature is {self.temperature}, expected 0 to 2")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInput(f"top_p is {self.top_p}, expected above 0, at most 1")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InvalidInput(f"seed is {self.seed}, expected 0 to {MAX_SEED}")
-
-
-GREEDY = Sampling()
 
 
 def choose(logits_V: Floats, sampling: Sampling, position: int) -> int:

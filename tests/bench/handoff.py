@@ -31,16 +31,16 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from isthmus.cloud_service.language.model_runner import Whole
+from isthmus.cloud_service.language.model_runner import FullRunner
 from isthmus.edge_agent.language.agent import point_of
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.handoff.confidence_head import Judge
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.handoff.manifest import StatePoint, least_likely
-from isthmus.models.language.session import Committed, Opening, Round
 from isthmus.models.language.torch.decoder import Decoder, Span, chunks
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.messages import Committed, Opening, Round
 from isthmus.models.recipes.common.calibrate import interval
 from isthmus.models.recipes.language.bundle import ASKING
 from isthmus.models.recipes.language.confidence_head import Decided, decided
@@ -221,9 +221,9 @@ def other_domain(
     return {"positions": int(here.sum()), "perplexity": base, "curve": rows}
 
 
-def read(whole: Whole, prompt: Sequence[int], kept: int) -> tuple[KVCache, int, float]:
+def read(whole: FullRunner, prompt: Sequence[int], kept: int) -> tuple[KVCache, int, float]:
     """The service's own passes over a prompt: its state, the token that follows, seconds. `kept`: 0 for all layers."""
-    text = whole.new_text(prompt, Opening(b"", b"", 0, (), 0, kept=kept))
+    text = whole.new_text(prompt, Opening(b"", b"", 0, (), 0, prefill_layers=kept))
     text.cache = whole.decoder.new_cache()
     started_s = time.perf_counter()
     text.begin(Round(len(prompt)), 0.0)
@@ -235,7 +235,7 @@ def read(whole: Whole, prompt: Sequence[int], kept: int) -> tuple[KVCache, int, 
     return text.cache, committed.tokens[0], time.perf_counter() - started_s
 
 
-def following(whole: Whole, cache: KVCache, ids: Sequence[int]) -> list[int]:
+def following(whole: FullRunner, cache: KVCache, ids: Sequence[int]) -> list[int]:
     """What the model chooses behind each of the tokens that follow."""
     chosen, decoder = list[int](), whole.decoder
     for count in chunks(len(ids), decoder.width):
@@ -247,7 +247,7 @@ def following(whole: Whole, cache: KVCache, ids: Sequence[int]) -> list[int]:
 
 def prefill_rows(checkpoint: Checkpoint, handoff: Handoff, texts: Texts) -> list[Row]:
     """Prompts that keep so many layers beside prompts that keep all, in turns: the time, and what is chosen behind."""
-    whole = Whole(Decoder.load(checkpoint), frozenset(), [handoff])
+    whole = FullRunner(Decoder.load(checkpoint), frozenset(), [handoff])
     layers = checkpoint.config.layers
     kept = range(handoff.depth, layers, max((layers - handoff.depth) // 3, 1))
     ratios: dict[int, list[float]] = {each: [] for each in kept}

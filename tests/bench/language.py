@@ -35,12 +35,13 @@ from scipy.stats import bootstrap
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.agent import LanguageAgent
-from isthmus.edge_agent.language.request import Arm, Ask, Summary
+from isthmus.edge_agent.language.request import Arm, GenerationRequest, Summary
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.sampling import GREEDY, choose
+from isthmus.models.language.sampling import choose
 from isthmus.models.language.torch.decoder import Decoder, chunks, run_rows
+from isthmus.models.messages import GREEDY
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import load_prompts
 from tests.bench.proxy import LinkProxy, LinkSpec
@@ -97,7 +98,7 @@ class Timed:
 
 def answer(agent: LanguageAgent, prompt: tuple[int, ...], way: Way, tokens: int) -> Timed:
     started_s, first_s, own, ids = time.perf_counter(), 0.0, 0, list[int]()
-    for event in agent.generate(Ask(prompt, tokens, way.arm, quality=way.quality)):
+    for event in agent.generate(GenerationRequest(prompt, tokens, way.arm, quality=way.quality)):
         if isinstance(event, Summary):
             return Timed(event, ids, own, first_s, time.perf_counter() - started_s)
         first_s = first_s or time.perf_counter() - started_s

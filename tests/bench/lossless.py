@@ -25,14 +25,14 @@ import click
 from rich.progress import Progress
 
 from isthmus.edge_agent.language.agent import BREAKER
-from isthmus.edge_agent.language.arms.verify import Collaboration, Tempo
+from isthmus.edge_agent.language.arms.verify import SpeculationStats, VerifyArm
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Ask
+from isthmus.edge_agent.language.request import GenerationRequest
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import Draft, LookupDraft, ModelDraft
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.language.sampling import Sampling
+from isthmus.models.messages import Sampling
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import RandomDraft, ScriptedDraft, load_prompts, sparing, stubborn
 
@@ -72,16 +72,18 @@ class Bench:
         self.tempos = {name: sparing() for name in MODELS}
         self.locks = {name: threading.Lock() for name in MODELS}
 
-    def answer(self, prompt: tuple[int, ...], draft: Draft | None, tempo: Tempo) -> tuple[list[int], Collaboration]:
-        ask = Ask(prompt, self.tokens, "verify" if draft else "cloud", self.sampling)
-        run = Collaboration(ask, self.checkpoint.tokenizer.eos_ids, self.replicas, tempo, draft, None)
+    def answer(
+        self, prompt: tuple[int, ...], draft: Draft | None, tempo: SpeculationStats
+    ) -> tuple[list[int], VerifyArm]:
+        ask = GenerationRequest(prompt, self.tokens, "verify" if draft else "cloud", self.sampling)
+        run = VerifyArm(ask, self.checkpoint.tokenizer.eos_ids, self.replicas, tempo, draft, None)
         try:
             return [token.id for token in run.tokens()], run
         finally:
             run.close()
 
     def case(self, index: int, prompt: tuple[int, ...], name: str, alone: bool) -> Case:
-        expected, first = self.answer(prompt, None, Tempo())
+        expected, first = self.answer(prompt, None, SpeculationStats())
         if name in self.models:
             with self.locks[name]:
                 found, run = self.answer(prompt, self.models[name], self.tempos[name])
@@ -106,7 +108,7 @@ class Bench:
         return ScriptedDraft(expected, prompt_tokens, every, eos if name == "end-of-text" else 5)
 
 
-def stubborn_for(name: str) -> Tempo:
+def stubborn_for(name: str) -> SpeculationStats:
     tempo = stubborn()
     if name == "lookup":
         tempo.draft_s.value = 0.0

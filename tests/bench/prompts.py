@@ -7,11 +7,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from isthmus.edge_agent.language.arms.verify import Tempo
+from isthmus.edge_agent.language.arms.verify import SpeculationStats
 from isthmus.edge_agent.policy.estimates import Average
-from isthmus.edge_agent.policy.speculation import Acceptance, Measured
+from isthmus.edge_agent.policy.speculation import Acceptance, MeasuredLatency
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
-from isthmus.models.language.sampling import Sampling
+from isthmus.models.messages import Sampling
 
 FEW = (
     "Explain what a suspension bridge is.",
@@ -79,18 +79,18 @@ class Believed(Average):
         pass
 
 
-class Unmeasured(Measured):
+class Unmeasured(MeasuredLatency):
     """Never finds out what drafting really took."""
 
     def observe(self, seconds: float, tokens: int) -> None:
         pass
 
 
-def sparing() -> Tempo:
+def sparing() -> SpeculationStats:
     """A tempo that learns how good its drafts are, before a cloud so slow that drafting pays."""
-    return Tempo(Believed(0.015), Believed(0.15), Acceptance(), Unmeasured())
+    return SpeculationStats(Believed(0.015), Believed(0.15), Acceptance(), Unmeasured())
 
 
-def stubborn() -> Tempo:
+def stubborn() -> SpeculationStats:
     """A tempo at which drafting always seems to pay, on any machine."""
-    return Tempo(Believed(0.002), Believed(0.03), Faithful(0.99), Unmeasured())
+    return SpeculationStats(Believed(0.002), Believed(0.03), Faithful(0.99), Unmeasured())

@@ -9,8 +9,8 @@ from typing import Any
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.agent import LanguageAgent
-from isthmus.edge_agent.language.request import Arm, Ask, Summary, Token
-from isthmus.models.language.sampling import GREEDY, Sampling
+from isthmus.edge_agent.language.request import Arm, GenerationRequest, Summary, Token
+from isthmus.models.messages import GREEDY, Sampling
 from tests.bench.processes import CloudProcess
 
 CHATTER = Sampling(0.8, seed=7)  # its noise depends on the position, so a token lost or doubled changes all that follow
@@ -49,7 +49,7 @@ class Answer:
         self.tokens: list[Token] = []
         self.at_s = [time.monotonic()]
         self.summary: Summary | None = None
-        for event in agent.generate(Ask(tuple(prompt), tokens, arm, sampling, quality=quality)):
+        for event in agent.generate(GenerationRequest(tuple(prompt), tokens, arm, sampling, quality=quality)):
             assert self.summary is None, "a summary is the last event"
             if isinstance(event, Summary):
                 self.summary = event

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from isthmus.edge_agent.language.agent import LanguageAgent
-from isthmus.edge_agent.language.request import Ask, Summary, Token
+from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from tests.bench.processes import CloudProcess, EdgeProcess
 from tests.contract.conftest import LANGUAGE
@@ -117,7 +117,7 @@ def drain(agent: LanguageAgent) -> None:
 
 
 def test_while_another_answer_has_the_device_the_cloud_has_this_one(agent: LanguageAgent) -> None:
-    first = agent.generate(Ask(prompt_of(agent, STORY), TOKENS, "edge"))
+    first = agent.generate(GenerationRequest(prompt_of(agent, STORY), TOKENS, "edge"))
     next(first)
     answer = answered(agent, HALF)
     first.close()  # type: ignore[attr-defined]
@@ -126,10 +126,10 @@ def test_while_another_answer_has_the_device_the_cloud_has_this_one(agent: Langu
 
 def test_given_up_it_leaves_device_and_cloud_to_others(agent: LanguageAgent) -> None:
     for quality in (HALF, 1.0):
-        events = agent.generate(Ask(prompt_of(agent, STORY), TOKENS, "auto", quality=quality))
+        events = agent.generate(GenerationRequest(prompt_of(agent, STORY), TOKENS, "auto", quality=quality))
         assert isinstance(next(events), Token) and isinstance(next(events), Token)
         events.close()  # type: ignore[attr-defined]
-        *_, summary = agent.generate(Ask(prompt_of(agent, STORY), 3, "verify"))
+        *_, summary = agent.generate(GenerationRequest(prompt_of(agent, STORY), 3, "verify"))
         assert isinstance(summary, Summary) and summary.tokens == 3
 
 

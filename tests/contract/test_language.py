@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.edge_agent.language.arms.verify import Tempo
+from isthmus.edge_agent.language.arms.verify import SpeculationStats
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.sampling import GREEDY, Sampling
+from isthmus.models.messages import GREEDY, Sampling
 from tests.bench.lossless import MODELS, SCRIPTED, Bench, Case
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import stubborn
@@ -132,7 +132,7 @@ def test_sessions_that_push_each_other_out(cloud: CloudProcess, tiny_llama: Path
         benches = [Bench(Checkpoint.open(tiny_llama), place.target, TOKENS, CHATTER) for place in (cloud, small)]
         texts = [tuple(3 + (7 * size + step) * step % 256 for step in range(size)) for size in sizes]
         before = cloud.metric("decoder_rows_total", kind="used")
-        expected = [benches[0].answer(text, None, Tempo())[0] for text in texts]
+        expected = [benches[0].answer(text, None, SpeculationStats())[0] for text in texts]
         enough = cloud.metric("decoder_rows_total", kind="used") - before
         seen: list[float] = []
         done = threading.Event()
@@ -145,7 +145,7 @@ def test_sessions_that_push_each_other_out(cloud: CloudProcess, tiny_llama: Path
         watcher.start()
         try:
             with ThreadPoolExecutor(32) as threads:
-                found = list(threads.map(lambda text: benches[1].answer(text, None, Tempo())[0], texts))
+                found = list(threads.map(lambda text: benches[1].answer(text, None, SpeculationStats())[0], texts))
         finally:
             done.set()
             watcher.join()

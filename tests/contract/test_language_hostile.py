@@ -11,8 +11,7 @@ import grpc
 import pytest
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.sampling import Sampling
-from isthmus.models.language.session import Opening, Round
+from isthmus.models.messages import Opening, Round, Sampling
 from isthmus.protos import limits, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc

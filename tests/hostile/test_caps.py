@@ -15,7 +15,7 @@ from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.transport.link import Reply
 from isthmus.models.bundle import bundle as bundles
 from isthmus.models.bundle.bundle import Bundle
-from isthmus.models.messages import CloudAnswer, Payload
+from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.manifest import Manifest
 from tests.tiny_bundle import SIDE
 
@@ -56,7 +56,7 @@ class Recorder:
 
     def ask(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Reply:
         self.payloads.append(payload)
-        return Reply(CloudAnswer(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
+        return Reply(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
 
     def close(self) -> None:
         pass

@@ -12,7 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from isthmus.cloud_service.language.metrics import GenerationFamilies, GenerationMetrics
+from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
@@ -44,7 +44,7 @@ def registries(tiny_bundle: Bundle) -> tuple[CollectorRegistry, CollectorRegistr
     tasks, taps = (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 3), TapInfo("deep", 2))
     info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, tasks, taps)
     CloudMetrics(cloud, (info,))
-    GenerationMetrics(GenerationFamilies(cloud), "tiny")
+    EngineMetrics(EngineMetricFamilies(cloud), "tiny")
     return edge, cloud
 
 

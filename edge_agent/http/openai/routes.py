@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from isthmus.edge_agent.http.openai.replies import Reply, model, model_list, reply_to, text_of
 from isthmus.edge_agent.http.openai.schema import ApiError, Check, Job, chat_job, completion_job, models, unknown_model
-from isthmus.edge_agent.language.detokenize import AnswerText, Outcome, Shown, Step, close, read
+from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, Shown, Step, close, read
 from isthmus.edge_agent.language.request import Generator
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, LinkError, ServiceError
 
@@ -49,7 +49,7 @@ class Limits:
     body_bytes: int = 4 << 20  # above it 413
 
 
-class House:
+class ApiState:
     """What the routes share: the prompt loop, and the places around it."""
 
     def __init__(self, generator: Generator, limits: Limits) -> None:
@@ -84,7 +84,7 @@ class House:
 class Endpoint:
     """One POST route, as an ASGI application: its place in the house is held until the prompt loop is closed."""
 
-    def __init__(self, house: House, check: Check) -> None:
+    def __init__(self, house: ApiState, check: Check) -> None:
         self._house = house
         self._check = check
 
@@ -138,7 +138,7 @@ class Endpoint:
 
 def routes(generator: Generator, limits: Limits = Limits()) -> list[Route]:
     """To mount in an application."""
-    house = House(generator, limits)
+    house = ApiState(generator, limits)
     return [
         Route("/v1/chat/completions", Endpoint(house, chat_job)),
         Route("/v1/completions", Endpoint(house, completion_job)),
@@ -153,7 +153,7 @@ Made = AsyncGenerator[tuple[int, Step], None]
 def steps(generator: Generator, job: Job) -> Iterator[tuple[int, Step]]:
     """The answers of a job one after the other, each step with the answer's index."""
     for index, ask in enumerate(job.asks):
-        answer = read(generator.generate(ask), AnswerText(generator.tokenizer, job.stops))
+        answer = read(generator.generate(ask), Detokenizer(generator.tokenizer, job.stops))
         try:
             for step in answer:
                 yield index, step

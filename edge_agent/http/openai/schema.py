@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from isthmus.edge_agent.language.request import Arm, Ask, Generator
+from isthmus.edge_agent.language.request import Arm, GenerationRequest, Generator
 from isthmus.models.language.checkpoint.tokenizer import Message
-from isthmus.models.language.sampling import MAX_SEED, Sampling
+from isthmus.models.messages import MAX_SEED, Sampling
 
 MAX_ANSWERS = 8  # `n`
 MAX_CHOICES = 128  # answers to one request, over all its prompts: they are made one after the other
@@ -167,7 +167,7 @@ class Job:
     kind: Literal["chat", "completion"]
     model: str
     arm: Arm
-    asks: tuple[Ask, ...]
+    asks: tuple[GenerationRequest, ...]
     n: int
     stops: tuple[str, ...]
     stream: bool
@@ -199,7 +199,7 @@ def completion_job(data: bytes, private: bool, generator: Generator) -> Job:
         raise ApiError(400, f"{len(request.prompt)} prompts: over {MAX_CHOICES} answers at once", param="prompt")
     arm, quality = arm_of(request, private or request.private, generator)
     wanted = request.max_tokens or COMPLETION_TOKENS
-    asks: list[Ask] = []
+    asks: list[GenerationRequest] = []
     echoes: list[str] = []
     for prompt in request.prompt:
         ids = ids_of(prompt, generator)
@@ -277,7 +277,7 @@ def asks_of(
     top: int | None,
     context: int,
     param: str,
-) -> list[Ask]:
+) -> list[GenerationRequest]:
     """`n` asks for one prompt. Raises ApiError where it is empty or leaves no room for an answer."""
     if not prompt:
         raise ApiError(400, f"{param}: the prompt is empty", param=param)
@@ -288,7 +288,7 @@ def asks_of(
     top_p = max(request.top_p, LEAST_TOP_P)
     room = min(wanted, context - len(prompt))
     samplings = [Sampling(request.temperature, top_p, (seed + index) % (MAX_SEED + 1)) for index in range(request.n)]
-    return [Ask(prompt, room, arm, sampling, top, quality) for sampling in samplings]
+    return [GenerationRequest(prompt, room, arm, sampling, top, quality) for sampling in samplings]
 
 
 def job_of(
@@ -296,7 +296,7 @@ def job_of(
     request: Request,
     generator: Generator,
     arm: Arm,
-    asks: Sequence[Ask],
+    asks: Sequence[GenerationRequest],
     echoes: Sequence[str],
 ) -> Job:
     return Job(

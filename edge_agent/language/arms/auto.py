@@ -15,9 +15,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
-from isthmus.edge_agent.language.cloud_answer import CloudAnswer, Tally
-from isthmus.edge_agent.language.request import Arm, Ask, Growing, Token, edge_token
-from isthmus.edge_agent.policy.arms import Doubts, Plan
+from isthmus.edge_agent.language.cloud_answer import CloudAnswer, GenerationStats
+from isthmus.edge_agent.language.request import AnswerSequence, Arm, GenerationRequest, Token, edge_token
+from isthmus.edge_agent.policy.arms import ArmPlan, ConfidenceStats
 from isthmus.models.language.sampling import Floats
 
 SPAN_TOKENS = 16  # after so many the router is asked again
@@ -25,7 +25,7 @@ MAX_AHEAD = 32  # tokens behind one that the cloud has not decided yet
 
 
 @dataclass(frozen=True)
-class Copy:
+class LocalModel:
     """The device's own model: logits behind a text of at most `context` tokens, and a judge of what they choose.
 
     Without a judge all is taken as sure.
@@ -34,19 +34,19 @@ class Copy:
     logits: Callable[[Sequence[int]], Floats]
     context: int
     judge: Callable[[Floats, Sequence[int]], float] | None
-    doubts: Doubts = field(default_factory=Doubts)  # of the judge, over many answers
+    doubts: ConfidenceStats = field(default_factory=ConfidenceStats)  # of the judge, over many answers
 
 
-class Auto(Growing):
+class Auto(AnswerSequence):
     """One answer. `tokens` yields it, once; `tally` is complete behind the last one."""
 
     def __init__(
         self,
-        ask: Ask,
+        ask: GenerationRequest,
         eos_ids: frozenset[int],
-        copy: Copy | None,
-        route: Callable[[bool, Arm | None], Plan],
-        begin: Callable[[Ask], CloudAnswer],
+        copy: LocalModel | None,
+        route: Callable[[bool, Arm | None], ArmPlan],
+        begin: Callable[[GenerationRequest], CloudAnswer],
     ) -> None:
         """`copy` None: others have the device. `route` takes whether the copy can go on, and the arm at work.
 
@@ -56,7 +56,7 @@ class Auto(Growing):
         self._copy, self._route, self._begin = copy, route, begin
         self._ready: CloudAnswer | None = None  # that was asked for the token behind so many of the text
         self._ready_for = 0
-        self.tally = Tally()
+        self.tally = GenerationStats()
 
     def tokens(self) -> Generator[Token, None, None]:
         """Committed tokens. Raises IsthmusError as the arms do."""
@@ -82,11 +82,11 @@ class Auto(Growing):
             self._end(self._ready)
             self._ready = None
 
-    def _plan(self, now: Arm | None) -> Plan:
+    def _plan(self, now: Arm | None) -> ArmPlan:
         usable = self._copy is not None and len(self._text) < self._copy.context
         return self._route(usable, now)
 
-    def _own(self, plan: Plan) -> Generator[Token, None, None]:
+    def _own(self, plan: ArmPlan) -> Generator[Token, None, None]:
         """A few tokens of the device's copy, with what the cloud is asked for in between."""
         assert self._copy is not None
         until = min(len(self._text) + SPAN_TOKENS, self._copy.context)
@@ -114,7 +114,7 @@ class Auto(Growing):
         if self._copy.judge is not None:
             self._copy.doubts.observe(likely)
 
-    def _asked(self, guess: Token, likely: float, plan: Plan) -> Generator[Token, None, None]:
+    def _asked(self, guess: Token, likely: float, plan: ArmPlan) -> Generator[Token, None, None]:
         """The cloud's next token; if that is `guess`, also what the device decided behind it meanwhile."""
         assert self._copy is not None
         asked_s, fresh = time.monotonic(), self._ready is None or self._ready_for != len(self._text)
@@ -155,7 +155,7 @@ class Auto(Growing):
             text.append(token.id)
         return found, spent_s
 
-    def _others(self, plan: Plan) -> Generator[Token, None, Plan]:
+    def _others(self, plan: ArmPlan) -> Generator[Token, None, ArmPlan]:
         """Tokens of another arm, until there is a better one; the plan to go on by."""
         self.close()
         with closing(self._by(self._begun(plan.arm, self._left), plan.arm, plan.why)) as tokens:

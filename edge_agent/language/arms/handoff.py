@@ -16,15 +16,15 @@ from itertools import groupby
 
 from isthmus.edge_agent.language.cloud_answer import CloudAnswer
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Ask, Token, cloud_token, edge_token
-from isthmus.edge_agent.transport.generate_stream import Conversation
+from isthmus.edge_agent.language.request import GenerationRequest, Token, cloud_token, edge_token
+from isthmus.edge_agent.transport.generate_stream import GenerateStream
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import ContextGone, ServiceError
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.handoff.manifest import StatePoint
 from isthmus.models.language.onnx.exits import Choice, ExitingDecoder
 from isthmus.models.language.packing import Floats
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos.limits import MAX_STATES
 from isthmus.protos.wire_session import checksum
 
@@ -32,7 +32,7 @@ BACKGROUND_ROWS = 8  # that go up without a question
 
 
 @dataclass(frozen=True)
-class Terms:
+class HandoffSettings:
     """When an exit is believed, and how rows cross.
 
     likely: how likely right an exit must be. point: how rows are coded. fill: the cloud need not compute what decides
@@ -44,17 +44,17 @@ class Terms:
     fill: bool
 
 
-class Handover(CloudAnswer):
+class HandoffArm(CloudAnswer):
     """One answer whose tokens exits decide, and the cloud those that no exit is sure of."""
 
     def __init__(
         self,
-        ask: Ask,
+        ask: GenerationRequest,
         eos_ids: frozenset[int],
         replicas: Replicas,
         device: ExitingDecoder,
         handoff: Handoff,
-        terms: Terms,
+        terms: HandoffSettings,
         alone: Callable[[list[int]], Token | None] | None,
     ) -> None:
         """`alone` as for CloudAnswer."""
@@ -65,7 +65,7 @@ class Handover(CloudAnswer):
         self._rounds: deque[int] = deque()  # under way: where in the text each ends
 
     def _with_cloud(self, link: Link) -> Iterator[Token]:
-        conversation: Conversation | None = None
+        conversation: GenerateStream | None = None
         try:
             while not self._finished:
                 choice = self._device.choose(self._text, self._terms.likely)
@@ -84,7 +84,7 @@ class Handover(CloudAnswer):
             if conversation is not None:
                 self._end(conversation, link)
 
-    def _shared(self, conversation: Conversation, link: Link, token: Token | None) -> Token | None:
+    def _shared(self, conversation: GenerateStream, link: Link, token: Token | None) -> Token | None:
         """`token`, with rows sent in the background, or the cloud's where there is none; None: ask again."""
         try:
             if token is None:
@@ -96,7 +96,7 @@ class Handover(CloudAnswer):
             self._open(conversation, link, 0)
         return token
 
-    def _open(self, conversation: Conversation, link: Link, held: int) -> None:
+    def _open(self, conversation: GenerateStream, link: Link, held: int) -> None:
         self._rounds.clear()
         self._sent = held
         opening = Opening(
@@ -110,12 +110,12 @@ class Handover(CloudAnswer):
             handoff=self._handoff.fingerprint,
             rate=self._terms.point.rate,
             context_rate=self._terms.point.context_rate,
-            kept=self._handoff.depth if self._terms.fill else 0,
+            prefill_layers=self._handoff.depth if self._terms.fill else 0,
         )
         conversation.open(opening)
         self._seat.target, self._seat.held = link.target, held
 
-    def _completed(self, conversation: Conversation, link: Link) -> Token:
+    def _completed(self, conversation: GenerateStream, link: Link) -> Token:
         """The token that the cloud completes. Raises ContextGone, and ServiceError for an answer that it cannot be."""
         self._sent = min(self._sent, len(self._text) - 1)  # the row that decides it goes with the question
         self._send_rows(conversation, link, ask=True)
@@ -129,7 +129,7 @@ class Handover(CloudAnswer):
         self.tally.prefill_passes -= 1
         return cloud_token(committed.tokens[0], "cloud", committed.logprobs[0] if committed.logprobs else None)
 
-    def _send_rows(self, conversation: Conversation, link: Link, ask: bool = False) -> None:
+    def _send_rows(self, conversation: GenerateStream, link: Link, ask: bool = False) -> None:
         """Send the rows of all tokens that have not been sent, and maybe ask what follows them."""
         rows_NH = self._device.rows(self._sent)
         before = [position for position in self._decided if position >= self._sent]  # the cloud has lost these
@@ -156,7 +156,7 @@ class Handover(CloudAnswer):
             states += codec.encode(rows_NH[places], around_MH, point.rate if decides else point.context_rate)
         return states
 
-    def _take(self, conversation: Conversation, link: Link) -> Committed:
+    def _take(self, conversation: GenerateStream, link: Link) -> Committed:
         committed = self._receive(conversation, link)
         if not self._rounds:
             raise ServiceError("the cloud answered what it was not asked")

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 
 from isthmus.edge_agent.language.cloud_answer import ASKED, CloudAnswer
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Ask, Source, Token, cloud_token
+from isthmus.edge_agent.language.request import GenerationRequest, Source, Token, cloud_token
 from isthmus.edge_agent.policy.estimates import Average
-from isthmus.edge_agent.policy.speculation import MAX_DRAFTS, Acceptance, Measured, Pace, next_step
-from isthmus.edge_agent.transport.generate_stream import Conversation
+from isthmus.edge_agent.policy.speculation import MAX_DRAFTS, Acceptance, LatencyModel, MeasuredLatency, next_step
+from isthmus.edge_agent.transport.generate_stream import GenerateStream
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import ContextGone, IsthmusError, ServiceError
 from isthmus.models.language.drafts import Draft
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos.limits import MAX_DRAFT
 from isthmus.protos.wire_session import checksum
 
@@ -33,18 +33,18 @@ FREE_DRAFTS = 3  # of them, at least, before a stream is interrupted
 
 
 @dataclass
-class Tempo:
+class SpeculationStats:
     """What an agent has learnt about a draft source and the cloud's speed; it outlives one answer."""
 
     draft_s: Average = field(default_factory=lambda: Average(0.02))
     pass_s: Average = field(default_factory=lambda: Average(0.1))  # slow until known: then drafting is tried
     acceptance: Acceptance = field(default_factory=Acceptance)
-    measured: Measured = field(default_factory=Measured)
+    measured: MeasuredLatency = field(default_factory=MeasuredLatency)
 
-    def pace(self, link: Link) -> Pace:
+    def pace(self, link: Link) -> LatencyModel:
         rtt_s = link.estimate.rtt_s
         pass_s, draft_s, acceptance = self.pass_s.value, self.draft_s.value, self.acceptance.overall
-        return Pace(rtt_s, pass_s, draft_s, acceptance, self.measured.value, self.measured.tokens)
+        return LatencyModel(rtt_s, pass_s, draft_s, acceptance, self.measured.value, self.measured.tokens)
 
     def fade(self) -> None:
         """Another text may follow: what was learnt of this one says less of that."""
@@ -53,7 +53,7 @@ class Tempo:
 
 
 @dataclass
-class Sent:
+class SentRound:
     """A round under way; not `live` when the text is known to have gone another way."""
 
     base: int
@@ -61,15 +61,15 @@ class Sent:
     live: bool = True
 
 
-class Collaboration(CloudAnswer):
+class VerifyArm(CloudAnswer):
     """One answer whose every token the cloud decides."""
 
     def __init__(
         self,
-        ask: Ask,
+        ask: GenerationRequest,
         eos_ids: frozenset[int],
         replicas: Replicas,
-        tempo: Tempo,
+        tempo: SpeculationStats,
         draft: Draft | None,
         alone: Callable[[list[int]], Token | None] | None,
         prefill_layers: int = 0,
@@ -79,10 +79,10 @@ class Collaboration(CloudAnswer):
         self._tempo, self._draft, self._prefill_layers = tempo, draft, prefill_layers
         self._ahead: list[tuple[int, float]] = []  # drafted, with confidence
         self._sent = 0  # of `_ahead`, in rounds under way
-        self._rounds: deque[Sent] = deque()
+        self._rounds: deque[SentRound] = deque()
         self._streaming = False
         self._read = False  # whether the cloud has read the prompt: its passes for it decide no tokens
-        self._ready: tuple[Conversation, Link] | None = None  # opened and asked before anybody wanted tokens
+        self._ready: tuple[GenerateStream, Link] | None = None  # opened and asked before anybody wanted tokens
 
     def prepare(self) -> None:
         """Have a cloud read the prompt and decide what follows it, while the device does something else."""
@@ -124,7 +124,7 @@ class Collaboration(CloudAnswer):
         finally:
             self._end(conversation, link)
 
-    def _open(self, conversation: Conversation, link: Link, held: int) -> None:
+    def _open(self, conversation: GenerateStream, link: Link, held: int) -> None:
         self._rounds.clear()
         self._sent, self._read = 0, False
         opening = Opening(
@@ -135,7 +135,7 @@ class Collaboration(CloudAnswer):
             crc32=checksum(self._text),
             sampling=self._ask.sampling,
             logprobs=self._ask.top_logprobs,
-            kept=self._prefill_layers,
+            prefill_layers=self._prefill_layers,
         )
         conversation.open(opening)
         self._seat.target, self._seat.held = link.target, held
@@ -150,7 +150,7 @@ class Collaboration(CloudAnswer):
             return True
         return pace.draft_s < FREE_S
 
-    def _stream(self, conversation: Conversation, link: Link) -> Iterator[Token]:
+    def _stream(self, conversation: GenerateStream, link: Link) -> Iterator[Token]:
         """The cloud goes on by itself; drafts that cost nothing are thrown in."""
         free = self._draft if self._draft is not None and self._tempo.draft_s.value < FREE_S else None
         self._streaming = True
@@ -165,12 +165,12 @@ class Collaboration(CloudAnswer):
                 self._send(conversation, ids, extend=self._left - 1)  # all of the draft may be wrong
                 self._sent = len(ids)
 
-    def _explain(self, pace: Pace) -> None:
+    def _explain(self, pace: LatencyModel) -> None:
         """Say why it streams, unless there is worse to say."""
         if self.tally.why == ASKED:
             self.tally.why = why_streaming(pace)
 
-    def _look_ahead(self, draft: Draft, pace: Pace) -> tuple[int, ...]:
+    def _look_ahead(self, draft: Draft, pace: LatencyModel) -> tuple[int, ...]:
         """As many free drafts as may be right and reach beyond what the cloud decodes meanwhile."""
         self._ahead, self._sent = [], 0
         wanted = min(MAX_DRAFTS + int(pace.rtt_s / max(pace.pass_s, 0.001)), MAX_DRAFT, self._left - 1)
@@ -183,7 +183,7 @@ class Collaboration(CloudAnswer):
             self._ahead.append(found)
         return tuple(id_ for id_, _ in self._ahead)
 
-    def _verify(self, conversation: Conversation, link: Link) -> Iterator[Token]:
+    def _verify(self, conversation: GenerateStream, link: Link) -> Iterator[Token]:
         """Draft, send, and wait only when there is nothing better to do."""
         assert self._draft is not None
         self._streaming = False
@@ -214,7 +214,7 @@ class Collaboration(CloudAnswer):
                 clock.made(self._made)
                 exhausted = False
 
-    def _change_to_stream(self, conversation: Conversation, link: Link, pace: Pace) -> Iterator[Token]:
+    def _change_to_stream(self, conversation: GenerateStream, link: Link, pace: LatencyModel) -> Iterator[Token]:
         self._explain(pace)
         while self._rounds and not self._finished:
             yield from self._take(self._receive(conversation, link))
@@ -237,12 +237,12 @@ class Collaboration(CloudAnswer):
         self._ahead.append(found)
         return True
 
-    def _send(self, conversation: Conversation, draft: tuple[int, ...], extend: int = 0) -> None:
+    def _send(self, conversation: GenerateStream, draft: tuple[int, ...], extend: int = 0) -> None:
         base = len(self._text) + self._sent
         conversation.send(Round(base, draft, extend))
-        self._rounds.append(Sent(base, draft))
+        self._rounds.append(SentRound(base, draft))
 
-    def _poll(self, conversation: Conversation, link: Link) -> Committed | None:
+    def _poll(self, conversation: GenerateStream, link: Link) -> Committed | None:
         """An answer that is there already."""
         try:
             return conversation.poll()
@@ -250,13 +250,13 @@ class Collaboration(CloudAnswer):
             self._open_again(conversation, link)
             return None
 
-    def _open_again(self, conversation: Conversation, link: Link) -> None:
+    def _open_again(self, conversation: GenerateStream, link: Link) -> None:
         self._check_reopened()
         self._ahead = []
         self._open(conversation, link, 0)
         self._send(conversation, (), extend=self._left - 1 if self._streaming else 0)
 
-    def _receive(self, conversation: Conversation, link: Link) -> Committed:
+    def _receive(self, conversation: GenerateStream, link: Link) -> Committed:
         while True:
             try:
                 return super()._receive(conversation, link)
@@ -267,7 +267,7 @@ class Collaboration(CloudAnswer):
         """What an answer adds to the text. Raises ServiceError for one that no round of this text can have."""
         if committed.base > len(self._text) or not (committed.extension or self._rounds):
             raise ServiceError("the cloud answered what it was not asked")
-        sent = Sent(committed.base, ()) if committed.extension else self._rounds.popleft()
+        sent = SentRound(committed.base, ()) if committed.extension else self._rounds.popleft()
         self._count(committed)
         if committed.base != sent.base or not (committed.accepted or committed.tokens):
             if sent.live:
@@ -324,7 +324,7 @@ class Collaboration(CloudAnswer):
 class Clock:
     """Times committed tokens from the first of an answer on: before it, the prompt is read."""
 
-    def __init__(self, measured: Measured) -> None:
+    def __init__(self, measured: MeasuredLatency) -> None:
         self._measured = measured
         self._made = 0
         self._at_s = 0.0
@@ -338,5 +338,5 @@ class Clock:
             self._made, self._at_s = tokens, now_s
 
 
-def why_streaming(pace: Pace) -> str:
+def why_streaming(pace: LatencyModel) -> str:
     return f"drafting takes {1000 * pace.drafting_s:.0f} ms a token here, the cloud alone {1000 * pace.stream_s:.0f} ms"

@@ -23,8 +23,7 @@ from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.session import Opening, Round
-from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.models.messages import CloudRequest, Codec, Opening, Payload, Round
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -244,7 +243,15 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
             assert info.handoffs == (handoff.fingerprint,)
             call = stub.Generate()
             opening = Opening(
-                info.fingerprint, bytes(16), 0, (), 0, handoff=handoff.fingerprint, rate=1, context_rate=1, kept=1
+                info.fingerprint,
+                bytes(16),
+                0,
+                (),
+                0,
+                handoff=handoff.fingerprint,
+                rate=1,
+                context_rate=1,
+                prefill_layers=1,
             )
             await call.write(wire_session.pack_opening(opening))
             await call.write(wire_session.pack_round(Round(0, (5, 6, 7), 1, tuple(states))))

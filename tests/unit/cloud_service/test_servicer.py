@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.servicer import Servicer, attach, service_info
 from isthmus.models import errors
-from isthmus.models.messages import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.messages import BundleInfo, CloudReply, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -32,7 +32,7 @@ class FakeWorker:
         self.failures: dict[bytes, Exception] = {}
         self.inside = self.most_inside = self.seen = 0
 
-    async def submit(self, request: CloudRequest) -> CloudAnswer:
+    async def submit(self, request: CloudRequest) -> CloudReply:
         self.seen += 1
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
@@ -41,7 +41,7 @@ class FakeWorker:
             if (failure := self.failures.get(request.payload.data)) is not None:
                 raise failure
             share = request.payload.data[0] / 255
-            return CloudAnswer(tuple((share, 1 - share) for _ in request.tasks), 0.001, 0.002)
+            return CloudReply(tuple((share, 1 - share) for _ in request.tasks), 0.001, 0.002)
         finally:
             self.inside -= 1
 
@@ -100,7 +100,7 @@ def test_unary_answers_with_what_the_cloud_spent() -> None:
     async def play(house: House) -> None:
         response = await house.stub.Infer(request(7))
         assert response.request_id == 7
-        assert wire.unpack_answer(response, [2]) == CloudAnswer(((1.0, 0.0),), 0.001, 0.002)
+        assert wire.unpack_answer(response, [2]) == CloudReply(((1.0, 0.0),), 0.001, 0.002)
 
     house = scenario(play)
     assert house.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1

@@ -10,13 +10,13 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from isthmus.cloud_service.language import model_runner as passes
+from isthmus.cloud_service.language import model_runner
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.cloud_service.servicer import Servicer, Talk, attach, service_info
+from isthmus.cloud_service.servicer import GenerateHandler, Servicer, attach, service_info
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.session import Committed, Opening, Round
 from isthmus.models.language.torch.decoder import Decoder
+from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -295,7 +295,7 @@ def test_a_fault_of_ours_is_told_without_its_secrets_and_the_stream_lives_on(
     async def play(door: Door) -> None:
         call = door.stub.Generate()
         with monkeypatch.context() as patch:
-            patch.setattr(passes, "Text", None)
+            patch.setattr(model_runner, "TokenSequence", None)
             await call.write(door.opening())
             message = await call.read()
             assert (message.error.code, message.error.message) == (13, "the service failed on this input")
@@ -313,7 +313,7 @@ def test_a_device_that_sends_and_does_not_read_is_not_read_either(checkpoint: Ch
             yield pb.GenerateRequest()
 
     async def play() -> None:
-        talk = Talk({}, Door(checkpoint, decoder).metrics)
+        talk = GenerateHandler({}, Door(checkpoint, decoder).metrics)
         listening = asyncio.create_task(talk.listen(flood()))
         await asyncio.sleep(0.1)
         assert talk.answers.qsize() == limits.MAX_STREAM_INFLIGHT

@@ -21,12 +21,12 @@ from isthmus.models.errors import (
     UnknownBundle,
     UnsupportedVersion,
 )
-from isthmus.models.language.session import ModelInfo
 from isthmus.models.messages import (
     BundleInfo,
-    CloudAnswer,
+    CloudReply,
     CloudRequest,
     Codec,
+    ModelInfo,
     Payload,
     ServiceInfo,
     TapInfo,
@@ -38,7 +38,7 @@ from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 FINGERPRINT = bytes(range(32))
 REQUEST = CloudRequest(300, FINGERPRINT, 1.5, Payload(Codec.BOTTLENECK, 1, 2, b"payload bytes"), tasks=(0, 2))
-ANSWER = CloudAnswer(((0.25, 0.75), (0.5, 0.375, 0.125)), queue_s=0.0015, compute_s=0.02)
+ANSWER = CloudReply(((0.25, 0.75), (0.5, 0.375, 0.125)), queue_s=0.0015, compute_s=0.02)
 BUNDLE = BundleInfo(
     FINGERPRINT, "elpv", (TaskInfo("defect", 2), TaskInfo("cell_type", 2)), (TapInfo("light", 6), TapInfo("deep", 4))
 )
@@ -122,7 +122,7 @@ def test_a_request_arrives_as_it_was_sent(request: CloudRequest) -> None:
 )
 def test_an_answer_arrives_as_it_was_sent(weights: list[list[int]], queue_us: int, compute_us: int) -> None:
     probabilities = tuple(tuple((np.array(w) / sum(w)).astype(np.float32).tolist()) for w in weights)
-    answer = CloudAnswer(probabilities, queue_us / 1e6, compute_us / 1e6)
+    answer = CloudReply(probabilities, queue_us / 1e6, compute_us / 1e6)
     assert wire.unpack_answer(sent(wire.pack_answer(7, answer)), [len(w) for w in weights]) == answer
 
 

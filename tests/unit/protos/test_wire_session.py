@@ -18,8 +18,7 @@ from isthmus.models.errors import (
     PayloadTooLarge,
     UnsupportedVersion,
 )
-from isthmus.models.language.sampling import MAX_SEED, Sampling
-from isthmus.models.language.session import SESSION_BYTES, Committed, Logprobs, Opening, Round
+from isthmus.models.messages import MAX_SEED, SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
@@ -47,7 +46,7 @@ HANDOFF_OPENING = Opening(
     handoff=bytes(range(200, 208)),
     rate=2,
     context_rate=1,
-    kept=20,
+    prefill_layers=20,
 )
 HANDOFF_ROUND = Round(300, (10_000, 20_000, 30_000), 1, (b"", b"\x01", bytes(range(40))), (1,))
 COMMITTED = Committed(
@@ -118,7 +117,7 @@ def openings(draw: st.DrawFn) -> Opening:
         handoff=handoff,
         rate=draw(ids) if handoff else 0,
         context_rate=draw(ids) if handoff else 0,
-        kept=draw(st.integers(0, 40)),
+        prefill_layers=draw(st.integers(0, 40)),
     )
 
 
@@ -137,7 +136,7 @@ def test_an_opening_arrives_as_it_was_sent(opening: Opening) -> None:
         "logprobs",
         "rate",
         "context_rate",
-        "kept",
+        "prefill_layers",
     ):
         assert getattr(arrived, name) == getattr(opening, name)
 
@@ -337,7 +336,7 @@ def test_the_checksum_covers_all_of_a_round(change: dict[str, Any]) -> None:
 
 def test_the_rounds_that_those_are_bent_from_is_good() -> None:
     assert wire_session.unpack_round(handed()) == Round(0, (5, 6), 1, (b"ab", b"c"))
-    assert wire_session.unpack_round(handed(decided=[0, 1])).decided == (0, 1)
+    assert wire_session.unpack_round(handed(decided=[0, 1])).decoded_from == (0, 1)
 
 
 @pytest.mark.parametrize(("message", "kind", "words"), BAD_ROUNDS.values(), ids=BAD_ROUNDS.keys())

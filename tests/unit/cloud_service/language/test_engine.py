@@ -14,9 +14,9 @@ from isthmus.models.errors import Draining, InvalidInput, Overloaded, ServiceErr
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, FIRST_ROWS, KVFill
-from isthmus.models.language.sampling import GREEDY, choose
-from isthmus.models.language.session import Committed, Round
+from isthmus.models.language.sampling import choose
 from isthmus.models.language.torch.decoder import Decoder, Span
+from isthmus.models.messages import GREEDY, Committed, Round
 from isthmus.protos.limits import MAX_ROUNDS
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
@@ -247,11 +247,11 @@ def test_warm_up_proves_the_rows(checkpoint: Checkpoint, decoder: Decoder, tmp_p
 
 
 class ByHand:
-    """A prompt whose tokens up to `guessed`, but the first ones, run through `kept` layers alone, one a pass."""
+    """A prompt whose tokens up to `guessed`, except the first, run through `prefill_layers` layers, one a step."""
 
-    def __init__(self, decoder: Decoder, handoff: Handoff, kept: int) -> None:
-        self._decoder, self._depth, self._kept = decoder, handoff.depth, kept
-        self._fill = KVFill(*handoff.fill(), decoder[self._depth :], kept - handoff.depth)
+    def __init__(self, decoder: Decoder, handoff: Handoff, prefill_layers: int) -> None:
+        self._decoder, self._depth, self._kept = decoder, handoff.depth, prefill_layers
+        self._fill = KVFill(*handoff.fill(), decoder[self._depth :], prefill_layers - handoff.depth)
 
     def decode(self, prompt: Sequence[int], guessed: int, count: int) -> list[int]:
         tokens, cache, decoder = list(prompt), self._decoder.new_cache(), self._decoder
@@ -272,8 +272,8 @@ class ByHand:
 LONG = prompts(1, longest=120, seed=9)[0] * 4
 
 
-@pytest.mark.parametrize(("kept", "depths"), [(1, [1]), (2, [1]), (1, [2, 1]), (2, [2, 1])])
-def test_a_prompt_but_its_end_may_skip_the_last_layers(tmp_path: Path, kept: int, depths: list[int]) -> None:
+@pytest.mark.parametrize(("prefill_layers", "depths"), [(1, [1]), (2, [1]), (1, [2, 1]), (2, [2, 1])])
+def test_a_prompt_but_its_end_may_skip_the_last_layers(tmp_path: Path, prefill_layers: int, depths: list[int]) -> None:
     """Beside a prompt that goes through all of them, and with its state evicted in between.
 
     Of several bundles that one guesses which has seen the most layers.
@@ -281,15 +281,15 @@ def test_a_prompt_but_its_end_may_skip_the_last_layers(tmp_path: Path, kept: int
     checkpoint = Checkpoint.open(write_tiny_llama(tmp_path / "three", layers=3, context=CONTEXT))
     folders = [write_tiny_handoff(tmp_path / str(depth), checkpoint, depth=depth) for depth in depths]
     handoffs = [Handoff.open(folder, checkpoint) for folder in folders]
-    handoff = max((each for each in handoffs if each.depth <= kept), key=lambda each: each.depth)
+    handoff = max((each for each in handoffs if each.depth <= prefill_layers), key=lambda each: each.depth)
     decoder = Decoder.load(checkpoint, torch.float32, WIDTH)
     prompt = LONG[:100]
-    expected = ByHand(decoder, handoff, kept).decode(prompt, len(prompt) - EXACT_ROWS, 12)
+    expected = ByHand(decoder, handoff, prefill_layers).decode(prompt, len(prompt) - EXACT_ROWS, 12)
     house = House(checkpoint, decoder, 100, handoffs)
 
     async def play() -> None:
         running = asyncio.create_task(house.generation.run())
-        device, exact = Device(house, 1, prompt, kept=kept), Device(house, 2, prompt)
+        device, exact = Device(house, 1, prompt, prefill_layers=prefill_layers), Device(house, 2, prompt)
         await device.open()
         await exact.open()
         device.send()
@@ -312,11 +312,11 @@ def test_a_prompt_but_its_end_may_skip_the_last_layers(tmp_path: Path, kept: int
     assert house.count("state_positions_total", kind="filled") == 2 * (len(prompt) - EXACT_ROWS - FIRST_ROWS)
 
 
-@pytest.mark.parametrize(("kept", "words"), [(2, "2 layers of a prompt, expected 1 to 1, or 0 for all")])
-def test_layers_that_cannot_be_kept_are_refused(scenario: Scenario, kept: int, words: str) -> None:
+@pytest.mark.parametrize(("prefill_layers", "words"), [(2, "2 layers of a prompt, expected 1 to 1, or 0 for all")])
+def test_layers_that_cannot_be_kept_are_refused(scenario: Scenario, prefill_layers: int, words: str) -> None:
     async def play(house: House) -> None:
         with pytest.raises(InvalidInput, match=words):
-            await Device(house, 1, LONG[:100], kept=kept).open()
+            await Device(house, 1, LONG[:100], prefill_layers=prefill_layers).open()
 
     scenario(play)
 
@@ -324,7 +324,7 @@ def test_layers_that_cannot_be_kept_are_refused(scenario: Scenario, kept: int, w
 def test_without_a_handoff_no_layer_can_be_skipped(checkpoint: Checkpoint, decoder: Decoder) -> None:
     async def play() -> None:
         with pytest.raises(InvalidInput, match="no hand-off bundle is held here"):
-            await Device(House(checkpoint, decoder, 100), 1, LONG[:100], kept=1).open()
+            await Device(House(checkpoint, decoder, 100), 1, LONG[:100], prefill_layers=1).open()
 
     asyncio.run(play())
 

@@ -27,10 +27,10 @@ from isthmus.models.errors import (
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, KVFill
-from isthmus.models.language.sampling import GREEDY, Sampling, choose, logprobs
-from isthmus.models.language.session import Committed, Round
+from isthmus.models.language.sampling import choose, logprobs
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.messages import GREEDY, Committed, Round, Sampling
 from isthmus.protos.limits import MAX_ROUNDS
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
@@ -248,11 +248,11 @@ def test_a_round_replaces_the_text_from_its_base(
         again = await device.ask(len(PROMPT) - 1)
         assert again.tokens == first.tokens
         await device.ask(len(PROMPT) - 7)
-        for kept in (12, 0):
-            device.tokens = [*PROMPT[:kept], 50, 60, 70]
+        for prefill_layers in (12, 0):
+            device.tokens = [*PROMPT[:prefill_layers], 50, 60, 70]
             expected = ByHand(decoder, handoff)
             logits_V = expected.take(device.tokens)
-            assert (await device.ask(kept)).tokens == (int(logits_V.argmax()),)
+            assert (await device.ask(prefill_layers)).tokens == (int(logits_V.argmax()),)
             assert device.session is not None and same_state(device.session, expected.cache)
             assert device.session.text.tokens == device.tokens[:-1]
 
@@ -397,7 +397,7 @@ def test_only_a_state_of_the_same_kind_is_taken_over(
         await device.ask(0)
         device.tokens.pop()
         with pytest.raises(ContextGone):
-            await device.open(start=10, kept=handoff.depth)
+            await device.open(start=10, prefill_layers=handoff.depth)
         with pytest.raises(ContextGone):
             await ordinary.open(start=10)
         with pytest.raises(ContextGone):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from isthmus.cloud_service.language import engine as generation
-from isthmus.models.language.sampling import GREEDY, Sampling
 from isthmus.models.language.torch.decoder import Decoder
+from isthmus.models.messages import GREEDY, Sampling
 from tests.unit.cloud_service.language.tiny import (
     ENDS,
     SAMPLED,

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud_service.language.handoff_sequence import FILL_ROWS, HandoffText
+from isthmus.cloud_service.language.handoff_sequence import FILL_ROWS, HandoffSequence
 from isthmus.models.errors import InvalidInput, PayloadTooLarge
 from isthmus.models.language.handoff.kv_fill import EXACT_ROWS
-from isthmus.models.language.sampling import GREEDY, Floats, Sampling, choose
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.language.sampling import Floats, choose
+from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 
 VOCAB, CONTEXT, CAP = 8, 120, 10
 SAMPLED = Sampling(temperature=1.0, top_p=0.9, seed=7)
@@ -48,19 +48,19 @@ class StateCache:
         del self.fed[length:]
 
 
-def new_text(sampling: Sampling = GREEDY, fill: bool = False, logprobs: int | None = None) -> HandoffText:
-    opening = Opening(b"", b"", 0, (), 0, sampling, logprobs, handoff=b"x", kept=int(fill))
-    text = HandoffText((), opening, CAP, CONTEXT)
+def new_text(sampling: Sampling = GREEDY, fill: bool = False, logprobs: int | None = None) -> HandoffSequence:
+    opening = Opening(b"", b"", 0, (), 0, sampling, logprobs, handoff=b"x", prefill_layers=int(fill))
+    text = HandoffSequence((), opening, CAP, CONTEXT)
     give_memory(text)
     return text
 
 
-def give_memory(text: HandoffText) -> None:
+def give_memory(text: HandoffSequence) -> None:
     cache: Any = StateCache()
     text.cache = text.cache or cache
 
 
-def compute(text: HandoffText, rows: int) -> Committed | None:
+def compute(text: HandoffSequence, rows: int) -> Committed | None:
     cache: Any = text.cache
     states, run = text.next_states(rows)
     assert states and 0 <= run <= rows
@@ -69,7 +69,7 @@ def compute(text: HandoffText, rows: int) -> Committed | None:
     return text.settle(model(cache.fed) if text.decides else None, 0.25)
 
 
-def finish(text: HandoffText, data: st.DataObject | None = None) -> Committed | None:
+def finish(text: HandoffSequence, data: st.DataObject | None = None) -> Committed | None:
     """Passes of any sizes until the round is answered; None when an eviction in between lost it."""
     while not text.lost:
         give_memory(text)
@@ -154,7 +154,7 @@ def test_the_extent_is_what_the_round_will_hold() -> None:
     assert (text.extent, text.rows, text.reusable) == (4, 0, 4)
 
 
-def rows_run(text: HandoffText, width: int) -> list[tuple[int, int]]:
+def rows_run(text: HandoffSequence, width: int) -> list[tuple[int, int]]:
     """States filled in and run in each pass of so many rows."""
     passes = []
     while text.work is not None and text.rows:
@@ -183,10 +183,10 @@ def test_behind_a_prompt_a_fill_takes_one_row_of_a_pass_at_most() -> None:
 
 def test_what_decides_or_has_decided_has_a_rate_of_its_own() -> None:
     opening = Opening(b"", b"", 0, (), 0, handoff=b"x", rate=5, context_rate=2)
-    text = HandoffText((), opening, CAP, CONTEXT)
+    text = HandoffSequence((), opening, CAP, CONTEXT)
     give_memory(text)
     states = tuple(state_of(position, position) for position in range(4))
-    text.begin(Round(0, (0, 1, 2, 3), 1, states, decided=(1,)), 0.0)
+    text.begin(Round(0, (0, 1, 2, 3), 1, states, decoded_from=(1,)), 0.0)
     assert [text.rate_at(position) for position in range(4)] == [2, 5, 2, 5]
     assert [text.id_at(position) for position in range(4)] == [0, 1, 2, 3]
     finish(text)

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud_service.language.kv_budget import Contexts
+from isthmus.cloud_service.language.kv_budget import KVBudget
 
 NAMES = [bytes([letter]) for letter in b"abcdef"]
 
 
-def ledger(*sessions: tuple[bytes, int, float, bool], budget_bytes: int = 100) -> Contexts:
+def ledger(*sessions: tuple[bytes, int, float, bool], budget_bytes: int = 100) -> KVBudget:
     """Of (name, size, used, attached)."""
-    contexts = Contexts(budget_bytes, idle_s=10.0)
+    contexts = KVBudget(budget_bytes, idle_s=10.0)
     for name, size_bytes, used_s, attached in sessions:
         contexts.record(name, size_bytes, used_s, attached=attached)
     return contexts
@@ -97,7 +97,7 @@ events = st.lists(
 def test_never_more_is_held_than_the_budget_when_victims_are_dropped_first(
     events: list[tuple[bytes, int, bool, Collection[bytes], str]],
 ) -> None:
-    contexts = Contexts(100, idle_s=10.0)
+    contexts = KVBudget(100, idle_s=10.0)
     sizes: dict[bytes, int] = {}
     for now_s, (name, size_bytes, attached, keep, event) in enumerate(events):
         if event == "drop":
@@ -107,8 +107,8 @@ def test_never_more_is_held_than_the_budget_when_victims_are_dropped_first(
             contexts.detach(name, now_s)
         elif event == "use":
             victims = contexts.victims(name, size_bytes, keep)
-            kept = sum(size for other, size in sizes.items() if other in keep and other != name)
-            assert (victims is None) == (kept + size_bytes > 100)
+            prefill_layers = sum(size for other, size in sizes.items() if other in keep and other != name)
+            assert (victims is None) == (prefill_layers + size_bytes > 100)
             if victims is not None:
                 assert not {name, *keep} & set(victims)
                 for victim in victims:

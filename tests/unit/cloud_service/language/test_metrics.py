@@ -13,8 +13,8 @@ from isthmus.cloud_service.language.metrics import (
     POSITIONS,
     ROWS,
     STATE_ROUNDS,
-    GenerationFamilies,
-    GenerationMetrics,
+    EngineMetricFamilies,
+    EngineMetrics,
 )
 
 
@@ -24,17 +24,15 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def metrics(registry: CollectorRegistry) -> GenerationMetrics:
-    return GenerationMetrics(GenerationFamilies(registry), "tiny")
+def metrics(registry: CollectorRegistry) -> EngineMetrics:
+    return EngineMetrics(EngineMetricFamilies(registry), "tiny")
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
     return registry.get_sample_value(f"isthmus_cloud_{name}", {"model": "tiny", **labels})
 
 
-def test_every_name_is_ours_and_known_labels_start_at_zero(
-    metrics: GenerationMetrics, registry: CollectorRegistry
-) -> None:
+def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
     families = list(registry.collect())
     assert len(families) == 9
     assert all(family.name.startswith("isthmus_cloud_") for family in families)
@@ -50,23 +48,19 @@ def test_every_name_is_ours_and_known_labels_start_at_zero(
         assert value(registry, name) == 0
 
 
-def test_a_pass_counts_its_rows_and_what_they_leave_empty(
-    metrics: GenerationMetrics, registry: CollectorRegistry
-) -> None:
+def test_a_pass_counts_its_rows_and_what_they_leave_empty(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
     metrics.passed(5, 16, 0.5)
     assert [value(registry, "decoder_rows_total", kind=kind) for kind in ROWS] == [5, 11]
     assert value(registry, "decoder_pass_seconds_sum") == 0.5
 
 
-def test_a_round_counts_its_drafts_and_tokens(metrics: GenerationMetrics, registry: CollectorRegistry) -> None:
+def test_a_round_counts_its_drafts_and_tokens(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
     metrics.committed(accepted=3, drafted=8, own=1)
     assert [value(registry, "draft_tokens_total", result=result) for result in DRAFTS] == [3, 5]
     assert value(registry, "tokens_committed_total") == 4
 
 
-def test_a_round_of_states_counts_the_token_it_asked_for(
-    metrics: GenerationMetrics, registry: CollectorRegistry
-) -> None:
+def test_a_round_of_states_counts_the_token_it_asked_for(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
     for own in (1, 0, 1):
         metrics.handed_off(own)
     metrics.took(3, 20)
@@ -75,7 +69,7 @@ def test_a_round_of_states_counts_the_token_it_asked_for(
     assert value(registry, "tokens_committed_total") == 2
 
 
-def test_contexts_and_evictions(metrics: GenerationMetrics, registry: CollectorRegistry) -> None:
+def test_contexts_and_evictions(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
     metrics.contexts(7, 1000)
     metrics.evicted("idle")
     assert (value(registry, "contexts_held"), value(registry, "contexts_bytes")) == (7, 1000)
@@ -83,15 +77,15 @@ def test_contexts_and_evictions(metrics: GenerationMetrics, registry: CollectorR
 
 
 def test_two_models_of_one_service_are_counted_apart(registry: CollectorRegistry) -> None:
-    families = GenerationFamilies(registry)
-    first, second = GenerationMetrics(families, "tiny"), GenerationMetrics(families, "other")
+    families = EngineMetricFamilies(registry)
+    first, second = EngineMetrics(families, "tiny"), EngineMetrics(families, "other")
     first.committed(0, 0, 1)
     second.committed(0, 0, 2)
     assert value(registry, "tokens_committed_total") == 1
 
 
 def test_a_failure_of_ours_is_logged_with_its_traceback(
-    metrics: GenerationMetrics, caplog: pytest.LogCaptureFixture
+    metrics: EngineMetrics, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR, "isthmus.cloud"):
         try:
@@ -102,6 +96,6 @@ def test_a_failure_of_ours_is_logged_with_its_traceback(
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_is_content(metrics: GenerationMetrics, registry: CollectorRegistry) -> None:
+def test_promtool_is_content(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
     result = subprocess.run(["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud_service.language.sequence import Text
+from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import InvalidInput
-from isthmus.models.language.sampling import GREEDY, Floats, Sampling, choose, log_softmax
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.language.sampling import Floats, choose, log_softmax
+from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 
 VOCAB, EOS, CONTEXT = 8, 2, 24
 SAMPLED = Sampling(temperature=1.0, top_p=0.9, seed=7)
@@ -52,18 +52,18 @@ class TokenCache:
         del self.tokens[length:]
 
 
-def new_text(prompt: list[int], sampling: Sampling = GREEDY, logprobs: int | None = None) -> Text:
-    text = Text(prompt, Opening(b"", b"", 0, (), 0, sampling, logprobs), frozenset({EOS}), CONTEXT)
+def new_text(prompt: list[int], sampling: Sampling = GREEDY, logprobs: int | None = None) -> TokenSequence:
+    text = TokenSequence(prompt, Opening(b"", b"", 0, (), 0, sampling, logprobs), frozenset({EOS}), CONTEXT)
     evict(text)
     return text
 
 
-def evict(text: Text) -> None:
+def evict(text: TokenSequence) -> None:
     cache: Any = TokenCache()
     text.cache = cache
 
 
-def compute(text: Text, count: int) -> Committed | None:
+def compute(text: TokenSequence, count: int) -> Committed | None:
     """A pass with `count` rows of this text. Rows that decide nothing come without logits."""
     cache: Any = text.cache
     decides, rows = text.decides(count), []
@@ -74,7 +74,7 @@ def compute(text: Text, count: int) -> Committed | None:
     return text.settle(np.stack(rows) if decides else None, count, 0.25)
 
 
-def finish(text: Text, data: st.DataObject | None = None) -> Committed:
+def finish(text: TokenSequence, data: st.DataObject | None = None) -> Committed:
     """Passes of any sizes, with evictions in between, until the round is answered."""
     while True:
         rows = text.rows
@@ -87,7 +87,7 @@ def finish(text: Text, data: st.DataObject | None = None) -> Committed:
             evict(text)
 
 
-def play(text: Text, round_: Round, data: st.DataObject | None = None) -> Committed:
+def play(text: TokenSequence, round_: Round, data: st.DataObject | None = None) -> Committed:
     return text.begin(round_, 0.0) or finish(text, data)
 
 
@@ -315,12 +315,14 @@ def test_the_context_is_filled_and_never_exceeded() -> None:
 )
 def test_the_middle_of_a_prompt_may_skip_layers(tokens: int, parts: list[tuple[int, bool]]) -> None:
     """Neither its beginning nor its end, and no pass has rows of two kinds."""
-    for kept in (0, 20):
-        text = Text([1] * tokens, Opening(b"", b"", 0, (), 0, kept=kept), frozenset({EOS}), 1000)
+    for prefill_layers in (0, 20):
+        text = TokenSequence(
+            [1] * tokens, Opening(b"", b"", 0, (), 0, prefill_layers=prefill_layers), frozenset({EOS}), 1000
+        )
         evict(text)
         text.begin(Round(tokens), 0.0)
         found, cache = [], text.cache
         while text.rows:
             found.append((text.rows, text.guesses))
             cache.tokens += [1] * text.rows  # type: ignore[union-attr]
-        assert found == (parts if kept else [(tokens, False)])
+        assert found == (parts if prefill_layers else [(tokens, False)])

@@ -8,8 +8,8 @@ import pytest
 
 from isthmus.cloud_service.language import sessions
 from isthmus.models.errors import ContextGone, InvalidInput, Overloaded
-from isthmus.models.language.session import Committed, Round
 from isthmus.models.language.torch.decoder import Decoder
+from isthmus.models.messages import Committed, Round
 from isthmus.protos.limits import MAX_ROUNDS
 from isthmus.protos.wire_session import checksum
 from tests.unit.cloud_service.language.tiny import (

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
-from isthmus.cloud_service.language.engine import Generation
-from isthmus.cloud_service.language.metrics import GenerationFamilies, GenerationMetrics
-from isthmus.cloud_service.language.sessions import Answers, Session
+from isthmus.cloud_service.language.engine import LanguageEngine
+from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
+from isthmus.cloud_service.language.sessions import EventQueue, Session
 from isthmus.models.errors import IsthmusError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.sampling import GREEDY, Floats, Sampling, choose
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.language.sampling import Floats, choose
 from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder, Span, chunks
+from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 from isthmus.protos.wire_session import checksum
 
 WIDTH, CONTEXT = 8, 256
@@ -99,9 +99,9 @@ class House:
         self.budget_bytes = decoder.new_cache().bytes_for(PAGE_TOKENS) * pages
         self.most_bytes = 0
         self.decoder.look = self.look
-        metrics = GenerationMetrics(GenerationFamilies(self.registry), "tiny")
+        metrics = EngineMetrics(EngineMetricFamilies(self.registry), "tiny")
         watched: Any = self.decoder
-        self.generation = Generation(checkpoint, watched, self.budget_bytes, metrics, handoffs)
+        self.generation = LanguageEngine(checkpoint, watched, self.budget_bytes, metrics, handoffs)
 
     def look(self) -> None:
         caches = [session.text.cache for session in self.generation._sessions]
@@ -121,12 +121,12 @@ class Device:
     """One device: its text, and the queue that its stream would read."""
 
     def __init__(
-        self, house: House, name: int, prompt: Sequence[int], sampling: Sampling = GREEDY, kept: int = 0
+        self, house: House, name: int, prompt: Sequence[int], sampling: Sampling = GREEDY, prefill_layers: int = 0
     ) -> None:
-        self.kept = kept
+        self.prefill_layers = prefill_layers
         self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
         self.tokens = list(prompt)
-        self.answers: Answers = asyncio.Queue()
+        self.answers: EventQueue = asyncio.Queue()
         self.session: Session | None = None
         self.last = Committed(0)
 
@@ -134,7 +134,9 @@ class Device:
         crc32 = checksum(self.tokens) if crc32 is None else crc32
         tokens = tuple(self.tokens[start:])
         model = self.generation.info.fingerprint[:8]
-        opening = Opening(model, self.name, start, tokens, crc32, self.sampling, logprobs, kept=self.kept)
+        opening = Opening(
+            model, self.name, start, tokens, crc32, self.sampling, logprobs, prefill_layers=self.prefill_layers
+        )
         self.session = await self.generation.open(opening, self.answers)
 
     def send(self, draft: Sequence[int] = (), extend: int = 0) -> None:
@@ -217,7 +219,7 @@ class StateDevice:
         self.handoff, self.rate, self.context_rate, self.fill = handoff, rate, context_rate, fill
         self.tokens = list(prompt)
         self.decided: set[int] = set()  # positions that the cloud was asked by
-        self.answers: Answers = asyncio.Queue()
+        self.answers: EventQueue = asyncio.Queue()
         self.session: Session | None = None
         self._decoder = decoder
 
@@ -229,7 +231,7 @@ class StateDevice:
             "handoff": self.handoff.fingerprint[:8],
             "rate": self.rate,
             "context_rate": self.context_rate,
-            "kept": self.handoff.depth if self.fill else 0,
+            "prefill_layers": self.handoff.depth if self.fill else 0,
         }
         return replace(opening, **{**ours, **fields})
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud_service.vision.batching import BatchLimits, Want, Work, next_batch, next_pass
+from isthmus.cloud_service.vision.batching import BatchLimits, Candidate, QueuedInput, next_batch, next_pass
 
 A, B = (b"bundle a", 1), (b"bundle b", 1)
 LIMITS = BatchLimits(max_size=3, max_wait_s=0.010)
 
 
-def work(ticket: int, key: tuple[bytes, int] = A, arrived_s: float = 0.0, deadline_s: float = 1.0) -> Work:
-    return Work(ticket, key, arrived_s, deadline_s)
+def work(ticket: int, key: tuple[bytes, int] = A, arrived_s: float = 0.0, deadline_s: float = 1.0) -> QueuedInput:
+    return QueuedInput(ticket, key, arrived_s, deadline_s)
 
 
 def test_an_empty_queue_waits_for_an_arrival() -> None:
@@ -59,7 +59,7 @@ def test_expired_work_is_refused_not_computed() -> None:
 
 queues = st.lists(
     st.builds(
-        Work,
+        QueuedInput,
         ticket=st.integers(),
         key=st.sampled_from([A, B, (b"bundle a", 2)]),
         arrived_s=st.floats(0, 1),
@@ -71,7 +71,7 @@ queues = st.lists(
 
 
 @given(queues, st.floats(0, 2), st.integers(1, 8))
-def test_what_every_plan_keeps(queue: list[Work], now_s: float, max_size: int) -> None:
+def test_what_every_plan_keeps(queue: list[QueuedInput], now_s: float, max_size: int) -> None:
     limits = BatchLimits(max_size, 0.010)
     plan = next_batch(queue, now_s, limits)
     assert len({item.key for item in plan.batch}) <= 1
@@ -83,7 +83,7 @@ def test_what_every_plan_keeps(queue: list[Work], now_s: float, max_size: int) -
 
 
 @given(queues, st.integers(1, 8))
-def test_nobody_starves(queue: list[Work], max_size: int) -> None:
+def test_nobody_starves(queue: list[QueuedInput], max_size: int) -> None:
     """Once every wait is over, plan after plan empties the queue, and each input is dealt with exactly once."""
     now_s, seen = 1.5, []
     while queue:
@@ -97,43 +97,48 @@ def test_nobody_starves(queue: list[Work], max_size: int) -> None:
 
 def test_a_pass_without_wants_is_empty() -> None:
     assert next_pass([], 16) == []
-    assert next_pass([Want(1, 0, 0)], 16) == []
+    assert next_pass([Candidate(1, 0, 0)], 16) == []
 
 
 def test_a_lonely_prompt_fills_the_pass() -> None:
-    assert next_pass([Want(1, 500, 0)], 16) == [(1, 16)]
+    assert next_pass([Candidate(1, 500, 0)], 16) == [(1, 16)]
 
 
 def test_a_long_prompt_takes_what_others_leave() -> None:
-    wants = [Want(1, 500, 3), Want(2, 1, 4), Want(3, 5, 4)]
+    wants = [Candidate(1, 500, 3), Candidate(2, 1, 4), Candidate(3, 5, 4)]
     assert next_pass(wants, 16) == [(1, 10), (2, 1), (3, 5)]
 
 
 def test_the_least_recently_served_come_first() -> None:
-    wants = [Want(1, 8, 7), Want(2, 8, 5), Want(3, 8, 6)]
+    wants = [Candidate(1, 8, 7), Candidate(2, 8, 5), Candidate(3, 8, 6)]
     assert next_pass(wants, 16) == [(2, 8), (3, 8)]
 
 
 def test_a_pass_is_of_the_kind_that_waits_longest() -> None:
-    wants = [Want(1, 8, 7, "whole"), Want(2, 3, 5, "behind"), Want(3, 8, 6, "whole"), Want(4, 3, 9, "behind")]
+    wants = [
+        Candidate(1, 8, 7, "whole"),
+        Candidate(2, 3, 5, "behind"),
+        Candidate(3, 8, 6, "whole"),
+        Candidate(4, 3, 9, "behind"),
+    ]
     assert next_pass(wants, 16) == [(2, 3), (4, 3)]
     assert next_pass([wants[0], wants[2]], 16) == [(3, 8), (1, 8)]
 
 
 def test_one_who_wants_nothing_does_not_choose_the_kind() -> None:
-    assert next_pass([Want(1, 0, 0, "behind"), Want(2, 3, 5, "whole")], 16) == [(2, 3)]
+    assert next_pass([Candidate(1, 0, 0, "behind"), Candidate(2, 3, 5, "whole")], 16) == [(2, 3)]
 
 
 kinds = st.sampled_from(["whole", "behind"])
 all_wants = st.lists(
-    st.builds(Want, ticket=st.integers(0, 99), rows=st.integers(0, 40), served=st.integers(0, 9), kind=kinds),
+    st.builds(Candidate, ticket=st.integers(0, 99), rows=st.integers(0, 40), served=st.integers(0, 9), kind=kinds),
     max_size=20,
     unique_by=lambda want: want.ticket,
 )
 
 
 @given(all_wants, st.integers(1, 20))
-def test_what_every_pass_keeps(wants: list[Want], width: int) -> None:
+def test_what_every_pass_keeps(wants: list[Candidate], width: int) -> None:
     plan = next_pass(wants, width)
     given_rows = dict(plan)
     of_kind = {want.kind for want in wants if want.ticket in given_rows}
@@ -145,13 +150,13 @@ def test_what_every_pass_keeps(wants: list[Want], width: int) -> None:
 
 
 @given(all_wants, st.integers(1, 20), st.randoms())
-def test_a_pass_does_not_depend_on_the_order_of_the_wants(wants: list[Want], width: int, random: Random) -> None:
+def test_a_pass_does_not_depend_on_the_order_of_the_wants(wants: list[Candidate], width: int, random: Random) -> None:
     shuffled = random.sample(wants, len(wants))
     assert next_pass(wants, width) == next_pass(shuffled, width)
 
 
 @given(all_wants, st.integers(2, 20))
-def test_everyone_who_waits_is_served_within_a_pass_for_every_two(wants: list[Want], width: int) -> None:
+def test_everyone_who_waits_is_served_within_a_pass_for_every_two(wants: list[Candidate], width: int) -> None:
     """However long the others' prompts are, and though they want as much again after each pass."""
     waiting = {want.ticket for want in wants if want.rows}
     number = 100

@@ -1,4 +1,4 @@
-"""The queue and the compute thread; what computes is a fake with the face of `Answerer`."""
+"""The queue and the compute thread; what computes is a fake with the face of `Predictor`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from isthmus.models.errors import (
     ServiceError,
     UnknownBundle,
 )
-from isthmus.models.messages import BundleInfo, CloudAnswer, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.messages import BundleInfo, CloudReply, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 
 FINGERPRINT = bytes(range(32))
 INFO = BundleInfo(
@@ -73,7 +73,7 @@ class House:
         codec: Codec = Codec.BOTTLENECK,
         tap: int = 0,
         tasks: tuple[int, ...] = (0,),
-    ) -> asyncio.Task[CloudAnswer]:
+    ) -> asyncio.Task[CloudReply]:
         request = CloudRequest(1, FINGERPRINT[:8], budget_s, Payload(codec, tap, 0, data), tasks)
         return asyncio.create_task(self.worker.submit(request))
 

@@ -130,7 +130,8 @@ def test_command_line_and_config_have_the_same_defaults(tmp_path: Path) -> None:
 
 
 def test_the_agent_imports_no_pytorch() -> None:
-    code = "import edge_agent.api, edge_agent.__main__, sys; print(sys.modules.keys() & {'torch', 'compressai'})"
+    imports = "import sys, isthmus.edge_agent.http.app, isthmus.edge_agent.cli.main"
+    code = f"{imports}; print(sys.modules.keys() & {{'torch', 'compressai'}})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "set()"
 

@@ -11,7 +11,7 @@ from itertools import cycle
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from isthmus.edge_agent.language.request import Arm, Ask, Source, Summary, Token
+from isthmus.edge_agent.language.request import Arm, GenerationRequest, Source, Summary, Token
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.tokenizer import BYTES, Tokenizer
 
@@ -44,7 +44,7 @@ class Scripted:
     name: str = "tiny"
     context: int = 200
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
-    asks: list[Ask] = field(default_factory=list)
+    asks: list[GenerationRequest] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     started: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -52,7 +52,7 @@ class Scripted:
     def arms(self) -> tuple[Arm, ...]:
         return ("auto", "edge", "cloud", "verify") if self.cloud else ("auto", "edge")
 
-    def generate(self, ask: Ask) -> Iterator[Token | Summary]:
+    def generate(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
         self.asks.append(ask)
         self.closed.clear()
         try:
@@ -61,7 +61,7 @@ class Scripted:
             self.threads.add(threading.get_ident())
             self.closed.set()
 
-    def _say(self, ask: Ask) -> Iterator[Token | Summary]:
+    def _say(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
         data = self.text.encode()
         ids = cycle(data) if self.endless else iter([*data, END])
         count = 0

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.cloud_service.language.sequence import Text
+from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.edge_agent.language.request import Source
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.models.errors import ContextGone, DeadlineExceeded, LinkDown
-from isthmus.models.language.sampling import GREEDY, Floats, Sampling, choose
-from isthmus.models.language.session import Committed, Opening, Round
+from isthmus.models.language.sampling import Floats, choose
+from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 from isthmus.protos import wire_session
 
 VOCAB, EOS = 11, 0
@@ -79,7 +79,7 @@ class Cloud:
     away: float = 0
     living: bool = True
     fault: Callable[[int], Exception | None] = lambda answer: None
-    texts: dict[bytes, Text] = field(default_factory=dict)
+    texts: dict[bytes, TokenSequence] = field(default_factory=dict)
     talks: list[Talk] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     answers: int = 0
@@ -117,7 +117,7 @@ class Talk:
     def __init__(self, cloud: Cloud, random_: random.Random) -> None:
         self._cloud, self._random = cloud, random_
         self._messages: deque[Any] = deque()
-        self._text: Text | None = None
+        self._text: TokenSequence | None = None
         self._held = 0
         self._ready: deque[tuple[Committed | ContextGone, dict[int, Source]]] = deque()
         self._failure: LinkDown | None = None
@@ -201,7 +201,7 @@ class Talk:
             self._text = None
             self._ready.append((ContextGone("not held here"), {}))
             return
-        self._text = Text(tokens, opening, ENDS, self._cloud.context)
+        self._text = TokenSequence(tokens, opening, ENDS, self._cloud.context)
         self._text.cache = Cache()  # type: ignore[assignment]
         self._cloud.texts[opening.session] = self._text
 

@@ -16,15 +16,16 @@ from prometheus_client import CollectorRegistry
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.agent import LanguageAgent, point_of, terms_of
-from isthmus.edge_agent.language.arms.handoff import Terms
+from isthmus.edge_agent.language.arms.handoff import HandoffSettings
 from isthmus.edge_agent.language.metrics import LanguageMetrics
-from isthmus.edge_agent.language.request import Ask, Summary, Token
+from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.models.errors import BundleError, InvalidInput, LinkDown
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.handoff.manifest import NEVER, StatePoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.language.sampling import Sampling, choose, log_softmax
+from isthmus.models.language.sampling import choose, log_softmax
+from isthmus.models.messages import Sampling
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
 
@@ -48,7 +49,7 @@ def lost_agent(folder: Path, **settings: Any) -> LanguageAgent:
     return LanguageAgent(LanguageConfig(str(folder), (NOWHERE,), context=CONTEXT, threads=1, connect_s=5, **settings))
 
 
-def said(agent: LanguageAgent, ask: Ask) -> tuple[list[Token], Summary]:
+def said(agent: LanguageAgent, ask: GenerationRequest) -> tuple[list[Token], Summary]:
     *tokens, summary = agent.generate(ask)
     assert isinstance(summary, Summary)
     return [token for token in tokens if isinstance(token, Token)], summary
@@ -59,7 +60,7 @@ def said(agent: LanguageAgent, ask: Ask) -> tuple[list[Token], Summary]:
 def test_the_device_alone_says_what_its_model_says(
     agent: LanguageAgent, folder: Path, prompt: tuple[int, ...], sampling: Sampling
 ) -> None:
-    tokens, summary = said(agent, Ask(prompt, 12, "edge", sampling, top_logprobs=2))
+    tokens, summary = said(agent, GenerationRequest(prompt, 12, "edge", sampling, top_logprobs=2))
     decoder, text = OnnxDecoder(Checkpoint.open(folder), CONTEXT, threads=1), list(prompt)
     logits_V = decoder.extend(text)
     for token in tokens:
@@ -77,7 +78,7 @@ def test_the_device_alone_says_what_its_model_says(
 
 def test_an_answer_ends_at_an_end_of_text(agent: LanguageAgent) -> None:
     for seed in range(200):
-        tokens, summary = said(agent, Ask((65, 66), 30, "edge", Sampling(2.0, 1.0, seed)))
+        tokens, summary = said(agent, GenerationRequest((65, 66), 30, "edge", Sampling(2.0, 1.0, seed)))
         ends = [token.id in agent.tokenizer.eos_ids for token in tokens]
         assert not any(ends[:-1])
         assert summary.finish == ("stop" if ends[-1] else "length") and summary.tokens == len(tokens)
@@ -88,34 +89,38 @@ def test_an_answer_ends_at_an_end_of_text(agent: LanguageAgent) -> None:
 
 def test_max_tokens_is_cut_to_what_the_context_leaves(agent: LanguageAgent) -> None:
     prompt = (65,) * (CONTEXT - 3)
-    tokens, summary = said(agent, Ask(prompt, 1000, "edge"))
+    tokens, summary = said(agent, GenerationRequest(prompt, 1000, "edge"))
     assert len(tokens) == summary.tokens == 3 and summary.finish == "length"
-    tokens, _ = said(agent, Ask((65,) * (CONTEXT - 1), 1000, "edge"))
+    tokens, _ = said(agent, GenerationRequest((65,) * (CONTEXT - 1), 1000, "edge"))
     assert len(tokens) == 1
 
 
 @pytest.mark.parametrize(
     ("ask", "words"),
     [
-        (Ask((), 5, "edge"), "no tokens"),
-        (Ask((65,) * CONTEXT, 5, "edge"), "holds 64"),
-        (Ask((65,), 0, "edge"), "max_tokens is 0"),
-        (Ask((65, 259), 5, "edge"), "vocabulary of 259"),
-        (Ask((-1, 65), 5, "edge"), "vocabulary of 259"),
-        (Ask((65,), 5, "auto", quality=1.5), "quality is 1.5, expected 0 to 1"),
-        (Ask((65,), 5, "cloud"), "needs a cloud"),
-        (Ask((65,), 5, "verify"), "needs a cloud"),
-        (Ask((65,), 5, "handoff"), "needs a cloud"),
+        (GenerationRequest((), 5, "edge"), "no tokens"),
+        (GenerationRequest((65,) * CONTEXT, 5, "edge"), "holds 64"),
+        (GenerationRequest((65,), 0, "edge"), "max_tokens is 0"),
+        (GenerationRequest((65, 259), 5, "edge"), "vocabulary of 259"),
+        (GenerationRequest((-1, 65), 5, "edge"), "vocabulary of 259"),
+        (GenerationRequest((65,), 5, "auto", quality=1.5), "quality is 1.5, expected 0 to 1"),
+        (GenerationRequest((65,), 5, "cloud"), "needs a cloud"),
+        (GenerationRequest((65,), 5, "verify"), "needs a cloud"),
+        (GenerationRequest((65,), 5, "handoff"), "needs a cloud"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_anything_runs(agent: LanguageAgent, ask: Ask, words: str) -> None:
+def test_what_cannot_be_asked_is_refused_before_anything_runs(
+    agent: LanguageAgent, ask: GenerationRequest, words: str
+) -> None:
     with pytest.raises(InvalidInput, match=words):
         agent.generate(ask)
 
 
 def test_auto_without_a_cloud_is_the_device(agent: LanguageAgent) -> None:
-    tokens, summary = said(agent, Ask((65, 66, 67), 10, "auto"))
-    assert [token.id for token in tokens] == [token.id for token in said(agent, Ask((65, 66, 67), 10, "edge"))[0]]
+    tokens, summary = said(agent, GenerationRequest((65, 66, 67), 10, "auto"))
+    assert [token.id for token in tokens] == [
+        token.id for token in said(agent, GenerationRequest((65, 66, 67), 10, "edge"))[0]
+    ]
     assert (summary.arm, summary.why, summary.spans) == ("edge", "no cloud is configured", ())
 
 
@@ -123,7 +128,7 @@ def test_auto_without_a_cloud_is_the_device(agent: LanguageAgent) -> None:
 def test_auto_with_a_lost_cloud_goes_on_alone_and_says_so(folder: Path, tmp_path: Path, quality: float) -> None:
     handoff = write_tiny_handoff(tmp_path / "handoff", Checkpoint.open(folder))
     with lost_agent(folder, handoff=handoff) as lost:
-        ask = Ask((65, 66, 67), 12, "auto", quality=quality)
+        ask = GenerationRequest((65, 66, 67), 12, "auto", quality=quality)
         tokens, summary = said(lost, ask)
         expected = [token.id for token in said(lost, replace(ask, arm="edge"))[0]]
     assert [token.id for token in tokens] == expected and {token.source for token in tokens} == {"edge"}
@@ -137,11 +142,14 @@ def test_what_it_is(agent: LanguageAgent) -> None:
 
 
 def test_two_answers_at_once_are_each_what_they_are_alone(agent: LanguageAgent) -> None:
-    asks = [Ask(tuple(range(65 + index, 75 + index)), 20, "edge", Sampling(0.8, 1.0, index)) for index in range(4)]
+    asks = [
+        GenerationRequest(tuple(range(65 + index, 75 + index)), 20, "edge", Sampling(0.8, 1.0, index))
+        for index in range(4)
+    ]
     alone = [said(agent, ask) for ask in asks]
     start = threading.Barrier(4)
 
-    def together(ask: Ask) -> Any:
+    def together(ask: GenerationRequest) -> Any:
         start.wait(10)
         return said(agent, ask)
 
@@ -150,20 +158,20 @@ def test_two_answers_at_once_are_each_what_they_are_alone(agent: LanguageAgent) 
 
 
 def test_an_answer_given_up_lets_the_next_one_run(agent: LanguageAgent) -> None:
-    first = agent.generate(Ask((65, 66), 20, "edge"))
+    first = agent.generate(GenerationRequest((65, 66), 20, "edge"))
     next(first)
     first.close()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(said, agent, Ask((65, 66), 3, "edge")).result(30)[1].tokens == 3
+        assert threads.submit(said, agent, GenerationRequest((65, 66), 3, "edge")).result(30)[1].tokens == 3
 
 
 def test_a_smaller_model_on_the_device(folder: Path, tmp_path: Path) -> None:
     small = write_tiny_llama(tmp_path / "small", layers=1, seed=5, scale=0.3, context=32)
     with LanguageAgent(LanguageConfig(str(folder), device_model=str(small), threads=1)) as agent:
         assert (agent.name, agent.context) == ("tiny", 32)
-        ours, _ = said(agent, Ask((65, 66, 67), 8, "edge"))
+        ours, _ = said(agent, GenerationRequest((65, 66, 67), 8, "edge"))
     with LanguageAgent(LanguageConfig(str(small), threads=1)) as alone:
-        assert said(alone, Ask((65, 66, 67), 8, "edge"))[0] == ours
+        assert said(alone, GenerationRequest((65, 66, 67), 8, "edge"))[0] == ours
 
 
 def test_a_device_model_with_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -184,7 +192,7 @@ def test_a_missing_model_is_refused() -> None:
 def test_answers_are_counted(folder: Path) -> None:
     registry = CollectorRegistry()
     with LanguageAgent(LanguageConfig(str(folder), threads=1), LanguageMetrics(registry)) as agent:
-        made, _ = said(agent, Ask((65, 66), 4, "edge"))
+        made, _ = said(agent, GenerationRequest((65, 66), 4, "edge"))
     assert registry.get_sample_value("isthmus_edge_tokens_total", {"source": "edge"}) == len(made)
     answers = {"arm": "edge", "degraded": "false"}
     assert registry.get_sample_value("isthmus_edge_answers_total", answers) == 1
@@ -197,8 +205,8 @@ def test_when_the_cloud_is_not_there_the_device_answers_alone(
 ) -> None:
     with lost_agent(folder, draft=draft) as lost:
         assert lost.arms() == ("auto", "edge", "cloud", "verify") and lost.context == 512
-        tokens, summary = said(lost, Ask((65, 66, 67), 10, arm, top_logprobs=0))
-        expected, _ = said(agent, Ask((65, 66, 67), 10, "edge", top_logprobs=0))
+        tokens, summary = said(lost, GenerationRequest((65, 66, 67), 10, arm, top_logprobs=0))
+        expected, _ = said(agent, GenerationRequest((65, 66, 67), 10, "edge", top_logprobs=0))
         assert [(token.id, token.source) for token in tokens] == [(token.id, "edge") for token in expected]
         logprobs = [token.logprob for token in expected]  # the last bits depend on which tokens were run together
         assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-3)
@@ -207,23 +215,23 @@ def test_when_the_cloud_is_not_there_the_device_answers_alone(
 
 def test_when_the_cloud_is_not_there_and_the_device_cannot_answer_it_says_so(folder: Path) -> None:
     with lost_agent(folder, on_loss="wait", wait_s=0.1) as waiting, pytest.raises(LinkDown, match="no cloud answered"):
-        said(waiting, Ask((65, 66), 4, "verify"))
+        said(waiting, GenerationRequest((65, 66), 4, "verify"))
     with lost_agent(folder, wait_s=0.1) as lost:
         with pytest.raises(LinkDown, match="no cloud answered"):
-            said(lost, Ask((65,) * (CONTEXT + 1), 4, "verify"))
-        tokens = lost.generate(Ask((65,) * (CONTEXT - 1), 100, "verify"))
+            said(lost, GenerationRequest((65,) * (CONTEXT + 1), 4, "verify"))
+        tokens = lost.generate(GenerationRequest((65,) * (CONTEXT - 1), 100, "verify"))
         assert [next(tokens), next(tokens)]  # the device holds so much, and no more
         with pytest.raises(LinkDown, match="no cloud answered"):
             next(tokens)
-        assert said(lost, Ask((65, 66), 4, "edge"))[1].tokens == 4  # its model is free again
+        assert said(lost, GenerationRequest((65, 66), 4, "edge"))[1].tokens == 4  # its model is free again
 
 
 def test_without_its_model_the_device_waits_for_the_cloud(folder: Path) -> None:
     with lost_agent(folder, wait_s=0.1) as lost:
-        first = lost.generate(Ask((65, 66), 10, "edge"))
+        first = lost.generate(GenerationRequest((65, 66), 10, "edge"))
         next(first)
         with pytest.raises(LinkDown, match="no cloud answered"):
-            said(lost, Ask((65, 66), 10, "verify"))
+            said(lost, GenerationRequest((65, 66), 10, "verify"))
         assert len(list(first)) == 10  # nine more, and the summary
 
 
@@ -234,10 +242,10 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_layers_are_shared_where_there_is_a_bundle_for_it(folder: Path, bundle: Path) -> None:
     with lost_agent(folder) as agent, pytest.raises(InvalidInput, match="handoff needs a bundle of exits"):
-        agent.generate(Ask((65,), 5, "handoff"))
+        agent.generate(GenerationRequest((65,), 5, "handoff"))
     with lost_agent(folder, handoff=bundle) as agent:
-        tokens, summary = said(agent, Ask((65, 66), 12, "handoff"))
-        edge, _ = said(agent, Ask((65, 66), 12, "edge"))
+        tokens, summary = said(agent, GenerationRequest((65, 66), 12, "handoff"))
+        edge, _ = said(agent, GenerationRequest((65, 66), 12, "edge"))
     assert {token.source for token in tokens} == {"edge"} and [t.id for t in tokens] == [t.id for t in edge]
     assert summary.degraded and summary.arm == "handoff" and summary.why == "no cloud answers"
 
@@ -264,7 +272,7 @@ def test_terms_are_the_owners(
 ) -> None:
     manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
     likely, point, fill = expected
-    terms = Terms(likely, manifest.points[point], fill)
+    terms = HandoffSettings(likely, manifest.points[point], fill)
     assert terms_of(manifest, LanguageConfig(str(folder), **{"agreement": 0.9, **settings})) == terms
     with pytest.raises(InvalidInput, match="point 2 does not exist, there are 0 to 1"):
         terms_of(manifest, LanguageConfig(str(folder), state_point=2))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.language.detokenize import AnswerText, Outcome, Shown, overlap, read
+from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, Shown, overlap, read
 from isthmus.edge_agent.language.request import Summary, Token
 
 END = 1_000_000
@@ -25,9 +25,9 @@ class Table:
         return self.pieces[id]
 
 
-def shown(pieces: list[bytes], stops: list[str]) -> tuple[list[list[Shown]], AnswerText]:
+def shown(pieces: list[bytes], stops: list[str]) -> tuple[list[list[Shown]], Detokenizer]:
     """What each token lets out, and last what the end does."""
-    text = AnswerText(Table(pieces), stops)  # type: ignore[arg-type]
+    text = Detokenizer(Table(pieces), stops)  # type: ignore[arg-type]
     steps = [list(text.push(Token(id, "edge"))) for id in range(len(pieces))]
     return [*steps, list(text.finish())], text
 
@@ -103,13 +103,13 @@ def test_tokens_inside_a_stop_string_are_not_shown() -> None:
 
 
 def test_the_end_of_text_and_rows_beyond_the_vocabulary_have_no_text() -> None:
-    text = AnswerText(Table([b"a"]))  # type: ignore[arg-type]
+    text = Detokenizer(Table([b"a"]))  # type: ignore[arg-type]
     assert text.push(Token(END, "edge")) == ()
     assert text.push(Token(77, "edge")) == (Shown(Token(77, "edge"), ""),)
 
 
 def test_nothing_comes_behind_a_stop_string() -> None:
-    text = AnswerText(Table([b"a", b"b"]), ["a"])  # type: ignore[arg-type]
+    text = Detokenizer(Table([b"a", b"b"]), ["a"])  # type: ignore[arg-type]
     assert [text.push(Token(id, "edge")) for id in (0, 1)] == [(), ()]
     assert text.finish() == ()
 
@@ -141,7 +141,7 @@ class Events:
 
 def test_reading_ends_with_the_summary() -> None:
     events = Events(3)
-    *_, last = read(events(), AnswerText(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
+    *_, last = read(events(), Detokenizer(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
     assert isinstance(last, Outcome)
     assert (last.finish, last.tokens, last.drafted) == ("length", 3, 1)
     assert last.summary
@@ -150,14 +150,14 @@ def test_reading_ends_with_the_summary() -> None:
 
 def test_reading_closes_the_loop_at_a_stop_string_before_it_says_so() -> None:
     events = Events(3)
-    for step in read(events(), AnswerText(Table([b"a", b"b", b"c"]), ["b"])):  # type: ignore[arg-type]
+    for step in read(events(), Detokenizer(Table([b"a", b"b", b"c"]), ["b"])):  # type: ignore[arg-type]
         if isinstance(step, Outcome):
             assert events.closed
     assert step == Outcome("stop", 2, 1, None)
 
 
 def test_a_stop_string_in_what_the_end_lets_out_counts() -> None:
-    *_, last = read(Events(1)(), AnswerText(Table([b"a\xe2"]), ["\ufffd"]))  # type: ignore[arg-type]
+    *_, last = read(Events(1)(), Detokenizer(Table([b"a\xe2"]), ["\ufffd"]))  # type: ignore[arg-type]
     assert isinstance(last, Outcome)
     assert last.finish == "stop"
     assert last.summary
@@ -165,7 +165,7 @@ def test_a_stop_string_in_what_the_end_lets_out_counts() -> None:
 
 def test_closing_the_reader_closes_the_loop() -> None:
     events = Events(3)
-    reader = read(events(), AnswerText(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
+    reader = read(events(), Detokenizer(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
     next(reader)
     reader.close()  # type: ignore[attr-defined]
     assert events.closed
@@ -173,5 +173,5 @@ def test_closing_the_reader_closes_the_loop() -> None:
 
 def test_a_loop_without_a_summary_is_a_defect() -> None:
     with pytest.raises(RuntimeError, match="summary"):
-        list(read(Events(1, summary=False)(), AnswerText(Table([b"a"]))))  # type: ignore[arg-type]
-    assert list(read(iter([Summary("stop", 1, 0, "edge", "")]), AnswerText(Table([]))))  # type: ignore[arg-type]
+        list(read(Events(1, summary=False)(), Detokenizer(Table([b"a"]))))  # type: ignore[arg-type]
+    assert list(read(iter([Summary("stop", 1, 0, "edge", "")]), Detokenizer(Table([]))))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.edge_agent.language.replicas import KEPT_SEATS, WORTH_TOKENS, Replicas, Seat
+from isthmus.edge_agent.language.replicas import KEPT_SEATS, WORTH_TOKENS, Replicas, SessionHandle
 from isthmus.models.errors import LinkDown
 
 TEXT = tuple(range(100))
@@ -31,9 +31,9 @@ def replicas(*ways: Any, wait_s: float = 0.05) -> Replicas:
     return Replicas(ways, bytes(32), wait_s)
 
 
-def held(length: int, text: tuple[int, ...] = TEXT) -> Seat:
+def held(length: int, text: tuple[int, ...] = TEXT) -> SessionHandle:
     """A seat as an answer leaves it."""
-    return Seat(bytes([length]) * 16, "a", length, text)
+    return SessionHandle(bytes([length]) * 16, "a", length, text)
 
 
 def test_the_first_that_is_not_left_alone_is_the_best() -> None:

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from isthmus.edge_agent.policy.arms import (
     KNOWN_TOKENS,
     MARGIN,
-    Doubts,
-    Offer,
-    Own,
-    Shared,
-    Wish,
+    ArmEstimate,
+    ConfidenceStats,
+    HandoffEstimate,
+    LocalEstimate,
+    RoutingGoal,
     choose,
     level_for,
     offers,
 )
 from isthmus.edge_agent.policy.exits import Objective, Prices
-from isthmus.edge_agent.policy.speculation import Acceptance, Pace
+from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
 from isthmus.models.language.handoff.manifest import Level
 
 LEVELS = (
@@ -32,10 +32,10 @@ LEVELS = (
     Level(likely=0.9, asked=0.2, wrong=0.001),
 )
 EDGE_S = 0.016
-OWN = Own(likely=0.6, asked=0.05)
-SLOW = Pace(rtt_s=0.05, pass_s=0.2, draft_s=EDGE_S, acceptance=0.95)
-FAST = Pace(rtt_s=0.05, pass_s=0.002, draft_s=EDGE_S, acceptance=0.95)
-SHARED = Shared(quality=0.96, asked=0.9, work=1 / 3, state_bytes=378)
+OWN = LocalEstimate(likely=0.6, asked=0.05)
+SLOW = LatencyModel(rtt_s=0.05, pass_s=0.2, draft_s=EDGE_S, acceptance=0.95)
+FAST = LatencyModel(rtt_s=0.05, pass_s=0.002, draft_s=EDGE_S, acceptance=0.95)
+SHARED = HandoffEstimate(quality=0.96, asked=0.9, work=1 / 3, state_bytes=378)
 
 
 @pytest.mark.parametrize(
@@ -48,25 +48,27 @@ def test_the_level_that_asks_least_and_keeps_the_quality(quality: float, likely:
 
 
 def test_how_much_is_asked_is_learnt_from_texts() -> None:
-    doubts, level = Doubts(), LEVELS[1]
+    doubts, level = ConfidenceStats(), LEVELS[1]
     assert doubts.on(level) == OWN
     for likely in (0.5, 0.95) * 16:
         doubts.observe(likely)
     doubts.answered(False, 0.01)
-    assert doubts.on(level) == Own(likely=0.6, asked=(32 * 0.05 + 16) / 64, overhead_s=0.01, guessed=16 * 0.7 / 17)
+    assert doubts.on(level) == LocalEstimate(
+        likely=0.6, asked=(32 * 0.05 + 16) / 64, overhead_s=0.01, guessed=16 * 0.7 / 17
+    )
     assert doubts.on(LEVELS[0]).asked == 0 and doubts.on(LEVELS[2]).asked > doubts.on(level).asked
 
 
 def test_what_the_judge_says_holds_for_drafts_too() -> None:
     acceptance = Acceptance(0.95)
-    doubts = Doubts(acceptance)
+    doubts = ConfidenceStats(acceptance)
     for _ in range(300):
         doubts.observe(0.7)
     assert acceptance.overall == pytest.approx(0.7, abs=0.02)
 
 
 def test_what_was_learnt_fades_with_answers_that_teach_nothing() -> None:
-    doubts, level, asked = Doubts(), LEVELS[1], []
+    doubts, level, asked = ConfidenceStats(), LEVELS[1], []
     doubts.fade()
     for _ in range(KNOWN_TOKENS + 50):
         doubts.observe(0.1)
@@ -78,12 +80,12 @@ def test_what_was_learnt_fades_with_answers_that_teach_nothing() -> None:
 
 def arms(
     quality: float,
-    pace: Pace = SLOW,
+    pace: LatencyModel = SLOW,
     drafts: bool = True,
-    edge: Own | None = OWN,
-    shared: Shared | None = SHARED,
+    edge: LocalEstimate | None = OWN,
+    shared: HandoffEstimate | None = SHARED,
 ) -> list[str]:
-    return [offer.arm for offer in offers(Wish(quality), pace, drafts, EDGE_S, edge, shared)]
+    return [offer.arm for offer in offers(RoutingGoal(quality), pace, drafts, EDGE_S, edge, shared)]
 
 
 def test_only_arms_that_keep_the_quality_are_offered() -> None:
@@ -95,20 +97,25 @@ def test_only_arms_that_keep_the_quality_are_offered() -> None:
 
 
 def test_what_a_token_takes() -> None:
-    verify, edge, handoff = offers(Wish(0.95), SLOW, True, EDGE_S, OWN, SHARED)
+    verify, edge, handoff = offers(RoutingGoal(0.95), SLOW, True, EDGE_S, OWN, SHARED)
     assert edge.seconds == pytest.approx(EDGE_S + 0.05 * OWN.question_s(SLOW, EDGE_S)) and edge.likely == 0.6
     assert handoff.seconds == pytest.approx(EDGE_S + 0.9 * (0.05 + 0.2))
     assert verify.seconds == SLOW.verify_s
     assert edge.usd < verify.usd and edge.usd < handoff.usd
-    measured = Pace(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15, measured_tokens=50)
-    assert SLOW.verify_s < offers(Wish(1), measured, True, EDGE_S, None, None)[0].seconds == measured.drafting_s < 0.15
+    measured = LatencyModel(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15, measured_tokens=50)
+    assert (
+        SLOW.verify_s
+        < offers(RoutingGoal(1), measured, True, EDGE_S, None, None)[0].seconds
+        == measured.drafting_s
+        < 0.15
+    )
 
 
 def test_a_question_takes_what_the_device_cannot_use() -> None:
     whole_s = SLOW.rtt_s + SLOW.pass_s
 
     def takes(asked: float, guessed: float, device_s: float = EDGE_S, overhead_s: float = 0.0) -> float:
-        return Own(0.6, asked, overhead_s, guessed).question_s(SLOW, device_s)
+        return LocalEstimate(0.6, asked, overhead_s, guessed).question_s(SLOW, device_s)
 
     assert takes(0.2, 0.0) == pytest.approx(whole_s) and takes(0.2, 0.0, overhead_s=0.1) == pytest.approx(whole_s + 0.1)
     assert takes(1.0, 1.0) == pytest.approx(whole_s), "it is never sure enough to go on"
@@ -122,48 +129,52 @@ def test_a_question_takes_what_the_device_cannot_use() -> None:
 
 
 def test_reckoning_learns_from_what_tokens_took() -> None:
-    doubts, level = Doubts(), LEVELS[1]
+    doubts, level = ConfidenceStats(), LEVELS[1]
     for _ in range(100):
         doubts.took(0.3, 0.2)
     slow = doubts.on(level)
     assert slow.slowness == pytest.approx(1.5, abs=0.05)
     edge, reckoned = (
-        offers(Wish(0.97), SLOW, True, EDGE_S, own, None)[1] for own in (slow, replace(slow, slowness=1.0))
+        offers(RoutingGoal(0.97), SLOW, True, EDGE_S, own, None)[1] for own in (slow, replace(slow, slowness=1.0))
     )
     assert edge.seconds == pytest.approx(slow.slowness * reckoned.seconds)
-    plan = choose([edge], Wish(0.97), None)
+    plan = choose([edge], RoutingGoal(0.97), None)
     assert plan.reckoned_s == pytest.approx(reckoned.seconds), "or it would learn of itself"
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_question_never_takes_less_than_nothing(asked: float, guessed: float, device_s: float, over_s: float) -> None:
     whole_s = SLOW.rtt_s + SLOW.pass_s + over_s
-    assert -1e-9 <= Own(0.6, asked, over_s, guessed).question_s(SLOW, device_s) <= whole_s + 1e-9
+    assert -1e-9 <= LocalEstimate(0.6, asked, over_s, guessed).question_s(SLOW, device_s) <= whole_s + 1e-9
 
 
 def test_what_is_dear_is_not_taken_when_it_shall_be_cheap() -> None:
-    fast, cheap = Offer("cloud", 0.01, 2e-6), Offer("edge", 0.05, 1e-6, 0.6)
-    plan = choose([fast, cheap], Wish(0.99), None)
+    fast, cheap = ArmEstimate("cloud", 0.01, 2e-6), ArmEstimate("edge", 0.05, 1e-6, 0.6)
+    plan = choose([fast, cheap], RoutingGoal(0.99), None)
     assert (plan.arm, plan.why) == ("cloud", "fastest at 0.99: cloud 10 ms against edge 50 ms")
-    plan = choose([fast, cheap], Wish(0.99, "cheapest"), None)
+    plan = choose([fast, cheap], RoutingGoal(0.99, "cheapest"), None)
     assert (plan.arm, plan.likely) == ("edge", 0.6)
     assert plan.why == "cheapest at 0.99: edge 50 ms 1.00 µ$ against cloud 10 ms 2.00 µ$"
 
 
 def test_prices_count() -> None:
-    free_link = Wish(0.95, "cheapest", Prices(0.0, 1.0))
-    dear_link = Wish(0.95, "cheapest", Prices(1.0, 0.0))
-    none = Own(likely=0.99, asked=0.99)
+    free_link = RoutingGoal(0.95, "cheapest", Prices(0.0, 1.0))
+    dear_link = RoutingGoal(0.95, "cheapest", Prices(1.0, 0.0))
+    none = LocalEstimate(likely=0.99, asked=0.99)
     assert choose(offers(free_link, SLOW, True, EDGE_S, none, SHARED), free_link, None).arm == "verify"
     assert choose(offers(dear_link, FAST, True, EDGE_S, none, SHARED), dear_link, None).arm == "cloud"
 
 
 def test_a_change_must_be_worth_it() -> None:
-    here, little, much = Offer("edge", 0.020, 0.0), Offer("verify", 0.0185, 0.0), Offer("verify", 0.017, 0.0)
-    assert choose([here, little], Wish(0.9), None).arm == "verify"
-    assert choose([here, little], Wish(0.9), "edge").arm == "edge"
-    assert choose([here, much], Wish(0.9), "edge").arm == "verify"
-    assert choose([here, little], Wish(0.9), "cloud").arm == "verify", "the arm at work is not offered any more"
+    here, little, much = (
+        ArmEstimate("edge", 0.020, 0.0),
+        ArmEstimate("verify", 0.0185, 0.0),
+        ArmEstimate("verify", 0.017, 0.0),
+    )
+    assert choose([here, little], RoutingGoal(0.9), None).arm == "verify"
+    assert choose([here, little], RoutingGoal(0.9), "edge").arm == "edge"
+    assert choose([here, much], RoutingGoal(0.9), "edge").arm == "verify"
+    assert choose([here, little], RoutingGoal(0.9), "cloud").arm == "verify", "the arm at work is not offered any more"
 
 
 COSTS = st.floats(0, 10)
@@ -177,7 +188,7 @@ COSTS = st.floats(0, 10)
 def test_it_is_never_much_worse_than_the_best(
     found: list[tuple[object, float, float]], objective: Objective, now: object
 ) -> None:
-    made = [Offer(arm, seconds, usd) for arm, seconds, usd in found]  # type: ignore[arg-type]
-    plan = choose(made, Wish(0.9, objective), now)  # type: ignore[arg-type]
+    made = [ArmEstimate(arm, seconds, usd) for arm, seconds, usd in found]  # type: ignore[arg-type]
+    plan = choose(made, RoutingGoal(0.9, objective), now)  # type: ignore[arg-type]
     best = min(offer.cost(objective)[0] for offer in made)
     assert min(offer.cost(objective)[0] for offer in made if offer.arm == plan.arm) <= best / MARGIN + 1e-9

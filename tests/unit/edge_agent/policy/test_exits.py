@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.policy.exits import Goal, Objective, Option, Point, Prices, Situation, plan
+from isthmus.edge_agent.policy.exits import Goal, Objective, OperatingPoint, Prices, RouteEstimate, Situation, plan
 
-ON = Option("continue", "run on", 0.020, 1e-6)
-DEEP = Point(1, 0, 1)
-SPLIT = Option("split", "deep rate 1 (300 B)", 0.060, 2e-6, DEEP)
-WHOLE = Option("offload", "whole image (5000 B)", 0.050, 9e-6)
+ON = RouteEstimate("continue", "run on", 0.020, 1e-6)
+DEEP = OperatingPoint(1, 0, 1)
+SPLIT = RouteEstimate("split", "deep rate 1 (300 B)", 0.060, 2e-6, DEEP)
+WHOLE = RouteEstimate("offload", "whole image (5000 B)", 0.050, 9e-6)
 FASTEST, CHEAPEST = Goal("fastest", 0.9), Goal("cheapest", 0.9)
 BEHIND_LAST = Situation("exit1", 0.6, (WHOLE, SPLIT), left_s=1.0, cloud_refused=None)
 BETWEEN = Situation("exit0", 0.6, (WHOLE, ON), left_s=1.0, cloud_refused=None)
@@ -36,8 +36,14 @@ def test_why_names_the_choice_and_what_it_was_weighed_against() -> None:
 
 
 def test_of_each_tap_only_the_best_is_named_beside_the_choice() -> None:
-    light = [Option("split", f"light rate {rate}", 0.01 + 0.01 * rate, 1e-6, Point(0, 0, rate)) for rate in range(3)]
-    deep = [Option("split", f"deep rate {rate}", 0.05 + 0.01 * rate, 1e-6, Point(1, 0, rate)) for rate in range(3)]
+    light = [
+        RouteEstimate("split", f"light rate {rate}", 0.01 + 0.01 * rate, 1e-6, OperatingPoint(0, 0, rate))
+        for rate in range(3)
+    ]
+    deep = [
+        RouteEstimate("split", f"deep rate {rate}", 0.05 + 0.01 * rate, 1e-6, OperatingPoint(1, 0, rate))
+        for rate in range(3)
+    ]
     why = plan(replace(BEHIND_LAST, options=(WHOLE, *deep, *light)), FASTEST).why
     assert [f"{name} rate {rate}" in why for name in ("light", "deep") for rate in range(3)] == [
         True,
@@ -89,12 +95,12 @@ def test_prices_add_up() -> None:
 
 options = st.lists(
     st.builds(
-        Option,
+        RouteEstimate,
         route=st.sampled_from(["split", "offload"]),
         name=st.just("way"),
         seconds=st.floats(0, 10),
         usd=st.floats(0, 1),
-        point=st.builds(Point, st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
+        point=st.builds(OperatingPoint, st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
     ),
     max_size=6,
 )
@@ -102,7 +108,7 @@ options = st.lists(
 
 @given(options, st.floats(0, 1), st.floats(0, 5), st.sampled_from(["fastest", "cheapest"]))
 def test_the_plan_is_pure_explained_and_the_best_of_what_is_allowed(
-    ways: list[Option], confidence: float, left_s: float, objective: Objective
+    ways: list[RouteEstimate], confidence: float, left_s: float, objective: Objective
 ) -> None:
     situation = Situation("exit1", confidence, ways, left_s, None)
     step = plan(situation, Goal(objective, 0.9))

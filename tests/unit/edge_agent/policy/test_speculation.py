@@ -13,22 +13,22 @@ from isthmus.edge_agent.policy.speculation import (
     RECKONED_TOKENS,
     RETRY_ANSWERS,
     Acceptance,
-    Measured,
-    Pace,
+    LatencyModel,
+    MeasuredLatency,
     next_step,
 )
 
-PAYS = Pace(rtt_s=0.05, pass_s=0.03, draft_s=0.005, acceptance=0.95)
+PAYS = LatencyModel(rtt_s=0.05, pass_s=0.03, draft_s=0.005, acceptance=0.95)
 
 seconds = st.floats(0, 2, allow_subnormal=False)
 shares = st.floats(0, 1, allow_subnormal=False)
-paces = st.builds(Pace, seconds, seconds, seconds, shares, st.none() | seconds)
+paces = st.builds(LatencyModel, seconds, seconds, seconds, shares, st.none() | seconds)
 confidences = st.lists(st.floats(0.01, 0.99), max_size=40)
 
 
 @given(paces, seconds, shares)
 def test_drafting_takes_longer_on_a_slow_link_and_with_drafts_that_are_often_wrong(
-    pace: Pace, more_s: float, share: float
+    pace: LatencyModel, more_s: float, share: float
 ) -> None:
     assert replace(pace, rtt_s=pace.rtt_s + more_s).verify_s >= pace.verify_s
     worse = replace(pace, acceptance=pace.acceptance * share)
@@ -42,7 +42,7 @@ def test_by_how_much() -> None:
 
 
 @given(paces)
-def test_a_slow_draft_never_pays(pace: Pace) -> None:
+def test_a_slow_draft_never_pays(pace: LatencyModel) -> None:
     assume(pace.draft_s > pace.stream_s)
     assert pace.streams
 
@@ -64,13 +64,13 @@ def test_what_is_measured_counts_as_much_as_is_known_of_it() -> None:
 
 
 @given(paces)
-def test_a_round_is_of_bounded_size(pace: Pace) -> None:
+def test_a_round_is_of_bounded_size(pace: LatencyModel) -> None:
     assert MIN_DRAFTS <= pace.drafts <= MAX_DRAFTS
 
 
 @given(paces, confidences, st.data(), st.integers(0, MAX_ROUNDS + 2), st.booleans())
 def test_a_step_never_waits_for_nothing_and_never_drafts_too_much(
-    pace: Pace, confidences: list[float], data: st.DataObject, under_way: int, exhausted: bool
+    pace: LatencyModel, confidences: list[float], data: st.DataObject, under_way: int, exhausted: bool
 ) -> None:
     sent = data.draw(st.integers(0, len(confidences)))
     step = next_step(pace, confidences, sent, under_way, exhausted)
@@ -144,7 +144,7 @@ def test_a_prior_rises_with_confidence() -> None:
 
 
 def test_measured_says_nothing_before_it_saw_enough_and_then_follows() -> None:
-    measured = Measured()
+    measured = MeasuredLatency()
     measured.observe(0.5, 5)
     assert measured.value is None
     measured.observe(1.0, 10)

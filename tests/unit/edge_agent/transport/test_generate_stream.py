@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.edge_agent.transport.generate_stream import Conversation, ConversationReply
+from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import (
     ContextGone,
@@ -23,8 +23,7 @@ from isthmus.models.errors import (
     Overloaded,
     ServiceError,
 )
-from isthmus.models.language.session import Committed, ModelInfo, Opening, Round
-from isthmus.models.messages import ServiceInfo
+from isthmus.models.messages import Committed, ModelInfo, Opening, Round, ServiceInfo
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -90,13 +89,13 @@ def link(cloud: Cloud) -> Iterator[Link]:
 
 
 @pytest.fixture
-def heard() -> list[ConversationReply | IsthmusError]:
+def heard() -> list[StreamObservation | IsthmusError]:
     return []
 
 
 @pytest.fixture
-def conversation(link: Link, heard: list[ConversationReply | IsthmusError]) -> Iterator[Conversation]:
-    made = Conversation(link._stub, VOCAB, heard.append)
+def conversation(link: Link, heard: list[StreamObservation | IsthmusError]) -> Iterator[GenerateStream]:
+    made = GenerateStream(link._stub, VOCAB, heard.append)
     yield made
     made.close()
 
@@ -114,7 +113,7 @@ def size(message: Any) -> int:
 
 
 def test_what_is_said_arrives_in_order_and_its_bytes_are_counted(
-    cloud: Cloud, conversation: Conversation, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
 ) -> None:
     rounds = [Round(3), Round(4, (8, 9), 2)]
     conversation.open(OPENING)
@@ -131,7 +130,7 @@ def test_what_is_said_arrives_in_order_and_its_bytes_are_counted(
 
 
 def test_time_on_the_way_is_known_only_of_a_round_that_went_alone(
-    cloud: Cloud, conversation: Conversation, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
 ) -> None:
     stale, extension = Committed(3), Committed(4, 0, (9,), extension=True)
     slow = Committed(3, 0, (9,), queue_s=100.0)
@@ -150,7 +149,7 @@ def test_time_on_the_way_is_known_only_of_a_round_that_went_alone(
     assert all(0 <= reply.elapsed_s < 5 for reply in heard if reply.elapsed_s is not None)
 
 
-def test_poll_gives_what_is_there_and_never_waits(cloud: Cloud, conversation: Conversation) -> None:
+def test_poll_gives_what_is_there_and_never_waits(cloud: Cloud, conversation: GenerateStream) -> None:
     release = threading.Event()
     cloud.servicer.react = lambda request, context: (release.wait(10) and answers(request, context)) or []
     conversation.open(OPENING)
@@ -166,7 +165,7 @@ def test_poll_gives_what_is_there_and_never_waits(cloud: Cloud, conversation: Co
 
 @pytest.mark.parametrize("error", [ContextGone, Overloaded, InvalidInput])
 def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
-    cloud: Cloud, conversation: Conversation, heard: list[Any], error: type[IsthmusError]
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any], error: type[IsthmusError]
 ) -> None:
     cloud.servicer.react = lambda request, context: [wire_session.pack_generate_error(error("so it is"))]
     conversation.open(OPENING)
@@ -195,7 +194,7 @@ def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
     ids=["token", "accepted", "nan"],
 )
 def test_a_cloud_that_talks_nonsense_is_not_believed(
-    cloud: Cloud, conversation: Conversation, heard: list[Any], response: pb.GenerateResponse
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any], response: pb.GenerateResponse
 ) -> None:
     cloud.servicer.react = lambda request, context: [response]
     conversation.open(OPENING)
@@ -214,7 +213,7 @@ def test_a_cloud_that_talks_nonsense_is_not_believed(
     ],
 )
 def test_the_streams_failure_is_raised_again_and_again_and_heard_once(
-    cloud: Cloud, conversation: Conversation, heard: list[Any], code: Any, error: type[IsthmusError]
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any], code: Any, error: type[IsthmusError]
 ) -> None:
     cloud.servicer.react = lambda request, context: context.abort(code, "so it is")
     conversation.open(OPENING)
@@ -225,7 +224,7 @@ def test_the_streams_failure_is_raised_again_and_again_and_heard_once(
 
 
 def test_what_came_before_a_failure_is_not_lost_with_it(
-    cloud: Cloud, conversation: Conversation, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
 ) -> None:
     conversation.open(OPENING)
     assert not conversation.answered
@@ -238,11 +237,11 @@ def test_what_came_before_a_failure_is_not_lost_with_it(
     with pytest.raises(LinkDown):
         conversation.poll()
     assert conversation.answered, "nobody need wait for what has failed"
-    assert [type(reply) for reply in heard] == [ConversationReply, LinkDown]
+    assert [type(reply) for reply in heard] == [StreamObservation, LinkDown]
 
 
 def test_an_answer_that_is_taken_late_says_nothing_bad_of_the_link(
-    cloud: Cloud, conversation: Conversation, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
 ) -> None:
     conversation.open(OPENING)
     conversation.send(Round(3))
@@ -262,7 +261,7 @@ def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     other = Link(f"127.0.0.1:{port}", FINGERPRINT, (VOCAB,))
-    conversation = Conversation(other._stub, VOCAB, lambda reply: None)
+    conversation = GenerateStream(other._stub, VOCAB, lambda reply: None)
     assert conversation.receive(5) == ANSWER
     with pytest.raises(LinkDown, match="ended the stream"):
         conversation.receive(5)
@@ -271,7 +270,7 @@ def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
 
 
 def test_closing_ends_the_call_in_the_cloud_and_is_no_failure(
-    cloud: Cloud, conversation: Conversation, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
 ) -> None:
     conversation.open(OPENING)
     conversation.send(Round(3))
@@ -284,7 +283,7 @@ def test_closing_ends_the_call_in_the_cloud_and_is_no_failure(
     until(lambda: "isthmus-conversation" not in [thread.name for thread in threading.enumerate()])
 
 
-def test_closing_stops_a_cloud_that_is_at_work(cloud: Cloud, conversation: Conversation) -> None:
+def test_closing_stops_a_cloud_that_is_at_work(cloud: Cloud, conversation: GenerateStream) -> None:
     release = threading.Event()
     cloud.servicer.react = lambda request, context: (release.wait(10) and []) or []
     conversation.open(OPENING)

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.edge_agent.transport.link import Link, Stream
+from isthmus.edge_agent.transport.link import InferStream, Link
 from isthmus.models.errors import (
     DeadlineExceeded,
     Draining,
@@ -23,14 +23,14 @@ from isthmus.models.errors import (
     Overloaded,
     PayloadCorrupt,
 )
-from isthmus.models.messages import BundleInfo, CloudAnswer, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
+from isthmus.models.messages import BundleInfo, CloudReply, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 FINGERPRINT = bytes(range(32))
 PAYLOAD = Payload(Codec.BOTTLENECK, 0, 0, b"\x01\x02\x03\x04")
-ANSWER = CloudAnswer(((0.25, 0.75),), 0.001, 0.002)
+ANSWER = CloudReply(((0.25, 0.75),), 0.001, 0.002)
 FAST = BreakerLimits(failures=3, first_s=0.05, last_s=0.1)
 
 Reaction = Callable[[pb.InferRequest], list[pb.InferResponse]]
@@ -114,7 +114,7 @@ def test_an_answer_comes_with_its_bytes_and_keeps_one_stream(cloud: Cloud, link:
 def test_the_tasks_asked_for_are_answered_each_by_itself(
     cloud: Cloud, link: Link, tasks: tuple[int, ...], probabilities: tuple[tuple[float, ...], ...]
 ) -> None:
-    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudAnswer(probabilities, 0, 0))]
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(probabilities, 0, 0))]
     assert link.ask(PAYLOAD, 5.0, tasks).answer.probabilities == probabilities
     assert wire.unpack_request(cloud.servicer.requests[0]).tasks == tasks
 
@@ -123,7 +123,7 @@ def test_the_tasks_asked_for_are_answered_each_by_itself(
 def test_answers_to_other_tasks_than_were_asked_for_are_not_believed(
     cloud: Cloud, link: Link, probabilities: tuple[tuple[float, ...], ...]
 ) -> None:
-    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudAnswer(probabilities, 0, 0))]
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(probabilities, 0, 0))]
     with pytest.raises(InvalidInput):
         link.ask(PAYLOAD, 5.0, (0, 1))
 
@@ -143,7 +143,7 @@ def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> Non
         held.append(request)
         if len(held) < 2:
             return []
-        answers = [CloudAnswer(((share, 1 - share),), 0, 0) for share in (0.25, 0.5)]
+        answers = [CloudReply(((share, 1 - share),), 0, 0) for share in (0.25, 0.5)]
         pairs = zip(sorted(held, key=lambda r: len(r.payload)), answers, strict=True)
         return [wire.pack_answer(request.request_id, answer) for request, answer in pairs][::-1]
 
@@ -206,14 +206,14 @@ def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
     cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link.ask(PAYLOAD, 5.0)
-    send, farewells = Stream.send, iter([True])
+    send, farewells = InferStream.send, iter([True])
 
-    def interrupted(stream: Stream, message: pb.InferRequest) -> Any:
+    def interrupted(stream: InferStream, message: pb.InferRequest) -> Any:
         if next(farewells, False):
             stream.retire(Draining("farewell"))
         return send(stream, message)
 
-    monkeypatch.setattr(Stream, "send", interrupted)
+    monkeypatch.setattr(InferStream, "send", interrupted)
     assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert len(cloud.servicer.requests) == 2
 
@@ -279,7 +279,7 @@ def test_a_cloud_without_our_bundle_is_refused_by_name(cloud: Cloud) -> None:
 def test_a_cloud_that_talks_nonsense_is_not_believed(
     cloud: Cloud, link: Link, probabilities: tuple[float, ...]
 ) -> None:
-    answer = CloudAnswer((probabilities,), 0, 0)
+    answer = CloudReply((probabilities,), 0, 0)
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, answer)]
     with pytest.raises(IsthmusError):
         link.ask(PAYLOAD, 5.0)

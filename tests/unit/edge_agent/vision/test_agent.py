@@ -27,7 +27,7 @@ from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.edge_agent.vision.result import TaskAnswer
 from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
-from isthmus.models.messages import CloudAnswer, Codec, Payload
+from isthmus.models.messages import CloudReply, Codec, Payload
 from isthmus.models.vision.images import open_image, preprocess
 
 PROBABILITIES = ((0.25, 0.75), (0.5, 0.125, 0.375))  # of defect and colour
@@ -56,7 +56,7 @@ class FakeLink:
         self.budgets_s.append(budget_s)
         if self.error is not None:
             raise self.error
-        answer = CloudAnswer(tuple(PROBABILITIES[task] for task in tasks), 0.001, 0.002)
+        answer = CloudReply(tuple(PROBABILITIES[task] for task in tasks), 0.001, 0.002)
         return Reply(answer, len(payload.data) + 30, 25, 0.02)
 
     def close(self) -> None:

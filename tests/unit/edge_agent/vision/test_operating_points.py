@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.edge_agent.policy.exits import Point
-from isthmus.edge_agent.vision.operating_points import Points
+from isthmus.edge_agent.policy.exits import OperatingPoint
+from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
 
 
 @pytest.fixture
-def points(tiny_bundle: Bundle) -> Points:
+def points(tiny_bundle: Bundle) -> OperatingPoints:
     """light at widths 0.5 and 1 and three rates, deep at one width and two rates."""
-    return Points(tiny_bundle.manifest)
+    return OperatingPoints(tiny_bundle.manifest)
 
 
-def test_every_tap_width_and_rate_is_a_point_with_its_figures(points: Points, tiny_bundle: Bundle) -> None:
+def test_every_tap_width_and_rate_is_a_point_with_its_figures(points: OperatingPoints, tiny_bundle: Bundle) -> None:
     assert len(points.figures) == 2 * 3 + 1 * 2
     for point, figures in points.figures.items():
         assert figures == tiny_bundle.manifest.taps[point.tap].widths[point.width].rates[point.rate]
@@ -23,13 +23,13 @@ def test_every_tap_width_and_rate_is_a_point_with_its_figures(points: Points, ti
 @pytest.mark.parametrize(
     ("point", "name", "parts", "after"),
     [
-        (Point(0, 0, 2), "light 0.5 rate 2", ("light", 0.5, 2), 0),
-        (Point(0, 1, 0), "light 1 rate 0", ("light", 1.0, 0), 0),
-        (Point(1, 0, 1), "deep rate 1", ("deep", 1.0, 1), 2),
+        (OperatingPoint(0, 0, 2), "light 0.5 rate 2", ("light", 0.5, 2), 0),
+        (OperatingPoint(0, 1, 0), "light 1 rate 0", ("light", 1.0, 0), 0),
+        (OperatingPoint(1, 0, 1), "deep rate 1", ("deep", 1.0, 1), 2),
     ],
 )
 def test_a_point_has_a_name_parts_and_a_place(
-    points: Points, point: Point, name: str, parts: tuple[str, float, int], after: int
+    points: OperatingPoints, point: OperatingPoint, name: str, parts: tuple[str, float, int], after: int
 ) -> None:
     assert (points.name(point), points.parts(point), points.after(point)) == (name, parts, after)
 
@@ -44,9 +44,9 @@ def test_a_point_has_a_name_parts_and_a_place(
     ],
 )
 def test_points_meet_the_owners_quality_or_come_nearest(
-    points: Points, least: float, good: list[tuple[int, int, int]]
+    points: OperatingPoints, least: float, good: list[tuple[int, int, int]]
 ) -> None:
-    assert points.good(tuple(points.figures), least) == tuple(Point(*indices) for indices in good)
+    assert points.good(tuple(points.figures), least) == tuple(OperatingPoint(*indices) for indices in good)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_points_meet_the_owners_quality_or_come_nearest(
     ],
 )
 def test_pins_leave_open_what_they_do_not_name(
-    points: Points, tap: str | None, width: float | None, rate: int | None, left: int
+    points: OperatingPoints, tap: str | None, width: float | None, rate: int | None, left: int
 ) -> None:
     found = points.pinned(tap, width, rate)
     assert len(found) == left
@@ -88,7 +88,7 @@ def test_pins_leave_open_what_they_do_not_name(
     ],
 )
 def test_a_pin_to_what_is_not_there_is_refused_in_one_line(
-    points: Points, tap: str | None, width: float | None, rate: int | None, words: str
+    points: OperatingPoints, tap: str | None, width: float | None, rate: int | None, words: str
 ) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
         points.pinned(tap, width, rate)

@@ -271,7 +271,7 @@ def test_writing_refuses_a_file_name_that_leaves_the_folder(paper: Parts, tmp_pa
 
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "isthmus.models.bundle.bundle", *map(str, words)]
+    line = [sys.executable, "-m", "isthmus.models.bundle", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 

@@ -9,7 +9,8 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import NGRAM_CONFIDENCE, LookupDraft, ModelDraft, probability, shared_length
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.language.sampling import GREEDY, Sampling, choose
+from isthmus.models.language.sampling import choose
+from isthmus.models.messages import GREEDY, Sampling
 from tests.bench.tiny_llama import write_tiny_llama
 
 CONTEXT = 64

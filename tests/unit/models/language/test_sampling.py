@@ -22,7 +22,8 @@ from hypothesis.extra import numpy as nps
 from numpy.typing import NDArray
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.language.sampling import GREEDY, MAX_SEED, Sampling, choose, gumbel, log_softmax, nucleus
+from isthmus.models.language.sampling import choose, gumbel, log_softmax, nucleus
+from isthmus.models.messages import GREEDY, MAX_SEED, Sampling
 
 SIGNIFICANCE = 1e-4
 DRAWS = 8000

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from isthmus.edge_agent.http.openai.routes import Limits, routes
-from isthmus.edge_agent.language.request import Ask, Summary, Token
+from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.models.errors import (
     BundleError,
     DeadlineExceeded,
@@ -29,7 +29,7 @@ JSON = {"content-type": "application/json"}
 class Failing(Scripted):
     """Fails before its first token."""
 
-    def generate(self, ask: Ask) -> Iterator[Token | Summary]:
+    def generate(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
         assert self.error
         raise self.error
         yield
@@ -38,7 +38,7 @@ class Failing(Scripted):
 class Impossible(Scripted):
     """Sure that every one of its tokens cannot be."""
 
-    def generate(self, ask: Ask) -> Iterator[Token | Summary]:
+    def generate(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
         for event in super().generate(ask):
             yield Token(event.id, event.source, float("-inf")) if isinstance(event, Token) else event
 

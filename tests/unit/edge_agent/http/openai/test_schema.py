@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from isthmus.edge_agent.http.openai import schema as openai_schema
 from isthmus.edge_agent.http.openai.schema import ApiError, Check, Job, chat_job, completion_job, models
-from isthmus.models.language.sampling import MAX_SEED
+from isthmus.models.messages import MAX_SEED
 from tests.unit.edge_agent.language.scripted import Scripted
 
 GENERATOR = Scripted()

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import pytest
 
-from isthmus.edge_agent.language.arms.auto import SPAN_TOKENS, Auto, Copy
-from isthmus.edge_agent.language.arms.verify import Collaboration, Tempo
+from isthmus.edge_agent.language.arms.auto import SPAN_TOKENS, Auto, LocalModel
+from isthmus.edge_agent.language.arms.verify import SpeculationStats, VerifyArm
 from isthmus.edge_agent.language.cloud_answer import CloudAnswer
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Arm, Ask, Span, edge_token
-from isthmus.edge_agent.policy.arms import Plan
+from isthmus.edge_agent.language.request import Arm, GenerationRequest, Span, edge_token
+from isthmus.edge_agent.policy.arms import ArmPlan
 from isthmus.models.errors import LinkDown
 from isthmus.models.language.handoff.manifest import Level
-from isthmus.models.language.sampling import GREEDY, Floats, Sampling
+from isthmus.models.language.sampling import Floats
+from isthmus.models.messages import GREEDY, Sampling
 from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
 
 TOKENS = 60
@@ -24,7 +25,7 @@ BRAIN = Brain(1, ends=False)
 
 
 @dataclass(frozen=True)
-class Doubts:
+class ConfidenceStats:
     """A judge that is sure of all but every so manyth token behind a prompt."""
 
     every: int
@@ -41,13 +42,13 @@ def wrong(text: Sequence[int]) -> Floats:
     return logits_V
 
 
-def always(arm: Arm, likely: float = 0.5, asked: float = 0.0) -> Callable[[bool, Arm | None], Plan]:
-    return lambda usable, now: Plan(arm if usable or arm != "edge" else "cloud", likely, f"by {arm}", asked)
+def always(arm: Arm, likely: float = 0.5, asked: float = 0.0) -> Callable[[bool, Arm | None], ArmPlan]:
+    return lambda usable, now: ArmPlan(arm if usable or arm != "edge" else "cloud", likely, f"by {arm}", asked)
 
 
 def auto(
     cloud: Cloud,
-    route: Callable[[bool, Arm | None], Plan],
+    route: Callable[[bool, Arm | None], ArmPlan],
     every: int = 4,
     logits: Callable[[Sequence[int]], Floats] = BRAIN.logits,
     sampling: Sampling = GREEDY,
@@ -56,13 +57,13 @@ def auto(
     prompt: tuple[int, ...] = PROMPT,
 ) -> Auto:
     replicas = Replicas([cloud], b"themodel", 1.0)  # type: ignore[list-item]
-    tempo = Tempo()
+    tempo = SpeculationStats()
 
-    def begin(ask: Ask) -> CloudAnswer:
-        return Collaboration(ask, ENDS, replicas, tempo, None, lambda text: edge_token(logits(text), ask, len(text)))
+    def begin(ask: GenerationRequest) -> CloudAnswer:
+        return VerifyArm(ask, ENDS, replicas, tempo, None, lambda text: edge_token(logits(text), ask, len(text)))
 
-    copy = Copy(logits, context, Doubts(every, len(prompt))) if has_device else None
-    return Auto(Ask(prompt, TOKENS, "auto", sampling), ENDS, copy, route, begin)
+    copy = LocalModel(logits, context, ConfidenceStats(every, len(prompt))) if has_device else None
+    return Auto(GenerationRequest(prompt, TOKENS, "auto", sampling), ENDS, copy, route, begin)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 0.9, 3)])
@@ -141,9 +142,9 @@ def test_what_was_prepared_in_vain_harms_nothing() -> None:
 def test_the_arm_changes_in_mid_answer() -> None:
     calls: list[tuple[bool, Arm | None]] = []
 
-    def route(usable: bool, now: Arm | None) -> Plan:
+    def route(usable: bool, now: Arm | None) -> ArmPlan:
         calls.append((usable, now))
-        return Plan("edge" if len(calls) < 3 else "cloud", 0.5, f"the {len(calls)}.")
+        return ArmPlan("edge" if len(calls) < 3 else "cloud", 0.5, f"the {len(calls)}.")
 
     answer = auto(Cloud(BRAIN), route, every=1000)
     ids = [token.id for token in answer.tokens()]
@@ -157,7 +158,7 @@ def test_the_arm_changes_in_mid_answer() -> None:
 
 def test_it_comes_back_to_the_device() -> None:
     plans = iter(["cloud", "edge"])
-    answer = auto(Cloud(BRAIN), lambda usable, now: Plan(next(plans, "edge"), 0.5, "x"), every=1000)  # type: ignore[arg-type]
+    answer = auto(Cloud(BRAIN), lambda usable, now: ArmPlan(next(plans, "edge"), 0.5, "x"), every=1000)  # type: ignore[arg-type]
     assert [token.id for token in answer.tokens()] == BRAIN.answer(PROMPT, TOKENS)
     assert [(span.arm, span.tokens) for span in answer.tally.spans] == [
         ("cloud", SPAN_TOKENS),

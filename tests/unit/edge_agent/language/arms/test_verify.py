@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.language.arms.verify import Collaboration, Tempo
+from isthmus.edge_agent.language.arms.verify import SpeculationStats, VerifyArm
 from isthmus.edge_agent.language.cloud_answer import ATTEMPTS
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Ask, Token
+from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.edge_agent.policy.estimates import Average
 from isthmus.edge_agent.policy.speculation import RETRY_ANSWERS, Acceptance
 from isthmus.models.errors import ContextGone, DeadlineExceeded, InvalidInput, LinkDown, Overloaded, ServiceError
 from isthmus.models.language.drafts import LookupDraft
-from isthmus.models.language.sampling import GREEDY, Sampling, log_softmax
-from isthmus.models.language.session import Committed, Round
+from isthmus.models.language.sampling import log_softmax
+from isthmus.models.messages import GREEDY, Committed, Round, Sampling
 from isthmus.protos.limits import MAX_DRAFT
 from tests.unit.edge_agent.language.scripted_cloud import ENDS, EOS, VOCAB, Brain, Cloud, Talk
 
@@ -35,9 +35,9 @@ class Fixed(Average):
         pass
 
 
-def tempo(draft_s: float = 0.005, pass_s: float = 0.03, acceptance: float = 0.95) -> Tempo:
+def tempo(draft_s: float = 0.005, pass_s: float = 0.03, acceptance: float = 0.95) -> SpeculationStats:
     """By default one at which drafting pays."""
-    return Tempo(Fixed(draft_s), Fixed(pass_s), Acceptance(acceptance))
+    return SpeculationStats(Fixed(draft_s), Fixed(pass_s), Acceptance(acceptance))
 
 
 class Source:
@@ -65,7 +65,7 @@ class Answer:
         *clouds: Cloud,
         count: int = 20,
         draft: Any = None,
-        pace: Tempo | None = None,
+        pace: SpeculationStats | None = None,
         alone: Callable[[Sequence[int]], Token | None] | None = None,
         replicas: Replicas | None = None,
         prompt: tuple[int, ...] = PROMPT,
@@ -73,8 +73,8 @@ class Answer:
     ) -> None:
         self.clouds = clouds
         self.replicas = replicas or Replicas(clouds, bytes(8), 0.05)  # type: ignore[arg-type]
-        self.ask = Ask(prompt, count, "verify", **ask)
-        self.answer = Collaboration(self.ask, ENDS, self.replicas, pace or tempo(), draft, alone)
+        self.ask = GenerationRequest(prompt, count, "verify", **ask)
+        self.answer = VerifyArm(self.ask, ENDS, self.replicas, pace or tempo(), draft, alone)
         self.tokens: list[Token] = []
 
     def __iter__(self) -> Iterator[Token]:

@@ -97,7 +97,7 @@ def test_fingerprint_of_smollm2_is_golden(smollm2: Checkpoint) -> None:
 
 def test_opens_without_torch_or_transformers() -> None:
     program = (
-        "import sys; from models.language.checkpoint import Checkpoint; Checkpoint.open('smollm2');"
+        "import sys; from isthmus.models.language.checkpoint.checkpoint import Checkpoint; Checkpoint.open('smollm2');"
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -239,7 +239,7 @@ def test_models_that_the_runtime_does_not_take(tmp_path: Path, settings: dict[st
 
 def test_runs_without_torch() -> None:
     program = (
-        "import sys, os; import models.language.onnx_decoder;"
+        "import sys, os; import isthmus.models.language.onnx.decoder;"
         "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1';"
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -22,7 +22,8 @@ def prior() -> EntropyBottleneck:
 
 
 def test_imports_in_a_fresh_process_whose_torchvision_has_no_operators() -> None:
-    line = "import models.recipes.compressai_entropy as c; import torchvision; print(c.new_prior(2).channels)"
+    module = "isthmus.models.recipes.vision.compressai_entropy"
+    line = f"import {module} as c; import torchvision; print(c.new_prior(2).channels)"
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
