@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.edge_agent.policy.exits import Objective, Prices
+from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.models.vision.manifest import Precision
 
 Mode = Literal["auto", "edge", "split", "offload"]

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, Shown, close, read
 from isthmus.edge_agent.language.request import Arm, GenerationRequest, Generator, Source
-from isthmus.edge_agent.policy.exits import Prices
+from isthmus.edge_agent.policy.prices import Prices
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.language.checkpoint.tokenizer import Message
 from isthmus.models.messages import GREEDY, Sampling

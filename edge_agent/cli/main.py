@@ -13,7 +13,7 @@ import click
 
 from isthmus.edge_agent.config import MODES, EdgeConfig, LanguageConfig, Tls, WholeImage
 from isthmus.edge_agent.language.request import ARMS
-from isthmus.edge_agent.policy.exits import Objective, Prices
+from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.result import page
 from isthmus.models.errors import InvalidInput, IsthmusError

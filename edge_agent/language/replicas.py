@@ -55,7 +55,7 @@ class Replicas:
 
     def lost(self, link: Link, error: Exception) -> None:
         """Others first from now on, and this one only when it answers a probe."""
-        link.failed(str(error))
+        link.record_failure(str(error))
         with self._lock:
             self._links = [*(other for other in self._links if other is not link), link]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from isthmus.edge_agent.language.request import Arm
 from isthmus.edge_agent.policy.estimates import Average
-from isthmus.edge_agent.policy.exits import Objective, Prices
+from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
 from isthmus.models.language.handoff.manifest import Level
 

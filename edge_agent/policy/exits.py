@@ -11,20 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from isthmus.edge_agent.policy.prices import Objective
+
 Route = Literal["exit", "continue", "split", "offload", "fallback"]
-Objective = Literal["fastest", "cheapest"]
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """US dollars. Defaults: an IoT data plan, a small cloud CPU, and a device that is paid for."""
-
-    up_usd_per_byte: float = 0.50 / 1e9
-    cloud_usd_per_s: float = 0.05 / 3600
-    device_usd_per_s: float = 0.0
-
-    def usd(self, up_bytes: float, cloud_s: float, device_s: float) -> float:
-        return up_bytes * self.up_usd_per_byte + cloud_s * self.cloud_usd_per_s + device_s * self.device_usd_per_s
 
 
 @dataclass(frozen=True, slots=True)

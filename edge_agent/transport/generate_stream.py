@@ -40,11 +40,11 @@ class GenerateStream:
         self,
         stub: pb_grpc.IsthmusStub,
         vocab: int,
-        heard: Callable[[StreamObservation | IsthmusError], None],
+        on_reply: Callable[[StreamObservation | IsthmusError], None],
     ) -> None:
-        """`heard` is told of each answer and of a failure of the link, in whatever thread takes the answer."""
+        """`on_reply` is told of each answer and of a failure of the link, in whatever thread takes the answer."""
         self._vocab = vocab
-        self._heard = heard
+        self._on_reply = on_reply
         self._outgoing: SimpleQueue[pb.GenerateRequest | None] = SimpleQueue()
         self._incoming: SimpleQueue[tuple[float, pb.GenerateResponse | IsthmusError]] = SimpleQueue()  # since when
         self._sent: deque[tuple[float, int]] = deque()  # when, and how many bytes, for each round not yet answered
@@ -100,11 +100,11 @@ class GenerateStream:
             return None
         if isinstance(message, IsthmusError):
             self._failure = message
-            self._heard(message)
+            self._on_reply(message)
             raise message
         self.bytes_down += message.ByteSize() + GRPC_PREFIX_BYTES
         committed = wire_session.unpack_committed(message, self._vocab)
-        self._heard(self._reply(committed, came_s))
+        self._on_reply(self._reply(committed, came_s))
         return committed
 
     def _reply(self, committed: Committed, came_s: float) -> StreamObservation:

@@ -160,7 +160,7 @@ class Link:
         """None when a request may be tried, else why not."""
         return None if self._breaker.state != "open" else (self.refusal or "the cloud is not answering")
 
-    def ask(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
         """Send one payload and wait at most `budget_s` for its answers to `tasks`: the bundle's indices, rising.
 
         Raises LinkDown, DeadlineExceeded, or the error the cloud answered with.
@@ -176,7 +176,7 @@ class Link:
                 self._breaker.succeeded()  # it is there, it just did not like the input
             raise
         except BaseException as error:  # an interrupt too: it may have been the trial, which nobody would give back
-            self.failed(str(error) or type(error).__name__)
+            self.record_failure(str(error) or type(error).__name__)
             raise
         with self._lock:
             self._breaker.succeeded()
@@ -184,16 +184,16 @@ class Link:
             self._estimator.observe(reply.up_bytes, reply.elapsed_s - cloud_s)
         return reply
 
-    def converse(self) -> GenerateStream:
+    def open_generate_stream(self) -> GenerateStream:
         """A stream of rounds about one answer of a language model. Raises LinkDown while it is left alone."""
         if self._breaker.state == "open":
             raise LinkDown(self.refusal or "the cloud is not answering")
-        return GenerateStream(self._stub, self._labels[0], self._heard)
+        return GenerateStream(self._stub, self._labels[0], self._on_reply)
 
-    def _heard(self, reply: StreamObservation | IsthmusError) -> None:
+    def _on_reply(self, reply: StreamObservation | IsthmusError) -> None:
         """What a conversation says of the link."""
         if isinstance(reply, IsthmusError):
-            self.failed(str(reply))
+            self.record_failure(str(reply))
             return
         with self._lock:
             self._breaker.succeeded()
@@ -247,7 +247,7 @@ class Link:
                 raise self._stream.ended or LinkDown("the stream to the cloud ended")
             return self._stream, future
 
-    def failed(self, reason: str) -> None:
+    def record_failure(self, reason: str) -> None:
         """A request met a dead, late or overloaded cloud."""
         with self._lock:
             self._breaker.failed(time.monotonic())

@@ -215,7 +215,7 @@ class EdgeAgent:
         if self.link is None:
             raise LinkDown("no cloud is configured")
         with visit.stage("cloud"):
-            reply = self.link.ask(payload, self._cloud_left_s(visit), tasks)
+            reply = self.link.infer(payload, self._cloud_left_s(visit), tasks)
         visit.up_bytes, visit.down_bytes = reply.up_bytes, reply.down_bytes
         visit.stage_ms["cloud_queue"] = 1000 * reply.answer.queue_s
         visit.stage_ms["cloud_compute"] = 1000 * reply.answer.compute_s

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from isthmus.edge_agent.policy.estimates import Average, GraphSeconds, LinkEstimate, Load
-from isthmus.edge_agent.policy.exits import OperatingPoint, Prices, RouteEstimate
+from isthmus.edge_agent.policy.exits import OperatingPoint, RouteEstimate
+from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.vision.manifest import Manifest

@@ -54,7 +54,7 @@ class Recorder:
     def usable(self) -> str | None:
         return None
 
-    def ask(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Reply:
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Reply:
         self.payloads.append(payload)
         return Reply(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
 

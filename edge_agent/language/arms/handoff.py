@@ -71,7 +71,7 @@ class HandoffArm(CloudAnswer):
                 choice = self._device.choose(self._text, self._terms.likely)
                 sure = choice.likely >= self._terms.likely
                 if conversation is None and not sure:
-                    conversation = link.converse()
+                    conversation = link.open_generate_stream()
                     self._reopened = None
                     self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
                 token = self._token(choice) if sure else None

@@ -87,7 +87,7 @@ class VerifyArm(CloudAnswer):
     def prepare(self) -> None:
         """Have a cloud read the prompt and decide what follows it, while the device does something else."""
         if (link := self._replicas.best()) is not None:
-            conversation = link.converse()
+            conversation = link.open_generate_stream()
             self._ready = conversation, link
             self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
             self._send(conversation, (), extend=self._left - 1)
@@ -111,7 +111,7 @@ class VerifyArm(CloudAnswer):
         super().close()
 
     def _with_cloud(self, link: Link) -> Iterator[Token]:
-        conversation, link = self._ready or (link.converse(), link)
+        conversation, link = self._ready or (link.open_generate_stream(), link)
         self._reopened = None
         try:
             if self._ready is None:

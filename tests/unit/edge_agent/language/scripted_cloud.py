@@ -96,14 +96,14 @@ class Cloud:
     def estimate(self) -> LinkEstimate:
         return LinkEstimate(self.rtt_s, 1e6)
 
-    def failed(self, reason: str) -> None:
+    def record_failure(self, reason: str) -> None:
         self.failures.append(reason)
         self.alone = self.away
 
     def alive(self, timeout_s: float) -> bool:
         return self.living
 
-    def converse(self) -> Talk:
+    def open_generate_stream(self) -> Talk:
         self.talks.append(Talk(self, random.Random(self.seed + len(self.talks))))
         return self.talks[-1]
 

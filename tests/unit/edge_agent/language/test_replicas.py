@@ -20,7 +20,7 @@ class Way:
         self.reasons: list[str] = []
         self.closed = False
 
-    def failed(self, reason: str) -> None:
+    def record_failure(self, reason: str) -> None:
         self.reasons.append(reason)
 
     def close(self) -> None:

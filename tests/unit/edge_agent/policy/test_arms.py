@@ -22,7 +22,7 @@ from isthmus.edge_agent.policy.arms import (
     level_for,
     offers,
 )
-from isthmus.edge_agent.policy.exits import Objective, Prices
+from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
 from isthmus.models.language.handoff.manifest import Level
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.policy.exits import Goal, Objective, OperatingPoint, Prices, RouteEstimate, Situation, plan
+from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RouteEstimate, Situation, plan
+from isthmus.edge_agent.policy.prices import Objective
 
 ON = RouteEstimate("continue", "run on", 0.020, 1e-6)
 DEEP = OperatingPoint(1, 0, 1)
@@ -87,10 +88,6 @@ def test_without_a_cloud_the_head_runs_on_then_falls_back() -> None:
 def test_before_the_first_exit_there_is_no_confidence_to_speak_of() -> None:
     step = plan(Situation(None, None, (WHOLE, ON), 1.0, None), FASTEST)
     assert step.route == "continue" and "sure" not in step.why
-
-
-def test_prices_add_up() -> None:
-    assert Prices(1e-9, 0.5, 0.25).usd(up_bytes=1000, cloud_s=2, device_s=4) == pytest.approx(1e-6 + 1 + 1)
 
 
 options = st.lists(

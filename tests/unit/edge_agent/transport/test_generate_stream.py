@@ -89,13 +89,13 @@ def link(cloud: Cloud) -> Iterator[Link]:
 
 
 @pytest.fixture
-def heard() -> list[StreamObservation | IsthmusError]:
+def on_reply() -> list[StreamObservation | IsthmusError]:
     return []
 
 
 @pytest.fixture
-def conversation(link: Link, heard: list[StreamObservation | IsthmusError]) -> Iterator[GenerateStream]:
-    made = GenerateStream(link._stub, VOCAB, heard.append)
+def conversation(link: Link, on_reply: list[StreamObservation | IsthmusError]) -> Iterator[GenerateStream]:
+    made = GenerateStream(link._stub, VOCAB, on_reply.append)
     yield made
     made.close()
 
@@ -113,7 +113,7 @@ def size(message: Any) -> int:
 
 
 def test_what_is_said_arrives_in_order_and_its_bytes_are_counted(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
 ) -> None:
     rounds = [Round(3), Round(4, (8, 9), 2)]
     conversation.open(OPENING)
@@ -126,11 +126,11 @@ def test_what_is_said_arrives_in_order_and_its_bytes_are_counted(
     assert conversation.bytes_up == sum(map(size, sent))
     assert conversation.opening_bytes == size(sent[0])
     assert conversation.bytes_down == 2 * size(wire_session.pack_committed(ANSWER))
-    assert [reply.up_bytes for reply in heard] == [size(sent[0]) + size(sent[1]), size(sent[2])]
+    assert [reply.up_bytes for reply in on_reply] == [size(sent[0]) + size(sent[1]), size(sent[2])]
 
 
 def test_time_on_the_way_is_known_only_of_a_round_that_went_alone(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
 ) -> None:
     stale, extension = Committed(3), Committed(4, 0, (9,), extension=True)
     slow = Committed(3, 0, (9,), queue_s=100.0)
@@ -139,14 +139,14 @@ def test_time_on_the_way_is_known_only_of_a_round_that_went_alone(
     conversation.open(OPENING)
     for count in (2, 1, 2, 1):
         conversation.send(Round(3))
-        if count == 2 and not heard:
+        if count == 2 and not on_reply:
             conversation.send(Round(3))
         for _ in range(count):
             conversation.receive(5)
-    known = [reply.elapsed_s is not None for reply in heard]
+    known = [reply.elapsed_s is not None for reply in on_reply]
     assert known == [False, True, False, True, False, True]  # behind another one; alone; stale; alone; extension; alone
-    assert heard[-1].elapsed_s == 0.0  # the cloud's clock cannot make it negative
-    assert all(0 <= reply.elapsed_s < 5 for reply in heard if reply.elapsed_s is not None)
+    assert on_reply[-1].elapsed_s == 0.0  # the cloud's clock cannot make it negative
+    assert all(0 <= reply.elapsed_s < 5 for reply in on_reply if reply.elapsed_s is not None)
 
 
 def test_poll_gives_what_is_there_and_never_waits(cloud: Cloud, conversation: GenerateStream) -> None:
@@ -165,7 +165,7 @@ def test_poll_gives_what_is_there_and_never_waits(cloud: Cloud, conversation: Ge
 
 @pytest.mark.parametrize("error", [ContextGone, Overloaded, InvalidInput])
 def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any], error: type[IsthmusError]
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any], error: type[IsthmusError]
 ) -> None:
     cloud.servicer.react = lambda request, context: [wire_session.pack_generate_error(error("so it is"))]
     conversation.open(OPENING)
@@ -178,7 +178,7 @@ def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
     conversation.open(OPENING)
     conversation.send(Round(3))
     assert conversation.receive(5) == ANSWER
-    (reply,) = heard
+    (reply,) = on_reply
     assert reply.up_bytes == size(wire_session.pack_opening(OPENING)) + size(wire_session.pack_round(Round(3)))
     assert reply.elapsed_s is not None
     assert conversation.opening_bytes == 2 * size(wire_session.pack_opening(OPENING))
@@ -194,13 +194,13 @@ def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
     ids=["token", "accepted", "nan"],
 )
 def test_a_cloud_that_talks_nonsense_is_not_believed(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any], response: pb.GenerateResponse
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any], response: pb.GenerateResponse
 ) -> None:
     cloud.servicer.react = lambda request, context: [response]
     conversation.open(OPENING)
     with pytest.raises(InvalidInput):
         conversation.receive(5)
-    assert heard == []
+    assert on_reply == []
 
 
 @pytest.mark.parametrize(
@@ -213,18 +213,18 @@ def test_a_cloud_that_talks_nonsense_is_not_believed(
     ],
 )
 def test_the_streams_failure_is_raised_again_and_again_and_heard_once(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any], code: Any, error: type[IsthmusError]
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any], code: Any, error: type[IsthmusError]
 ) -> None:
     cloud.servicer.react = lambda request, context: context.abort(code, "so it is")
     conversation.open(OPENING)
     for use in (lambda: conversation.receive(5), conversation.poll, lambda: conversation.send(Round(3))):
         with pytest.raises(error, match="so it is"):
             use()
-    assert [type(reply) for reply in heard] == [error]
+    assert [type(reply) for reply in on_reply] == [error]
 
 
 def test_what_came_before_a_failure_is_not_lost_with_it(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
 ) -> None:
     conversation.open(OPENING)
     assert not conversation.answered
@@ -232,23 +232,23 @@ def test_what_came_before_a_failure_is_not_lost_with_it(
     until(lambda: conversation.answered)
     cloud.server.stop(None).wait()
     until(lambda: conversation._incoming.qsize() == 2)
-    assert heard == []
+    assert on_reply == []
     assert conversation.receive(5) == ANSWER
     with pytest.raises(LinkDown):
         conversation.poll()
     assert conversation.answered, "nobody need wait for what has failed"
-    assert [type(reply) for reply in heard] == [StreamObservation, LinkDown]
+    assert [type(reply) for reply in on_reply] == [StreamObservation, LinkDown]
 
 
 def test_an_answer_that_is_taken_late_says_nothing_bad_of_the_link(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
 ) -> None:
     conversation.open(OPENING)
     conversation.send(Round(3))
     until(lambda: conversation.answered)
     time.sleep(2.0)
     conversation.receive(5)
-    assert heard[-1].elapsed_s < 2.0
+    assert on_reply[-1].elapsed_s < 2.0
 
 
 def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
@@ -270,7 +270,7 @@ def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
 
 
 def test_closing_ends_the_call_in_the_cloud_and_is_no_failure(
-    cloud: Cloud, conversation: GenerateStream, heard: list[Any]
+    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
 ) -> None:
     conversation.open(OPENING)
     conversation.send(Round(3))
@@ -279,7 +279,7 @@ def test_closing_ends_the_call_in_the_cloud_and_is_no_failure(
     conversation.close()
     assert cloud.servicer.ended.wait(10)
     until(lambda: conversation._incoming.qsize() == 1)
-    assert len(heard) == 1  # the answer; nobody took the end
+    assert len(on_reply) == 1  # the answer; nobody took the end
     until(lambda: "isthmus-conversation" not in [thread.name for thread in threading.enumerate()])
 
 
@@ -297,7 +297,7 @@ def test_closing_stops_a_cloud_that_is_at_work(cloud: Cloud, conversation: Gener
 
 def test_a_conversation_teaches_its_link(cloud: Cloud, link: Link) -> None:
     assert link.state == "half_open"
-    talk = link.converse()
+    talk = link.open_generate_stream()
     talk.open(OPENING)
     talk.send(Round(3))
     assert talk.receive(5) == ANSWER
@@ -309,20 +309,20 @@ def test_a_conversation_teaches_its_link(cloud: Cloud, link: Link) -> None:
         talk.receive(5)
     assert link.state == "open"
     with pytest.raises(LinkDown, match="gone"):
-        link.converse()
+        link.open_generate_stream()
     talk.close()
     cloud.servicer.described.set()
     until(lambda: link.state == "half_open")
     cloud.servicer.react = answers
-    link.converse().close()
+    link.open_generate_stream().close()
 
 
 def test_a_link_that_is_told_of_a_failure_leaves_the_cloud_alone_until_a_probe(cloud: Cloud, link: Link) -> None:
     cloud.servicer.described.clear()
-    link.failed("it is full")
+    link.record_failure("it is full")
     assert link.state == "open"
     with pytest.raises(LinkDown, match="full"):
-        link.converse()
+        link.open_generate_stream()
     cloud.servicer.described.set()
     until(lambda: link.state == "half_open")
 

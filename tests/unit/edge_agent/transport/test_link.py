@@ -100,7 +100,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_an_answer_comes_with_its_bytes_and_keeps_one_stream(cloud: Cloud, link: Link) -> None:
-    replies = [link.ask(PAYLOAD, 5.0) for _ in range(3)]
+    replies = [link.infer(PAYLOAD, 5.0) for _ in range(3)]
     assert [reply.answer.probabilities for reply in replies] == [((0.25, 0.75),)] * 3
     assert replies[0].up_bytes == cloud.servicer.requests[0].ByteSize() + 5
     assert cloud.servicer.streams == 1
@@ -115,7 +115,7 @@ def test_the_tasks_asked_for_are_answered_each_by_itself(
     cloud: Cloud, link: Link, tasks: tuple[int, ...], probabilities: tuple[tuple[float, ...], ...]
 ) -> None:
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(probabilities, 0, 0))]
-    assert link.ask(PAYLOAD, 5.0, tasks).answer.probabilities == probabilities
+    assert link.infer(PAYLOAD, 5.0, tasks).answer.probabilities == probabilities
     assert wire.unpack_request(cloud.servicer.requests[0]).tasks == tasks
 
 
@@ -125,18 +125,18 @@ def test_answers_to_other_tasks_than_were_asked_for_are_not_believed(
 ) -> None:
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(probabilities, 0, 0))]
     with pytest.raises(InvalidInput):
-        link.ask(PAYLOAD, 5.0, (0, 1))
+        link.infer(PAYLOAD, 5.0, (0, 1))
 
 
 def test_request_ids_start_again_where_they_would_cost_more_bytes(cloud: Cloud, link: Link) -> None:
     link._next_id = limits.MAX_REQUEST_ID - 1
     for _ in range(2):
-        link.ask(PAYLOAD, 5.0)
+        link.infer(PAYLOAD, 5.0)
     assert [request.request_id for request in cloud.servicer.requests] == [limits.MAX_REQUEST_ID, 1]
 
 
 def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> None:
-    link.ask(PAYLOAD, 5.0)  # closes the breaker, so that two may ask at once
+    link.infer(PAYLOAD, 5.0)  # closes the breaker, so that two may ask at once
     held: list[pb.InferRequest] = []
 
     def second_first(request: pb.InferRequest) -> list[pb.InferResponse]:
@@ -150,7 +150,7 @@ def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> Non
     cloud.servicer.react = second_first
     with ThreadPoolExecutor(2) as threads:
         payloads = [Payload(Codec.BOTTLENECK, 0, 0, bytes(size)) for size in (4, 8)]
-        replies = list(threads.map(lambda payload: link.ask(payload, 5.0), payloads))
+        replies = list(threads.map(lambda payload: link.infer(payload, 5.0), payloads))
     assert [reply.answer.probabilities[0][0] for reply in replies] == [0.25, 0.5]
 
 
@@ -158,7 +158,7 @@ def test_an_error_response_is_raised_as_its_class_and_trips_no_breaker(cloud: Cl
     cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, PayloadCorrupt("flipped"))]
     for _ in range(5):
         with pytest.raises(PayloadCorrupt, match="flipped"):
-            link.ask(PAYLOAD, 5.0)
+            link.infer(PAYLOAD, 5.0)
     assert link.state == "closed"
 
 
@@ -169,43 +169,43 @@ def test_a_late_answer_is_counted_and_given_to_nobody(cloud: Cloud, link: Link, 
         release.wait(10)
         return good(request)
 
-    link.ask(PAYLOAD, 5.0)
+    link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = slow
     with pytest.raises(DeadlineExceeded, match="50 ms"):
-        link.ask(PAYLOAD, 0.05)
+        link.infer(PAYLOAD, 0.05)
     cloud.servicer.react = good
     release.set()
     until(lambda: late == [1])
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
 
 
 def test_a_broken_stream_is_link_down_and_the_next_ask_opens_another(cloud: Cloud, link: Link) -> None:
-    link.ask(PAYLOAD, 5.0)
+    link.infer(PAYLOAD, 5.0)
 
     def broken(request: pb.InferRequest) -> list[pb.InferResponse]:
         raise RuntimeError("the servicer died")
 
     cloud.servicer.react = broken
     with pytest.raises(IsthmusError):
-        link.ask(PAYLOAD, 5.0)
+        link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = good
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert cloud.servicer.streams == 2
 
 
 def test_a_draining_service_gets_nothing_more_but_still_answers(cloud: Cloud, link: Link) -> None:
     farewell = wire.pack_error(0, Draining("bye"))
     cloud.servicer.react = lambda request: [farewell, *good(request)]
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     cloud.servicer.react = good
-    link.ask(PAYLOAD, 5.0)
+    link.infer(PAYLOAD, 5.0)
     assert cloud.servicer.streams == 2
 
 
 def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
     cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link.ask(PAYLOAD, 5.0)
+    link.infer(PAYLOAD, 5.0)
     send, farewells = InferStream.send, iter([True])
 
     def interrupted(stream: InferStream, message: pb.InferRequest) -> Any:
@@ -214,7 +214,7 @@ def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
         return send(stream, message)
 
     monkeypatch.setattr(InferStream, "send", interrupted)
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert len(cloud.servicer.requests) == 2
 
 
@@ -232,34 +232,34 @@ def test_a_message_on_its_way_out_is_sent_before_the_stream_half_closes(
             super().put(item)
 
     monkeypatch.setattr("isthmus.edge_agent.transport.link.SimpleQueue", Slow)
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert cloud.servicer.streams == 1
 
 
 def test_after_failures_in_a_row_the_cloud_is_not_asked(cloud: Cloud, link: Link) -> None:
-    link.ask(PAYLOAD, 5.0)
+    link.infer(PAYLOAD, 5.0)
     cloud.servicer.fingerprint = bytes(32)  # so that the probes keep failing
     cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full"))]
     for _ in range(3):
         with pytest.raises(Overloaded):
-            link.ask(PAYLOAD, 5.0)
+            link.infer(PAYLOAD, 5.0)
     assert link.state == "open"
     asked = len(cloud.servicer.requests)
     with pytest.raises(LinkDown):
-        link.ask(PAYLOAD, 5.0)
+        link.infer(PAYLOAD, 5.0)
     assert len(cloud.servicer.requests) == asked
     assert link.usable() is not None
 
 
 def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
-    link.ask(PAYLOAD, 5.0)
+    link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full"))]
     for _ in range(3):
         with pytest.raises(Overloaded):
-            link.ask(PAYLOAD, 5.0)
+            link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = good
     until(lambda: link.state == "half_open")
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert link.state == "closed"
     assert link.usable() is None
 
@@ -282,20 +282,20 @@ def test_a_cloud_that_talks_nonsense_is_not_believed(
     answer = CloudReply((probabilities,), 0, 0)
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, answer)]
     with pytest.raises(IsthmusError):
-        link.ask(PAYLOAD, 5.0)
+        link.infer(PAYLOAD, 5.0)
 
 
 def test_no_time_left_is_said_before_anything_is_sent(cloud: Cloud, link: Link) -> None:
     with pytest.raises(DeadlineExceeded):
-        link.ask(PAYLOAD, 0.0)
+        link.infer(PAYLOAD, 0.0)
     assert cloud.servicer.requests == []
 
 
 def test_a_cloud_that_goes_away_fails_everything_outstanding_at_once(cloud: Cloud, link: Link) -> None:
-    link.ask(PAYLOAD, 5.0)
+    link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = lambda request: []
     with ThreadPoolExecutor(3) as threads:
-        asks = [threads.submit(link.ask, PAYLOAD, 60.0) for _ in range(3)]
+        asks = [threads.submit(link.infer, PAYLOAD, 60.0) for _ in range(3)]
         until(lambda: len(cloud.servicer.requests) == 4)
         cloud.server.stop(None).wait()
         assert [type(ask.exception(30)) for ask in asks] == [LinkDown] * 3
@@ -311,6 +311,6 @@ def test_an_interrupted_ask_does_not_keep_the_trial(cloud: Cloud, link: Link, mo
     with monkeypatch.context() as patch:
         patch.setattr(link, "_exchange", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            link.ask(PAYLOAD, 5.0)
+            link.infer(PAYLOAD, 5.0)
     until(lambda: link.state == "half_open")
-    assert link.ask(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)

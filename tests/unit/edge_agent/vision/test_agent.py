@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.policy.exits import Prices
+from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.transport.link import Reply
 from isthmus.edge_agent.vision.agent import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
 from isthmus.edge_agent.vision.costs import Costs
@@ -50,7 +50,7 @@ class FakeLink:
     def usable(self) -> str | None:
         return self.refusal
 
-    def ask(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
         self.asked.append(payload)
         self.tasks.append(tasks)
         self.budgets_s.append(budget_s)

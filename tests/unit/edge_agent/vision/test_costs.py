@@ -4,7 +4,8 @@ import pytest
 
 from isthmus.edge_agent.config import EdgeConfig
 from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, Prices, RouteEstimate, Situation, plan
+from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RouteEstimate, Situation, plan
+from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, wanted
 from isthmus.models.bundle.bundle import Bundle

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.edge_agent.policy.exits import Prices
+from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.bundle.bundle import Bundle
