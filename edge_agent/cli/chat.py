@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, Shown, close, read
-from isthmus.edge_agent.language.request import Arm, GenerationRequest, Generator, Source
+from isthmus.edge_agent.language.request import GenerationRequest, Generator, Source
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.language.checkpoint.tokenizer import Message

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 import click
 
 from isthmus.edge_agent.config import MODES, EdgeConfig, LanguageConfig, Tls, WholeImage
-from isthmus.edge_agent.language.request import ARMS
+from isthmus.edge_agent.policy.arms import ARMS
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.result import page

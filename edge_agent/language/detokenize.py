@@ -38,7 +38,7 @@ class Outcome:
     summary: Summary | None
 
 
-Step = tuple[Shown, ...] | Outcome
+Delta = tuple[Shown, ...] | Outcome
 
 
 class Detokenizer:
@@ -120,7 +120,7 @@ def clip(held: Sequence[Shown], cut: int) -> tuple[Shown, ...]:
     return tuple(kept)
 
 
-def read(events: Iterator[Token | Summary], text: Detokenizer) -> Iterator[Step]:
+def read(events: Iterator[Token | Summary], text: Detokenizer) -> Iterator[Delta]:
     """A step for each token, often an empty one, and last the Outcome. `events` are closed in any case.
 
     Raises what they raise, and RuntimeError when they end without a Summary.

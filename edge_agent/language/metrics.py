@@ -8,7 +8,8 @@ from contextlib import closing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from isthmus.edge_agent.language.request import ARMS, Summary, Token
+from isthmus.edge_agent.language.request import Summary, Token
+from isthmus.edge_agent.policy.arms import ARMS
 
 SOURCES = ("edge", "cloud", "draft")
 FIRST_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 5, 10)

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.sampling import Floats, choose, logprobs
 from isthmus.models.messages import GREEDY, Logprobs, Sampling
 
 if TYPE_CHECKING:
     from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 
-Arm = Literal["auto", "edge", "cloud", "verify", "handoff"]  # auto: as the router has it, token by token
-ARMS: tuple[Arm, ...] = ("auto", "edge", "cloud", "verify", "handoff")
 Source = Literal["edge", "cloud", "draft"]  # draft: made on the device and confirmed by the cloud
 
 
@@ -42,8 +41,8 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def edge_token(logits_V: Floats, ask: GenerationRequest, position: int) -> Token:
-    """A token that the device decides by itself."""
+def local_token(logits_V: Floats, ask: GenerationRequest, position: int) -> Token:
+    """A token that the local model decides."""
     id_ = choose(logits_V, ask.sampling, position)
     if ask.top_logprobs is None:
         return Token(id_, "edge")
@@ -53,31 +52,6 @@ def edge_token(logits_V: Floats, ask: GenerationRequest, position: int) -> Token
 def cloud_token(id_: int, source: Source, row: Logprobs | None) -> Token:
     """A token that the cloud decided or confirmed, with what it said of it."""
     return Token(id_, source, row.own if row else None, row.top if row else ())
-
-
-class AnswerSequence:
-    """An answer's text, which is here and grows here, until it ends or is as long as was asked for."""
-
-    def __init__(self, ask: GenerationRequest, eos_ids: frozenset[int]) -> None:
-        self._ask, self._eos_ids = ask, eos_ids
-        self._text = list(ask.prompt)
-        self._finished = False
-
-    @property
-    def finish(self) -> Literal["stop", "length"]:
-        return "stop" if self._made and self._text[-1] in self._eos_ids else "length"
-
-    @property
-    def _made(self) -> int:
-        return len(self._text) - len(self._ask.prompt)
-
-    @property
-    def _left(self) -> int:
-        return self._ask.max_tokens - self._made
-
-    def _add(self, token: Token) -> None:
-        self._text.append(token.id)
-        self._finished = self._left <= 0 or token.id in self._eos_ids
 
 
 @dataclass(frozen=True, slots=True)

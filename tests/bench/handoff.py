@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from isthmus.cloud_service.language.model_runner import FullRunner
-from isthmus.edge_agent.language.agent import point_of
+from isthmus.edge_agent.language.arms.handoff import point_of
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.handoff.confidence_head import Judge

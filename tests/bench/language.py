@@ -35,7 +35,8 @@ from scipy.stats import bootstrap
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.agent import LanguageAgent
-from isthmus.edge_agent.language.request import Arm, GenerationRequest, Summary
+from isthmus.edge_agent.language.request import GenerationRequest, Summary
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff

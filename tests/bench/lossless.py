@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ import click
 from rich.progress import Progress
 
 from isthmus.edge_agent.language.agent import BREAKER
-from isthmus.edge_agent.language.arms.verify import SpeculationStats, VerifyArm
+from isthmus.edge_agent.language.arms.remote import RemoteArm
+from isthmus.edge_agent.language.arms.rounds import Rounds
+from isthmus.edge_agent.language.arms.verify import VerifyArm
+from isthmus.edge_agent.language.remote_session import RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest
+from isthmus.edge_agent.language.sequence import AnswerSequence
+from isthmus.edge_agent.language.stats import GenerationStats
+from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import Draft, LookupDraft, ModelDraft
@@ -73,29 +80,32 @@ class Bench:
         self.locks = {name: threading.Lock() for name in MODELS}
 
     def answer(
-        self, prompt: tuple[int, ...], draft: Draft | None, tempo: SpeculationStats
-    ) -> tuple[list[int], VerifyArm]:
-        ask = GenerationRequest(prompt, self.tokens, "verify" if draft else "cloud", self.sampling)
-        run = VerifyArm(ask, self.checkpoint.tokenizer.eos_ids, self.replicas, tempo, draft, None)
-        try:
-            return [token.id for token in run.tokens()], run
-        finally:
-            run.close()
+        self, prompt: tuple[int, ...], draft: Draft | None, speculation: SpeculationStats
+    ) -> tuple[list[int], GenerationStats]:
+        request = GenerationRequest(prompt, self.tokens, "verify" if draft else "cloud", self.sampling)
+        sequence, stats = AnswerSequence(request, self.checkpoint.tokenizer.eos_ids), GenerationStats()
+        session = RemoteSession(self.replicas, sequence, stats, token_opening(self.replicas.fingerprint, sequence, 0))
+        arm: VerifyArm | RemoteArm
+        if draft is None:
+            arm = RemoteArm(sequence, session, Rounds(session, sequence, stats, speculation), None)
+        else:
+            arm = VerifyArm(sequence, session, stats, speculation, draft, None)
+        with closing(session):
+            return [token.id for token in arm.tokens()], stats
 
     def case(self, index: int, prompt: tuple[int, ...], name: str, alone: bool) -> Case:
         expected, first = self.answer(prompt, None, SpeculationStats())
         if name in self.models:
             with self.locks[name]:
-                found, run = self.answer(prompt, self.models[name], self.tempos[name])
+                found, stats = self.answer(prompt, self.models[name], self.tempos[name])
         else:
-            found, run = self.answer(prompt, self.draft(name, expected, len(prompt), index), stubborn_for(name))
+            found, stats = self.answer(prompt, self.draft(name, expected, len(prompt), index), stubborn_for(name))
         wrong = sum(a != b for a, b in zip(expected, found, strict=False)) + abs(len(expected) - len(found))
-        tally = run.tally
-        round_bytes = tally.bytes_up + tally.bytes_down - tally.opening_bytes
-        reopened = "went on" in tally.why or "went on" in first.tally.why
+        round_bytes = stats.bytes_up + stats.bytes_down - stats.opening_bytes
+        reopened = "went on" in stats.why or "went on" in first.why
         return Case(
-            index, name, alone, len(found), wrong, tally.rounds, tally.passes, round_bytes, tally.accepted,
-            tally.rejected, reopened,
+            index, name, alone, len(found), wrong, stats.rounds, stats.passes, round_bytes, stats.accepted,
+            stats.rejected, reopened,
         )  # fmt: skip
 
     def draft(self, name: str, expected: list[int], prompt_tokens: int, seed: int) -> Draft:
@@ -109,10 +119,10 @@ class Bench:
 
 
 def stubborn_for(name: str) -> SpeculationStats:
-    tempo = stubborn()
+    speculation = stubborn()
     if name == "lookup":
-        tempo.draft_s.value = 0.0
-    return tempo
+        speculation.draft_s.value = 0.0
+    return speculation
 
 
 def jobs(prompts: list[tuple[int, ...]]) -> Iterator[tuple[int, tuple[int, ...], str, bool]]:

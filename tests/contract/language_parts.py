@@ -9,7 +9,8 @@ from typing import Any
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.agent import LanguageAgent
-from isthmus.edge_agent.language.request import Arm, GenerationRequest, Summary, Token
+from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.messages import GREEDY, Sampling
 from tests.bench.processes import CloudProcess
 

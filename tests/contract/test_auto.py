@@ -116,12 +116,13 @@ def drain(agent: LanguageAgent) -> None:
     Answer(agent, prompt_of(agent, "Something else, and long enough to count."), TOKENS, "cloud")
 
 
-def test_while_another_answer_has_the_device_the_cloud_has_this_one(agent: LanguageAgent) -> None:
+def test_while_another_answer_uses_the_device_this_one_does_too(agent: LanguageAgent) -> None:
+    expected = answered(agent, HALF).ids
     first = agent.generate(GenerationRequest(prompt_of(agent, STORY), TOKENS, "edge"))
     next(first)
     answer = answered(agent, HALF)
     first.close()  # type: ignore[attr-defined]
-    assert {token.source for token in answer.tokens} == {"cloud"}
+    assert {token.source for token in answer.tokens} == {"edge", "cloud"} and answer.ids == expected
 
 
 def test_given_up_it_leaves_device_and_cloud_to_others(agent: LanguageAgent) -> None:

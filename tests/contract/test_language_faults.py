@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.edge_agent.language.agent import LanguageAgent
-from isthmus.edge_agent.language.request import Arm
+from isthmus.edge_agent.policy.arms import Arm
 from tests.bench.processes import CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec
 from tests.contract.conftest import LANGUAGE

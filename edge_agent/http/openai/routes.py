@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from isthmus.edge_agent.http.openai.replies import Reply, model, model_list, reply_to, text_of
 from isthmus.edge_agent.http.openai.schema import ApiError, Check, Job, chat_job, completion_job, models, unknown_model
-from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, Shown, Step, close, read
+from isthmus.edge_agent.language.detokenize import Delta, Detokenizer, Outcome, Shown, close, read
 from isthmus.edge_agent.language.request import Generator
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, LinkError, ServiceError
 
@@ -147,10 +147,10 @@ def routes(generator: Generator, limits: Limits = Limits()) -> list[Route]:
     ]
 
 
-Made = AsyncGenerator[tuple[int, Step], None]
+Made = AsyncGenerator[tuple[int, Delta], None]
 
 
-def steps(generator: Generator, job: Job) -> Iterator[tuple[int, Step]]:
+def steps(generator: Generator, job: Job) -> Iterator[tuple[int, Delta]]:
     """The answers of a job one after the other, each step with the answer's index."""
     for index, ask in enumerate(job.asks):
         answer = read(generator.generate(ask), Detokenizer(generator.tokenizer, job.stops))
@@ -161,9 +161,9 @@ def steps(generator: Generator, job: Job) -> Iterator[tuple[int, Step]]:
             close(answer)
 
 
-async def in_thread(made: Iterator[tuple[int, Step]]) -> Made:
+async def in_thread(made: Iterator[tuple[int, Delta]]) -> Made:
     """What `made` yields, run in one worker thread. Closing this closes `made` in that thread, and waits for it."""
-    queue: asyncio.Queue[tuple[int, Step] | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     gone = threading.Event()
 

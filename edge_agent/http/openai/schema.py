@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from isthmus.edge_agent.language.request import Arm, GenerationRequest, Generator
+from isthmus.edge_agent.language.request import GenerationRequest, Generator
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.checkpoint.tokenizer import Message
 from isthmus.models.messages import MAX_SEED, Sampling
 

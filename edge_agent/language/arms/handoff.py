@@ -1,42 +1,45 @@
-"""One answer by layers shared: the device runs the lower ones and decides what its exits are sure of.
+"""The arm `handoff`: the device runs the lower layers, and commits what its exits are confident of.
 
-    text -> lower layers -> exit sure?  yes: the token is made here
-                                        no:  rows of all tokens not sent yet go up, and the cloud completes this one
+    text -> lower layers -> an exit is confident: the token is made here
+                            otherwise: hidden states of all tokens not sent yet go up, and the cloud completes this one
 
-Rows of tokens that were made here go up in the background, coded, once the cloud has been asked for something. When the
-cloud is lost the device goes on through all layers. Knows nothing about text, only tokens; nothing about gRPC.
+Hidden states of tokens that were made here go up in the background once the cloud has been queried. When the cloud is
+lost the device goes on through all layers. Knows nothing about text, only tokens; nothing about gRPC.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from isthmus.edge_agent.language.cloud_answer import CloudAnswer
-from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import GenerationRequest, Token, cloud_token, edge_token
-from isthmus.edge_agent.transport.generate_stream import GenerateStream
-from isthmus.edge_agent.transport.link import Link
-from isthmus.models.errors import ContextGone, ServiceError
+from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.language.local_model import LocalSession
+from isthmus.edge_agent.language.remote_session import Fallback, MakeOpening, RemoteSession
+from isthmus.edge_agent.language.request import Token, cloud_token, local_token
+from isthmus.edge_agent.language.sequence import AnswerSequence
+from isthmus.edge_agent.language.stats import GenerationStats
+from isthmus.edge_agent.policy.arms import HandoffEstimate
+from isthmus.models.errors import ContextGone, InvalidInput, ServiceError
+from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.handoff.manifest import StatePoint
-from isthmus.models.language.onnx.exits import Choice, ExitingDecoder
+from isthmus.models.language.handoff.manifest import HandoffManifest, StatePoint, least_likely
 from isthmus.models.language.packing import Floats
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos.limits import MAX_STATES
 from isthmus.protos.wire_session import checksum
 
-BACKGROUND_ROWS = 8  # that go up without a question
+BACKGROUND_STATES = 8  # hidden states that go up without a query
+CODING_LOSS = 0.005  # of the cloud's choices, at most, where the owner names no operating point
 
 
 @dataclass(frozen=True)
 class HandoffSettings:
-    """When an exit is believed, and how rows cross.
+    """How the device uses its exits.
 
-    likely: how likely right an exit must be. point: how rows are coded. fill: the cloud need not compute what decides
-    nothing.
+    likely: confidence from which an exit is believed. point: how hidden states are coded. fill: whether the cloud may
+    approximate the KV cache of tokens that it does not decode.
     """
 
     likely: float
@@ -44,127 +47,160 @@ class HandoffSettings:
     fill: bool
 
 
-class HandoffArm(CloudAnswer):
-    """One answer whose tokens exits decide, and the cloud those that no exit is sure of."""
+class HandoffArm:
+    """One answer whose tokens exits decode, and the cloud those that no exit is confident of."""
 
     def __init__(
         self,
-        ask: GenerationRequest,
-        eos_ids: frozenset[int],
-        replicas: Replicas,
-        device: ExitingDecoder,
+        sequence: AnswerSequence,
+        session: RemoteSession,
+        stats: GenerationStats,
+        local: LocalSession,
         handoff: Handoff,
-        terms: HandoffSettings,
-        alone: Callable[[list[int]], Token | None] | None,
+        settings: HandoffSettings,
+        fallback: Fallback | None,
     ) -> None:
-        """`alone` as for CloudAnswer."""
-        super().__init__(ask, eos_ids, replicas, alone, handoff.fingerprint)
-        self._device, self._handoff, self._terms = device, handoff, terms
-        self._sent = 0  # tokens whose rows are on their way, or there
-        self._decided: list[int] = []  # positions whose rows the cloud was asked by, rising
-        self._rounds: deque[int] = deque()  # under way: where in the text each ends
+        """`fallback` generates while no replica can be used; None: wait for one."""
+        self._sequence, self._session, self._stats, self._fallback = sequence, session, stats, fallback
+        self._local, self._handoff, self._settings = local, handoff, settings
+        self._sent = 0  # tokens whose hidden states are on their way, or there
+        self._decoded_from: list[int] = []  # positions whose hidden states the cloud decoded a token from, rising
+        self._in_flight: deque[int] = deque()  # of each round, the tokens that it completes
 
-    def _with_cloud(self, link: Link) -> Iterator[Token]:
-        conversation: GenerateStream | None = None
+    def tokens(self) -> Generator[Token, None, None]:
+        """Committed tokens. Raises as RemoteSession.tokens."""
         try:
-            while not self._finished:
-                choice = self._device.choose(self._text, self._terms.likely)
-                sure = choice.likely >= self._terms.likely
-                if conversation is None and not sure:
-                    conversation = link.open_generate_stream()
-                    self._reopened = None
-                    self._open(conversation, link, self._seat.held if self._seat.target == link.target else 0)
-                token = self._token(choice) if sure else None
-                if conversation is not None:
-                    token = self._shared(conversation, link, token)
-                if token is not None:
-                    self._add(token)
-                    yield token
+            yield from self._session.tokens(self._remote, self._fallback, lambda: self._sequence.finished)
         finally:
-            if conversation is not None:
-                self._end(conversation, link)
+            self._session.disconnect()
 
-    def _shared(self, conversation: GenerateStream, link: Link, token: Token | None) -> Token | None:
-        """`token`, with rows sent in the background, or the cloud's where there is none; None: ask again."""
+    def _remote(self) -> Iterator[Token]:
+        sequence, likely = self._sequence, self._settings.likely
+        while not sequence.finished:
+            choice = self._local.exit(sequence.tokens, likely)
+            confident = choice.likely >= likely
+            if not self._session.connected and not confident:
+                self._open()
+            token = local_token(choice.logits_V, sequence.request, len(sequence)) if confident else None
+            if self._session.connected:
+                token = self._share(token)
+            if token is not None:
+                sequence.append(token.id)
+                yield token
+
+    def _open(self) -> None:
+        self._in_flight.clear()
+        self._session.open()
+        self._sent = self._session.held
+
+    def _share(self, token: Token | None) -> Token | None:
+        """`token`, with hidden states sent in the background, or else the cloud's; None: ask again."""
         try:
             if token is None:
-                return self._completed(conversation, link)
-            if len(self._text) - self._sent >= BACKGROUND_ROWS:
-                self._send_rows(conversation, link)
+                return self._complete()
+            if len(self._sequence) - self._sent >= BACKGROUND_STATES:
+                self._send_states()
         except ContextGone:
-            self._check_reopened()
-            self._open(conversation, link, 0)
+            self._in_flight.clear()
+            self._session.reopen()
+            self._sent = 0
         return token
 
-    def _open(self, conversation: GenerateStream, link: Link, held: int) -> None:
-        self._rounds.clear()
-        self._sent = held
-        opening = Opening(
-            model=self._replicas.fingerprint,
-            session=self._seat.session,
-            start=held,
-            tokens=(),
-            crc32=checksum(self._text[:held]),
-            sampling=self._ask.sampling,
-            logprobs=self._ask.top_logprobs,
-            handoff=self._handoff.fingerprint,
-            rate=self._terms.point.rate,
-            context_rate=self._terms.point.context_rate,
-            prefill_layers=self._handoff.depth if self._terms.fill else 0,
-        )
-        conversation.open(opening)
-        self._seat.target, self._seat.held = link.target, held
-
-    def _completed(self, conversation: GenerateStream, link: Link) -> Token:
-        """The token that the cloud completes. Raises ContextGone, and ServiceError for an answer that it cannot be."""
-        self._sent = min(self._sent, len(self._text) - 1)  # the row that decides it goes with the question
-        self._send_rows(conversation, link, ask=True)
-        while len(self._rounds) > 1:
-            self._take(conversation, link)
-        committed = self._take(conversation, link)
+    def _complete(self) -> Token:
+        """The token that the cloud completes. Raises ContextGone, and ServiceError for a reply that it cannot be."""
+        self._sent = min(self._sent, len(self._sequence) - 1)  # the hidden state that decides goes with the query
+        self._send_states(query=True)
+        while len(self._in_flight) > 1:
+            self._receive()
+        committed = self._receive()
         if len(committed.tokens) != 1:
             raise ServiceError("the cloud answered what it was not asked")
-        self.tally.rounds += 1
-        self.tally.passes += 1
-        self.tally.prefill_passes -= 1
+        self._stats.rounds += 1
+        self._stats.passes += 1
+        self._stats.prefill_passes -= 1
         return cloud_token(committed.tokens[0], "cloud", committed.logprobs[0] if committed.logprobs else None)
 
-    def _send_rows(self, conversation: GenerateStream, link: Link, ask: bool = False) -> None:
-        """Send the rows of all tokens that have not been sent, and maybe ask what follows them."""
-        rows_NH = self._device.rows(self._sent)
-        before = [position for position in self._decided if position >= self._sent]  # the cloud has lost these
-        if ask and self._decided[-1:] != [len(self._text) - 1]:
-            self._decided.append(len(self._text) - 1)
-        for start in range(0, len(rows_NH), MAX_STATES):
-            states = self._coded(rows_NH[start : start + MAX_STATES])
-            ids, last = self._text[self._sent : self._sent + len(states)], start + MAX_STATES >= len(rows_NH)
-            decided = tuple(position - self._sent for position in before if position - self._sent in range(len(states)))
-            conversation.send(Round(self._sent, tuple(ids), int(ask and last), tuple(states), decided))
+    def _send_states(self, query: bool = False) -> None:
+        """Send the hidden states of all tokens that were not sent yet, and maybe query what follows them."""
+        tokens = self._sequence.tokens
+        states_NH = self._local.hidden_states(tokens, self._sent)
+        before = [position for position in self._decoded_from if position >= self._sent]  # the cloud has lost these
+        if query and self._decoded_from[-1:] != [len(tokens) - 1]:
+            self._decoded_from.append(len(tokens) - 1)
+        for start in range(0, len(states_NH), MAX_STATES):
+            states = self._encode(states_NH[start : start + MAX_STATES])
+            ids, last = tokens[self._sent : self._sent + len(states)], start + MAX_STATES >= len(states_NH)
+            again = tuple(place - self._sent for place in before if place - self._sent in range(len(states)))
+            self._session.send(Round(self._sent, tuple(ids), int(query and last), tuple(states), again))
             self._sent += len(states)
-            self._rounds.append(self._sent)
+            self._in_flight.append(self._sent)
             if not last:  # one at a time: a service holds few of them
-                self._take(conversation, link)
+                self._receive()
 
-    def _coded(self, rows_NH: Floats) -> list[bytes]:
-        """States of the tokens that follow those sent. The first of a text is none: the cloud makes it itself."""
-        codec, point, first = self._handoff.states, self._terms.point, int(self._sent == 0)
-        embedded_MH = self._device.embedded(self._text[self._sent + first - 1 : self._sent + len(rows_NH)])
+    def _encode(self, states_NH: Floats) -> list[bytes]:
+        """Coded states of the tokens after those sent. The first of a text has none: the cloud computes it itself."""
+        codec, point, first = self._handoff.states, self._settings.point, int(self._sent == 0)
+        embedded_MH = self._local.embedded(self._sequence.tokens[self._sent + first - 1 : self._sent + len(states_NH)])
         states = [b""] * first
-        for decides, run in groupby(range(first, len(rows_NH)), lambda index: self._sent + index in self._decided):
+        decides = {index for index in range(first, len(states_NH)) if self._sent + index in self._decoded_from}
+        for decodes, run in groupby(range(first, len(states_NH)), decides.__contains__):
             places = list(run)
             around_MH = embedded_MH[places[0] - first : places[-1] - first + 2]
-            states += codec.encode(rows_NH[places], around_MH, point.rate if decides else point.context_rate)
+            states += codec.encode(states_NH[places], around_MH, point.rate if decodes else point.context_rate)
         return states
 
-    def _take(self, conversation: GenerateStream, link: Link) -> Committed:
-        committed = self._receive(conversation, link)
-        if not self._rounds:
+    def _receive(self) -> Committed:
+        committed = self._session.receive()
+        if not self._in_flight:
             raise ServiceError("the cloud answered what it was not asked")
-        self._seat.held = self._rounds.popleft()
-        self.tally.cloud_s += committed.queue_s + committed.compute_s
-        self.tally.prefill_passes += committed.passes
-        self.tally.cached += committed.held
+        self._session.held = self._in_flight.popleft()
+        self._stats.count_cost(committed)
+        self._stats.prefill_passes += committed.passes
         return committed
 
-    def _token(self, choice: Choice) -> Token:
-        return edge_token(choice.logits_V, self._ask, len(self._text))
+
+def handoff_opening(model: bytes, sequence: AnswerSequence, handoff: Handoff, settings: HandoffSettings) -> MakeOpening:
+    """How a session of hidden states is opened."""
+    request = sequence.request
+
+    def opening(session: bytes, held: int) -> Opening:
+        return Opening(
+            model=model,
+            session=session,
+            start=held,
+            tokens=(),
+            crc32=checksum(sequence.tokens[:held]),
+            sampling=request.sampling,
+            logprobs=request.top_logprobs,
+            handoff=handoff.fingerprint,
+            rate=settings.point.rate,
+            context_rate=settings.point.context_rate,
+            prefill_layers=handoff.depth if settings.fill else 0,
+        )
+
+    return opening
+
+
+def settings_of(manifest: HandoffManifest, config: LanguageConfig) -> HandoffSettings:
+    """When exits are believed and how hidden states are coded, as the owner wants it. Raises InvalidInput."""
+    likely = least_likely(manifest.thresholds, config.agreement)
+    return HandoffSettings(likely, point_of(manifest, config.state_point), config.fill)
+
+
+def point_of(manifest: HandoffManifest, index: int | None) -> StatePoint:
+    """An operating point; None: the cheapest that loses little. Raises InvalidInput for one that does not exist."""
+    points = manifest.points
+    if index is None:
+        least = max(point.agreement for point in points) - CODING_LOSS
+        return next(point for point in points if point.agreement >= least)
+    if not 0 <= index < len(points):
+        raise InvalidInput(f"point {index} does not exist, there are 0 to {len(points) - 1}")
+    return points[index]
+
+
+def estimate_of(manifest: HandoffManifest, settings: HandoffSettings, config: LlamaConfig) -> HandoffEstimate:
+    """What handoff is worth with these settings, as the bundle measured it."""
+    found = min(manifest.thresholds, key=lambda threshold: abs(threshold.confidence - settings.likely))
+    coverage = found.coverage if settings.likely <= 1 else 0.0
+    quality = coverage * found.agreement + (1 - coverage) * settings.point.agreement
+    return HandoffEstimate(quality, 1 - coverage, 1 - manifest.depth / config.layers, settings.point.mean_bytes)

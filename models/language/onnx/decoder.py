@@ -8,6 +8,7 @@ Knows nothing about sampling, drafts, exits or the cloud.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 
@@ -31,11 +32,20 @@ class OnnxLayers:
 
     def __init__(self, graph: ModelProto, config: LlamaConfig, layers: range, context: int, threads: int) -> None:
         self._session = session(graph, threads)
+        self._shape = (1, config.kv_heads, context, config.head_dim)
+        self._names = [f"{index}.{part}" for index in layers for part in ("key", "value")]
+        self._allocate()
+
+    def fork(self) -> OnnxLayers:
+        """The same layers over another sequence: weights are shared, the KV cache is new and empty."""
+        fork = copy.copy(self)
+        fork._allocate()
+        return fork
+
+    def _allocate(self) -> None:
         self._binding = self._session.io_binding()
-        shape = (1, config.kv_heads, context, config.head_dim)
-        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in range(2 * len(layers))]
-        names = [f"{index}.{part}" for index in layers for part in ("key", "value")]
-        for name, cache in zip(names, self._caches, strict=True):
+        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(self._shape, np.float32)) for _ in self._names]
+        for name, cache in zip(self._names, self._caches, strict=True):
             self._binding.bind_ortvalue_input(f"past.{name}", cache)
             self._binding.bind_ortvalue_output(f"present.{name}", cache)
         self.length = 0
@@ -82,6 +92,14 @@ class OnnxDecoder:
         self._waiting = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
         self._head = session(head_graph(checkpoint), threads)
         self.ids: list[int] = []
+
+    def fork(self) -> OnnxDecoder:
+        """The same model over another sequence: weights are shared, the KV cache is new and empty."""
+        fork = copy.copy(self)
+        fork._parts = [part.fork() for part in self._parts]
+        fork._waiting = [rows_NH[:0] for rows_NH in self._waiting]
+        fork.ids = []
+        return fork
 
     @property
     def length(self) -> int:

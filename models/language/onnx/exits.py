@@ -8,6 +8,7 @@ Source: `models.recipes.language.exits`, which trains them.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,6 +80,12 @@ class OnnxExit:
         self._judge = Judge.of(tensors)
         self._decoder = decoder
 
+    def fork(self, decoder: OnnxDecoder) -> OnnxExit:
+        """The same exit over another sequence, that of `decoder`: weights are shared."""
+        fork = copy.copy(self)
+        fork._layers, fork._decoder = self._layers.fork(), decoder
+        return fork
+
     @property
     def length(self) -> int:
         """Tokens seen."""
@@ -118,6 +125,13 @@ class ExitingDecoder:
         self._exits = [OnnxExit(handoff.exit(index), base, decoder, threads) for index in range(len(decoder.cuts))]
         self._rows_NH = np.zeros((0, base.config.hidden), np.float32)  # behind the last exit's depth
 
+    def fork(self, decoder: OnnxDecoder) -> ExitingDecoder:
+        """The same exits over another sequence, that of `decoder`, which is a fork too: weights are shared."""
+        fork = copy.copy(self)
+        fork._decoder, fork._exits = decoder, [exit_.fork(decoder) for exit_ in self._exits]
+        fork._rows_NH = self._rows_NH[:0]
+        return fork
+
     def choose(self, text: Sequence[int], likely: float) -> Choice:
         """What follows `text`: from the first exit that is at least so likely right, or else from the last.
 
@@ -130,16 +144,14 @@ class ExitingDecoder:
                 break
         return found
 
-    def rows(self, start: int) -> Floats:
-        """Rows behind the last exit's depth (N, hidden), of all tokens from position `start` on."""
+    def hidden_states(self, text: Sequence[int], start: int) -> Floats:
+        """Hidden states (N, hidden) at the last exit's depth, of the tokens of `text` from position `start` on."""
+        if self._decoder.ids != list(text):
+            self._follow(text)
         last = len(self._exits) - 1
         if self._decoder.through(last) < self._decoder.length:
             self._exits[last](self._advance(last), self._decoder.ids)
         return self._rows_NH[start:]
-
-    def embedded(self, ids: Sequence[int]) -> Floats:
-        """Rows before the first layer (N, hidden) of tokens."""
-        return self._decoder.embedded(ids)
 
     def _advance(self, index: int) -> Floats:
         rows_NH = self._decoder.advance(index)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from isthmus.edge_agent.cli.chat import BIDIRECTIONAL, Chat, ChatSettings, chat, status, visible
-from isthmus.edge_agent.language.request import Arm
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import LinkDown
 from tests.unit.edge_agent.language.scripted import Scripted
 

@@ -11,7 +11,8 @@ from itertools import cycle
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from isthmus.edge_agent.language.request import Arm, GenerationRequest, Source, Summary, Token
+from isthmus.edge_agent.language.request import GenerationRequest, Source, Summary, Token
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.tokenizer import BYTES, Tokenizer
 

@@ -73,7 +73,7 @@ class Cloud:
     target: str = "a"
     seed: int = 0
     rtt_s: float = 0.05
-    pass_s: float = 0.03
+    step_s: float = 0.03
     width: int = 4  # rows of a pass
     context: int = 10_000
     away: float = 0
@@ -214,7 +214,7 @@ class Talk:
         text.next_ids(count)
         text.cache.length += count
         logits = [brain.logits(fed[: start + row + 1]) for row in range(count)]
-        committed = text.settle(np.stack(logits) if decides else None, count, self._cloud.pass_s)
+        committed = text.settle(np.stack(logits) if decides else None, count, self._cloud.step_s)
         if committed is None:
             return
         new = range(length, len(text.tokens))

@@ -7,7 +7,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.edge_agent.language.metrics import SOURCES, LanguageMetrics
-from isthmus.edge_agent.language.request import ARMS, Summary, Token
+from isthmus.edge_agent.language.request import Summary, Token
+from isthmus.edge_agent.policy.arms import ARMS
 from isthmus.models.errors import LinkDown
 
 SUMMARY = Summary(

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import threading
-import time
 from typing import Any
 
 import pytest
 
-from isthmus.edge_agent.language.replicas import KEPT_SEATS, WORTH_TOKENS, Replicas, SessionHandle
+from isthmus.edge_agent.language.replicas import MAX_IDLE_SESSIONS, MIN_REUSED_TOKENS, Replicas, SessionHandle
 from isthmus.models.errors import LinkDown
 
 TEXT = tuple(range(100))
@@ -51,21 +49,26 @@ def test_the_first_that_is_not_left_alone_is_the_best() -> None:
 def test_one_that_was_lost_is_told_and_goes_to_the_end_of_the_line() -> None:
     ways = [Way("a"), Way("b"), Way("c")]
     chosen = replicas(*ways)
-    chosen.lost(ways[0], LinkDown("gone"))  # type: ignore[arg-type]
+    chosen.record_failure(ways[0], LinkDown("gone"))  # type: ignore[arg-type]
     assert list(chosen) == [ways[1], ways[2], ways[0]]
     assert [way.reasons for way in ways] == [["gone"], [], []]
-    chosen.lost(ways[2], LinkDown("gone"))  # type: ignore[arg-type]
+    chosen.record_failure(ways[2], LinkDown("gone"))  # type: ignore[arg-type]
     assert list(chosen) == [ways[1], ways[0], ways[2]]
 
 
-def test_waiting_ends_with_the_first_that_is_back() -> None:
+def test_waiting_ends_with_the_first_that_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = [Way("a", "open"), Way("b", "open")]
     chosen = replicas(*ways, wait_s=10.0)
-    back = threading.Timer(0.1, lambda: setattr(ways[1], "state", "half_open"))
-    started_s = time.monotonic()
-    back.start()
+    looks = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        ways[1].state = "half_open" if looks == 3 else "open"
+
+    monkeypatch.setattr("isthmus.edge_agent.language.replicas.time.sleep", sleep)
     assert chosen.wait() is ways[1]
-    assert 0.05 < time.monotonic() - started_s < 5
+    assert looks == 3, "it looks again until one is back, and no longer"
 
 
 def test_waiting_has_an_end() -> None:
@@ -75,7 +78,7 @@ def test_waiting_has_an_end() -> None:
 
 def test_a_new_seat_has_a_name_of_its_own() -> None:
     chosen = replicas()
-    one, other = chosen.seat(TEXT), chosen.seat(TEXT)
+    one, other = chosen.acquire(TEXT), chosen.acquire(TEXT)
     assert len(one.session) == 16 and one.session != other.session
     assert one.held == 0
 
@@ -83,48 +86,50 @@ def test_a_new_seat_has_a_name_of_its_own() -> None:
 def test_the_next_turn_sits_where_the_last_one_sat() -> None:
     chosen = replicas()
     seat = held(60)
-    chosen.keep(seat, TEXT)
+    chosen.release(seat, TEXT)
     assert seat.tokens == TEXT[:60]
-    again = chosen.seat((*TEXT[:60], 7, 8))
+    again = chosen.acquire((*TEXT[:60], 7, 8))
     assert again is seat and again.held == 60
-    assert chosen.seat((*TEXT[:60], 7, 8)).session != seat.session  # taken out: two answers do not share one
+    assert chosen.acquire((*TEXT[:60], 7, 8)).session != seat.session  # taken out: two answers do not share one
 
 
 def test_a_text_that_went_another_way_keeps_what_it_shares() -> None:
     chosen = replicas()
-    chosen.keep(held(60), TEXT)
-    assert chosen.seat((*TEXT[:40], 1, 1, 1)).held == 40
+    chosen.release(held(60), TEXT)
+    assert chosen.acquire((*TEXT[:40], 1, 1, 1)).held == 40
 
 
 def test_one_token_at_least_is_left_to_bring() -> None:
     chosen = replicas()
-    chosen.keep(held(60), TEXT)
-    assert chosen.seat(TEXT[:60]).held == 59
+    chosen.release(held(60), TEXT)
+    assert chosen.acquire(TEXT[:60]).held == 59
 
 
 def test_the_seat_that_shares_most_is_taken() -> None:
     chosen = replicas()
     for length in (30, 70, 50):
-        chosen.keep(held(length), TEXT)
-    assert chosen.seat(TEXT).held == 70
-    assert chosen.seat(TEXT).held == 50
+        chosen.release(held(length), TEXT)
+    assert chosen.acquire(TEXT).held == 70
+    assert chosen.acquire(TEXT).held == 50
 
 
 def test_a_short_common_beginning_is_not_worth_a_seat() -> None:
     chosen = replicas()
-    chosen.keep(held(60), TEXT)
-    assert chosen.seat((*TEXT[: WORTH_TOKENS - 1], 99, 99)).held == 0
-    assert chosen.seat((*TEXT[:WORTH_TOKENS], 99, 99)).held == WORTH_TOKENS
+    chosen.release(held(60), TEXT)
+    assert chosen.acquire((*TEXT[: MIN_REUSED_TOKENS - 1], 99, 99)).held == 0
+    assert chosen.acquire((*TEXT[:MIN_REUSED_TOKENS], 99, 99)).held == MIN_REUSED_TOKENS
 
 
 def test_a_seat_that_holds_nothing_is_not_kept_and_old_ones_are_forgotten() -> None:
     chosen = replicas()
-    chosen.keep(held(0), TEXT)
-    assert chosen.seat(TEXT).held == 0
-    for first in range(KEPT_SEATS + 1):
-        chosen.keep(held(20), (200 + first, *TEXT))
-    assert chosen.seat((200, *TEXT)).held == 0
-    assert [chosen.seat((200 + first, *TEXT)).held for first in range(1, KEPT_SEATS + 1)] == [20] * KEPT_SEATS
+    chosen.release(held(0), TEXT)
+    assert chosen.acquire(TEXT).held == 0
+    for first in range(MAX_IDLE_SESSIONS + 1):
+        chosen.release(held(20), (200 + first, *TEXT))
+    assert chosen.acquire((200, *TEXT)).held == 0
+    assert [chosen.acquire((200 + first, *TEXT)).held for first in range(1, MAX_IDLE_SESSIONS + 1)] == [
+        20
+    ] * MAX_IDLE_SESSIONS
 
 
 def test_closing_closes_every_link() -> None:

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.edge_agent.policy.arms import (
-    KNOWN_TOKENS,
     MARGIN,
+    RECENT_TOKENS,
     ArmEstimate,
     ConfidenceStats,
     HandoffEstimate,
     LocalEstimate,
     RoutingGoal,
     choose,
+    estimate_arms,
     level_for,
-    offers,
 )
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
@@ -32,90 +32,97 @@ LEVELS = (
     Level(likely=0.9, asked=0.2, wrong=0.001),
 )
 EDGE_S = 0.016
-OWN = LocalEstimate(likely=0.6, asked=0.05)
-SLOW = LatencyModel(rtt_s=0.05, pass_s=0.2, draft_s=EDGE_S, acceptance=0.95)
-FAST = LatencyModel(rtt_s=0.05, pass_s=0.002, draft_s=EDGE_S, acceptance=0.95)
-SHARED = HandoffEstimate(quality=0.96, asked=0.9, work=1 / 3, state_bytes=378)
+LOCAL = LocalEstimate(likely=0.6, offload_rate=0.05)
+SLOW = LatencyModel(rtt_s=0.05, step_s=0.2, draft_s=EDGE_S, acceptance=0.95)
+FAST = LatencyModel(rtt_s=0.05, step_s=0.002, draft_s=EDGE_S, acceptance=0.95)
+HANDOFF = HandoffEstimate(quality=0.96, offload_rate=0.9, work=1 / 3, state_bytes=378)
 
 
 @pytest.mark.parametrize(
     ("quality", "likely"), [(0.0, 0.0), (0.96, 0.0), (0.961, 0.6), (0.99, 0.6), (0.995, 0.9), (0.9995, None)]
 )
-def test_the_level_that_asks_least_and_keeps_the_quality(quality: float, likely: float | None) -> None:
+def test_the_level_that_queries_least_and_keeps_the_quality(quality: float, likely: float | None) -> None:
     found = level_for(LEVELS, quality)
     assert (found.likely if found else None) == likely
     assert level_for((), quality) is None
 
 
-def test_how_much_is_asked_is_learnt_from_texts() -> None:
-    doubts, level = ConfidenceStats(), LEVELS[1]
-    assert doubts.on(level) == OWN
+def test_the_offload_rate_is_learned_from_texts() -> None:
+    confidence, level = ConfidenceStats(), LEVELS[1]
+    assert confidence.local_estimate(level) == LOCAL
     for likely in (0.5, 0.95) * 16:
-        doubts.observe(likely)
-    doubts.answered(False, 0.01)
-    assert doubts.on(level) == LocalEstimate(
-        likely=0.6, asked=(32 * 0.05 + 16) / 64, overhead_s=0.01, guessed=16 * 0.7 / 17
+        confidence.observe(likely)
+    confidence.record_query(False, 0.01)
+    assert confidence.local_estimate(level) == LocalEstimate(
+        likely=0.6, offload_rate=(32 * 0.05 + 16) / 64, overhead_s=0.01, guess_rate=16 * 0.7 / 17
     )
-    assert doubts.on(LEVELS[0]).asked == 0 and doubts.on(LEVELS[2]).asked > doubts.on(level).asked
+    assert (
+        confidence.local_estimate(LEVELS[0]).offload_rate == 0
+        and confidence.local_estimate(LEVELS[2]).offload_rate > confidence.local_estimate(level).offload_rate
+    )
 
 
-def test_what_the_judge_says_holds_for_drafts_too() -> None:
+def test_confidences_count_for_drafts_too() -> None:
     acceptance = Acceptance(0.95)
-    doubts = ConfidenceStats(acceptance)
+    confidence = ConfidenceStats(acceptance)
     for _ in range(300):
-        doubts.observe(0.7)
+        confidence.observe(0.7)
     assert acceptance.overall == pytest.approx(0.7, abs=0.02)
 
 
-def test_what_was_learnt_fades_with_answers_that_teach_nothing() -> None:
-    doubts, level, asked = ConfidenceStats(), LEVELS[1], []
-    doubts.fade()
-    for _ in range(KNOWN_TOKENS + 50):
-        doubts.observe(0.1)
+def test_what_was_learned_fades_with_answers_that_teach_nothing() -> None:
+    confidence, level, offload_rate = ConfidenceStats(), LEVELS[1], []
+    confidence.fade()
+    for _ in range(RECENT_TOKENS + 50):
+        confidence.observe(0.1)
     for _ in range(60):
-        asked.append(doubts.on(level).asked)
-        doubts.fade()
-    assert asked == sorted(asked, reverse=True) and asked[0] > 0.75 and asked[-1] == level.asked
+        offload_rate.append(confidence.local_estimate(level).offload_rate)
+        confidence.fade()
+    assert (
+        offload_rate == sorted(offload_rate, reverse=True)
+        and offload_rate[0] > 0.75
+        and offload_rate[-1] == level.asked
+    )
 
 
 def arms(
     quality: float,
-    pace: LatencyModel = SLOW,
+    latency: LatencyModel = SLOW,
     drafts: bool = True,
-    edge: LocalEstimate | None = OWN,
-    shared: HandoffEstimate | None = SHARED,
+    edge: LocalEstimate | None = LOCAL,
+    handoff: HandoffEstimate | None = HANDOFF,
 ) -> list[str]:
-    return [offer.arm for offer in offers(RoutingGoal(quality), pace, drafts, EDGE_S, edge, shared)]
+    return [estimate.arm for estimate in estimate_arms(RoutingGoal(quality), latency, drafts, EDGE_S, edge, handoff)]
 
 
 def test_only_arms_that_keep_the_quality_are_offered() -> None:
     assert arms(0.95) == ["verify", "edge", "handoff"]
     assert arms(0.97) == ["verify", "edge"]
     assert arms(1.0, edge=None) == ["verify"]
-    assert arms(1.0, drafts=False, edge=None, shared=None) == ["cloud"]
-    assert arms(1.0, pace=FAST, edge=None) == ["cloud"], "where drafting does not pay the cloud streams"
+    assert arms(1.0, drafts=False, edge=None, handoff=None) == ["cloud"]
+    assert arms(1.0, latency=FAST, edge=None) == ["cloud"], "where drafting does not pay the cloud streams"
 
 
 def test_what_a_token_takes() -> None:
-    verify, edge, handoff = offers(RoutingGoal(0.95), SLOW, True, EDGE_S, OWN, SHARED)
-    assert edge.seconds == pytest.approx(EDGE_S + 0.05 * OWN.question_s(SLOW, EDGE_S)) and edge.likely == 0.6
+    verify, edge, handoff = estimate_arms(RoutingGoal(0.95), SLOW, True, EDGE_S, LOCAL, HANDOFF)
+    assert edge.seconds == pytest.approx(EDGE_S + 0.05 * LOCAL.query_s(SLOW, EDGE_S)) and edge.likely == 0.6
     assert handoff.seconds == pytest.approx(EDGE_S + 0.9 * (0.05 + 0.2))
     assert verify.seconds == SLOW.verify_s
     assert edge.usd < verify.usd and edge.usd < handoff.usd
     measured = LatencyModel(0.05, 0.2, EDGE_S, 0.95, measured_s=0.15, measured_tokens=50)
     assert (
         SLOW.verify_s
-        < offers(RoutingGoal(1), measured, True, EDGE_S, None, None)[0].seconds
+        < estimate_arms(RoutingGoal(1), measured, True, EDGE_S, None, None)[0].seconds
         == measured.drafting_s
         < 0.15
     )
 
 
-def test_a_question_takes_what_the_device_cannot_use() -> None:
-    whole_s = SLOW.rtt_s + SLOW.pass_s
+def test_a_query_takes_what_the_device_cannot_use() -> None:
+    whole_s = SLOW.rtt_s + SLOW.step_s
 
-    def takes(asked: float, guessed: float, device_s: float = EDGE_S, overhead_s: float = 0.0) -> float:
-        return LocalEstimate(0.6, asked, overhead_s, guessed).question_s(SLOW, device_s)
+    def takes(offload_rate: float, guess_rate: float, device_s: float = EDGE_S, overhead_s: float = 0.0) -> float:
+        return LocalEstimate(0.6, offload_rate, overhead_s, guess_rate).query_s(SLOW, device_s)
 
     assert takes(0.2, 0.0) == pytest.approx(whole_s) and takes(0.2, 0.0, overhead_s=0.1) == pytest.approx(whole_s + 0.1)
     assert takes(1.0, 1.0) == pytest.approx(whole_s), "it is never sure enough to go on"
@@ -128,24 +135,27 @@ def test_a_question_takes_what_the_device_cannot_use() -> None:
     assert takes(0.1, 0.7) == pytest.approx(sum(found) / len(found), rel=0.03)
 
 
-def test_reckoning_learns_from_what_tokens_took() -> None:
-    doubts, level = ConfidenceStats(), LEVELS[1]
+def test_predictions_are_corrected_by_measured_latency() -> None:
+    confidence, level = ConfidenceStats(), LEVELS[1]
     for _ in range(100):
-        doubts.took(0.3, 0.2)
-    slow = doubts.on(level)
+        confidence.record_latency(0.3, 0.2)
+    slow = confidence.local_estimate(level)
     assert slow.slowness == pytest.approx(1.5, abs=0.05)
-    edge, reckoned = (
-        offers(RoutingGoal(0.97), SLOW, True, EDGE_S, own, None)[1] for own in (slow, replace(slow, slowness=1.0))
+    edge, predicted = (
+        estimate_arms(RoutingGoal(0.97), SLOW, True, EDGE_S, local, None)[1]
+        for local in (slow, replace(slow, slowness=1.0))
     )
-    assert edge.seconds == pytest.approx(slow.slowness * reckoned.seconds)
+    assert edge.seconds == pytest.approx(slow.slowness * predicted.seconds)
     plan = choose([edge], RoutingGoal(0.97), None)
-    assert plan.reckoned_s == pytest.approx(reckoned.seconds), "or it would learn of itself"
+    assert plan.predicted_s == pytest.approx(predicted.seconds), "or it would learn of itself"
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_a_question_never_takes_less_than_nothing(asked: float, guessed: float, device_s: float, over_s: float) -> None:
-    whole_s = SLOW.rtt_s + SLOW.pass_s + over_s
-    assert -1e-9 <= LocalEstimate(0.6, asked, over_s, guessed).question_s(SLOW, device_s) <= whole_s + 1e-9
+def test_a_query_never_takes_less_than_nothing(
+    offload_rate: float, guess_rate: float, device_s: float, over_s: float
+) -> None:
+    whole_s = SLOW.rtt_s + SLOW.step_s + over_s
+    assert -1e-9 <= LocalEstimate(0.6, offload_rate, over_s, guess_rate).query_s(SLOW, device_s) <= whole_s + 1e-9
 
 
 def test_what_is_dear_is_not_taken_when_it_shall_be_cheap() -> None:
@@ -160,9 +170,9 @@ def test_what_is_dear_is_not_taken_when_it_shall_be_cheap() -> None:
 def test_prices_count() -> None:
     free_link = RoutingGoal(0.95, "cheapest", Prices(0.0, 1.0))
     dear_link = RoutingGoal(0.95, "cheapest", Prices(1.0, 0.0))
-    none = LocalEstimate(likely=0.99, asked=0.99)
-    assert choose(offers(free_link, SLOW, True, EDGE_S, none, SHARED), free_link, None).arm == "verify"
-    assert choose(offers(dear_link, FAST, True, EDGE_S, none, SHARED), dear_link, None).arm == "cloud"
+    none = LocalEstimate(likely=0.99, offload_rate=0.99)
+    assert choose(estimate_arms(free_link, SLOW, True, EDGE_S, none, HANDOFF), free_link, None).arm == "verify"
+    assert choose(estimate_arms(dear_link, FAST, True, EDGE_S, none, HANDOFF), dear_link, None).arm == "cloud"
 
 
 def test_a_change_must_be_worth_it() -> None:
@@ -190,5 +200,5 @@ def test_it_is_never_much_worse_than_the_best(
 ) -> None:
     made = [ArmEstimate(arm, seconds, usd) for arm, seconds, usd in found]  # type: ignore[arg-type]
     plan = choose(made, RoutingGoal(0.9, objective), now)  # type: ignore[arg-type]
-    best = min(offer.cost(objective)[0] for offer in made)
-    assert min(offer.cost(objective)[0] for offer in made if offer.arm == plan.arm) <= best / MARGIN + 1e-9
+    best = min(estimate.cost(objective)[0] for estimate in made)
+    assert min(estimate.cost(objective)[0] for estimate in made if estimate.arm == plan.arm) <= best / MARGIN + 1e-9

@@ -10,15 +10,15 @@ from isthmus.edge_agent.policy.speculation import (
     MAX_DRAFTS,
     MAX_ROUNDS,
     MIN_DRAFTS,
-    RECKONED_TOKENS,
+    PREDICTED_TOKENS,
     RETRY_ANSWERS,
     Acceptance,
     LatencyModel,
     MeasuredLatency,
-    next_step,
+    next_action,
 )
 
-PAYS = LatencyModel(rtt_s=0.05, pass_s=0.03, draft_s=0.005, acceptance=0.95)
+PAYS = LatencyModel(rtt_s=0.05, step_s=0.03, draft_s=0.005, acceptance=0.95)
 
 seconds = st.floats(0, 2, allow_subnormal=False)
 shares = st.floats(0, 1, allow_subnormal=False)
@@ -28,11 +28,11 @@ confidences = st.lists(st.floats(0.01, 0.99), max_size=40)
 
 @given(paces, seconds, shares)
 def test_drafting_takes_longer_on_a_slow_link_and_with_drafts_that_are_often_wrong(
-    pace: LatencyModel, more_s: float, share: float
+    latency: LatencyModel, more_s: float, share: float
 ) -> None:
-    assert replace(pace, rtt_s=pace.rtt_s + more_s).verify_s >= pace.verify_s
-    worse = replace(pace, acceptance=pace.acceptance * share)
-    assert worse.verify_s >= pace.verify_s * (1 - 1e-9)
+    assert replace(latency, rtt_s=latency.rtt_s + more_s).verify_s >= latency.verify_s
+    worse = replace(latency, acceptance=latency.acceptance * share)
+    assert worse.verify_s >= latency.verify_s * (1 - 1e-9)
 
 
 def test_by_how_much() -> None:
@@ -42,39 +42,39 @@ def test_by_how_much() -> None:
 
 
 @given(paces)
-def test_a_slow_draft_never_pays(pace: LatencyModel) -> None:
-    assume(pace.draft_s > pace.stream_s)
-    assert pace.streams
+def test_a_slow_draft_never_pays(latency: LatencyModel) -> None:
+    assume(latency.draft_s > latency.stream_s)
+    assert latency.prefers_streaming
 
 
 def test_when_drafting_pays() -> None:
-    assert not PAYS.streams
-    assert replace(PAYS, rtt_s=2.0).streams
-    assert replace(PAYS, acceptance=0.5).streams
-    assert replace(PAYS, draft_s=0.029).streams
-    assert replace(PAYS, measured_s=0.06, measured_tokens=50).streams  # it looked good, and was not
-    assert not replace(PAYS, measured_s=0.001, measured_tokens=50).streams
+    assert not PAYS.prefers_streaming
+    assert replace(PAYS, rtt_s=2.0).prefers_streaming
+    assert replace(PAYS, acceptance=0.5).prefers_streaming
+    assert replace(PAYS, draft_s=0.029).prefers_streaming
+    assert replace(PAYS, measured_s=0.06, measured_tokens=50).prefers_streaming  # it looked good, and was not
+    assert not replace(PAYS, measured_s=0.001, measured_tokens=50).prefers_streaming
 
 
 def test_what_is_measured_counts_as_much_as_is_known_of_it() -> None:
     assert PAYS.drafting_s == replace(PAYS, measured_s=1.0).drafting_s == PAYS.verify_s
-    half = replace(PAYS, measured_s=1.0, measured_tokens=RECKONED_TOKENS)
+    half = replace(PAYS, measured_s=1.0, measured_tokens=PREDICTED_TOKENS)
     assert half.drafting_s == pytest.approx((1.0 + PAYS.verify_s) / 2)
     assert replace(half, measured_tokens=1e9).drafting_s == pytest.approx(1.0)
 
 
 @given(paces)
-def test_a_round_is_of_bounded_size(pace: LatencyModel) -> None:
-    assert MIN_DRAFTS <= pace.drafts <= MAX_DRAFTS
+def test_a_round_is_of_bounded_size(latency: LatencyModel) -> None:
+    assert MIN_DRAFTS <= latency.drafts <= MAX_DRAFTS
 
 
 @given(paces, confidences, st.data(), st.integers(0, MAX_ROUNDS + 2), st.booleans())
 def test_a_step_never_waits_for_nothing_and_never_drafts_too_much(
-    pace: LatencyModel, confidences: list[float], data: st.DataObject, under_way: int, exhausted: bool
+    latency: LatencyModel, confidences: list[float], data: st.DataObject, under_way: int, exhausted: bool
 ) -> None:
     sent = data.draw(st.integers(0, len(confidences)))
-    step = next_step(pace, confidences, sent, under_way, exhausted)
-    full = len(confidences) - sent >= pace.drafts
+    step = next_action(latency, confidences, sent, under_way, exhausted)
+    full = len(confidences) - sent >= latency.drafts
     assert step != "wait" or under_way > 0
     assert step != "draft" or not (full or exhausted)
     assert step != "send" or under_way == 0 or (full and under_way < MAX_ROUNDS)
@@ -96,13 +96,13 @@ def test_a_step_never_waits_for_nothing_and_never_drafts_too_much(
 )
 def test_steps(drafted: int, sent: int, under_way: int, exhausted: bool, step: str) -> None:
     assert PAYS.drafts == 9
-    assert next_step(PAYS, [0.99] * drafted, sent, under_way, exhausted) == step
+    assert next_action(PAYS, [0.99] * drafted, sent, under_way, exhausted) == step
 
 
 def test_drafts_that_are_hardly_all_right_are_not_added_to() -> None:
-    assert next_step(PAYS, [0.5, 0.4], 0, 1, False) == "draft"  # 0.2 * 30 ms saved, 5 ms spent
-    assert next_step(PAYS, [0.5, 0.3], 0, 1, False) == "wait"
-    assert next_step(PAYS, [0.5, 0.3], 0, 0, False) == "send"
+    assert next_action(PAYS, [0.5, 0.4], 0, 1, False) == "draft"  # 0.2 * 30 ms saved, 5 ms spent
+    assert next_action(PAYS, [0.5, 0.3], 0, 1, False) == "wait"
+    assert next_action(PAYS, [0.5, 0.3], 0, 0, False) == "send"
 
 
 def test_acceptance_learns_what_a_confidence_is_worth() -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
-from isthmus.edge_agent.language.arms.auto import SPAN_TOKENS, Auto, LocalModel
-from isthmus.edge_agent.language.arms.verify import SpeculationStats, VerifyArm
-from isthmus.edge_agent.language.cloud_answer import CloudAnswer
+from isthmus.edge_agent.language.arms.auto import SPAN_TOKENS, AutoArm, LocalPredictor, RunningArm
+from isthmus.edge_agent.language.arms.remote import RemoteArm
+from isthmus.edge_agent.language.arms.rounds import Rounds
+from isthmus.edge_agent.language.remote_query import RemoteQuery
+from isthmus.edge_agent.language.remote_session import RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import Arm, GenerationRequest, Span, edge_token
-from isthmus.edge_agent.policy.arms import ArmPlan
+from isthmus.edge_agent.language.request import GenerationRequest, Span, Token, local_token
+from isthmus.edge_agent.language.sequence import AnswerSequence
+from isthmus.edge_agent.language.stats import GenerationStats
+from isthmus.edge_agent.policy.arms import Arm, ArmPlan, ConfidenceStats
+from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.errors import LinkDown
 from isthmus.models.language.handoff.manifest import Level
 from isthmus.models.language.sampling import Floats
@@ -22,17 +28,26 @@ from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
 TOKENS = 60
 PROMPT = (3, 4)
 BRAIN = Brain(1, ends=False)
+Route = Callable[[bool, Arm | None], ArmPlan]
 
 
 @dataclass(frozen=True)
-class ConfidenceStats:
-    """A judge that is sure of all but every so manyth token behind a prompt."""
+class EveryNth:
+    """A confidence head that is confident of all tokens after a prompt but every N-th."""
 
     every: int
     prompt: int
 
     def __call__(self, logits_V: Floats, text: Sequence[int]) -> float:
         return 0.2 if (len(text) - self.prompt + 1) % self.every == 0 else 0.9
+
+
+@dataclass(frozen=True)
+class Model:
+    """A local model."""
+
+    logits: Callable[[Sequence[int]], Floats]
+    context: int
 
 
 def wrong(text: Sequence[int]) -> Floats:
@@ -42,52 +57,76 @@ def wrong(text: Sequence[int]) -> Floats:
     return logits_V
 
 
-def always(arm: Arm, likely: float = 0.5, asked: float = 0.0) -> Callable[[bool, Arm | None], ArmPlan]:
-    return lambda usable, now: ArmPlan(arm if usable or arm != "edge" else "cloud", likely, f"by {arm}", asked)
+def always(arm: Arm, likely: float = 0.5, offload_rate: float = 0.0) -> Route:
+    return lambda usable, now: ArmPlan(arm if usable or arm != "edge" else "cloud", likely, f"by {arm}", offload_rate)
 
 
-def auto(
-    cloud: Cloud,
-    route: Callable[[bool, Arm | None], ArmPlan],
-    every: int = 4,
-    logits: Callable[[Sequence[int]], Floats] = BRAIN.logits,
-    sampling: Sampling = GREEDY,
-    context: int = 1000,
-    has_device: bool = True,
-    prompt: tuple[int, ...] = PROMPT,
-) -> Auto:
-    replicas = Replicas([cloud], b"themodel", 1.0)  # type: ignore[list-item]
-    tempo = SpeculationStats()
+@dataclass
+class Answer:
+    """One answer of AutoArm over a scripted cloud."""
 
-    def begin(ask: GenerationRequest) -> CloudAnswer:
-        return VerifyArm(ask, ENDS, replicas, tempo, None, lambda text: edge_token(logits(text), ask, len(text)))
+    cloud: Cloud
+    route: Route
+    every: int = 4
+    logits: Callable[[Sequence[int]], Floats] = BRAIN.logits
+    sampling: Sampling = GREEDY
+    context: int = 1000
+    prompt: tuple[int, ...] = PROMPT
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    confidence: ConfidenceStats = field(default_factory=ConfidenceStats)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
-    copy = LocalModel(logits, context, ConfidenceStats(every, len(prompt))) if has_device else None
-    return Auto(GenerationRequest(prompt, TOKENS, "auto", sampling), ENDS, copy, route, begin)
+    def __post_init__(self) -> None:
+        replicas = Replicas([self.cloud], b"themodel", 1.0)  # type: ignore[list-item]
+        request = GenerationRequest(self.prompt, TOKENS, "auto", self.sampling)
+        self.sequence = AnswerSequence(request, ENDS)
+        opening = token_opening(b"themodel", self.sequence, 0)
+        self.session = RemoteSession(replicas, self.sequence, self.stats, opening)
+        model: Any = Model(self.logits, self.context)
+        local = LocalPredictor(model, EveryNth(self.every, len(self.prompt)), self.confidence)
+        query = RemoteQuery(self.session, self.sequence, self.stats, self.speculation)
+        self.arm = AutoArm(self.sequence, self.stats, local, query, self.route, self._begin, self._fall_back)
+
+    def tokens(self) -> list[Token]:
+        """All of them, with the session closed after the last."""
+        found = list(self.arm.tokens())
+        self.session.close()
+        return found
+
+    def _begin(self, arm: Arm) -> RunningArm:
+        rounds = Rounds(self.session, self.sequence, self.stats, self.speculation)
+        return RemoteArm(self.sequence, self.session, rounds, self._fall_back)
+
+    def _fall_back(self, text: Sequence[int]) -> Token:
+        return local_token(self.logits(text), self.sequence.request, len(text))
+
+
+def auto(cloud: Cloud, route: Route, every: int = 4, **settings: Any) -> Answer:
+    return Answer(cloud, route, every, **settings)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 0.9, 3)])
 @pytest.mark.parametrize("every", [1, 3, 1000])
 def test_with_a_device_that_is_right_the_text_is_the_models(every: int, sampling: Sampling) -> None:
     answer = auto(Cloud(BRAIN), always("edge"), every, sampling=sampling)
-    tokens = list(answer.tokens())
+    tokens = answer.tokens()
     assert [token.id for token in tokens] == BRAIN.answer(PROMPT, TOKENS, sampling)
     asked = TOKENS // every
-    assert [token.source for token in tokens].count("cloud") == answer.tally.rounds == asked
-    assert answer.finish == "length" and not answer.tally.degraded
+    assert [token.source for token in tokens].count("cloud") == answer.stats.rounds == asked
+    assert answer.sequence.finish == "length" and not answer.stats.degraded
 
 
 def test_spans_say_who_made_which_tokens_and_why() -> None:
     answer = auto(Cloud(BRAIN), always("edge"), every=5)
-    list(answer.tokens())
+    answer.tokens()
     why = "the device is 20% sure of it, 50% needed"
-    assert answer.tally.spans[:3] == [Span("edge", 4, "by edge"), Span("cloud", 1, why), Span("edge", 4, "by edge")]
-    assert sum(span.tokens for span in answer.tally.spans) == TOKENS
-    assert answer.tally.why == "by edge"
+    assert answer.stats.spans[:3] == [Span("edge", 4, "by edge"), Span("cloud", 1, why), Span("edge", 4, "by edge")]
+    assert sum(span.tokens for span in answer.stats.spans) == TOKENS
+    assert answer.stats.why == "by edge"
 
 
 def test_what_the_device_decides_is_not_taken_back() -> None:
-    tokens = list(auto(Cloud(BRAIN), always("edge"), every=3, logits=wrong).tokens())
+    tokens = auto(Cloud(BRAIN), always("edge"), every=3, logits=wrong).tokens()
     text = list(PROMPT)
     for token in tokens:
         expected = BRAIN.next(text) if token.source == "cloud" else int(wrong(text).argmax())
@@ -104,38 +143,39 @@ def test_while_the_cloud_decides_the_device_goes_on(right: bool) -> None:
         return BRAIN.logits(text) if right else wrong(text)
 
     answer = auto(Cloud(BRAIN, seed=1), always("edge"), every=10, logits=logits)
-    assert len(list(answer.tokens())) == TOKENS
+    assert len(answer.tokens()) == TOKENS
     asked, again = TOKENS // 10, len(looked) - TOKENS
-    assert answer.tally.rounds == asked
+    assert answer.stats.rounds == asked
     assert 0 < again <= asked if right else again > asked, "only behind a wrong guess is anything looked at for nothing"
 
 
-def test_what_the_cloud_holds_is_not_sent_again() -> None:
+def test_queries_reuse_one_stream_and_send_nothing_again() -> None:
     cloud = Cloud(BRAIN)
-    list(auto(cloud, always("edge"), every=2, prompt=PROMPT * 10).tokens())
-    assert len(cloud.texts) == 1 and len(cloud.talks) == TOKENS // 2
-    openings = [talk.openings[0] for talk in cloud.talks]
+    auto(cloud, always("edge"), every=2, prompt=PROMPT * 10).tokens()
+    (talk,) = cloud.talks
+    assert len(cloud.texts) == 1 and talk.closed, "all queries of an answer cross one stream"
+    openings = talk.openings
+    assert len(openings) == TOKENS // 2
     assert [len(opening.tokens) for opening in openings] == [21, *[1] * (len(openings) - 1)]
 
 
 @pytest.mark.parametrize("every", [1, 4, 1000])
 def test_the_cloud_reads_the_prompt_while_the_device_does(every: int) -> None:
     cloud = Cloud(BRAIN)
-    answer = auto(cloud, always("edge", asked=1 / every), every, prompt=PROMPT * 10)
+    answer = auto(cloud, always("edge", offload_rate=1 / every), every, prompt=PROMPT * 10)
     assert [token.id for token in answer.tokens()] == BRAIN.answer(PROMPT * 10, TOKENS)
-    asked = TOKENS // every
-    assert len(cloud.talks) == {1: asked, 4: asked + 1, 1000: 0}[every], "it is asked for where it is likely wanted"
-    assert all(talk.closed for talk in cloud.talks) and len(cloud.texts) <= 1
-    if cloud.talks:
-        assert len(cloud.talks[0].openings[0].tokens) == 20
-        assert all(len(talk.openings[0].tokens) < 20 for talk in cloud.talks[1:])
-    assert answer.tally.bytes_up == sum(talk.bytes_up for talk in cloud.talks)
+    asked, openings = TOKENS // every, [opening for talk in cloud.talks for opening in talk.openings]
+    assert len(openings) == {1: asked, 4: asked + 1, 1000: 0}[every], "it is prepared where it is likely needed"
+    assert len(cloud.talks) <= 2 and all(talk.closed for talk in cloud.talks) and len(cloud.texts) <= 1
+    if openings:
+        assert len(openings[0].tokens) == 20 and all(len(opening.tokens) < 20 for opening in openings[1:])
+    assert answer.stats.bytes_up == sum(talk.bytes_up for talk in cloud.talks)
 
 
 def test_what_was_prepared_in_vain_harms_nothing() -> None:
     for lost in (0, 1):
         cloud = Cloud(BRAIN, away=3, fault=lambda answer, lost=lost: LinkDown("gone") if answer == lost else None)
-        answer = auto(cloud, always("edge", asked=0.5), 4, prompt=PROMPT * 10)
+        answer = auto(cloud, always("edge", offload_rate=0.5), 4, prompt=PROMPT * 10)
         assert [token.id for token in answer.tokens()] == BRAIN.answer(PROMPT * 10, TOKENS)
 
 
@@ -149,7 +189,7 @@ def test_the_arm_changes_in_mid_answer() -> None:
     answer = auto(Cloud(BRAIN), route, every=1000)
     ids = [token.id for token in answer.tokens()]
     assert ids == BRAIN.answer(PROMPT, TOKENS)
-    assert answer.tally.spans == [
+    assert answer.stats.spans == [
         Span("edge", 2 * SPAN_TOKENS, "the 1."),
         Span("cloud", TOKENS - 2 * SPAN_TOKENS, "the 3."),
     ]
@@ -160,7 +200,7 @@ def test_it_comes_back_to_the_device() -> None:
     plans = iter(["cloud", "edge"])
     answer = auto(Cloud(BRAIN), lambda usable, now: ArmPlan(next(plans, "edge"), 0.5, "x"), every=1000)  # type: ignore[arg-type]
     assert [token.id for token in answer.tokens()] == BRAIN.answer(PROMPT, TOKENS)
-    assert [(span.arm, span.tokens) for span in answer.tally.spans] == [
+    assert [(span.arm, span.tokens) for span in answer.stats.spans] == [
         ("cloud", SPAN_TOKENS),
         ("edge", TOKENS - SPAN_TOKENS),
     ]
@@ -169,12 +209,7 @@ def test_it_comes_back_to_the_device() -> None:
 def test_a_text_that_the_device_cannot_hold_goes_on_in_the_cloud() -> None:
     answer = auto(Cloud(BRAIN), always("edge"), every=1000, context=len(PROMPT) + 20)
     assert [token.id for token in answer.tokens()] == BRAIN.answer(PROMPT, TOKENS)
-    assert [(span.arm, span.tokens) for span in answer.tally.spans] == [("edge", 20), ("cloud", TOKENS - 20)]
-
-
-def test_without_the_device_the_cloud_has_it_all() -> None:
-    answer = auto(Cloud(BRAIN), always("edge"), has_device=False)
-    assert {token.source for token in answer.tokens()} == {"cloud"}
+    assert [(span.arm, span.tokens) for span in answer.stats.spans] == [("edge", 20), ("cloud", TOKENS - 20)]
 
 
 def test_an_answer_ends_at_an_end_of_text() -> None:
@@ -182,24 +217,24 @@ def test_an_answer_ends_at_an_end_of_text() -> None:
     for arm in ("edge", "cloud"):
         answer = auto(Cloud(brain), always(arm), every=3, logits=brain.logits)  # type: ignore[arg-type]
         assert [token.id for token in answer.tokens()] == brain.answer(PROMPT, TOKENS)
-        assert answer.finish == "stop"
+        assert answer.sequence.finish == "stop"
 
 
 @pytest.mark.parametrize("lost", [0, 3, 7])
 def test_a_lost_cloud_leaves_the_device_alone_and_it_says_so(lost: int) -> None:
     cloud = Cloud(BRAIN, away=10**6, fault=lambda answer: LinkDown("gone") if answer >= lost else None)
     answer = auto(cloud, always("edge"), every=3)
-    tokens = list(answer.tokens())
+    tokens = answer.tokens()
     assert [token.id for token in tokens] == BRAIN.answer(PROMPT, TOKENS)
     assert [token.source for token in tokens].count("cloud") == lost
-    assert answer.tally.degraded and answer.tally.why.startswith(("gone", "no cloud"))
-    assert {span.arm for span in answer.tally.spans} == ({"edge", "cloud"} if lost else {"edge"})
+    assert answer.stats.degraded and answer.stats.why.startswith(("gone", "no cloud"))
+    assert {span.arm for span in answer.stats.spans} == ({"edge", "cloud"} if lost else {"edge"})
 
 
 def test_an_answer_given_up_closes_what_is_open() -> None:
     cloud = Cloud(BRAIN)
     answer = auto(cloud, always("cloud"))
-    tokens = answer.tokens()
+    tokens = answer.arm.tokens()
     next(tokens)
     tokens.close()
     assert cloud.talks[-1].closed
@@ -208,13 +243,37 @@ def test_an_answer_given_up_closes_what_is_open() -> None:
 def test_nothing_is_sent_for_what_the_device_is_sure_of() -> None:
     cloud = Cloud(BRAIN)
     answer = auto(cloud, always("edge", 0.0), every=2)
-    list(answer.tokens())
-    assert not cloud.talks and answer.tally.bytes_up == 0
+    answer.tokens()
+    assert not cloud.talks and answer.stats.bytes_up == 0
 
 
-def test_what_a_question_really_takes_is_remembered() -> None:
+def test_what_a_query_takes_is_remembered() -> None:
     answer = auto(Cloud(BRAIN), always("edge"))
-    assert answer._copy is not None
-    assert len(list(answer.tokens())) == TOKENS
-    own = answer._copy.doubts.on(Level(likely=0.5, asked=0.25, wrong=0))
-    assert 0 <= own.overhead_s < 1 and own.guessed > 0.8, "its guesses are the model's choices"
+    assert len(answer.tokens()) == TOKENS
+    local = answer.confidence.local_estimate(Level(likely=0.5, asked=0.25, wrong=0))
+    assert 0 <= local.overhead_s < 1 and local.guess_rate > 0.8, "its guesses are the model's choices"
+
+
+def test_time_spent_decoding_ahead_is_no_overhead_of_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that goes on for longer than the cloud needs waits for itself."""
+    clock = Clock()
+    monkeypatch.setattr("isthmus.edge_agent.language.arms.auto.time", clock)
+
+    def logits(text: Sequence[int]) -> Floats:
+        clock.now_s += 1.0
+        return BRAIN.logits(text)
+
+    answer = auto(Cloud(BRAIN, rtt_s=0.0, step_s=0.0, seed=3), always("edge"), every=10, logits=logits)
+    assert len(answer.tokens()) == TOKENS
+    assert clock.now_s > TOKENS, "it decoded ahead"
+    assert answer.confidence.local_estimate(Level(likely=0.5, asked=0.25, wrong=0)).overhead_s < 0.5
+
+
+class Clock:
+    """Time as a test has it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s

@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.language.arms.verify import SpeculationStats, VerifyArm
-from isthmus.edge_agent.language.cloud_answer import ATTEMPTS
+from isthmus.edge_agent.language.arms.remote import RemoteArm
+from isthmus.edge_agent.language.arms.rounds import Rounds
+from isthmus.edge_agent.language.arms.verify import VerifyArm
+from isthmus.edge_agent.language.remote_session import ATTEMPTS, RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Token
+from isthmus.edge_agent.language.sequence import AnswerSequence
+from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.estimates import Average
-from isthmus.edge_agent.policy.speculation import RETRY_ANSWERS, Acceptance
+from isthmus.edge_agent.policy.speculation import RETRY_ANSWERS, Acceptance, SpeculationStats
 from isthmus.models.errors import ContextGone, DeadlineExceeded, InvalidInput, LinkDown, Overloaded, ServiceError
 from isthmus.models.language.drafts import LookupDraft
 from isthmus.models.language.sampling import log_softmax
@@ -35,9 +39,9 @@ class Fixed(Average):
         pass
 
 
-def tempo(draft_s: float = 0.005, pass_s: float = 0.03, acceptance: float = 0.95) -> SpeculationStats:
+def speculation(draft_s: float = 0.005, step_s: float = 0.03, acceptance: float = 0.95) -> SpeculationStats:
     """By default one at which drafting pays."""
-    return SpeculationStats(Fixed(draft_s), Fixed(pass_s), Acceptance(acceptance))
+    return SpeculationStats(Fixed(draft_s), Fixed(step_s), Acceptance(acceptance))
 
 
 class Source:
@@ -65,7 +69,7 @@ class Answer:
         *clouds: Cloud,
         count: int = 20,
         draft: Any = None,
-        pace: SpeculationStats | None = None,
+        latency: SpeculationStats | None = None,
         alone: Callable[[Sequence[int]], Token | None] | None = None,
         replicas: Replicas | None = None,
         prompt: tuple[int, ...] = PROMPT,
@@ -74,18 +78,27 @@ class Answer:
         self.clouds = clouds
         self.replicas = replicas or Replicas(clouds, bytes(8), 0.05)  # type: ignore[arg-type]
         self.ask = GenerationRequest(prompt, count, "verify", **ask)
-        self.answer = VerifyArm(self.ask, ENDS, self.replicas, pace or tempo(), draft, alone)
+        self.sequence, self.stats = AnswerSequence(self.ask, ENDS), GenerationStats()
+        opening = token_opening(self.replicas.fingerprint, self.sequence, 0)
+        self.session = RemoteSession(self.replicas, self.sequence, self.stats, opening)
+        known = latency or speculation()
+        self.arm: RemoteArm | VerifyArm
+        if draft is None:
+            rounds = Rounds(self.session, self.sequence, self.stats, known)
+            self.arm = RemoteArm(self.sequence, self.session, rounds, alone)
+        else:
+            self.arm = VerifyArm(self.sequence, self.session, self.stats, known, draft, alone)
         self.tokens: list[Token] = []
 
     def __iter__(self) -> Iterator[Token]:
-        for token in self.answer.tokens():
+        for token in self.arm.tokens():
             self.tokens.append(token)
             yield token
 
     def run(self) -> Answer:
         assert len(list(self)) <= self.ask.max_tokens
         assert all(talk.closed for talk in self.talks)
-        self.answer.close()
+        self.session.close()
         return self
 
     @property
@@ -134,20 +147,20 @@ def test_whatever_is_drafted_the_text_is_the_clouds(
     brain = Brain(seed, ends)
     context = len(PROMPT) + count if tight else 10_000
     cloud = Cloud(brain, seed=seed, rtt_s=rtt_s, width=width, context=context)
-    pace = tempo(draft_s, acceptance=acceptance)
+    latency = speculation(draft_s, acceptance=acceptance)
     source = Source(brain, right, silent, seed)
-    answer = Answer(cloud, count=count, draft=source, pace=pace, sampling=sampling, top_logprobs=2).run()
+    answer = Answer(cloud, count=count, draft=source, latency=latency, sampling=sampling, top_logprobs=2).run()
     check_exact(answer, brain)
     (talk,) = cloud.talks
     assert [token.source for token in answer.tokens] == [
         talk.truth[len(PROMPT) + index] for index in range(len(answer.ids))
     ]
     assert all(len(round_.draft) <= MAX_DRAFT for round_ in talk.rounds)
-    tally = answer.answer.tally
-    assert tally.accepted == sum(token.source == "draft" for token in answer.tokens)
-    assert 0 <= tally.rejected <= sum(len(round_.draft) for round_ in talk.rounds) - tally.accepted
-    assert (tally.bytes_up, tally.bytes_down) == (1 + len(talk.rounds), talk.bytes_down)
-    assert not tally.degraded and cloud.failures == []
+    stats = answer.stats
+    assert stats.accepted == sum(token.source == "draft" for token in answer.tokens)
+    assert 0 <= stats.rejected <= sum(len(round_.draft) for round_ in talk.rounds) - stats.accepted
+    assert (stats.bytes_up, stats.bytes_down) == (1 + len(talk.rounds), talk.bytes_down)
+    assert not stats.degraded and cloud.failures == []
 
 
 def check_exact(answer: Answer, brain: Brain) -> None:
@@ -155,7 +168,7 @@ def check_exact(answer: Answer, brain: Brain) -> None:
     ask = answer.ask
     expected = brain.answer(ask.prompt, ask.max_tokens, ask.sampling)
     assert answer.ids == expected
-    assert answer.answer.finish == ("stop" if expected[-1] == EOS else "length")
+    assert answer.sequence.finish == ("stop" if expected[-1] == EOS else "length")
     for index, token in enumerate(answer.tokens):
         logs_V = log_softmax(brain.logits([*ask.prompt, *expected[:index]]))
         assert token.logprob == pytest.approx(float(logs_V[token.id]), abs=1e-5)
@@ -166,22 +179,22 @@ def check_exact(answer: Answer, brain: Brain) -> None:
 def test_free_drafts_beside_a_stream_change_nothing(seed: int, rtt_s: float, ends: bool) -> None:
     brain = Brain(seed, ends)
     cloud = Cloud(brain, seed=seed, rtt_s=rtt_s)
-    answer = Answer(cloud, count=80, draft=LookupDraft(), pace=tempo(0.0), top_logprobs=0).run()
+    answer = Answer(cloud, count=80, draft=LookupDraft(), latency=speculation(0.0), top_logprobs=0).run()
     check_exact(answer, brain)
 
 
 def test_free_drafts_are_sent_and_confirmed() -> None:
     brain = Brain(1, ends=False)
-    answer = Answer(Cloud(brain), count=80, draft=LookupDraft(), pace=tempo(0.0)).run()
-    assert answer.answer.tally.accepted > 20
+    answer = Answer(Cloud(brain), count=80, draft=LookupDraft(), latency=speculation(0.0)).run()
+    assert answer.stats.accepted > 20
     assert all(round_.extend for round_ in answer.talks[0].rounds)
 
 
 def test_a_good_source_saves_passes_and_a_bad_one_costs_none() -> None:
     brain = Brain(2, ends=False)
-    good = Answer(Cloud(brain, width=64), count=64, draft=Source(brain, 1.0)).run().answer.tally
-    bad = Answer(Cloud(brain, width=64), count=64, draft=Source(brain, 0.0)).run().answer.tally
-    plain = Answer(Cloud(brain, width=64), count=64).run().answer.tally
+    good = Answer(Cloud(brain, width=64), count=64, draft=Source(brain, 1.0)).run().stats
+    bad = Answer(Cloud(brain, width=64), count=64, draft=Source(brain, 0.0)).run().stats
+    plain = Answer(Cloud(brain, width=64), count=64).run().stats
     assert plain.passes == 64 and plain.rounds == 1
     assert good.passes < 40 and good.accepted > 40
     assert bad.passes <= 64 and bad.rejected > 0
@@ -203,9 +216,9 @@ def test_nothing_is_drafted_behind_an_end_of_text() -> None:
 def test_drafting_that_does_not_pay_is_not_tried_and_said_so() -> None:
     brain = Brain(4, ends=False)
     source = Source(brain, 1.0)
-    answer = Answer(Cloud(brain), draft=source, pace=tempo(draft_s=0.2)).run()
+    answer = Answer(Cloud(brain), draft=source, latency=speculation(draft_s=0.2)).run()
     assert source.asked == []
-    assert "drafting takes" in answer.answer.tally.why
+    assert "drafting takes" in answer.stats.why
     assert [round_.extend for round_ in answer.talks[0].rounds] == [19]
 
 
@@ -226,7 +239,7 @@ def test_a_lost_session_is_opened_again_from_its_beginning(seed: int, gone: set[
     brain = Brain(seed, ends=False)
     gone -= {answer for answer in gone if answer - 1 in gone}  # twice without a token between is another matter
     cloud = Cloud(brain, seed=seed, fault=at(*gone, error=ContextGone("elsewhere")))
-    answer = Answer(cloud, count=40, draft=Source(brain, 0.7, seed=seed), pace=tempo(draft_s), top_logprobs=1)
+    answer = Answer(cloud, count=40, draft=Source(brain, 0.7, seed=seed), latency=speculation(draft_s), top_logprobs=1)
     answer.run()
     check_exact(answer, brain)
     openings = [opening for talk in cloud.talks for opening in talk.openings]
@@ -248,7 +261,9 @@ def test_another_replica_goes_on_from_the_committed_tokens(seed: int, lost: int,
     brain = Brain(seed, ends=False)
     first = Cloud(brain, "a", seed, away=float("inf"), fault=at(lost, error=LinkDown("gone")))
     second = Cloud(brain, "b", seed + 1)
-    answer = Answer(first, second, count=40, draft=Source(brain, 0.7, seed=seed), pace=tempo(draft_s), top_logprobs=1)
+    answer = Answer(
+        first, second, count=40, draft=Source(brain, 0.7, seed=seed), latency=speculation(draft_s), top_logprobs=1
+    )
     answer.run()
     check_exact(answer, brain)
     if first.answers <= lost:
@@ -257,8 +272,8 @@ def test_another_replica_goes_on_from_the_committed_tokens(seed: int, lost: int,
     (opening,) = talk.openings
     told = len(PROMPT) + len(first.talks[0].truth)
     assert (opening.start, opening.tokens) == (0, (*PROMPT, *answer.ids)[:told])
-    assert first.failures == ["gone"] and not answer.answer.tally.degraded
-    assert "gone" in answer.answer.tally.why
+    assert first.failures == ["gone"] and not answer.stats.degraded
+    assert "gone" in answer.stats.why
     assert list(answer.replicas) == [second, first]
 
 
@@ -270,15 +285,15 @@ def test_without_a_cloud_the_device_goes_on_alone_and_comes_back() -> None:
     by_cloud, by_itself = brain.answer(PROMPT, 5), own.answer((*PROMPT, *brain.answer(PROMPT, 5)), 3)
     start = [*by_cloud, *by_itself]
     assert answer.ids == [*start, *brain.answer((*PROMPT, *start), 22)]
-    assert answer.answer.tally.degraded and "gone" in answer.answer.tally.why
+    assert answer.stats.degraded and "gone" in answer.stats.why
 
 
 def test_alone_from_the_first_token_on_it_says_why() -> None:
     own = Brain(9)
     answer = Answer(count=30, alone=edge(own)).run()
     assert answer.ids == own.answer(PROMPT, 30)
-    assert answer.answer.finish == ("stop" if answer.ids[-1] == EOS else "length")
-    assert answer.answer.tally.degraded and answer.answer.tally.why == "no cloud answers"
+    assert answer.sequence.finish == ("stop" if answer.ids[-1] == EOS else "length")
+    assert answer.stats.degraded and answer.stats.why == "no cloud answers"
 
 
 def test_it_waits_for_a_cloud_when_told_to() -> None:
@@ -286,7 +301,7 @@ def test_it_waits_for_a_cloud_when_told_to() -> None:
     cloud = Cloud(brain, away=2, fault=at(3, error=LinkDown("gone")))  # back at the second look
     answer = Answer(cloud, replicas=Replicas([cloud], bytes(8), 5.0)).run()  # type: ignore[list-item]
     assert answer.ids == brain.answer(PROMPT, 20)
-    assert not answer.answer.tally.degraded
+    assert not answer.stats.degraded
     assert [talk.openings[0].start for talk in cloud.talks] == [0, 0]  # what it lost with the link is not known
 
 
@@ -308,7 +323,7 @@ def test_a_text_too_long_for_the_device_waits_for_the_cloud() -> None:
         replicas=Replicas([cloud], bytes(8), 5.0),  # type: ignore[list-item]
     ).run()
     assert answer.ids == brain.answer(PROMPT, 20)
-    assert not answer.answer.tally.degraded
+    assert not answer.stats.degraded
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), ServiceError("broken"), LinkDown("gone")])
@@ -328,7 +343,7 @@ def test_a_cloud_that_only_fails_leaves_the_device_alone() -> None:
     answer = Answer(cloud, count=5, alone=edge(own)).run()
     assert answer.ids == own.answer(PROMPT, 5)
     assert len(cloud.talks) == ATTEMPTS * 5
-    assert answer.answer.tally.degraded
+    assert answer.stats.degraded
 
 
 def test_failures_with_progress_between_them_are_not_counted_together() -> None:
@@ -349,14 +364,14 @@ def test_what_is_wrong_with_the_request_is_raised_and_not_tried_again() -> None:
 def test_a_slow_cloud_that_lives_is_waited_for(draft_s: float) -> None:
     brain = Brain(18, ends=False)
     late = at(0, 1, 2, 5, error=DeadlineExceeded("slow"))
-    cloud = Cloud(brain, fault=late, pass_s=3.0)
-    answer = Answer(cloud, count=30, draft=Source(brain, 1.0), pace=tempo(draft_s)).run()
+    cloud = Cloud(brain, fault=late, step_s=3.0)
+    answer = Answer(cloud, count=30, draft=Source(brain, 1.0), latency=speculation(draft_s)).run()
     assert answer.ids == brain.answer(PROMPT, 30)
     assert len(cloud.talks) == 1 and cloud.failures == []
 
 
 def test_patience_with_a_cloud_that_lives_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.edge_agent.language.cloud_answer.PATIENCE_S", 0.0)
+    monkeypatch.setattr("isthmus.edge_agent.language.remote_session.PATIENCE_S", 0.0)
     cloud = Cloud(Brain(18), fault=lambda answer: DeadlineExceeded("slow"))
     with pytest.raises(LinkDown, match="does not answer any more"):
         Answer(cloud).run()
@@ -379,12 +394,12 @@ def test_an_answer_given_up_early_closes_its_conversation_and_keeps_its_seat() -
     replicas = Replicas([cloud], bytes(8), 1.0)  # type: ignore[list-item]
     prompt = tuple(1 + index % 9 for index in range(40))
     first = Answer(cloud, prompt=prompt, replicas=replicas, draft=Source(brain, 1.0))
-    tokens = first.answer.tokens()
+    tokens = first.arm.tokens()
     said = [next(tokens).id for _ in range(6)]
     assert not cloud.talks[0].closed
     tokens.close()
     assert cloud.talks[0].closed
-    first.answer.close()
+    first.session.close()
     turn = (*prompt, *said, 2, 2)
     second = Answer(cloud, prompt=turn, replicas=replicas).run()
     assert second.ids == brain.answer(turn, 20)
@@ -412,7 +427,7 @@ def test_a_seat_in_one_cloud_is_not_looked_for_in_another() -> None:
     replicas = Replicas([first, second], bytes(8), 1.0)  # type: ignore[list-item]
     prompt = tuple(1 + index % 9 for index in range(40))
     said = Answer(first, prompt=prompt, replicas=replicas).run().ids
-    replicas.lost(first, LinkDown("gone"))  # type: ignore[arg-type]
+    replicas.record_failure(first, LinkDown("gone"))  # type: ignore[arg-type]
     answer = Answer(second, prompt=(*prompt, *said, 2), replicas=replicas).run()
     assert answer.ids == brain.answer((*prompt, *said, 2), 20)
     assert [opening.start for opening in second.talks[0].openings] == [0]
@@ -424,11 +439,11 @@ def test_a_cloud_that_has_not_answered_holds_nothing_for_the_next_turn() -> None
     replicas = Replicas([first, second], bytes(8), 1.0)  # type: ignore[list-item]
     prompt = tuple(1 + index % 9 for index in range(40))
     turn = (*prompt, *Answer(first, prompt=prompt, replicas=replicas).run().ids, 2)
-    replicas.lost(first, LinkDown("gone"))  # type: ignore[arg-type]
+    replicas.record_failure(first, LinkDown("gone"))  # type: ignore[arg-type]
     failed = Answer(second, prompt=turn, replicas=replicas)
     with pytest.raises(InvalidInput):
         failed.run()
-    failed.answer.close()
+    failed.session.close()
     second.texts.clear()
     assert Answer(second, prompt=turn, replicas=replicas).run().ids == brain.answer(turn, 20)
     assert [opening.start for opening in second.talks[1].openings] == [0]
@@ -468,23 +483,23 @@ def test_an_answer_to_no_round_is_not_followed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_measured_and_accepted_outlive_an_answer() -> None:
     brain = Brain(25, ends=False)
-    pace = tempo(acceptance=0.88)
+    latency = speculation(acceptance=0.88)
     for _ in range(10):
-        Answer(Cloud(brain), count=60, draft=Source(brain, 1.0), pace=pace).run()
-    assert pace.acceptance.overall > 0.95
-    assert pace.measured.value is not None
+        Answer(Cloud(brain), count=60, draft=Source(brain, 1.0), latency=latency).run()
+    assert latency.acceptance.overall > 0.95
+    assert latency.measured.value is not None
 
 
 def test_drafting_is_tried_again_after_many_answers_without_it() -> None:
     """Or one bad text would keep drafts away for ever: nothing is learnt of them while the cloud streams."""
     brain = Brain(27, ends=False)
-    pace, source = tempo(), Source(brain, 1.0)
+    latency, source = speculation(), Source(brain, 1.0)
     for _ in range(5000):
-        pace.acceptance.observe(0.5, False)
+        latency.acceptance.observe(0.5, False)
     drafted = []
     for _ in range(3 * RETRY_ANSWERS):
         source.asked.clear()
-        Answer(Cloud(brain), count=3, draft=source, pace=pace).run()
+        Answer(Cloud(brain), count=3, draft=source, latency=latency).run()
         drafted.append(bool(source.asked))
     assert not any(drafted[:5]) and drafted[-1]
 
@@ -501,7 +516,7 @@ def test_a_round_is_sent_while_others_are_under_way() -> None:
     brain = Brain(26, ends=False)
     cloud = Cloud(brain)
     cloud.open_generate_stream = lambda: cloud.talks.append(Slow(cloud, random.Random(0))) or cloud.talks[-1]  # type: ignore
-    answer = Answer(cloud, count=60, draft=Source(brain, 1.0), pace=tempo(acceptance=0.99))
+    answer = Answer(cloud, count=60, draft=Source(brain, 1.0), latency=speculation(acceptance=0.99))
     next(iter(answer))
     rounds = cloud.talks[0].rounds
     assert rounds[0] == Round(len(PROMPT))

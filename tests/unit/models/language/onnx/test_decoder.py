@@ -237,6 +237,21 @@ def test_models_that_the_runtime_does_not_take(tmp_path: Path, settings: dict[st
         OnnxDecoder(Checkpoint.open(write_tiny_llama(tmp_path, **settings)), CONTEXT)
 
 
+def test_a_fork_has_a_text_of_its_own(tiny: Checkpoint) -> None:
+    decoder = OnnxDecoder(tiny, CONTEXT, threads=1)
+    first_V = decoder.extend(IDS[:20])
+    fork = decoder.fork()
+    assert fork.length == 0 and decoder.length == 20
+    apart_V = fork.extend(IDS[50:80])
+    alone = OnnxDecoder(tiny, CONTEXT, threads=1)
+    alone.extend(IDS[:20])
+    np.testing.assert_array_equal(decoder.extend(IDS[20:21]), alone.extend(IDS[20:21]))
+    decoder.truncate(0)
+    np.testing.assert_allclose(decoder.extend(IDS[50:80]), apart_V, atol=1e-5)
+    fork.truncate(0)
+    np.testing.assert_allclose(fork.extend(IDS[:20]), first_V, atol=1e-5)
+
+
 def test_runs_without_torch() -> None:
     program = (
         "import sys, os; import isthmus.models.language.onnx.decoder;"

@@ -76,8 +76,8 @@ def test_what_was_spared_is_made_up_for_exactly(checkpoint: Checkpoint, handoff:
         if hasty.exit == 1:
             np.testing.assert_allclose(hasty.logits_V, thorough.logits_V, atol=1e-5)
             assert hasty.likely == pytest.approx(thorough.likely, abs=1e-4)
-    np.testing.assert_allclose(lazy.rows(0), eager.rows(0), atol=1e-5)
-    assert eager.rows(17).shape == (2, checkpoint.config.hidden)
+    np.testing.assert_allclose(lazy.hidden_states(TEXT[:19], 0), eager.hidden_states(TEXT[:19], 0), atol=1e-5)
+    assert eager.hidden_states(TEXT[:19], 17).shape == (2, checkpoint.config.hidden)
 
 
 def test_rows_are_those_behind_the_layers(
@@ -86,7 +86,7 @@ def test_rows_are_those_behind_the_layers(
     decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=(2,))
     decoder.append(TEXT[:12])
     parts[1].choose(TEXT[:12], ALWAYS)
-    np.testing.assert_allclose(parts[1].rows(0), decoder.advance(0), atol=1e-5)
+    np.testing.assert_allclose(parts[1].hidden_states(TEXT[:12], 0), decoder.advance(0), atol=1e-5)
 
 
 def test_an_exit_is_its_layer_behind_its_map(checkpoint: Checkpoint, handoff: Handoff) -> None:
@@ -116,6 +116,26 @@ def test_an_exit_of_two_layers_is_the_last_two(checkpoint: Checkpoint, handoff: 
     assert np.corrcoef(found_V, wanted_V)[0, 1] > 0.99
 
 
+def test_hidden_states_are_those_of_the_text_that_is_named(checkpoint: Checkpoint, handoff: Handoff) -> None:
+    """Another answer may have used the exits since."""
+    (_, used), (_, fresh) = cut(checkpoint, handoff), cut(checkpoint, handoff)
+    used.choose(TEXT[:15], ALWAYS)
+    used.choose(TEXT[5:9], ALWAYS)
+    fresh.choose(TEXT[:15], NEVER)
+    np.testing.assert_allclose(used.hidden_states(TEXT[:15], 3), fresh.hidden_states(TEXT[:15], 3), atol=1e-5)
+
+
+def test_a_fork_has_a_text_of_its_own(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:
+    decoder, exits = parts
+    first = exits.choose(TEXT[:10], NEVER)
+    other = exits.fork(decoder.fork())
+    apart = other.choose(TEXT[12:20], NEVER)
+    again, fresh = exits.choose(TEXT[:10], NEVER), other.choose(TEXT[12:20], NEVER)
+    np.testing.assert_allclose(again.logits_V, first.logits_V, atol=1e-5)
+    np.testing.assert_allclose(fresh.logits_V, apart.logits_V, atol=1e-5)
+    assert decoder.ids == TEXT[:10]
+
+
 @pytest.mark.parametrize("common", [3, 9, 10])
 def test_another_text_keeps_what_it_shares(checkpoint: Checkpoint, handoff: Handoff, common: int) -> None:
     other = [*TEXT[:common], *TEXT[20:30]]
@@ -123,7 +143,7 @@ def test_another_text_keeps_what_it_shares(checkpoint: Checkpoint, handoff: Hand
     used.choose(TEXT[:10], ALWAYS)
     found, expected = used.choose(other, NEVER), fresh.choose(other, NEVER)
     np.testing.assert_allclose(found.logits_V, expected.logits_V, atol=1e-5)
-    np.testing.assert_allclose(used.rows(0), fresh.rows(0), atol=1e-5)
+    np.testing.assert_allclose(used.hidden_states(other, 0), fresh.hidden_states(other, 0), atol=1e-5)
 
 
 def test_asked_again_it_says_the_same(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:

@@ -1,0 +1,24 @@
+"""The arm `edge`: the local model generates the whole answer, and nothing leaves the device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from isthmus.edge_agent.language.local_model import LocalSession
+from isthmus.edge_agent.language.request import Token, local_token
+from isthmus.edge_agent.language.sequence import AnswerSequence
+
+
+class LocalArm:
+    """One answer of the local model."""
+
+    def __init__(self, sequence: AnswerSequence, local: LocalSession) -> None:
+        self._sequence, self._local = sequence, local
+
+    def tokens(self) -> Generator[Token, None, None]:
+        """Tokens until the answer is finished."""
+        sequence = self._sequence
+        while not sequence.finished:
+            token = local_token(self._local.logits(sequence.tokens), sequence.request, len(sequence))
+            sequence.append(token.id)
+            yield token

@@ -1,0 +1,119 @@
+"""One answer under way: the parts that its arms share, and the arm that a name stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.language.arms.auto import AutoArm, LocalPredictor, RunningArm
+from isthmus.edge_agent.language.arms.handoff import HandoffArm, HandoffSettings, handoff_opening
+from isthmus.edge_agent.language.arms.local import LocalArm
+from isthmus.edge_agent.language.arms.remote import RemoteArm
+from isthmus.edge_agent.language.arms.rounds import Rounds
+from isthmus.edge_agent.language.arms.verify import VerifyArm
+from isthmus.edge_agent.language.local_model import LocalModel
+from isthmus.edge_agent.language.remote_query import RemoteQuery
+from isthmus.edge_agent.language.remote_session import Fallback, RemoteSession, token_opening
+from isthmus.edge_agent.language.replicas import Replicas
+from isthmus.edge_agent.language.request import GenerationRequest, Token, local_token
+from isthmus.edge_agent.language.router import Router
+from isthmus.edge_agent.language.sequence import AnswerSequence
+from isthmus.edge_agent.language.stats import GenerationStats
+from isthmus.edge_agent.policy.arms import Arm
+from isthmus.models.language.drafts import Draft, LookupDraft
+from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.sampling import Floats
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What all answers of an agent share. `confidence_head`: of the local model; `handoff`: None without its bundle."""
+
+    config: LanguageConfig
+    eos_ids: frozenset[int]
+    local: LocalModel
+    replicas: Replicas
+    router: Router
+    confidence_head: Callable[[Floats, Sequence[int]], float] | None
+    handoff: tuple[Handoff, HandoffSettings] | None
+
+
+class Generation:
+    """One answer's sequence and statistics, with sessions that are made when an arm needs them. Close it."""
+
+    def __init__(self, resources: Resources, request: GenerationRequest) -> None:
+        self.sequence = AnswerSequence(request, resources.eos_ids)
+        self.stats = GenerationStats()
+        self._resources = resources
+        self._local = resources.local.session()
+        self._sessions: dict[bytes, RemoteSession] = {}
+
+    def arm(self, name: Arm) -> RunningArm:
+        """The arm of this name, to go on with the sequence."""
+        match name:
+            case "edge":
+                return LocalArm(self.sequence, self._local)
+            case "auto":
+                return self._auto()
+            case "handoff":
+                return self._handoff()
+            case "verify" if (draft := self._draft()) is not None:
+                speculation = self._resources.router.drafts
+                return VerifyArm(self.sequence, self._token_session(), self.stats, speculation, draft, self._fallback())
+            case _:
+                session = self._token_session()
+                rounds = Rounds(session, self.sequence, self.stats, self._resources.router.local)
+                return RemoteArm(self.sequence, session, rounds, self._fallback())
+
+    def close(self) -> None:
+        """End sessions, remembered for the next turn, and leave the local model to others."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+        self._local.close()
+
+    def _auto(self) -> AutoArm:
+        resources, router = self._resources, self._resources.router
+        goal = router.goal(self.sequence.request.quality)
+        return AutoArm(
+            self.sequence,
+            self.stats,
+            LocalPredictor(self._local, resources.confidence_head, router.confidence),
+            RemoteQuery(self._token_session(), self.sequence, self.stats, router.local),
+            partial(router.plan, goal, resources.replicas),
+            self.arm,
+            self._fallback(),
+        )
+
+    def _handoff(self) -> HandoffArm:
+        assert self._resources.handoff is not None  # checked before the answer begins
+        handoff, settings = self._resources.handoff
+        kind = handoff.fingerprint
+        if kind not in self._sessions:
+            opening = handoff_opening(self._resources.replicas.fingerprint, self.sequence, handoff, settings)
+            self._sessions[kind] = RemoteSession(self._resources.replicas, self.sequence, self.stats, opening, kind)
+        return HandoffArm(
+            self.sequence, self._sessions[kind], self.stats, self._local, handoff, settings, self._fallback()
+        )
+
+    def _token_session(self) -> RemoteSession:
+        if b"" not in self._sessions:
+            replicas = self._resources.replicas
+            opening = token_opening(replicas.fingerprint, self.sequence, self._resources.config.prefill_layers)
+            self._sessions[b""] = RemoteSession(replicas, self.sequence, self.stats, opening)
+        return self._sessions[b""]
+
+    def _draft(self) -> Draft | None:
+        if self._resources.config.draft == "lookup":
+            return LookupDraft()
+        return self._local if len(self.sequence) < self._local.context else None
+
+    def _fallback(self) -> Fallback | None:
+        return self._decode_alone if self._resources.config.on_loss == "alone" else None
+
+    def _decode_alone(self, tokens: Sequence[int]) -> Token | None:
+        if len(tokens) > self._local.context:
+            return None
+        return local_token(self._local.logits(tokens), self.sequence.request, len(tokens))

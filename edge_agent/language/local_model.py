@@ -1,0 +1,177 @@
+"""The device's model as a resource that answers share: each call holds it alone, and nobody holds it between calls.
+
+    LocalModel: the weights, some KV caches, a lock      LocalSession: one answer's calls, each with the whole text
+
+There are several KV caches, so that answers that take turns do not read their texts again. Calls are served in order
+of arrival.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isthmus.edge_agent.policy.speculation import SpeculationStats
+from isthmus.models.language.drafts import ModelDraft, shared_length
+from isthmus.models.language.onnx.decoder import OnnxDecoder
+from isthmus.models.language.onnx.exits import Choice, ExitingDecoder
+from isthmus.models.language.packing import Floats
+from isthmus.models.messages import Sampling
+
+KV_CACHES = 4  # as many answers as the HTTP API generates at once
+
+
+@dataclass
+class Cache:
+    """One KV cache of the model with what runs on it, whose it is, and the number of the call that last used it."""
+
+    decoder: OnnxDecoder
+    draft: ModelDraft
+    exits: ExitingDecoder | None
+    owner: LocalSession | None = None
+    last_call: int = 0
+
+
+class FairLock:
+    """A lock that is handed over in order of arrival: `threading.Lock` lets a busy thread take it again and again."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._held = False
+        self._waiting: deque[threading.Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return
+            turn = threading.Event()
+            self._waiting.append(turn)
+        try:
+            turn.wait()
+        except BaseException:  # an interrupt: leave the queue, or pass on what was just handed over
+            with self._mutex:
+                if not turn.is_set():
+                    self._waiting.remove(turn)
+                    raise
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._held = False
+
+
+class LocalModel:
+    """The model of the device, with exits where a handoff bundle is there. Safe to call from several threads."""
+
+    def __init__(self, decoder: OnnxDecoder, exits: ExitingDecoder | None, stats: SpeculationStats) -> None:
+        """`stats` learns what a single token takes."""
+        self.context = decoder.context
+        self.lock = FairLock()
+        self._stats = stats
+        self._caches = [Cache(decoder, ModelDraft(decoder), exits)]
+        self._calls = 0
+
+    def warm_up(self, tokens: int) -> None:
+        """Compile kernels, and learn what a token takes."""
+        with self.lock:
+            decoder = self._caches[0].decoder
+            for _ in range(tokens):
+                started_s = time.monotonic()
+                decoder.extend([0])
+                self._stats.draft_s.observe(time.monotonic() - started_s)
+            decoder.truncate(0)
+
+    def session(self) -> LocalSession:
+        """One answer's use of the model; close it when the answer ends."""
+        return LocalSession(self)
+
+    def cache_for(self, session: LocalSession, tokens: Sequence[int]) -> Cache:
+        """The session's own KV cache, or the free one that shares most with `tokens`. Call it under the lock."""
+        self._calls += 1
+        cache = next((cache for cache in self._caches if cache.owner is session), None) or self._assign(tokens)
+        cache.owner, cache.last_call = session, self._calls
+        return cache
+
+    def release(self, session: LocalSession) -> None:
+        """The session's KV cache may go to others; what it holds stays until then."""
+        for cache in self._caches:
+            if cache.owner is session:
+                cache.owner = None
+
+    def embedded(self, ids: Sequence[int]) -> Floats:
+        """Embeddings (N, hidden) of tokens, which no KV cache is needed for."""
+        return self._caches[0].decoder.embedded(ids)
+
+    def record_latency(self, seconds: float) -> None:
+        """What a single token took."""
+        self._stats.draft_s.observe(seconds)
+
+    def _assign(self, tokens: Sequence[int]) -> Cache:
+        free = [cache for cache in self._caches if cache.owner is None]
+        if free:
+            return max(free, key=lambda cache: (shared_length(cache.decoder.ids, tokens), -cache.last_call))
+        if len(self._caches) < KV_CACHES:
+            first = self._caches[0]
+            decoder = first.decoder.fork()
+            exits = first.exits.fork(decoder) if first.exits else None
+            self._caches.append(Cache(decoder, ModelDraft(decoder), exits))
+            return self._caches[-1]
+        return min(self._caches, key=lambda cache: cache.last_call)
+
+
+class LocalSession:
+    """One answer's use of the device's model, which is held for single calls only.
+
+    Each call takes the whole text: another answer may have had the KV cache since the last one.
+    """
+
+    def __init__(self, model: LocalModel) -> None:
+        self.context = model.context
+        self._model = model
+
+    def logits(self, tokens: Sequence[int]) -> Floats:
+        """Logits (vocab,) after `tokens`. Raises InvalidInput when there are more than the context holds."""
+        with self._model.lock:
+            cache = self._model.cache_for(self, tokens)
+            started_s, known = time.monotonic(), cache.decoder.length
+            logits_V = cache.draft.logits(tokens)
+            if cache.decoder.length == known + 1:
+                self._model.record_latency(time.monotonic() - started_s)
+        return logits_V
+
+    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+        """A draft token and its confidence; None where the context is full."""
+        with self._model.lock:
+            return self._model.cache_for(self, text).draft.next(text, sampling)
+
+    def exit(self, tokens: Sequence[int], likely: float) -> Choice:
+        """The choice of the first exit that is at least so likely right, or else of the last. Raises InvalidInput."""
+        with self._model.lock:
+            return self._exits(tokens).choose(tokens, likely)
+
+    def hidden_states(self, tokens: Sequence[int], start: int) -> Floats:
+        """Hidden states (N, hidden) at the cut of all `tokens` from position `start` on."""
+        with self._model.lock:
+            return self._exits(tokens).hidden_states(tokens, start)
+
+    def embedded(self, ids: Sequence[int]) -> Floats:
+        """Embeddings (N, hidden) of tokens."""
+        return self._model.embedded(ids)
+
+    def close(self) -> None:
+        """Leave the KV cache to others."""
+        with self._model.lock:
+            self._model.release(self)
+
+    def _exits(self, tokens: Sequence[int]) -> ExitingDecoder:
+        exits = self._model.cache_for(self, tokens).exits
+        assert exits is not None  # the arm handoff exists where there are exits
+        return exits

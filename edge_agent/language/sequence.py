@@ -1,0 +1,44 @@
+"""One answer's tokens: the prompt, what was generated so far, and when it ends. Knows nothing about who generates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from isthmus.edge_agent.language.request import GenerationRequest
+
+
+class AnswerSequence:
+    """The prompt's tokens with those of the answer, which only grow."""
+
+    def __init__(self, request: GenerationRequest, eos_ids: frozenset[int]) -> None:
+        self.request = request
+        self.tokens = list(request.prompt)
+        self.finished = False  # an end-of-text token, or as many tokens as requested
+        self._eos_ids = eos_ids
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the answer may still have."""
+        return self.request.max_tokens - self.generated
+
+    @property
+    def finish(self) -> Literal["stop", "length"]:
+        """Why a finished answer ended."""
+        return "stop" if self.generated and self.ends(self.tokens[-1]) else "length"
+
+    def ends(self, token: int) -> bool:
+        """Whether `token` marks the end of a text."""
+        return token in self._eos_ids
+
+    def append(self, token: int) -> None:
+        """Commit one token."""
+        self.tokens.append(token)
+        self.finished = self.remaining <= 0 or self.ends(token)
