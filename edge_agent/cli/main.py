@@ -15,7 +15,7 @@ from isthmus.edge_agent.config import MODES, EdgeConfig, LanguageConfig, Tls, Wh
 from isthmus.edge_agent.language.request import ARMS
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.vision.agent import EdgeAgent
-from isthmus.edge_agent.vision.result import page
+from isthmus.edge_agent.vision.result import format_answer
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.messages import Sampling
 from isthmus.models.vision.manifest import Precision
@@ -197,7 +197,7 @@ def infer(
                 click.echo(f"error: {file}: {error}", err=True)
                 continue
             row = {"file": str(file), **answer.as_dict()}
-            click.echo(json.dumps(row) if as_json else "\n".join(page(str(file), answer)))
+            click.echo(json.dumps(row) if as_json else "\n".join(format_answer(str(file), answer)))
     sys.exit(1 if failed else 0)
 
 

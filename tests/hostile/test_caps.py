@@ -12,7 +12,7 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.transport.link import Reply
+from isthmus.edge_agent.transport.link import Exchange
 from isthmus.models.bundle import bundle as bundles
 from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.messages import CloudReply, Payload
@@ -51,12 +51,12 @@ class Recorder:
     payloads: list[Payload] = field(default_factory=list)
     estimate: LinkEstimate = LinkEstimate(0.01, 1e6)
 
-    def usable(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         return None
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Reply:
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Exchange:
         self.payloads.append(payload)
-        return Reply(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
+        return Exchange(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
 
     def close(self) -> None:
         pass

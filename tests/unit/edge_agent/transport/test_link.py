@@ -248,7 +248,7 @@ def test_after_failures_in_a_row_the_cloud_is_not_asked(cloud: Cloud, link: Link
     with pytest.raises(LinkDown):
         link.infer(PAYLOAD, 5.0)
     assert len(cloud.servicer.requests) == asked
-    assert link.usable() is not None
+    assert link.unavailable_reason() is not None
 
 
 def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
@@ -261,14 +261,14 @@ def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
     until(lambda: link.state == "half_open")
     assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
     assert link.state == "closed"
-    assert link.usable() is None
+    assert link.unavailable_reason() is None
 
 
 def test_a_cloud_without_our_bundle_is_refused_by_name(cloud: Cloud) -> None:
     link = Link(f"127.0.0.1:{cloud.port}", bytes(range(1, 33)), (2, 3), breaker=FAST)
     try:
         assert not link.wait_probed(10)
-        refusal = link.usable() or ""
+        refusal = link.unavailable_reason() or ""
         assert bytes(range(1, 33)).hex()[:12] in refusal
         assert "fake" in refusal and FINGERPRINT.hex()[:12] in refusal
     finally:
