@@ -26,12 +26,13 @@ from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
 from isthmus.cloud_service.vision.predictor import Predictor
 from isthmus.cloud_service.vision.worker import Worker
-from isthmus.models.bundle.bundle import Bundle, read_manifest
+from isthmus.models.bundle.files import read_manifest
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.torch.decoder import DTYPES, Decoder
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos import limits
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

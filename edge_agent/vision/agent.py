@@ -22,9 +22,9 @@ from isthmus.edge_agent.vision.request import Overrides, task_indices, wanted
 from isthmus.edge_agent.vision.request_state import RequestState
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, TaskAnswer
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, PayloadTooLarge
 from isthmus.models.messages import Codec, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import encode_image, is_grey, preprocess, shrink
 from isthmus.models.vision.manifest import Task, Threshold

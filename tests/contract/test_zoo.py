@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.models.bundle.bundle import Bundle, kind_of
+from isthmus.models.bundle.files import kind_of
 from isthmus.models.codecs.context_model import Integers
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.confidence_head import Judge
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.onnx.exits import ExitWeights
 from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import open_image, preprocess
-from isthmus.models.vision.manifest import Manifest
 from isthmus.models.vision.tail import load_split, open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_ways import uncapped
 
 FOLDERS = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manifest.json"))
-ZOO = [folder for folder in FOLDERS if kind_of(folder) is Manifest]
+ZOO = [folder for folder in FOLDERS if kind_of(folder) is None]
 MAX_ZOO_BYTES = 60_000_000
 
 
@@ -102,7 +102,7 @@ def test_real_size_is_the_ideal_one(shipped: Bundle) -> None:
 DECODE = """
 import hashlib, sys, numpy as np
 from pathlib import Path
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 bundle = Bundle.open(sys.argv[1])
 codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
 for line in sys.stdin:

@@ -17,7 +17,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Files, read_manifest
+from isthmus.models.bundle.files import Files, read_manifest
 from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from isthmus.models.vision.manifest import FileEntry, FileName, Fraction, Interval, Name, Part, Sha256, Training
+from isthmus.models.bundle.manifest import BundleManifest, FileName, Fraction, Part, Sha256
 
 NEVER = 2.0  # a likelihood that no exit reaches
 Depth = Annotated[int, Field(ge=1, le=512)]  # counts layers: rows behind the first `depth` of them
@@ -87,13 +87,10 @@ class DeviceCopy(Part):
         return self
 
 
-class HandoffManifest(Part):
+class HandoffManifest(BundleManifest):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[3]
     kind: Literal["handoff"]
-    name: Name
-    licence: str
     base: Sha256  # fingerprint of the checkpoint that all this belongs to
     hidden: Annotated[int, Field(ge=1, le=1 << 16)]
     depth: Depth  # layers that the device runs; the cloud goes on behind them
@@ -105,10 +102,6 @@ class HandoffManifest(Part):
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
     copies: Annotated[tuple[DeviceCopy, ...], Field(max_length=2)] = ()
-    training: Training
-    scores: dict[str, Interval]
-    files: dict[FileName, FileEntry]
-    fingerprint: Sha256
 
     @model_validator(mode="after")
     def _parts_agree(self) -> HandoffManifest:

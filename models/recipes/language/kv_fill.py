@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, FIRST_ROWS, normalised
 from isthmus.models.language.packing import packed, unpacked
+from isthmus.models.recipes.common.ridge import affine_ridge
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.language.exits import Traces, ridge
+from isthmus.models.recipes.language.exits import Traces
 from isthmus.models.recipes.language.llama import Layer, Llama
 from isthmus.models.recipes.language.text import LONG_TOKENS
 
@@ -59,7 +60,7 @@ def fit_maps(model: Llama, traces: Traces, depth: int) -> Maps:
     later_N = traces.later_N
     x_NH = normalised(traces.rows[depth][later_N].float())
     found = [
-        ridge(x_NH, keys_values(model.layers[index], traces.rows[index][later_N]), RIDGE)
+        affine_ridge(x_NH, keys_values(model.layers[index], traces.rows[index][later_N]), RIDGE)
         for index in range(depth, model.config.layers)
     ]
     return Maps(torch.stack([weight_OH for weight_OH, _ in found]), torch.stack([bias_O for _, bias_O in found]))

@@ -19,11 +19,11 @@ from prometheus_client import CollectorRegistry
 from isthmus.cloud_service.config import CloudConfig, Tls
 from isthmus.cloud_service.server import bind, open_handoffs, serve, serve_metrics
 from isthmus.cloud_service.servicer import Servicer
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.messages import CloudRequest, Codec, Opening, Payload, Round
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc

@@ -7,7 +7,7 @@ from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, Prices, RouteEstimate, Situation, plan
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, wanted
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos.limits import MAX_FRAMING_BYTES
 
 LINK = LinkEstimate(rtt_s=0.1, bytes_per_s=1000)

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.edge_agent.vision.metrics import REASONS, ROUTES, EdgeMetrics
 from isthmus.edge_agent.vision.result import Answer, TaskAnswer
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 
 SPLIT = Answer(
     label="good",

@@ -9,8 +9,8 @@ from isthmus.edge_agent.config import EdgeConfig
 from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, task_indices, wanted
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.bundle import Bundle
 
 GenerationRequest = Callable[..., InferenceRequest]
 NO_PINS = Overrides()

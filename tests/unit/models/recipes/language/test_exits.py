@@ -12,7 +12,7 @@ from isthmus.models.language.handoff.kv_fill import normalised
 from isthmus.models.recipes.language import evaluate as language_figures
 from isthmus.models.recipes.language.confidence_head import decided, judged, train_judge
 from isthmus.models.recipes.language.evaluate import Crossing, Fill, completed, next_logprobs
-from isthmus.models.recipes.language.exits import Exit, HeadLoss, Traces, batches, drawn, grouped, ridge, start, trace
+from isthmus.models.recipes.language.exits import Exit, HeadLoss, Traces, batches, drawn, grouped, start, trace
 from isthmus.models.recipes.language.hidden_states import fit_states, token_pairs
 from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.text import Texts
@@ -118,14 +118,6 @@ def test_packs_stay_small_unless_one_is_large() -> None:
         packs
     )
     assert sorted(s for pack in packs for s in pack) == [0, 1, 2, 3, 4]
-
-
-def test_ridge_finds_a_linear_map() -> None:
-    torch.manual_seed(0)
-    x_NI, weight_OI, bias_O = torch.randn(500, 8), torch.randn(5, 8), torch.randn(5)
-    found_OI, found_O = ridge(x_NI, x_NI @ weight_OI.T + bias_O, 1e-6)
-    torch.testing.assert_close(found_OI, weight_OI, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(found_O, bias_O, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2])
