@@ -20,7 +20,7 @@ from isthmus.cloud_service.language.sessions import IDLE_S, EventQueue, Session,
 from isthmus.cloud_service.vision.batching import Candidate, next_pass
 from isthmus.models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch.decoder import Decoder, check_rows
 from isthmus.models.messages import ModelInfo, Opening, Round
 from isthmus.protos.limits import MAX_ROUNDS
@@ -39,7 +39,7 @@ class LanguageEngine:
         decoder: Decoder,
         budget_bytes: int,
         metrics: EngineMetrics,
-        handoffs: Sequence[Handoff] = (),
+        handoffs: Sequence[HandoffBundle] = (),
     ) -> None:
         """Raises BundleError when the fill of a hand-off does not fit the model."""
         config, dtype = checkpoint.config, str(decoder.dtype).removeprefix("torch.")

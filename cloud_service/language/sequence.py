@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.language.handoff.kv_fill import FIRST_ROWS, exact_rows
 from isthmus.models.language.sampling import Floats, choose, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.kv_fill import FIRST_ROWS, exact_rows
 from isthmus.models.messages import Committed, Logprobs, Opening, Round
 
 

@@ -10,7 +10,7 @@ import pytest
 from isthmus.edge_agent.language.agent import LanguageAgent
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.kv_fill import FIRST_ROWS, exact_rows
+from isthmus.models.language.torch.kv_fill import FIRST_ROWS, exact_rows
 from tests.bench.processes import CloudProcess
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of, started

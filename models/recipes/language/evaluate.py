@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.handoff.hidden_states import StateCodec
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, normalised
 from isthmus.models.language.packing import unpacked
+from isthmus.models.language.torch.kv_fill import EXACT_ROWS, normalised
 from isthmus.models.recipes.language.exits import Traces, grouped
 from isthmus.models.recipes.language.llama import Layer, Llama
 from isthmus.models.recipes.language.text import Texts, generate

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, FIRST_ROWS, normalised
 from isthmus.models.language.packing import packed, unpacked
+from isthmus.models.language.torch.kv_fill import EXACT_ROWS, FIRST_ROWS, normalised
 from isthmus.models.recipes.common.ridge import affine_ridge
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.language.exits import Traces

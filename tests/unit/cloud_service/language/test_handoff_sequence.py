@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from isthmus.cloud_service.language.handoff_sequence import FILL_ROWS, HandoffSequence
 from isthmus.models.errors import InvalidInput, PayloadTooLarge
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS
 from isthmus.models.language.sampling import Floats, choose
+from isthmus.models.language.torch.kv_fill import EXACT_ROWS
 from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 
 VOCAB, CONTEXT, CAP = 8, 120, 10

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.hidden_states import StateCodec
-from isthmus.models.language.handoff.kv_fill import normalised
+from isthmus.models.language.torch.kv_fill import normalised
 from isthmus.models.recipes.language import evaluate as language_figures
 from isthmus.models.recipes.language.confidence_head import decided, judged, train_judge
 from isthmus.models.recipes.language.evaluate import Crossing, Fill, completed, next_logprobs

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.kv_fill import normalised
 from isthmus.models.language.packing import unpacked
+from isthmus.models.language.torch.kv_fill import normalised
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language import evaluate as language_figures
 from isthmus.models.recipes.language import kv_fill as language_fill

@@ -8,10 +8,10 @@ import torch
 
 from isthmus.models.language.architecture import rope_frequencies
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.kv_fill import KVFill, exact_rows
 from isthmus.models.language.packing import Floats
 from isthmus.models.language.torch.decoder import DTYPES, PAGE_TOKENS, Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.kv_fill import KVFill, exact_rows
 from tests.bench.tiny_llama import write_tiny_llama
 
 DEPTH, CONTEXT, WIDTH = 1, 100, 8
