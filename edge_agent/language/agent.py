@@ -44,7 +44,7 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import Draft, LookupDraft, ModelDraft
 from isthmus.models.language.handoff.bundle import HandoffBundle
-from isthmus.models.language.handoff.manifest import HandoffManifest, Level, StatePoint, least_likely
+from isthmus.models.language.handoff.manifest import HandoffManifest, OffloadLevel, StatePoint, least_likely
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
 from isthmus.models.language.sampling import Floats
@@ -83,7 +83,7 @@ class LanguageAgent:
         self._decoder, self._model = decoder, ModelDraft(decoder)
         self._shared: tuple[ExitingDecoder, HandoffBundle, HandoffSettings] | None = None  # what the arm handoff needs
         self._layers: HandoffEstimate | None = None  # what that is worth
-        judge, self._levels = None, tuple[Level, ...]()
+        judge, self._levels = None, tuple[OffloadLevel, ...]()
         if handoff:
             exits = ExitingDecoder(handoff, small, decoder, config.threads)
             self._shared = exits, handoff, terms_of(handoff.manifest, config)

@@ -23,7 +23,7 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.confidence_head import Judge
 from isthmus.models.language.handoff.hidden_states import StateCodec
-from isthmus.models.language.handoff.manifest import HandoffManifest, Level
+from isthmus.models.language.handoff.manifest import HandoffManifest, OffloadLevel
 from isthmus.models.language.packing import Floats, matrix, unpacked
 
 
@@ -71,7 +71,7 @@ class HandoffBundle:
             raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")
         return weight_LOH, bias_LO
 
-    def local_model(self, bits: int) -> tuple[Judge, tuple[Level, ...]] | None:
+    def local_model(self, bits: int) -> tuple[Judge, tuple[OffloadLevel, ...]] | None:
         """The judge of the device's copy with weights of so many bits, and what it is worth. Raises BundleError."""
         found = next((copy for copy in self.manifest.copies if copy.bits == bits), None)
         return None if found is None else (Judge.of(self._files.tensors(found.judge)), found.levels)

@@ -62,7 +62,7 @@ class StatePoint(Part):
     agreement: Fraction
 
 
-class Level(Part):
+class OffloadLevel(Part):
     """A copy that decides no token it finds less than `likely` to be right: what share of all tokens is not decided
     then, and what share is, otherwise than by the full model (the upper end of a 95 % interval).
     """
@@ -72,15 +72,15 @@ class Level(Part):
     wrong: Fraction
 
 
-class DeviceCopy(Part):
+class LocalModelEntry(Part):
     """The whole model on a device, with weights of so many bits: a judge of its choices, and what that is worth."""
 
     bits: Literal[4, 8]
     judge: FileName
-    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=100)]
+    levels: Annotated[tuple[OffloadLevel, ...], Field(min_length=1, max_length=100)]
 
     @model_validator(mode="after")
-    def _levels_rise(self) -> DeviceCopy:
+    def _levels_rise(self) -> LocalModelEntry:
         likely = [level.likely for level in self.levels]
         if likely != sorted(set(likely)) or likely[0] != 0:
             raise ValueError(f"levels of the {self.bits}-bit copy must rise from likely 0")
@@ -101,7 +101,7 @@ class HandoffManifest(BundleManifest):
     points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # in the order of bytes
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
-    copies: Annotated[tuple[DeviceCopy, ...], Field(max_length=2)] = ()
+    copies: Annotated[tuple[LocalModelEntry, ...], Field(max_length=2)] = ()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> HandoffManifest:

@@ -117,10 +117,10 @@ class OnnxDecoder:
             raise InvalidInput(f"{self.length + len(ids)} tokens, the device holds at most {self.context}")
         if not 0 <= min(ids) <= max(ids) < self.vocab:
             raise InvalidInput(f"token {max(ids)} or {min(ids)} is outside of the vocabulary of {self.vocab}")
-        self._wait(0, self.embedded(ids))
+        self._wait(0, self.embed(ids))
         self.ids += ids
 
-    def embedded(self, ids: Sequence[int]) -> Floats:
+    def embed(self, ids: Sequence[int]) -> Floats:
         """Rows (N, hidden) of tokens before the first layer."""
         rows = np.asarray(ids)
         embedded_NGB: Floats = self._codes_VGB[rows].astype(np.float32) * self._scale_VG[rows][..., None]

@@ -130,16 +130,16 @@ class ExitingDecoder:
                 break
         return found
 
-    def rows(self, start: int) -> Floats:
+    def hidden_states(self, start: int) -> Floats:
         """Rows behind the last exit's depth (N, hidden), of all tokens from position `start` on."""
         last = len(self._exits) - 1
         if self._decoder.through(last) < self._decoder.length:
             self._exits[last](self._advance(last), self._decoder.ids)
         return self._rows_NH[start:]
 
-    def embedded(self, ids: Sequence[int]) -> Floats:
+    def embed(self, ids: Sequence[int]) -> Floats:
         """Rows before the first layer (N, hidden) of tokens."""
-        return self._decoder.embedded(ids)
+        return self._decoder.embed(ids)
 
     def _advance(self, index: int) -> Floats:
         rows_NH = self._decoder.advance(index)

@@ -29,7 +29,7 @@ from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import choose, logprobs
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
-from isthmus.models.language.torch.kv_fill import EXACT_ROWS, KVFill
+from isthmus.models.language.torch.kv_fill import EXACT_LAST, KVFill
 from isthmus.models.messages import GREEDY, Committed, Round, Sampling
 from isthmus.protos.limits import MAX_ROUNDS
 from tests.bench.tiny_llama import write_tiny_llama
@@ -82,7 +82,7 @@ class ByHand:
     def take(self, tokens: Sequence[int], asked: bool = True) -> Any:
         """Logits (vocab,) behind `tokens`, of which those that the cache has are known."""
         start = self.cache.length
-        exact = asked * (1 if start else EXACT_ROWS)
+        exact = asked * (1 if start else EXACT_LAST)
         rates = [self.context_rate] * (len(tokens) - start - asked) + [self.rate] * asked
         decided = {len(tokens) - 1} if asked else set()
         payloads = states_of(self.decoder, self.handoff, tokens, start, self.context_rate, self.rate, decided)

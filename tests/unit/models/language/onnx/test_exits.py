@@ -76,8 +76,8 @@ def test_what_was_spared_is_made_up_for_exactly(checkpoint: Checkpoint, handoff:
         if hasty.exit == 1:
             np.testing.assert_allclose(hasty.logits_V, thorough.logits_V, atol=1e-5)
             assert hasty.likely == pytest.approx(thorough.likely, abs=1e-4)
-    np.testing.assert_allclose(lazy.rows(0), eager.rows(0), atol=1e-5)
-    assert eager.rows(17).shape == (2, checkpoint.config.hidden)
+    np.testing.assert_allclose(lazy.hidden_states(0), eager.hidden_states(0), atol=1e-5)
+    assert eager.hidden_states(17).shape == (2, checkpoint.config.hidden)
 
 
 def test_rows_are_those_behind_the_layers(
@@ -86,7 +86,7 @@ def test_rows_are_those_behind_the_layers(
     decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=(2,))
     decoder.append(TEXT[:12])
     parts[1].choose(TEXT[:12], ALWAYS)
-    np.testing.assert_allclose(parts[1].rows(0), decoder.advance(0), atol=1e-5)
+    np.testing.assert_allclose(parts[1].hidden_states(0), decoder.advance(0), atol=1e-5)
 
 
 def test_an_exit_is_its_layer_behind_its_map(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
@@ -123,7 +123,7 @@ def test_another_text_keeps_what_it_shares(checkpoint: Checkpoint, handoff: Hand
     used.choose(TEXT[:10], ALWAYS)
     found, expected = used.choose(other, NEVER), fresh.choose(other, NEVER)
     np.testing.assert_allclose(found.logits_V, expected.logits_V, atol=1e-5)
-    np.testing.assert_allclose(used.rows(0), fresh.rows(0), atol=1e-5)
+    np.testing.assert_allclose(used.hidden_states(0), fresh.hidden_states(0), atol=1e-5)
 
 
 def test_asked_again_it_says_the_same(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:

@@ -143,7 +143,7 @@ def test_a_fill_of_nothing_but_prompts_leaves_their_ends_to_the_layers(
     wrong = Fill(torch.zeros(2, outputs, model.config.hidden), torch.zeros(2, outputs), prompts_only=True)
     exact, spared = completed(model, traces, 1), completed(model, traces, 1, fill=wrong)
     assert torch.allclose(spared.next_N, exact.next_N, atol=1e-4), "no prompt is so long"
-    monkeypatch.setattr(language_figures, "EXACT_ROWS", 5)
+    monkeypatch.setattr(language_figures, "EXACT_LAST", 5)
     found, (first, end) = completed(model, traces, 1, fill=wrong), traces.bounds(1)
     assert torch.equal(found.chosen_N[first], exact.chosen_N[first]), "the first position reads itself alone"
     assert not torch.allclose(found.next_N[first + 1 : end - 1], exact.next_N[first + 1 : end - 1])
