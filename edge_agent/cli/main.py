@@ -278,7 +278,7 @@ def chat(
 def open_photos(config: EdgeConfig, registry: Any) -> tuple[EdgeAgent, Any]:
     """An agent for photos and its metrics, or the end of the program with one line."""
     from isthmus.edge_agent.vision.metrics import EdgeMetrics
-    from isthmus.models.bundle.bundle import read_manifest
+    from isthmus.models.bundle.files import read_manifest
     from isthmus.models.vision.manifest import Manifest
 
     try:

@@ -43,8 +43,8 @@ from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import Draft, LookupDraft, ModelDraft
-from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.handoff.manifest import HandoffManifest, Level, StatePoint, least_likely
+from isthmus.models.language.handoff.bundle import HandoffBundle
+from isthmus.models.language.handoff.manifest import HandoffManifest, OffloadLevel, StatePoint, least_likely
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
 from isthmus.models.language.sampling import Floats
@@ -75,20 +75,20 @@ class LanguageAgent:
         self.context = checkpoint.config.context if config.clouds else self.device_context
         self._vocab = min(checkpoint.config.vocab, small.config.vocab)  # they may be padded differently
         self._metrics = metrics
-        handoff = Handoff.open(config.handoff, checkpoint) if config.handoff else None
+        handoff = HandoffBundle.open(config.handoff, checkpoint) if config.handoff else None
         if handoff and small is not checkpoint:
             raise InvalidInput("hand-off shares one model by layers: a device model of its own has no part in that")
         cuts = handoff.depths if handoff else ()
         decoder = OnnxDecoder(small, self.device_context, config.device_bits, config.threads, cuts)
         self._decoder, self._model = decoder, ModelDraft(decoder)
-        self._shared: tuple[ExitingDecoder, Handoff, HandoffSettings] | None = None  # what the arm handoff needs
+        self._shared: tuple[ExitingDecoder, HandoffBundle, HandoffSettings] | None = None  # what the arm handoff needs
         self._layers: HandoffEstimate | None = None  # what that is worth
-        judge, self._levels = None, tuple[Level, ...]()
+        judge, self._levels = None, tuple[OffloadLevel, ...]()
         if handoff:
             exits = ExitingDecoder(handoff, small, decoder, config.threads)
             self._shared = exits, handoff, terms_of(handoff.manifest, config)
             self._layers = shared_of(handoff.manifest, self._shared[2], checkpoint.config)
-            if found := handoff.copy(config.device_bits):
+            if found := handoff.local_model(config.device_bits):
                 judge, self._levels = found
         self._device = threading.Lock()  # the device's model has one cache
         prior = 1 - self._levels[0].wrong if self._levels else PRIOR_ACCEPTANCE[config.device_bits]

@@ -23,7 +23,7 @@ from isthmus.edge_agent.language.request import Arm
 from isthmus.edge_agent.policy.estimates import Average
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
-from isthmus.models.language.handoff.manifest import Level
+from isthmus.models.language.handoff.manifest import OffloadLevel
 
 KNOWN_TOKENS, PRIOR_TOKENS = 128, 32  # that say how often the device asks: the last ones, and the bundle's word
 GUESSED, PRIOR_GUESSES = 0.7, 16  # share of questions that are answered as the device guessed: of so many more
@@ -133,7 +133,7 @@ class ConfidenceStats:
         self._guesses.append(guessed)
         self._overhead_s.observe(overhead_s)
 
-    def on(self, level: Level) -> LocalEstimate:
+    def on(self, level: OffloadLevel) -> LocalEstimate:
         """With the share that will be asked for: by what the bundle says and what was seen."""
         seen = sum(likely < level.likely for likely in self._likely)
         asked = (PRIOR_TOKENS * level.asked + seen) / (PRIOR_TOKENS + len(self._likely))
@@ -152,7 +152,7 @@ class ConfidenceStats:
             self._likely.popleft()
 
 
-def level_for(levels: Sequence[Level], quality: float) -> Level | None:
+def level_for(levels: Sequence[OffloadLevel], quality: float) -> OffloadLevel | None:
     """The one that asks least and keeps the quality; None: not even the last one keeps it. `levels` rise."""
     return next((level for level in levels if 1 - level.wrong >= quality), None)
 

@@ -21,9 +21,9 @@ from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.request import Overrides, RequestState, resolve_request, task_indices
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
 from isthmus.models.messages import CloudReply, Codec, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Threshold

@@ -24,9 +24,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import open_image, preprocess
 from tests.bench.processes import ROOT

@@ -20,8 +20,8 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent
 from isthmus.edge_agent.config import WholeImage
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import encode_image, open_image, preprocess
 from isthmus.models.vision.tail import Tail

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from isthmus.edge_agent import Answer, EdgeAgent
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
 

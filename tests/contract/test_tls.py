@@ -12,7 +12,7 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent
 from isthmus.edge_agent.config import Tls
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess
 
 

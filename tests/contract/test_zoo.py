@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.models.bundle.bundle import Bundle, kind_of
+from isthmus.models.bundle.files import kind_of
 from isthmus.models.codecs.context_model import Integers
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import Judge
-from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.onnx.exits import ExitWeights
 from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import open_image, preprocess
-from isthmus.models.vision.manifest import Manifest
 from isthmus.models.vision.tail import load_split, open_tail
 from tests.bench.processes import ROOT
 from tests.bench.sc2_ways import uncapped
 
 FOLDERS = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manifest.json"))
-ZOO = [folder for folder in FOLDERS if kind_of(folder) is Manifest]
+ZOO = [folder for folder in FOLDERS if kind_of(folder) is None]
 MAX_ZOO_BYTES = 60_000_000
 
 
@@ -45,13 +45,13 @@ def test_the_zoo_is_complete_and_small() -> None:
 @pytest.mark.parametrize(("name", "depths"), [("smollm2", (15, 20)), ("smollm2-25", (25,))])
 def test_exits_of_the_language_model_belong_to_it(name: str, depths: tuple[int, ...]) -> None:
     checkpoint, folder = Checkpoint.open("smollm2"), ROOT / "models" / "zoo" / name
-    handoff = Handoff.open(folder, checkpoint)
+    handoff = HandoffBundle.open(folder, checkpoint)
     manifest = handoff.manifest
     assert manifest.training.command.startswith("python -m models.recipes language") and manifest.training.seconds > 0
     assert manifest.name == name and len(manifest.rates) >= 4 and len(manifest.thresholds) >= 20
     assert handoff.depths == depths and [copy.bits for copy in manifest.copies] == [8, 4]
     assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
-    weight_LOH, _ = handoff.fill()
+    weight_LOH, _ = handoff.kv_fill()
     assert weight_LOH.shape == (30 - depths[-1], 384, 576)
     for index in range(len(depths)):
         ExitWeights(handoff.exit(index), checkpoint).tensor("map.weight")
@@ -102,7 +102,7 @@ def test_the_coded_size_is_within_one_percent_of_the_ideal(shipped: Bundle) -> N
 DECODE = """
 import hashlib, sys, numpy as np
 from pathlib import Path
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 bundle = Bundle.open(sys.argv[1])
 codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
 for line in sys.stdin:

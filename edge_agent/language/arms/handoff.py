@@ -20,7 +20,7 @@ from isthmus.edge_agent.language.request import GenerationRequest, Token, cloud_
 from isthmus.edge_agent.transport.generate_stream import GenerateStream
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import ContextGone, ServiceError
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import StatePoint
 from isthmus.models.language.onnx.exits import Choice, ExitingDecoder
 from isthmus.models.language.packing import Floats
@@ -53,7 +53,7 @@ class HandoffArm(CloudAnswer):
         eos_ids: frozenset[int],
         replicas: Replicas,
         device: ExitingDecoder,
-        handoff: Handoff,
+        handoff: HandoffBundle,
         terms: HandoffSettings,
         alone: Callable[[list[int]], Token | None] | None,
     ) -> None:
@@ -131,7 +131,7 @@ class HandoffArm(CloudAnswer):
 
     def _send_rows(self, conversation: GenerateStream, link: Link, ask: bool = False) -> None:
         """Send the rows of all tokens that have not been sent, and maybe ask what follows them."""
-        rows_NH = self._device.rows(self._sent)
+        rows_NH = self._device.hidden_states(self._sent)
         before = [position for position in self._decided if position >= self._sent]  # the cloud has lost these
         if ask and self._decided[-1:] != [len(self._text) - 1]:
             self._decided.append(len(self._text) - 1)
@@ -147,8 +147,8 @@ class HandoffArm(CloudAnswer):
 
     def _coded(self, rows_NH: Floats) -> list[bytes]:
         """States of the tokens that follow those sent. The first of a text is none: the cloud makes it itself."""
-        codec, point, first = self._handoff.states, self._terms.point, int(self._sent == 0)
-        embedded_MH = self._device.embedded(self._text[self._sent + first - 1 : self._sent + len(rows_NH)])
+        codec, point, first = self._handoff.state_codec, self._terms.point, int(self._sent == 0)
+        embedded_MH = self._device.embed(self._text[self._sent + first - 1 : self._sent + len(rows_NH)])
         states = [b""] * first
         for decides, run in groupby(range(first, len(rows_NH)), lambda index: self._sent + index in self._decided):
             places = list(run)

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.weights import tensor_shapes
 from isthmus.models.language.drafts import shared_length
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import Judge
-from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.onnx.decoder import OnnxDecoder, OnnxLayers
 from isthmus.models.language.onnx.graph import Weights, exit_graph
 from isthmus.models.language.packing import Floats, matrix, unpacked
@@ -110,7 +110,7 @@ class Choice:
 class ExitingDecoder:
     """A decoder whose parts end at exits; the part behind the last exit is the cloud's. One text at a time."""
 
-    def __init__(self, handoff: Handoff, base: Weights, decoder: OnnxDecoder, threads: int) -> None:
+    def __init__(self, handoff: HandoffBundle, base: Weights, decoder: OnnxDecoder, threads: int) -> None:
         """`decoder` is that of `base`, cut at `handoff.depths`. Raises BundleError, InvalidInput."""
         if decoder.cuts != handoff.depths:
             raise InvalidInput(f"the decoder is cut at {decoder.cuts}, the exits are at {handoff.depths}")
@@ -130,16 +130,16 @@ class ExitingDecoder:
                 break
         return found
 
-    def rows(self, start: int) -> Floats:
+    def hidden_states(self, start: int) -> Floats:
         """Rows behind the last exit's depth (N, hidden), of all tokens from position `start` on."""
         last = len(self._exits) - 1
         if self._decoder.through(last) < self._decoder.length:
             self._exits[last](self._advance(last), self._decoder.ids)
         return self._rows_NH[start:]
 
-    def embedded(self, ids: Sequence[int]) -> Floats:
+    def embed(self, ids: Sequence[int]) -> Floats:
         """Rows before the first layer (N, hidden) of tokens."""
-        return self._decoder.embedded(ids)
+        return self._decoder.embed(ids)
 
     def _advance(self, index: int) -> Floats:
         rows_NH = self._decoder.advance(index)

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from isthmus.edge_agent.cli.main import chat, main, run, to_language_config
 from isthmus.edge_agent.config import EdgeConfig, LanguageConfig
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.tiny_llama import write_tiny_llama
 
 

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.http.app import create_app
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.models.errors import BundleError, InvalidInput, LinkDown
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import NEVER, StatePoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.sampling import choose, log_softmax
@@ -270,7 +270,7 @@ def test_a_bundle_of_another_model_is_refused(folder: Path, bundle: Path, tmp_pa
 def test_terms_are_the_owners(
     folder: Path, bundle: Path, settings: dict[str, Any], expected: tuple[float, int, bool]
 ) -> None:
-    manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
+    manifest = HandoffBundle.open(bundle, Checkpoint.open(folder)).manifest
     likely, point, fill = expected
     terms = HandoffSettings(likely, manifest.points[point], fill)
     assert terms_of(manifest, LanguageConfig(str(folder), **{"agreement": 0.9, **settings})) == terms
@@ -279,7 +279,7 @@ def test_terms_are_the_owners(
 
 
 def test_the_cheapest_point_that_loses_little_is_taken(folder: Path, bundle: Path) -> None:
-    manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
+    manifest = HandoffBundle.open(bundle, Checkpoint.open(folder)).manifest
     agreements = (0.9, 0.966, 0.97)
     points = tuple(
         StatePoint(context_rate=0, rate=1, mean_bytes=index, agreement=each) for index, each in enumerate(agreements)

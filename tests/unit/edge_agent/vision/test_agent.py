@@ -25,9 +25,9 @@ from isthmus.edge_agent.vision.agent import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOS
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.edge_agent.vision.result import TaskAnswer
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
 from isthmus.models.messages import CloudReply, Codec, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
 
 PROBABILITIES = ((0.25, 0.75), (0.5, 0.125, 0.375))  # of defect and colour

@@ -8,7 +8,7 @@ from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RouteEstimate,
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, resolve_request
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos.limits import MAX_FRAMING_BYTES
 
 LINK = LinkEstimate(rtt_s=0.1, bytes_per_s=1000)

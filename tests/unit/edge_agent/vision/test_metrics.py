@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.edge_agent.vision.metrics import REASONS, ROUTES, EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.result import Answer, TaskAnswer
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
+from isthmus.models.vision.bundle import Bundle
 
 SPLIT = Answer(
     label="good",

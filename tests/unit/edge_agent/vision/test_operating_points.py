@@ -4,8 +4,8 @@ import pytest
 
 from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.bundle import Bundle
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from isthmus.edge_agent.vision import payloads as module
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.request import InferenceRequest, RequestState
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.errors import PayloadTooLarge
 from isthmus.models.messages import Codec
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 

@@ -16,8 +16,8 @@ from isthmus.edge_agent.vision.request import (
     resolve_request,
     task_indices,
 )
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.bundle import Bundle
 
 Resolve = Callable[..., InferenceRequest]
 NO_OVERRIDES = Overrides()

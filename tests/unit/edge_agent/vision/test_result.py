@@ -8,7 +8,7 @@ import pytest
 
 from isthmus.edge_agent.vision.request import InferenceRequest, RequestState
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, TaskAnswer, build_answer, format_answer
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 
 DEFECT, COLOUR = TaskAnswer("bad", 1, (0.25, 0.75)), TaskAnswer("red", 0, (0.5, 0.125, 0.375))
 SPLIT = Answer(

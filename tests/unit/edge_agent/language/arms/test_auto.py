@@ -14,7 +14,7 @@ from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import Arm, GenerationRequest, Span, edge_token
 from isthmus.edge_agent.policy.arms import ArmPlan
 from isthmus.models.errors import LinkDown
-from isthmus.models.language.handoff.manifest import Level
+from isthmus.models.language.handoff.manifest import OffloadLevel
 from isthmus.models.language.sampling import Floats
 from isthmus.models.messages import GREEDY, Sampling
 from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
@@ -216,5 +216,5 @@ def test_what_a_question_really_takes_is_remembered() -> None:
     answer = auto(Cloud(BRAIN), always("edge"))
     assert answer._copy is not None
     assert len(list(answer.tokens())) == TOKENS
-    own = answer._copy.doubts.on(Level(likely=0.5, asked=0.25, wrong=0))
+    own = answer._copy.doubts.on(OffloadLevel(likely=0.5, asked=0.25, wrong=0))
     assert 0 <= own.overhead_s < 1 and own.guessed > 0.8, "its guesses are the model's choices"
