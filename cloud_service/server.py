@@ -26,12 +26,13 @@ from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.servicer import SERVICE_NAME, Servicer, attach, service_info
 from isthmus.cloud_service.vision.predictor import Predictor
 from isthmus.cloud_service.vision.worker import Worker
-from isthmus.models.bundle.bundle import Bundle, read_manifest
+from isthmus.models.bundle.files import read_manifest
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.torch.decoder import DTYPES, Decoder
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos import limits
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -108,16 +109,16 @@ async def serve(config: CloudConfig) -> None:
     log.info("drained")
 
 
-def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, list[Handoff]]:
+def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, list[HandoffBundle]]:
     """Hand-off bundles by the fingerprint of their model. Raises BundleError for one of no model here."""
     held = {checkpoint.fingerprint: checkpoint for checkpoint in checkpoints}
-    handoffs: dict[bytes, list[Handoff]] = {fingerprint: [] for fingerprint in held}
+    handoffs: dict[bytes, list[HandoffBundle]] = {fingerprint: [] for fingerprint in held}
     for folder in folders:
         base = bytes.fromhex(read_manifest(folder, HandoffManifest).base)
         if base not in held:
             names = ", ".join(f"{each.name} {each.fingerprint.hex()[:12]}…" for each in checkpoints) or "none"
             raise BundleError(f"{folder}: belongs to the model {base.hex()[:12]}…, served are {names}")
-        handoff = Handoff.open(folder, held[base])
+        handoff = HandoffBundle.open(folder, held[base])
         if handoff.fingerprint in (other.fingerprint for other in handoffs[base]):
             raise BundleError(f"{folder}: this hand-off bundle of {held[base].name} is named twice")
         handoffs[base].append(handoff)
@@ -125,7 +126,7 @@ def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) ->
 
 
 def load_model(
-    checkpoint: Checkpoint, handoffs: Sequence[Handoff], config: CloudConfig, families: EngineMetricFamilies
+    checkpoint: Checkpoint, handoffs: Sequence[HandoffBundle], config: CloudConfig, families: EngineMetricFamilies
 ) -> LanguageEngine:
     """A language model, warm. Raises BundleError, ServiceError when its answers would depend on the batch."""
     decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)

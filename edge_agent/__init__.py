@@ -1,4 +1,4 @@
-"""One device's day: the edge half of Isthmus.
+"""The device half of Isthmus.
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 with EdgeAgent(EdgeConfig(bundle="models/zoo/elpv", cloud="cloud:50051")) as agent:

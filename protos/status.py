@@ -1,4 +1,4 @@
-"""Our errors <-> gRPC status codes. Complete both ways: every error has a code, every code an error (tested)."""
+"""Map isthmus.models.errors to gRPC status codes and back. Tests check that both directions are complete."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import grpc
 from isthmus.models import errors
 from isthmus.protos.limits import MAX_ERROR_CHARACTERS
 
-# Most specific first is not needed: an error's own class is looked up, then its bases.
+# The order does not matter: an error's own class is looked up first, then its bases.
 CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
     errors.CallerError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.BundleError: grpc.StatusCode.INTERNAL,  # of the service's own bundle: no fault of this caller
+    errors.BundleError: grpc.StatusCode.INTERNAL,  # of the service's own bundle, not the caller's fault
     errors.UnknownBundle: grpc.StatusCode.NOT_FOUND,
     errors.ContextGone: grpc.StatusCode.ABORTED,
     errors.UnsupportedVersion: grpc.StatusCode.FAILED_PRECONDITION,
@@ -47,7 +47,7 @@ ERRORS: dict[grpc.StatusCode, type[errors.IsthmusError]] = {
 
 
 def of_error(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """The code and the one line a caller may see. What is not ours is INTERNAL, and its text stays here."""
+    """The status code and the one line that the caller may see. Foreign errors become INTERNAL without their text."""
     for kind in type(error).__mro__:
         if kind in CODES:
             code = CODES[kind]
@@ -58,7 +58,7 @@ def of_error(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 
 def to_error(code: grpc.StatusCode, text: str) -> errors.IsthmusError:
-    """The error that a status from the other side means."""
+    """The error for a status received from the cloud."""
     kind = ERRORS.get(code, errors.ServiceError)
     return kind(f"cloud: {code.name}: {text[:MAX_ERROR_CHARACTERS]}")
 

@@ -1,9 +1,10 @@
-"""isthmus.models.messages <-> messages. Bytes from outside are checked here before anything is allocated for them.
-
-Knows nothing about channels, queues or networks; `status` turns what is raised here into gRPC codes.
+"""Convert isthmus.models.messages to and from the protobuf messages of `Infer` and `Describe`.
 
     CloudRequest -> pack_request -> InferRequest ~~~ InferRequest -> unpack_request -> CloudRequest
-    CloudReply  -> pack_answer -> InferResponse ~~~ InferResponse -> unpack_answer -> CloudReply or an error
+    CloudReply -> pack_answer -> InferResponse ~~~ InferResponse -> unpack_answer -> CloudReply or an error
+
+Every message from outside is validated here, before anything is allocated for it. Knows nothing about channels, queues
+or networks; `status` maps the errors raised here to gRPC status codes.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 UINT32 = (1 << 32) - 1
 MICROSECONDS = 1_000_000
-FIRST_TASK = 1  # its bit
+FIRST_TASK = 1  # the bit of task 0
 
 
 def pack_request(request: CloudRequest) -> pb.InferRequest:
-    """Raises DeadlineExceeded when less than a millisecond is left, InvalidInput for what no bundle can have."""
+    """Raises DeadlineExceeded when less than a millisecond is left, InvalidInput for a tap, rate or task too large."""
     budget_ms = min(request.budget_s * 1000, limits.MAX_BUDGET_MS)
     if not budget_ms >= 1:
-        raise DeadlineExceeded("less than a millisecond is left to ask the cloud")
+        raise DeadlineExceeded("less than a millisecond is left for the cloud")
     payload = request.payload
     message = pb.InferRequest(
         wire_version=limits.WIRE_VERSION,
@@ -63,8 +64,8 @@ def pack_request(request: CloudRequest) -> pb.InferRequest:
 def unpack_request(message: pb.InferRequest) -> CloudRequest:
     """Raises UnsupportedVersion, InvalidInput, PayloadTooLarge or PayloadCorrupt, each naming what was expected.
 
-    `fingerprint` of the result is the short form that was sent. Tap, rate and tasks are any that fit into their fields:
-    the bundle knows which of them it has.
+    `fingerprint` of the result is the short form that was sent. Tap, rate and tasks are checked against the limits of
+    the wire only; whether the bundle has them is checked later.
     """
     if message.wire_version != limits.WIRE_VERSION:
         raise UnsupportedVersion(f"wire version {message.wire_version}, this service reads {limits.WIRE_VERSION}")
@@ -75,7 +76,9 @@ def unpack_request(message: pb.InferRequest) -> CloudRequest:
     if message.codec not in [int(codec) for codec in Codec]:
         raise InvalidInput(f"codec {message.codec} is unknown, expected one of {[int(codec) for codec in Codec]}")
     if len(message.payload) > limits.MAX_IMAGE_BYTES:
-        raise PayloadTooLarge(f"payload has {len(message.payload)} bytes, at most {limits.MAX_IMAGE_BYTES} are taken")
+        raise PayloadTooLarge(
+            f"payload has {len(message.payload)} bytes, at most {limits.MAX_IMAGE_BYTES} are accepted"
+        )
     codec = Codec(message.codec)
     if codec is Codec.IMAGE and message.point:
         raise InvalidInput(f"point is {message.point}, expected 0 for a whole image")
@@ -127,9 +130,10 @@ def pack_error(request_id: int, error: Exception) -> pb.InferResponse:
 
 
 def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudReply:
-    """`labels`: the number of classes of each task that was asked for, in the bundle's order.
+    """`labels`: the number of classes of each requested task, in the bundle's order.
 
-    Raises the error that the response carries, or InvalidInput unless it holds as many probabilities, sum 1 a task.
+    Raises the error that the response carries, or InvalidInput unless it holds that many probabilities and those of
+    each task sum to 1.
     """
     if message.HasField("error"):
         raise status.to_error(status.code_of(message.error.code), message.error.message)
@@ -139,7 +143,7 @@ def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudRepl
     answers = tuple(tuple(itertools.islice(rest, count)) for count in labels)
     for answer in answers:
         if not all(0 <= p <= 1 for p in answer) or not math.isclose(sum(answer), 1, abs_tol=1e-3):
-            raise InvalidInput("the cloud sent numbers that are not probabilities")
+            raise InvalidInput("the cloud sent values that are not probabilities")
     return CloudReply(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
 
 
@@ -168,18 +172,18 @@ def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
 
 
 def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
-    """Raises UnsupportedVersion for another wire version, InvalidInput for a list that cannot be true."""
+    """Raises UnsupportedVersion for another wire version, InvalidInput for values out of range."""
     if message.wire_version != limits.WIRE_VERSION:
         raise UnsupportedVersion(
-            f"the service reads wire version {message.wire_version}, we write {limits.WIRE_VERSION}"
+            f"the service reads wire version {message.wire_version}, this device writes {limits.WIRE_VERSION}"
         )
     if len(message.bundles) + len(message.models) > limits.MAX_BUNDLES:
         raise InvalidInput(f"the service lists {len(message.bundles)} bundles, at most {limits.MAX_BUNDLES} are read")
     for m in message.models:
         if len(m.fingerprint) != limits.FINGERPRINT_BYTES or not m.vocab or not m.context:
-            raise InvalidInput("the service lists a model whose fingerprint, vocabulary or context cannot be true")
+            raise InvalidInput("the service lists a model with an invalid fingerprint, vocabulary or context")
         if len(m.handoffs) > limits.MAX_BUNDLES or {*map(len, m.handoffs)} - {limits.FINGERPRINT_BYTES}:
-            raise InvalidInput("the service lists a model whose hand-offs' fingerprints cannot be true")
+            raise InvalidInput("the service lists a model with invalid fingerprints of handoff bundles")
     bundles = tuple(unpack_bundle(bundle) for bundle in message.bundles)
     models = tuple(
         ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics, tuple(m.handoffs)) for m in message.models
@@ -188,16 +192,18 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
 
 
 def unpack_bundle(message: pb.Bundle) -> BundleInfo:
-    """Raises InvalidInput for a bundle that cannot be."""
-    counted = (
+    """Raises InvalidInput for values out of range."""
+    valid = (
         len(message.fingerprint) == limits.FINGERPRINT_BYTES
         and 1 <= len(message.tasks) <= limits.MAX_TASKS
         and 1 <= len(message.taps) <= limits.MAX_TAPS
         and all(2 <= task.labels <= limits.MAX_LABELS for task in message.tasks)
         and all(1 <= tap.rates <= limits.MAX_RATES for tap in message.taps)
     )
-    if not counted:
-        raise InvalidInput("the service lists a bundle whose fingerprint, labels or rates cannot be true")
+    if not valid:
+        raise InvalidInput(
+            "the service lists a bundle with an invalid fingerprint, number of labels or number of rates"
+        )
     tasks = tuple(TaskInfo(task.name, task.labels) for task in message.tasks)
     return BundleInfo(
         message.fingerprint, message.name, tasks, tuple(TapInfo(tap.name, tap.rates) for tap in message.taps)
@@ -205,7 +211,7 @@ def unpack_bundle(message: pb.Bundle) -> BundleInfo:
 
 
 def checksum(message: pb.InferRequest) -> int:
-    """CRC-32 over everything that decides how the payload is read, and what is answered."""
+    """CRC-32 over the payload and every field that determines how it is decoded and which tasks are answered."""
     head = struct.pack("<QiII", message.bundle, message.codec, message.point, message.tasks)
     return zlib.crc32(message.payload, zlib.crc32(head))
 

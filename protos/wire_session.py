@@ -1,7 +1,9 @@
-"""isthmus.models.messages <-> messages of `Generate`. Checked here, before anything is allocated for them.
+"""Convert isthmus.models.messages to and from the protobuf messages of `Generate`.
 
-Opening, Round -> pack_opening, pack_round -> GenerateRequest ~~~ unpack_generate -> Opening or Round
-Committed -> pack_committed -> GenerateResponse ~~~ unpack_committed -> Committed or an error
+    Opening, Round -> pack_opening, pack_round -> GenerateRequest ~~~ unpack_generate -> Opening or Round
+    Committed -> pack_committed -> GenerateResponse ~~~ unpack_committed -> Committed or an error
+
+Every message from outside is validated here, before anything is allocated for it.
 """
 
 from __future__ import annotations
@@ -71,9 +73,9 @@ def unpack_opening(message: pb.Open) -> Opening:
         raise InvalidInput(f"session has {len(message.session)} bytes, expected {SESSION_BYTES}")
     total = message.start + len(message.tokens)
     if message.handoff and message.tokens:
-        raise InvalidInput(f"{len(message.tokens)} tokens without states in a hand-off, expected none")
+        raise InvalidInput(f"{len(message.tokens)} tokens without hidden states in a handoff session, expected none")
     if not message.handoff and (message.rate or message.context_rate):
-        raise InvalidInput("a rate of hidden states, and no hand-off that they are of")
+        raise InvalidInput("a rate of hidden states without a handoff bundle")
     if not message.handoff and not total:
         raise InvalidInput("the session has no tokens, expected at least 1")
     if total > limits.MAX_TOKENS:
@@ -81,8 +83,8 @@ def unpack_opening(message: pb.Open) -> Opening:
     if not message.start and (found := checksum(message.tokens)) != message.crc32:
         raise PayloadCorrupt(f"CRC-32 of the tokens is {found:08x}, the opening says {message.crc32:08x}")
     if message.logprobs > limits.MAX_LOGPROBS + 1:
-        raise InvalidInput(f"logprobs asks for {message.logprobs - 1}, at most {limits.MAX_LOGPROBS} are given")
-    # A float32 of the wire is rounded, so that 1.1 stays what was asked: noise and threshold depend on it.
+        raise InvalidInput(f"logprobs is {message.logprobs - 1}, expected at most {limits.MAX_LOGPROBS}")
+    # Rounding undoes the wire's float32, so that 1.1 stays 1.1: sampling depends on the exact value at both ends.
     sampling = Sampling(round(message.temperature, 6), round(message.top_p, 6), message.seed)
     return Opening(
         model=message.model,
@@ -103,11 +105,11 @@ def unpack_round(message: pb.Round) -> Round:
     if message.states:
         return unpack_states(message)
     if message.crc32:
-        raise PayloadCorrupt("the round has a CRC-32 of states, and no states")
+        raise PayloadCorrupt("the round has a CRC-32 of hidden states and no hidden states")
     if message.decided:
-        raise InvalidInput("the round says which states decided, and has no states")
+        raise InvalidInput("the round has `decided` indices and no hidden states")
     if len(message.draft) > limits.MAX_DRAFT:
-        raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, at most {limits.MAX_DRAFT} are verified")
+        raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, expected at most {limits.MAX_DRAFT}")
     if not 1 <= message.base <= limits.MAX_TOKENS:
         raise InvalidInput(f"base is {message.base}, expected 1 to {limits.MAX_TOKENS}")
     if message.extend > limits.MAX_TOKENS:
@@ -116,12 +118,14 @@ def unpack_round(message: pb.Round) -> Round:
 
 
 def unpack_states(message: pb.Round) -> Round:
-    """A round of a hand-off. The bundle's own cap of a state is for the session to keep."""
+    """A round of a handoff session. The session itself checks the bundle's own limit on the size of a state."""
     count = len(message.states)
     if count > limits.MAX_STATES:
         raise PayloadTooLarge(f"the round has {count} states, expected at most {limits.MAX_STATES}")
     if len(message.draft) != count:
-        raise InvalidInput(f"the round has {len(message.draft)} tokens and {count} states, expected as many")
+        raise InvalidInput(
+            f"the round has {len(message.draft)} tokens and {count} states, expected as many states as tokens"
+        )
     if (size := max(map(len, message.states))) > limits.MAX_STATE_BYTES:
         raise PayloadTooLarge(f"a state has {size} bytes, expected at most {limits.MAX_STATE_BYTES}")
     if message.base + count > limits.MAX_TOKENS:
@@ -163,11 +167,11 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
     if message.HasField("error"):
         raise status.to_error(status.code_of(message.error.code), message.error.message)
     if message.accepted > limits.MAX_DRAFT or len(message.tokens) > limits.MAX_TOKENS:
-        raise InvalidInput("the cloud committed more tokens than it was asked for")
+        raise InvalidInput("the cloud committed more tokens than a round allows")
     if any(id_ >= vocab for id_ in message.tokens):
-        raise InvalidInput(f"the cloud sent a token outside of the vocabulary of {vocab}")
+        raise InvalidInput(f"the cloud sent a token outside the vocabulary of {vocab}")
     if len(message.logprobs) > message.accepted + len(message.tokens):
-        raise InvalidInput("the cloud sent log probabilities of more tokens than it committed")
+        raise InvalidInput("the cloud sent more log probabilities than committed tokens")
     return Committed(
         base=message.base,
         accepted=message.accepted,
@@ -184,9 +188,9 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
 def unpack_logprobs(row: pb.Logprobs, vocab: int) -> Logprobs:
     values = [row.own, *row.values]
     if not len(row.tokens) == len(row.values) <= limits.MAX_LOGPROBS or any(id_ >= vocab for id_ in row.tokens):
-        raise InvalidInput("the cloud sent log probabilities of tokens that do not exist")
+        raise InvalidInput("the cloud sent log probabilities of unknown tokens")
     if not all(math.isfinite(value) and value <= 1e-3 for value in values):
-        raise InvalidInput("the cloud sent numbers that are not log probabilities")
+        raise InvalidInput("the cloud sent values that are not log probabilities")
     return Logprobs(row.own, tuple(zip(row.tokens, row.values, strict=True)))
 
 
@@ -196,7 +200,7 @@ def checksum(tokens: Sequence[int]) -> int:
 
 
 def states_checksum(message: pb.Round) -> int:
-    """CRC-32 of base, extend, draft, decided, and each state behind its size; numbers as little-endian uint32."""
+    """CRC-32 of base, extend, draft, decided, then each state's size and bytes; integers as little-endian uint32."""
     crc = checksum([message.base, message.extend, *message.draft, *message.decided])
     for state in message.states:
         crc = zlib.crc32(state, zlib.crc32(struct.pack("<I", len(state)), crc))

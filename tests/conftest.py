@@ -16,11 +16,11 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from isthmus.models.bundle import bundle as bundles
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.bundle.files import MANIFEST, fingerprint_of, write_bundle
 from isthmus.models.codecs import checkerboard as contextual
 from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS
 from isthmus.models.codecs.tables import SHAPES
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Manifest, TapArchitecture
 from isthmus.models.vision.split import SplitClassifier
 from tests.tiny_bundle import SIDE, TINY, random_split, write_tiny_bundle
@@ -77,20 +77,20 @@ def photo() -> Image.Image:
 
 @dataclass(frozen=True)
 class Parts:
-    """What `models.bundle.bundle.write` takes; `write` and `tamper` put it on disk, whole or broken."""
+    """What `models.bundle.files.write_bundle` takes; `write` and `tamper` put it on disk, whole or broken."""
 
     manifest: dict[str, Any]
     files: dict[str, bytes]
 
     def write(self, folder: Path) -> Path:
-        return bundles.write(folder, self.manifest, self.files, Manifest)
+        return write_bundle(folder, self.manifest, self.files, Manifest)
 
     def tamper(self, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
         """Write, then change the manifest's content; its fingerprint is made true again."""
-        path = self.write(folder) / bundles.MANIFEST
+        path = self.write(folder) / MANIFEST
         content = json.loads(path.read_bytes())
         change(content)
-        content["fingerprint"] = bundles.fingerprint_of(content)
+        content["fingerprint"] = fingerprint_of(content)
         path.write_text(json.dumps(content), encoding="utf-8")
         return folder
 

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from isthmus.models.bundle import bundle as bundles
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.bundle.files import write_bundle
 from isthmus.models.codecs.checkerboard import Tables
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.vision.export import Parts, Trained, TrainedTap, halve, head_parts
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Architecture, Manifest, Preprocessing, TapArchitecture, Task
 from isthmus.models.vision.split import SplitClassifier
 
@@ -103,11 +103,11 @@ def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
     ranges = random_images(4, seed=9)
     parts = head_parts(Trained(split, tuple(trained_taps), tasks, TINY, PREPROCESSING, ranges))
     files = {**parts.files, "weights.safetensors": safetensors.torch.save(weights)}
-    return Bundle.open(bundles.write(folder, manifest_of(parts), files, Manifest))
+    return Bundle.open(write_bundle(folder, manifest_of(parts), files, Manifest))
 
 
 def manifest_of(parts: Parts) -> dict[str, Any]:
-    """What `bundle.write` wants to know. The wider and the richer, the more agreement and the more bytes."""
+    """A manifest for `write_bundle`. The wider and the richer, the more agreement and the more bytes."""
     for segment in parts.segments:
         segment["macs"] = 10_000_000
     for tap, built in zip(parts.taps, TINY.taps, strict=True):

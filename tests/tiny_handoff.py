@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.models.bundle import bundle
+from isthmus.models.bundle.files import write_bundle
 from isthmus.models.codecs import checkerboard as contextual
 from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS, PHASES
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
         },
         "scores": {},
     }
-    return bundle.write(folder, manifest, files, HandoffManifest)
+    return write_bundle(folder, manifest, files, HandoffManifest)
 
 
 def exit_of(checkpoint: Checkpoint, depth: int, seed: int) -> dict[str, NDArray[Any]]:

@@ -20,8 +20,8 @@ from isthmus.cloud_service.language.sessions import IDLE_S, EventQueue, Session,
 from isthmus.cloud_service.vision.batching import Candidate, next_pass
 from isthmus.models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.torch.decoder import Decoder, check_rows
+from isthmus.models.language.handoff.bundle import HandoffBundle
+from isthmus.models.language.torch.decoder import Decoder, check_batch_invariance
 from isthmus.models.messages import ModelInfo, Opening, Round
 from isthmus.protos.limits import MAX_ROUNDS
 
@@ -39,7 +39,7 @@ class LanguageEngine:
         decoder: Decoder,
         budget_bytes: int,
         metrics: EngineMetrics,
-        handoffs: Sequence[Handoff] = (),
+        handoffs: Sequence[HandoffBundle] = (),
     ) -> None:
         """Raises BundleError when the fill of a hand-off does not fit the model."""
         config, dtype = checkpoint.config, str(decoder.dtype).removeprefix("torch.")
@@ -65,13 +65,13 @@ class LanguageEngine:
         Raises ServiceError when they do. Threads share rows of attention, and on some machines not to the last bit.
         """
         try:
-            check_rows(self._decoder)
+            check_batch_invariance(self._decoder)
         except ServiceError:
             if torch.get_num_threads() == 1:
                 raise
             self._metrics.log_warning("kernels give rows other bits when threads share them: computing with one thread")
             torch.set_num_threads(1)
-            check_rows(self._decoder)
+            check_batch_invariance(self._decoder)
 
     async def open(self, opening: Opening, answers: EventQueue) -> Session:
         """A session with these tokens, its state taken over as far as it is held. What follows goes to `answers`.

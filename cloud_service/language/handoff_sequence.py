@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from isthmus.cloud_service.language.sequence import ScheduledWork
 from isthmus.models.errors import InvalidInput, PayloadTooLarge
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS
 from isthmus.models.language.sampling import Floats, choose, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.kv_fill import EXACT_LAST
 from isthmus.models.messages import Committed, Logprobs, Opening, Round, Sampling
 
 FILL_ROWS = 32  # of one session beside a pass: decoding their states takes some 10 ms, which others wait
@@ -110,7 +110,7 @@ class HandoffSequence:
         work = self.work
         if not self.fill or work is None:
             return 0
-        exact = work.extend if work.base else work.extend * EXACT_ROWS
+        exact = work.extend if work.base else work.extend * EXACT_LAST
         return max(left - exact, 0)
 
     def id_at(self, position: int) -> int:

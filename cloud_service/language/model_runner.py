@@ -20,10 +20,10 @@ from torch import Tensor
 from isthmus.cloud_service.language.handoff_sequence import HandoffSequence
 from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import InvalidInput, IsthmusError
-from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.handoff.kv_fill import KVFill
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import Floats
 from isthmus.models.language.torch.decoder import Decoder, Span
+from isthmus.models.language.torch.kv_fill import KVFill
 from isthmus.models.messages import Committed, Opening
 from isthmus.protos.limits import BUNDLE_ID_BYTES, MAX_STATE_BYTES
 
@@ -49,7 +49,7 @@ class StepResult:
 class FullRunner:
     """Passes over all layers, for sessions of tokens."""
 
-    def __init__(self, decoder: Decoder, eos_ids: frozenset[int], handoffs: Sequence[Handoff]) -> None:
+    def __init__(self, decoder: Decoder, eos_ids: frozenset[int], handoffs: Sequence[HandoffBundle]) -> None:
         self.decoder, self.empty = decoder, decoder.new_cache()
         self._eos_ids, self._handoffs = eos_ids, sorted(handoffs, key=lambda handoff: handoff.depth)
         self._short: dict[int, PrefixRunner] = {}
@@ -101,12 +101,12 @@ class FullRunner:
 class PrefixRunner:
     """Passes over the first layers alone, for positions that decide nothing; the later ones' state in closed form."""
 
-    def __init__(self, handoff: Handoff, decoder: Decoder, prefill_layers: int) -> None:
+    def __init__(self, handoff: HandoffBundle, decoder: Decoder, prefill_layers: int) -> None:
         """`decoder`: the whole model. `prefill_layers`: layers, from the hand-off's depth on."""
         depth = handoff.depth
         self._lower = decoder[:depth]
         self._between = decoder[depth:prefill_layers] if prefill_layers > depth else None
-        self._fill = KVFill(*handoff.fill(), decoder[depth:], prefill_layers - depth)
+        self._fill = KVFill(*handoff.kv_fill(), decoder[depth:], prefill_layers - depth)
 
     def run(self, parts: Sequence[Part]) -> StepResult:
         """One forward pass, which ends no round."""
@@ -133,14 +133,14 @@ class PrefixRunner:
 class SuffixRunner:
     """Passes over the layers behind a hand-off's cut, for sessions of hidden states."""
 
-    def __init__(self, handoff: Handoff, decoder: Decoder) -> None:
+    def __init__(self, handoff: HandoffBundle, decoder: Decoder) -> None:
         """`decoder`: the whole model. Raises BundleError when the fill does not fit it."""
         self.name = handoff.fingerprint[:BUNDLE_ID_BYTES]
         self.decoder = decoder[handoff.depth :]
         self.empty = self.decoder.new_cache()
-        self._depth, self._states = handoff.depth, handoff.states
+        self._depth, self._states = handoff.depth, handoff.state_codec
         self._max_state_bytes = min(handoff.manifest.max_state_bytes, MAX_STATE_BYTES)
-        self._fill = KVFill(*handoff.fill(), self.decoder)
+        self._fill = KVFill(*handoff.kv_fill(), self.decoder)
         self._lower = decoder[: handoff.depth]
         self._first_row = lru_cache(FIRST_TOKENS)(self._make_first_row)
 

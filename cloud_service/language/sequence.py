@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.language.handoff.kv_fill import FIRST_ROWS, exact_rows
 from isthmus.models.language.sampling import Floats, choose, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.kv_fill import EXACT_FIRST, exact_last
 from isthmus.models.messages import Committed, Logprobs, Opening, Round
 
 
@@ -55,8 +55,8 @@ class TokenSequence:
     def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
         self.tokens = list(tokens)
         self.prefill_layers = opening.prefill_layers
-        guessed = len(tokens) - exact_rows(len(tokens)) if opening.prefill_layers else 0
-        self._guessed = range(FIRST_ROWS, max(guessed, FIRST_ROWS))  # may skip the upper layers
+        guessed = len(tokens) - exact_last(len(tokens)) if opening.prefill_layers else 0
+        self._guessed = range(EXACT_FIRST, max(guessed, EXACT_FIRST))  # may skip the upper layers
         self.cache: KVCache | None = None
         self.work: ScheduledWork | None = None
         self._sampling, self._logprobs = opening.sampling, opening.logprobs

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
 from isthmus.models.messages import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
 from isthmus.models.vision.tail import open_tail
 

@@ -15,7 +15,7 @@ from isthmus.edge_agent.config import MODES, EdgeConfig, LanguageConfig, Tls, Wh
 from isthmus.edge_agent.policy.arms import ARMS
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.vision.agent import EdgeAgent
-from isthmus.edge_agent.vision.result import page
+from isthmus.edge_agent.vision.result import format_answer
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.messages import Sampling
 from isthmus.models.vision.manifest import Precision
@@ -197,7 +197,7 @@ def infer(
                 click.echo(f"error: {file}: {error}", err=True)
                 continue
             row = {"file": str(file), **answer.as_dict()}
-            click.echo(json.dumps(row) if as_json else "\n".join(page(str(file), answer)))
+            click.echo(json.dumps(row) if as_json else "\n".join(format_answer(str(file), answer)))
     sys.exit(1 if failed else 0)
 
 
@@ -278,7 +278,7 @@ def chat(
 def open_photos(config: EdgeConfig, registry: Any) -> tuple[EdgeAgent, Any]:
     """An agent for photos and its metrics, or the end of the program with one line."""
     from isthmus.edge_agent.vision.metrics import EdgeMetrics
-    from isthmus.models.bundle.bundle import read_manifest
+    from isthmus.models.bundle.files import read_manifest
     from isthmus.models.vision.manifest import Manifest
 
     try:

@@ -28,7 +28,7 @@ from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
 
@@ -52,7 +52,7 @@ class LanguageAgent:
         self._vocab = min(checkpoint.config.vocab, small.config.vocab)  # they may be padded differently
         self._metrics = metrics
         handoff = open_handoff(config, checkpoint)
-        local_entry = handoff[0].copy(config.device_bits) if handoff else None
+        local_entry = handoff[0].local_model(config.device_bits) if handoff else None
         confidence_head, levels = local_entry or (None, ())
         estimate = estimate_of(handoff[0].manifest, handoff[1], checkpoint.config) if handoff else None
         router = Router(config, levels, estimate)
@@ -138,11 +138,11 @@ def open_local(config: LanguageConfig, checkpoint: Checkpoint) -> Checkpoint:
     return small
 
 
-def open_handoff(config: LanguageConfig, checkpoint: Checkpoint) -> tuple[Handoff, HandoffSettings] | None:
+def open_handoff(config: LanguageConfig, checkpoint: Checkpoint) -> tuple[HandoffBundle, HandoffSettings] | None:
     """The handoff bundle, and how to use it. Raises BundleError, InvalidInput."""
     if not config.handoff:
         return None
-    handoff = Handoff.open(config.handoff, checkpoint)
+    handoff = HandoffBundle.open(config.handoff, checkpoint)
     if config.device_model:
         raise InvalidInput("handoff shares one model by layers: a device model of its own has no part in that")
     return handoff, settings_of(handoff.manifest, config)

@@ -23,7 +23,7 @@ from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.drafts import Draft, LookupDraft
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import Floats
 
 
@@ -37,7 +37,7 @@ class Resources:
     replicas: Replicas
     router: Router
     confidence_head: Callable[[Floats, Sequence[int]], float] | None
-    handoff: tuple[Handoff, HandoffSettings] | None
+    handoff: tuple[HandoffBundle, HandoffSettings] | None
 
 
 class Generation:

@@ -106,9 +106,9 @@ class LocalModel:
             if cache.owner is session:
                 cache.owner = None
 
-    def embedded(self, ids: Sequence[int]) -> Floats:
+    def embed(self, ids: Sequence[int]) -> Floats:
         """Embeddings (N, hidden) of tokens, which no KV cache is needed for."""
-        return self._caches[0].decoder.embedded(ids)
+        return self._caches[0].decoder.embed(ids)
 
     def record_latency(self, seconds: float) -> None:
         """What a single token took."""
@@ -162,9 +162,9 @@ class LocalSession:
         with self._model.lock:
             return self._exits(tokens).hidden_states(tokens, start)
 
-    def embedded(self, ids: Sequence[int]) -> Floats:
+    def embed(self, ids: Sequence[int]) -> Floats:
         """Embeddings (N, hidden) of tokens."""
-        return self._model.embedded(ids)
+        return self._model.embed(ids)
 
     def close(self) -> None:
         """Leave the KV cache to others."""

@@ -18,7 +18,7 @@ from isthmus.edge_agent.policy.arms import (
     level_for,
 )
 from isthmus.edge_agent.policy.speculation import Acceptance, SpeculationStats
-from isthmus.models.language.handoff.manifest import Level
+from isthmus.models.language.handoff.manifest import OffloadLevel
 
 PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a local model with so many bits, until its own are known
 
@@ -26,7 +26,7 @@ PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a local model with so many
 class Router:
     """What is known of the local model, of drafts and of the cloud's speed, over many answers."""
 
-    def __init__(self, config: LanguageConfig, levels: Sequence[Level], handoff: HandoffEstimate | None) -> None:
+    def __init__(self, config: LanguageConfig, levels: Sequence[OffloadLevel], handoff: HandoffEstimate | None) -> None:
         """`levels`: of the local model's confidence; none without a bundle that has them."""
         self._config, self._levels, self._handoff = config, tuple(levels), handoff
         prior = 1 - self._levels[0].wrong if self._levels else PRIOR_ACCEPTANCE[config.device_bits]

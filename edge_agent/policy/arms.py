@@ -23,7 +23,7 @@ from typing import Literal
 from isthmus.edge_agent.policy.estimates import Average
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
-from isthmus.models.language.handoff.manifest import Level
+from isthmus.models.language.handoff.manifest import OffloadLevel
 
 Arm = Literal["auto", "edge", "cloud", "verify", "handoff"]  # auto: the router chooses, token by token
 ARMS: tuple[Arm, ...] = ("auto", "edge", "cloud", "verify", "handoff")
@@ -145,7 +145,7 @@ class ConfidenceStats:
         self._guesses.append(guessed)
         self._overhead_s.observe(overhead_s)
 
-    def local_estimate(self, level: Level) -> LocalEstimate:
+    def local_estimate(self, level: OffloadLevel) -> LocalEstimate:
         """The local model at a level, by what the bundle says and what was seen."""
         seen = sum(likely < level.likely for likely in self._likely)
         offload_rate = (PRIOR_TOKENS * level.asked + seen) / (PRIOR_TOKENS + len(self._likely))
@@ -164,7 +164,7 @@ class ConfidenceStats:
             self._likely.popleft()
 
 
-def level_for(levels: Sequence[Level], quality: float) -> Level | None:
+def level_for(levels: Sequence[OffloadLevel], quality: float) -> OffloadLevel | None:
     """The level that queries least and keeps the quality; None when none does. `levels` rise."""
     return next((level for level in levels if 1 - level.wrong >= quality), None)
 

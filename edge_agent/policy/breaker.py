@@ -1,4 +1,4 @@
-"""Circuit breaker: a cloud that fails is left alone, then probed, so that it costs no request after the first few.
+"""Circuit breaker: after a few failures no request goes to the cloud until a probe has found it again.
 
 closed --failures in a row--> open --probe answered--> half open --request answered--> closed
                                ^------------------------------------request failed------'
@@ -15,7 +15,7 @@ STATES: tuple[State, ...] = ("closed", "open", "half_open")
 
 @dataclass(frozen=True, slots=True)
 class BreakerLimits:
-    """`failures` in a row open it; probes follow after `first_s`, then twice as long each time, up to `last_s`."""
+    """`failures` in a row open it. Probes wait `first_s`, then twice as long each time, up to `last_s`."""
 
     failures: int = 3
     first_s: float = 0.5
@@ -23,7 +23,7 @@ class BreakerLimits:
 
 
 class Breaker:
-    """Starts open: the first probe decides whether there is a cloud."""
+    """Starts open: the first probe decides whether the cloud may be used."""
 
     def __init__(self, limits: BreakerLimits = BreakerLimits()) -> None:
         self._limits = limits
@@ -33,27 +33,27 @@ class Breaker:
         self.state: State = "open"
         self.probe_at_s = float("-inf")
 
-    def take(self) -> bool:
-        """Whether a request may go to the cloud now; while half open, one at a time."""
+    def allow_request(self) -> bool:
+        """Whether a request may be sent now. Half open, it admits one trial request at a time."""
         if self.state == "half_open" and not self._trial:
             self._trial = True
             return True
         return self.state == "closed"
 
-    def succeeded(self) -> None:
-        """A request was answered, whatever the answer."""
+    def record_success(self) -> None:
+        """A request was answered, if only with an error of the caller."""
         if self.state != "open":
             self.state, self._failed, self._trial = "closed", 0, False
             self._cooldown_s = self._limits.first_s
 
-    def failed(self, now_s: float) -> None:
-        """A request met a dead, late or overloaded cloud."""
+    def record_failure(self, now_s: float) -> None:
+        """A request failed because the cloud is down, late or overloaded."""
         self._failed += 1
         if self.state == "half_open" or (self.state == "closed" and self._failed >= self._limits.failures):
             self._open(now_s)
 
-    def probed(self, answered: bool, now_s: float) -> None:
-        """A probe came back, or did not."""
+    def record_probe(self, answered: bool, now_s: float) -> None:
+        """A probe was answered, or failed. Ignored unless open."""
         if self.state != "open":
             return
         if answered:

@@ -1,32 +1,32 @@
-"""What the device believes of link and processors, learnt from what it measured."""
+"""Estimates of the link and of the latency of graphs, updated by measurements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORGET = 0.98  # an observation counts half after 34 others
-MEMORY_BYTES2 = 1000.0**2  # spread of sizes below which the old bandwidth is believed rather than the new points
-OUTLIER = 4.0  # an observation counts at most this many predictions: one stall is no slow link, no busy device
-LOAD_WEIGHT = 0.2  # of one graph's run in what is believed of the device's load
-OWN_WEIGHT = 0.01  # of one run in what the graph is believed to take by itself: almost all that changes is the load
+FORGET = 0.98  # the weight of an observation halves after 34 others
+MEMORY_BYTES2 = 1000.0**2  # variance of sizes below which the old bandwidth counts more than new observations
+OUTLIER = 4.0  # an observation is clipped to this many predictions: one stall is no slow link or busy device
+LOAD_WEIGHT = 0.2  # of one run of a graph in the device's load
+IDLE_WEIGHT = 0.01  # of one run in the graph's idle latency: nearly all change is a change of load
 
 
 @dataclass(frozen=True, slots=True)
 class LinkEstimate:
-    """An upload of b bytes is answered after `rtt_s` + b / `bytes_per_s`, cloud time apart."""
+    """An upload of b bytes is answered after `rtt_s` + b / `bytes_per_s`, without the cloud's own time."""
 
     rtt_s: float
     bytes_per_s: float
 
     def transfer_s(self, up_bytes: float) -> float:
+        """Predicted seconds from sending `up_bytes` to the reply, without the cloud's own time."""
         return self.rtt_s + up_bytes / self.bytes_per_s
 
 
 class LinkEstimator:
-    """Least squares of seconds over bytes, old observations forgotten exponentially.
+    """Least squares of seconds over bytes, with exponential forgetting.
 
-    When all uploads are of about one size they say nothing about bandwidth; then the last slope is kept and only the
-    round trip moves.
+    Uploads of about one size carry no information about bandwidth; they leave the slope and move only the round trip.
     """
 
     def __init__(self, prior: LinkEstimate = LinkEstimate(rtt_s=0.05, bytes_per_s=250_000)) -> None:
@@ -36,7 +36,7 @@ class LinkEstimator:
         self._bytes2 = self._bytes_seconds = 0.0  # decayed central sums
 
     def observe(self, up_bytes: int, seconds: float) -> None:
-        """One exchange: bytes sent, seconds until the answer less what the cloud spent on it."""
+        """One exchange: bytes sent, and seconds until the reply less the cloud's own time."""
         seconds = max(seconds, 0.0)
         if self._weight >= 3:
             seconds = min(seconds, OUTLIER * self.estimate.transfer_s(up_bytes))
@@ -52,6 +52,7 @@ class LinkEstimator:
 
     @property
     def estimate(self) -> LinkEstimate:
+        """The fit so far; the prior before the first observation."""
         if not self._weight:
             return LinkEstimate(self._prior_rtt_s, 1 / self._slope)
         return LinkEstimate(max(self._seconds - self._slope * self._bytes, 0.0), 1 / self._slope)
@@ -70,35 +71,35 @@ class Average:
         self.value += (value - self.value) * max(self._weight, 1 / self._count)
 
 
-class Load:
-    """How many times longer graphs take now than when the device was calibrated; one for all graphs of a device."""
+class DeviceLoad:
+    """Current latency of graphs over their idle latency: one factor for all graphs of a device."""
 
     def __init__(self) -> None:
         self.value = 1.0
 
 
-class GraphSeconds:
-    """Seconds that one graph takes: its own, slow to change, times the load of the moment.
+class GraphLatency:
+    """Predicted latency of one graph in seconds: its idle latency, which changes slowly, times the device's load.
 
-    What slows one graph down is expected to slow down every other: a busy device shows in the estimates of all graphs,
-    not only in that of the one last run, and so it shows when it is idle again.
+    A run of any graph updates the load, and so the predictions for all of them.
     """
 
-    def __init__(self, prior_s: float, load: Load) -> None:
-        self._alone = Average(prior_s)
+    def __init__(self, prior_s: float, load: DeviceLoad) -> None:
+        self._idle = Average(prior_s)
         self._load = load
 
     @property
     def value(self) -> float:
-        return self._alone.value * self._load.value
+        """Predicted seconds of the next run."""
+        return self._idle.value * self._load.value
 
     def calibrate(self, seconds: float) -> None:
-        """One run while the device does nothing else, as far as anyone knows."""
-        self._alone.observe(seconds)
+        """Record a run on an otherwise idle device, in seconds."""
+        self._idle.observe(seconds)
 
     def observe(self, seconds: float) -> None:
-        """One run in service."""
-        alone_s, load = max(self._alone.value, 1e-9), self._load.value
-        seconds = min(seconds, OUTLIER * alone_s * load)
-        self._alone.value = alone_s + OWN_WEIGHT * (seconds / max(load, 1e-9) - alone_s)
-        self._load.value += LOAD_WEIGHT * (seconds / alone_s - load)
+        """Record a run in service, in seconds."""
+        idle_s, load = max(self._idle.value, 1e-9), self._load.value
+        seconds = min(seconds, OUTLIER * idle_s * load)
+        self._idle.value = idle_s + IDLE_WEIGHT * (seconds / max(load, 1e-9) - idle_s)
+        self._load.value += LOAD_WEIGHT * (seconds / idle_s - load)

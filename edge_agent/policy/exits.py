@@ -1,8 +1,8 @@
-"""Which way one input goes next. Called before the head runs and after each exit, cheapest first.
+"""The route of one input. `plan` is called before the head runs and after each exit, cheapest first.
 
-confident enough at an exit           -> answer there, unless it was asked what no exit knows
-else, of the ways that meet quality   -> the one predicted fastest or cheapest: run on, split at a point, whole image
-no way to the cloud within the deadline -> run on; behind the last exit: answer there, degraded
+confident enough at an exit -> answer there, unless a requested task has no exit
+else, of the routes that meet quality -> the one predicted fastest or cheapest: continue, split at a point, whole image
+no route to the cloud within the deadline -> continue; after the last exit: answer there, degraded
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True, slots=True)
 class RouteEstimate:
-    """One way on, with what it is expected to take from here. `point` for split; `name` is for a person."""
+    """One route with its predicted latency and cost from here on. `point` is for split; `name` is for people."""
 
     route: Literal["continue", "split", "offload"]
     name: str
@@ -38,7 +38,7 @@ class RouteEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the owner wants: objective, and the confidence from which an exit's answer is good enough."""
+    """The owner's objective, and the confidence from which an exit's answer is good enough."""
 
     objective: Objective
     exit_confidence: float
@@ -46,14 +46,15 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Where one input stands: `confidence` of the exit just passed (None before the first), why the cloud is out.
+    """The state of one input.
 
-    `no_exit`: why no exit may answer this one, whatever its confidence.
+    `exit_name` and `confidence` are of the last exit run, None before the first. `cloud_refused` says why the cloud may
+    not be used, `no_exit` why no exit may answer whatever its confidence; None if it may.
     """
 
     exit_name: str | None
     confidence: float | None
-    options: Sequence[RouteEstimate]
+    routes: Sequence[RouteEstimate]
     left_s: float
     cloud_refused: str | None
     no_exit: str | None = None
@@ -61,7 +62,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class RoutePlan:
-    """What to do, and why in one line."""
+    """What to do next, and why in one line."""
 
     route: Route
     why: str
@@ -70,36 +71,40 @@ class RoutePlan:
 
 def plan(situation: Situation, goal: Goal) -> RoutePlan:
     """The next step of one input; a pure function of its arguments."""
-    confidence, no_exit = situation.confidence, situation.no_exit
-    if no_exit is None and confidence is not None and confidence >= goal.exit_confidence:
-        return RoutePlan(
-            "exit", f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} is enough"
-        )
-    unsure = ""
-    if no_exit is not None:
-        unsure = f"{no_exit}; "
-    elif confidence is not None:
-        unsure = f"{situation.exit_name} is {confidence:.3f} sure, {goal.exit_confidence:.3f} needed; "
-    options = [o for o in situation.options if o.route == "continue" or o.seconds <= situation.left_s]
-    if not options:
-        reason = situation.cloud_refused or f"nothing answers within the {1000 * situation.left_s:.0f} ms left"
-        return RoutePlan("fallback", f"{unsure}{reason}; {situation.exit_name} is the best there is")
-    ranked = sorted(options, key=lambda option: option.seconds if goal.objective == "fastest" else option.usd)
+    confidence, threshold = situation.confidence, goal.exit_confidence
+    if situation.no_exit is None and confidence is not None and confidence >= threshold:
+        return RoutePlan("exit", f"{situation.exit_name} confidence {confidence:.3f} >= {threshold:.3f}")
+    reason = why_no_exit(situation, threshold)
+    routes = [route for route in situation.routes if route.route == "continue" or route.seconds <= situation.left_s]
+    if not routes:
+        refused = situation.cloud_refused or f"nothing answers within the {1000 * situation.left_s:.0f} ms left"
+        return RoutePlan("fallback", f"{reason}{refused}; {situation.exit_name} is the best answer available")
+    ranked = sorted(routes, key=lambda route: route.seconds if goal.objective == "fastest" else route.usd)
     best = ranked[0]
     if situation.cloud_refused and best.route == "continue":
-        return RoutePlan("continue", f"{unsure}{situation.cloud_refused}")
-    others = ", ".join(describe(option) for option in rivals(ranked))
+        return RoutePlan("continue", f"{reason}{situation.cloud_refused}")
+    others = ", ".join(describe(route) for route in alternatives(ranked))
     against = f" against {others}" if others else ""
-    return RoutePlan(best.route, f"{unsure}{goal.objective}: {describe(best)}{against}", best.point)
+    return RoutePlan(best.route, f"{reason}{goal.objective}: {describe(best)}{against}", best.point)
 
 
-def rivals(ranked: Sequence[RouteEstimate]) -> list[RouteEstimate]:
-    """The best option of each way but the first one's, of a tap too: to name every rate and width would say less."""
-    ways: dict[tuple[str, int | None], RouteEstimate] = {}
-    for option in ranked:
-        ways.setdefault((option.route, option.point.tap if option.point else None), option)
-    return list(ways.values())[1:]
+def why_no_exit(situation: Situation, threshold: float) -> str:
+    """The beginning of a `why`: the reason for which the last exit does not answer; empty before the first exit."""
+    if situation.no_exit is not None:
+        return f"{situation.no_exit}; "
+    if situation.confidence is not None:
+        return f"{situation.exit_name} confidence {situation.confidence:.3f} < {threshold:.3f}; "
+    return ""
 
 
-def describe(option: RouteEstimate) -> str:
-    return f"{option.name} {1000 * option.seconds:.0f} ms {1e6 * option.usd:.2f} µ$"
+def alternatives(ranked: Sequence[RouteEstimate]) -> list[RouteEstimate]:
+    """The best estimate of each route and tap but the first one's. To name every width and rate would say less."""
+    best: dict[tuple[str, int | None], RouteEstimate] = {}
+    for estimate in ranked:
+        best.setdefault((estimate.route, estimate.point.tap if estimate.point else None), estimate)
+    return list(best.values())[1:]
+
+
+def describe(estimate: RouteEstimate) -> str:
+    """For example "deep rate 3 (939 B) 40 ms 1.00 µ$"."""
+    return f"{estimate.name} {1000 * estimate.seconds:.0f} ms {1e6 * estimate.usd:.2f} µ$"

@@ -1,4 +1,4 @@
-"""What answers cost, and what the owner wants to have least of. Used by both wings."""
+"""Prices of an answer, and the objective to minimise. Used by both wings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Objective = Literal["fastest", "cheapest"]
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """US dollars. The defaults: an IoT data plan, a small cloud CPU, and a device that is paid for."""
+    """US dollars. The defaults are an IoT data plan, a small cloud CPU, and a device whose time is free."""
 
     up_usd_per_byte: float = 0.50 / 1e9
     cloud_usd_per_s: float = 0.05 / 3600
     device_usd_per_s: float = 0.0
 
     def usd(self, up_bytes: float, cloud_s: float, device_s: float) -> float:
-        """Dollars for `up_bytes` sent, and seconds of computing on each side."""
+        """Dollars for `up_bytes` sent, and seconds of computation on each side."""
         return up_bytes * self.up_usd_per_byte + cloud_s * self.cloud_usd_per_s + device_s * self.device_usd_per_s

@@ -1,6 +1,6 @@
-"""One `Generate` stream: openings and rounds go out, what the cloud committed comes in. Used by `link` alone to open.
+"""One `Generate` stream: openings and rounds go out, committed tokens come in. `Link` opens it.
 
-Knows nothing about drafts or policy.
+Knows nothing about drafting or policy.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any
 
 import grpc
 
+from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, rpc_error
 from isthmus.models.errors import ContextGone, DeadlineExceeded, IsthmusError, LinkDown
 from isthmus.models.messages import Committed, Opening, Round
-from isthmus.protos import status, wire_session
+from isthmus.protos import wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
-ANSWER_S = 1.0  # after so long without an answer it is time to ask whether the cloud is alive
-GRPC_PREFIX_BYTES = 5  # flag and length before each message
+RECEIVE_TIMEOUT_S = 1.0  # a caller that has waited this long checks whether the cloud is alive
 
 
 @dataclass(frozen=True, slots=True)
 class StreamObservation:
-    """What an answer says of the link: `elapsed_s` without the cloud's own time; None when it says nothing."""
+    """Bytes sent and time on the way of one round. `elapsed_s` leaves out the cloud's own time; None if unknown."""
 
     up_bytes: int
     elapsed_s: float | None
 
 
 class GenerateStream:
-    """Ends with the first failure, which every later call raises."""
+    """The first failure ends the stream, and every later call raises it."""
 
     def __init__(
         self,
@@ -42,60 +42,60 @@ class GenerateStream:
         vocab: int,
         on_reply: Callable[[StreamObservation | IsthmusError], None],
     ) -> None:
-        """`on_reply` is told of each answer and of a failure of the link, in whatever thread takes the answer."""
+        """`on_reply` gets an observation of each reply, and a failure of the stream, in the thread that receives it."""
         self._vocab = vocab
         self._on_reply = on_reply
         self._outgoing: SimpleQueue[pb.GenerateRequest | None] = SimpleQueue()
-        self._incoming: SimpleQueue[tuple[float, pb.GenerateResponse | IsthmusError]] = SimpleQueue()  # since when
-        self._sent: deque[tuple[float, int]] = deque()  # when, and how many bytes, for each round not yet answered
-        self._unanswered = 0  # bytes of an opening that the next answer answers too
+        self._incoming: SimpleQueue[tuple[float, pb.GenerateResponse | IsthmusError]] = SimpleQueue()  # arrived when
+        self._sent: deque[tuple[float, int]] = deque()  # time and bytes of each round without a reply
+        self._unanswered = 0  # bytes of an opening, counted with the round that follows it
         self._failure: IsthmusError | None = None
-        self.bytes_up = self.bytes_down = self.opening_bytes = 0  # openings are part of what goes up
+        self.bytes_up = self.bytes_down = self.opening_bytes = 0  # bytes_up includes openings
         self._call: Any = stub.Generate(self._requests())
-        threading.Thread(target=self._read, name="isthmus-conversation", daemon=True).start()
+        threading.Thread(target=self._read, name="isthmus-generate-stream", daemon=True).start()
 
     def open(self, opening: Opening) -> None:
-        """Name the session and its tokens; rounds may follow at once."""
+        """Send the session and its tokens. Rounds may follow without waiting for a reply."""
         size = self._send(wire_session.pack_opening(opening))
         self.opening_bytes += size
         self._unanswered = size
         self._sent.clear()
 
     def send(self, round_: Round) -> None:
-        """Ask for a round."""
+        """Send one round."""
         size = self._send(wire_session.pack_round(round_))
         self._sent.append((time.monotonic(), size + self._unanswered))
         self._unanswered = 0
 
     @property
     def answered(self) -> bool:
-        """Whether `receive` would not wait: an answer is there, or a failure."""
+        """Whether `receive` would return or raise at once."""
         return self._failure is not None or not self._incoming.empty()
 
     def poll(self) -> Committed | None:
-        """An answer that is there already, or None. Raises like `receive`."""
-        return self._take(0.0)
+        """The next reply if it has arrived, else None. Raises like `receive`."""
+        return self._next(0.0)
 
-    def receive(self, timeout_s: float = ANSWER_S) -> Committed:
-        """The next answer. Raises DeadlineExceeded, LinkDown, or the error the cloud answered with.
+    def receive(self, timeout_s: float = RECEIVE_TIMEOUT_S) -> Committed:
+        """Wait for the next reply. Raises DeadlineExceeded, LinkDown, or the error that the cloud replied with.
 
-        After DeadlineExceeded and after an error in an answer the conversation may go on.
+        After DeadlineExceeded, and after an error in a reply, the stream may be used further.
         """
-        committed = self._take(timeout_s)
+        committed = self._next(timeout_s)
         if committed is None:
             raise DeadlineExceeded(f"no answer from the cloud within {timeout_s:.1f} s")
         return committed
 
     def close(self) -> None:
-        """Give up the stream; the cloud stops working for it."""
+        """Cancel the stream; the cloud stops its work for it."""
         self._outgoing.put(None)
         self._call.cancel()
 
-    def _take(self, timeout_s: float) -> Committed | None:
+    def _next(self, timeout_s: float) -> Committed | None:
         if self._failure is not None:
             raise self._failure
         try:
-            came_s, message = self._incoming.get(timeout_s > 0, timeout_s or None)
+            arrived_s, message = self._incoming.get(timeout_s > 0, timeout_s or None)
         except Empty:
             return None
         if isinstance(message, IsthmusError):
@@ -104,16 +104,16 @@ class GenerateStream:
             raise message
         self.bytes_down += message.ByteSize() + GRPC_PREFIX_BYTES
         committed = wire_session.unpack_committed(message, self._vocab)
-        self._on_reply(self._reply(committed, came_s))
+        self._on_reply(self._observe(committed, arrived_s))
         return committed
 
-    def _reply(self, committed: Committed, came_s: float) -> StreamObservation:
+    def _observe(self, committed: Committed, arrived_s: float) -> StreamObservation:
         if committed.extension or not self._sent:
             return StreamObservation(0, None)
         sent_s, size = self._sent.popleft()
-        way_s = came_s - sent_s - committed.queue_s - committed.compute_s
-        alone = not self._sent and committed.tokens  # behind another round, or stale, it says nothing about the way
-        return StreamObservation(size, max(way_s, 0.0) if alone else None)
+        transit_s = arrived_s - sent_s - committed.queue_s - committed.compute_s
+        alone = not self._sent and committed.tokens  # queued after another round, or stale: the transit time is unknown
+        return StreamObservation(size, max(transit_s, 0.0) if alone else None)
 
     def _send(self, message: pb.GenerateRequest) -> int:
         if self._failure is not None:
@@ -134,12 +134,7 @@ class GenerateStream:
                 self._incoming.put((time.monotonic(), response))
         except grpc.RpcError as failure:
             error = rpc_error(failure)
-            if isinstance(error, DeadlineExceeded | ContextGone):  # of an answer they mean that the stream goes on
+            if isinstance(error, DeadlineExceeded | ContextGone):  # in a reply these mean that the stream goes on
                 error = LinkDown(str(error))
         self._outgoing.put(None)
         self._incoming.put((time.monotonic(), error))
-
-
-def rpc_error(failure: grpc.RpcError) -> IsthmusError:
-    """gRPC's exception as ours."""
-    return status.to_error(failure.code(), failure.details() or "")

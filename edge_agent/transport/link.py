@@ -1,7 +1,7 @@
-"""The way to the cloud, and the only user of gRPC on the device: one long-lived stream, a breaker, estimates.
+"""The connection to one cloud: a long-lived stream, a circuit breaker, and estimates of round trip and bandwidth.
 
-Knows nothing about images or policy: payload in, answer out, or an error of the link or the cloud.
-A background thread probes a cloud that is not known to be well, so that no request has to.
+Knows nothing about images or policy: a payload goes in, and a reply comes out, or an error of the link or the cloud.
+A background thread probes a cloud whose breaker is open, so that no request has to.
 """
 
 from __future__ import annotations
@@ -9,107 +9,44 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any
 
 import grpc
 
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.policy.breaker import Breaker, BreakerLimits, State
 from isthmus.edge_agent.policy.estimates import LinkEstimate, LinkEstimator
-from isthmus.edge_agent.transport.generate_stream import GRPC_PREFIX_BYTES, GenerateStream, StreamObservation, rpc_error
-from isthmus.models.errors import CallerError, DeadlineExceeded, Draining, IsthmusError, LinkDown, UnknownBundle
+from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, open_channel, rpc_error
+from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation
+from isthmus.edge_agent.transport.infer_stream import InferStream
+from isthmus.models.errors import CallerError, DeadlineExceeded, IsthmusError, LinkDown, UnknownBundle
 from isthmus.models.messages import CloudReply, CloudRequest, Payload
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 PROBE_TIMEOUT_S = 2.0
-PROBE_BYTES = 8192  # enough to see a thin link's bandwidth: 33 ms at 2 Mbit/s
+PROBE_BYTES = 8192  # enough to measure the bandwidth of a thin link: 33 ms at 2 Mbit/s
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer with what it took: bytes with our framing and gRPC's prefix, seconds on the device's clock."""
+class Exchange:
+    """One request and its reply: bytes with our framing and gRPC's prefix, seconds on the device's clock."""
 
-    answer: CloudReply
+    reply: CloudReply
     up_bytes: int
     down_bytes: int
     elapsed_s: float
 
 
-class InferStream:
-    """One InferStream call: messages out through a queue, answers to whoever waits for them."""
-
-    def __init__(self, stub: pb_grpc.IsthmusStub, late: Callable[[], None]) -> None:
-        self._outgoing: SimpleQueue[pb.InferRequest | None] = SimpleQueue()
-        self._pending: dict[int, Future[pb.InferResponse]] = {}
-        self._lock = threading.Lock()
-        self._late = late
-        self.ended: IsthmusError | None = None
-        self._call: Any = stub.InferStream(self._requests())
-        threading.Thread(target=self._read, name="isthmus-link", daemon=True).start()
-
-    def send(self, message: pb.InferRequest) -> Future[pb.InferResponse] | None:
-        """None when the stream has ended, for the reason in `ended`: nothing was sent then."""
-        future: Future[pb.InferResponse] = Future()
-        with self._lock:  # held for the queue too: no message may come behind the end that `retire` puts there
-            if self.ended:
-                return None
-            self._pending[message.request_id] = future
-            self._outgoing.put(message)
-        return future
-
-    def give_up(self, request_id: int) -> None:
-        """Nobody waits for this answer any more."""
-        with self._lock:
-            self._pending.pop(request_id, None)
-
-    def retire(self, reason: IsthmusError) -> None:
-        """Send nothing more; outstanding answers are still collected."""
-        with self._lock:
-            self.ended = self.ended or reason
-            self._outgoing.put(None)
-
-    def cancel(self) -> None:
-        self.retire(LinkDown("the stream was given up"))
-        self._call.cancel()
-
-    def _requests(self) -> Iterator[pb.InferRequest]:
-        while (message := self._outgoing.get()) is not None:
-            yield message
-
-    def _read(self) -> None:
-        error: IsthmusError = LinkDown("the cloud ended the stream")
-        try:
-            for response in self._call:
-                if response.request_id == 0:
-                    self.retire(Draining("the cloud is shutting down"))
-                else:
-                    self._deliver(response)
-        except grpc.RpcError as failure:
-            error = rpc_error(failure)
-        self.retire(error)
-        with self._lock:
-            pending, self._pending = self._pending, {}
-        for future in pending.values():
-            future.set_exception(error)
-
-    def _deliver(self, response: pb.InferResponse) -> None:
-        with self._lock:
-            future = self._pending.pop(response.request_id, None)
-        if future is None:
-            self._late()
-        else:
-            future.set_result(response)
-
-
 class Link:
-    """Asks the cloud, keeps the estimates true, and stays away from a cloud that is down."""
+    """Sends requests to a cloud, measures the connection, and sends nothing while the circuit breaker is open.
+
+    Safe to call from several threads.
+    """
 
     def __init__(
         self,
@@ -120,9 +57,9 @@ class Link:
         breaker: BreakerLimits = BreakerLimits(),
         late: Callable[[], None] = lambda: None,
     ) -> None:
-        """`fingerprint` of a bundle with `labels` classes a task, or of a language model with as many token ids.
+        """`fingerprint` is of a bundle with `labels` classes per task, or of a language model with that many token ids.
 
-        `late` is called for each answer that came after its deadline. Nothing is awaited here.
+        `late` is called for each reply that came after its deadline. Does not wait for the cloud.
         """
         self.target = target
         self._channel = open_channel(target, tls)
@@ -143,7 +80,7 @@ class Link:
         self._prober.start()
 
     def wait_probed(self, timeout_s: float) -> bool:
-        """Wait for the first probe; whether the cloud answered it well."""
+        """Wait for the first probe. Returns whether the cloud holds the bundle or model."""
         self._probed.wait(timeout_s)
         return self.refusal is None
 
@@ -156,52 +93,52 @@ class Link:
         with self._lock:
             return self._estimator.estimate
 
-    def usable(self) -> str | None:
-        """None when a request may be tried, else why not."""
+    def unavailable_reason(self) -> str | None:
+        """Why no request may be sent now; None when one may."""
         return None if self._breaker.state != "open" else (self.refusal or "the cloud is not answering")
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
-        """Send one payload and wait at most `budget_s` for its answers to `tasks`: the bundle's indices, rising.
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Exchange:
+        """Send one payload and wait at most `budget_s` for answers to `tasks`: the bundle's indices, in rising order.
 
-        Raises LinkDown, DeadlineExceeded, or the error the cloud answered with.
+        Raises LinkDown, DeadlineExceeded, or the error that the cloud replied with.
         """
         with self._lock:
-            if not self._breaker.take():
-                raise LinkDown(self.refusal or "the cloud is being tried with another input")
+            if not self._breaker.allow_request():
+                raise LinkDown(self.refusal or "the cloud is being tried with another request")
         started_s = time.monotonic()
         try:
-            reply = self._exchange(payload, tasks, started_s, budget_s)
+            exchange = self._exchange(payload, tasks, started_s, budget_s)
         except CallerError:
             with self._lock:
-                self._breaker.succeeded()  # it is there, it just did not like the input
+                self._breaker.record_success()  # the cloud works, the request was at fault
             raise
-        except BaseException as error:  # an interrupt too: it may have been the trial, which nobody would give back
+        except BaseException as error:  # an interrupt too: it may end the trial request of a half-open breaker
             self.record_failure(str(error) or type(error).__name__)
             raise
         with self._lock:
-            self._breaker.succeeded()
-            cloud_s = reply.answer.queue_s + reply.answer.compute_s
-            self._estimator.observe(reply.up_bytes, reply.elapsed_s - cloud_s)
-        return reply
+            self._breaker.record_success()
+            cloud_s = exchange.reply.queue_s + exchange.reply.compute_s
+            self._estimator.observe(exchange.up_bytes, exchange.elapsed_s - cloud_s)
+        return exchange
 
     def open_generate_stream(self) -> GenerateStream:
-        """A stream of rounds about one answer of a language model. Raises LinkDown while it is left alone."""
+        """Open a `Generate` stream for one answer of a language model. Raises LinkDown while the breaker is open."""
         if self._breaker.state == "open":
             raise LinkDown(self.refusal or "the cloud is not answering")
         return GenerateStream(self._stub, self._labels[0], self._on_reply)
 
     def _on_reply(self, reply: StreamObservation | IsthmusError) -> None:
-        """What a conversation says of the link."""
+        """Record a reply, or the failure, of a `Generate` stream."""
         if isinstance(reply, IsthmusError):
             self.record_failure(str(reply))
             return
         with self._lock:
-            self._breaker.succeeded()
+            self._breaker.record_success()
             if reply.elapsed_s is not None:
                 self._estimator.observe(reply.up_bytes, reply.elapsed_s)
 
     def alive(self, timeout_s: float) -> bool:
-        """Whether the cloud answers a Describe now: a slow answer is no lost one."""
+        """Whether the cloud answers a Describe within `timeout_s`, which tells a slow cloud from a lost one."""
         try:
             self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
         except grpc.RpcError:
@@ -209,7 +146,7 @@ class Link:
         return True
 
     def close(self) -> None:
-        """End the stream and the channel."""
+        """Cancel the stream and close the channel."""
         self._closed = True
         self._wake.set()
         if self._stream is not None:
@@ -217,7 +154,7 @@ class Link:
         self._prober.join(PROBE_TIMEOUT_S + 1)
         self._channel.close()
 
-    def _exchange(self, payload: Payload, tasks: tuple[int, ...], started_s: float, budget_s: float) -> Reply:
+    def _exchange(self, payload: Payload, tasks: tuple[int, ...], started_s: float, budget_s: float) -> Exchange:
         request_id = self._request_id()
         message = wire.pack_request(CloudRequest(request_id, self._fingerprint, budget_s, payload, tasks))
         stream, future = self._send(message)
@@ -227,9 +164,9 @@ class Link:
             stream.give_up(request_id)
             raise DeadlineExceeded(f"no answer from the cloud within {1000 * budget_s:.0f} ms") from error
         elapsed_s = time.monotonic() - started_s
-        answer = wire.unpack_answer(response, [self._labels[task] for task in tasks])
+        reply = wire.unpack_answer(response, [self._labels[task] for task in tasks])
         up_bytes = message.ByteSize() + GRPC_PREFIX_BYTES
-        return Reply(answer, up_bytes, response.ByteSize() + GRPC_PREFIX_BYTES, elapsed_s)
+        return Exchange(reply, up_bytes, response.ByteSize() + GRPC_PREFIX_BYTES, elapsed_s)
 
     def _request_id(self) -> int:
         with self._lock:
@@ -237,7 +174,7 @@ class Link:
             return self._next_id
 
     def _send(self, message: pb.InferRequest) -> tuple[InferStream, Future[pb.InferResponse]]:
-        """Send on the open stream, on a new one when that has ended. Raises what ended the new one too, if at once."""
+        """Send on the open stream, or on a new one if that has ended. Raises what ended the new one, if it has."""
         with self._lock:
             future = self._stream.send(message) if self._stream else None
             if self._stream is None or future is None:
@@ -248,15 +185,15 @@ class Link:
             return self._stream, future
 
     def record_failure(self, reason: str) -> None:
-        """A request met a dead, late or overloaded cloud."""
+        """Tell the breaker of a request that failed because the cloud is down, late or overloaded."""
         with self._lock:
-            self._breaker.failed(time.monotonic())
+            self._breaker.record_failure(time.monotonic())
             opened = self._breaker.state == "open"
             stream = self._stream if opened else None
             if opened:
                 self.refusal, self._stream = reason, None
         if stream is not None:
-            stream.cancel()  # it may hang half-open; the next one starts afresh
+            stream.cancel()  # it may be half-open and hang; the next request opens a new one
         self._wake.set()
 
     def _probe_forever(self) -> None:
@@ -266,13 +203,13 @@ class Link:
             wait_s = due_s - time.monotonic()
             if wait_s <= 0:
                 self._probe()
-            elif self._wake.wait(min(wait_s, 60.0) * random.uniform(0.9, 1.1)):  # devices must not probe in step
+            elif self._wake.wait(min(wait_s, 60.0) * random.uniform(0.9, 1.1)):  # spread the probes of many devices
                 self._wake.clear()
 
     def _probe(self) -> None:
         refusal: str | None = None
         try:
-            self._describe(0)  # connects; its time would count as round trip
+            self._describe(0)  # connects: the set-up would count as round trip
             small, large = self._describe(0), self._describe(PROBE_BYTES)
         except IsthmusError as error:
             refusal = str(error)
@@ -281,11 +218,11 @@ class Link:
                 for seconds, size in (small, large):
                     self._estimator.observe(size, seconds)
             self.refusal = refusal
-            self._breaker.probed(refusal is None, time.monotonic())
+            self._breaker.record_probe(refusal is None, time.monotonic())
         self._probed.set()
 
     def _describe(self, padding: int) -> tuple[float, int]:
-        """Seconds and bytes of one Describe. Raises an error unless the cloud holds our bundle."""
+        """Seconds and bytes of one Describe. Raises UnknownBundle unless the cloud holds the bundle or model."""
         request = pb.DescribeRequest(padding=random.randbytes(padding))
         started_s = time.monotonic()
         try:
@@ -299,13 +236,3 @@ class Link:
             held = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in offered)
             raise UnknownBundle(f"the cloud does not hold bundle {self._fingerprint.hex()[:12]}, it holds {held}")
         return elapsed_s, request.ByteSize() + GRPC_PREFIX_BYTES
-
-
-def open_channel(target: str, tls: Tls | None) -> grpc.Channel:
-    """A channel that notices half-open links; nothing is connected yet."""
-    if tls is None:
-        return grpc.insecure_channel(target, limits.client_options())
-    key = tls.key.read_bytes() if tls.key else None
-    certificate = tls.certificate.read_bytes() if tls.certificate else None
-    credentials = grpc.ssl_channel_credentials(tls.ca.read_bytes(), key, certificate)
-    return grpc.secure_channel(target, credentials, limits.client_options())

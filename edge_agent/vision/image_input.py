@@ -1,4 +1,4 @@
-"""Photos as callers give them -> RGB images."""
+"""Photos in the forms that callers have them -> RGB images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from isthmus.models.vision.images import open_image
 
 Photo = Image.Image | bytes | str | os.PathLike[str]
 
-MAX_FILE_BYTES = 64 << 20  # a camera's own file; what it decodes to is bounded apart
+MAX_FILE_BYTES = 64 << 20  # an original from a camera; the decoded size has a bound of its own
 
 
 def as_image(photo: Photo) -> Image.Image:
-    """RGB image of whatever was given. Raises InvalidInput."""
+    """An RGB image from a PIL image, the bytes of an image file, or its path.
+
+    Raises InvalidInput if it cannot be read or is too large.
+    """
     if isinstance(photo, Image.Image):
         return photo.convert("RGB")
     if isinstance(photo, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""What the agent exports to Prometheus. The registry is passed in; labels are few and bounded."""
+"""The agent's Prometheus metrics. The registry is passed in; labels are few and bounded; known ones start at zero."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from isthmus.edge_agent.policy.breaker import STATES
 from isthmus.edge_agent.transport.link import Link
 from isthmus.edge_agent.vision.result import Answer
+from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, PayloadTooLarge
 from isthmus.models.vision.manifest import Manifest
 
 LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -19,34 +20,113 @@ REASONS = ("cloud_down", "deadline", "rejected", "too_large")
 
 
 class EdgeMetrics:
-    """One instance an agent; every name starts with isthmus_."""
+    """One instance per agent. Every metric name starts with isthmus_."""
+
+    def __init__(self, registry: CollectorRegistry, manifest: Manifest) -> None:
+        self._requests = RequestMetrics(registry, manifest)
+        self._graphs = GraphMetrics(registry, manifest)
+        self._link = LinkMetrics(registry)
+        build = Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry)
+        build.labels(version("isthmus")).set(1)
+        model_info = Gauge("isthmus_model_info", "Bundle in use.", ["model", "version"], registry=registry)
+        model_info.labels(manifest.name, manifest.fingerprint[:12]).set(1)
+
+    def answered(self, answer: Answer) -> None:
+        """One photo was answered."""
+        self._requests.answered(answer)
+        self._graphs.answered(answer)
+        self._link.sent.inc(answer.bytes_up)
+        self._link.received.inc(answer.bytes_down)
+
+    def refused(self) -> None:
+        """A photo could not be read."""
+        self._requests.refused()
+
+    def passed(self, exit_name: str, confidence: float) -> None:
+        """One exit ran."""
+        self._graphs.passed(exit_name, confidence)
+
+    def encoded(self, size: int, tap: str, width: float, rate: int) -> None:
+        """One latent was coded to `size` bytes at an operating point."""
+        self._graphs.encoded(size, tap, width, rate)
+
+    def degraded(self, reason: str) -> None:
+        """One answer is below the owner's quality, for one of REASONS."""
+        self._requests.degraded.labels(reason).inc()
+
+    def late(self) -> None:
+        """One reply of the cloud came after its deadline."""
+        self._link.late.inc()
+
+    def link(self, link: Link | None) -> None:
+        """Export state and estimates of the link; nothing without one."""
+        if link is not None:
+            self._link.observe(link)
+
+
+class RequestMetrics:
+    """Photos and their answers."""
 
     def __init__(self, registry: CollectorRegistry, manifest: Manifest) -> None:
         self._model = manifest.name
         self._requests = Counter(
-            "isthmus_edge_requests", "Photos, by who answered.", ["route", "outcome", "model"], registry=registry
+            "isthmus_edge_requests", "Photos by route of the answer.", ["route", "outcome", "model"], registry=registry
         )
         self._duration = Histogram(
             "isthmus_edge_request_duration_seconds",
-            "From photo to answer.",
+            "Time from photo to answer.",
             ["route"],
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
         self._exits = Counter("isthmus_edge_exits", "Answers by exit.", ["model", "exit"], registry=registry)
+        self._missing = Counter(
+            "isthmus_edge_missing_answers", "Tasks not answered, for lack of a cloud.", ["task"], registry=registry
+        )
+        self.degraded = Counter(
+            "isthmus_edge_degraded_responses", "Answers below the owner's quality.", ["reason"], registry=registry
+        )
+        self._start_at_zero(manifest)
+
+    def answered(self, answer: Answer) -> None:
+        for task in answer.missing:
+            self._missing.labels(task).inc()
+        self._requests.labels(answer.route, "ok", self._model).inc()
+        self._duration.labels(answer.route).observe(answer.stage_ms["total"] / 1000)
+        if answer.exit is not None:
+            self._exits.labels(self._model, answer.exit).inc()
+
+    def refused(self) -> None:
+        self._requests.labels("exit", "error", self._model).inc()
+
+    def _start_at_zero(self, manifest: Manifest) -> None:
+        for route in ROUTES:
+            self._requests.labels(route, "ok", self._model)
+            self._duration.labels(route)
+        self._requests.labels("exit", "error", self._model)
+        for exit_ in manifest.heads["fp32"].exits:  # exits have the same names at every precision
+            self._exits.labels(self._model, exit_.name)
+        for task in manifest.tasks[1:]:  # every exit answers the first
+            self._missing.labels(task.name)
+        for reason in REASONS:
+            self.degraded.labels(reason)
+
+
+class GraphMetrics:
+    """What the graphs and codecs of the bundle compute."""
+
+    def __init__(self, registry: CollectorRegistry, manifest: Manifest) -> None:
+        self._model = manifest.name
         self._confidence = Histogram(
             "isthmus_edge_exit_confidence_ratio",
-            "Confidence of each exit passed.",
+            "Confidence of each exit that ran.",
             ["model", "exit"],
             buckets=CONFIDENCE_BUCKETS,
             registry=registry,
         )
-        self._bytes = Counter(
-            "isthmus_edge_offload_bytes", "Message bytes, gRPC prefix included.", ["direction"], registry=registry
-        )
         self._size = Histogram(
             "isthmus_edge_bottleneck_size_bytes",
-            "Entropy-coded size of a latent, framing left out.",
+            "Entropy-coded size of a latent, without framing.",
             ["model"],
             buckets=SIZE_BUCKETS,
             registry=registry,
@@ -57,92 +137,70 @@ class EdgeMetrics:
             ["model", "tap", "width", "rate"],
             registry=registry,
         )
-        self._missing = Counter(
-            "isthmus_edge_missing_answers", "Tasks that went unanswered without a cloud.", ["task"], registry=registry
-        )
-        self._head = self._stage("head", "Trunk and exits.", registry)
-        self._encode = self._stage("encode", "Encoder and entropy coder, or image codec.", registry)
-        self._degraded = Counter(
-            "isthmus_edge_degraded_responses", "Answers below the owner's quality.", ["reason"], registry=registry
-        )
-        self._breaker = Gauge(
-            "isthmus_edge_circuit_breaker_state", "1 for the state it is in.", ["state"], registry=registry
-        )
-        self._late = Counter("isthmus_edge_late_responses", "Cloud answers after their deadline.", registry=registry)
-        self._rtt = Gauge("isthmus_edge_link_rtt_seconds", "Estimated round trip.", registry=registry)
-        self._throughput = Gauge(
-            "isthmus_edge_link_throughput_bytes_per_second", "Estimated uplink bandwidth.", registry=registry
-        )
-        Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry).labels(version("isthmus")).set(
-            1
-        )
-        model_info = Gauge("isthmus_model_info", "Bundle in use.", ["model", "version"], registry=registry)
-        model_info.labels(manifest.name, manifest.fingerprint[:12]).set(1)
+        self._stages = {
+            "head": stage("head", "Time of trunk and exits.", registry),
+            "encode": stage("encode", "Time of encoder and entropy coder, or of the image codec.", registry),
+        }
         self._start_at_zero(manifest)
 
     def answered(self, answer: Answer) -> None:
-        """One finished photo."""
-        for task in answer.missing:
-            self._missing.labels(task).inc()
-        self._requests.labels(answer.route, "ok", self._model).inc()
-        self._duration.labels(answer.route).observe(answer.stage_ms["total"] / 1000)
-        if answer.exit is not None:
-            self._exits.labels(self._model, answer.exit).inc()
-        self._bytes.labels("sent").inc(answer.bytes_up)
-        self._bytes.labels("received").inc(answer.bytes_down)
-        for family, name in ((self._head, "head"), (self._encode, "encode")):
+        for name, family in self._stages.items():
             if name in answer.stage_ms:
                 family.labels(self._model).observe(answer.stage_ms[name] / 1000)
-
-    def refused(self) -> None:
-        """A photo that could not be read."""
-        self._requests.labels("exit", "error", self._model).inc()
 
     def passed(self, exit_name: str, confidence: float) -> None:
         self._confidence.labels(self._model, exit_name).observe(confidence)
 
     def encoded(self, size: int, tap: str, width: float, rate: int) -> None:
-        """One latent of `size` bytes, coded at an operating point."""
         self._size.labels(self._model).observe(size)
         self._points.labels(self._model, tap, f"{width:g}", rate).inc()
 
-    def degraded(self, reason: str) -> None:
-        self._degraded.labels(reason).inc()
+    def _start_at_zero(self, manifest: Manifest) -> None:
+        for exit_ in manifest.heads["fp32"].exits:
+            self._confidence.labels(self._model, exit_.name)
+        for tap in manifest.taps:
+            for width in tap.widths:
+                for rate in range(len(width.rates)):
+                    self._points.labels(self._model, tap.name, f"{width.width:g}", rate)
+        for family in (self._size, *self._stages.values()):
+            family.labels(self._model)
 
-    def late(self) -> None:
-        self._late.inc()
 
-    def link(self, link: Link | None) -> None:
-        """State and estimates of the link; without one nothing is exported."""
-        if link is None:
-            return
+class LinkMetrics:
+    """The connection to the cloud."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        bytes_ = Counter(
+            "isthmus_edge_offload_bytes", "Message bytes, gRPC prefix included.", ["direction"], registry=registry
+        )
+        self.sent, self.received = bytes_.labels("sent"), bytes_.labels("received")
+        self.late = Counter("isthmus_edge_late_responses", "Cloud replies after their deadline.", registry=registry)
+        self._breaker = Gauge(
+            "isthmus_edge_circuit_breaker_state", "1 for the current state, else 0.", ["state"], registry=registry
+        )
+        self._rtt = Gauge("isthmus_edge_link_rtt_seconds", "Estimated round trip.", registry=registry)
+        self._throughput = Gauge(
+            "isthmus_edge_link_throughput_bytes_per_second", "Estimated uplink bandwidth.", registry=registry
+        )
+
+    def observe(self, link: Link) -> None:
         state, estimate = link.state, link.estimate
         for name in STATES:
             self._breaker.labels(name).set(name == state)
         self._rtt.set(estimate.rtt_s)
         self._throughput.set(estimate.bytes_per_s)
 
-    def _stage(self, name: str, text: str, registry: CollectorRegistry) -> Histogram:
-        full = f"isthmus_edge_{name}_duration_seconds"
-        return Histogram(full, text, ["model"], buckets=LATENCY_BUCKETS, registry=registry)
 
-    def _start_at_zero(self, manifest: Manifest) -> None:
-        for route in ROUTES:
-            self._requests.labels(route, "ok", self._model)
-            self._duration.labels(route)
-        self._requests.labels("exit", "error", self._model)
-        for exit_ in manifest.heads["fp32"].exits:  # named alike at every precision
-            self._exits.labels(self._model, exit_.name)
-            self._confidence.labels(self._model, exit_.name)
-        for task in manifest.tasks[1:]:  # every exit knows the first
-            self._missing.labels(task.name)
-        for tap in manifest.taps:
-            for width in tap.widths:
-                for rate in range(len(width.rates)):
-                    self._points.labels(self._model, tap.name, f"{width.width:g}", rate)
-        for direction in ("sent", "received"):
-            self._bytes.labels(direction)
-        for reason in REASONS:
-            self._degraded.labels(reason)
-        for family in (self._size, self._head, self._encode):
-            family.labels(self._model)
+def stage(name: str, text: str, registry: CollectorRegistry) -> Histogram:
+    """A histogram of the seconds that one stage of a request takes."""
+    full = f"isthmus_edge_{name}_duration_seconds"
+    return Histogram(full, text, ["model"], buckets=LATENCY_BUCKETS, registry=registry)
+
+
+def degraded_reason(error: IsthmusError) -> str:
+    """The label, one of REASONS, under which isthmus_edge_degraded_responses_total counts an error of the cloud."""
+    if isinstance(error, DeadlineExceeded):
+        return "deadline"
+    if isinstance(error, PayloadTooLarge):
+        return "too_large"
+    return "cloud_down" if isinstance(error, LinkDown) else "rejected"

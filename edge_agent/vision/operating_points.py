@@ -1,4 +1,4 @@
-"""The operating points of a bundle: which there are, which are good enough, what a person calls them."""
+"""The operating points of a bundle: their figures, their names, and which of them a request may use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from isthmus.models.vision.manifest import Manifest, Rate
 
 
 class OperatingPoints:
-    """Every tap x width x rate with its figures."""
+    """Every combination of tap, width and rate, with its figures from the manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._taps = manifest.taps
@@ -23,11 +23,11 @@ class OperatingPoints:
         }
 
     def after(self, point: OperatingPoint) -> int:
-        """Segments that must have run before it; 0 encodes the image itself."""
+        """Number of segments that must run first; 0 if the point encodes the image itself."""
         return self._after[point.tap]
 
     def parts(self, point: OperatingPoint) -> tuple[str, float, int]:
-        """Name of the tap, share of the encoder's channels, rate."""
+        """Name of the tap, share of the encoder's channels, index of the rate."""
         return self._taps[point.tap].name, self._width(point), point.rate
 
     def name(self, point: OperatingPoint) -> str:
@@ -35,15 +35,15 @@ class OperatingPoints:
         width = f" {self._width(point):g}" if len(self._taps[point.tap].widths) > 1 else ""
         return f"{self._taps[point.tap].name}{width} rate {point.rate}"
 
-    def good(self, points: Sequence[OperatingPoint], min_agreement: float) -> tuple[OperatingPoint, ...]:
-        """Those of `points` that meet the owner's quality; the best one when none does."""
+    def good_enough(self, points: Sequence[OperatingPoint], min_agreement: float) -> tuple[OperatingPoint, ...]:
+        """Those of `points` whose agreement with the cloud model is at least `min_agreement`, or else the best one."""
         good = tuple(point for point in points if self.figures[point].agreement >= min_agreement)
         return good or (max(points, key=lambda point: self.figures[point].agreement),)
 
-    def pinned(self, tap: str | None, width: float | None, rate: int | None) -> tuple[OperatingPoint, ...]:
-        """The points that a request leaves open: of this tap, at this share of its channels, at this rate.
+    def select(self, tap: str | None, width: float | None, rate: int | None) -> tuple[OperatingPoint, ...]:
+        """The points of this tap, at this share of its encoder's channels, at this rate; None matches all.
 
-        Raises InvalidInput naming what there is.
+        Raises InvalidInput that lists the values there are.
         """
         found = tuple(self.figures)
         if tap is not None:
@@ -54,11 +54,11 @@ class OperatingPoints:
                 )
         where = f" at tap {tap}" if tap is not None else ""
         if width is not None:
-            there = sorted({self._width(point) for point in found})
+            widths = sorted({self._width(point) for point in found})
             found = tuple(point for point in found if self._width(point) == width)
             if not found:
                 raise InvalidInput(
-                    f"width {width:g} does not exist{where}, there are {', '.join(map('{:g}'.format, there))}"
+                    f"width {width:g} does not exist{where}, there are {', '.join(map('{:g}'.format, widths))}"
                 )
         if rate is not None:
             most = max(point.rate for point in found)

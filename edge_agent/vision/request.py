@@ -1,9 +1,14 @@
-"""What one request asks for: tasks by name, the tap, width and rate that it is pinned to, and who may answer it."""
+"""One inference request: what it asks for, resolved against the bundle and the configuration, and its progress."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.edge_agent.config import EdgeConfig
 from isthmus.edge_agent.policy.exits import OperatingPoint
@@ -11,23 +16,25 @@ from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.manifest import Manifest
 
+Floats = NDArray[np.float32]
+
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """`tasks`: indices, in the order in which they were asked for. `points`: those that may be sent.
+    """`tasks`: indices, in the order requested. `points`: the operating points that may be sent.
 
-    `pinned`: a bottleneck is to be sent whatever the router thinks of it. `no_exit`: why no exit may answer.
+    `forced_split`: a bottleneck must be sent, whatever the router prefers. `no_exit`: why no exit may answer, or None.
     """
 
     tasks: tuple[int, ...]
     points: tuple[OperatingPoint, ...]
-    pinned: bool
+    forced_split: bool
     no_exit: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """Of one request; None leaves the choice to the router."""
+    """The operating point that a request asks for. None leaves the choice to the router."""
 
     tap: str | None = None
     width: float | None = None
@@ -38,15 +45,57 @@ class Overrides:
         return ", ".join(f"{name} {value}" for name, value in named if value is not None)
 
 
-def wanted(
-    points: OperatingPoints, manifest: Manifest, config: EdgeConfig, names: Sequence[str] | None, pins: Overrides
+class RequestState:
+    """Progress of one request: exits run, features after the last of them, bytes sent, and the time of each stage."""
+
+    def __init__(self, request: InferenceRequest, deadline_s: float) -> None:
+        """The clock of the deadline starts now."""
+        self.request = request
+        self.started_s = time.monotonic()
+        self.deadline_s = self.started_s + deadline_s
+        self.stage_ms: dict[str, float] = {}
+        self.exits: list[Floats] = []  # class probabilities of each exit run
+        self.features: Floats | None = None
+        self.up_bytes = 0
+        self.down_bytes = 0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline_s - time.monotonic()
+
+    @property
+    def device_s(self) -> float:
+        """Seconds that the device has computed for this request."""
+        return sum(self.stage_ms.get(name, 0.0) for name in ("decode", "head", "encode")) / 1000
+
+    @property
+    def cloud_s(self) -> float:
+        """Seconds that the cloud has computed for this request."""
+        return self.stage_ms.get("cloud_compute", 0.0) / 1000
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `stage_ms[name]`, in milliseconds."""
+        started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stage_ms[name] = self.stage_ms.get(name, 0.0) + 1000 * (time.monotonic() - started_s)
+
+
+def resolve_request(
+    points: OperatingPoints, manifest: Manifest, config: EdgeConfig, names: Sequence[str] | None, overrides: Overrides
 ) -> InferenceRequest:
-    """`names` of tasks; None or none of them for the agent's own. Raises InvalidInput naming what there is."""
+    """Resolve task `names` (the agent's own tasks if there are none) and `overrides`.
+
+    Raises InvalidInput that lists the names or values there are.
+    """
     tasks = task_indices(manifest, names or config.tasks)
-    open_points = points.pinned(pins.tap, pins.width, pins.rate)
-    good = points.good(open_points, config.min_agreement)
-    if pins != Overrides():
-        return InferenceRequest(tasks, good, True, f"{pins} asked for")
+    selected = points.select(overrides.tap, overrides.width, overrides.rate)
+    good = points.good_enough(selected, config.min_agreement)
+    if overrides != Overrides():
+        return InferenceRequest(tasks, good, True, f"{overrides} requested")
     if config.mode == "split":
         return InferenceRequest(tasks, good, True, "mode split")
     others = [manifest.tasks[task].name for task in tasks if task]
@@ -55,7 +104,10 @@ def wanted(
 
 
 def task_indices(manifest: Manifest, names: Sequence[str]) -> tuple[int, ...]:
-    """Each once, in the order given; the first task when none is named. Raises InvalidInput."""
+    """Indices of tasks by name, without duplicates, in the given order; the first task for no names.
+
+    Raises InvalidInput for a name that does not exist.
+    """
     names = (names,) if isinstance(names, str) else names
     known = {task.name: index for index, task in enumerate(manifest.tasks)}
     for name in names:

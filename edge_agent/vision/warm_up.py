@@ -1,4 +1,4 @@
-"""Every graph of a bundle run a few times before the first photo, so that the estimates start from the truth."""
+"""Runs every graph of a bundle a few times before the first photo, so that estimates start from measurements."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ Floats = NDArray[np.float32]
 
 
 def warm_up(head: Head, codecs: Sequence[ContextualCodec], costs: Costs, blank_CHW: Floats) -> None:
-    """Segments, and encoders with their codecs at every width, on a blank image.
+    """Calibrate `costs` for every segment, and for every encoder with its codec at every width, on a blank image.
 
-    A graph's first run allocates its memory and says nothing about the others: it is not counted.
+    The first run of a graph allocates its memory and is not representative: it is not recorded.
     """
     encoders = [point for point in costs.points.figures if point.rate == 0]
-    for counts in (False, True, True):
-        behind = [blank_CHW]  # so many segments
+    for record in (False, True, True):
+        features = [blank_CHW]  # after this number of segments
         for index, segment_s in enumerate(costs.segment_s):
             started_s = time.monotonic()
-            behind.append(head.segment(index, behind[-1])[0])
-            if counts:
+            features.append(head.segment(index, features[-1])[0])
+            if record:
                 segment_s.calibrate(time.monotonic() - started_s)
         for point in encoders:
             started_s = time.monotonic()
-            encode(head, codecs[point.tap], point, behind[costs.points.after(point)])
-            if counts:
+            encode(head, codecs[point.tap], point, features[costs.points.after(point)])
+            if record:
                 costs.encode_s[point.tap][point.width].calibrate(time.monotonic() - started_s)
 
 
 def encode(head: Head, codec: ContextualCodec, point: OperatingPoint, source_CHW: Floats) -> None:
-    """For the sake of the time it takes."""
+    """Encode and discard; only the time matters."""
     with contextlib.suppress(PayloadTooLarge):
         codec.encode(codec.quantise(head.encode(point.tap, source_CHW, point.width), point.rate), point.rate)

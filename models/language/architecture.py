@@ -1,4 +1,4 @@
-"""The shape of a Llama-type decoder: SmolLM, Llama 2 and 3, Mistral, Qwen 2 and 3 differ by these numbers alone."""
+"""Configuration of a Llama-type decoder, which covers SmolLM, Llama 2 and 3, Mistral, Qwen 2 and Qwen 3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """Sizes in numbers of elements; `context` in tokens."""
+    """Sizes in elements, `context` in tokens."""
 
     layers: int
     hidden: int
@@ -33,14 +33,14 @@ class LlamaConfig:
     context: int
     rope_theta: float
     norm_eps: float
-    tied: bool  # the output head is the embedding
+    tied: bool  # the output head shares the embedding's weights
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3: RMSNorm of each query and key head
     rope_scaling: RopeScaling | None = None
 
 
 def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
-    """Rotary frequencies in radians a token (head_dim / 2,) (Su et al., 2021)."""
+    """Rotary frequencies (head_dim / 2,) in radians a token (Su et al., 2021)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
     scaling = config.rope_scaling
@@ -48,6 +48,6 @@ def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
         return frequencies.astype(np.float32)
     turns = scaling.original_context * frequencies / (2 * math.pi)  # within the original context
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(smooth, 0, 1)
-    scaled: NDArray[np.float32] = ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+    share = np.clip(smooth, 0, 1)  # of the unscaled frequency
+    scaled: NDArray[np.float32] = ((1 - share) * frequencies / scaling.factor + share * frequencies).astype(np.float32)
     return scaled

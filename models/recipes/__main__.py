@@ -13,10 +13,9 @@ from typing import Any
 import click
 import torch
 
-from isthmus.models.bundle.bundle import Bundle
-from isthmus.models.bundle.cli import handoff_summary, summary
 from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.common.trainer import Run
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Preprocessing
 
 Command = Callable[..., Any]
@@ -129,6 +128,7 @@ def language(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Exits of a language model, how its hidden states cross, and its KV fill. An hour on two cores."""
+    from isthmus.models.language.handoff.inspect import summary
     from isthmus.models.recipes.language.bundle import make, only_exit
 
     with failing_clearly(work):
@@ -138,7 +138,7 @@ def language(
         command = f"python -m isthmus.models.recipes language --seed {seed} --model {shlex.quote(model)} --prompts FILE"
         command += "".join(f" --depth {each}" for each in depths)
         manifest = make(out, Run(work, seed), command, model, prompts, depths)
-    click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(handoff_summary(manifest)))
+    click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(summary(manifest)))
 
 
 @main.command(epilog="Example: python -m isthmus.models.recipes fashion --out models/zoo/fashion")
@@ -220,6 +220,7 @@ def split(
     """
     from isthmus.models.recipes.vision import own, own_data
     from isthmus.models.recipes.vision.cutting import capture, places
+    from isthmus.models.vision.inspect import summary
 
     with failing_clearly(work):
         found = own_data.find(data)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.onnx_session import INT64, TensorSpec
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graphs import open_graph
 from isthmus.models.vision.head import softmax
 
@@ -24,13 +25,12 @@ class GraphTail:
         manifest = bundle.manifest
         if manifest.graphs is None:
             raise BundleError(f"{bundle.folder}: the manifest names no graphs")
-        classes = len(manifest.tasks[0].labels)
-        image = {"x": ("tensor(float)", (3, *manifest.preprocessing.crop))}
-        self._image = session(bundle, manifest.graphs.image, threads, image, classes)
+        logits = TensorSpec((None, len(manifest.tasks[0].labels)))
+        image = {"x": TensorSpec((None, 3, *manifest.preprocessing.crop))}
+        self._image = open_graph(bundle, manifest.graphs.image, threads, image, [logits])
+        rate = TensorSpec((None,), INT64)
         self._taps = [
-            session(
-                bundle, name, threads, {"latent": ("tensor(float)", tap.latent), "rate": ("tensor(int64)", ())}, classes
-            )
+            open_graph(bundle, name, threads, {"latent": TensorSpec((None, *tap.latent)), "rate": rate}, [logits])
             for name, tap in zip(manifest.graphs.taps, manifest.taps, strict=True)
         ]
 
@@ -68,17 +68,3 @@ def the_only(tasks: Sequence[int]) -> Sequence[int]:
     if any(tasks):
         raise InvalidInput(f"tasks {list(tasks)} were asked for, a network of graphs answers task 0 alone")
     return tasks
-
-
-def session(
-    bundle: Bundle, name: str, threads: int, inputs: Mapping[str, tuple[str, tuple[int, ...]]], classes: int
-) -> Any:
-    """An ONNX graph of the bundle with these inputs (type and shape of one) and logits for any batch."""
-    found = open_graph(bundle, name, threads)
-    got = {node.name: (node.type, tuple(node.shape[1:])) for node in found.get_inputs()}
-    answers = [(node.type, tuple(node.shape[1:])) for node in found.get_outputs()]
-    if isinstance(found.get_inputs()[0].shape[0], int):
-        raise BundleError(f"{bundle.folder / name}: takes one batch alone, it must take any")
-    if got != inputs or answers != [("tensor(float)", (classes,))]:
-        raise BundleError(f"{bundle.folder / name}: takes {got} and gives {answers}, the manifest says {inputs}")
-    return found

@@ -1,30 +1,22 @@
-"""ONNX graphs of a bundle, opened by ONNX Runtime."""
+"""ONNX graphs of a vision bundle, opened by ONNX Runtime and checked against the manifest."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isthmus.models.bundle.bundle import Bundle
-from isthmus.models.errors import BundleError
-
-# ONNX Runtime reports to its makers unless told not to before it is loaded; its own switch comes too late.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-import onnxruntime
+from isthmus.models.onnx_session import TensorSpec, check_signature, open_session
+from isthmus.models.vision.bundle import Bundle
 
 
-def open_graph(bundle: Bundle, name: str, threads: int) -> Any:
-    """An `onnxruntime.InferenceSession`; `threads` 0 for every core. Raises BundleError when the file is no graph."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not eat the battery
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(bundle.read(name), options, providers=["CPUExecutionProvider"])
-    except BundleError:
-        raise
-    except Exception as error:  # onnxruntime's own classes share no public base
-        reason = str(error).splitlines()[0][:200]
-        raise BundleError(f"{bundle.folder / name}: not a usable ONNX graph: {reason}") from error
+def open_graph(
+    bundle: Bundle, name: str, threads: int, inputs: Mapping[str, TensorSpec], outputs: Sequence[TensorSpec]
+) -> Any:
+    """A session of the bundle's file `name`; `threads` 0 for every core.
+
+    Raises BundleError when the file is no graph, or has other inputs or outputs than these.
+    """
+    label = str(bundle.folder / name)
+    session = open_session(bundle.read(name), label, threads)
+    check_signature(session, label, inputs, outputs)
+    return session

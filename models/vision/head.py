@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Bundle
-from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.errors import InvalidInput
+from isthmus.models.onnx_session import INT64, TensorSpec
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graphs import open_graph
-from isthmus.models.vision.manifest import Precision
+from isthmus.models.vision.manifest import Precision, Shape
 
 Floats = NDArray[np.float32]
 
@@ -28,9 +28,9 @@ class Head:
         if precision not in manifest.heads:
             raise InvalidInput(f"precision {precision!r} is not in the bundle, there is {', '.join(manifest.heads)}")
         self.exits = len(manifest.segments)
-        labels = (len(manifest.tasks[0].labels),)
+        logits = TensorSpec((1, len(manifest.tasks[0].labels)))
         self._segments = [
-            session(bundle, name, threads, {"x": segment.input}, [segment.output, labels])
+            open_graph(bundle, name, threads, {"x": one(segment.input)}, [one(segment.output), logits])
             for name, segment in zip(manifest.heads[precision].files, manifest.segments, strict=True)
         ]
         self._widths = [len(tap.widths) for tap in manifest.taps]
@@ -58,10 +58,15 @@ class Head:
         manifest = bundle.manifest
         tap, after = manifest.taps[index], manifest.architecture.taps[index].after
         source = manifest.segments[after - 1].output if after else manifest.segments[0].input
-        inputs: dict[str, tuple[int, ...] | None] = {"x": source}
+        inputs = {"x": one(source)}
         if self._widths[index] > 1:
-            inputs["width"] = None
-        return session(bundle, tap.encoder, threads, inputs, [tap.latent])
+            inputs["width"] = TensorSpec((), INT64)
+        return open_graph(bundle, tap.encoder, threads, inputs, [one(tap.latent)])
+
+
+def one(shape: Shape) -> TensorSpec:
+    """A batch of one float32 array."""
+    return TensorSpec((1, *shape))
 
 
 def softmax(logits: Floats) -> Floats:
@@ -69,26 +74,3 @@ def softmax(logits: Floats) -> Floats:
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities: Floats = weights / weights.sum(-1, keepdims=True)
     return probabilities
-
-
-def session(
-    bundle: Bundle,
-    name: str,
-    threads: int,
-    inputs: Mapping[str, tuple[int, ...] | None],
-    outputs: Sequence[tuple[int, ...]],
-) -> Any:
-    """An ONNX graph of the bundle with exactly these inputs and outputs. Raises BundleError.
-
-    Shapes are of float32 arrays without their batch of one; None is one int64.
-    """
-    found = open_graph(bundle, name, threads)
-    names = [node.name for node in found.get_inputs()]
-    if names != list(inputs):
-        raise BundleError(f"{bundle.folder / name}: inputs are named {names}, expected {list(inputs)}")
-    sides = (("input", found.get_inputs(), list(inputs.values())), ("output", found.get_outputs(), list(outputs)))
-    for kind, nodes, shapes in sides:
-        got = [(node.type, tuple(node.shape)) for node in nodes]
-        if got != [("tensor(int64)", ()) if s is None else ("tensor(float)", (1, *s)) for s in shapes]:
-            raise BundleError(f"{bundle.folder / name}: {kind} shapes {got}, the manifest says {shapes}")
-    return found

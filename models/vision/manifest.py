@@ -7,33 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-SCHEMA_VERSION = 3
+from isthmus.models.bundle.manifest import BundleManifest, FileEntry, FileName, Fraction, Name, Part
 
 Precision = Literal["fp32", "int8"]
 
-# Plain names alone: no separator, no leading dot, so that no path leaves the bundle's folder.
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=4096)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Shape = tuple[Channels, Side, Side]  # channels, height, width
-
-
-class Part(BaseModel):
-    """Every part of a manifest: frozen, finite numbers, no unknown field."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
-
-
-class FileEntry(Part):
-    """Size and content hash of one file of the bundle."""
-
-    size: Annotated[int, Field(ge=0, le=1 << 30)]
-    sha256: Sha256
 
 
 class Preprocessing(Part):
@@ -210,33 +192,10 @@ class Head(Part):
     thresholds: tuple[Threshold, ...]
 
 
-class Interval(Part):
-    """A measured fraction with its 95 % Wilson interval."""
-
-    value: Fraction
-    low: Fraction
-    high: Fraction
-    samples: Annotated[int, Field(ge=1)]
-
-
-class Training(Part):
-    """How the bundle was made, so that it can be made again."""
-
-    command: str
-    seed: int
-    seconds: Annotated[float, Field(ge=0)]
-    machine: str
-    data: str
-    versions: dict[str, str]
-
-
-class Manifest(Part):
+class Manifest(BundleManifest):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[3]
-    name: Name
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8)]
-    licence: str
     preprocessing: Preprocessing
     architecture: Architecture
     weights: FileName | None = None  # of what the architecture's builder builds; else there are
@@ -245,11 +204,7 @@ class Manifest(Part):
     heads: dict[Precision, Head]  # fp32 is never absent; figures of taps are those behind it
     taps: Annotated[tuple[Tap, ...], Field(min_length=1, max_length=8)]
     tail_macs: Annotated[int, Field(ge=0)]  # behind the last segment, first task
-    training: Training
-    scores: dict[str, Interval]
     units: dict[str, str]
-    files: dict[FileName, FileEntry]
-    fingerprint: Sha256
 
     @field_validator("files")
     @classmethod

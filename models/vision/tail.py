@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.catalog import BUILDERS
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
 from isthmus.models.vision.graph_tail import GraphTail

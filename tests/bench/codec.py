@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.codecs.checkerboard import ContextualCodec, Run
 from isthmus.models.codecs.context_model import Integers
 from isthmus.models.recipes.common.fit_tables import frequencies
 from isthmus.models.recipes.vision.compressai_entropy import EntropyBottleneck, new_prior
 from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import open_image, preprocess
 from tests.bench.processes import ROOT

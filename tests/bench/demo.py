@@ -1,8 +1,8 @@
-"""The main job on real photos: a device inspects solar cells over a thin link, four ways side by side.
+"""The main job on real photos: a device inspects solar cells over a thin link, with four configurations side by side.
 
-A real cloud process, four agents of one device, each behind its own emulated link. Every photo of a sample of the ELPV
-test part goes through all arms in turn, so that the machine's moods meet all alike. Nothing is warmed up but what a
-service warms up by itself: the first upload pays for opening its stream.
+A real cloud process, and four agents of one device, each with its own emulated link. Every photo of a sample of the
+ELPV test part goes through all arms in turn, so that other load on the machine affects all of them alike. There is no
+warm-up beyond the service's own: the first upload pays for opening its stream.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TITLES = {
 
 @dataclass
 class Arm:
-    """One way of answering photos, and what it gave."""
+    """One configuration of the agent, and its answers."""
 
     name: str
     config: EdgeConfig
@@ -55,7 +55,7 @@ class Arm:
 
 
 def configs(bundle: Path) -> dict[str, EdgeConfig]:
-    """The arms, not yet connected."""
+    """The configuration of each arm, without a cloud."""
     base = {"bundle": bundle, "deadline_s": DEADLINE_S}
     return {
         "edge_only": EdgeConfig(**base, mode="edge"),
@@ -66,6 +66,7 @@ def configs(bundle: Path) -> dict[str, EdgeConfig]:
 
 
 def open_arm(stack: ExitStack, name: str, config: EdgeConfig, cloud: CloudProcess, spec: LinkSpec) -> Arm:
+    """An agent with a link of its own to the cloud."""
     proxy = stack.enter_context(LinkProxy(cloud.port, spec))
     target = None if config.mode == "edge" else f"127.0.0.1:{proxy.port}"
     connected = replace(config, cloud=target)
@@ -73,14 +74,14 @@ def open_arm(stack: ExitStack, name: str, config: EdgeConfig, cloud: CloudProces
 
 
 def sample(count: int) -> tuple[Sequence[Path], NDArray[np.int64]]:
-    """`count` photos of the test part, drawn with a fixed seed, and their labels."""
+    """Paths of `count` photos of the test part, drawn with a fixed seed, and their labels."""
     photos: Photos = load("test")
     chosen = np.random.default_rng(0).permutation(len(photos))[:count]
     return [photos.paths[index] for index in chosen], photos.labels_N[chosen]
 
 
 def cloud_answers(paths: Sequence[Path], bundle: Path, cloud: CloudProcess) -> NDArray[np.int64]:
-    """What the cloud model says of the untouched photos: sent losslessly, past the emulated link."""
+    """The cloud model's answers to the original photos: sent losslessly, without the emulated link."""
     config = EdgeConfig(bundle, cloud.target, "offload", deadline_s=30.0, whole_image=WholeImage("png"))
     with EdgeAgent(config) as agent:
         answers = [agent.infer(path) for path in track(paths, "cloud model", console=console(), transient=True)]
@@ -90,7 +91,7 @@ def cloud_answers(paths: Sequence[Path], bundle: Path, cloud: CloudProcess) -> N
 
 
 def run(paths: Sequence[Path], arms: Sequence[Arm]) -> None:
-    """Every photo through every arm; who goes first changes from photo to photo."""
+    """Every photo through every arm; the first arm changes from photo to photo."""
     for turn, path in enumerate(track(paths, "photos x arms", console=console(), transient=True)):
         for step in range(len(arms)):
             arm = arms[(turn + step) % len(arms)]
@@ -184,7 +185,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             label=f"{TITLES[name]}: {size:.0f} B, {row['latency_ms']['mean']:.0f} ms mean",
         )  # fmt: skip
     axes.axhline(
-        100 * result["cloud_model"]["accuracy"], ls="--", color="black", lw=1, label="cloud model, untouched photos"
+        100 * result["cloud_model"]["accuracy"], ls="--", color="black", lw=1, label="cloud model, original photos"
     )
     axes.set_xscale("log")
     axes.set_xlim(8, 20_000)
@@ -204,7 +205,7 @@ def console() -> Console:
 
 
 def demo(count: int, spec: LinkSpec, bundle: Path) -> dict[str, Any]:
-    """The whole comparison as the JSON that `--json` writes."""
+    """The whole comparison, as `--json` writes it."""
     paths, labels_N = sample(count)
     with ExitStack() as stack:
         cloud = stack.enter_context(CloudProcess(bundle))
@@ -229,7 +230,7 @@ def demo(count: int, spec: LinkSpec, bundle: Path) -> dict[str, Any]:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the picture here (PNG).")
 def main(photos: int, mbit: float, rtt_ms: float, bundle: Path, json_path: Path | None, plot_path: Path | None) -> None:
-    """Inspect solar cells four ways over an emulated link and compare."""
+    """Compare four configurations that inspect solar cells over an emulated link."""
     try:
         result = demo(photos, LinkSpec(mbit * 1e6 or None, rtt_ms / 1000), bundle)
     except (IsthmusError, RuntimeError) as error:

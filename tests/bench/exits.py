@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.common.calibrate import first_exit, interval
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Precision

@@ -1,9 +1,9 @@
-"""What vision costs a device: disk, memory, the time from process start to the first answer.
+"""The footprint of vision on a device: disk, memory, and the time from process start to the first answer.
 
-The edge is installed as its users do it, `pip install '.[edge]'` into a new environment, and measured there;
-`first_answer_ratio_vs_torch`: the same answer by the same exits in PyTorch, in this environment, over ours. Both start
-as new processes, turn by turn, and answer one photo alone. `int8_over_fp32_time`: all segments of the head at both
-precisions, turn by turn, on one thread. All figures are medians.
+The edge is installed as users install it, with `pip install '.[edge]'` into a new environment, and measured there.
+`first_answer_ratio_vs_torch` is the time of the same answer by the same exits in PyTorch, in this environment, over
+ours; both start as new processes, in turn, and answer one photo. `int8_over_fp32_time` is the time of all segments of
+the head at both precisions, in turn, on one thread. All figures are medians.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import open_image, preprocess
 from tests.bench.processes import ROOT
 
 TORCH = "tests.bench.torch_device"
-HEAD_RUNS = 10  # for each repeat
+HEAD_RUNS = 10  # per repeat
 
 Floats = NDArray[np.float32]
 
@@ -49,14 +49,14 @@ def install(folder: Path) -> Path:
 
 
 def megabytes(folder: Path) -> float:
-    """What the files below a folder hold."""
+    """Total size of the files below a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()) / 1e6
 
 
 def first_answer(command: list[str]) -> tuple[float, float]:
-    """Seconds from process start to its first line, and the most memory it was resident with, in MB.
+    """Seconds from the start of a process to its first line of output, and its peak resident memory in MB.
 
-    Raises OSError when it fails.
+    Raises OSError if the process fails.
     """
     environment = {**os.environ, "PYTHONPATH": ""}
     started_s = time.perf_counter()
@@ -77,10 +77,10 @@ def first_answer(command: list[str]) -> tuple[float, float]:
 
 
 def footprint(bundle: Path, python: Path, photo: Path, repeats: int) -> dict[str, Any]:
-    """Everything that `--json` writes but the size of the installation."""
+    """What `--json` writes, except the size of the installation."""
     edge = [str(python.parent / "edge-agent"), "infer", str(photo), "--bundle", str(bundle), "--json"]
     torch = [sys.executable, "-m", TORCH, str(photo), str(bundle)]
-    first_answer(edge)  # the file cache of a machine in use
+    first_answer(edge)  # fills the file cache, as on a machine in use
     first_answer(torch)
     pairs = [(first_answer(edge), first_answer(torch)) for _ in range(repeats)]
     return {
@@ -93,7 +93,7 @@ def footprint(bundle: Path, python: Path, photo: Path, repeats: int) -> dict[str
 
 
 def head_s(head: Head, image_CHW: Floats) -> float:
-    """Seconds that all segments take."""
+    """Seconds of one run of all segments."""
     started_s = time.perf_counter()
     for index in range(head.exits):
         image_CHW, _ = head.segment(index, image_CHW)
@@ -101,7 +101,7 @@ def head_s(head: Head, image_CHW: Floats) -> float:
 
 
 def int8_over_fp32(opened: Bundle, photos: Sequence[Path]) -> float:
-    """Time of the int8 head over that of the float one."""
+    """Median over photos of the int8 head's time over the float head's."""
     images = [preprocess(open_image(photo.read_bytes()), opened.manifest.preprocessing) for photo in photos]
     fp32, int8 = Head(opened, 1), Head(opened, 1, "int8")
     pairs = [(head_s(int8, image_CHW), head_s(fp32, image_CHW)) for image_CHW in (images[0], *images)]
@@ -110,11 +110,15 @@ def int8_over_fp32(opened: Bundle, photos: Sequence[Path]) -> float:
 
 @click.command(epilog="Example: python -m tests.bench.footprint --json runs/footprint.json")
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "elpv", type=click.Path(path_type=Path))
-@click.option("--python", type=click.Path(path_type=Path), help="An environment that has the edge; else one is made.")
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path),
+    help="Interpreter of an environment that has the edge; by default a new one is made.",
+)
 @click.option("--repeats", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 def main(bundle: Path, python: Path | None, repeats: int, json_path: Path | None) -> None:
-    """Measure the edge's size on disk, its first answer and its memory."""
+    """Measure the edge's size on disk, its time to the first answer, and its memory."""
     photos = load("test").paths
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -35,8 +35,8 @@ from isthmus.cloud_service.language.model_runner import FullRunner
 from isthmus.edge_agent.language.arms.handoff import point_of
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import Judge
-from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.handoff.manifest import StatePoint, least_likely
 from isthmus.models.language.torch.decoder import Decoder, Span, chunks
 from isthmus.models.language.torch.kv_cache import KVCache
@@ -95,7 +95,7 @@ def costs(checkpoint: Checkpoint, depth: int) -> Costs:
     return Costs(later * layer, config.layers * layer, config.hidden * config.vocab, fill)
 
 
-def judged(handoff: Handoff, observed: Observed) -> Tensor:
+def judged(handoff: HandoffBundle, observed: Observed) -> Tensor:
     """How likely right (E, N) the bundle's judges say that each exit's choice is."""
     judges = [Judge.of(handoff.exit(index)) for index in range(len(handoff.depths))]
     seen_ENF = observed.seen_ENF.numpy()
@@ -153,7 +153,7 @@ def bounds(right_N: Tensor) -> list[float]:
     return [found.low, found.high] if found else [0.0, 1.0]
 
 
-def point_rows(ways: Ways, handoff: Handoff, test: Observed, exact: Completed) -> list[Row]:
+def point_rows(ways: Ways, handoff: HandoffBundle, test: Observed, exact: Completed) -> list[Row]:
     """Every point, where exits decide as on a device: bytes of a row, and how many tokens coding makes others.
 
     lost: of all tokens; lost_asked: of those that the cloud is asked for, whose share is `asked`.
@@ -196,14 +196,14 @@ def passages(file: Path, tokenizer: Tokenizer, count: int, prompt: int) -> Texts
 
 
 def other_domain(
-    model: Llama, checkpoint: Checkpoint, handoff: Handoff, fill: Fill, texts: Texts, point: StatePoint
+    model: Llama, checkpoint: Checkpoint, handoff: HandoffBundle, fill: Fill, texts: Texts, point: StatePoint
 ) -> Row:
     """Perplexity on a text of another domain, and what the cloud computes."""
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     traces = trace(model, texts, handoff.depths, torch.float32)
     test = observe(checkpoint, exits, traces, range(len(traces)))
     here, exact = test.decides_N, completed(model, traces, handoff.depth)
-    ways = Ways(model, handoff.depth, Crossing(model, test.traces, handoff.depth, handoff.states), point, fill)
+    ways = Ways(model, handoff.depth, Crossing(model, test.traces, handoff.depth, handoff.state_codec), point, fill)
     likely_EN = judged(handoff, test)
     base = float(torch.exp(-exact.next_N[here].mean()))
     rows, price = [], costs(checkpoint, handoff.depth)
@@ -245,7 +245,7 @@ def following(whole: FullRunner, cache: KVCache, ids: Sequence[int]) -> list[int
     return chosen
 
 
-def prefill_rows(checkpoint: Checkpoint, handoff: Handoff, texts: Texts) -> list[Row]:
+def prefill_rows(checkpoint: Checkpoint, handoff: HandoffBundle, texts: Texts) -> list[Row]:
     """Prompts that keep so many layers beside prompts that keep all, in turns: the time, and what is chosen behind."""
     whole = FullRunner(Decoder.load(checkpoint), frozenset(), [handoff])
     layers = checkpoint.config.layers
@@ -332,15 +332,15 @@ class Asked:
 
 def measured(folder: Path, checkpoint: Checkpoint, llama: Llama, asked: Asked, point: int | None) -> Row:
     """All figures of a bundle."""
-    handoff = Handoff.open(folder, checkpoint)
+    handoff = HandoffBundle.open(folder, checkpoint)
     traces = trace(llama, asked.answers, handoff.depths)
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     test = observe(checkpoint, exits, traces, range(len(traces)))
-    weight_LOH, bias_LO = handoff.fill()
+    weight_LOH, bias_LO = handoff.kv_fill()
     fill = Fill(torch.from_numpy(weight_LOH), torch.from_numpy(bias_LO))
     exact = completed(llama, test.traces, handoff.depth)
     chosen = point_of(handoff.manifest, point)
-    ways = Ways(llama, handoff.depth, Crossing(llama, test.traces, handoff.depth, handoff.states), chosen, fill)
+    ways = Ways(llama, handoff.depth, Crossing(llama, test.traces, handoff.depth, handoff.state_codec), chosen, fill)
     price, fp16_bytes = costs(checkpoint, handoff.depth), HALF_BYTES * checkpoint.config.hidden
     softmax_EN, done = test.seen_ENF[:, :, 0].exp(), {"exact": exact}
     return {

@@ -39,7 +39,7 @@ from isthmus.edge_agent.language.request import GenerationRequest, Summary
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import choose
 from isthmus.models.language.torch.decoder import Decoder, chunks, run_rows
 from isthmus.models.messages import GREEDY
@@ -203,7 +203,7 @@ def run(
     torch.set_num_threads(len(mine))  # more threads than cores wait for each other
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as the service: its bits are what answers are scored by
     checkpoint = Checkpoint.open(model)
-    depth = Handoff.open(handoff, checkpoint).depth if handoff else 0
+    depth = HandoffBundle.open(handoff, checkpoint).depth if handoff else 0
     flops = {way.arm: 2 * parameters(checkpoint.config, depth * (way.arm == "handoff")) for way in ways.values()}
     whole = Decoder.load(checkpoint)
     with Progress() as bar:

@@ -1,4 +1,4 @@
-"""Real processes for contracts, demos and benchmarks: the cloud service as an operator would start it."""
+"""Real processes for contract tests, demos and benchmarks: cloud service and agent, started as an operator does."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 60.0  # importing PyTorch on a busy machine
+START_S = 60.0  # includes importing PyTorch on a busy machine
 
 
 def free_port() -> int:
-    """A port nobody listens on at this moment."""
+    """A loopback port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class CloudProcess:
-    """`python -m isthmus.cloud_service` on a loopback port; killed and restarted at will, always on the same ports."""
+    """`python -m isthmus.cloud_service` on loopback. It may be killed and restarted; its ports stay the same."""
 
     def __init__(
         self, *bundles: Path, arguments: tuple[str, ...] = (), module: str = "isthmus.cloud_service", cpus: str = ""
     ) -> None:
-        """`cpus`: the cores it may use, as taskset takes them."""
+        """`cpus` are the cores it may use, in the notation of taskset; empty for all."""
         self.port, self.metrics_port = free_port(), free_port()
-        pinned = ["taskset", "-c", cpus] if cpus else []
-        self._arguments = [*pinned, sys.executable, "-m", module, "--listen", f"127.0.0.1:{self.port}"]
+        taskset = ["taskset", "-c", cpus] if cpus else []
+        self._arguments = [*taskset, sys.executable, "-m", module, "--listen", f"127.0.0.1:{self.port}"]
         self._arguments += ["--metrics", f"127.0.0.1:{self.metrics_port}", *arguments]
         for bundle in bundles:
             self._arguments += ["--bundle", str(bundle)]
         self.process: subprocess.Popen[bytes] | None = None
-        self.log_text = ""  # once it has ended
+        self.log_text = ""  # set when it has ended
         self.log = tempfile.NamedTemporaryFile(prefix="cloud-", suffix=".log")  # noqa: SIM115
 
     @property
@@ -61,7 +61,7 @@ class CloudProcess:
         self.log.close()
 
     def start(self, wait: bool = True) -> CloudProcess:
-        """Start it and, unless told otherwise, wait until its health says SERVING."""
+        """Start it and, if `wait`, wait until its health status is SERVING. Raises RuntimeError."""
         self.process = subprocess.Popen(
             self._arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=dict(os.environ)
         )
@@ -70,6 +70,7 @@ class CloudProcess:
         return self
 
     def wait_serving(self) -> None:
+        """Wait until the health status is SERVING. Raises RuntimeError if it ends, or after START_S seconds."""
         deadline_s = time.monotonic() + START_S
         while time.monotonic() < deadline_s:
             if self.process is not None and self.process.poll() is not None:
@@ -80,7 +81,7 @@ class CloudProcess:
         raise RuntimeError(f"the cloud did not serve within {START_S:.0f} s:\n{self.read_log()}")
 
     def health(self) -> int | None:
-        """The health it reports, None when it does not answer."""
+        """The health status it reports, or None if it does not answer."""
         with grpc.insecure_channel(self.target) as channel:
             try:
                 reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1)
@@ -89,13 +90,13 @@ class CloudProcess:
         return int(reply.status)
 
     def kill(self) -> None:
-        """SIGKILL: no goodbye."""
+        """Send SIGKILL, and wait."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
 
     def stop(self, timeout_s: float = 30.0) -> int | None:
-        """SIGTERM and wait; the exit status."""
+        """Send SIGTERM, wait up to `timeout_s`, then kill. Returns the exit status, None if it never started."""
         if self.process is None or self.process.poll() is not None:
             return self.process.returncode if self.process else None
         self.process.send_signal(signal.SIGTERM)
@@ -106,7 +107,7 @@ class CloudProcess:
             return self.process.wait()
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of `isthmus_cloud_<name>` over what `labels` leave open."""
+        """The value of `isthmus_cloud_<name>`, summed over the labels that are not given. Raises KeyError."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as reply:
             families = text_string_to_metric_families(reply.read().decode())
         samples = [sample for family in families for sample in family.samples if sample.name == f"isthmus_cloud_{name}"]

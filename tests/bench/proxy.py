@@ -1,7 +1,7 @@
 """An emulated link: a TCP proxy with a rate and a delay in each direction, which counts every byte.
 
-What a real access link does to a connection, without root: bytes queue for the rate, then travel for half the round
-trip. The kernel's own buffers stay in front of it, so TCP sees loopback: loss and slow start are not emulated.
+It needs no root: bytes wait for their turn at the rate, then for half the round trip. The kernel's buffers are in front
+of it, so TCP sees loopback: packet loss and slow start are not emulated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-CHUNK_BYTES = 1460  # one Ethernet segment: a large upload must not block a small one for longer
+CHUNK_BYTES = 1460  # one Ethernet segment: a large upload blocks a small one no longer than this
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class LinkSpec:
 
 
 class Direction:
-    """Bytes one way: queue for the rate, then fly for half the round trip."""
+    """Bytes in one direction: they wait for the rate, then for half the round trip."""
 
     def __init__(self, spec: LinkSpec) -> None:
         self._spec = spec
         self._free_at_s = 0.0
         self.bytes = 0
-        self.silent = False  # bytes are taken and go nowhere
+        self.silent = False  # bytes are read and dropped
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        flying: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=4096)
-        landing = asyncio.create_task(self._land(flying, writer))
+        delayed: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=4096)
+        delivery = asyncio.create_task(self._deliver(delayed, writer))
         loop = asyncio.get_running_loop()
         try:
             while data := await reader.read(CHUNK_BYTES):
@@ -45,19 +45,19 @@ class Direction:
                     self._free_at_s = max(self._free_at_s, now_s) + 8 * len(data) / self._spec.rate_bps
                     now_s = self._free_at_s
                 self.bytes += len(data)
-                await flying.put((now_s + self._spec.rtt_s / 2, data))
+                await delayed.put((now_s + self._spec.rtt_s / 2, data))
                 await asyncio.sleep(max(now_s - loop.time(), 0))
-            await flying.put((loop.time() + self._spec.rtt_s / 2, b""))
-            await landing
+            await delayed.put((loop.time() + self._spec.rtt_s / 2, b""))
+            await delivery
         except (ConnectionError, asyncio.CancelledError):
-            landing.cancel()
+            delivery.cancel()
         finally:
             writer.close()
 
-    async def _land(self, flying: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    async def _deliver(self, delayed: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            at_s, data = await flying.get()
+            at_s, data = await delayed.get()
             await asyncio.sleep(max(at_s - loop.time(), 0))
             if not data:
                 return
@@ -66,7 +66,7 @@ class Direction:
 
 
 class LinkProxy:
-    """Listens on a free loopback port and forwards to `target_port`; runs in a thread of its own."""
+    """Listens on a free loopback port and forwards to `target_port`, in a thread of its own."""
 
     def __init__(self, target_port: int, spec: LinkSpec) -> None:
         self._target_port = target_port
@@ -86,18 +86,19 @@ class LinkProxy:
         self.close()
 
     def cut(self) -> None:
-        """Break every connection; new ones are taken."""
+        """Break every open connection; new ones are accepted."""
         self._run(self._cut())
 
     def black_hole(self, on: bool) -> None:
-        """While on, bytes of new connections go nowhere and nothing is refused: a half-open link."""
+        """While on, new connections are accepted but not forwarded: a half-open link."""
         self._black_hole = on
 
     def silence(self, on: bool) -> None:
-        """While on, bytes of connections that stand go nowhere: a cable that was pulled out."""
+        """While on, bytes of open connections are dropped: an unplugged cable."""
         self.up.silent = self.down.silent = on
 
     def close(self) -> None:
+        """Stop listening and end every connection."""
         self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from isthmus.edge_agent.policy.arms import level_for
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.recipes.common.calibrate import interval
 from isthmus.models.recipes.language.evaluate import answered, chats
 from isthmus.models.recipes.language.exits import trace
@@ -125,9 +125,9 @@ class Reading:
         return float(ours / alone)
 
 
-def dial(handoff: Handoff, bits: int, likely_N: Floats, right_N: Bools, reading: Reading) -> list[Row]:
+def dial(handoff: HandoffBundle, bits: int, likely_N: Floats, right_N: Bools, reading: Reading) -> list[Row]:
     """What the bundle promises at each quality, and what comes of it."""
-    copy = handoff.copy(bits)
+    copy = handoff.local_model(bits)
     assert copy is not None
     rows = []
     for quality in QUALITIES:
@@ -148,8 +148,8 @@ def dial(handoff: Handoff, bits: int, likely_N: Floats, right_N: Bools, reading:
     return rows
 
 
-def measure(handoff: Handoff, bits: int, seen_NF: Floats, right_N: Bools, reading: Reading, times: int) -> Row:
-    copy = handoff.copy(bits)
+def measure(handoff: HandoffBundle, bits: int, seen_NF: Floats, right_N: Bools, reading: Reading, times: int) -> Row:
+    copy = handoff.local_model(bits)
     if copy is None:
         raise click.ClickException(f"{handoff.manifest.name} knows no copy in {bits} bits")
     likely_N = copy[0].likely(seen_NF.astype(np.float32)).astype(np.float64)
@@ -240,7 +240,7 @@ def main(
     """Measure routers of tokens and of prompts between a device's copy of a model and the cloud."""
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(model)
-    handoff, llama = Handoff.open(bundle, checkpoint), Llama.load(checkpoint)
+    handoff, llama = HandoffBundle.open(bundle, checkpoint), Llama.load(checkpoint)
     asked = chats(prompts, checkpoint.tokenizer, every)
     _, texts = answered(work, llama, checkpoint.tokenizer.eos_ids, asked)
     traces = trace(llama, texts, ())

@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import IsthmusError
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.tail import open_tail
 from tests.bench.processes import ROOT

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.errors import InvalidInput
 from isthmus.models.messages import Codec
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graph_tail import GraphTail
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
 from isthmus.models.vision.tail import load_split
 

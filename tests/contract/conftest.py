@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.language.checkpoint.huggingface import WEIGHTS
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess
 from tests.bench.tiny_llama import write_tiny_llama
 

@@ -1,4 +1,4 @@
-"""The same photo, answered every way, by a device and a cloud in different processes."""
+"""The same photo over every route, with device and cloud in different processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent
 from isthmus.edge_agent.config import WholeImage
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import encode_image, open_image, preprocess
 from isthmus.models.vision.tail import Tail
@@ -35,12 +35,12 @@ NewAgent = Callable[..., EdgeAgent]
 ImageForm = Literal["jpeg", "png", "webp"]
 
 
-WAYS = [("light", 0.5, 0), ("light", 0.5, 2), ("light", 1.0, 1), ("deep", 1.0, 1)]
+POINTS = [("light", 0.5, 0), ("light", 0.5, 2), ("light", 1.0, 1), ("deep", 1.0, 1)]
 
 
-@pytest.mark.parametrize(("tap", "width", "rate"), WAYS)
+@pytest.mark.parametrize(("tap", "width", "rate"), POINTS)
 @pytest.mark.parametrize("tasks", [("defect",), ("colour", "defect")])
-def test_split_answer_is_the_local_computation(
+def test_split_answer_equals_the_local_computation(
     cloud: CloudProcess,
     new_agent: NewAgent,
     tiny_bundle: Bundle,
@@ -64,17 +64,17 @@ def test_split_answer_is_the_local_computation(
     assert (answer.tap, answer.width, answer.rate) == (tap, width, rate)
     assert list(answer.answers) == list(tasks) and answer.label == answer.answers[tasks[0]].label
     assert answer.route == "split" and not answer.degraded and answer.missing == ()
-    framing = answer.bytes_up - len(codec.encode(integers_CHW, rate)) - 5  # gRPC's own prefix
+    framing = answer.bytes_up - len(codec.encode(integers_CHW, rate)) - 5  # gRPC's prefix
     assert 0 < framing <= limits.MAX_FRAMING_BYTES
 
 
 def test_points_and_tasks_change_from_request_to_request_over_http(
     cloud: CloudProcess, tiny_bundle: Bundle, photo: Image.Image
 ) -> None:
-    """One running agent, one stream: each request is encoded and answered as its query says."""
+    """One agent and one stream: each request is encoded and answered as its query says."""
     arguments = ("--bundle", str(tiny_bundle.folder), "--cloud", cloud.target, "--threads", "1")
     with EdgeProcess(*arguments) as agent:
-        for tap, width, rate in WAYS * 2:
+        for tap, width, rate in POINTS * 2:
             query = f"tap={tap}&width={width}&rate={rate}&task=defect&task=colour&deadline_ms=10000"
             request = urllib.request.Request(f"{agent.url}/v1/infer?{query}", encode_image(photo, "png", 0))
             with urllib.request.urlopen(request, timeout=20) as reply:
@@ -106,7 +106,7 @@ def test_the_cloud_counts_inputs_by_tap_and_task(tiny_bundle: Bundle, new_agent:
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
-def test_whole_image_answer_is_the_unsplit_model(
+def test_whole_image_answer_equals_the_unsplit_model(
     cloud: CloudProcess, new_agent: NewAgent, tiny_bundle: Bundle, photo: Image.Image, form: ImageForm
 ) -> None:
     answer = new_agent(cloud.target, mode="offload", whole_image=WholeImage(form, 60)).infer(photo)
@@ -129,15 +129,17 @@ def test_unary_and_stream_agree(cloud: CloudProcess, tiny_bundle: Bundle) -> Non
     assert alone.probabilities == streamed.probabilities
 
 
-def test_many_at_once_of_all_kinds_get_their_own_answers(
+def test_concurrent_requests_of_all_kinds_get_their_own_answers(
     cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image
 ) -> None:
     agent = new_agent(cloud.target, deadline_s=30.0)
-    wishes = [{"tap": tap, "width": width, "rate": rate} for tap, width, rate in WAYS]
-    asks = [{**wish, "tasks": tasks} for wish in wishes for tasks in (["defect"], ["colour"], ["defect", "colour"])]
-    alone = [agent.infer(photo, **ask) for ask in asks]
+    points = [{"tap": tap, "width": width, "rate": rate} for tap, width, rate in POINTS]
+    arguments = [
+        {**point, "tasks": tasks} for point in points for tasks in (["defect"], ["colour"], ["defect", "colour"])
+    ]
+    alone = [agent.infer(photo, **each) for each in arguments]
     with ThreadPoolExecutor(16) as threads:
-        together = list(threads.map(lambda ask: agent.infer(photo, **ask), asks * 4))
+        together = list(threads.map(lambda each: agent.infer(photo, **each), arguments * 4))
     for answer, expected in zip(together, alone * 4, strict=True):
         assert (answer.route, answer.tap, answer.width, answer.rate) == (
             "split",
@@ -150,8 +152,10 @@ def test_many_at_once_of_all_kinds_get_their_own_answers(
             np.testing.assert_allclose(task.probabilities, expected.answers[name].probabilities, atol=1e-5)
 
 
-def test_many_at_once_get_their_own_answers(cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image) -> None:
-    agent = new_agent(cloud.target, mode="split", deadline_s=30.0, min_agreement=0.97)  # one point is that good
+def test_concurrent_requests_get_their_own_answers(
+    cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image
+) -> None:
+    agent = new_agent(cloud.target, mode="split", deadline_s=30.0, min_agreement=0.97)  # one point meets it
     photos = [photo.rotate(90 * turn) for turn in range(4)] * 8
     alone = [agent.infer(turned).probabilities for turned in photos[:4]]
     with ThreadPoolExecutor(16) as threads:
@@ -171,10 +175,10 @@ def test_several_bundles_are_addressed_by_fingerprint(
     assert not small.degraded and not large.degraded
 
 
-def test_a_cloud_without_the_bundle_is_named_and_does_no_harm(
+def test_a_cloud_without_the_bundle_is_named_and_the_device_answers(
     cloud: CloudProcess, elpv_bundle: Bundle, new_agent: NewAgent, photo: Image.Image
 ) -> None:
-    agent = new_agent(cloud.target, bundle=elpv_bundle.folder, epsilon=0.0)  # no exit is certified: the cloud is wanted
+    agent = new_agent(cloud.target, bundle=elpv_bundle.folder, epsilon=0.0)  # no exit is certified: the cloud is needed
     answer = agent.infer(photo)
     assert answer.route == "fallback" and answer.degraded
     assert elpv_bundle.fingerprint.hex()[:12] in answer.why and "tiny" in answer.why
@@ -190,7 +194,7 @@ def test_health_and_reflection(cloud: CloudProcess) -> None:
     assert {"isthmus.v1.Isthmus", "grpc.health.v1.Health"} <= names
 
 
-def test_describe_tells_what_is_held(cloud: CloudProcess, tiny_bundle: Bundle) -> None:
+def test_describe_lists_the_bundles(cloud: CloudProcess, tiny_bundle: Bundle) -> None:
     with grpc.insecure_channel(cloud.target) as channel:
         stub = pb_grpc.IsthmusStub(channel)  # type: ignore[no-untyped-call]
         reply = stub.Describe(pb.DescribeRequest(), timeout=5)

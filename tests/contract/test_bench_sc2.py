@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from isthmus.models.bundle.bundle import read_manifest
+from isthmus.models.bundle.files import read_manifest
 from isthmus.models.vision.manifest import Manifest
 from tests.bench.processes import ROOT
 

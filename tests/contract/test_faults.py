@@ -1,4 +1,4 @@
-"""What is promised when the cloud dies, drains, hangs or comes back: every photo answered once and in time."""
+"""When the cloud dies, drains, hangs or comes back, every photo is answered once and within its deadline."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import pytest
 from PIL import Image
 
 from isthmus.edge_agent import Answer, EdgeAgent
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
 
 NewAgent = Callable[..., EdgeAgent]
 DEADLINE_S = 1.0
-GRACE_S = 0.1  # an answer may be later than its deadline by this much, by the issue's own promise
+GRACE_S = 0.1  # an answer may be later than its deadline by this much
 
 
 def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
     deadline_s = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline_s, "it did not come to pass"
+        assert time.monotonic() < deadline_s, "the condition did not come true"
         time.sleep(0.02)
 
 
@@ -31,8 +31,8 @@ def late(answers: list[Answer], deadline_s: float = DEADLINE_S) -> list[Answer]:
     return [answer for answer in answers if answer.stage_ms["total"] > 1000 * (deadline_s + GRACE_S)]
 
 
-def test_killed_in_mid_run_and_started_again(tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image) -> None:
-    """SIGKILL while photos are in flight: each is answered exactly once, in time; the cloud is used again later."""
+def test_a_cloud_that_is_killed_and_started_again(tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image) -> None:
+    """SIGKILL with photos in flight: each is answered exactly once, in time, and the cloud is used again later."""
     with CloudProcess(tiny_bundle.folder, arguments=("--threads", "1")) as cloud:
         agent = new_agent(cloud.target, mode="split", deadline_s=DEADLINE_S)
         answers: list[Answer] = []
@@ -71,7 +71,7 @@ def test_drains_on_sigterm_without_a_failed_request(
             cloud.process.terminate()  # type: ignore[union-attr]
             results = [answer.result() for answer in answers]
         assert cloud.stop() == 0
-    # What was sent before the service said goodbye is answered by it; only later inputs stay on the device.
+    # What was sent before the service began to drain is answered by it; only later photos stay on the device.
     assert all(
         "but" not in r.why or "shutting down" in r.why or "connect" in r.why or "being tried" in r.why for r in results
     )
@@ -82,7 +82,7 @@ def test_drains_on_sigterm_without_a_failed_request(
 def test_requests_in_flight_at_sigterm_are_answered(
     tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image
 ) -> None:
-    """The batch waits a second to fill, so that all eight are in the queue when the signal comes."""
+    """The batch waits a second to fill, so that all eight requests are in the queue when the signal comes."""
     arguments = ("--threads", "1", "--max-wait-ms", "1000", "--max-batch", "64")
     with CloudProcess(tiny_bundle.folder, arguments=arguments) as cloud:
         agent = new_agent(cloud.target, mode="split", deadline_s=20.0)
@@ -96,7 +96,7 @@ def test_requests_in_flight_at_sigterm_are_answered(
     assert [result.route for result in results] == ["split"] * 8
 
 
-def test_impatient_signals_do_not_look_like_a_crash(tiny_bundle: Bundle) -> None:
+def test_repeated_signals_end_in_a_clean_exit(tiny_bundle: Bundle) -> None:
     with CloudProcess(tiny_bundle.folder) as cloud:
         assert cloud.process is not None
         while cloud.process.poll() is None:
@@ -105,7 +105,7 @@ def test_impatient_signals_do_not_look_like_a_crash(tiny_bundle: Bundle) -> None
         assert cloud.process.returncode == 0
 
 
-def test_a_dead_cloud_is_left_alone(new_agent: NewAgent, photo: Image.Image) -> None:
+def test_nothing_is_sent_to_a_dead_cloud(new_agent: NewAgent, photo: Image.Image) -> None:
     agent = new_agent(f"127.0.0.1:{free_port()}", mode="split", connect_s=0.5)
     answers = [agent.infer(photo) for _ in range(10)]
     assert all(answer.degraded and answer.bytes_up == 0 for answer in answers)
@@ -115,7 +115,7 @@ def test_a_dead_cloud_is_left_alone(new_agent: NewAgent, photo: Image.Image) -> 
 def test_a_half_open_link_costs_at_most_the_deadline(
     cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image
 ) -> None:
-    """Bytes vanish and nothing is refused: three photos wait out their deadline, then the breaker spares the rest."""
+    """Bytes are lost without an error: three photos wait for their deadline, then the breaker opens."""
     with LinkProxy(cloud.port, LinkSpec(None, 0.0)) as proxy:
         agent = new_agent(f"127.0.0.1:{proxy.port}", mode="split", deadline_s=0.5)
         assert agent.infer(photo).route == "split"
@@ -130,7 +130,7 @@ def test_a_half_open_link_costs_at_most_the_deadline(
     assert sum("no answer" in answer.why for answer in lost) <= 3
 
 
-def test_an_answer_that_comes_too_late_is_dropped(cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image) -> None:
+def test_a_reply_after_the_deadline_is_dropped(cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image) -> None:
     with LinkProxy(cloud.port, LinkSpec(None, 0.4)) as slow:
         agent = new_agent(f"127.0.0.1:{slow.port}", mode="split", deadline_s=0.2)
         answer = agent.infer(photo)

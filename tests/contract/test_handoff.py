@@ -10,7 +10,7 @@ import pytest
 from isthmus.edge_agent.language.agent import LanguageAgent
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.kv_fill import FIRST_ROWS, exact_rows
+from isthmus.models.language.torch.kv_fill import EXACT_FIRST, exact_last
 from tests.bench.processes import CloudProcess
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of, started
@@ -71,7 +71,7 @@ def test_a_prompt_may_skip_the_last_layers(serving: CloudProcess, endless_llama:
         cloud, verify = (Answer(agent, prompt, TOKENS, arm, CHATTER) for arm in ("cloud", "verify"))
     assert verify.ids == cloud.ids and not cloud.how.degraded
     filled = serving.metric("state_positions_total", kind="filled") - before
-    assert filled >= len(prompt) - FIRST_ROWS - exact_rows(len(prompt))
+    assert filled >= len(prompt) - EXACT_FIRST - exact_last(len(prompt))
     refused = pytest.raises(InvalidInput, match="2 layers of a prompt, expected 1 to 1, or 0 for all")
     with agent_of(serving, endless_llama, bundle, prefill_layers=2) as agent, refused:
         Answer(agent, prompt, TOKENS, "cloud", CHATTER)

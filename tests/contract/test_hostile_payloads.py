@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.messages import CloudRequest, Codec, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc

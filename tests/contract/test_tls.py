@@ -12,13 +12,13 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent
 from isthmus.edge_agent.config import Tls
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess
 
 
 @pytest.fixture(scope="module")
-def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem; server, device and a stranger's device, each with certificate and key."""
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ca.pem, and certificate and key of the server, of a device, and of a device of another authority."""
     folder = tmp_path_factory.mktemp("tls")
     ours, strangers = trustme.CA(), trustme.CA()
     ours.cert_pem.write_to_path(str(folder / "ca.pem"))
@@ -30,20 +30,27 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def locked(tiny_bundle: Bundle, papers: Path) -> Iterator[CloudProcess]:
-    arguments = ("--threads", "1", "--tls-certificate", f"{papers}/server.pem", "--tls-key", f"{papers}/server.key")
-    cloud = CloudProcess(tiny_bundle.folder, arguments=(*arguments, "--tls-client-ca", f"{papers}/ca.pem"))
+def tls_cloud(tiny_bundle: Bundle, credentials: Path) -> Iterator[CloudProcess]:
+    arguments = (
+        "--threads",
+        "1",
+        "--tls-certificate",
+        f"{credentials}/server.pem",
+        "--tls-key",
+        f"{credentials}/server.key",
+    )
+    cloud = CloudProcess(tiny_bundle.folder, arguments=(*arguments, "--tls-client-ca", f"{credentials}/ca.pem"))
     cloud.start(wait=False)
     yield cloud
     cloud.__exit__()
 
 
-def test_a_device_with_our_papers_is_answered(
-    locked: CloudProcess, papers: Path, new_agent: Callable[..., EdgeAgent], photo: Image.Image
+def test_a_device_with_a_trusted_certificate_is_answered(
+    tls_cloud: CloudProcess, credentials: Path, new_agent: Callable[..., EdgeAgent], photo: Image.Image
 ) -> None:
-    tls = Tls(papers / "ca.pem", papers / "device.pem", papers / "device.key")
-    agent = new_agent(f"localhost:{locked.port}", mode="split", tls=tls, connect_s=0.0, deadline_s=5.0)
-    for _ in range(600):  # the service is still importing PyTorch
+    tls = Tls(credentials / "ca.pem", credentials / "device.pem", credentials / "device.key")
+    agent = new_agent(f"localhost:{tls_cloud.port}", mode="split", tls=tls, connect_s=0.0, deadline_s=5.0)
+    for _ in range(600):  # the service is still starting
         if agent.infer(photo).route == "split":
             return
         time.sleep(0.1)
@@ -51,16 +58,22 @@ def test_a_device_with_our_papers_is_answered(
 
 
 @pytest.mark.parametrize("name", [None, "stranger"])
-def test_others_stay_outside_and_answer_alone(
-    locked: CloudProcess, papers: Path, new_agent: Callable[..., EdgeAgent], photo: Image.Image, name: str | None
+def test_a_device_without_a_trusted_certificate_answers_locally(
+    tls_cloud: CloudProcess,
+    credentials: Path,
+    new_agent: Callable[..., EdgeAgent],
+    photo: Image.Image,
+    name: str | None,
 ) -> None:
-    tls = Tls(papers / "ca.pem", *((papers / f"{name}.pem", papers / f"{name}.key") if name else (None, None)))
-    answer = new_agent(f"localhost:{locked.port}", mode="split", tls=tls, connect_s=3.0).infer(photo)
+    tls = Tls(
+        credentials / "ca.pem", *((credentials / f"{name}.pem", credentials / f"{name}.key") if name else (None, None))
+    )
+    answer = new_agent(f"localhost:{tls_cloud.port}", mode="split", tls=tls, connect_s=3.0).infer(photo)
     assert answer.degraded
     assert answer.bytes_up == 0
 
 
-def test_plain_text_stays_outside(
-    locked: CloudProcess, new_agent: Callable[..., EdgeAgent], photo: Image.Image
+def test_a_device_without_tls_answers_locally(
+    tls_cloud: CloudProcess, new_agent: Callable[..., EdgeAgent], photo: Image.Image
 ) -> None:
-    assert new_agent(f"localhost:{locked.port}", mode="split", connect_s=3.0).infer(photo).degraded
+    assert new_agent(f"localhost:{tls_cloud.port}", mode="split", connect_s=3.0).infer(photo).degraded

@@ -12,10 +12,10 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.transport.link import Reply
-from isthmus.models.bundle import bundle as bundles
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.edge_agent.transport.link import Exchange
+from isthmus.models.bundle.files import write_bundle
 from isthmus.models.messages import CloudReply, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Manifest
 from tests.tiny_bundle import SIDE
 
@@ -51,12 +51,12 @@ class Recorder:
     payloads: list[Payload] = field(default_factory=list)
     estimate: LinkEstimate = LinkEstimate(0.01, 1e6)
 
-    def usable(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         return None
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Reply:
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Exchange:
         self.payloads.append(payload)
-        return Reply(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
+        return Exchange(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
 
     def close(self) -> None:
         pass
@@ -69,7 +69,7 @@ def capped(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
     for tap in content["taps"]:
         tap["max_payload_bytes"] = CAP
     files = {name: tiny_bundle.read(name) for name in tiny_bundle.manifest.files}
-    return Bundle.open(bundles.write(tmp_path_factory.mktemp("capped") / "tiny", content, files, Manifest))
+    return Bundle.open(write_bundle(tmp_path_factory.mktemp("capped") / "tiny", content, files, Manifest))
 
 
 @pytest.fixture

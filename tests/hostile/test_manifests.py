@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.models.bundle.bundle import MAX_MANIFEST_BYTES, Bundle
+from isthmus.models.bundle.files import MAX_MANIFEST_BYTES
 from isthmus.models.errors import BundleError
+from isthmus.models.vision.bundle import Bundle
 from tests.conftest import Parts
 
 JSON = st.recursive(

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import PayloadCorrupt, PayloadTooLarge
+from isthmus.models.vision.bundle import Bundle
 
 HOSTILE = {
     "one bit": b"\1\0\0\0",

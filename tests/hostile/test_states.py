@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from isthmus.models.errors import CallerError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.hidden_states import StateCodec
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import MAX_STATE_BYTES, write_tiny_handoff
@@ -22,7 +22,7 @@ EMBEDDED_2H = np.random.default_rng(0).normal(size=(2, HIDDEN)).astype(np.float3
 def states(tmp_path_factory: pytest.TempPathFactory) -> StateCodec:
     folder = tmp_path_factory.mktemp("states")
     model = Checkpoint.open(write_tiny_llama(folder / "model", hidden=HIDDEN, ffn=64, context=64))
-    return Handoff.open(write_tiny_handoff(folder / "handoff", model), model).states
+    return HandoffBundle.open(write_tiny_handoff(folder / "handoff", model), model).state_codec
 
 
 def survive(states: StateCodec, data: bytes, rate: int) -> None:

@@ -16,8 +16,8 @@ from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineM
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.messages import BundleInfo, TapInfo, TaskInfo
+from isthmus.models.vision.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cloud_service" / "monitoring"

@@ -23,7 +23,7 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import HandoffEstimate
 from isthmus.models.errors import ContextGone, InvalidInput, ServiceError
 from isthmus.models.language.architecture import LlamaConfig
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest, StatePoint, least_likely
 from isthmus.models.language.packing import Floats
 from isthmus.models.messages import Committed, Opening, Round
@@ -56,7 +56,7 @@ class HandoffArm:
         session: RemoteSession,
         stats: GenerationStats,
         local: LocalSession,
-        handoff: Handoff,
+        handoff: HandoffBundle,
         settings: HandoffSettings,
         fallback: Fallback | None,
     ) -> None:
@@ -139,8 +139,8 @@ class HandoffArm:
 
     def _encode(self, states_NH: Floats) -> list[bytes]:
         """Coded states of the tokens after those sent. The first of a text has none: the cloud computes it itself."""
-        codec, point, first = self._handoff.states, self._settings.point, int(self._sent == 0)
-        embedded_MH = self._local.embedded(self._sequence.tokens[self._sent + first - 1 : self._sent + len(states_NH)])
+        codec, point, first = self._handoff.state_codec, self._settings.point, int(self._sent == 0)
+        embedded_MH = self._local.embed(self._sequence.tokens[self._sent + first - 1 : self._sent + len(states_NH)])
         states = [b""] * first
         decides = {index for index in range(first, len(states_NH)) if self._sent + index in self._decoded_from}
         for decodes, run in groupby(range(first, len(states_NH)), decides.__contains__):
@@ -159,7 +159,9 @@ class HandoffArm:
         return committed
 
 
-def handoff_opening(model: bytes, sequence: AnswerSequence, handoff: Handoff, settings: HandoffSettings) -> MakeOpening:
+def handoff_opening(
+    model: bytes, sequence: AnswerSequence, handoff: HandoffBundle, settings: HandoffSettings
+) -> MakeOpening:
     """How a session of hidden states is opened."""
     request = sequence.request
 

@@ -1,1 +1,1 @@
-"""Language models as people have them: GGUF files, Hugging Face folders, tokenizers."""
+"""Read language models from GGUF files and Hugging Face folders, with their tokenizers and chat templates."""

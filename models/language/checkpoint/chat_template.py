@@ -1,7 +1,8 @@
-"""A model's chat template: messages to the text that the model was trained on.
+"""Render a conversation as text with the model's own chat template.
 
-Knows nothing of tokens. Templates come with checkpoints and are programs in Jinja, run in its sandbox: they reach no
-attribute of Python's, but nothing bounds their time, so they are no safer than the checkpoint that brings them.
+Templates come with checkpoints and are Jinja programs. They run in Jinja's sandbox, which blocks access to Python's
+attributes but does not limit their run time, so a template is as trustworthy as its checkpoint. Knows nothing about
+tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.models.errors import BundleError, InvalidInput
 
-MAX_TEMPLATE_CHARACTERS = 1 << 18  # the longest of published ones have some 20,000
+MAX_TEMPLATE_CHARACTERS = 1 << 18  # the longest published templates have about 20,000
 
 
 class ChatTemplate:
-    """A compiled template. `variables` are such as bos_token and eos_token, by name."""
+    """A compiled template. `variables` are special tokens such as bos_token and eos_token, by name."""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        """Raises BundleError when `source` is no template."""
+        """Raises BundleError when `source` is not a template."""
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise BundleError(f"chat template: {len(source)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
         try:
@@ -36,15 +37,15 @@ class ChatTemplate:
         self._variables = dict(variables)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text up to where the assistant's answer begins. Raises InvalidInput when the template refuses."""
+        """The text up to where the assistant's answer begins. Raises InvalidInput when the template raises an error."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
-        except Exception as error:  # a template is a program: it can raise anything
-            raise InvalidInput(f"the chat template refuses these messages: {str(error)[:200]}") from error
+        except Exception as error:  # a template is a program and can raise anything
+            raise InvalidInput(f"the chat template rejects these messages: {str(error)[:200]}") from error
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """As transformers sets it up (`_cached_compile_jinja_template` of its utils/chat_template_utils.py)."""
+    """Configured as in transformers (`_cached_compile_jinja_template` in utils/chat_template_utils.py)."""
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -55,7 +56,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; what is inside is written as it is."""
+    """`{% generation %}` marks the assistant's text for training; its content is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -71,7 +72,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes HTML."""
+    """Plain JSON, where Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -80,5 +81,5 @@ def raise_exception(message: str) -> NoReturn:
 
 
 def strftime_now(pattern: str) -> str:
-    """The local time now."""
+    """The current local time."""
     return datetime.now().strftime(pattern)

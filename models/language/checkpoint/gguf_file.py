@@ -1,7 +1,8 @@
 """The GGUF container: keys with values, and tensors by name, read through a memory map.
 
-Knows nothing of models. The header is parsed here and not by `gguf.GGUFReader`, which believes every count in the file
-(an array of 2**60 elements fills the memory) and takes seconds over a vocabulary; types and dequantisation are gguf's.
+The header is parsed here instead of by `gguf.GGUFReader`, which trusts every count in the file (an array of 2**60
+elements exhausts the memory) and needs seconds for a vocabulary. Types and dequantisation are gguf's. Knows nothing
+about models.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
@@ -21,7 +22,7 @@ from isthmus.models.errors import BundleError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_KEYS = 4096  # a hundred in practice
+MAX_KEYS = 4096  # published files have about a hundred
 MAX_TENSORS = 1 << 16
 MAX_ELEMENTS = 1 << 22  # of one array in the header; a vocabulary has at most 2**20 tokens
 MAX_DIMENSIONS = 4
@@ -40,12 +41,12 @@ SCALARS = {
     GGUFValueType.FLOAT64: "d",
 }
 KIND_NAMES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-KINDS = {GGMLQuantizationType[name] for name in KIND_NAMES}  # those that gguf dequantises and models use
+KINDS = {GGMLQuantizationType[name] for name in KIND_NAMES}  # types that gguf dequantises and published models use
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a tensor lies in the file: `offset` and `size` in bytes, `shape` with the contiguous dimension last."""
+class GgufTensor:
+    """A tensor's place in the file: `offset` and `size` in bytes, `shape` with the contiguous dimension last."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -54,12 +55,13 @@ class Stored:
 
 
 class GgufFile:
-    """`fields` by key; `tensors` by name. Every tensor lies inside the file. Raises BundleError."""
+    """An opened file: `fields` by key, `tensors` by name. Every tensor lies inside the file."""
 
     def __init__(self, path: Path) -> None:
+        """Raises BundleError."""
         self._data = map_file(path)
         cursor = _Cursor(self._data)
-        if cursor.take(4) != MAGIC:
+        if cursor.read(4) != MAGIC:
             raise BundleError(f"{path.name}: not a GGUF file, it does not begin with {MAGIC.decode()}")
         if (version := cursor.scalar("I")) not in VERSIONS:
             raise BundleError(f"{path.name}: GGUF version {version} or big-endian, this program reads {VERSIONS}")
@@ -72,16 +74,16 @@ class GgufFile:
                 raise BundleError(f"GGUF header: key {key[:100]} occurs twice")
             self.fields[key] = cursor.value()
         headers = [_tensor_header(cursor) for _ in range(tensors)]
-        self.tensors = _place(headers, cursor.at, self._alignment(), len(self._data))
+        self.tensors = _locate(headers, cursor.at, self._alignment(), len(self._data))
 
     def bytes_of(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's rows as they lie in the file, (..., bytes of a row); read only, nothing is copied."""
+        """A read-only view of a tensor's stored rows (..., bytes of a row)."""
         stored = self.tensors[name]
         flat = self._data[stored.offset : stored.offset + stored.size]
         return flat.reshape(*stored.shape[:-1], -1)
 
     def floats(self, name: str) -> NDArray[np.float32]:
-        """A tensor as float32, dequantised; a fresh array of its shape."""
+        """A tensor dequantised to a new float32 array of its shape."""
         stored = self.tensors[name]
         with np.errstate(over="ignore", invalid="ignore"):
             values = quants.dequantize(self.bytes_of(name), stored.kind)
@@ -95,7 +97,7 @@ class GgufFile:
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
-    """A file's bytes as a read-only memory map. Raises BundleError when it is no regular file, empty or unreadable."""
+    """A file's bytes as a read-only memory map. Raises BundleError for a file that is missing, empty or unreadable."""
     try:
         if not path.is_file():
             raise BundleError(f"{path.name}: no such file")
@@ -105,23 +107,23 @@ def map_file(path: Path) -> NDArray[np.uint8]:
 
 
 class _Cursor:
-    """Reads a header from the front, and never past its end."""
+    """Reads a header sequentially. Raises BundleError at its end."""
 
     def __init__(self, data: NDArray[np.uint8]) -> None:
         self._data = data.data
         self.at = 0
 
-    def take(self, size: int) -> bytes:
+    def read(self, size: int) -> bytes:
         if size > len(self._data) - self.at:
             raise BundleError(f"GGUF header: truncated, {size} bytes expected at {self.at} of {len(self._data)}")
         self.at += size
         return bytes(self._data[self.at - size : self.at])
 
     def scalar(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+        return struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))[0]
 
     def count(self, limit: int, item_bytes: int, what: str) -> int:
-        """How many items of at least `item_bytes` follow."""
+        """Read the number of items that follow, each of at least `item_bytes`."""
         count: int = self.scalar("Q")
         if count > limit or count * item_bytes > len(self._data) - self.at:
             raise BundleError(f"GGUF header: {count} {what}, more than the file holds or over {limit}")
@@ -129,7 +131,7 @@ class _Cursor:
 
     def text(self) -> str:
         try:
-            return self.take(self.scalar("Q")).decode()
+            return self.read(self.scalar("Q")).decode()
         except UnicodeDecodeError as error:
             raise BundleError(f"GGUF header: text before byte {self.at} is not UTF-8") from error
 
@@ -143,7 +145,7 @@ class _Cursor:
             return [self.text() for _ in range(self.count(MAX_ELEMENTS, 8, "strings"))]
         code = _code(kind)
         count = self.count(MAX_ELEMENTS, struct.calcsize("<" + code), "elements")
-        return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
+        return list(struct.unpack(f"<{count}{code}", self.read(count * struct.calcsize("<" + code))))
 
 
 def _code(kind: int) -> str:
@@ -166,12 +168,12 @@ def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizat
     return name, shape, GGMLQuantizationType(code), offset
 
 
-def _place(
+def _locate(
     headers: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], end: int, alignment: int, file_bytes: int
-) -> dict[str, Stored]:
-    """Where each tensor lies; the data begin at the first aligned byte after the header's `end`."""
+) -> dict[str, GgufTensor]:
+    """Each tensor's place; the data begin at the first aligned byte after the header's `end`."""
     start = -(-end // alignment) * alignment
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in headers:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         size = math.prod(shape) // block * block_bytes
@@ -179,5 +181,5 @@ def _place(
             raise BundleError(f"GGUF header: tensor {name[:100]} is doubled, empty, unaligned or not whole blocks")
         if start + offset + size > file_bytes:
             raise BundleError(f"GGUF file: truncated, tensor {name[:100]} would end at byte {start + offset + size}")
-        tensors[name] = Stored(shape, kind, start + offset, size)
+        tensors[name] = GgufTensor(shape, kind, start + offset, size)
     return tensors

@@ -1,8 +1,8 @@
 """A Llama or Qwen model in a GGUF file: its keys as a configuration, its tensors under Hugging Face names and order.
 
-Knows nothing of tokens. llama.cpp pairs neighbouring elements in its rotary embedding where Hugging Face pairs the two
-halves of a head, so files of architecture `llama` hold the rows of q_proj and k_proj interleaved (`permute` of
-convert_hf_to_gguf.py); here they are put back. Qwen files are not interleaved.
+llama.cpp's rotary embedding pairs neighbouring elements where Hugging Face pairs the two halves of a head, so files of
+architecture `llama` store the rows of q_proj and k_proj interleaved (`permute` in convert_hf_to_gguf.py); this module
+restores the order. Qwen files are not interleaved. Knows nothing about tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig, RopeScaling, rope_frequencies
 from isthmus.models.language.checkpoint import weights
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
-from isthmus.models.language.checkpoint.weights import Blocks, Shape, positive, whole
+from isthmus.models.language.checkpoint.weights import Blocks, Shape, positive_integer, positive_number
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 Item = TypeVar("Item", np.float32, np.uint8)
@@ -45,7 +45,7 @@ LAYER = {
 
 
 class GgufWeights:
-    """The tensors of `file` under Hugging Face names, the order of rows included. See `weights.Weights`."""
+    """The tensors of `file` under Hugging Face names, rows in Hugging Face's order. A `CheckpointWeights`."""
 
     def __init__(self, file: GgufFile, config: LlamaConfig) -> None:
         self._file = file
@@ -76,9 +76,9 @@ class GgufWeights:
 
 
 def unpack(blocks_NGB: NDArray[np.uint8], *, minimum: bool) -> Blocks:
-    """Q4_1 (a block: float16 scale, float16 minimum, 16 bytes) or Q4_0 (no minimum: it is -8 scales).
+    """Unpack blocks of Q4_1 (float16 scale, float16 minimum, 16 bytes) or Q4_0 (no minimum: it is -8 scales).
 
-    Of each byte the low half is an element of the first 16, the high half of the second.
+    The low half of each byte is an element of the block's first 16, the high half one of its second 16.
     """
     head = 4 if minimum else 2
     halves_NGH = np.ascontiguousarray(blocks_NGB[..., :head]).view(np.float16).astype(np.float32)
@@ -90,17 +90,17 @@ def unpack(blocks_NGB: NDArray[np.uint8], *, minimum: bool) -> Blocks:
 
 
 def hugging_face_rows(rows: int, heads: int) -> NDArray[np.intp]:
-    """Which stored row is each row of Hugging Face's order, (rows,)."""
+    """For each row in Hugging Face's order the index of the stored row, (rows,)."""
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def hugging_face_name(name: str) -> str:
-    """Raises BundleError for a tensor that these models have not."""
+    """Raises BundleError for a tensor that these models do not have."""
     if name in TOP:
         return TOP[name]
     match = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,5})\.(\w+)\.(weight|bias)", name, re.ASCII)
     if match is None or match[2] not in LAYER:
-        raise BundleError(f"GGUF file: tensor {name[:100]} has no place in a Llama or Qwen 2 or 3 model")
+        raise BundleError(f"GGUF file: tensor {name[:100]} is not part of a Llama, Qwen 2 or Qwen 3 model")
     return f"model.layers.{match[1]}.{LAYER[match[2]]}.{match[3]}"
 
 
@@ -113,19 +113,21 @@ def read_config(file: GgufFile) -> LlamaConfig:
     prefix = f"{architecture}."
     keys = {key.removeprefix(prefix): value for key, value in file.fields.items() if key.startswith(prefix)}
     tokens = file.fields.get("tokenizer.ggml.tokens")
-    hidden = whole(keys, "embedding_length", weights.MAX_HIDDEN)
-    heads = whole(keys, "attention.head_count", weights.MAX_HEADS)
+    hidden = positive_integer(keys, "embedding_length", weights.MAX_HIDDEN)
+    heads = positive_integer(keys, "attention.head_count", weights.MAX_HEADS)
     config = LlamaConfig(
-        layers=whole(keys, "block_count", weights.MAX_LAYERS),
+        layers=positive_integer(keys, "block_count", weights.MAX_LAYERS),
         hidden=hidden,
         heads=heads,
-        kv_heads=whole(keys, "attention.head_count_kv", weights.MAX_HEADS, heads),
-        head_dim=whole(keys, "attention.key_length", weights.MAX_HEAD_DIM, hidden // heads),
-        ffn=whole(keys, "feed_forward_length", weights.MAX_FFN),
-        vocab=whole(keys, "vocab_size", weights.MAX_VOCAB, len(tokens) if isinstance(tokens, list) else None),
-        context=whole(keys, "context_length", weights.MAX_CONTEXT),
-        rope_theta=positive(keys, "rope.freq_base", 10_000.0),
-        norm_eps=positive(keys, "attention.layer_norm_rms_epsilon"),
+        kv_heads=positive_integer(keys, "attention.head_count_kv", weights.MAX_HEADS, heads),
+        head_dim=positive_integer(keys, "attention.key_length", weights.MAX_HEAD_DIM, hidden // heads),
+        ffn=positive_integer(keys, "feed_forward_length", weights.MAX_FFN),
+        vocab=positive_integer(
+            keys, "vocab_size", weights.MAX_VOCAB, len(tokens) if isinstance(tokens, list) else None
+        ),
+        context=positive_integer(keys, "context_length", weights.MAX_CONTEXT),
+        rope_theta=positive_number(keys, "rope.freq_base", 10_000.0),
+        norm_eps=positive_number(keys, "attention.layer_norm_rms_epsilon"),
         tied="output.weight" not in file.tensors,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         qk_norm=architecture == "qwen3",
@@ -135,20 +137,23 @@ def read_config(file: GgufFile) -> LlamaConfig:
 
 
 def refuse_unsupported(keys: dict[str, Any], config: LlamaConfig) -> None:
-    """Raises BundleError for keys that ask for what the decoder does not do."""
+    """Raises BundleError for keys that request features the decoder lacks."""
     if keys.get("expert_count"):
-        raise BundleError("GGUF file: a mixture of experts (expert_count), this program runs dense models")
+        raise BundleError("GGUF file: a mixture of experts (expert_count), only dense models are supported")
     if (kind := keys.get("rope.scaling.type", "none")) != "none":
-        raise BundleError(f"GGUF file: rope scaling {str(kind)[:40]}, this program knows none and Llama 3's")
+        raise BundleError(f"GGUF file: rope scaling {str(kind)[:40]}, expected none or Llama 3's")
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.get(key, config.head_dim) != config.head_dim:
             raise BundleError(f"GGUF file: {key} is {str(keys[key])[:40]}, expected the head size {config.head_dim}")
-    if "attention.sliding_window" in keys and whole(keys, "attention.sliding_window", 1 << 32) < config.context:
-        raise BundleError("GGUF file: sliding-window attention below the context, this program attends to all")
+    if (
+        "attention.sliding_window" in keys
+        and positive_integer(keys, "attention.sliding_window", 1 << 32) < config.context
+    ):
+        raise BundleError("GGUF file: sliding-window attention below the context is not supported")
 
 
 def with_scaling(file: GgufFile, keys: dict[str, Any], config: LlamaConfig) -> LlamaConfig:
-    """`config` with Llama 3's scaling, when the file has factors: they must be those of the published settings."""
+    """`config` with Llama 3's scaling if the file has factors, which must match the published settings."""
     if ROPE_FACTORS not in file.tensors:
         return config
     if (shape := file.tensors[ROPE_FACTORS].shape) != (config.head_dim // 2,):
@@ -156,7 +161,7 @@ def with_scaling(file: GgufFile, keys: dict[str, Any], config: LlamaConfig) -> L
     factors = file.floats(ROPE_FACTORS)
     if not (np.isfinite(factors).all() and (factors >= 1).all()):
         raise BundleError(f"GGUF file: {ROPE_FACTORS} holds values that are not finite or below 1")
-    original = whole(keys, "rope.scaling.original_context_length", weights.MAX_CONTEXT, 8192)
+    original = positive_integer(keys, "rope.scaling.original_context_length", weights.MAX_CONTEXT, 8192)
     scaling = RopeScaling(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=original)
     if not np.allclose(factors, llama3_factors(config, scaling), rtol=1e-3):
         raise BundleError(f"GGUF file: {ROPE_FACTORS} are not Llama 3's (low 1, high 4, context {original})")
@@ -164,6 +169,6 @@ def with_scaling(file: GgufFile, keys: dict[str, Any], config: LlamaConfig) -> L
 
 
 def llama3_factors(config: LlamaConfig, scaling: RopeScaling) -> NDArray[np.float32]:
-    """What each rotary frequency is divided by, (head_dim / 2,), as convert_hf_to_gguf.py writes it."""
+    """The divisor of each rotary frequency (head_dim / 2,), as convert_hf_to_gguf.py writes it."""
     plain, scaled = (rope_frequencies(replace(config, rope_scaling=choice)) for choice in (None, scaling))
     return np.divide(plain, scaled, dtype=np.float32)

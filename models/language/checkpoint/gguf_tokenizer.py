@@ -1,7 +1,7 @@
-"""The tokenizer in a GGUF header, built anew as a `tokenizers` byte-level BPE.
+"""Build a byte-level BPE of the `tokenizers` library from the keys of a GGUF header.
 
-Knows nothing of files. The way text is cut before BPE is only named in GGUF (`tokenizer.ggml.pre`); here are the cuts
-of the names that we read (llama.cpp, `llm_tokenizer_bpe` of src/llama-vocab.cpp).
+GGUF only names the pre-tokenizer (`tokenizer.ggml.pre`); this module defines those of the supported names (llama.cpp,
+`llm_tokenizer_bpe` in src/llama-vocab.cpp). Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from isthmus.models.errors import BundleError
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.tokenizer import NAMED_TOKENS, Tokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, (2, 3), 4, 5  # token types; 2 is "unknown", a special token too
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, (2, 3), 4, 5  # token types; 2 is "unknown", which is special too
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,9 +32,9 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
     tokens = _list(fields, "tokens", str)
     types = _list(fields, "token_type", int)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise BundleError(f"GGUF tokenizer: {len(tokens)} tokens, {len(types)} types, expected as many and none twice")
+        raise BundleError(f"GGUF tokenizer: {len(tokens)} tokens, {len(types)} types, expected as many, no duplicates")
     bare = all(len(token) == 1 for token, kind in zip(tokens, types, strict=True) if kind == NORMAL)
-    merges = [] if bare else _list(fields, "merges", str)  # GGUF writers leave out an empty array
+    merges = [] if bare else _list(fields, "merges", str)  # GGUF writers omit an empty array
     try:
         backend = build(tokens, types, merges, str(fields.get("tokenizer.ggml.pre", "default")))
         add_bos(backend, tokens, fields)
@@ -52,7 +52,7 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def build(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
-    """Byte-level BPE with special tokens. Raises BundleError for an unknown `pre`, and what the library raises."""
+    """Byte-level BPE with special tokens. Raises BundleError for an unknown `pre`; the library may raise any error."""
     vocabulary = {token: id for id, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
@@ -67,7 +67,7 @@ def build(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pr
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into the words that BPE sees. Raises BundleError."""
+    """The pre-tokenizer that splits text into words for BPE. Raises BundleError for an unknown name."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name in ("gpt-2", "default"):
         return gpt2
@@ -82,7 +82,7 @@ def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
 
 
 def add_bos(backend: tokenizers.Tokenizer, tokens: Sequence[str], fields: Mapping[str, Any]) -> None:
-    """A beginning-of-text token before every text, where the file asks for it or is Llama 3's, which means it."""
+    """Put a beginning-of-text token before every text if the file says so or is Llama 3's, where it is implied."""
     if not fields.get("tokenizer.ggml.add_bos_token", fields.get("tokenizer.ggml.pre") == "llama-bpe"):
         return
     if (bos := _named(fields, tokens, "bos_token")) is None:

@@ -1,7 +1,7 @@
 """A Llama or Qwen model in a Hugging Face folder: config.json as a configuration, *.safetensors as tensors.
 
-Knows nothing of tokens, and reads no pickle. NumPy has no bfloat16: its 16 bits are the upper half of a float32's.
-Files may be links, as in Hugging Face's cache; names that an index gives may not lead out of the folder.
+Pickle files are not read. NumPy has no bfloat16, whose 16 bits are the upper half of a float32. Files may be symbolic
+links, as in Hugging Face's cache; file names in an index cannot lead out of the folder. Knows nothing about tokens.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig, RopeScaling
 from isthmus.models.language.checkpoint import weights
 from isthmus.models.language.checkpoint.gguf_file import map_file
-from isthmus.models.language.checkpoint.weights import Shape, positive, whole
+from isthmus.models.language.checkpoint.weights import Shape, positive_integer, positive_number
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16 << 20  # the index of Llama 3.1 405B has 0.1 MB
 MAX_SHARDS = 1024
-MISTRAL_WINDOW = 4096  # tokens; transformers' value where config.json is silent, as is the next
+MISTRAL_WINDOW = 4096  # tokens; like the next, transformers' default for a missing key
 QWEN3_HEAD_DIM = 128
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor's place in a shard's bytes."""
+class ShardTensor:
+    """A tensor in a shard: `data` are its bytes."""
 
     shape: Shape
     kind: str
@@ -43,17 +43,17 @@ class Stored:
 
 
 class SafetensorsWeights:
-    """The tensors of every shard of a folder. See `weights.Weights`."""
+    """The tensors of every shard of a folder. A `CheckpointWeights`."""
 
     def __init__(self, folder: Path) -> None:
-        self._tensors: dict[str, Stored] = {}
+        self._tensors: dict[str, ShardTensor] = {}
         for name in shard_names(folder):
             shard = read_shard(folder / name)
             if twice := shard.keys() & self._tensors.keys():
-                raise BundleError(f"{name}: tensor {min(twice)[:100]} is in another file as well")
+                raise BundleError(f"{name}: tensor {min(twice)[:100]} is in another file too")
             self._tensors.update(shard)
-        kept = (item for item in self._tensors.items() if not item[0].endswith("rotary_emb.inv_freq"))
-        self.shapes: dict[str, Shape] = {name: stored.shape for name, stored in kept}
+        used = (item for item in self._tensors.items() if not item[0].endswith("rotary_emb.inv_freq"))
+        self.shapes: dict[str, Shape] = {name: stored.shape for name, stored in used}
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         stored = self._tensors[name]
@@ -70,15 +70,15 @@ class SafetensorsWeights:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The files that hold the weights, plain names only. Raises BundleError."""
+    """Names of the files that hold the weights, without folders. Raises BundleError."""
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     if not (folder / INDEX).exists():
-        raise BundleError(f"{folder.name}: neither {WEIGHTS} nor {INDEX}; weights in other formats are not read")
-    places = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise BundleError(f"{INDEX}: no weight_map, expected tensor names with their files")
-    names = {str(name) for name in places.values()}
+        raise BundleError(f"{folder.name}: neither {WEIGHTS} nor {INDEX}; other formats of weights are not supported")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BundleError(f"{INDEX}: no weight_map, expected tensor names with file names")
+    names = {str(name) for name in weight_map.values()}
     for name in names:
         if not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name, re.ASCII):
             raise BundleError(f"{INDEX}: {name[:100]!a} is not a plain name of a safetensors file")
@@ -87,27 +87,27 @@ def shard_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def read_shard(path: Path) -> dict[str, Stored]:
+def read_shard(path: Path) -> dict[str, ShardTensor]:
     """Every tensor of one file, as views of its memory map. Raises BundleError."""
     data = map_file(path)
     try:
-        with safe_open(path, "numpy"):  # vouches for the header: sizes, ranges, no holes, nothing past the end
+        with safe_open(path, "numpy"):  # validates the header: sizes, ranges, no gaps, nothing beyond the end
             length = int.from_bytes(data[:8].tobytes(), "little")
             header = json.loads(data[8 : 8 + length].tobytes())
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path.name}: not a safetensors file: {str(error)[:200]}") from error
     header.pop("__metadata__", None)
-    return {name: place(name, entry, data[8 + length :]) for name, entry in header.items()}
+    return {name: shard_tensor(name, entry, data[8 + length :]) for name, entry in header.items()}
 
 
-def place(name: str, entry: dict[str, Any], data: NDArray[np.uint8]) -> Stored:
-    """One entry of a shard's header. Raises BundleError for a type that is not read."""
+def shard_tensor(name: str, entry: dict[str, Any], data: NDArray[np.uint8]) -> ShardTensor:
+    """One entry of a shard's header. Raises BundleError for an unsupported type."""
     kind, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
     if kind not in DTYPES:
         raise BundleError(f"tensor {name[:100]} is of type {kind[:20]}, this program reads {', '.join(DTYPES)}")
     if end - start != math.prod(shape) * np.dtype(DTYPES[kind]).itemsize or end > len(data):
         raise BundleError(f"tensor {name[:100]}: {end - start} bytes for shape {shape} of {kind}")
-    return Stored(shape, kind, data[start:end])
+    return ShardTensor(shape, kind, data[start:end])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's content. Raises BundleError, also above `limit` bytes."""
+    """A regular file's content. Raises BundleError when it is missing, unreadable or larger than `limit` bytes."""
     try:
         if not path.is_file():
             raise BundleError(f"{path.name}: no such file in {path.parent.name}")
@@ -142,22 +142,22 @@ def read_config(content: dict[str, Any]) -> LlamaConfig:
     if architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise BundleError(f"config.json: architecture is {architecture[:60]}, this program reads {supported}")
-    hidden = whole(content, "hidden_size", weights.MAX_HIDDEN)
-    heads = whole(content, "num_attention_heads", weights.MAX_HEADS)
+    hidden = positive_integer(content, "hidden_size", weights.MAX_HIDDEN)
+    heads = positive_integer(content, "num_attention_heads", weights.MAX_HEADS)
     rope = rope_settings(content)
     head_dim = QWEN3_HEAD_DIM if architecture == "Qwen3ForCausalLM" else hidden // heads
-    filled = {key: value for key, value in content.items() if value is not None}
+    given = {key: value for key, value in content.items() if value is not None}
     config = LlamaConfig(
-        layers=whole(content, "num_hidden_layers", weights.MAX_LAYERS),
+        layers=positive_integer(content, "num_hidden_layers", weights.MAX_LAYERS),
         hidden=hidden,
         heads=heads,
-        kv_heads=whole(filled, "num_key_value_heads", weights.MAX_HEADS, heads),
-        head_dim=whole(filled, "head_dim", weights.MAX_HEAD_DIM, head_dim),
-        ffn=whole(content, "intermediate_size", weights.MAX_FFN),
-        vocab=whole(content, "vocab_size", weights.MAX_VOCAB),
-        context=whole(content, "max_position_embeddings", weights.MAX_CONTEXT),
-        rope_theta=positive(rope, "rope_theta", 10_000.0),
-        norm_eps=positive(content, "rms_norm_eps", 1e-6),
+        kv_heads=positive_integer(given, "num_key_value_heads", weights.MAX_HEADS, heads),
+        head_dim=positive_integer(given, "head_dim", weights.MAX_HEAD_DIM, head_dim),
+        ffn=positive_integer(content, "intermediate_size", weights.MAX_FFN),
+        vocab=positive_integer(content, "vocab_size", weights.MAX_VOCAB),
+        context=positive_integer(content, "max_position_embeddings", weights.MAX_CONTEXT),
+        rope_theta=positive_number(rope, "rope_theta", 10_000.0),
+        norm_eps=positive_number(content, "rms_norm_eps", 1e-6),
         tied=content.get("tie_word_embeddings") is True,
         qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
@@ -168,7 +168,7 @@ def read_config(content: dict[str, Any]) -> LlamaConfig:
 
 
 def rope_settings(content: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_theta` with `rope_scaling` of earlier ones, as one."""
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of earlier versions, merged."""
     settings = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
         raise BundleError("config.json: rope settings are not one object of numbers")
@@ -177,31 +177,31 @@ def rope_settings(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    """Raises BundleError for any other type than none and Llama 3's."""
+    """The scaling of Llama 3, or None. Raises BundleError for any other type."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default" and rope.get("partial_rotary_factor", 1) == 1:
         return None
     if kind != "llama3":
-        raise BundleError(f"config.json: rope type {str(kind)[:40]}, this program knows default and llama3")
+        raise BundleError(f"config.json: rope type {str(kind)[:40]}, expected default or llama3")
     return RopeScaling(
-        factor=positive(rope, "factor"),
-        low_freq_factor=positive(rope, "low_freq_factor"),
-        high_freq_factor=positive(rope, "high_freq_factor"),
-        original_context=whole(rope, "original_max_position_embeddings", weights.MAX_CONTEXT),
+        factor=positive_number(rope, "factor"),
+        low_freq_factor=positive_number(rope, "low_freq_factor"),
+        high_freq_factor=positive_number(rope, "high_freq_factor"),
+        original_context=positive_integer(rope, "original_max_position_embeddings", weights.MAX_CONTEXT),
     )
 
 
 def refuse_unsupported(content: dict[str, Any], architecture: str, config: LlamaConfig) -> None:
-    """Raises BundleError for settings that ask for what the decoder does not do."""
-    wanted = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-    for key, value in wanted.items():
+    """Raises BundleError for settings that request features the decoder lacks."""
+    supported = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    for key, value in supported.items():
         if (found := content.get(key, value)) != value:
             raise BundleError(f"config.json: {key} is {str(found)[:40]}, this program supports {value}")
     if content.get("quantization_config"):
-        raise BundleError("config.json: quantised weights (quantization_config), this program reads plain ones")
+        raise BundleError("config.json: quantised weights (quantization_config) are not supported")
     kinds = content.get("layer_types") or ["full_attention"]
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise BundleError("config.json: layer_types other than full_attention")
     window = content.get("sliding_window", MISTRAL_WINDOW) if architecture == "MistralForCausalLM" else None
-    if window is not None and whole({"sliding_window": window}, "sliding_window", 1 << 32) < config.context:
-        raise BundleError(f"config.json: sliding window of {window} tokens, this program attends to all")
+    if window is not None and positive_integer({"sliding_window": window}, "sliding_window", 1 << 32) < config.context:
+        raise BundleError(f"config.json: a sliding window of {window} tokens is not supported")

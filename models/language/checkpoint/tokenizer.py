@@ -1,9 +1,9 @@
-"""Text to token ids and back: byte-level BPE on the `tokenizers` library, special tokens and the chat template.
+"""Convert text to token ids and back: byte-level BPE of the `tokenizers` library, special tokens, chat template.
 
     text ── encode ──> ids        messages ── chat ──> ids
     text <── decode ── ids        bytes of one token <── token_bytes ── id ;  TextStream: bytes to whole characters
 
-Knows nothing of models. A token's bytes need not be whole characters. SentencePiece (Llama 2) is not read.
+A token's bytes can be part of a character. SentencePiece (Llama 2) is not supported. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is such as system, user or assistant."""
+    """One turn of a conversation; `role` is usually system, user or assistant."""
 
     role: str
     content: str
 
 
 class Tokenizer:
-    """`size`: tokens in the vocabulary; a model may have rows beyond it, which stand for no token.
+    """`size`: tokens in the vocabulary; a model's embedding may have more rows, which stand for no token.
 
     `eos_ids`: every token that ends an answer.
     """
@@ -52,9 +52,9 @@ class Tokenizer:
         template: ChatTemplate | None,
         unused: Iterable[int] = (),
     ) -> None:
-        """`merges` as "left right" in order, `unused`: ids that stand for no text. Raises BundleError for wrong ids."""
+        """`merges`: "left right" in order. `unused`: ids that stand for no text. Raises BundleError for invalid ids."""
         if not (isinstance(backend.model, models.BPE) and isinstance(backend.decoder, decoders.ByteLevel)):
-            raise BundleError("tokenizer: not a byte-level BPE, which is the kind that this program reads")
+            raise BundleError("tokenizer: not a byte-level BPE, the only supported kind")
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -66,11 +66,11 @@ class Tokenizer:
         self._merges_digest = hashlib.sha256("\0".join(merges).encode()).digest()
         self._template = template
         self.size = max(self._vocabulary.values(), default=-1) + 1
-        self.eos_ids = self._ends(eos_ids)
+        self.eos_ids = self._end_ids(eos_ids)
 
     @classmethod
     def open(cls, folder: Path) -> Tokenizer:
-        """From a Hugging Face folder. Raises BundleError."""
+        """Read the tokenizer of a Hugging Face folder. Raises BundleError."""
         raw = read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
         try:
             backend = tokenizers.Tokenizer.from_str(raw.decode())
@@ -87,34 +87,34 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """SHA-256, 32 bytes, over tokens with their ids, and merges: the same for a GGUF and a Hugging Face copy."""
+        """SHA-256, 32 bytes, over tokens with their ids, and merges: the same for GGUF and Hugging Face files."""
         entries = sorted((id, token) for token, id in self._vocabulary.items() if id not in self._unused)
         lines = (f"{id} {id in self._special:d} {token}\0" for id, token in entries)
         return hashlib.sha256("".join(lines).encode() + self._merges_digest).digest()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The ids of `text`, with a beginning-of-text token where the model's own settings put one.
+        """The ids of `text`, with a beginning-of-text token if the model's settings ask for one.
 
-        `special`: text such as <|im_end|> becomes that token; otherwise it is ordinary text, as for text of strangers.
-        Bytes that the vocabulary lacks are left out (SmolLM2's lacks 21, all rare controls or in no assigned
-        character). Raises InvalidInput when `text` holds a lone surrogate.
+        `special`: text such as <|im_end|> becomes that token; False keeps it as ordinary text, for untrusted input.
+        Bytes that are missing from the vocabulary are dropped (SmolLM2's lacks 21, all rare controls or part of no
+        assigned character). Raises InvalidInput when `text` holds a lone surrogate.
         """
         backend = self._backend if special else self._literal
-        return backend.encode(_whole(text), add_special_tokens=True).ids
+        return backend.encode(_encodable(text), add_special_tokens=True).ids
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation up to where the assistant's answer begins.
 
-        Special tokens written in a message's content become special, as in transformers. Raises InvalidInput when
-        there is no template, when it refuses the messages, and for a lone surrogate.
+        Special tokens written in a message's content are encoded as such, as in transformers. Raises InvalidInput
+        when there is no template, when it rejects the messages, and for a lone surrogate.
         """
         if self._template is None:
             raise InvalidInput("this model has no chat template")
         text = self._template.render([asdict(message) for message in messages])
-        return self._backend.encode(_whole(text), add_special_tokens=False).ids
+        return self._backend.encode(_encodable(text), add_special_tokens=False).ids
 
     def token_bytes(self, id: int) -> bytes:
-        """What a token stands for in UTF-8, maybe a part of a character; b"" for special ones.
+        """A token's bytes in UTF-8, which can be part of a character; b"" for special tokens.
 
         Raises InvalidInput for an id outside 0 to `size` - 1.
         """
@@ -129,23 +129,23 @@ class Tokenizer:
             return token.encode()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens; bytes that are not UTF-8 as U+FFFD. Raises InvalidInput."""
+        """The text of `ids` without special tokens; invalid UTF-8 becomes U+FFFD. Raises InvalidInput."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def special(self, id: int) -> bool:
-        """Whether a token is one of control and not of text. Raises InvalidInput for an id out of range."""
+        """Whether a token is a control token and not text. Raises InvalidInput for an id out of range."""
         if not 0 <= id < self.size:
             raise InvalidInput(f"token id {id}, expected 0 to {self.size - 1}")
         return id in self._special
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
-        """The same tokenizer blind to special tokens: a setting of the whole object, so it needs a copy."""
-        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        copy.encode_special_tokens = True
-        return copy
+        """The same tokenizer without special tokens. The setting belongs to the whole object, hence a second one."""
+        literal = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        literal.encode_special_tokens = True
+        return literal
 
-    def _ends(self, ids: Iterable[object]) -> frozenset[int]:
+    def _end_ids(self, ids: Iterable[object]) -> frozenset[int]:
         named = (self._vocabulary.get(token) for token in END_TOKENS)
         found = {id for id in named if id in self._special}
         for id in ids:
@@ -157,24 +157,24 @@ class Tokenizer:
 
 
 class TextStream:
-    """Bytes of tokens to text, held back until a character is whole; bytes that are not UTF-8 become U+FFFD."""
+    """Decodes the bytes of tokens incrementally, character by character; invalid UTF-8 becomes U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: bytes) -> str:
-        """The characters that are whole with `token`, maybe none."""
+        """The characters that `token` completes, possibly none."""
         return self._decoder.decode(token)
 
     def finish(self) -> str:
-        """What is left at the end, as U+FFFD; then a new text may begin."""
+        """Decode an incomplete last character as U+FFFD and reset for the next text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE (GPT-2, `bytes_to_unicode`)."""
+    """Characters of byte-level BPE and the bytes that they stand for (GPT-2, `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     shifted = {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -184,7 +184,7 @@ def byte_alphabet() -> dict[str, int]:
 BYTES = byte_alphabet()
 
 
-def _whole(text: str) -> str:
+def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -193,7 +193,7 @@ def _whole(text: str) -> str:
 
 
 def _tokenizer_config(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Named special tokens with their text, and the chat template if any."""
+    """Named special tokens with their text, and the source of the chat template, if there is one."""
     content: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").exists():
         content = read_json(folder / "tokenizer_config.json")
@@ -203,14 +203,14 @@ def _tokenizer_config(folder: Path) -> tuple[dict[str, str], str | None]:
     template = content.get("chat_template")
     if (path := folder / "chat_template.jinja").exists():
         template = read_bytes(path, MAX_TOKENIZER_BYTES).decode("utf-8", errors="replace")
-    if isinstance(template, list):  # several by name, in older checkpoints
+    if isinstance(template, list):  # several named templates, in older checkpoints
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
     return names, template if isinstance(template, str) else None
 
 
 def _configured_ends(folder: Path) -> list[object]:
-    """What config.json and generation_config.json name as eos_token_id: one id, several or none."""
+    """The eos_token_id of config.json and generation_config.json: one id, several or none."""
     ends: list[object] = []
     for name in ("config.json", "generation_config.json"):
         value = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None

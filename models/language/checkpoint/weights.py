@@ -1,6 +1,6 @@
-"""What a Llama-type checkpoint must hold: names and shapes of tensors, and bounds on the numbers of its configuration.
+"""Names and shapes of a Llama-type checkpoint's tensors, and bounds on the values of its configuration.
 
-Knows nothing of files. Shape legend: V vocabulary, D hidden, F feed-forward, N rows, K columns, G = K / 32 groups.
+Shape legend: V vocabulary, D hidden, F feed-forward, N rows, K columns, G = K / 32 groups. Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig
 
 Shape = tuple[int, ...]
-MAX_LAYERS = 512  # four times Llama 3.1 405B; each makes a dozen entries before a tensor is looked at
+MAX_LAYERS = 512  # four times Llama 3.1 405B; each takes a dozen entries before a tensor is read
 MAX_HIDDEN = 1 << 16  # elements; four times Llama 3.1 405B
 MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024  # elements
@@ -35,25 +35,25 @@ class Blocks:
     minimum_NG: NDArray[np.float32]
 
 
-class Weights(Protocol):
-    """An opened file or folder of tensors under Hugging Face names."""
+class CheckpointWeights(Protocol):
+    """The stored tensors of a checkpoint, by their Hugging Face names."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Every tensor's shape, from headers alone."""
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """A fresh array of a tensor in `shapes`. Raises BundleError."""
+        """A new array of a tensor in `shapes`. Raises BundleError."""
 
     def blocks(self, name: str) -> Blocks | None:
-        """None unless the tensor is stored as such 4-bit groups."""
+        """The 4-bit groups of a tensor, or None for another storage type."""
 
     def stored(self, name: str) -> tuple[str, NDArray[np.uint8]]:
-        """Type and bytes as they are in the file."""
+        """Storage type and bytes of a tensor, as in the file."""
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, Shape]:
-    """Every tensor that `config` calls for, by its Hugging Face name, in the order of the forward pass."""
+    """Every tensor of a model with this configuration, by its Hugging Face name, in the order of the forward pass."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab, config.hidden)}
     layer = layer_shapes(config)
     for index in range(config.layers):
@@ -65,7 +65,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, Shape]:
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, Shape]:
-    """The tensors of one layer, by their names inside it."""
+    """The tensors of one layer, by their names inside the layer."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, Shape] = {
         "input_layernorm.weight": (config.hidden,),
@@ -87,7 +87,7 @@ def layer_shapes(config: LlamaConfig) -> dict[str, Shape]:
 
 
 def check_shapes(found: Mapping[str, Shape], config: LlamaConfig, where: str) -> None:
-    """Raises BundleError for a tensor that is missing, of another shape, or that no part of the model would use."""
+    """Raises BundleError for a tensor that is missing, of another shape, or not part of the model."""
     expected = tensor_shapes(config)
     for name, shape in expected.items():
         if name not in found:
@@ -96,11 +96,11 @@ def check_shapes(found: Mapping[str, Shape], config: LlamaConfig, where: str) ->
             raise BundleError(f"{where}: tensor {name} has shape {found[name]}, the configuration says {shape}")
     for name in found:
         if name not in expected and not (config.tied and name == "lm_head.weight"):
-            raise BundleError(f"{where}: tensor {name[:100]} has no place in a Llama or Qwen 2 or 3 model")
+            raise BundleError(f"{where}: tensor {name[:100]} is not part of a Llama, Qwen 2 or Qwen 3 model")
 
 
 def check_config(config: LlamaConfig, where: str) -> LlamaConfig:
-    """`config`, whose numbers fit each other. Raises BundleError."""
+    """Return `config`. Raises BundleError when its values are inconsistent."""
     if config.heads % config.kv_heads:
         raise BundleError(f"{where}: {config.heads} heads cannot share {config.kv_heads} key-value heads evenly")
     if config.head_dim % 2:
@@ -111,17 +111,17 @@ def check_config(config: LlamaConfig, where: str) -> LlamaConfig:
     return config
 
 
-def whole(values: Mapping[str, Any], key: str, limit: int, default: int | None = None) -> int:
-    """A whole number of a configuration, 1 to `limit`. Raises BundleError, also when missing without a default."""
+def positive_integer(values: Mapping[str, Any], key: str, limit: int, default: int | None = None) -> int:
+    """An integer of a configuration, 1 to `limit`. Raises BundleError, also when missing without a default."""
     value = values.get(key, default)
     if value is None:
         raise BundleError(f"configuration: {key} is missing")
     if type(value) is not int or not 1 <= value <= limit:
-        raise BundleError(f"configuration: {key} is {str(value)[:40]}, expected a whole number from 1 to {limit}")
+        raise BundleError(f"configuration: {key} is {str(value)[:40]}, expected an integer from 1 to {limit}")
     return value
 
 
-def positive(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def positive_number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A finite number above zero of a configuration. Raises BundleError, also when missing without a default."""
     value = values.get(key, default)
     if value is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from isthmus.models.vision.manifest import FileEntry, FileName, Fraction, Interval, Name, Part, Sha256, Training
+from isthmus.models.bundle.manifest import BundleManifest, FileName, Fraction, Part, Sha256
 
 NEVER = 2.0  # a likelihood that no exit reaches
 Depth = Annotated[int, Field(ge=1, le=512)]  # counts layers: rows behind the first `depth` of them
@@ -62,7 +62,7 @@ class StatePoint(Part):
     agreement: Fraction
 
 
-class Level(Part):
+class OffloadLevel(Part):
     """A copy that decides no token it finds less than `likely` to be right: what share of all tokens is not decided
     then, and what share is, otherwise than by the full model (the upper end of a 95 % interval).
     """
@@ -72,28 +72,25 @@ class Level(Part):
     wrong: Fraction
 
 
-class DeviceCopy(Part):
+class LocalModelEntry(Part):
     """The whole model on a device, with weights of so many bits: a judge of its choices, and what that is worth."""
 
     bits: Literal[4, 8]
     judge: FileName
-    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=100)]
+    levels: Annotated[tuple[OffloadLevel, ...], Field(min_length=1, max_length=100)]
 
     @model_validator(mode="after")
-    def _levels_rise(self) -> DeviceCopy:
+    def _levels_rise(self) -> LocalModelEntry:
         likely = [level.likely for level in self.levels]
         if likely != sorted(set(likely)) or likely[0] != 0:
             raise ValueError(f"levels of the {self.bits}-bit copy must rise from likely 0")
         return self
 
 
-class HandoffManifest(Part):
+class HandoffManifest(BundleManifest):
     """The whole of `manifest.json`."""
 
-    schema_version: Literal[3]
     kind: Literal["handoff"]
-    name: Name
-    licence: str
     base: Sha256  # fingerprint of the checkpoint that all this belongs to
     hidden: Annotated[int, Field(ge=1, le=1 << 16)]
     depth: Depth  # layers that the device runs; the cloud goes on behind them
@@ -104,11 +101,7 @@ class HandoffManifest(Part):
     points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # in the order of bytes
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
-    copies: Annotated[tuple[DeviceCopy, ...], Field(max_length=2)] = ()
-    training: Training
-    scores: dict[str, Interval]
-    files: dict[FileName, FileEntry]
-    fingerprint: Sha256
+    copies: Annotated[tuple[LocalModelEntry, ...], Field(max_length=2)] = ()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> HandoffManifest:

@@ -9,7 +9,6 @@ Knows nothing about sampling, drafts, exits or the cloud.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,9 +19,7 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx.graph import head_graph, layers_graph
 from isthmus.models.language.packing import Floats, quantise8
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reports to its makers unless told not to before it is loaded
-import onnxruntime as ort
+from isthmus.models.onnx_session import open_session, zeros
 
 PREFILL_ROWS = 64  # tokens a run: more would only hold a larger intermediate
 
@@ -31,7 +28,7 @@ class OnnxLayers:
     """Consecutive layers over one sequence of at most `context` tokens, with their caches."""
 
     def __init__(self, graph: ModelProto, config: LlamaConfig, layers: range, context: int, threads: int) -> None:
-        self._session = session(graph, threads)
+        self._session = open_session(graph.SerializeToString(), "decoder layers", threads, spinning=True)
         self._shape = (1, config.kv_heads, context, config.head_dim)
         self._names = [f"{index}.{part}" for index in layers for part in ("key", "value")]
         self._allocate()
@@ -44,7 +41,7 @@ class OnnxLayers:
 
     def _allocate(self) -> None:
         self._binding = self._session.io_binding()
-        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(self._shape, np.float32)) for _ in self._names]
+        self._caches = [zeros(self._shape) for _ in self._names]
         for name, cache in zip(self._names, self._caches, strict=True):
             self._binding.bind_ortvalue_input(f"past.{name}", cache)
             self._binding.bind_ortvalue_output(f"present.{name}", cache)
@@ -90,7 +87,7 @@ class OnnxDecoder:
             graph = layers_graph(checkpoint, range(start, stop), self.context, bits)
             self._parts.append(OnnxLayers(graph, config, range(start, stop), self.context, threads))
         self._waiting = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
-        self._head = session(head_graph(checkpoint), threads)
+        self._head = open_session(head_graph(checkpoint).SerializeToString(), "output head", threads, spinning=True)
         self.ids: list[int] = []
 
     def fork(self) -> OnnxDecoder:
@@ -138,10 +135,10 @@ class OnnxDecoder:
             raise InvalidInput(f"{self.length + len(ids)} tokens, the device holds at most {self.context}")
         if not 0 <= min(ids) <= max(ids) < self.vocab:
             raise InvalidInput(f"token {max(ids)} or {min(ids)} is outside of the vocabulary of {self.vocab}")
-        self._wait(0, self.embedded(ids))
+        self._wait(0, self.embed(ids))
         self.ids += ids
 
-    def embedded(self, ids: Sequence[int]) -> Floats:
+    def embed(self, ids: Sequence[int]) -> Floats:
         """Rows (N, hidden) of tokens before the first layer."""
         rows = np.asarray(ids)
         embedded_NGB: Floats = self._codes_VGB[rows].astype(np.float32) * self._scale_VG[rows][..., None]
@@ -169,13 +166,3 @@ class OnnxDecoder:
     def _wait(self, part: int, rows_NH: Floats) -> None:
         before = self._waiting[part]
         self._waiting[part] = np.concatenate([before, rows_NH]) if len(before) else rows_NH
-
-
-def session(model: ModelProto, threads: int) -> ort.InferenceSession:
-    """A graph ready to run on the CPU."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Threads that go on spinning after a run take the cores from the next one: layers, head, layers, ... at half speed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

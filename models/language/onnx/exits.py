@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.weights import tensor_shapes
 from isthmus.models.language.drafts import shared_length
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import Judge
-from isthmus.models.language.handoff.handoff import Handoff
 from isthmus.models.language.onnx.decoder import OnnxDecoder, OnnxLayers
 from isthmus.models.language.onnx.graph import Weights, exit_graph
 from isthmus.models.language.packing import Floats, matrix, unpacked
@@ -117,7 +117,7 @@ class Choice:
 class ExitingDecoder:
     """A decoder whose parts end at exits; the part behind the last exit is the cloud's. One text at a time."""
 
-    def __init__(self, handoff: Handoff, base: Weights, decoder: OnnxDecoder, threads: int) -> None:
+    def __init__(self, handoff: HandoffBundle, base: Weights, decoder: OnnxDecoder, threads: int) -> None:
         """`decoder` is that of `base`, cut at `handoff.depths`. Raises BundleError, InvalidInput."""
         if decoder.cuts != handoff.depths:
             raise InvalidInput(f"the decoder is cut at {decoder.cuts}, the exits are at {handoff.depths}")

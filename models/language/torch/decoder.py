@@ -5,7 +5,7 @@
 Every forward pass has the same N = `width` rows; a row is one token of one session, rows without a token are padding.
 So each matrix product has one shape whatever is asked, and a row's bits depend on its own session's tokens alone: not
 on how many drafts stand beside it, nor on the other sessions of the batch. That makes verification lossless, and
-`check_rows` proves it for the machine at hand before anything is served.
+`check_batch_invariance` proves it for the machine at hand before anything is served.
 
 Our own modules, not `transformers`: those have one dense batch with one length, and choose kernels by shape.
 Knows nothing about sampling, sessions' owners or files beyond a Checkpoint.
@@ -244,7 +244,7 @@ def load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, width: in
     )
 
 
-def check_rows(decoder: Decoder, tokens: int = PAGE_TOKENS + 12) -> None:
+def check_batch_invariance(decoder: Decoder, tokens: int = PAGE_TOKENS + 12) -> None:
     """Prove on this machine that a row's bits do not depend on its company.
 
     Raises ServiceError when a token's logits differ between a pass of its own, a block, and a mixed batch.

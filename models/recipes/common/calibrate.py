@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, binomtest
 
-from isthmus.models.vision.manifest import Interval, Threshold
+from isthmus.models.bundle.manifest import Interval
+from isthmus.models.vision.manifest import Threshold
 
 DELTA = 0.1  # a certificate fails with at most this probability
 EPSILONS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05)

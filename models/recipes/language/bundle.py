@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from isthmus.models.bundle import bundle
-from isthmus.models.bundle.bundle import read_manifest
+from isthmus.models.bundle.files import read_manifest, write_bundle
+from isthmus.models.bundle.manifest import Interval
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
@@ -42,7 +42,6 @@ from isthmus.models.recipes.language.kv_fill import fit_maps, train_maps
 from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.router import copies
 from isthmus.models.recipes.language.text import Texts
-from isthmus.models.vision.manifest import Interval
 
 SHARES = (1 / 2, 2 / 3)  # of the layers, where exits are unless said otherwise
 EXIT_LAYERS = 1, 2  # decoder layers of the first exit, and of each other
@@ -227,7 +226,7 @@ def make(
         },
         "scores": {name: score.model_dump() for name, score in {**scores, **deciding(judging.judges, test)}.items()},
     }
-    return read_manifest(bundle.write(folder, manifest, files, HandoffManifest), HandoffManifest)
+    return read_manifest(write_bundle(folder, manifest, files, HandoffManifest), HandoffManifest)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.handoff.hidden_states import StateCodec
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, normalised
 from isthmus.models.language.packing import unpacked
+from isthmus.models.language.torch.kv_fill import EXACT_LAST, normalised
 from isthmus.models.recipes.language.exits import Traces, grouped
 from isthmus.models.recipes.language.llama import Layer, Llama
 from isthmus.models.recipes.language.text import Texts, generate
@@ -68,7 +68,7 @@ def answered(folder: Path, model: Llama, eos_ids: frozenset[int], asked: Sequenc
 class Fill:
     """Maps (layers, outputs, hidden) with biases; keys and values of which earlier positions come from them.
 
-    All but the first, as if no other token had been completed; `prompts_only`: but the last EXACT_ROWS of a prompt too.
+    All but the first, as if no other token had been completed; `prompts_only`: but the last EXACT_LAST of a prompt too.
     """
 
     weight_LOH: Tensor
@@ -129,7 +129,7 @@ def completed(model: Llama, traces: Traces, depth: int, fill: Fill | None = None
         parts = [traces.rows[depth][start:end].float() for start, end in spans]
         x_BTH = nn.utils.rnn.pad_sequence(parts, batch_first=True)
         given = None if fill is None else filled(x_BTH, fill)
-        until_B = torch.tensor([traces.answers[s] - EXACT_ROWS - traces.bounds(s)[0] for s in group])
+        until_B = torch.tensor([traces.answers[s] - EXACT_LAST - traces.bounds(s)[0] for s in group])
         if fill is None or not fill.prompts_only:
             until_B = torch.full_like(until_B, x_BTH.shape[1])
         for index in range(depth, model.config.layers):

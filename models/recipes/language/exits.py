@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.models.language.architecture import LlamaConfig
+from isthmus.models.recipes.common.ridge import affine_ridge
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.language.llama import Layer, Llama
 from isthmus.models.recipes.language.text import Texts
@@ -144,7 +145,7 @@ class Exit(nn.Module):
 def start(exit_: Exit, model: Llama, traces: Traces) -> None:
     """Make an exit the best linear guess of what the last layers take, and these layers."""
     first = model.config.layers - len(exit_.layers)
-    weight_OI, bias_O = ridge(traces.rows[exit_.depth].float(), traces.rows[first].float(), RIDGE)
+    weight_OI, bias_O = affine_ridge(traces.rows[exit_.depth].float(), traces.rows[first].float(), RIDGE)
     with torch.no_grad():
         exit_.map.weight.copy_(weight_OI)
         exit_.map.bias.copy_(bias_O)
@@ -152,16 +153,6 @@ def start(exit_: Exit, model: Llama, traces: Traces) -> None:
     for own, theirs in zip(exit_.layers, list(model.layers)[first:], strict=True):
         own.load_state_dict(theirs.state_dict())
     exit_.requires_grad_(True)
-
-
-def ridge(x_NI: Tensor, y_NO: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Weight (O, I) and bias (O,) of the regression of y on x; `strength` in mean variances of x."""
-    x_mean_I, y_mean_O = x_NI.mean(0), y_NO.mean(0)
-    x_NI, y_NO = (x_NI - x_mean_I).double(), (y_NO - y_mean_O).double()
-    gram_II = x_NI.T @ x_NI
-    gram_II.diagonal().add_(strength * gram_II.diagonal().mean())
-    weight_OI = torch.linalg.solve(gram_II, x_NI.T @ y_NO).T.float()
-    return weight_OI, y_mean_O - weight_OI @ x_mean_I
 
 
 @dataclass(frozen=True)

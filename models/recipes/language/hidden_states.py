@@ -25,6 +25,7 @@ from isthmus.models.codecs.checkerboard import to_tensors
 from isthmus.models.language.handoff.hidden_states import Transform, pairs, sizes
 from isthmus.models.language.packing import packed, unpacked
 from isthmus.models.recipes.common.fit_tables import fit
+from isthmus.models.recipes.common.ridge import ridge
 from isthmus.models.recipes.language.exits import Traces
 from isthmus.models.recipes.language.llama import Layer, Llama
 
@@ -49,7 +50,9 @@ def fit_states(
     """
     sizes_N1 = sizes(rows_NH)
     shapes_NH = (rows_NH / sizes_N1).astype(np.float32)
-    predictor_HT = regression(pairs_NT, shapes_NH - shapes_NH.mean(0))
+    gram_TT, moment_TH = pairs_NT.T @ pairs_NT, pairs_NT.T @ (shapes_NH - shapes_NH.mean(0))
+    penalty = RIDGE * len(pairs_NT)
+    predictor_HT = ridge(torch.from_numpy(gram_TT), torch.from_numpy(moment_TH), penalty).contiguous().numpy()
     left_NH = shapes_NH - pairs_NT @ predictor_HT.T
     middle_H1 = np.append(left_NH.mean(0), np.log2(sizes_N1).mean()).astype(np.float16)
     matrix_CH = whitening(left_NH - left_NH.mean(0), harm_HH)
@@ -66,12 +69,6 @@ def fit_states(
     gain_RC[:, -1] = SIZE_GAIN
     integers = [np.rint(latents_NC * gain_C).astype(np.int32)[:, :, None, None] for gain_C in gain_RC]
     return {**stored, **to_tensors(fit(integers, gain_RC))}
-
-
-def regression(x_NI: Floats, y_NO: Floats) -> Floats:
-    """The matrix (O, I) that gives y of x best, without a constant."""
-    gram_II = (x_NI.T @ x_NI).astype(np.float64) + RIDGE * len(x_NI) * np.eye(x_NI.shape[1])
-    return np.ascontiguousarray(np.linalg.solve(gram_II, x_NI.T @ y_NO).T.astype(np.float32))
 
 
 def whitening(rows_NH: Floats, harm_HH: Floats) -> Floats:

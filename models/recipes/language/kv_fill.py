@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, FIRST_ROWS, normalised
 from isthmus.models.language.packing import packed, unpacked
+from isthmus.models.language.torch.kv_fill import EXACT_FIRST, EXACT_LAST, normalised
+from isthmus.models.recipes.common.ridge import affine_ridge
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.language.exits import Traces, ridge
+from isthmus.models.recipes.language.exits import Traces
 from isthmus.models.recipes.language.llama import Layer, Llama
 from isthmus.models.recipes.language.text import LONG_TOKENS
 
@@ -59,7 +60,7 @@ def fit_maps(model: Llama, traces: Traces, depth: int) -> Maps:
     later_N = traces.later_N
     x_NH = normalised(traces.rows[depth][later_N].float())
     found = [
-        ridge(x_NH, keys_values(model.layers[index], traces.rows[index][later_N]), RIDGE)
+        affine_ridge(x_NH, keys_values(model.layers[index], traces.rows[index][later_N]), RIDGE)
         for index in range(depth, model.config.layers)
     ]
     return Maps(torch.stack([weight_OH for weight_OH, _ in found]), torch.stack([bias_O for _, bias_O in found]))
@@ -87,7 +88,7 @@ def batches(traces: Traces, depth: int, last: int, generator: torch.Generator) -
     for start in range(0, len(order) - BATCH + 1, BATCH):
         spans = [traces.bounds(sequence) for sequence in order[start : start + BATCH]]
         prompt = int(torch.randint(LEAST_PROMPT, LONG_TOKENS - FOLLOWING + 1, (), generator=generator))
-        exact, end = prompt - EXACT_ROWS, prompt + FOLLOWING
+        exact, end = prompt - EXACT_LAST, prompt + FOLLOWING
         x_BTH = torch.stack([traces.rows[depth][first : first + end] for first, _ in spans]).float()
         last_MH = torch.cat([traces.rows[last][first + exact : first + end] for first, _ in spans]).float()
         yield Batch(x_BTH, last_MH, exact)
@@ -96,9 +97,9 @@ def batches(traces: Traces, depth: int, last: int, generator: torch.Generator) -
 def read(model: Llama, maps: Maps, depth: int, x_BTH: Tensor, exact: int) -> Tensor:
     """Rows (B, T - exact, H) behind the last layer, of tokens from `exact` on.
 
-    Those before are filled, but for the first FIRST_ROWS, which go through the layers too.
+    Those before are filled, but for the first EXACT_FIRST, which go through the layers too.
     """
-    first, (batch, tokens, _) = FIRST_ROWS, x_BTH.shape
+    first, (batch, tokens, _) = EXACT_FIRST, x_BTH.shape
     guessed_BNH = normalised(x_BTH[:, first:exact])
     guessed_places = torch.arange(first, exact).expand(batch, -1)
     places_T = torch.cat([torch.arange(first), torch.arange(exact, tokens)])

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import baselines, export, light, single
@@ -28,6 +27,7 @@ from isthmus.models.recipes.vision.heads import train_head
 from isthmus.models.recipes.vision.imagenet import DEVIATION, MEAN, load_lite2
 from isthmus.models.recipes.vision.rates import Rates, integers
 from isthmus.models.recipes.vision.views import BATCH, Views
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite
 from isthmus.models.vision.manifest import Architecture, Preprocessing, TapArchitecture, Task
 from isthmus.models.vision.slim import SlimEncoder

@@ -23,17 +23,18 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus.models.bundle import bundle as bundles
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.bundle.files import write_bundle
+from isthmus.models.bundle.manifest import Interval
 from isthmus.models.codecs import checkerboard as contextual
 from isthmus.models.codecs.checkerboard import Tables
 from isthmus.models.recipes.common.calibrate import certify, interval
 from isthmus.models.recipes.vision.graphs import compact, onnx_bytes
 from isthmus.models.recipes.vision.int8 import quantise_head
 from isthmus.models.recipes.vision.slim_onnx import slim_onnx
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.catalog import BUILDERS
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.manifest import Architecture, Interval, Manifest, Precision, Preprocessing, Task
+from isthmus.models.vision.manifest import Architecture, Manifest, Precision, Preprocessing, Task
 from isthmus.models.vision.slim import SlimEncoder
 from isthmus.models.vision.split import SplitClassifier, Tap
 from isthmus.models.vision.tail import in_channels, open_tail
@@ -393,7 +394,7 @@ def write(
         "scores": {},
     }
     with tempfile.TemporaryDirectory() as scratch:
-        opened = Bundle.open(bundles.write(Path(scratch) / "draft", draft, files, Manifest))
+        opened = Bundle.open(write_bundle(Path(scratch) / "draft", draft, files, Manifest))
         decided = calibrated(measure(opened, calibration, "calibration"), calibration.labels_TN[0])
         scores = final_scores(measure(opened, test, "test"), trained, test.labels_TN)
     final = {
@@ -402,7 +403,7 @@ def write(
         "taps": with_rates(parts.taps, decided["rates"]),
         "scores": {name: score.model_dump() for name, score in scores.items()},
     }
-    return Bundle.open(bundles.write(folder, final, files, Manifest))
+    return Bundle.open(write_bundle(folder, final, files, Manifest))
 
 
 def with_rates(taps: list[dict[str, Any]], rates: list[list[list[dict[str, Any]]]]) -> list[dict[str, Any]]:

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.recipes.common import debian
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import export, own
 from isthmus.models.recipes.vision.augment import random_affine, random_mirror
 from isthmus.models.recipes.vision.cutting import capture
 from isthmus.models.recipes.vision.own_data import Images
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
 from isthmus.models.vision.manifest import Preprocessing
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+from isthmus.models.onnx_session import open_session
 
 FLOAT_CONVOLUTIONS = 3  # of the first segment: stem and first block make most of the error and little of the time
 
@@ -38,7 +39,7 @@ def quantise_head(graphs: Sequence[bytes], images: Sequence[Floats]) -> list[byt
     quantised, inputs = [], list(images)
     for index, graph in enumerate(graphs):
         quantised.append(quantise(graph, inputs, 0 if index else FLOAT_CONVOLUTIONS))
-        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        session = open_session(graph, f"segment {index}", 0)
         inputs = [session.run(None, {"x": x_CHW[None]})[0][0] for x_CHW in inputs]
     return quantised
 

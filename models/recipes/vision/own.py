@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run
@@ -33,6 +32,7 @@ from isthmus.models.recipes.vision.own_data import Images, normalise
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.recipes.vision.views import BATCH
 from isthmus.models.vision.blocks import Blocks
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Architecture, Preprocessing, TapArchitecture, Task
 from isthmus.models.vision.split import SplitClassifier
 

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import export, photos_data
@@ -30,6 +29,7 @@ from isthmus.models.recipes.vision.imagenet import DEVIATION, MEAN, class_names,
 from isthmus.models.recipes.vision.photos_data import labelled
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.recipes.vision.views import BATCH, Views, extend
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite, fuse_batch_norms
 from isthmus.models.vision.images import open_image, preprocess
 from isthmus.models.vision.manifest import Architecture, Preprocessing, TapArchitecture, Task

@@ -68,29 +68,30 @@ class IsthmusServicer:
 
     def InferStream(self, request_iterator, context):
         """Many inputs over one long-lived stream; answers come in the order in which they are ready.
-        An error of one input travels in its response and harms no other. A response with request_id 0 and an error
-        UNAVAILABLE says that the service is draining: send nothing more, half-close, collect what is outstanding.
+        The error of one input is sent in its response and affects no other input. A response with request_id 0 and an
+        error UNAVAILABLE means that the service is draining: send nothing more, half-close, read the outstanding responses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request_iterator, context):
-        """One answer of a language model: a session's tokens go up once, then rounds of drafts up and tokens down. An error
-        ABORTED says that the service holds no such context (evicted, restarted, another replica): open again from
-        token 0 on the same stream and go on. Rounds behind an opening that failed are dropped until the next opening.
-        An error UNAVAILABLE: the service is draining, go elsewhere. After a half-close what is outstanding is answered.
+        """One answer of a language model: a session's tokens are sent once, then each round sends a draft and returns tokens.
+        An error ABORTED means that the service does not hold the session's state (evicted, restarted, another replica):
+        open again from token 0 on the same stream and continue. Rounds after a failed opening are dropped until the next
+        opening. An error UNAVAILABLE means that the service is draining: use another replica. After a half-close the
+        service still answers outstanding rounds.
 
-        In a hand-off session (Open.handoff) the device runs the first layers itself and decides what the text is. A round
-        brings the hidden states behind those layers, and may ask for one token that the layers behind them decide. States
-        are not kept: ABORTED answers one round, and the rounds behind it are dropped until the next opening.
+        In a handoff session (Open.handoff) the device runs the lower layers itself and owns the text. A round sends the
+        hidden states after those layers, and may request one token from the upper layers. The service does not store
+        hidden states: ABORTED answers one round, and the rounds after it are dropped until the next opening.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """What the service holds. Also the probe of round trip and bandwidth: padding is read and thrown away.
+        """The bundles and models that the service holds. Also probes round trip and bandwidth: padding is discarded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.tail import Tail
 from tests.unit.bench.fakes import FakeBaselines

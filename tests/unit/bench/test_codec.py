@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.codecs.context_model import Integers
 from isthmus.models.recipes.common.fit_tables import fit
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.codec import SameTables, factorized_coder, measure, summary
 from tests.bench.codec import latents as bench_latents
 

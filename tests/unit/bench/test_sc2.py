@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.recipes.vision.elpv_data import Photos, load
+from isthmus.models.vision.bundle import Bundle
 from tests.bench import sc2, sc2_photos
 from tests.unit.bench.fakes import FakeBaseline, FakeBaselines
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.messages import Codec
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.tail import Tail
 from isthmus.protos.limits import MAX_FRAMING_BYTES

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
 from isthmus.models.messages import Codec
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.tail import Tail

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch import kv_cache
 from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder
 from tests.bench.tiny_llama import write_tiny_llama
@@ -27,9 +27,9 @@ def decoder(checkpoint: Checkpoint) -> Decoder:
 
 
 @pytest.fixture(scope="session")
-def handoff(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Handoff:
+def handoff(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> HandoffBundle:
     """The device runs the first of two layers."""
-    return Handoff.open(write_tiny_handoff(tmp_path_factory.mktemp("handoffs") / "tiny", checkpoint), checkpoint)
+    return HandoffBundle.open(write_tiny_handoff(tmp_path_factory.mktemp("handoffs") / "tiny", checkpoint), checkpoint)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def scenario(checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff, small_steps: None) -> Scenario:
+def scenario(checkpoint: Checkpoint, decoder: Decoder, handoff: HandoffBundle, small_steps: None) -> Scenario:
     """Run a play beside the passes of a generation with memory for `pages` pages of 64 tokens."""
 
     def run(play: Play, pages: int = 100) -> House:

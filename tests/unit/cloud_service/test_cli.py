@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from isthmus.cloud_service.cli import main
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import free_port
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff

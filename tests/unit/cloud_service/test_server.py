@@ -19,11 +19,11 @@ from prometheus_client import CollectorRegistry
 from isthmus.cloud_service.config import CloudConfig, Tls
 from isthmus.cloud_service.server import bind, open_handoffs, serve, serve_metrics
 from isthmus.cloud_service.servicer import Servicer
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.messages import CloudRequest, Codec, Opening, Payload, Round
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -223,7 +223,7 @@ def test_handoffs_are_of_the_models_that_are_served(tmp_path: Path) -> None:
 
 def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(tmp_path / "one", 0)
-    handoff = Handoff.open(write_tiny_handoff(tmp_path / "handoff", model), model)
+    handoff = HandoffBundle.open(write_tiny_handoff(tmp_path / "handoff", model), model)
     config = CloudConfig(
         models=(str(tmp_path / "one"),),
         handoffs=(tmp_path / "handoff",),
@@ -233,7 +233,7 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
         metrics=None,
     )
     ones_MH = np.ones((4, model.config.hidden), np.float32)
-    states = handoff.states.encode(ones_MH[1:], ones_MH, 1)
+    states = handoff.state_codec.encode(ones_MH[1:], ones_MH, 1)
 
     async def play() -> None:
         serving = asyncio.create_task(serve(config))

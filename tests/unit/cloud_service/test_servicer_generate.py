@@ -14,7 +14,7 @@ from isthmus.cloud_service.language import model_runner
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.servicer import GenerateHandler, Servicer, attach, service_info
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos import limits, wire, wire_session
@@ -30,7 +30,7 @@ PROMPT = [5, 6, 7]
 class Door:
     """A servicer over one generation, and a client's stub."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, handoff: HandoffBundle | None = None) -> None:
         self.house, self.registry = House(checkpoint, decoder, 100, [handoff] if handoff else []), CollectorRegistry()
         self.generation, self.decoder = self.house.generation, self.house.decoder
         self.metrics = CloudMetrics(self.registry, [])
@@ -63,7 +63,10 @@ Scene = Callable[[Callable[[Door], Awaitable[None]]], Door]
 
 
 async def serve(
-    play: Callable[[Door], Awaitable[None]], checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff | None = None
+    play: Callable[[Door], Awaitable[None]],
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    handoff: HandoffBundle | None = None,
 ) -> Door:
     """Run a play against a server on a free port; nothing may complain in the background."""
     door, complaints = Door(checkpoint, decoder, handoff), []

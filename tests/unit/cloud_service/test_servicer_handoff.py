@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
@@ -24,7 +24,7 @@ PROMPT = list(range(10, 30))
 class Caller(StateDevice):
     """Its messages, and a stream that they go up on."""
 
-    def __init__(self, door: Door, decoder: Decoder, handoff: Handoff) -> None:
+    def __init__(self, door: Door, decoder: Decoder, handoff: HandoffBundle) -> None:
         super().__init__(door.house, decoder, handoff, 1, PROMPT)
         self.call: Any = door.stub.Generate()
 
@@ -57,7 +57,7 @@ HandoffScene = Callable[[Play], Door]
 
 
 @pytest.fixture
-def scene(checkpoint: Checkpoint, decoder: Decoder, handoff: Handoff) -> HandoffScene:
+def scene(checkpoint: Checkpoint, decoder: Decoder, handoff: HandoffBundle) -> HandoffScene:
     def run(play: Play) -> Door:
         return asyncio.run(serve(lambda door: play(door, Caller(door, decoder, handoff)), checkpoint, decoder, handoff))
 
@@ -160,7 +160,7 @@ def test_what_is_lost_is_one_error_until_the_stream_opens_again(scene: HandoffSc
     assert scene(play).count("ABORTED") == 1
 
 
-def test_describe_names_the_handoff(scene: HandoffScene, handoff: Handoff) -> None:
+def test_describe_names_the_handoff(scene: HandoffScene, handoff: HandoffBundle) -> None:
     async def play(door: Door, caller: Caller) -> None:
         info = wire.unpack_service(await door.stub.Describe(pb.DescribeRequest()))
         assert [model.handoffs for model in info.models] == [(handoff.fingerprint,)]

@@ -241,11 +241,15 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
     "top_p zero": ({"top_p": 0.0}, InvalidInput, "top_p is 0.0, expected above 0"),
     "top_p above one": ({"top_p": 1.5}, InvalidInput, "top_p is 1.5, expected above 0, at most 1"),
     "seed too large": ({"seed": MAX_SEED + 1}, InvalidInput, f"seed is {MAX_SEED + 1}, expected 0 to {MAX_SEED}"),
-    "many logprobs": ({"logprobs": 22}, InvalidInput, "logprobs asks for 21, at most 20 are given"),
-    "tokens of a hand-off": ({"handoff": 7}, InvalidInput, "5 tokens without states in a hand-off, expected none"),
-    "rate of nothing": ({"rate": 1}, InvalidInput, "and no hand-off that they are of"),
-    "context's rate of nothing": ({"context_rate": 1}, InvalidInput, "and no hand-off that they are of"),
-    "huge start of a hand-off": (
+    "many logprobs": ({"logprobs": 22}, InvalidInput, "logprobs is 21, expected at most 20"),
+    "tokens of a handoff": (
+        {"handoff": 7},
+        InvalidInput,
+        "5 tokens without hidden states in a handoff session, expected none",
+    ),
+    "rate of nothing": ({"rate": 1}, InvalidInput, "without a handoff bundle"),
+    "context's rate of nothing": ({"context_rate": 1}, InvalidInput, "without a handoff bundle"),
+    "huge start of a handoff": (
         {"handoff": 7, "tokens": [], "start": limits.MAX_TOKENS + 1},
         PayloadTooLarge,
         "262145 tokens, expected at most",
@@ -277,10 +281,14 @@ BAD_ROUNDS: dict[str, tuple[pb.Round, type[IsthmusError], str]] = {
     "long draft": (
         pb.Round(base=1, draft=[1] * (limits.MAX_DRAFT + 1)),
         PayloadTooLarge,
-        "the draft has 65 tokens, at most 64 are verified",
+        "the draft has 65 tokens, expected at most 64",
     ),
-    "checksum of nothing": (pb.Round(base=1, crc32=1), PayloadCorrupt, "a CRC-32 of states, and no states"),
-    "deciding nothing": (pb.Round(base=1, decided=[0]), InvalidInput, "which states decided, and has no states"),
+    "checksum of nothing": (
+        pb.Round(base=1, crc32=1),
+        PayloadCorrupt,
+        "a CRC-32 of hidden states and no hidden states",
+    ),
+    "deciding nothing": (pb.Round(base=1, decided=[0]), InvalidInput, "`decided` indices and no hidden states"),
 }
 
 
@@ -299,8 +307,16 @@ BAD_ROUNDS |= {
         PayloadTooLarge,
         "the round has 257 states, expected at most 256",
     ),
-    "more tokens than states": (handed(draft=[5, 6, 7]), InvalidInput, "3 tokens and 2 states, expected as many"),
-    "more states than tokens": (handed(draft=[5]), InvalidInput, "1 tokens and 2 states, expected as many"),
+    "more tokens than states": (
+        handed(draft=[5, 6, 7]),
+        InvalidInput,
+        "3 tokens and 2 states, expected as many states as tokens",
+    ),
+    "more states than tokens": (
+        handed(draft=[5]),
+        InvalidInput,
+        "1 tokens and 2 states, expected as many states as tokens",
+    ),
     "large state": (
         handed(states=[b"", bytes(limits.MAX_STATE_BYTES + 1)]),
         PayloadTooLarge,
@@ -356,14 +372,20 @@ def row(own: float = -1.0, tokens: tuple[int, ...] = (1,), values: tuple[float, 
 
 
 BAD_RESPONSES: dict[str, tuple[pb.GenerateResponse, str]] = {
-    "token outside": (pb.GenerateResponse(tokens=[VOCAB]), "outside of the vocabulary of 49152"),
-    "accepted too many": (pb.GenerateResponse(accepted=limits.MAX_DRAFT + 1), "more tokens than it was asked for"),
-    "committed too many": (pb.GenerateResponse(tokens=[0] * (limits.MAX_TOKENS + 1)), "more tokens than it was asked"),
-    "logprobs of no token": (pb.GenerateResponse(logprobs=[pb.Logprobs(own=-1)]), "more tokens than it committed"),
-    "more ids than values": (row(tokens=(1, 2)), "log probabilities of tokens that do not exist"),
-    "more values than ids": (row(values=(-1.0, -2.0)), "log probabilities of tokens that do not exist"),
-    "id outside": (row(tokens=(VOCAB,)), "log probabilities of tokens that do not exist"),
-    "wild number of ids": (row(tokens=(1,) * 21, values=(-1.0,) * 21), "log probabilities of tokens that do not exist"),
+    "token outside": (pb.GenerateResponse(tokens=[VOCAB]), "outside the vocabulary of 49152"),
+    "accepted too many": (pb.GenerateResponse(accepted=limits.MAX_DRAFT + 1), "more tokens than a round allows"),
+    "committed too many": (
+        pb.GenerateResponse(tokens=[0] * (limits.MAX_TOKENS + 1)),
+        "more tokens than a round allows",
+    ),
+    "logprobs of no token": (
+        pb.GenerateResponse(logprobs=[pb.Logprobs(own=-1)]),
+        "more log probabilities than committed tokens",
+    ),
+    "more ids than values": (row(tokens=(1, 2)), "log probabilities of unknown tokens"),
+    "more values than ids": (row(values=(-1.0, -2.0)), "log probabilities of unknown tokens"),
+    "id outside": (row(tokens=(VOCAB,)), "log probabilities of unknown tokens"),
+    "wild number of ids": (row(tokens=(1,) * 21, values=(-1.0,) * 21), "log probabilities of unknown tokens"),
     "own NaN": (row(own=NAN), "not log probabilities"),
     "own infinite": (row(own=-INF), "not log probabilities"),
     "own positive": (row(own=0.5), "not log probabilities"),

@@ -12,10 +12,10 @@ import torch
 from isthmus.cloud_service.language import engine as generation
 from isthmus.models.errors import Draining, InvalidInput, Overloaded, ServiceError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, FIRST_ROWS, KVFill
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import choose
 from isthmus.models.language.torch.decoder import Decoder, Span
+from isthmus.models.language.torch.kv_fill import EXACT_FIRST, EXACT_LAST, KVFill
 from isthmus.models.messages import GREEDY, Committed, Round
 from isthmus.protos.limits import MAX_ROUNDS
 from tests.bench.tiny_llama import write_tiny_llama
@@ -249,16 +249,16 @@ def test_warm_up_proves_the_rows(checkpoint: Checkpoint, decoder: Decoder, tmp_p
 class ByHand:
     """A prompt whose tokens up to `guessed`, except the first, run through `prefill_layers` layers, one a step."""
 
-    def __init__(self, decoder: Decoder, handoff: Handoff, prefill_layers: int) -> None:
+    def __init__(self, decoder: Decoder, handoff: HandoffBundle, prefill_layers: int) -> None:
         self._decoder, self._depth, self._kept = decoder, handoff.depth, prefill_layers
-        self._fill = KVFill(*handoff.fill(), decoder[self._depth :], prefill_layers - handoff.depth)
+        self._fill = KVFill(*handoff.kv_fill(), decoder[self._depth :], prefill_layers - handoff.depth)
 
     def decode(self, prompt: Sequence[int], guessed: int, count: int) -> list[int]:
         tokens, cache, decoder = list(prompt), self._decoder.new_cache(), self._decoder
         for position in range(len(prompt) + count - 1):
             spans = [Span(cache, position, 1)]
             x_NH = decoder[: self._depth].forward(decoder.embed([tokens[position]]), spans)
-            if FIRST_ROWS <= position < guessed:
+            if EXACT_FIRST <= position < guessed:
                 if self._kept > self._depth:
                     decoder[self._depth : self._kept].forward(x_NH, spans)
                 self._fill.write(cache, position, x_NH[:1])
@@ -280,11 +280,11 @@ def test_a_prompt_but_its_end_may_skip_the_last_layers(tmp_path: Path, prefill_l
     """
     checkpoint = Checkpoint.open(write_tiny_llama(tmp_path / "three", layers=3, context=CONTEXT))
     folders = [write_tiny_handoff(tmp_path / str(depth), checkpoint, depth=depth) for depth in depths]
-    handoffs = [Handoff.open(folder, checkpoint) for folder in folders]
+    handoffs = [HandoffBundle.open(folder, checkpoint) for folder in folders]
     handoff = max((each for each in handoffs if each.depth <= prefill_layers), key=lambda each: each.depth)
     decoder = Decoder.load(checkpoint, torch.float32, WIDTH)
     prompt = LONG[:100]
-    expected = ByHand(decoder, handoff, prefill_layers).decode(prompt, len(prompt) - EXACT_ROWS, 12)
+    expected = ByHand(decoder, handoff, prefill_layers).decode(prompt, len(prompt) - EXACT_LAST, 12)
     house = House(checkpoint, decoder, 100, handoffs)
 
     async def play() -> None:
@@ -309,7 +309,7 @@ def test_a_prompt_but_its_end_may_skip_the_last_layers(tmp_path: Path, prefill_l
         assert exact.tokens == plain(decoder, prompt, 12)
 
     asyncio.run(play())
-    assert house.count("state_positions_total", kind="filled") == 2 * (len(prompt) - EXACT_ROWS - FIRST_ROWS)
+    assert house.count("state_positions_total", kind="filled") == 2 * (len(prompt) - EXACT_LAST - EXACT_FIRST)
 
 
 @pytest.mark.parametrize(("prefill_layers", "words"), [(2, "2 layers of a prompt, expected 1 to 1, or 0 for all")])
@@ -336,7 +336,7 @@ def test_rows_that_threads_give_other_bits_are_computed_by_one(
         if torch.get_num_threads() > 1:
             raise ServiceError("other bits")
 
-    monkeypatch.setattr(generation, "check_rows", check)
+    monkeypatch.setattr(generation, "check_batch_invariance", check)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -352,7 +352,7 @@ def test_bits_that_differ_with_one_thread_too_end_the_service(
     def check(decoder: Decoder) -> None:
         raise ServiceError("other bits")
 
-    monkeypatch.setattr(generation, "check_rows", check)
+    monkeypatch.setattr(generation, "check_batch_invariance", check)
     threads = torch.get_num_threads()
     try:
         with pytest.raises(ServiceError, match="other bits"):

@@ -25,11 +25,11 @@ from isthmus.models.errors import (
     UnknownBundle,
 )
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS, KVFill
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import choose, logprobs
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.kv_fill import EXACT_LAST, KVFill
 from isthmus.models.messages import GREEDY, Committed, Round, Sampling
 from isthmus.protos.limits import MAX_ROUNDS
 from tests.bench.tiny_llama import write_tiny_llama
@@ -55,7 +55,7 @@ NewDevice = Callable[..., StateDevice]
 
 
 @pytest.fixture
-def new_device(decoder: Decoder, handoff: Handoff) -> NewDevice:
+def new_device(decoder: Decoder, handoff: HandoffBundle) -> NewDevice:
     """`new_device(house, name, prompt, **settings)`."""
 
     def build(house: House, name: int = 1, prompt: Sequence[int] = PROMPT, **settings: Any) -> StateDevice:
@@ -69,7 +69,7 @@ class ByHand:
     """The layers behind the cut, one row a pass."""
 
     decoder: Decoder
-    handoff: Handoff
+    handoff: HandoffBundle
     rate: int = 1
     context_rate: int = 0
     fill: bool = False
@@ -77,12 +77,12 @@ class ByHand:
     def __post_init__(self) -> None:
         self.tail = self.decoder[self.handoff.depth :]
         self.cache = self.tail.new_cache()
-        self._fill = KVFill(*self.handoff.fill(), self.tail)
+        self._fill = KVFill(*self.handoff.kv_fill(), self.tail)
 
     def take(self, tokens: Sequence[int], asked: bool = True) -> Any:
         """Logits (vocab,) behind `tokens`, of which those that the cache has are known."""
         start = self.cache.length
-        exact = asked * (1 if start else EXACT_ROWS)
+        exact = asked * (1 if start else EXACT_LAST)
         rates = [self.context_rate] * (len(tokens) - start - asked) + [self.rate] * asked
         decided = {len(tokens) - 1} if asked else set()
         payloads = states_of(self.decoder, self.handoff, tokens, start, self.context_rate, self.rate, decided)
@@ -91,7 +91,9 @@ class ByHand:
                 row_1H = torch.from_numpy(head_rows(self.decoder, self.handoff.depth, tokens[:1]))
             else:
                 around = tokens[start + index - 1 : start + index + 1]
-                row_1H = torch.from_numpy(self.handoff.states.decode([payload], embedded(self.decoder, around), rate))
+                row_1H = torch.from_numpy(
+                    self.handoff.state_codec.decode([payload], embedded(self.decoder, around), rate)
+                )
             if self.cache.length and self.fill and index < len(payloads) - exact:
                 self._fill.write(self.cache, self.cache.length, row_1H)
                 continue
@@ -115,7 +117,7 @@ def test_the_cloud_decides_what_its_layers_decide(
     scenario: Scenario,
     new_device: NewDevice,
     decoder: Decoder,
-    handoff: Handoff,
+    handoff: HandoffBundle,
     fill: bool,
     rate: int,
     sampling: Sampling,
@@ -236,7 +238,7 @@ def test_a_fill_takes_a_long_prompt_without_a_pass(scenario: Scenario, new_devic
 
 
 def test_a_round_replaces_the_text_from_its_base(
-    scenario: Scenario, new_device: NewDevice, decoder: Decoder, handoff: Handoff
+    scenario: Scenario, new_device: NewDevice, decoder: Decoder, handoff: HandoffBundle
 ) -> None:
     """Sent again, overlapping, and another way from the midst: the device says what the text is."""
 
@@ -389,7 +391,7 @@ def test_a_device_that_comes_back_brings_only_what_is_new(scenario: Scenario, ne
 
 
 def test_only_a_state_of_the_same_kind_is_taken_over(
-    scenario: Scenario, new_device: NewDevice, handoff: Handoff
+    scenario: Scenario, new_device: NewDevice, handoff: HandoffBundle
 ) -> None:
     async def play(house: House) -> None:
         device, ordinary = new_device(house), Device(house, 1, PROMPT)
@@ -495,7 +497,7 @@ def test_states_in_a_session_of_tokens_are_refused(scenario: Scenario) -> None:
 
 
 def test_another_handoff_is_refused_with_both_names(
-    scenario: Scenario, new_device: NewDevice, handoff: Handoff
+    scenario: Scenario, new_device: NewDevice, handoff: HandoffBundle
 ) -> None:
     async def play(house: House) -> None:
         device = new_device(house)
@@ -524,10 +526,10 @@ def test_two_handoffs_of_a_model_are_served_side_by_side(tmp_path: Path) -> None
     checkpoint = Checkpoint.open(write_tiny_llama(tmp_path / "three", layers=3, context=CONTEXT))
     decoder = Decoder.load(checkpoint, torch.float32, WIDTH)
     folders = [write_tiny_handoff(tmp_path / str(depth), checkpoint, depth=depth) for depth in (1, 2)]
-    handoffs = [Handoff.open(folder, checkpoint) for folder in folders]
+    handoffs = [HandoffBundle.open(folder, checkpoint) for folder in folders]
     house = House(checkpoint, decoder, 100, handoffs)
 
-    def expected(handoff: Handoff, tokens: Sequence[int]) -> int:
+    def expected(handoff: HandoffBundle, tokens: Sequence[int]) -> int:
         return choose(ByHand(decoder, handoff).take(tokens), GREEDY, len(tokens))
 
     async def play() -> None:
@@ -550,7 +552,7 @@ def test_two_handoffs_of_a_model_are_served_side_by_side(tmp_path: Path) -> None
     assert {1, 2} <= set(house.decoder.depths)
 
 
-def test_info_names_the_handoff(scenario: Scenario, handoff: Handoff) -> None:
+def test_info_names_the_handoff(scenario: Scenario, handoff: HandoffBundle) -> None:
     async def play(house: House) -> None:
         assert house.generation.info.handoffs == (handoff.fingerprint,)
 
@@ -636,7 +638,7 @@ def test_draining_is_told(scenario: Scenario, new_device: NewDevice) -> None:
 
 
 def test_a_device_that_leaves_in_the_midst_of_a_round_comes_back_to_what_was_taken(
-    scenario: Scenario, new_device: NewDevice, decoder: Decoder, handoff: Handoff
+    scenario: Scenario, new_device: NewDevice, decoder: Decoder, handoff: HandoffBundle
 ) -> None:
     async def play(house: House) -> None:
         device, expected = new_device(house, prompt=PROMPT[: WIDTH + 3]), ByHand(decoder, handoff)

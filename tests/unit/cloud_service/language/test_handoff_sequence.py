@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from isthmus.cloud_service.language.handoff_sequence import FILL_ROWS, HandoffSequence
 from isthmus.models.errors import InvalidInput, PayloadTooLarge
-from isthmus.models.language.handoff.kv_fill import EXACT_ROWS
 from isthmus.models.language.sampling import Floats, choose
+from isthmus.models.language.torch.kv_fill import EXACT_LAST
 from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 
 VOCAB, CONTEXT, CAP = 8, 120, 10
@@ -110,7 +110,7 @@ def test_any_rounds_and_passes_give_the_text_of_the_device(sampling: Sampling, f
             text.forget()
             tokens, expected = [], []
             continue
-        stop, exact = len(tokens), extend if base else extend * EXACT_ROWS
+        stop, exact = len(tokens), extend if base else extend * EXACT_LAST
         expected[base:] = [
             (state_of(position, tokens[position]), not fill or position >= stop - exact)
             for position in range(base, stop)
@@ -167,9 +167,9 @@ def rows_run(text: HandoffSequence, width: int) -> list[tuple[int, int]]:
 
 def test_a_fill_leaves_the_end_of_a_prompt_to_the_layers() -> None:
     text = new_text(fill=True)
-    text.begin(round_of([1] * (2 * FILL_ROWS + EXACT_ROWS), 0), 0.0)
+    text.begin(round_of([1] * (2 * FILL_ROWS + EXACT_LAST), 0), 0.0)
     assert text.rows == 1, "a turn of filling"
-    assert rows_run(text, 10) == [(FILL_ROWS, 0), (FILL_ROWS, 10), (0, EXACT_ROWS - 10)]
+    assert rows_run(text, 10) == [(FILL_ROWS, 0), (FILL_ROWS, 10), (0, EXACT_LAST - 10)]
 
 
 def test_behind_a_prompt_a_fill_takes_one_row_of_a_pass_at_most() -> None:

@@ -17,7 +17,7 @@ from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineM
 from isthmus.cloud_service.language.sessions import EventQueue, Session
 from isthmus.models.errors import IsthmusError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import Floats, choose
 from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder, Span, chunks
 from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
@@ -94,7 +94,9 @@ class WatchedPart:
 class House:
     """A generation, its watched decoder and its metrics; the memory is looked at behind each pass."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, pages: int, handoffs: Sequence[Handoff] = ()) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, decoder: Decoder, pages: int, handoffs: Sequence[HandoffBundle] = ()
+    ) -> None:
         self.decoder, self.registry = Watched(decoder), CollectorRegistry()
         self.budget_bytes = decoder.new_cache().bytes_for(PAGE_TOKENS) * pages
         self.most_bytes = 0
@@ -185,7 +187,7 @@ def embedded(decoder: Decoder, ids: Sequence[int]) -> Floats:
 
 def states_of(
     decoder: Decoder,
-    handoff: Handoff,
+    handoff: HandoffBundle,
     tokens: Sequence[int],
     base: int,
     context_rate: int,
@@ -196,7 +198,7 @@ def states_of(
     rows_NH = head_rows(decoder, handoff.depth, tokens)[base:]
     around = [tokens[max(base - 1, 0)], *tokens[base:]]
     embedded_MH = embedded(decoder, around)
-    both = [handoff.states.encode(rows_NH, embedded_MH, each) for each in (context_rate, rate)]
+    both = [handoff.state_codec.encode(rows_NH, embedded_MH, each) for each in (context_rate, rate)]
     return [pair[base + index in decided] for index, pair in enumerate(zip(*both, strict=True))]
 
 
@@ -207,7 +209,7 @@ class StateDevice:
         self,
         house: House,
         decoder: Decoder,
-        handoff: Handoff,
+        handoff: HandoffBundle,
         name: int,
         prompt: Sequence[int],
         sampling: Sampling = GREEDY,

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from isthmus.cloud_service.vision.predictor import Kind, Predictor
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput, Overloaded, PayloadCorrupt, PayloadTooLarge, ServiceError
 from isthmus.models.messages import CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.tail import Tail
 

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
-from isthmus.edge_agent.http import app as api
+from isthmus.edge_agent.http.app import create_app
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def client(tiny_bundle: Bundle) -> Iterator[TestClient]:
     registry = CollectorRegistry()
     metrics = EdgeMetrics(registry, tiny_bundle.manifest)
     with EdgeAgent(EdgeConfig(tiny_bundle.folder, threads=1), metrics) as agent:
-        yield TestClient(api.create_app(registry, (agent, metrics)))
+        yield TestClient(create_app(registry, (agent, metrics)))
 
 
 @pytest.fixture
@@ -31,61 +33,16 @@ def png(photo: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_photo_is_answered(client: TestClient, png: bytes) -> None:
-    reply = client.post("/v1/infer?deadline_ms=5000", content=png)
-    assert reply.status_code == 200
-    answer = reply.json()
-    assert answer["label"] in ("good", "bad")
-    assert {"probabilities", "route", "exit", "rate", "bytes_up", "stage_ms", "degraded", "why"} <= set(answer)
-    assert {"answers", "missing", "tap", "width"} <= set(answer)
-
-
-def test_what_the_query_asks_for_reaches_the_agent(
-    client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[dict[str, Any]] = []
-    infer = EdgeAgent.infer
-
-    def listening(agent: EdgeAgent, photo: bytes, **wishes: Any) -> Any:
-        asked.append(wishes)
-        return infer(agent, photo, **wishes)
-
-    monkeypatch.setattr(EdgeAgent, "infer", listening)
-    query = "tap=light&width=0.5&rate=2&task=defect&task=colour&deadline_ms=1500"
-    reply = client.post(f"/v1/infer?{query}", content=png)
-    wishes = {"tap": "light", "width": 0.5, "rate": 2, "tasks": ["defect", "colour"], "deadline_s": 1.5}
-    assert asked == [wishes]
-    answer = reply.json()  # there is no cloud in this house
-    assert (answer["degraded"], answer["missing"], list(answer["answers"])) == (True, ["colour"], ["defect"])
-    assert answer["why"].startswith("tap light, width 0.5, rate 2 asked for; no cloud is configured")
-    client.post("/v1/infer", content=png)
-    assert asked[1] == {"tap": None, "tasks": None}
-
-
 @pytest.mark.parametrize(
     ("path", "body", "code", "words"),
     [
-        ("/v1/infer", b"", 400, "empty"),
-        ("/v1/infer", b"GIF89a not one of ours", 400, "JPEG, PNG, WEBP"),
-        ("/v1/infer?deadline_ms=soon", b"x", 400, "deadline_ms"),
-        ("/v1/infer?deadline_ms=-5", b"x", 400, "deadline_ms"),
-        ("/v1/infer?deadline_ms=nan", b"x", 400, "deadline_ms"),
-        ("/v1/infer?tap=medium", b"x", 400, "tap 'medium' does not exist, there are light, deep"),
-        ("/v1/infer?tap=", b"x", 400, "tap '' does not exist"),
-        ("/v1/infer?tap=deep&width=0.5", b"x", 400, "width 0.5 does not exist at tap deep, there are 1"),
-        ("/v1/infer?width=wide", b"x", 400, "width is 'wide', expected 0 to 1"),
-        ("/v1/infer?width=nan", b"x", 400, "width is 'nan', expected 0 to 1"),
-        ("/v1/infer?rate=7", b"x", 400, "rate 7 does not exist, there are 0 to 2"),
-        ("/v1/infer?rate=-1", b"x", 400, "rate is '-1', expected a whole number"),
-        ("/v1/infer?rate=1.5", b"x", 400, "rate is '1.5', expected a whole number"),
-        ("/v1/infer?rate=" + "9" * 5000, b"x", 400, "expected a whole number"),
-        ("/v1/infer?task=size", b"x", 400, "task 'size' does not exist, there are defect, colour"),
-        ("/v1/infer?task=defect&task=", b"x", 400, "task '' does not exist"),
         ("/v1/nothing", b"x", 404, "Not Found"),
         ("/healthz", b"x", 405, "Method Not Allowed"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_shape(client: TestClient, path: str, body: bytes, code: int, words: str) -> None:
+def test_unknown_paths_and_methods_are_errors_of_the_same_shape(
+    client: TestClient, path: str, body: bytes, code: int, words: str
+) -> None:
     reply = client.post(path, content=body)
     assert reply.status_code == code
     error = reply.json()["error"]
@@ -93,44 +50,17 @@ def test_what_is_wrong_is_said_in_one_shape(client: TestClient, path: str, body:
     assert words in error["message"]
 
 
-def test_a_body_over_the_cap_is_refused_while_it_arrives(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "MAX_BODY_BYTES", 1000)
-    read = 0
-
-    def endless() -> Iterator[bytes]:
-        nonlocal read
-        for _ in range(1000):
-            read += 1
-            yield bytes(100)
-
-    reply = client.post("/v1/infer", content=endless())
-    assert reply.status_code == 413
-    assert "1000 bytes" in reply.json()["error"]["message"]
+def test_the_application_is_healthy_without_a_cloud(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
 
 
-def test_a_full_house_says_so(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "MAX_WAITING", 0)
-    reply = client.post("/v1/infer", content=png)
-    assert reply.status_code == 503
-    assert reply.headers["retry-after"] == "1"
+def test_without_a_bundle_there_are_no_photos_and_routes_of_a_language_model_are_added() -> None:
+    async def models(request: Request) -> Response:
+        return JSONResponse({"data": []})
 
-
-def test_places_are_given_back(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "MAX_WAITING", 1)
-    codes = [client.post("/v1/infer", content=body).status_code for body in (png, b"junk", b"", png)]
-    assert codes == [200, 400, 400, 200]
-
-
-def test_status_tells_bundle_and_link(client: TestClient, tiny_bundle: Bundle) -> None:
-    status = client.get("/v1/status").json()
-    assert status["bundle"]["fingerprint"] == tiny_bundle.manifest.fingerprint
-    assert status["bundle"]["tasks"] == {"defect": ["good", "bad"], "colour": ["red", "green", "blue"]}
-    assert status["bundle"]["taps"] == {
-        "light": {"widths": [0.5, 1.0], "rates": 3},
-        "deep": {"widths": [1.0], "rates": 2},
-    }
-    assert status["cloud"] is None
-    assert client.get("/healthz").status_code == 200
+    client = TestClient(create_app(CollectorRegistry(), None, [Route("/v1/models", models)]))
+    paths = ("/healthz", "/metrics", "/v1/models", "/v1/infer", "/v1/status")
+    assert [client.get(path).status_code for path in paths] == [200, 200, 200, 404, 404]
 
 
 def test_metrics_count_what_happened(client: TestClient, png: bytes) -> None:

@@ -11,33 +11,33 @@ LIMITS = BreakerLimits(failures=3, first_s=1.0, last_s=4.0)
 
 def closed() -> Breaker:
     breaker = Breaker(LIMITS)
-    breaker.probed(True, 0.0)
-    assert breaker.take()
-    breaker.succeeded()
+    breaker.record_probe(True, 0.0)
+    assert breaker.allow_request()
+    breaker.record_success()
     return breaker
 
 
 def test_starts_open_and_wants_a_probe_at_once() -> None:
     breaker = Breaker(LIMITS)
     assert breaker.state == "open"
-    assert not breaker.take()
+    assert not breaker.allow_request()
     assert breaker.probe_at_s <= 0
 
 
 def test_a_probe_lets_one_request_through_and_its_success_closes() -> None:
     breaker = Breaker(LIMITS)
-    breaker.probed(True, 0.0)
-    assert [breaker.take(), breaker.take()] == [True, False]
-    breaker.succeeded()
+    breaker.record_probe(True, 0.0)
+    assert [breaker.allow_request(), breaker.allow_request()] == [True, False]
+    breaker.record_success()
     assert breaker.state == "closed"
-    assert breaker.take() and breaker.take()
+    assert breaker.allow_request() and breaker.allow_request()
 
 
 def test_a_failed_trial_opens_it_again() -> None:
     breaker = Breaker(LIMITS)
-    breaker.probed(True, 0.0)
-    breaker.take()
-    breaker.failed(5.0)
+    breaker.record_probe(True, 0.0)
+    breaker.allow_request()
+    breaker.record_failure(5.0)
     assert breaker.state == "open"
     assert breaker.probe_at_s == 6.0
 
@@ -45,39 +45,39 @@ def test_a_failed_trial_opens_it_again() -> None:
 def test_only_failures_in_a_row_count() -> None:
     breaker = closed()
     for _ in range(5):
-        breaker.failed(0.0)
-        breaker.failed(0.0)
-        breaker.succeeded()
+        breaker.record_failure(0.0)
+        breaker.record_failure(0.0)
+        breaker.record_success()
     assert breaker.state == "closed"
     for _ in range(3):
-        breaker.failed(0.0)
+        breaker.record_failure(0.0)
     assert breaker.state == "open"
 
 
 def test_cool_down_doubles_up_to_its_cap_and_starts_over_after_a_success() -> None:
     breaker = closed()
     for _ in range(3):
-        breaker.failed(0.0)
+        breaker.record_failure(0.0)
     waits = [breaker.probe_at_s]
     for _ in range(3):
         now_s = breaker.probe_at_s
-        breaker.probed(False, now_s)
+        breaker.record_probe(False, now_s)
         waits.append(breaker.probe_at_s - now_s)
     assert waits == [1.0, 2.0, 4.0, 4.0]
-    breaker.probed(True, 20.0)
-    breaker.take()
-    breaker.succeeded()
+    breaker.record_probe(True, 20.0)
+    breaker.allow_request()
+    breaker.record_success()
     for _ in range(3):
-        breaker.failed(30.0)
+        breaker.record_failure(30.0)
     assert breaker.probe_at_s == 31.0
 
 
 def test_answers_that_come_in_after_it_opened_change_nothing() -> None:
     breaker = closed()
     for _ in range(3):
-        breaker.failed(0.0)
-    breaker.succeeded()
-    breaker.failed(0.5)
+        breaker.record_failure(0.0)
+    breaker.record_success()
+    breaker.record_failure(0.5)
     assert breaker.state == "open"
     assert breaker.probe_at_s == 1.0
 
@@ -85,7 +85,7 @@ def test_answers_that_come_in_after_it_opened_change_nothing() -> None:
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_probe_of_a_closed_breaker_is_ignored(answered: bool) -> None:
     breaker = closed()
-    breaker.probed(answered, 9.0)
+    breaker.record_probe(answered, 9.0)
     assert breaker.state == "closed"
 
 
@@ -123,11 +123,11 @@ def test_every_history_is_the_models(events: list[str]) -> None:
         expected = model.event(event, now_s)
         match event:
             case "take":
-                assert breaker.take() is expected
+                assert breaker.allow_request() is expected
             case "ok":
-                breaker.succeeded()
+                breaker.record_success()
             case "fail":
-                breaker.failed(now_s)
+                breaker.record_failure(now_s)
             case _:
-                breaker.probed(event == "probe ok", now_s)
+                breaker.record_probe(event == "probe ok", now_s)
         assert (breaker.state, breaker.probe_at_s) == (model.state, model.probe_at_s)

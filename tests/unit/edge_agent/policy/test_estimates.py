@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.policy.estimates import Average, GraphSeconds, LinkEstimate, LinkEstimator, Load
+from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, LinkEstimate, LinkEstimator
 
 TRUE = LinkEstimate(rtt_s=0.040, bytes_per_s=250_000)
 
@@ -81,10 +81,10 @@ def test_average_leaves_its_prior_at_once_and_then_moves_slowly() -> None:
     assert average.value == pytest.approx(1.1)
 
 
-def graphs(*alone_s: float) -> list[GraphSeconds]:
+def graphs(*alone_s: float) -> list[GraphLatency]:
     """Graphs of one device, calibrated to take this long."""
-    load = Load()
-    made = [GraphSeconds(1.0, load) for _ in alone_s]
+    load = DeviceLoad()
+    made = [GraphLatency(1.0, load) for _ in alone_s]
     for graph, seconds in zip(made, alone_s, strict=True):
         graph.calibrate(seconds)
     return made

@@ -1,4 +1,4 @@
-"""Conversations with a real gRPC server in this process, whose servicer does as each test says."""
+"""`Generate` streams to a real gRPC server in this process; each test sets how its servicer reacts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.transport import generate_stream as module
 from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import (
@@ -89,13 +90,13 @@ def link(cloud: Cloud) -> Iterator[Link]:
 
 
 @pytest.fixture
-def on_reply() -> list[StreamObservation | IsthmusError]:
+def observed() -> list[StreamObservation | IsthmusError]:
     return []
 
 
 @pytest.fixture
-def conversation(link: Link, on_reply: list[StreamObservation | IsthmusError]) -> Iterator[GenerateStream]:
-    made = GenerateStream(link._stub, VOCAB, on_reply.append)
+def stream(link: Link, observed: list[StreamObservation | IsthmusError]) -> Iterator[GenerateStream]:
+    made = GenerateStream(link._stub, VOCAB, observed.append)
     yield made
     made.close()
 
@@ -105,83 +106,106 @@ def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("it did not come to pass")
+    raise AssertionError("the condition did not come true")
 
 
 def size(message: Any) -> int:
     return int(message.ByteSize()) + 5
 
 
-def test_what_is_said_arrives_in_order_and_its_bytes_are_counted(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
+def test_messages_arrive_in_order_and_their_bytes_are_counted(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any]
 ) -> None:
     rounds = [Round(3), Round(4, (8, 9), 2)]
-    conversation.open(OPENING)
-    conversation.send(rounds[0])
-    assert conversation.receive(5) == ANSWER
-    conversation.send(rounds[1])
-    assert conversation.receive(5) == ANSWER
+    stream.open(OPENING)
+    stream.send(rounds[0])
+    assert stream.receive(5) == ANSWER
+    stream.send(rounds[1])
+    assert stream.receive(5) == ANSWER
     sent = [wire_session.pack_opening(OPENING), *map(wire_session.pack_round, rounds)]
     assert cloud.servicer.requests == sent
-    assert conversation.bytes_up == sum(map(size, sent))
-    assert conversation.opening_bytes == size(sent[0])
-    assert conversation.bytes_down == 2 * size(wire_session.pack_committed(ANSWER))
-    assert [reply.up_bytes for reply in on_reply] == [size(sent[0]) + size(sent[1]), size(sent[2])]
+    assert stream.bytes_up == sum(map(size, sent))
+    assert stream.opening_bytes == size(sent[0])
+    assert stream.bytes_down == 2 * size(wire_session.pack_committed(ANSWER))
+    assert [reply.up_bytes for reply in observed] == [size(sent[0]) + size(sent[1]), size(sent[2])]
 
 
-def test_time_on_the_way_is_known_only_of_a_round_that_went_alone(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def test_transit_time_is_known_only_of_a_round_that_was_sent_alone(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any], clock: Clock
 ) -> None:
+    """Every message that is answered takes a second on the way, of which the cloud says that it spent a part."""
     stale, extension = Committed(3), Committed(4, 0, (9,), extension=True)
     slow = Committed(3, 0, (9,), queue_s=100.0)
-    said = iter([[], [], [ANSWER, ANSWER], [stale], [ANSWER, extension], [slow]])
-    cloud.servicer.react = lambda request, context: [wire_session.pack_committed(one) for one in next(said)]
-    conversation.open(OPENING)
+    replies = iter([[], [], [ANSWER, ANSWER], [stale], [ANSWER, extension], [slow]])
+
+    def react(request: pb.GenerateRequest, context: Any) -> list[pb.GenerateResponse]:
+        committed = next(replies)
+        clock.now_s += 1.0 if committed else 0.0
+        return [wire_session.pack_committed(one) for one in committed]
+
+    cloud.servicer.react = react
+    stream.open(OPENING)
     for count in (2, 1, 2, 1):
-        conversation.send(Round(3))
-        if count == 2 and not on_reply:
-            conversation.send(Round(3))
+        stream.send(Round(3))
+        if count == 2 and not observed:
+            stream.send(Round(3))
         for _ in range(count):
-            conversation.receive(5)
-    known = [reply.elapsed_s is not None for reply in on_reply]
-    assert known == [False, True, False, True, False, True]  # behind another one; alone; stale; alone; extension; alone
-    assert on_reply[-1].elapsed_s == 0.0  # the cloud's clock cannot make it negative
-    assert all(0 <= reply.elapsed_s < 5 for reply in on_reply if reply.elapsed_s is not None)
+            stream.receive(5)
+    alone_s = pytest.approx(1.0 - ANSWER.queue_s - ANSWER.compute_s)
+    # after another one; alone; stale; alone; extension; alone, and the cloud's clock cannot make it negative
+    assert [reply.elapsed_s for reply in observed] == [None, alone_s, None, alone_s, None, 0.0]
 
 
-def test_poll_gives_what_is_there_and_never_waits(cloud: Cloud, conversation: GenerateStream) -> None:
+def test_poll_returns_what_has_arrived_and_never_waits(cloud: Cloud, stream: GenerateStream) -> None:
     release = threading.Event()
     cloud.servicer.react = lambda request, context: (release.wait(10) and answers(request, context)) or []
-    conversation.open(OPENING)
-    conversation.send(Round(3))
-    assert conversation.poll() is None
+    stream.open(OPENING)
+    stream.send(Round(3))
+    assert stream.poll() is None
     with pytest.raises(DeadlineExceeded, match="0.1 s"):
-        conversation.receive(0.05)
+        stream.receive(0.05)
     release.set()
     found: list[Committed | None] = []
-    until(lambda: found.append(conversation.poll()) or found[-1] is not None)  # type: ignore[func-returns-value]
+    until(lambda: found.append(stream.poll()) or found[-1] is not None)  # type: ignore[func-returns-value]
     assert found[-1] == ANSWER
 
 
 @pytest.mark.parametrize("error", [ContextGone, Overloaded, InvalidInput])
-def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any], error: type[IsthmusError]
+def test_an_error_in_a_reply_is_raised_and_the_stream_goes_on(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any], error: type[IsthmusError]
 ) -> None:
-    cloud.servicer.react = lambda request, context: [wire_session.pack_generate_error(error("so it is"))]
-    conversation.open(OPENING)
-    with pytest.raises(error, match="so it is"):
-        conversation.receive(5)
+    cloud.servicer.react = lambda request, context: [wire_session.pack_generate_error(error("the reason"))]
+    stream.open(OPENING)
+    with pytest.raises(error, match="the reason"):
+        stream.receive(5)
     cloud.servicer.react = lambda request, context: []
-    conversation.send(Round(3))  # on its way when the opening failed: it is never answered
+    stream.send(Round(3))  # in transit when the opening failed: it is never answered
     until(lambda: len(cloud.servicer.requests) == 2)
     cloud.servicer.react = answers
-    conversation.open(OPENING)
-    conversation.send(Round(3))
-    assert conversation.receive(5) == ANSWER
-    (reply,) = on_reply
+    stream.open(OPENING)
+    stream.send(Round(3))
+    assert stream.receive(5) == ANSWER
+    (reply,) = observed
     assert reply.up_bytes == size(wire_session.pack_opening(OPENING)) + size(wire_session.pack_round(Round(3)))
     assert reply.elapsed_s is not None
-    assert conversation.opening_bytes == 2 * size(wire_session.pack_opening(OPENING))
+    assert stream.opening_bytes == 2 * size(wire_session.pack_opening(OPENING))
 
 
 @pytest.mark.parametrize(
@@ -193,14 +217,14 @@ def test_an_error_in_an_answer_is_raised_and_the_conversation_goes_on(
     ],
     ids=["token", "accepted", "nan"],
 )
-def test_a_cloud_that_talks_nonsense_is_not_believed(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any], response: pb.GenerateResponse
+def test_impossible_replies_are_refused(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any], response: pb.GenerateResponse
 ) -> None:
     cloud.servicer.react = lambda request, context: [response]
-    conversation.open(OPENING)
+    stream.open(OPENING)
     with pytest.raises(InvalidInput):
-        conversation.receive(5)
-    assert on_reply == []
+        stream.receive(5)
+    assert observed == []
 
 
 @pytest.mark.parametrize(
@@ -208,47 +232,50 @@ def test_a_cloud_that_talks_nonsense_is_not_believed(
     [
         (grpc.StatusCode.UNAVAILABLE, LinkDown),
         (grpc.StatusCode.INTERNAL, ServiceError),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, LinkDown),  # of an answer they say: go on; no stream does
+        (
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            LinkDown,
+        ),  # in a reply these mean that the stream goes on; as its end they do not
         (grpc.StatusCode.ABORTED, LinkDown),
     ],
 )
-def test_the_streams_failure_is_raised_again_and_again_and_heard_once(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any], code: Any, error: type[IsthmusError]
+def test_the_failure_of_a_stream_is_raised_by_every_call_and_reported_once(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any], code: Any, error: type[IsthmusError]
 ) -> None:
-    cloud.servicer.react = lambda request, context: context.abort(code, "so it is")
-    conversation.open(OPENING)
-    for use in (lambda: conversation.receive(5), conversation.poll, lambda: conversation.send(Round(3))):
-        with pytest.raises(error, match="so it is"):
+    cloud.servicer.react = lambda request, context: context.abort(code, "the reason")
+    stream.open(OPENING)
+    for use in (lambda: stream.receive(5), stream.poll, lambda: stream.send(Round(3))):
+        with pytest.raises(error, match="the reason"):
             use()
-    assert [type(reply) for reply in on_reply] == [error]
+    assert [type(reply) for reply in observed] == [error]
 
 
-def test_what_came_before_a_failure_is_not_lost_with_it(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
+def test_a_reply_that_came_before_a_failure_is_not_lost(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any]
 ) -> None:
-    conversation.open(OPENING)
-    assert not conversation.answered
-    conversation.send(Round(3))
-    until(lambda: conversation.answered)
+    stream.open(OPENING)
+    assert not stream.answered
+    stream.send(Round(3))
+    until(lambda: stream.answered)
     cloud.server.stop(None).wait()
-    until(lambda: conversation._incoming.qsize() == 2)
-    assert on_reply == []
-    assert conversation.receive(5) == ANSWER
+    until(lambda: stream._incoming.qsize() == 2)
+    assert observed == []
+    assert stream.receive(5) == ANSWER
     with pytest.raises(LinkDown):
-        conversation.poll()
-    assert conversation.answered, "nobody need wait for what has failed"
-    assert [type(reply) for reply in on_reply] == [StreamObservation, LinkDown]
+        stream.poll()
+    assert stream.answered, "a failure needs no waiting"
+    assert [type(reply) for reply in observed] == [StreamObservation, LinkDown]
 
 
-def test_an_answer_that_is_taken_late_says_nothing_bad_of_the_link(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
+def test_a_reply_that_is_received_late_does_not_count_against_the_link(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any], clock: Clock
 ) -> None:
-    conversation.open(OPENING)
-    conversation.send(Round(3))
-    until(lambda: conversation.answered)
-    time.sleep(2.0)
-    conversation.receive(5)
-    assert on_reply[-1].elapsed_s < 2.0
+    stream.open(OPENING)
+    stream.send(Round(3))
+    until(lambda: stream.answered)
+    clock.now_s += 50.0
+    stream.receive(5)
+    assert [reply.elapsed_s for reply in observed] == [0.0], "it arrived before the clock moved"
 
 
 def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
@@ -261,63 +288,63 @@ def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     other = Link(f"127.0.0.1:{port}", FINGERPRINT, (VOCAB,))
-    conversation = GenerateStream(other._stub, VOCAB, lambda reply: None)
-    assert conversation.receive(5) == ANSWER
+    stream = GenerateStream(other._stub, VOCAB, lambda reply: None)
+    assert stream.receive(5) == ANSWER
     with pytest.raises(LinkDown, match="ended the stream"):
-        conversation.receive(5)
+        stream.receive(5)
     other.close()
     server.stop(None).wait()
 
 
-def test_closing_ends_the_call_in_the_cloud_and_is_no_failure(
-    cloud: Cloud, conversation: GenerateStream, on_reply: list[Any]
+def test_closing_ends_the_call_in_the_cloud_and_is_not_reported_as_a_failure(
+    cloud: Cloud, stream: GenerateStream, observed: list[Any]
 ) -> None:
-    conversation.open(OPENING)
-    conversation.send(Round(3))
-    conversation.receive(5)
+    stream.open(OPENING)
+    stream.send(Round(3))
+    stream.receive(5)
     assert not cloud.servicer.ended.is_set()
-    conversation.close()
+    stream.close()
     assert cloud.servicer.ended.wait(10)
-    until(lambda: conversation._incoming.qsize() == 1)
-    assert len(on_reply) == 1  # the answer; nobody took the end
-    until(lambda: "isthmus-conversation" not in [thread.name for thread in threading.enumerate()])
+    until(lambda: stream._incoming.qsize() == 1)
+    assert len(observed) == 1  # the reply; the end was not received
+    until(lambda: "isthmus-generate-stream" not in [thread.name for thread in threading.enumerate()])
 
 
-def test_closing_stops_a_cloud_that_is_at_work(cloud: Cloud, conversation: GenerateStream) -> None:
+def test_closing_cancels_a_call_that_the_cloud_works_on(cloud: Cloud, stream: GenerateStream) -> None:
     release = threading.Event()
     cloud.servicer.react = lambda request, context: (release.wait(10) and []) or []
-    conversation.open(OPENING)
+    stream.open(OPENING)
     until(lambda: len(cloud.servicer.requests) == 1)
-    conversation.close()
+    stream.close()
     try:
         assert cloud.servicer.ended.wait(5)
     finally:
         release.set()
 
 
-def test_a_conversation_teaches_its_link(cloud: Cloud, link: Link) -> None:
+def test_a_stream_updates_the_breaker_of_its_link(cloud: Cloud, link: Link) -> None:
     assert link.state == "half_open"
-    talk = link.open_generate_stream()
-    talk.open(OPENING)
-    talk.send(Round(3))
-    assert talk.receive(5) == ANSWER
+    opened = link.open_generate_stream()
+    opened.open(OPENING)
+    opened.send(Round(3))
+    assert opened.receive(5) == ANSWER
     assert link.state == "closed"
     cloud.servicer.react = lambda request, context: context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
     cloud.servicer.described.clear()
-    talk.send(Round(4))
+    opened.send(Round(4))
     with pytest.raises(LinkDown):
-        talk.receive(5)
+        opened.receive(5)
     assert link.state == "open"
     with pytest.raises(LinkDown, match="gone"):
         link.open_generate_stream()
-    talk.close()
+    opened.close()
     cloud.servicer.described.set()
     until(lambda: link.state == "half_open")
     cloud.servicer.react = answers
     link.open_generate_stream().close()
 
 
-def test_a_link_that_is_told_of_a_failure_leaves_the_cloud_alone_until_a_probe(cloud: Cloud, link: Link) -> None:
+def test_a_recorded_failure_opens_the_breaker_until_a_probe(cloud: Cloud, link: Link) -> None:
     cloud.servicer.described.clear()
     link.record_failure("it is full")
     assert link.state == "open"
@@ -327,7 +354,18 @@ def test_a_link_that_is_told_of_a_failure_leaves_the_cloud_alone_until_a_probe(c
     until(lambda: link.state == "half_open")
 
 
-def test_alive_is_a_question_to_the_cloud_now(cloud: Cloud, link: Link) -> None:
+def test_a_stream_updates_the_estimate_of_its_link(link: Link, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(link._estimator, "observe", lambda up_bytes, seconds: sizes.append(up_bytes))
+    opened = link.open_generate_stream()
+    opened.open(OPENING)
+    opened.send(Round(3))
+    opened.receive(5)
+    opened.close()
+    assert sizes == [opened.bytes_up]
+
+
+def test_alive_asks_the_cloud_at_once(cloud: Cloud, link: Link) -> None:
     assert link.alive(5)
     cloud.servicer.described.clear()
     assert not link.alive(0.1)

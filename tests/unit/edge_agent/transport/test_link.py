@@ -1,4 +1,4 @@
-"""The link against a real gRPC server in this process, whose servicer does as each test says."""
+"""The link against a real gRPC server in this process; each test sets how its servicer reacts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 from typing import Any
 
 import grpc
 import pytest
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.edge_agent.transport.link import InferStream, Link
+from isthmus.edge_agent.transport.infer_stream import InferStream
+from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import (
     DeadlineExceeded,
     Draining,
@@ -96,31 +96,40 @@ def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("it did not come to pass")
+    raise AssertionError("the condition did not come true")
 
 
-def test_an_answer_comes_with_its_bytes_and_keeps_one_stream(cloud: Cloud, link: Link) -> None:
-    replies = [link.infer(PAYLOAD, 5.0) for _ in range(3)]
-    assert [reply.answer.probabilities for reply in replies] == [((0.25, 0.75),)] * 3
-    assert replies[0].up_bytes == cloud.servicer.requests[0].ByteSize() + 5
+def test_a_reply_comes_with_its_bytes_and_one_stream_is_kept(cloud: Cloud, link: Link) -> None:
+    exchanges = [link.infer(PAYLOAD, 5.0) for _ in range(3)]
+    assert [exchange.reply.probabilities for exchange in exchanges] == [((0.25, 0.75),)] * 3
+    assert exchanges[0].up_bytes == cloud.servicer.requests[0].ByteSize() + 5
     assert cloud.servicer.streams == 1
     assert link.state == "closed"
+
+
+def test_the_clouds_own_time_is_no_part_of_the_links(cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    observed: list[tuple[int, float]] = []
+    monkeypatch.setattr(link._estimator, "observe", lambda up_bytes, seconds: observed.append((up_bytes, seconds)))
+    reply = CloudReply(((0.25, 0.75),), queue_s=64.0, compute_s=32.0)
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, reply)]
+    exchange = link.infer(PAYLOAD, 5.0)
+    assert observed == [(exchange.up_bytes, exchange.elapsed_s - 96.0)]
 
 
 @pytest.mark.parametrize(
     ("tasks", "probabilities"),
     [((0,), ((0.25, 0.75),)), ((1,), ((0.5, 0.25, 0.25),)), ((0, 1), ((0.25, 0.75), (0.5, 0.25, 0.25)))],
 )
-def test_the_tasks_asked_for_are_answered_each_by_itself(
+def test_each_task_requested_has_its_own_answer(
     cloud: Cloud, link: Link, tasks: tuple[int, ...], probabilities: tuple[tuple[float, ...], ...]
 ) -> None:
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(probabilities, 0, 0))]
-    assert link.infer(PAYLOAD, 5.0, tasks).answer.probabilities == probabilities
+    assert link.infer(PAYLOAD, 5.0, tasks).reply.probabilities == probabilities
     assert wire.unpack_request(cloud.servicer.requests[0]).tasks == tasks
 
 
 @pytest.mark.parametrize("probabilities", [((0.25, 0.75),), ((0.2, 0.3, 0.5),), ((0.5, 0.25, 0.25), (0.25, 0.75))])
-def test_answers_to_other_tasks_than_were_asked_for_are_not_believed(
+def test_answers_to_other_tasks_than_requested_are_refused(
     cloud: Cloud, link: Link, probabilities: tuple[tuple[float, ...], ...]
 ) -> None:
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(probabilities, 0, 0))]
@@ -128,15 +137,15 @@ def test_answers_to_other_tasks_than_were_asked_for_are_not_believed(
         link.infer(PAYLOAD, 5.0, (0, 1))
 
 
-def test_request_ids_start_again_where_they_would_cost_more_bytes(cloud: Cloud, link: Link) -> None:
+def test_request_ids_wrap_around_before_they_cost_more_bytes(cloud: Cloud, link: Link) -> None:
     link._next_id = limits.MAX_REQUEST_ID - 1
     for _ in range(2):
         link.infer(PAYLOAD, 5.0)
     assert [request.request_id for request in cloud.servicer.requests] == [limits.MAX_REQUEST_ID, 1]
 
 
-def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> None:
-    link.infer(PAYLOAD, 5.0)  # closes the breaker, so that two may ask at once
+def test_responses_reach_their_requests_in_any_order(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)  # closes the breaker, so that two requests may run at once
     held: list[pb.InferRequest] = []
 
     def second_first(request: pb.InferRequest) -> list[pb.InferResponse]:
@@ -150,8 +159,8 @@ def test_answers_find_their_askers_in_any_order(cloud: Cloud, link: Link) -> Non
     cloud.servicer.react = second_first
     with ThreadPoolExecutor(2) as threads:
         payloads = [Payload(Codec.BOTTLENECK, 0, 0, bytes(size)) for size in (4, 8)]
-        replies = list(threads.map(lambda payload: link.infer(payload, 5.0), payloads))
-    assert [reply.answer.probabilities[0][0] for reply in replies] == [0.25, 0.5]
+        exchanges = list(threads.map(lambda payload: link.infer(payload, 5.0), payloads))
+    assert [exchange.reply.probabilities[0][0] for exchange in exchanges] == [0.25, 0.5]
 
 
 def test_an_error_response_is_raised_as_its_class_and_trips_no_breaker(cloud: Cloud, link: Link) -> None:
@@ -162,7 +171,7 @@ def test_an_error_response_is_raised_as_its_class_and_trips_no_breaker(cloud: Cl
     assert link.state == "closed"
 
 
-def test_a_late_answer_is_counted_and_given_to_nobody(cloud: Cloud, link: Link, late: list[int]) -> None:
+def test_a_late_response_is_counted_and_dropped(cloud: Cloud, link: Link, late: list[int]) -> None:
     release = threading.Event()
 
     def slow(request: pb.InferRequest) -> list[pb.InferResponse]:
@@ -176,10 +185,10 @@ def test_a_late_answer_is_counted_and_given_to_nobody(cloud: Cloud, link: Link, 
     cloud.servicer.react = good
     release.set()
     until(lambda: late == [1])
-    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
 
 
-def test_a_broken_stream_is_link_down_and_the_next_ask_opens_another(cloud: Cloud, link: Link) -> None:
+def test_a_broken_stream_is_an_error_and_the_next_request_opens_another(cloud: Cloud, link: Link) -> None:
     link.infer(PAYLOAD, 5.0)
 
     def broken(request: pb.InferRequest) -> list[pb.InferResponse]:
@@ -189,20 +198,20 @@ def test_a_broken_stream_is_link_down_and_the_next_ask_opens_another(cloud: Clou
     with pytest.raises(IsthmusError):
         link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = good
-    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
     assert cloud.servicer.streams == 2
 
 
-def test_a_draining_service_gets_nothing_more_but_still_answers(cloud: Cloud, link: Link) -> None:
+def test_a_draining_service_is_sent_nothing_more_but_still_answers(cloud: Cloud, link: Link) -> None:
     farewell = wire.pack_error(0, Draining("bye"))
     cloud.servicer.react = lambda request: [farewell, *good(request)]
-    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
     cloud.servicer.react = good
     link.infer(PAYLOAD, 5.0)
     assert cloud.servicer.streams == 2
 
 
-def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
+def test_a_stream_that_ends_while_a_request_is_sent_loses_no_request(
     cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link.infer(PAYLOAD, 5.0)
@@ -214,29 +223,11 @@ def test_a_stream_that_ends_as_a_message_is_sent_costs_no_request(
         return send(stream, message)
 
     monkeypatch.setattr(InferStream, "send", interrupted)
-    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
     assert len(cloud.servicer.requests) == 2
 
 
-def test_a_message_on_its_way_out_is_sent_before_the_stream_half_closes(
-    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Slow(SimpleQueue[Any]):
-        """Lets a farewell try to overtake each message."""
-
-        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-            if item is not None and link._stream is not None:
-                farewell = threading.Thread(target=link._stream.retire, args=(Draining("farewell"),))
-                farewell.start()
-                farewell.join(0.1)
-            super().put(item)
-
-    monkeypatch.setattr("isthmus.edge_agent.transport.link.SimpleQueue", Slow)
-    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
-    assert cloud.servicer.streams == 1
-
-
-def test_after_failures_in_a_row_the_cloud_is_not_asked(cloud: Cloud, link: Link) -> None:
+def test_after_failures_in_a_row_nothing_is_sent(cloud: Cloud, link: Link) -> None:
     link.infer(PAYLOAD, 5.0)
     cloud.servicer.fingerprint = bytes(32)  # so that the probes keep failing
     cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full"))]
@@ -244,11 +235,11 @@ def test_after_failures_in_a_row_the_cloud_is_not_asked(cloud: Cloud, link: Link
         with pytest.raises(Overloaded):
             link.infer(PAYLOAD, 5.0)
     assert link.state == "open"
-    asked = len(cloud.servicer.requests)
+    sent = len(cloud.servicer.requests)
     with pytest.raises(LinkDown):
         link.infer(PAYLOAD, 5.0)
-    assert len(cloud.servicer.requests) == asked
-    assert link.usable() is not None
+    assert len(cloud.servicer.requests) == sent
+    assert link.unavailable_reason() is not None
 
 
 def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
@@ -259,16 +250,16 @@ def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
             link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = good
     until(lambda: link.state == "half_open")
-    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
     assert link.state == "closed"
-    assert link.usable() is None
+    assert link.unavailable_reason() is None
 
 
-def test_a_cloud_without_our_bundle_is_refused_by_name(cloud: Cloud) -> None:
+def test_a_cloud_without_the_bundle_is_named_in_the_refusal(cloud: Cloud) -> None:
     link = Link(f"127.0.0.1:{cloud.port}", bytes(range(1, 33)), (2, 3), breaker=FAST)
     try:
         assert not link.wait_probed(10)
-        refusal = link.usable() or ""
+        refusal = link.unavailable_reason() or ""
         assert bytes(range(1, 33)).hex()[:12] in refusal
         assert "fake" in refusal and FINGERPRINT.hex()[:12] in refusal
     finally:
@@ -276,16 +267,14 @@ def test_a_cloud_without_our_bundle_is_refused_by_name(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize("probabilities", [(0.5,), (0.9, 0.9), (float("nan"), 0.5), (-0.5, 1.5)])
-def test_a_cloud_that_talks_nonsense_is_not_believed(
-    cloud: Cloud, link: Link, probabilities: tuple[float, ...]
-) -> None:
+def test_impossible_probabilities_are_refused(cloud: Cloud, link: Link, probabilities: tuple[float, ...]) -> None:
     answer = CloudReply((probabilities,), 0, 0)
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, answer)]
     with pytest.raises(IsthmusError):
         link.infer(PAYLOAD, 5.0)
 
 
-def test_no_time_left_is_said_before_anything_is_sent(cloud: Cloud, link: Link) -> None:
+def test_with_no_time_left_nothing_is_sent(cloud: Cloud, link: Link) -> None:
     with pytest.raises(DeadlineExceeded):
         link.infer(PAYLOAD, 0.0)
     assert cloud.servicer.requests == []
@@ -295,14 +284,16 @@ def test_a_cloud_that_goes_away_fails_everything_outstanding_at_once(cloud: Clou
     link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = lambda request: []
     with ThreadPoolExecutor(3) as threads:
-        asks = [threads.submit(link.infer, PAYLOAD, 60.0) for _ in range(3)]
+        calls = [threads.submit(link.infer, PAYLOAD, 60.0) for _ in range(3)]
         until(lambda: len(cloud.servicer.requests) == 4)
         cloud.server.stop(None).wait()
-        assert [type(ask.exception(30)) for ask in asks] == [LinkDown] * 3
+        assert [type(call.exception(30)) for call in calls] == [LinkDown] * 3
 
 
-def test_an_interrupted_ask_does_not_keep_the_trial(cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in an interpreter that lives on: were the trial never given back, no photo would reach the cloud again."""
+def test_an_interrupted_request_does_not_keep_the_trial(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C in an interactive interpreter a half-open breaker must admit another trial request."""
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -313,4 +304,4 @@ def test_an_interrupted_ask_does_not_keep_the_trial(cloud: Cloud, link: Link, mo
         with pytest.raises(KeyboardInterrupt):
             link.infer(PAYLOAD, 5.0)
     until(lambda: link.state == "half_open")
-    assert link.infer(PAYLOAD, 5.0).answer.probabilities == ((0.25, 0.75),)
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)

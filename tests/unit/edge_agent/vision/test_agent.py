@@ -20,44 +20,44 @@ from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.prices import Prices
-from isthmus.edge_agent.transport.link import Reply
+from isthmus.edge_agent.transport.link import Exchange
 from isthmus.edge_agent.vision.agent import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.edge_agent.vision.result import TaskAnswer
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
 from isthmus.models.messages import CloudReply, Codec, Payload
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
 
 PROBABILITIES = ((0.25, 0.75), (0.5, 0.125, 0.375))  # of defect and colour
-WAYS = [("light", 0.5, rate) for rate in range(3)] + [("light", 1.0, rate) for rate in range(3)]
-WAYS += [("deep", 1.0, rate) for rate in range(2)]
+POINTS = [("light", 0.5, rate) for rate in range(3)] + [("light", 1.0, rate) for rate in range(3)]
+POINTS += [("deep", 1.0, rate) for rate in range(2)]
 
 
 @dataclass
 class FakeLink:
-    """Answers PROBABILITIES, or raises; remembers what it was asked."""
+    """Answers PROBABILITIES, or raises; records the payloads it is given."""
 
     error: IsthmusError | None = None
     refusal: str | None = None
     estimate: LinkEstimate = LinkEstimate(0.01, 1e6)
     state: str = "closed"
-    asked: list[Payload] = field(default_factory=list)
+    payloads: list[Payload] = field(default_factory=list)
     tasks: list[tuple[int, ...]] = field(default_factory=list)
     budgets_s: list[float] = field(default_factory=list)
 
-    def usable(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         return self.refusal
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Reply:
-        self.asked.append(payload)
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Exchange:
+        self.payloads.append(payload)
         self.tasks.append(tasks)
         self.budgets_s.append(budget_s)
         if self.error is not None:
             raise self.error
         answer = CloudReply(tuple(PROBABILITIES[task] for task in tasks), 0.001, 0.002)
-        return Reply(answer, len(payload.data) + 30, 25, 0.02)
+        return Exchange(answer, len(payload.data) + 30, 25, 0.02)
 
     def close(self) -> None:
         pass
@@ -83,21 +83,38 @@ def case(tiny_bundle: Bundle) -> Iterator[Case]:
         yield Case(agent, link, registry)
 
 
-def pinned(case: Case, mode: str) -> Case:
+def in_mode(case: Case, mode: str) -> Case:
     case.agent.config = replace(case.agent.config, mode=mode)  # type: ignore[arg-type]
     return case
 
 
-def test_a_sure_exit_answers_and_sends_nothing(case: Case, photo: Image.Image) -> None:
+def test_a_confident_exit_answers_and_sends_nothing(case: Case, photo: Image.Image) -> None:
     case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
     case.link.estimate = LinkEstimate(10.0, 1.0)  # too slow to be tried before the first exit
     answer = case.agent.infer(photo)
     assert (answer.route, answer.exit, answer.degraded, answer.bytes_up) == ("exit", "exit0", False, 0)
-    assert case.link.asked == []
+    assert case.link.payloads == []
+
+
+def test_the_share_of_inputs_that_each_exit_answers_is_recorded(case: Case, photo: Image.Image) -> None:
+    case.link.estimate = LinkEstimate(10.0, 1.0)  # too slow to be tried
+    shares = case.agent.costs.exit_share
+    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    case.agent.infer(photo)
+    assert [share.value for share in shares] == [1.0, 0.3], "exit0 answered the first input, exit1 has seen none"
+    case.agent.goal = replace(case.agent.goal, exit_confidence=NEVER)
+    case.agent.infer(photo)
+    assert [share.value for share in shares] == [0.5, 0.0], "one of two at exit0, none of one at exit1"
+
+
+@pytest.mark.parametrize("mode", ["edge", "offload"])
+def test_a_mode_that_fixes_the_route_says_nothing_about_the_exits(case: Case, photo: Image.Image, mode: str) -> None:
+    in_mode(case, mode).agent.infer(photo)
+    assert [share.value for share in case.agent.costs.exit_share] == [0.3, 0.3]
 
 
 def latent_of(case: Case, photo: Image.Image, tap: str, width: float) -> NDArray[np.float32]:
-    """What the device's own graphs make of a photo."""
+    """The latent of a photo as the device's own graphs compute it."""
     head, index = case.agent._head, ("light", "deep").index(tap)
     x_CHW = preprocess(photo, case.agent.manifest.preprocessing)
     if tap == "deep":
@@ -106,12 +123,12 @@ def latent_of(case: Case, photo: Image.Image, tap: str, width: float) -> NDArray
     return head.encode(index, x_CHW, 1 if (tap, width) == ("light", 1.0) else 0)
 
 
-@pytest.mark.parametrize(("tap", "width", "rate"), WAYS)
-def test_a_pinned_photo_is_sent_as_exactly_that_quantised_latent(
+@pytest.mark.parametrize(("tap", "width", "rate"), POINTS)
+def test_a_requested_point_is_sent_as_exactly_that_quantised_latent(
     case: Case, tiny_bundle: Bundle, photo: Image.Image, tap: str, width: float, rate: int
 ) -> None:
     answer = case.agent.infer(photo, tap=tap, width=width, rate=rate)
-    (payload,) = case.link.asked
+    (payload,) = case.link.payloads
     index = ("light", "deep").index(tap)
     assert (payload.codec, payload.tap, payload.rate) == (Codec.BOTTLENECK, index, rate)
     codec = tiny_bundle.codec(index)
@@ -121,17 +138,17 @@ def test_a_pinned_photo_is_sent_as_exactly_that_quantised_latent(
     assert (answer.label, answer.probabilities, answer.route) == ("bad", (0.25, 0.75), "split")
     assert answer.bytes_up == len(payload.data) + 30
     assert ("head" in answer.stage_ms) == (tap == "deep")
-    assert f"tap {tap}, width {width}, rate {rate} asked for" in answer.why
+    assert f"tap {tap}, width {width}, rate {rate} requested" in answer.why
 
 
 def test_rates_and_widths_change_from_request_to_request(case: Case, photo: Image.Image) -> None:
-    found = [case.agent.infer(photo, tap=tap, width=width, rate=rate) for tap, width, rate in WAYS]
-    assert [(answer.tap, answer.width, answer.rate) for answer in found] == WAYS
-    assert len({payload.data for payload in case.link.asked}) == len(WAYS)
+    found = [case.agent.infer(photo, tap=tap, width=width, rate=rate) for tap, width, rate in POINTS]
+    assert [(answer.tap, answer.width, answer.rate) for answer in found] == POINTS
+    assert len({payload.data for payload in case.link.payloads}) == len(POINTS)
 
 
-def test_the_router_fills_in_what_is_not_pinned(case: Case, photo: Image.Image) -> None:
-    """The link is quick, so the cheapest rate is no faster than a narrow encoder is: either is right, the pin holds."""
+def test_the_router_chooses_what_a_request_leaves_open(case: Case, photo: Image.Image) -> None:
+    """Over a fast link either encoder may be the faster one, so the rest of the point is not asserted."""
     assert case.agent.infer(photo, rate=1).rate == 1
     assert case.agent.infer(photo, width=0.5).width == 0.5
     assert case.agent.infer(photo, tap="deep").tap == "deep"
@@ -140,7 +157,9 @@ def test_the_router_fills_in_what_is_not_pinned(case: Case, photo: Image.Image) 
     assert (answer.width, answer.rate) == (1.0, 2), "the only point of this quality"
 
 
-def test_a_pin_is_sent_however_sure_an_exit_is_and_however_slow_the_link(case: Case, photo: Image.Image) -> None:
+def test_a_forced_split_is_sent_however_confident_an_exit_is_and_however_slow_the_link(
+    case: Case, photo: Image.Image
+) -> None:
     case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
     case.link.estimate = LinkEstimate(10.0, 1.0)
     assert case.agent.infer(photo, tap="deep").route == "split"
@@ -148,8 +167,8 @@ def test_a_pin_is_sent_however_sure_an_exit_is_and_however_slow_the_link(case: C
 
 
 @pytest.mark.parametrize("mode", ["edge", "offload", "split", "auto"])
-def test_a_pin_holds_in_any_mode(case: Case, photo: Image.Image, mode: str) -> None:
-    answer = pinned(case, mode).agent.infer(photo, tap="light", width=0.5, rate=1)
+def test_overrides_hold_in_any_mode(case: Case, photo: Image.Image, mode: str) -> None:
+    answer = in_mode(case, mode).agent.infer(photo, tap="light", width=0.5, rate=1)
     assert (answer.route, answer.tap, answer.width, answer.rate) == ("split", "light", 0.5, 1)
 
 
@@ -170,18 +189,18 @@ def test_the_router_weighs_every_bottleneck_before_the_head_runs(case: Case, pho
     assert answer.why.startswith("fastest: light ") and "against" in answer.why
 
 
-def test_a_pinned_photo_without_a_cloud_is_answered_by_the_deepest_exit(case: Case, photo: Image.Image) -> None:
+def test_a_forced_split_without_a_cloud_is_answered_by_the_deepest_exit(case: Case, photo: Image.Image) -> None:
     case.link.refusal = "the cloud is down"
     answer = case.agent.infer(photo, tap="light", rate=2)
     assert (answer.route, answer.exit, answer.tap, answer.rate) == ("fallback", "exit1", None, None)
-    assert answer.why == "tap light, rate 2 asked for; the cloud is down; exit1 is the best there is"
-    assert case.link.asked == []
+    assert answer.why == "tap light, rate 2 requested; the cloud is down; exit1 is the best answer available"
+    assert case.link.payloads == []
     case.agent.link = None
     assert "no cloud is configured" in case.agent.infer(photo, tap="light").why
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("arguments", "words"),
     [
         ({"tap": "x"}, "tap 'x' does not exist, there are light, deep"),
         ({"width": 0.3}, "width 0.3 does not exist, there are 0.5, 1"),
@@ -189,12 +208,12 @@ def test_a_pinned_photo_without_a_cloud_is_answered_by_the_deepest_exit(case: Ca
         ({"tasks": ["defect", "size"]}, "task 'size' does not exist, there are defect, colour"),
     ],
 )
-def test_what_is_not_there_cannot_be_asked_for(
-    case: Case, photo: Image.Image, wish: dict[str, Any], words: str
+def test_unknown_names_and_values_are_refused(
+    case: Case, photo: Image.Image, arguments: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidInput, match=words):
-        case.agent.infer(photo, **wish)
-    assert case.link.asked == []
+        case.agent.infer(photo, **arguments)
+    assert case.link.payloads == []
 
 
 @pytest.mark.parametrize(
@@ -202,10 +221,10 @@ def test_what_is_not_there_cannot_be_asked_for(
     [(["defect"], (0,)), (["colour"], (1,)), (["defect", "colour"], (0, 1)), (["colour", "defect"], (0, 1))],
 )
 @pytest.mark.parametrize("mode", ["auto", "split", "offload"])
-def test_one_upload_answers_every_task_asked_for(
+def test_one_upload_answers_every_task_requested(
     case: Case, photo: Image.Image, mode: str, names: list[str], sent: tuple[int, ...]
 ) -> None:
-    answer = pinned(case, mode).agent.infer(photo, tasks=names)
+    answer = in_mode(case, mode).agent.infer(photo, tasks=names)
     assert case.link.tasks == [sent]
     expected = {
         "defect": TaskAnswer("bad", 1, (0.25, 0.75)),
@@ -217,13 +236,13 @@ def test_one_upload_answers_every_task_asked_for(
     assert (answer.missing, answer.degraded) == ((), False)
 
 
-def test_the_agents_own_tasks_are_answered_to_who_names_none(case: Case, photo: Image.Image) -> None:
+def test_the_agents_own_tasks_are_answered_when_none_is_named(case: Case, photo: Image.Image) -> None:
     case.agent.config = replace(case.agent.config, tasks=("colour",))
     assert list(case.agent.infer(photo).answers) == ["colour"]
     assert list(case.agent.infer(photo, tasks=["defect"]).answers) == ["defect"]
 
 
-def test_no_exit_answers_what_it_does_not_know(case: Case, photo: Image.Image) -> None:
+def test_no_exit_answers_a_task_that_it_does_not_have(case: Case, photo: Image.Image) -> None:
     case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
     answer = case.agent.infer(photo, tasks=["colour"])
     assert answer.route in ("split", "offload")
@@ -242,22 +261,22 @@ def test_without_a_cloud_the_first_task_is_answered_and_the_others_are_missing(
     if cause == "refused":
         case.link.refusal = "the cloud is down"
     case.link.error = LinkDown("gone")
-    answer = pinned(case, mode).agent.infer(photo, tasks=names)
+    answer = in_mode(case, mode).agent.infer(photo, tasks=names)
     assert (answer.route, answer.degraded, answer.missing) == ("fallback", True, ("colour",))
     assert list(answer.answers) == ["defect"] and answer.answers["defect"].label == answer.label
     assert answer.label in ("good", "bad") and sum(answer.probabilities) == pytest.approx(1)
     assert case.registry.get_sample_value("isthmus_edge_missing_answers_total", {"task": "colour"}) == 1
 
 
-def test_settings_with_a_task_that_is_not_there_are_refused(tiny_bundle: Bundle) -> None:
+def test_settings_with_an_unknown_task_are_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(InvalidInput, match="task 'size' does not exist"):
         EdgeAgent(EdgeConfig(tiny_bundle.folder, tasks=("size",)))
 
 
-def test_the_device_keeps_back_the_time_that_its_own_answer_takes(case: Case, photo: Image.Image) -> None:
+def test_the_deadline_of_the_cloud_leaves_time_for_the_devices_own_answer(case: Case, photo: Image.Image) -> None:
     for seconds in (2.0, 2.0):
         case.agent.costs.segment_s[0].calibrate(seconds)
-    own_s = case.agent.costs.segment_s[0].value / 2  # what is believed of the load moves while it encodes
+    own_s = case.agent.costs.segment_s[0].value / 2  # the estimated load moves while it encodes
     case.agent.infer(photo, tap="light", deadline_s=5.0)
     assert case.link.budgets_s[0] <= 5.0 - FALLBACK_RESERVE_S - own_s
     case.agent.infer(photo, tap="deep", deadline_s=5.0)
@@ -273,10 +292,10 @@ def test_every_graph_is_calibrated_before_the_first_photo(case: Case) -> None:
         assert measured.value not in (0.0, guessed.value)
 
 
-def test_what_was_sent_is_learnt_at_its_own_point(case: Case, photo: Image.Image) -> None:
+def test_the_size_of_a_payload_is_recorded_at_its_own_point(case: Case, photo: Image.Image) -> None:
     case.agent.infer(photo, tap="light", width=0.5, rate=2)
     sizes = {case.agent.costs.points.name(p): average.value for p, average in case.agent.costs.point_bytes.items()}
-    assert sizes["light 0.5 rate 2"] == len(case.link.asked[0].data)
+    assert sizes["light 0.5 rate 2"] == len(case.link.payloads[0].data)
     assert (sizes["light 1 rate 2"], sizes["light 0.5 rate 1"]) == (120, 80)
 
 
@@ -285,22 +304,22 @@ def test_offload_sends_the_photo_as_configured(case: Case, photo: Image.Image, f
     whole = WholeImage(form)  # type: ignore[arg-type]
     case.agent.config = replace(case.agent.config, mode="offload", whole_image=whole)
     assert case.agent.infer(photo).route == "offload"
-    (payload,) = case.link.asked
+    (payload,) = case.link.payloads
     with Image.open(io.BytesIO(payload.data)) as sent:
         assert sent.format == form.upper()
         assert sent.size == photo.size
 
 
 def test_large_photos_are_made_smaller_before_they_travel_small_ones_are_left(case: Case, photo: Image.Image) -> None:
-    pinned(case, "offload")
+    in_mode(case, "offload")
     case.agent.infer(photo.resize((640, 320)))
     case.agent.infer(photo.resize((40, 50)))
-    assert [open_image(payload.data).size for payload in case.link.asked] == [(128, 64), (40, 50)]
+    assert [open_image(payload.data).size for payload in case.link.payloads] == [(128, 64), (40, 50)]
 
 
 def test_grey_photos_travel_with_one_channel(case: Case, photo: Image.Image) -> None:
-    pinned(case, "offload").agent.infer(photo.convert("L"))
-    with Image.open(io.BytesIO(case.link.asked[0].data)) as sent:
+    in_mode(case, "offload").agent.infer(photo.convert("L"))
+    with Image.open(io.BytesIO(case.link.payloads[0].data)) as sent:
         assert sent.mode == "L"
 
 
@@ -319,7 +338,7 @@ def test_whatever_the_link_raises_an_exit_answers(
     case: Case, photo: Image.Image, mode: str, error: IsthmusError, reason: str
 ) -> None:
     case.link.error = error
-    answer = pinned(case, mode).agent.infer(photo)
+    answer = in_mode(case, mode).agent.infer(photo)
     assert answer.route == "fallback"
     assert answer.degraded
     assert answer.exit is not None
@@ -328,10 +347,10 @@ def test_whatever_the_link_raises_an_exit_answers(
     assert case.degraded(reason) == 1
 
 
-def test_an_open_breaker_is_not_knocked_at(case: Case, photo: Image.Image) -> None:
+def test_nothing_is_sent_while_the_breaker_is_open(case: Case, photo: Image.Image) -> None:
     case.link.refusal = "the cloud is down"
     answer = case.agent.infer(photo)
-    assert case.link.asked == []
+    assert case.link.payloads == []
     assert (answer.route, answer.exit) == ("fallback", "exit1")
     assert "the cloud is down" in answer.why
     assert case.degraded("cloud_down") == 1
@@ -349,21 +368,23 @@ def test_a_payload_over_the_cap_is_sent_at_the_next_cheaper_rate_of_the_same_wid
 ) -> None:
     codec = case.agent._codecs[("light", "deep").index(tap)]
     case.agent.infer(photo, tap=tap, width=width, rate=rate)
-    codec.max_bytes = len(case.link.asked[0].data) - 4
+    codec.max_bytes = len(case.link.payloads[0].data) - 4
     cheaper = case.agent.infer(photo, tap=tap, width=width, rate=rate)
     assert (cheaper.tap, cheaper.width, cheaper.rate) == (tap, width, rate - 1)
-    assert len(case.link.asked[1].data) <= codec.max_bytes
+    assert len(case.link.payloads[1].data) <= codec.max_bytes
     point = next(p for p in case.agent.costs.point_bytes if case.agent.costs.points.parts(p) == (tap, width, rate - 1))
-    assert case.agent.costs.point_bytes[point].value == len(case.link.asked[1].data)
+    assert case.agent.costs.point_bytes[point].value == len(case.link.payloads[1].data)
 
 
 @pytest.mark.parametrize("tap", ["light", "deep"])
-def test_a_payload_over_the_cap_at_every_rate_is_answered_here(case: Case, photo: Image.Image, tap: str) -> None:
+def test_a_payload_over_the_cap_at_every_rate_is_answered_on_the_device(
+    case: Case, photo: Image.Image, tap: str
+) -> None:
     for codec in case.agent._codecs:
         codec.max_bytes = 4
     answer = case.agent.infer(photo, tap=tap)
     assert answer.route == "fallback"
-    assert case.link.asked == []
+    assert case.link.payloads == []
     assert case.degraded("too_large") == 1
 
 
@@ -415,17 +436,17 @@ def test_settings_that_contradict_each_other_are_refused(tiny_bundle: Bundle, mo
 
 
 def test_a_wrong_estimate_of_the_head_does_not_last(case: Case, photo: Image.Image) -> None:
-    """While whole images or the light tap win, the head is not run and its estimate would never be put right."""
+    """While whole images or the light tap win, the head does not run, and its estimate would never be corrected."""
     case.link.estimate = LinkEstimate(0.0, 1e9)
     case.agent.costs.cloud_s_per_mac.value = 1e-15
     for segment in case.agent.costs.segment_s:
         segment.calibrate(30.0)
-    before_s = case.agent.costs.segment_s[0]._alone.value
+    before_s = case.agent.costs.segment_s[0]._idle.value
     answers = [case.agent.infer(photo, deadline_s=1000.0) for _ in range(HEAD_IDLE_AT_MOST)]
     assert {answer.route for answer in answers[:-1]} <= {"offload", "split"}
     assert ["head" in answer.stage_ms for answer in answers] == [False] * (HEAD_IDLE_AT_MOST - 1) + [True]
-    assert case.agent.costs.segment_s[0]._alone.value < before_s
+    assert case.agent.costs.segment_s[0]._idle.value < before_s
 
 
-def test_nothing_is_reported_to_the_makers_of_the_runtime() -> None:
+def test_the_runtimes_telemetry_is_off() -> None:
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"

@@ -7,8 +7,8 @@ from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RouteEstimate, Situation, plan
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.costs import Costs
-from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, wanted
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, resolve_request
+from isthmus.models.vision.bundle import Bundle
 from isthmus.protos.limits import MAX_FRAMING_BYTES
 
 LINK = LinkEstimate(rtt_s=0.1, bytes_per_s=1000)
@@ -32,15 +32,15 @@ def costs(tiny_bundle: Bundle) -> Costs:
 
 
 @pytest.fixture
-def any_way(costs: Costs) -> InferenceRequest:
-    return InferenceRequest((0,), (NARROW, LIGHT, DEEP), pinned=False, no_exit=None)
+def any_route(costs: Costs) -> InferenceRequest:
+    return InferenceRequest((0,), (NARROW, LIGHT, DEEP), forced_split=False, no_exit=None)
 
 
-def ways(options: list[RouteEstimate]) -> list[OperatingPoint | str]:
-    return [option.point or option.route for option in options]
+def names(routes: list[RouteEstimate]) -> list[OperatingPoint | str]:
+    return [route.point or route.route for route in routes]
 
 
-def test_bytes_start_from_the_manifest_and_follow_what_is_measured(tiny_bundle: Bundle) -> None:
+def test_bytes_start_from_the_manifest_and_follow_measurements(tiny_bundle: Bundle) -> None:
     costs = Costs(tiny_bundle.manifest, Prices())
     assert costs.split(LIGHT, LINK).name == f"light 1 rate 2 ({120 + MAX_FRAMING_BYTES} B)"
     costs.point_bytes[LIGHT].observe(300)
@@ -50,11 +50,11 @@ def test_bytes_start_from_the_manifest_and_follow_what_is_measured(tiny_bundle: 
 
 @pytest.mark.parametrize(("point", "encoder_s"), [(NARROW, 0.004), (LIGHT, 0.008), (DEEP, 0.003)])
 def test_a_split_costs_encoder_link_and_framing(costs: Costs, point: OperatingPoint, encoder_s: float) -> None:
-    option = costs.split(point, LINK)
+    estimate = costs.split(point, LINK)
     up_bytes = SIZES[point] + MAX_FRAMING_BYTES
-    assert option.seconds == pytest.approx(encoder_s + 0.1 + up_bytes / 1000)
-    assert option.usd == pytest.approx(up_bytes * 1e-6 + encoder_s * 1e-4)
-    assert (option.route, option.point) == ("split", point)
+    assert estimate.seconds == pytest.approx(encoder_s + 0.1 + up_bytes / 1000)
+    assert estimate.usd == pytest.approx(up_bytes * 1e-6 + encoder_s * 1e-4)
+    assert (estimate.route, estimate.point) == ("split", point)
 
 
 def test_a_whole_image_costs_its_bytes(costs: Costs) -> None:
@@ -70,61 +70,61 @@ def test_the_cloud_is_charged_by_its_operations(costs: Costs, tiny_bundle: Bundl
     assert costs.offload(LINK).usd - before[1] == pytest.approx(whole_macs * 1e-9 * 1e-3)
 
 
-def test_options_before_between_and_behind_the_exits(costs: Costs, any_way: InferenceRequest) -> None:
-    """What encodes the image can be sent at any time, what encodes features only where they are."""
-    assert [ways(costs.options(passed, LINK, any_way)) for passed in range(3)] == [
+def test_routes_before_between_and_after_the_exits(costs: Costs, any_route: InferenceRequest) -> None:
+    """A tap of the image can be sent at any time, a tap of features only once these are computed."""
+    assert [names(costs.routes(passed, LINK, any_route)) for passed in range(3)] == [
         ["offload", NARROW, LIGHT, "continue"],
         ["offload", NARROW, LIGHT, "continue"],
         ["offload", NARROW, LIGHT, DEEP],
     ]
 
 
-def test_the_head_that_has_run_already_is_not_charged_again(costs: Costs, any_way: InferenceRequest) -> None:
-    before, behind = (costs.options(passed, LINK, any_way) for passed in (0, 2))
-    assert before[:3] == behind[:3]
+def test_the_head_that_has_run_already_is_not_charged_again(costs: Costs, any_route: InferenceRequest) -> None:
+    before, after = (costs.routes(passed, LINK, any_route) for passed in (0, 2))
+    assert before[:3] == after[:3]
 
 
-def test_a_pinned_photo_is_not_sent_whole_and_runs_on_only_to_what_it_is_pinned_to(costs: Costs) -> None:
-    deep, light = (InferenceRequest((0,), (point,), pinned=True, no_exit="pinned") for point in (DEEP, LIGHT))
-    assert [ways(costs.options(passed, LINK, deep)) for passed in range(3)] == [["continue"], ["continue"], [DEEP]]
-    assert [ways(costs.options(passed, LINK, light)) for passed in range(3)] == [[LIGHT]] * 3
+def test_a_forced_split_is_not_sent_whole_and_continues_only_to_its_tap(costs: Costs) -> None:
+    deep, light = (InferenceRequest((0,), (point,), forced_split=True, no_exit="mode split") for point in (DEEP, LIGHT))
+    assert [names(costs.routes(passed, LINK, deep)) for passed in range(3)] == [["continue"], ["continue"], [DEEP]]
+    assert [names(costs.routes(passed, LINK, light)) for passed in range(3)] == [[LIGHT]] * 3
 
 
-def test_without_a_link_there_is_only_the_head(costs: Costs, any_way: InferenceRequest) -> None:
-    assert [ways(costs.options(passed, None, any_way)) for passed in range(3)] == [["continue"], ["continue"], []]
+def test_without_a_link_there_is_only_the_head(costs: Costs, any_route: InferenceRequest) -> None:
+    assert [names(costs.routes(passed, None, any_route)) for passed in range(3)] == [["continue"], ["continue"], []]
 
 
-def test_running_on_counts_on_the_exit_to_answer_its_share(costs: Costs, any_way: InferenceRequest) -> None:
+def test_continuing_expects_the_exit_to_answer_its_share(costs: Costs, any_route: InferenceRequest) -> None:
     costs.exit_share[1].value = 0.25
-    behind_s = min(option.seconds for option in costs.options(2, LINK, any_way))
-    assert costs.run_on(1, LINK, any_way).seconds == pytest.approx(0.020 + 0.75 * behind_s)
+    later_s = min(route.seconds for route in costs.routes(2, LINK, any_route))
+    assert costs.continue_route(1, LINK, any_route).seconds == pytest.approx(0.020 + 0.75 * later_s)
 
 
-def test_running_on_counts_on_no_exit_that_does_not_know_the_answer(costs: Costs) -> None:
-    lacking = InferenceRequest((1,), (DEEP,), pinned=False, no_exit="exits do not answer colour")
-    behind_s = min(option.seconds for option in costs.options(2, LINK, lacking))
-    assert costs.run_on(1, LINK, lacking).seconds == pytest.approx(0.020 + behind_s)
+def test_continuing_expects_nothing_of_an_exit_that_may_not_answer(costs: Costs) -> None:
+    lacking = InferenceRequest((1,), (DEEP,), forced_split=False, no_exit="exits do not answer colour")
+    later_s = min(route.seconds for route in costs.routes(2, LINK, lacking))
+    assert costs.continue_route(1, LINK, lacking).seconds == pytest.approx(0.020 + later_s)
 
 
 FAST = LinkEstimate(rtt_s=0.01, bytes_per_s=50_000)
 
 
-def chosen(costs: Costs, wish: InferenceRequest) -> OperatingPoint | None:
-    situation = Situation(None, None, costs.options(0, FAST, wish), left_s=1.0, cloud_refused=None)
+def chosen(costs: Costs, request: InferenceRequest) -> OperatingPoint | None:
+    situation = Situation(None, None, costs.routes(0, FAST, request), left_s=1.0, cloud_refused=None)
     return plan(situation, Goal("fastest", 0.9)).point
 
 
 def test_a_busy_device_narrows_its_encoder_by_itself_and_an_idle_one_widens_it_again(costs: Costs) -> None:
     """The wide encoder saves 300 bytes, 6 ms of this link, and takes 4 ms longer; under fourfold load 16 ms longer."""
     costs.point_bytes[NARROW].value, costs.point_bytes[LIGHT].value = 600, 300
-    wish = InferenceRequest((0,), (NARROW, LIGHT), pinned=False, no_exit="exits do not answer colour")
-    assert chosen(costs, wish) == LIGHT
+    request = InferenceRequest((0,), (NARROW, LIGHT), forced_split=False, no_exit="exits do not answer colour")
+    assert chosen(costs, request) == LIGHT
     for _ in range(10):
         costs.encode_s[0][1].observe(4 * 0.008)
-    assert chosen(costs, wish) == NARROW
+    assert chosen(costs, request) == NARROW
     for _ in range(30):
         costs.encode_s[0][0].observe(0.004)
-    assert chosen(costs, wish) == LIGHT
+    assert chosen(costs, request) == LIGHT
 
 
 def test_a_busy_device_sends_instead_of_running_its_head(costs: Costs) -> None:
@@ -132,18 +132,18 @@ def test_a_busy_device_sends_instead_of_running_its_head(costs: Costs) -> None:
     costs.point_bytes[NARROW].value, costs.point_bytes[DEEP].value = 600, 0
     for share in costs.exit_share:
         share.value = 0.9
-    wish = InferenceRequest((0,), (NARROW, DEEP), pinned=False, no_exit=None)
-    assert chosen(costs, wish) is None
+    request = InferenceRequest((0,), (NARROW, DEEP), forced_split=False, no_exit=None)
+    assert chosen(costs, request) is None
     for _ in range(10):
         costs.encode_s[0][0].observe(4 * 0.004)
-    assert chosen(costs, wish) == NARROW
+    assert chosen(costs, request) == NARROW
 
 
 def test_quality_leaves_out_rates_and_widths_that_are_not_good_enough(tiny_bundle: Bundle, costs: Costs) -> None:
     """Agreement is 0.93 + 0.02 a width + 0.01 a rate."""
     config = EdgeConfig(tiny_bundle.folder, min_agreement=0.96)
-    wish = wanted(costs.points, tiny_bundle.manifest, config, None, Overrides())
-    assert ways(costs.options(2, LINK, wish))[1:] == [
+    request = resolve_request(costs.points, tiny_bundle.manifest, config, None, Overrides())
+    assert names(costs.routes(2, LINK, request))[1:] == [
         OperatingPoint(0, 0, 2),
         OperatingPoint(0, 1, 1),
         OperatingPoint(0, 1, 2),

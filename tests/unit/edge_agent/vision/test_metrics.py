@@ -8,9 +8,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from isthmus.edge_agent.vision.metrics import REASONS, ROUTES, EdgeMetrics
+from isthmus.edge_agent.vision.metrics import REASONS, ROUTES, EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.result import Answer, TaskAnswer
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
+from isthmus.models.vision.bundle import Bundle
 
 SPLIT = Answer(
     label="good",
@@ -42,7 +43,9 @@ def metrics(registry: CollectorRegistry, tiny_bundle: Bundle) -> EdgeMetrics:
     return EdgeMetrics(registry, tiny_bundle.manifest)
 
 
-def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
+def test_every_name_has_the_prefix_and_known_labels_start_at_zero(
+    metrics: EdgeMetrics, registry: CollectorRegistry
+) -> None:
     families = list(text_string_to_metric_families(generate_latest(registry).decode()))
     assert families
     assert all(family.name.startswith("isthmus_") for family in families)
@@ -53,7 +56,7 @@ def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: EdgeMetrics,
         assert registry.get_sample_value("isthmus_edge_degraded_responses_total", {"reason": reason}) == 0
 
 
-def test_an_answer_moves_what_it_should(metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
+def test_an_answer_updates_its_metrics(metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
     metrics.answered(SPLIT)
     value = registry.get_sample_value
     assert value("isthmus_edge_requests_total", {"route": "split", "outcome": "ok", "model": "tiny"}) == 1
@@ -81,13 +84,31 @@ def test_missing_answers_are_counted_by_task(metrics: EdgeMetrics, registry: Col
     assert registry.get_sample_value("isthmus_edge_missing_answers_total", {"task": "colour"}) == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (LinkDown("x"), "cloud_down"),
+        (DeadlineExceeded("x"), "deadline"),
+        (PayloadTooLarge("x"), "too_large"),
+        (Overloaded("x"), "rejected"),
+        (InvalidInput("x"), "rejected"),
+    ],
+)
+def test_every_error_has_a_reason_that_is_counted(
+    metrics: EdgeMetrics, registry: CollectorRegistry, error: IsthmusError, reason: str
+) -> None:
+    assert degraded_reason(error) == reason
+    metrics.degraded(reason)
+    assert registry.get_sample_value("isthmus_edge_degraded_responses_total", {"reason": reason}) == 1
+
+
 def test_without_a_link_its_gauges_stay(metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
     metrics.link(None)
     assert registry.get_sample_value("isthmus_edge_circuit_breaker_state", {"state": "open"}) is None
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_is_content(metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
+def test_promtool_accepts_the_metrics(metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
     metrics.answered(SPLIT)
     result = subprocess.run(["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()

@@ -4,8 +4,8 @@ import pytest
 
 from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.bundle import Bundle
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def test_a_point_has_a_name_parts_and_a_place(
         (1.0, [(0, 1, 2)]),
     ],
 )
-def test_points_meet_the_owners_quality_or_come_nearest(
+def test_points_meet_the_owners_quality_or_the_best_one_is_left(
     points: OperatingPoints, least: float, good: list[tuple[int, int, int]]
 ) -> None:
-    assert points.good(tuple(points.figures), least) == tuple(OperatingPoint(*indices) for indices in good)
+    assert points.good_enough(tuple(points.figures), least) == tuple(OperatingPoint(*indices) for indices in good)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_points_meet_the_owners_quality_or_come_nearest(
         ("deep", 1.0, 0, 1),
     ],
 )
-def test_pins_leave_open_what_they_do_not_name(
+def test_what_is_not_given_stays_open(
     points: OperatingPoints, tap: str | None, width: float | None, rate: int | None, left: int
 ) -> None:
-    found = points.pinned(tap, width, rate)
+    found = points.select(tap, width, rate)
     assert len(found) == left
     for name, share, index in map(points.parts, found):
         assert (tap or name, width or share, index if rate is None else rate) == (name, share, index)
@@ -87,9 +87,9 @@ def test_pins_leave_open_what_they_do_not_name(
         ("a\nb", None, None, "tap 'a\\\\nb' does not exist"),
     ],
 )
-def test_a_pin_to_what_is_not_there_is_refused_in_one_line(
+def test_unknown_values_are_refused_in_one_line(
     points: OperatingPoints, tap: str | None, width: float | None, rate: int | None, words: str
 ) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
-        points.pinned(tap, width, rate)
+        points.select(tap, width, rate)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200

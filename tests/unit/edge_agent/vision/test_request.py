@@ -7,29 +7,38 @@ import pytest
 
 from isthmus.edge_agent.config import EdgeConfig
 from isthmus.edge_agent.policy.exits import OperatingPoint
+from isthmus.edge_agent.vision import request as request_module
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
-from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, task_indices, wanted
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.edge_agent.vision.request import (
+    InferenceRequest,
+    Overrides,
+    RequestState,
+    resolve_request,
+    task_indices,
+)
 from isthmus.models.errors import InvalidInput
+from isthmus.models.vision.bundle import Bundle
 
-GenerationRequest = Callable[..., InferenceRequest]
-NO_PINS = Overrides()
+Resolve = Callable[..., InferenceRequest]
+NO_OVERRIDES = Overrides()
 
 
 @pytest.fixture
-def ask(tiny_bundle: Bundle) -> GenerationRequest:
+def resolve(tiny_bundle: Bundle) -> Resolve:
     points, config = OperatingPoints(tiny_bundle.manifest), EdgeConfig(tiny_bundle.folder, min_agreement=0.96)
 
-    def asked(names: Sequence[str] | None = None, pins: Overrides = NO_PINS, **settings: object) -> InferenceRequest:
-        return wanted(points, tiny_bundle.manifest, replace(config, **settings), names, pins)  # type: ignore[arg-type]
+    def call(
+        names: Sequence[str] | None = None, overrides: Overrides = NO_OVERRIDES, **settings: object
+    ) -> InferenceRequest:
+        return resolve_request(points, tiny_bundle.manifest, replace(config, **settings), names, overrides)  # type: ignore[arg-type]
 
-    return asked
+    return call
 
 
-def test_who_asks_for_nothing_gets_the_first_task_any_good_way(ask: GenerationRequest) -> None:
+def test_without_names_the_first_task_is_answered_at_any_good_point(resolve: Resolve) -> None:
     good = (OperatingPoint(0, 0, 2), OperatingPoint(0, 1, 1), OperatingPoint(0, 1, 2), OperatingPoint(1, 0, 1))
-    assert ask() == InferenceRequest((0,), good, pinned=False, no_exit=None)
-    assert ask(["defect"]) == ask([]) == ask()
+    assert resolve() == InferenceRequest((0,), good, forced_split=False, no_exit=None)
+    assert resolve(["defect"]) == resolve([]) == resolve()
 
 
 @pytest.mark.parametrize(
@@ -41,47 +50,92 @@ def test_who_asks_for_nothing_gets_the_first_task_any_good_way(ask: GenerationRe
         (["colour", "colour"], (1,)),
     ],
 )
-def test_what_no_exit_knows_is_said(ask: GenerationRequest, names: list[str], tasks: tuple[int, ...]) -> None:
-    wish = ask(names)
-    assert (wish.tasks, wish.pinned, wish.no_exit) == (tasks, False, "exits do not answer colour")
+def test_tasks_without_an_exit_are_named_in_no_exit(resolve: Resolve, names: list[str], tasks: tuple[int, ...]) -> None:
+    request = resolve(names)
+    assert (request.tasks, request.forced_split, request.no_exit) == (tasks, False, "exits do not answer colour")
 
 
-def test_one_name_may_come_without_a_list(ask: GenerationRequest) -> None:
-    assert ask("colour") == ask(["colour"])
+def test_one_name_may_come_without_a_list(resolve: Resolve) -> None:
+    assert resolve("colour") == resolve(["colour"])
 
 
-def test_the_agents_own_tasks_are_for_who_names_none(ask: GenerationRequest) -> None:
-    assert ask(tasks=("colour",)).tasks == (1,)
-    assert ask(["defect"], tasks=("colour",)).tasks == (0,)
+def test_the_agents_own_tasks_are_used_when_none_is_named(resolve: Resolve) -> None:
+    assert resolve(tasks=("colour",)).tasks == (1,)
+    assert resolve(["defect"], tasks=("colour",)).tasks == (0,)
 
 
 @pytest.mark.parametrize(
-    ("pins", "points", "why"),
+    ("overrides", "points", "why"),
     [
-        (Overrides("light", 0.5, 0), [(0, 0, 0)], "tap light, width 0.5, rate 0 asked for"),
-        (Overrides("light"), [(0, 0, 2), (0, 1, 1), (0, 1, 2)], "tap light asked for"),
-        (Overrides(rate=0), [(0, 1, 0)], "rate 0 asked for"),  # none of the three is good enough: the best of them
-        (Overrides(width=0.5), [(0, 0, 2)], "width 0.5 asked for"),
+        (Overrides("light", 0.5, 0), [(0, 0, 0)], "tap light, width 0.5, rate 0 requested"),
+        (Overrides("light"), [(0, 0, 2), (0, 1, 1), (0, 1, 2)], "tap light requested"),
+        (Overrides(rate=0), [(0, 1, 0)], "rate 0 requested"),  # none of the three is good enough: the best one
+        (Overrides(width=0.5), [(0, 0, 2)], "width 0.5 requested"),
     ],
 )
-def test_pins_come_before_quality_and_quality_before_the_rest(
-    ask: GenerationRequest, pins: Overrides, points: list[tuple[int, int, int]], why: str
+def test_overrides_take_precedence_over_quality(
+    resolve: Resolve, overrides: Overrides, points: list[tuple[int, int, int]], why: str
 ) -> None:
-    assert ask(pins=pins) == InferenceRequest((0,), tuple(OperatingPoint(*p) for p in points), pinned=True, no_exit=why)
+    assert resolve(overrides=overrides) == InferenceRequest(
+        (0,), tuple(OperatingPoint(*p) for p in points), forced_split=True, no_exit=why
+    )
 
 
-def test_pins_hold_in_any_mode(ask: GenerationRequest) -> None:
+def test_overrides_hold_in_any_mode(resolve: Resolve) -> None:
     for mode in ("auto", "edge", "offload", "split"):
-        assert ask(pins=Overrides("deep"), mode=mode).pinned
+        assert resolve(overrides=Overrides("deep"), mode=mode).forced_split
 
 
-def test_mode_split_sends_a_bottleneck_whatever_exits_say(ask: GenerationRequest) -> None:
-    wish = ask(mode="split")
-    assert (wish.pinned, wish.no_exit, wish.points) == (True, "mode split", ask().points)
+def test_mode_split_forces_a_split(resolve: Resolve) -> None:
+    request = resolve(mode="split")
+    assert (request.forced_split, request.no_exit, request.points) == (True, "mode split", resolve().points)
 
 
 @pytest.mark.parametrize("name", ["", "Defect", "defect ", "cell_type", "x" * 1000])
-def test_a_task_that_is_not_there_is_refused_in_one_line(tiny_bundle: Bundle, name: str) -> None:
+def test_an_unknown_task_is_refused_in_one_line(tiny_bundle: Bundle, name: str) -> None:
     with pytest.raises(InvalidInput, match="does not exist, there are defect, colour") as caught:
         task_indices(tiny_bundle.manifest, ["defect", name])
     assert len(str(caught.value)) < 150
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(request_module, "time", made)
+    return made
+
+
+@pytest.fixture
+def state(clock: Clock) -> RequestState:
+    return RequestState(InferenceRequest((0,), (), forced_split=False, no_exit=None), deadline_s=2.0)
+
+
+def test_the_deadline_counts_from_the_start(state: RequestState, clock: Clock) -> None:
+    assert state.left_s == 2.0
+    clock.now_s += 3.0
+    assert state.left_s == -1.0
+
+
+def test_a_stage_that_runs_twice_adds_up_even_if_it_fails(state: RequestState, clock: Clock) -> None:
+    with state.stage("head"):
+        clock.now_s += 0.5
+    with pytest.raises(InvalidInput), state.stage("head"):
+        clock.now_s += 0.25
+        raise InvalidInput("x")
+    assert state.stage_ms == {"head": 750.0}
+
+
+def test_computation_is_summed_for_each_side(state: RequestState) -> None:
+    assert (state.device_s, state.cloud_s) == (0.0, 0.0)
+    state.stage_ms = {"decode": 1000, "head": 2000, "encode": 4000, "cloud": 64_000, "cloud_compute": 8000}
+    assert (state.device_s, state.cloud_s) == (7.0, 8.0)

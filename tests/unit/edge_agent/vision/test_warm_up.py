@@ -5,7 +5,7 @@ import pytest
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from tests.tiny_bundle import random_images
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.recipes.vision.graphs import onnx_bytes
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graph_tail import GraphTail
 from isthmus.models.vision.tail import open_tail
 from tests.conftest import Parts
@@ -113,11 +113,11 @@ def one_image(parts: Parts) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (swap, r"deep_tail\.onnx: takes .* the manifest says"),
+        (swap, r"deep_tail\.onnx: inputs are named \['x'\], expected \['latent', 'rate'\]"),
         (no_graph, r"image\.onnx: not a usable ONNX graph"),
-        (another_size, r"image\.onnx: takes .*16, 16.* the manifest says .*8, 8"),
-        (another_count, r"image\.onnx: takes .* gives .*192"),
-        (one_image, r"image\.onnx: takes one batch alone"),
+        (another_size, r"image\.onnx: input x is .*16, 16\], expected .*8, 8\]"),
+        (another_count, r"image\.onnx: output .*192\], expected .*\[any, 2\]"),
+        (one_image, r"image\.onnx: input x is .*\[1, 3, 8, 8\], expected .*\[any, 3, 8, 8\]"),
     ],
 )
 def test_graphs_that_do_not_fit_are_refused(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError
+from isthmus.models.vision.bundle import Bundle
 from tests.conftest import Parts
 
 Content = dict[str, Any]

@@ -11,8 +11,8 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.split import SplitClassifier
 from isthmus.models.vision.tail import Tail, load_split

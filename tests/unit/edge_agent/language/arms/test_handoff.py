@@ -11,7 +11,7 @@ from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.arms.handoff import HandoffSettings, point_of, settings_of
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import NEVER, StatePoint
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
@@ -39,7 +39,7 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_settings_are_the_owners(
     folder: Path, bundle: Path, settings: dict[str, Any], expected: tuple[float, int, bool]
 ) -> None:
-    manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
+    manifest = HandoffBundle.open(bundle, Checkpoint.open(folder)).manifest
     likely, point, fill = expected
     settings_found = HandoffSettings(likely, manifest.points[point], fill)
     assert settings_of(manifest, LanguageConfig(str(folder), **{"agreement": 0.9, **settings})) == settings_found
@@ -48,7 +48,7 @@ def test_settings_are_the_owners(
 
 
 def test_the_cheapest_point_that_loses_little_is_taken(folder: Path, bundle: Path) -> None:
-    manifest = Handoff.open(bundle, Checkpoint.open(folder)).manifest
+    manifest = HandoffBundle.open(bundle, Checkpoint.open(folder)).manifest
     agreements = (0.9, 0.966, 0.97)
     points = tuple(
         StatePoint(context_rate=0, rate=1, mean_bytes=index, agreement=each) for index, each in enumerate(agreements)

@@ -47,7 +47,7 @@ def test_template_knows_the_date() -> None:
     ],
 )
 def test_templates_that_refuse(source: str) -> None:
-    with pytest.raises(InvalidInput, match="the chat template refuses"):
+    with pytest.raises(InvalidInput, match="the chat template rejects"):
         render(source)
 
 

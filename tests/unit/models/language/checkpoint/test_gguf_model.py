@@ -144,8 +144,8 @@ def text(key: bytes, value: bytes) -> bytes:
         (number(b"llama.vocab_size", 259), number(b"llama.vocab_size", 258), "has shape"),
         (number(b"tokenizer.ggml.eos_token_id", 2), number(b"tokenizer.ggml.eos_token_id", 999), "end-of-text id 999"),
         (real(b"llama.rope.freq_base", 1e4), real(b"llama.rope.freq_base", np.nan), "freq_base is nan"),
-        (b"blk.0.ffn_up.weight", b"blk.0.ffn_ux.weight", "ffn_ux.weight has no place"),
-        (b"output_norm.weight", b"output_norx.weight", "has no place"),
+        (b"blk.0.ffn_up.weight", b"blk.0.ffn_ux.weight", "ffn_ux.weight is not part of a Llama"),
+        (b"output_norm.weight", b"output_norx.weight", "is not part of a Llama"),
     ],
 )  # fmt: skip
 def test_hostile_gguf(tiny_gguf: Path, tmp_path: Path, old: bytes, new: bytes, message: str) -> None:

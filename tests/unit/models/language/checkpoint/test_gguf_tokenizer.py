@@ -85,7 +85,7 @@ def test_qwen_composes_characters() -> None:
         ({"pre": "tekken"}, r"pre is tekken, this program reads smollm"),
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": [1, 2]}, "tokens is missing or not an array of str"),
-        ({"tokens": ["a"] * 264}, "none twice"),
+        ({"tokens": ["a"] * 264}, "no duplicates"),
         ({"token_type": [1]}, "264 tokens, 1 types"),
         ({"token_type": [1.0] * 264}, "token_type is missing or not an array of int"),
         ({"merges": None}, "merges is missing"),

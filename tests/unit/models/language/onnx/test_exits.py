@@ -11,7 +11,7 @@ import torch
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import ModelDraft
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder, ExitWeights, OnnxExit
 from isthmus.models.recipes.language.device import exit_tensors
@@ -30,22 +30,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def handoff(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Handoff:
+def handoff(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> HandoffBundle:
     folder = tmp_path_factory.mktemp("handoffs") / "tiny"
-    return Handoff.open(write_tiny_handoff(folder, checkpoint, depth=2), checkpoint)
+    return HandoffBundle.open(write_tiny_handoff(folder, checkpoint, depth=2), checkpoint)
 
 
-def cut(checkpoint: Checkpoint, handoff: Handoff) -> tuple[OnnxDecoder, ExitingDecoder]:
+def cut(checkpoint: Checkpoint, handoff: HandoffBundle) -> tuple[OnnxDecoder, ExitingDecoder]:
     decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=handoff.depths)
     return decoder, ExitingDecoder(handoff, checkpoint, decoder, 1)
 
 
 @pytest.fixture
-def parts(checkpoint: Checkpoint, handoff: Handoff) -> tuple[OnnxDecoder, ExitingDecoder]:
+def parts(checkpoint: Checkpoint, handoff: HandoffBundle) -> tuple[OnnxDecoder, ExitingDecoder]:
     return cut(checkpoint, handoff)
 
 
-def test_a_cut_decoder_says_what_a_whole_one_says(checkpoint: Checkpoint, handoff: Handoff) -> None:
+def test_a_cut_decoder_says_what_a_whole_one_says(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
     whole, parted = OnnxDecoder(checkpoint, CONTEXT, threads=1), cut(checkpoint, handoff)[0]
     np.testing.assert_allclose(parted.extend_all(TEXT[:9]), whole.extend_all(TEXT[:9]), atol=1e-5)
     parted.append(TEXT[9:12])
@@ -68,7 +68,7 @@ def test_a_sure_first_exit_spares_the_layers_behind(parts: tuple[OnnxDecoder, Ex
     assert last.exit == 1 and [decoder.through(part) for part in range(3)] == [12, 12, 0]
 
 
-def test_what_was_spared_is_made_up_for_exactly(checkpoint: Checkpoint, handoff: Handoff) -> None:
+def test_what_was_spared_is_made_up_for_exactly(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
     (_, lazy), (_, eager) = cut(checkpoint, handoff), cut(checkpoint, handoff)
     for length in range(5, 20):
         thorough = eager.choose(TEXT[:length], NEVER)
@@ -81,7 +81,7 @@ def test_what_was_spared_is_made_up_for_exactly(checkpoint: Checkpoint, handoff:
 
 
 def test_rows_are_those_behind_the_layers(
-    checkpoint: Checkpoint, handoff: Handoff, parts: tuple[OnnxDecoder, ExitingDecoder]
+    checkpoint: Checkpoint, handoff: HandoffBundle, parts: tuple[OnnxDecoder, ExitingDecoder]
 ) -> None:
     decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=(2,))
     decoder.append(TEXT[:12])
@@ -89,14 +89,14 @@ def test_rows_are_those_behind_the_layers(
     np.testing.assert_allclose(parts[1].hidden_states(TEXT[:12], 0), decoder.advance(0), atol=1e-5)
 
 
-def test_an_exit_is_its_layer_behind_its_map(checkpoint: Checkpoint, handoff: Handoff) -> None:
+def test_an_exit_is_its_layer_behind_its_map(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
     """The tiny exits are the model's own last layer, so behind two layers of three they are the model."""
     logits_V = OnnxDecoder(checkpoint, CONTEXT, threads=1).extend(TEXT[:20])
     found = cut(checkpoint, handoff)[1].choose(TEXT[:20], NEVER)
     assert np.corrcoef(found.logits_V, logits_V)[0, 1] > 0.9  # but for the norm and 8 bits of bits
 
 
-def test_an_exit_of_two_layers_is_the_last_two(checkpoint: Checkpoint, handoff: Handoff) -> None:
+def test_an_exit_of_two_layers_is_the_last_two(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
     """Behind one layer of three, with a map that changes nothing, they are the model."""
     exit_, model = Exit(checkpoint.config, 1, 2), Llama.load(checkpoint, torch.float32)
     exit_.map.weight.data, exit_.map.bias.data = torch.eye(checkpoint.config.hidden), torch.zeros_like(exit_.map.bias)
@@ -116,7 +116,7 @@ def test_an_exit_of_two_layers_is_the_last_two(checkpoint: Checkpoint, handoff: 
     assert np.corrcoef(found_V, wanted_V)[0, 1] > 0.99
 
 
-def test_hidden_states_are_those_of_the_text_that_is_named(checkpoint: Checkpoint, handoff: Handoff) -> None:
+def test_hidden_states_are_those_of_the_text_that_is_named(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
     """Another answer may have used the exits since."""
     (_, used), (_, fresh) = cut(checkpoint, handoff), cut(checkpoint, handoff)
     used.choose(TEXT[:15], ALWAYS)
@@ -137,7 +137,7 @@ def test_a_fork_has_a_text_of_its_own(parts: tuple[OnnxDecoder, ExitingDecoder])
 
 
 @pytest.mark.parametrize("common", [3, 9, 10])
-def test_another_text_keeps_what_it_shares(checkpoint: Checkpoint, handoff: Handoff, common: int) -> None:
+def test_another_text_keeps_what_it_shares(checkpoint: Checkpoint, handoff: HandoffBundle, common: int) -> None:
     other = [*TEXT[:common], *TEXT[20:30]]
     (_, used), (_, fresh) = cut(checkpoint, handoff), cut(checkpoint, handoff)
     used.choose(TEXT[:10], ALWAYS)
@@ -151,7 +151,7 @@ def test_asked_again_it_says_the_same(parts: tuple[OnnxDecoder, ExitingDecoder])
     np.testing.assert_allclose(parts[1].choose(TEXT[:10], NEVER).logits_V, first.logits_V, atol=1e-5)
 
 
-def test_the_same_decoder_serves_whole_answers_in_between(checkpoint: Checkpoint, handoff: Handoff) -> None:
+def test_the_same_decoder_serves_whole_answers_in_between(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
     (decoder, exits), (_, fresh) = cut(checkpoint, handoff), cut(checkpoint, handoff)
     draft = ModelDraft(decoder)
     exits.choose(TEXT[:10], ALWAYS)
@@ -179,7 +179,7 @@ def test_a_text_beyond_the_context_is_refused_and_harms_nothing(parts: tuple[Onn
     ],
 )
 def test_broken_tensors_are_refused(
-    checkpoint: Checkpoint, handoff: Handoff, name: str, shape: tuple[int, ...]
+    checkpoint: Checkpoint, handoff: HandoffBundle, name: str, shape: tuple[int, ...]
 ) -> None:
     tensors = handoff.exit(0)
     broken = {**tensors, name: np.zeros(shape, tensors[name].dtype)}
@@ -200,6 +200,6 @@ def test_layers_that_do_not_follow_each_other_or_are_too_many_are_refused(
         ExitWeights(tensors, checkpoint)
 
 
-def test_another_cut_is_refused(checkpoint: Checkpoint, handoff: Handoff, tmp_path: Path) -> None:
+def test_another_cut_is_refused(checkpoint: Checkpoint, handoff: HandoffBundle, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"cut at \(\), the exits are at \(1, 2\)"):
         ExitingDecoder(handoff, checkpoint, OnnxDecoder(checkpoint, CONTEXT, threads=1), 1)

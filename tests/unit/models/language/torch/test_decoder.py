@@ -23,7 +23,7 @@ from isthmus.models.language.torch.decoder import (
     WIDTH,
     Decoder,
     Span,
-    check_rows,
+    check_batch_invariance,
     chunks,
     padded_tokens,
     run_rows,
@@ -243,24 +243,24 @@ def test_earlier_tokens_count(decoder: Decoder) -> None:
     assert not torch.equal(*last)
 
 
-# check_rows
+# check_batch_invariance
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, WIDTH, 33])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_check_rows_passes(tiny: Checkpoint, width: int, dtype: torch.dtype) -> None:
-    check_rows(Decoder.load(tiny, dtype, width))
+def test_check_batch_invariance_passes(tiny: Checkpoint, width: int, dtype: torch.dtype) -> None:
+    check_batch_invariance(Decoder.load(tiny, dtype, width))
 
 
-def test_check_rows_sees_rows_that_add_up(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_batch_invariance_sees_rows_that_add_up(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     product = decoders.Linear.__call__
     monkeypatch.setattr(decoders.Linear, "__call__", lambda self, x_NI: product(self, x_NI) + x_NI.mean())
     with pytest.raises(ServiceError, match="lossless needs --width 1"):
-        check_rows(decoder)
+        check_batch_invariance(decoder)
 
 
 @pytest.mark.parametrize("rows", [7, WIDTH])  # of a mixed batch, of a block
-def test_check_rows_sees_attention_that_depends_on_the_batch(
+def test_check_batch_invariance_sees_attention_that_depends_on_the_batch(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     attention = decoders.F.scaled_dot_product_attention
@@ -271,12 +271,14 @@ def test_check_rows_sees_attention_that_depends_on_the_batch(
 
     monkeypatch.setattr(decoders.F, "scaled_dot_product_attention", sloppy)
     with pytest.raises(ServiceError, match="other bits in other company"):
-        check_rows(decoder)
+        check_batch_invariance(decoder)
 
 
 @pytest.mark.timeout(30)
-def test_check_rows_of_a_short_context(tmp_path: Path) -> None:
-    check_rows(Decoder.load(Checkpoint.open(write_tiny_llama(tmp_path, context=PAGE_TOKENS // 2)), torch.float32))
+def test_check_batch_invariance_of_a_short_context(tmp_path: Path) -> None:
+    check_batch_invariance(
+        Decoder.load(Checkpoint.open(write_tiny_llama(tmp_path, context=PAGE_TOKENS // 2)), torch.float32)
+    )
 
 
 # Context

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from isthmus.models.bundle.cli import main as bundles
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
 from isthmus.models.recipes.common.trainer import Run
@@ -87,9 +87,13 @@ def made(folder: Path, work: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_the_bundle_serves_its_model_and_no_other(made: Path, folder: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    handoff = Handoff.open(made, checkpoint)
-    assert handoff.depths == (3, 4) and handoff.depth == 4 and len(handoff.manifest.rates) == len(handoff.states.rates)
-    weight_LOH, bias_LO = handoff.fill()
+    handoff = HandoffBundle.open(made, checkpoint)
+    assert (
+        handoff.depths == (3, 4)
+        and handoff.depth == 4
+        and len(handoff.manifest.rates) == len(handoff.state_codec.rates)
+    )
+    weight_LOH, bias_LO = handoff.kv_fill()
     assert weight_LOH.shape == (2, 64, 64) and bias_LO.shape == (2, 64)
     decoder = OnnxDecoder(checkpoint, 64, threads=1, cuts=handoff.depths)
     choice = ExitingDecoder(handoff, checkpoint, decoder, 1).choose([5, 6, 7], 2.0)
@@ -99,7 +103,7 @@ def test_the_bundle_serves_its_model_and_no_other(made: Path, folder: Path, tmp_
     assert {"test exit0 agreement", "test rows agreement", "test point0 agreement"} <= set(handoff.manifest.scores)
     other = Checkpoint.open(write_tiny_llama(tmp_path / "other", layers=6, seed=1))
     with pytest.raises(Exception, match="belongs to the model"):
-        Handoff.open(made, other)
+        HandoffBundle.open(made, other)
 
 
 def test_it_can_be_looked_at(made: Path) -> None:

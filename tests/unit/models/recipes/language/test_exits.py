@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.hidden_states import StateCodec
-from isthmus.models.language.handoff.kv_fill import normalised
+from isthmus.models.language.torch.kv_fill import normalised
 from isthmus.models.recipes.language import evaluate as language_figures
 from isthmus.models.recipes.language.confidence_head import decided, judged, train_judge
 from isthmus.models.recipes.language.evaluate import Crossing, Fill, completed, next_logprobs
-from isthmus.models.recipes.language.exits import Exit, HeadLoss, Traces, batches, drawn, grouped, ridge, start, trace
+from isthmus.models.recipes.language.exits import Exit, HeadLoss, Traces, batches, drawn, grouped, start, trace
 from isthmus.models.recipes.language.hidden_states import fit_states, token_pairs
 from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.text import Texts
@@ -120,14 +120,6 @@ def test_packs_stay_small_unless_one_is_large() -> None:
     assert sorted(s for pack in packs for s in pack) == [0, 1, 2, 3, 4]
 
 
-def test_ridge_finds_a_linear_map() -> None:
-    torch.manual_seed(0)
-    x_NI, weight_OI, bias_O = torch.randn(500, 8), torch.randn(5, 8), torch.randn(5)
-    found_OI, found_O = ridge(x_NI, x_NI @ weight_OI.T + bias_O, 1e-6)
-    torch.testing.assert_close(found_OI, weight_OI, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(found_O, bias_O, atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_exit_before_the_last_layers_starts_as_the_model(model: Llama, traces: Traces, count: int) -> None:
     """Its map is then the regression of the rows on themselves."""
@@ -151,7 +143,7 @@ def test_a_fill_of_nothing_but_prompts_leaves_their_ends_to_the_layers(
     wrong = Fill(torch.zeros(2, outputs, model.config.hidden), torch.zeros(2, outputs), prompts_only=True)
     exact, spared = completed(model, traces, 1), completed(model, traces, 1, fill=wrong)
     assert torch.allclose(spared.next_N, exact.next_N, atol=1e-4), "no prompt is so long"
-    monkeypatch.setattr(language_figures, "EXACT_ROWS", 5)
+    monkeypatch.setattr(language_figures, "EXACT_LAST", 5)
     found, (first, end) = completed(model, traces, 1, fill=wrong), traces.bounds(1)
     assert torch.equal(found.chosen_N[first], exact.chosen_N[first]), "the first position reads itself alone"
     assert not torch.allclose(found.next_N[first + 1 : end - 1], exact.next_N[first + 1 : end - 1])

@@ -11,7 +11,6 @@ from isthmus.models.recipes.language.hidden_states import (
     EVENLY,
     gain_for,
     harm,
-    regression,
     token_pairs,
     two_ways,
     whitening,
@@ -74,13 +73,6 @@ def test_whitened_components_are_uncorrelated_and_do_the_same_harm() -> None:
     weight_HH = matrix_CH.T @ matrix_CH  # the square root is of harm, and some in every direction
     roots_H, directions_HH = np.linalg.eigh(mean_harm_HH.astype(np.float64))
     np.testing.assert_allclose(weight_HH, (directions_HH * (roots_H + EVENLY)) @ directions_HH.T, atol=1e-3)
-
-
-def test_a_regression_finds_what_was_mixed() -> None:
-    rng = np.random.default_rng(0)
-    x_NI, mixing_OI = rng.normal(size=(4000, 8)).astype(np.float32), rng.normal(size=(3, 8)).astype(np.float32)
-    found_OI = regression(x_NI, x_NI @ mixing_OI.T)
-    np.testing.assert_allclose(found_OI, mixing_OI, rtol=0.02, atol=0.01)
 
 
 def test_pairs_are_of_the_token_before_and_of_the_rows_own(model: Llama, traces: Traces) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.kv_fill import normalised
 from isthmus.models.language.packing import unpacked
+from isthmus.models.language.torch.kv_fill import normalised
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language import evaluate as language_figures
 from isthmus.models.recipes.language import kv_fill as language_fill
@@ -45,9 +45,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         (language_fill, "LONG_TOKENS", TOKENS),
         (language_fill, "LEAST_PROMPT", TOKENS // 2),
         (language_fill, "FOLLOWING", 8),
-        (language_fill, "FIRST_ROWS", FIRST),
-        (language_fill, "EXACT_ROWS", EXACT),
-        (language_figures, "EXACT_ROWS", EXACT),
+        (language_fill, "EXACT_FIRST", FIRST),
+        (language_fill, "EXACT_LAST", EXACT),
+        (language_figures, "EXACT_LAST", EXACT),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -77,7 +77,7 @@ def test_a_filled_text_is_read_as_the_figures_have_it(
     model: Llama, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ways to the same rows: a part of the positions here, all of them under a mask there."""
-    monkeypatch.setattr(language_fill, "FIRST_ROWS", 1)
+    monkeypatch.setattr(language_fill, "EXACT_FIRST", 1)
     maps = fit_maps(model, traces, 1)
     maps.weight_LOH.data = maps.stored_LOH().detach()
     fill = Fill(maps.weight_LOH.detach(), maps.bias_LO.detach(), prompts_only=True)

@@ -8,7 +8,7 @@ import torch
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.confidence_head import EVIDENCE, Judge, echoes
-from isthmus.models.language.handoff.manifest import DeviceCopy
+from isthmus.models.language.handoff.manifest import LocalModelEntry
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.recipes.common.calibrate import interval
 from isthmus.models.recipes.language.exits import Traces, trace
@@ -52,7 +52,7 @@ def test_a_copy_of_fewer_bits_is_right_less_often(checkpoint: Checkpoint, traces
 
 def test_entries_and_files_belong_together(checkpoint: Checkpoint, traces: Traces) -> None:
     entries, files = copies(checkpoint, traces, 0)
-    found = [DeviceCopy.model_validate(entry) for entry in entries]
+    found = [LocalModelEntry.model_validate(entry) for entry in entries]
     assert [copy.bits for copy in found] == [8, 4]
     for copy in found:
         judge = Judge.of(files[copy.judge])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import BundleError
 from isthmus.models.recipes.common.calibrate import certify, interval
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.vision import export
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Task
 from isthmus.models.vision.split import SplitClassifier
 from isthmus.models.vision.tail import widened

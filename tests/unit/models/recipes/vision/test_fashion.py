@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import fashion, own
+from isthmus.models.vision.bundle import Bundle
 
 COUNTS = {"train": 160, "t10k": 40}
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import own, own_data
 from isthmus.models.recipes.vision.cutting import Captured, capture
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graph_tail import GraphTail
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.manifest import Preprocessing

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from isthmus.models.bundle.bundle import Bundle
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import photos
+from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess

@@ -21,8 +21,8 @@ from isthmus.models.language.torch.decoder import Decoder, Linear, Span, padded_
 from isthmus.models.language.torch.kv_cache import KVCache
 
 FIRSTS = 64  # tokens that texts begin with, whose state is kept
-FIRST_ROWS = EXACT_ROWS = 16  # of a prompt, the first and the last, left to the layers: what follows reads these most
-EXACT_EVERY = 256  # tokens of a prompt that EXACT_ROWS are the last of
+EXACT_FIRST = EXACT_LAST = 16  # of a prompt, the first and the last, left to the layers: what follows reads these most
+EXACT_EVERY = 256  # tokens of a prompt that EXACT_LAST are the last of
 
 
 class KVFill:
@@ -77,9 +77,9 @@ class KVFill:
             cache.write(layer, start, keys_NLKD[:count, place], pairs_NL2KD[:count, place, 1])
 
 
-def exact_rows(tokens: int) -> int:
+def exact_last(tokens: int) -> int:
     """How many of a prompt's last rows are left to the layers: the more is guessed, the more counts against it."""
-    return max(tokens // EXACT_EVERY, 1) * EXACT_ROWS
+    return max(tokens // EXACT_EVERY, 1) * EXACT_LAST
 
 
 def normalised(rows: Tensor) -> Tensor:

@@ -17,17 +17,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from isthmus.models.bundle.bundle import Files, read_manifest
+from isthmus.models.bundle.files import Files, read_manifest
 from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.confidence_head import Judge
 from isthmus.models.language.handoff.hidden_states import StateCodec
-from isthmus.models.language.handoff.manifest import HandoffManifest, Level
+from isthmus.models.language.handoff.manifest import HandoffManifest, OffloadLevel
 from isthmus.models.language.packing import Floats, matrix, unpacked
 
 
-class Handoff:
+class HandoffBundle:
     """An opened hand-off bundle, of the checkpoint at hand."""
 
     def __init__(self, files: Files, manifest: HandoffManifest, config: LlamaConfig) -> None:
@@ -42,10 +42,10 @@ class Handoff:
                 f" {config.layers} layers and {config.hidden}"
             )
         tensors = files.tensors(manifest.states)
-        self.states = StateCodec(tensors, config.hidden, len(manifest.rates), manifest.max_state_bytes)
+        self.state_codec = StateCodec(tensors, config.hidden, len(manifest.rates), manifest.max_state_bytes)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Handoff:
+    def open(cls, folder: str | os.PathLike[str], checkpoint: Checkpoint) -> HandoffBundle:
         """Raises BundleError for a broken bundle, or one of another model."""
         manifest = read_manifest(Path(folder), HandoffManifest)
         if bytes.fromhex(manifest.base) != checkpoint.fingerprint:
@@ -57,7 +57,7 @@ class Handoff:
         files.check()
         return cls(files, manifest, checkpoint.config)
 
-    def fill(self) -> tuple[Floats, Floats]:
+    def kv_fill(self) -> tuple[Floats, Floats]:
         """Weights (layers - depth, 2 * kv_heads * head_dim, hidden) and biases (the first two of these).
 
         A row divided by its root mean square gives keys, not rotated yet, then values of each layer behind `depth`.
@@ -71,7 +71,7 @@ class Handoff:
             raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")
         return weight_LOH, bias_LO
 
-    def copy(self, bits: int) -> tuple[Judge, tuple[Level, ...]] | None:
+    def local_model(self, bits: int) -> tuple[Judge, tuple[OffloadLevel, ...]] | None:
         """The judge of the device's copy with weights of so many bits, and what it is worth. Raises BundleError."""
         found = next((copy for copy in self.manifest.copies if copy.bits == bits), None)
         return None if found is None else (Judge.of(self._files.tensors(found.judge)), found.levels)

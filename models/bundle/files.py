@@ -1,16 +1,15 @@
 """A model on disk: a folder with a manifest, weights, ONNX segments and integer tables. The only disk access there is.
 
-    manifest.json   schema of `models.vision.manifest`; lists every other file with size and SHA-256
-    fingerprint     SHA-256 of the manifest as canonical JSON without this field: one number that names every byte
+    manifest.json   a schema derived from `bundle.manifest.BundleManifest`; lists every other file with size and SHA-256
+    fingerprint     SHA-256 of the manifest as canonical JSON without this field; it identifies every byte of the bundle
 
-`python -m isthmus.models.bundle inspect DIR` prints a bundle, `verify DIR` checks every byte of it.
+Knows no kind of model: each wing has its own manifest schema, and opens its own bundles.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import stat
 from collections.abc import Mapping
@@ -23,16 +22,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from isthmus.models.codecs import checkerboard as contextual
-from isthmus.models.codecs.checkerboard import ContextualCodec
+from isthmus.models.bundle.manifest import SCHEMA_VERSION, BundleManifest, FileEntry
 from isthmus.models.errors import BundleError
-from isthmus.models.language.handoff.manifest import HandoffManifest
-from isthmus.models.vision.manifest import SCHEMA_VERSION, FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 8 << 20  # 100,000 labels of 80 bytes
 
-Schema = TypeVar("Schema", Manifest, HandoffManifest)
+Schema = TypeVar("Schema", bound=BundleManifest)
 
 
 class Files:
@@ -71,35 +67,6 @@ class Files:
         return tensors
 
 
-class Bundle(Files):
-    """An opened bundle: every listed file was present with the right size and hash when it was opened."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        super().__init__(folder, manifest.files)
-        self.manifest = manifest
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
-        """Read the manifest and check every file against it.
-
-        Raises BundleError naming the file and what was wrong with it.
-        """
-        bundle = cls(Path(folder), read_manifest(Path(folder), Manifest))
-        bundle.check()
-        return bundle
-
-    @property
-    def fingerprint(self) -> bytes:
-        """SHA-256 over the whole content, 32 bytes."""
-        return bytes.fromhex(self.manifest.fingerprint)
-
-    def codec(self, tap: int) -> ContextualCodec:
-        """The codec of a tap, by its index, under this bundle's tables. Raises BundleError when they are broken."""
-        entry = self.manifest.taps[tap]
-        tables = contextual.from_tensors(self.tensors(entry.tables), len(entry.widths[0].rates))
-        return ContextualCodec(tables, entry.latent, entry.max_payload_bytes)
-
-
 def read_manifest(folder: Path, schema: type[Schema]) -> Schema:
     """Parse and validate `folder/manifest.json`, fingerprint included. Raises BundleError."""
     path, content = folder / MANIFEST, read_json(folder)
@@ -115,9 +82,10 @@ def read_manifest(folder: Path, schema: type[Schema]) -> Schema:
     return manifest
 
 
-def kind_of(folder: Path) -> type[Manifest] | type[HandoffManifest]:
-    """Which schema a folder's manifest asks for. Raises BundleError."""
-    return HandoffManifest if read_json(folder).get("kind") == "handoff" else Manifest
+def kind_of(folder: Path) -> str | None:
+    """The `kind` that a folder's manifest states, None where it states none. Raises BundleError."""
+    kind = read_json(folder).get("kind")
+    return kind if isinstance(kind, str) else None
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -137,7 +105,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], schema: type[Schema]) -> Path:
+def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], schema: type[Schema]) -> Path:
     """Write a new bundle in one step: a folder beside `folder` is filled, checked, then renamed into place; `folder`.
 
     `manifest` lacks `schema_version`, `files` and `fingerprint`, which are added here. An older bundle is replaced.

@@ -8,10 +8,10 @@ import torch
 
 from isthmus.models.language.architecture import rope_frequencies
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.kv_fill import KVFill, exact_rows
 from isthmus.models.language.packing import Floats
 from isthmus.models.language.torch.decoder import DTYPES, PAGE_TOKENS, Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.kv_fill import KVFill, exact_last
 from tests.bench.tiny_llama import write_tiny_llama
 
 DEPTH, CONTEXT, WIDTH = 1, 100, 8
@@ -138,4 +138,4 @@ def test_nothing_is_written_above_the_context(tail: Decoder) -> None:
 
 
 def test_more_of_a_long_prompt_is_left_to_the_layers() -> None:
-    assert [exact_rows(tokens) for tokens in (1, 255, 256, 511, 512, 2048)] == [16, 16, 16, 16, 32, 128]
+    assert [exact_last(tokens) for tokens in (1, 255, 256, 511, 512, 2048)] == [16, 16, 16, 16, 32, 128]

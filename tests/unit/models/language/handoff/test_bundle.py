@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from isthmus.models.errors import BundleError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.handoff import Handoff
+from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import LEVELS, write_tiny_handoff
@@ -34,14 +34,14 @@ def manifest(folder: Path) -> Any:
 
 
 def test_the_judge_of_a_copy(folder: Path, checkpoint: Checkpoint) -> None:
-    found = Handoff.open(folder, checkpoint).copy(8)
+    found = HandoffBundle.open(folder, checkpoint).local_model(8)
     assert found is not None
     judge, levels = found
     sure_V, unsure_V = np.zeros((2, 259), np.float32)
     sure_V[7] = 50
     assert judge(sure_V, [7]) > 0.5 > judge(unsure_V, [7])
     assert [level.model_dump() for level in levels] == LEVELS
-    assert Handoff.open(folder, checkpoint).copy(4) is None
+    assert HandoffBundle.open(folder, checkpoint).local_model(4) is None
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_a_damaged_judge_is_noticed(folder: Path, checkpoint: Checkpoint, tmp_pa
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "copy8.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(BundleError, match=r"copy8\.safetensors"):
-        Handoff.open(tmp_path, checkpoint)
+        HandoffBundle.open(tmp_path, checkpoint)

@@ -1,0 +1,90 @@
+"""One `InferStream` call: requests go out, responses come back in any order, matched by request id.
+
+Knows nothing about payloads, estimates or the circuit breaker.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from isthmus.edge_agent.transport.channel import rpc_error
+from isthmus.models.errors import Draining, IsthmusError, LinkDown
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+
+
+class InferStream:
+    """Requests leave in order through a queue; each response resolves the future of its request.
+
+    Safe to call from several threads.
+    """
+
+    def __init__(self, stub: pb_grpc.IsthmusStub, late: Callable[[], None]) -> None:
+        """`late` is called for each response that nobody waits for any more."""
+        self._outgoing: SimpleQueue[pb.InferRequest | None] = SimpleQueue()
+        self._pending: dict[int, Future[pb.InferResponse]] = {}
+        self._lock = threading.Lock()
+        self._late = late
+        self.ended: IsthmusError | None = None
+        self._call: Any = stub.InferStream(self._requests())
+        threading.Thread(target=self._read, name="isthmus-infer-stream", daemon=True).start()
+
+    def send(self, message: pb.InferRequest) -> Future[pb.InferResponse] | None:
+        """Queue one request. Returns None, and sends nothing, when the stream has ended; `ended` holds the reason."""
+        future: Future[pb.InferResponse] = Future()
+        with self._lock:  # covers the queue too: no message may follow the end marker that `retire` puts there
+            if self.ended:
+                return None
+            self._pending[message.request_id] = future
+            self._outgoing.put(message)
+        return future
+
+    def give_up(self, request_id: int) -> None:
+        """Forget a request. A response that still comes counts as late."""
+        with self._lock:
+            self._pending.pop(request_id, None)
+
+    def retire(self, reason: IsthmusError) -> None:
+        """Send nothing more. Outstanding responses are still delivered."""
+        with self._lock:
+            self.ended = self.ended or reason
+            self._outgoing.put(None)
+
+    def cancel(self) -> None:
+        """Abort the call. Every outstanding future fails with LinkDown."""
+        self.retire(LinkDown("the stream was cancelled"))
+        self._call.cancel()
+
+    def _requests(self) -> Iterator[pb.InferRequest]:
+        while (message := self._outgoing.get()) is not None:
+            yield message
+
+    def _read(self) -> None:
+        error: IsthmusError = LinkDown("the cloud ended the stream")
+        try:
+            for response in self._call:
+                if response.request_id == 0:
+                    self.retire(Draining("the cloud is shutting down"))
+                else:
+                    self._deliver(response)
+        except grpc.RpcError as failure:
+            error = rpc_error(failure)
+        self.retire(error)
+        with self._lock:
+            pending, self._pending = self._pending, {}
+        for future in pending.values():
+            future.set_exception(error)
+
+    def _deliver(self, response: pb.InferResponse) -> None:
+        with self._lock:
+            future = self._pending.pop(response.request_id, None)
+        if future is None:
+            self._late()
+        else:
+            future.set_result(response)

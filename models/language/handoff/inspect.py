@@ -1,0 +1,45 @@
+"""What `python -m isthmus.models.bundle` verifies and prints of a handoff bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from isthmus.models.bundle.files import Files, read_manifest
+from isthmus.models.language.handoff.hidden_states import StateCodec
+from isthmus.models.language.handoff.manifest import HandoffManifest
+
+
+def verify(folder: Path) -> HandoffManifest:
+    """The manifest of a bundle whose files and tables are all readable. Raises BundleError."""
+    manifest = read_manifest(folder, HandoffManifest)
+    files = Files(folder, manifest.files)
+    files.check()
+    StateCodec(files.tensors(manifest.states), manifest.hidden, len(manifest.rates), manifest.max_state_bytes)
+    return manifest
+
+
+def summary(manifest: HandoffManifest) -> list[str]:
+    """A page for a person."""
+    made = manifest.training
+    lines = [
+        f"{manifest.name}: exits and hidden states of the model {manifest.base[:12]}…; {manifest.licence}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"made by      {made.command} (seed {made.seed}, {made.seconds:.0f} s)",
+    ]
+    for exit_ in manifest.exits:
+        lines.append(f"exit behind {exit_.depth} layers: its choice is the model's for {exit_.agreement:.1%} of tokens")
+    for threshold in manifest.thresholds[::5]:
+        lines.append(
+            f"    from {threshold.confidence:.2f}: {threshold.coverage:.1%} of tokens decided,"
+            f" {threshold.agreement:.1%} of them as the model would"
+        )
+    for index, rate in enumerate(manifest.rates):
+        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a row")
+    for index, point in enumerate(manifest.points):
+        lines.append(
+            f"point {index}: rows that decide at rate {point.rate}, others at {point.context_rate}:"
+            f" {point.mean_bytes:.0f} B, {point.agreement:.1%} of tokens decided from them as the model would"
+        )
+    for name, score in manifest.scores.items():
+        lines.append(f"{name:<32} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+    return lines

@@ -1,0 +1,78 @@
+"""ONNX Runtime sessions: the one place that opens graphs and checks what they take and give. CPU only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isthmus.models.errors import BundleError
+
+# ONNX Runtime sends telemetry unless this is set before it is loaded; its own switch comes too late.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime
+
+FLOAT, INT64 = "tensor(float)", "tensor(int64)"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and element type of a graph's input or output. A size of None stands for a dimension of any size."""
+
+    shape: tuple[int | None, ...]
+    type: str = FLOAT
+
+    def admits(self, node: Any) -> bool:
+        """Whether a session's input or output is such a tensor."""
+        if node.type != self.type or len(node.shape) != len(self.shape):
+            return False
+        pairs = zip(node.shape, self.shape, strict=True)
+        return all(not isinstance(found, int) if size is None else found == size for found, size in pairs)
+
+    def __str__(self) -> str:
+        return f"{self.type}[{', '.join('any' if size is None else str(size) for size in self.shape)}]"
+
+
+def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = False) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU; `threads` 0 for every core. `label` names the graph in errors.
+
+    With `spinning`, threads spin while they wait for work within a run, which is faster for many small operators.
+    Between runs they never spin: it drains the battery and takes the cores from the next session's run.
+    Raises BundleError when `graph` is not a graph that ONNX Runtime can run.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes share no public base
+        reason = str(error).splitlines()[0][:200]
+        raise BundleError(f"{label}: not a usable ONNX graph: {reason}") from error
+
+
+def check_signature(session: Any, label: str, inputs: Mapping[str, TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Raise BundleError unless a session has exactly these inputs, by name, and these outputs, in order."""
+    names = [node.name for node in session.get_inputs()]
+    if sorted(names) != sorted(inputs):
+        raise BundleError(f"{label}: inputs are named {names}, expected {list(inputs)}")
+    if len(session.get_outputs()) != len(outputs):
+        raise BundleError(f"{label}: {len(session.get_outputs())} outputs, expected {len(outputs)}")
+    pairs = [("input", node, inputs[node.name]) for node in session.get_inputs()]
+    pairs += [("output", node, spec) for node, spec in zip(session.get_outputs(), outputs, strict=True)]
+    for side, node, spec in pairs:
+        if not spec.admits(node):
+            raise BundleError(f"{label}: {side} {node.name} is {node.type}{node.shape}, expected {spec}")
+
+
+def zeros(shape: Sequence[int]) -> Any:
+    """Float32 zeros as an `OrtValue`, to be bound as a session's input and output."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))

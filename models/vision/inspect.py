@@ -1,0 +1,75 @@
+"""What `python -m isthmus.models.bundle` verifies and prints of a vision bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.manifest import Head, Manifest, Precision, Segment, Tap
+
+SHOWN_LABELS = 10  # of a task
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a bundle whose files, tables and weights are all readable. Raises BundleError."""
+    bundle = Bundle.open(folder)
+    for tap in range(len(bundle.manifest.taps)):
+        bundle.codec(tap)
+    if bundle.manifest.weights:
+        bundle.tensors(bundle.manifest.weights)
+    return bundle.manifest
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """A page for a person."""
+    lines = [
+        f"{manifest.name}: {', '.join(task.name for task in manifest.tasks)}; {manifest.licence}",
+        f"fingerprint  {manifest.fingerprint}",
+        f"made by      {manifest.training.command} (seed {manifest.training.seed}, {manifest.training.seconds:.0f} s)",
+        f"input        {manifest.preprocessing.crop[0]}x{manifest.preprocessing.crop[1]} RGB",
+    ]
+    for task in manifest.tasks:
+        more = f" and {len(task.labels) - SHOWN_LABELS} more" if len(task.labels) > SHOWN_LABELS else ""
+        lines.append(f"task {task.name}: {', '.join(task.labels[:SHOWN_LABELS])}{more}")
+    for precision, head in manifest.heads.items():
+        lines += head_table(precision, head, manifest.segments)
+    for tap, built in zip(manifest.taps, manifest.architecture.taps, strict=True):
+        lines += tap_table(tap, built.after)
+    for name, score in manifest.scores.items():
+        lines.append(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+    return lines
+
+
+def head_table(precision: Precision, head: Head, segments: Sequence[Segment]) -> list[str]:
+    """A line about a head, then one for each of its exits and thresholds."""
+    lines = [f"head {precision}:"]
+    for segment, exit_ in zip(segments, head.exits, strict=True):
+        lines.append(
+            f"    {exit_.name:<10} after {segment.output}, {segment.macs / 1e6:.0f} MMAC:"
+            f" accuracy {exit_.accuracy:.3f}, agreement {exit_.agreement:.3f}"
+        )
+    for threshold in head.thresholds:
+        lines.append(
+            f"    exit from  {threshold.confidence:.3f}: loss <= {threshold.epsilon:.1%} with confidence"
+            f" {1 - threshold.delta:.0%} (n={threshold.samples}, coverage {threshold.coverage:.1%})"
+        )
+    return lines
+
+
+def tap_table(tap: Tap, after: int) -> list[str]:
+    """A line about a tap, then one for each of its widths and rates."""
+    where = f"behind segment {after - 1}" if after else "of the image"
+    latent = "x".join(map(str, tap.latent))
+    lines = [
+        f"tap {tap.name}: {where}, latent {latent}, at most {tap.max_payload_bytes} B,"
+        f" decoder and tail {tap.tail_macs / 1e6:.0f} MMAC",
+        "    width  encoder MMAC  rate  mean B  max B  accuracy  agreement",
+    ]
+    for width in tap.widths:
+        for index, rate in enumerate(width.rates):
+            lines.append(
+                f"    {width.width:5g}  {width.encoder_macs / 1e6:12.1f}  {index:4}  {rate.mean_bytes:6.0f}"
+                f"  {rate.max_bytes:5}  {rate.accuracy:8.3f}  {rate.agreement:9.3f}"
+            )
+    return lines

@@ -1,0 +1,157 @@
+"""The stream over a call in this process, which answers as each test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import pytest
+
+from isthmus.edge_agent.transport import infer_stream as module
+from isthmus.edge_agent.transport.infer_stream import InferStream
+from isthmus.models.errors import Draining, LinkDown, ServiceError
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+
+WAIT_S = 10.0  # for what comes at once
+
+
+class Lost(grpc.RpcError):  # type: ignore[misc]
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INTERNAL
+
+    def details(self) -> str:
+        return "lost"
+
+
+class Call:
+    """A call whose responses the test puts: None ends it, an error breaks it. It collects the requests."""
+
+    def __init__(self, requests: Iterator[pb.InferRequest]) -> None:
+        self.responses: SimpleQueue[pb.InferResponse | Exception | None] = SimpleQueue()
+        self.requests: list[int] = []
+        self.half_closed = threading.Event()
+        threading.Thread(target=self._collect, args=(requests,), daemon=True).start()
+
+    def __iter__(self) -> Iterator[pb.InferResponse]:
+        while (response := self.responses.get()) is not None:
+            if isinstance(response, Exception):
+                raise response
+            yield response
+
+    def cancel(self) -> None:
+        self.responses.put(None)
+
+    def respond(self, *ids: int) -> None:
+        for id_ in ids:
+            self.responses.put(pb.InferResponse(request_id=id_))
+
+    def _collect(self, requests: Iterator[pb.InferRequest]) -> None:
+        self.requests.extend(request.request_id for request in requests)
+        self.half_closed.set()
+
+
+class Stub:
+    def InferStream(self, requests: Iterator[pb.InferRequest]) -> Call:
+        self.call = Call(requests)
+        return self.call
+
+
+@pytest.fixture
+def late() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def open_stream(late: list[int]) -> Callable[[], tuple[InferStream, Call]]:
+    def opened() -> tuple[InferStream, Call]:
+        stub = Stub()
+        stream = InferStream(stub, lambda: late.append(1))  # type: ignore[arg-type]
+        return stream, stub.call
+
+    return opened
+
+
+def send(stream: InferStream, id_: int) -> Any:
+    future = stream.send(pb.InferRequest(request_id=id_))
+    assert future is not None
+    return future
+
+
+def test_each_response_resolves_the_future_of_its_request(open_stream: Any, late: list[int]) -> None:
+    stream, call = open_stream()
+    futures = {id_: send(stream, id_) for id_ in (1, 2, 3)}
+    call.respond(3, 1, 2)
+    assert [futures[id_].result(WAIT_S).request_id for id_ in futures] == [1, 2, 3]
+    assert late == []
+
+
+def test_a_response_that_nobody_waits_for_is_late(open_stream: Any, late: list[int]) -> None:
+    stream, call = open_stream()
+    send(stream, 1)
+    second = send(stream, 2)
+    stream.give_up(1)
+    call.respond(1, 2)
+    assert second.result(WAIT_S).request_id == 2
+    assert late == [1]
+
+
+def test_after_a_farewell_nothing_is_sent_and_what_is_outstanding_is_delivered(open_stream: Any) -> None:
+    stream, call = open_stream()
+    outstanding = send(stream, 1)
+    call.respond(0)
+    assert call.half_closed.wait(WAIT_S)
+    assert stream.send(pb.InferRequest(request_id=2)) is None
+    assert isinstance(stream.ended, Draining)
+    call.respond(1)
+    assert outstanding.result(WAIT_S).request_id == 1
+    assert call.requests == [1]
+
+
+@pytest.mark.parametrize(("end", "error"), [(None, LinkDown), (Lost(), ServiceError)])
+def test_the_end_of_the_call_fails_what_is_outstanding(open_stream: Any, end: Any, error: type[Exception]) -> None:
+    stream, call = open_stream()
+    futures = [send(stream, id_) for id_ in (1, 2)]
+    call.responses.put(end)
+    assert [type(future.exception(WAIT_S)) for future in futures] == [error] * 2
+    assert type(stream.ended) is error
+    assert stream.send(pb.InferRequest(request_id=3)) is None
+
+
+def test_the_first_reason_to_end_is_kept(open_stream: Any) -> None:
+    stream, _ = open_stream()
+    stream.retire(Draining("farewell"))
+    stream.cancel()
+    assert isinstance(stream.ended, Draining)
+
+
+def test_cancelling_fails_what_is_outstanding(open_stream: Any) -> None:
+    stream, _ = open_stream()
+    future = send(stream, 1)
+    stream.cancel()
+    assert isinstance(future.exception(WAIT_S), LinkDown)
+
+
+def test_a_request_that_is_being_sent_leaves_before_the_stream_half_closes(
+    open_stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[InferStream] = []
+
+    class Slow(SimpleQueue[Any]):
+        """Lets a farewell try to overtake each request."""
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if item is not None:
+                farewell = threading.Thread(target=opened[0].retire, args=(Draining("farewell"),))
+                farewell.start()
+                farewell.join(0.1)
+            super().put(item)
+
+    monkeypatch.setattr(module, "SimpleQueue", Slow)
+    stream, call = open_stream()
+    opened.append(stream)
+    send(stream, 1)
+    assert call.half_closed.wait(WAIT_S)
+    assert call.requests == [1]

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from isthmus.models.errors import BundleError
+from isthmus.models.onnx_session import INT64, TensorSpec, check_signature, open_session, zeros
+
+X, SCALE, Y = TensorSpec((None, 3)), TensorSpec((), INT64), TensorSpec((None, 3))
+
+
+def graph(scale: int = TensorProto.INT64) -> bytes:
+    """y = x * scale: x (B, 3) and one integer."""
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 3]),
+        helper.make_tensor_value_info("scale", scale, []),
+    ]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 3])]
+    nodes = [
+        helper.make_node("Cast", ["scale"], ["factor"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "factor"], ["y"]),
+    ]
+    made = helper.make_graph(nodes, "test", inputs, outputs)
+    opsets = [helper.make_opsetid("", 21)]
+    data: bytes = helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize("spinning", [False, True])
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_graph_runs(threads: int, spinning: bool) -> None:
+    session = open_session(graph(), "double", threads, spinning=spinning)
+    (y_B3,) = session.run(None, {"x": np.ones((2, 3), np.float32), "scale": np.array(2, np.int64)})
+    np.testing.assert_array_equal(y_B3, np.full((2, 3), 2, np.float32))
+
+
+def test_what_is_no_graph_is_refused_in_one_line() -> None:
+    with pytest.raises(BundleError, match=r"head0\.onnx: not a usable ONNX graph: ") as caught:
+        open_session(b"no graph", "head0.onnx", 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_inputs_may_come_in_any_order() -> None:
+    check_signature(open_session(graph(), "double", 1), "double", {"scale": SCALE, "x": X}, [Y])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "words"),
+    [
+        ({"x": X}, [Y], r"double: inputs are named \['x', 'scale'\], expected \['x'\]"),
+        ({"x": X, "scale": SCALE}, [Y, Y], "double: 1 outputs, expected 2"),
+        ({"x": TensorSpec((1, 3)), "scale": SCALE}, [Y], r"input x is .*\['B', 3\], expected .*\[1, 3\]"),
+        ({"x": TensorSpec((None, None)), "scale": SCALE}, [Y], r"input x .*, expected .*\[any, any\]"),
+        ({"x": TensorSpec((None, 3, 1)), "scale": SCALE}, [Y], r"input x .*, expected .*\[any, 3, 1\]"),
+        ({"x": X, "scale": TensorSpec(())}, [Y], r"input scale is tensor\(int64\)\[\], expected tensor\(float\)"),
+        ({"x": X, "scale": SCALE}, [TensorSpec((None, 4))], r"output y .*, expected .*\[any, 4\]"),
+    ],
+    ids=["names", "count", "batch of one", "size of any", "axes", "type", "output"],
+)
+def test_another_signature_is_refused(inputs: dict[str, TensorSpec], outputs: list[TensorSpec], words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        check_signature(open_session(graph(), "double", 1), "double", inputs, outputs)
+
+
+def test_zeros_stay_where_onnx_runtime_keeps_them() -> None:
+    found = zeros((1, 2, 3)).numpy()
+    assert found.dtype == np.float32 and found.shape == (1, 2, 3) and not found.any()
+
+
+def test_telemetry_is_off_before_onnx_runtime_is_loaded() -> None:
+    program = "import os; import isthmus.models.onnx_session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from isthmus.models.bundle.files import write_bundle
+from isthmus.models.errors import BundleError
+from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.inspect import summary, verify
+from isthmus.models.vision.manifest import Manifest
+from tests.conftest import Parts, paper_tables
+
+
+def shown_of(folder: Path) -> str:
+    return "\n".join(summary(verify(folder)))
+
+
+def test_inspect_shows_what_a_person_asks_for(paper: Parts, tmp_path: Path) -> None:
+    shown = shown_of(paper.write(tmp_path / "b"))
+    for words in ("Apache-2.0", "8x8 RGB", "exit0", "loss <= 1.0% with confidence 90%", "0.7500 [0.5000"):
+        assert words in shown
+    assert "task defect: good, bäd" in shown
+    assert "tap deep: behind segment 0, latent 2x4x4, at most 64 B" in shown
+
+
+def test_inspect_has_a_row_for_each_width_and_rate(tiny_bundle: Bundle) -> None:
+    shown = shown_of(tiny_bundle.folder)
+    assert "tiny: defect, colour" in shown and "task colour: red, green, blue" in shown
+    light, deep = shown[shown.index("tap light: of the image") :].split("tap deep: behind segment 1")
+    rows = [line.split() for line in light.splitlines() if line.startswith("    ")]
+    assert rows[0] == ["width", "encoder", "MMAC", "rate", "mean", "B", "max", "B", "accuracy", "agreement"]
+    assert [row[:3] for row in rows[1:]] == [[w, m, r] for w, m in (("0.5", "4.0"), ("1", "8.0")) for r in "012"]
+    assert rows[1][3:] == ["40", "200", "0.800", "0.940"]
+    assert [line.split()[2] for line in deep.splitlines() if line.startswith("     ")] == ["0", "1"]
+
+
+def test_inspect_does_not_print_a_hundred_thousand_labels(paper: Parts, tmp_path: Path) -> None:
+    paper.manifest["tasks"] = [{"name": "plants", "labels": [f"plant{number}" for number in range(12)]}]
+    paper.manifest["architecture"]["classes"] = [12]
+    shown = shown_of(paper.write(tmp_path / "b"))
+    assert "plant9 and 2 more" in shown and "plant10" not in shown
+
+
+def test_verify_looks_into_the_tables(paper: Parts, tmp_path: Path) -> None:
+    tensors = paper_tables()
+    tensors["frequencies"][0] += 1
+    paper.replace(tmp_path / "b", "tables.safetensors", safetensors.numpy.save(tensors))
+    with pytest.raises(BundleError, match="add up to"):
+        verify(tmp_path / "b")
+
+
+def test_verify_looks_into_the_tables_of_every_tap(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    files = {name: tiny_bundle.read(name) for name in tiny_bundle.manifest.files}
+    files["deep.safetensors"] = files["light.safetensors"]
+    content = tiny_bundle.manifest.model_dump(mode="json", exclude={"files", "fingerprint", "schema_version"})
+    folder = write_bundle(tmp_path / "b", content, files, Manifest)
+    with pytest.raises(BundleError, match="rates, expected 2"):
+        verify(folder)
+
+
+def test_verify_looks_into_the_weights(paper: Parts, tmp_path: Path) -> None:
+    folder = paper.replace(tmp_path / "b", "weights.safetensors", b"?")
+    with pytest.raises(BundleError, match="not a safetensors file"):
+        verify(folder)
