@@ -27,7 +27,7 @@ RECEIVE_TIMEOUT_S = 1.0  # a caller that has waited this long checks whether the
 
 @dataclass(frozen=True, slots=True)
 class StreamObservation:
-    """Bytes sent and time on the way of one round. `elapsed_s` leaves out the cloud's own time; None if unknown."""
+    """Bytes sent and transit time of one round. `elapsed_s` leaves out the cloud's own time; None if unknown."""
 
     up_bytes: int
     elapsed_s: float | None

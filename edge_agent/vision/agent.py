@@ -18,20 +18,18 @@ from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
-from isthmus.edge_agent.vision.request import Overrides, RequestState, resolve_request, task_indices
+from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_request, task_indices
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
-from isthmus.models.messages import CloudReply, Codec, Payload
+from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Threshold
 
-Floats = NDArray[np.float32]
-
 FALLBACK_RESERVE_S = 0.02  # of the deadline, reserved for the device's own answer after a late cloud
-NEVER = 2.0
+NEVER = 2.0  # a confidence that no exit reaches
 HEAD_IDLE_AT_MOST = 20  # photos; then the head runs once, so that a wrong estimate of its latency is corrected
 
 
@@ -211,9 +209,7 @@ class EdgeAgent:
         state.up_bytes, state.down_bytes = exchange.up_bytes, exchange.down_bytes
         state.stage_ms["cloud_queue"] = 1000 * reply.queue_s
         state.stage_ms["cloud_compute"] = 1000 * reply.compute_s
-        image = payload.codec is Codec.IMAGE
-        macs = self.costs.whole_macs if image else self.costs.tail_macs[payload.tap]
-        self.costs.cloud_s_per_mac.observe((reply.queue_s + reply.compute_s) / max(macs, 1))
+        self.costs.record_cloud(payload, reply.queue_s + reply.compute_s)
         return reply
 
     def _answer_locally(self, why: str, state: RequestState, pixels_CHW: Floats, degraded: str | None) -> Answer:

@@ -7,6 +7,7 @@ from isthmus.edge_agent.policy.exits import OperatingPoint, RouteEstimate
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
+from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.manifest import Manifest
 from isthmus.protos.limits import MAX_FRAMING_BYTES
 
@@ -41,6 +42,11 @@ class Costs:
     def cloud_s(self, macs: int) -> float:
         """Predicted seconds in the cloud, queue included, for `macs` multiply-accumulates."""
         return macs * self.cloud_s_per_mac.value
+
+    def record_cloud(self, payload: Payload, seconds: float) -> None:
+        """Record what the cloud spent on a payload, queue included."""
+        macs = self.whole_macs if payload.codec is Codec.IMAGE else self.tail_macs[payload.tap]
+        self.cloud_s_per_mac.observe(seconds / max(macs, 1))
 
     def split(self, point: OperatingPoint, link: LinkEstimate) -> RouteEstimate:
         """Encode a bottleneck and send it. The segments before it have run already."""

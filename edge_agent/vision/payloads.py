@@ -8,23 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
-from isthmus.edge_agent.vision.request import RequestState
+from isthmus.edge_agent.vision.request import Floats, RequestState
 from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.errors import PayloadTooLarge
 from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import encode_image, is_grey, shrink
 from isthmus.protos.limits import MAX_IMAGE_BYTES
-
-Floats = NDArray[np.float32]
 
 
 class PayloadEncoder:

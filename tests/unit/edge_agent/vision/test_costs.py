@@ -8,6 +8,7 @@ from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RouteEstimate,
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import InferenceRequest, Overrides, resolve_request
+from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.protos.limits import MAX_FRAMING_BYTES
 
@@ -68,6 +69,13 @@ def test_the_cloud_is_charged_by_its_operations(costs: Costs, tiny_bundle: Bundl
     assert costs.split(DEEP, LINK).usd - before[0] == pytest.approx(manifest.taps[1].tail_macs * 1e-9 * 1e-3)
     whole_macs = manifest.tail_macs + sum(segment.macs for segment in manifest.segments)
     assert costs.offload(LINK).usd - before[1] == pytest.approx(whole_macs * 1e-9 * 1e-3)
+
+
+@pytest.mark.parametrize(("codec", "tap"), [(Codec.IMAGE, 0), (Codec.BOTTLENECK, 0), (Codec.BOTTLENECK, 1)])
+def test_the_clouds_speed_is_measured_by_the_operations_of_what_was_sent(costs: Costs, codec: Codec, tap: int) -> None:
+    costs.record_cloud(Payload(codec, tap, 0, b""), 0.5)
+    macs = costs.whole_macs if codec is Codec.IMAGE else costs.tail_macs[tap]
+    assert costs.cloud_s(macs) == pytest.approx(0.5)
 
 
 def test_routes_before_between_and_after_the_exits(costs: Costs, any_route: InferenceRequest) -> None:
