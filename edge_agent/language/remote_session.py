@@ -66,6 +66,7 @@ class RemoteSession:
         self._handle: SessionHandle = replicas.acquire(sequence.tokens, kind)
         self._link: Link | None = None  # of the stream, or of the attempt that may open one
         self._stream: GenerateStream | None = None
+        self._closed = False
         self._reopened: int | None = None  # tokens generated when everything last had to be brought again
 
     @property
@@ -163,9 +164,11 @@ class RemoteSession:
         self._stats.rtt_s = self._used.estimate.rtt_s
 
     def close(self) -> None:
-        """Disconnect, and remember the session for the next turn."""
+        """Disconnect, and remember the session for the next turn, which may use it at once."""
         self.disconnect()
-        self._replicas.release(self._handle, self._sequence.tokens)
+        if not self._closed:
+            self._closed = True
+            self._replicas.release(self._handle, self._sequence.tokens)
 
     @property
     def _used(self) -> Link:
