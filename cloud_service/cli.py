@@ -109,7 +109,7 @@ def main(
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # Or products' bits depend on where in memory their rows are, which differs between threads.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    from isthmus.cloud_service.server import serve  # PyTorch takes seconds to import, and --check runs often
+    from isthmus.cloud_service.app import serve  # PyTorch takes seconds to import, and --check runs often
 
     try:
         asyncio.run(serve(config))

@@ -1,4 +1,4 @@
-"""What the service exports to Prometheus. The registry is passed in; labels are few and bounded."""
+"""Prometheus metrics of requests and of the vision wing. The registry is passed in; labels are few and bounded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("isthmus.cloud")
 
 
 class CloudMetrics:
-    """One instance a service; every name starts with isthmus_."""
+    """One instance a service. Every name starts with isthmus_."""
 
     def __init__(self, registry: CollectorRegistry, bundles: Sequence[BundleInfo]) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -36,24 +36,28 @@ class CloudMetrics:
             full = f"isthmus_cloud_{name}_seconds"
             return Histogram(full, text, [label], buckets=LATENCY_BUCKETS, registry=registry)
 
-        self._requests = counter("requests", "Inputs answered, by gRPC code.", "method", "code")
-        self._duration = seconds("request_duration", "From arrival of an input to its answer.", "method")
-        self._queue_wait = seconds("queue_wait", "Wait for a batch.", "model")
-        self._compute = seconds("compute_duration", "Decoding and tail of one batch.", "model")
+        self._requests = counter("requests", "Requests answered, by gRPC code.", "method", "code")
+        self._duration = seconds("request_duration", "From the arrival of a request to its response.", "method")
+        self._queue_wait = seconds("queue_wait", "How long inputs waited for a batch.", "model")
+        self._compute = seconds("compute_duration", "Decoding one batch and running the tail on it.", "model")
         self._batch_size = Histogram(
-            "isthmus_cloud_batch_size", "Inputs a batch.", ["model"], buckets=BATCH_BUCKETS, registry=registry
+            "isthmus_cloud_batch_size", "Inputs in each batch.", ["model"], buckets=BATCH_BUCKETS, registry=registry
         )
         self._depth = Gauge("isthmus_cloud_queue_depth", "Inputs waiting for a batch.", registry=registry)
-        self._inflight = Gauge("isthmus_cloud_inflight_requests", "Inputs being answered.", registry=registry)
-        self._rejected = counter("requests_rejected", "Inputs refused unread.", "reason")
-        expired = "Inputs whose deadline passed: in the queue (not computed) or while they were computed."
+        self._inflight = Gauge("isthmus_cloud_inflight_requests", "Requests being answered.", registry=registry)
+        self._rejected = counter(
+            "requests_rejected",
+            "Inputs refused before they were computed: queue full, deadline passed, or draining.",
+            "reason",
+        )
+        expired = "Inputs whose deadline passed: in the queue (not computed), or while they were computed."
         self._expired = counter("expired_work", expired, "stage")
-        self._decode = counter("decode_failures", "Payloads that could not be read.", "reason")
-        self._inputs = counter("inputs", "Inputs computed, by the tap they came through.", "model", "tap")
-        self._tasks = counter("task_answers", "Inputs computed, by each task that was asked for.", "model", "task")
+        self._decode = counter("decode_failures", "Payloads that could not be decoded.", "reason")
+        self._inputs = counter("inputs", "Inputs computed, by tap.", "model", "tap")
+        self._tasks = counter("task_answers", "Predictions, by requested task.", "model", "task")
         build = Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry)
         build.labels(version("isthmus")).set(1)
-        held = Gauge("isthmus_model_info", "Bundles held.", ["model", "version"], registry=registry)
+        held = Gauge("isthmus_model_info", "Bundles that are served.", ["model", "version"], registry=registry)
         for bundle in bundles:
             held.labels(bundle.name, bundle.fingerprint.hex()[:12]).set(1)
         self._start_at_zero(bundles)
@@ -75,7 +79,7 @@ class CloudMetrics:
         self._batch_size.labels(model).observe(len(queued_s))
 
     def computed(self, bundle: BundleInfo, tap: int | None, tasks: Sequence[int], count: int) -> None:
-        """`count` inputs of a batch that came through `tap`, or as whole images (None)."""
+        """A batch of `count` inputs of `tap`, or of whole images (None), predicted each of `tasks`."""
         self._inputs.labels(bundle.name, IMAGE if tap is None else bundle.taps[tap].name).inc(count)
         for task in tasks:
             self._tasks.labels(bundle.name, bundle.tasks[task].name).inc(count)
@@ -90,17 +94,17 @@ class CloudMetrics:
         self._expired.labels(stage).inc()
 
     def unreadable(self, error: IsthmusError, *, on_arrival: bool) -> None:
-        """Count a payload that could not be read; on arrival, corruption means the checksum did not match."""
+        """A payload could not be decoded. On arrival, corruption means that the checksum did not match."""
         reason = DECODE_FAILURES.get(type(error))
         if reason is not None:
             self._decode.labels("checksum" if on_arrival and reason == "corrupt" else reason).inc()
 
     def log_failure(self, what: str) -> None:
-        """A failure of ours, with its traceback, in the log alone."""
+        """Log a fault of the service with its traceback, which devices never see."""
         log.exception(what)
 
     def _start_at_zero(self, bundles: Sequence[BundleInfo]) -> None:
-        """Known labels exist from the start, so that a first failure is a rise and not a birth."""
+        """Known labels exist from the start, so that a first failure is an increase and not a new series."""
         for bundle in bundles:
             for family in (self._queue_wait, self._compute, self._batch_size):
                 family.labels(bundle.name)

@@ -1,22 +1,31 @@
-"""The service's door: unpack, submit, await, pack. The only module of the cloud that knows gRPC contexts and stubs."""
+"""The gRPC service: unpack, pass on, await, pack. The only module of the cloud that knows gRPC contexts and stubs.
+
+Imports neither wing: `VisionService` and `LanguageService` are all that it knows of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from isthmus.cloud_service.language.engine import LanguageEngine
-from isthmus.cloud_service.language.sessions import EventQueue, Session
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.cloud_service.vision.worker import Worker
-from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, ServiceError, UnknownBundle
-from isthmus.models.messages import BundleInfo, CloudReply, Committed, ModelInfo, Opening, ServiceInfo
+from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, ServiceError
+from isthmus.models.messages import (
+    BundleInfo,
+    CloudReply,
+    CloudRequest,
+    Committed,
+    ModelInfo,
+    Opening,
+    Round,
+    ServiceInfo,
+)
 from isthmus.protos import limits, status, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -24,27 +33,54 @@ from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 T = TypeVar("T")
 
 
-class Servicer(pb_grpc.IsthmusServicer):
-    """isthmus.v1.Isthmus over one worker."""
+class VisionService(Protocol):
+    """Predicts from photos and latents."""
 
-    def __init__(
-        self, worker: Worker, info: ServiceInfo, metrics: CloudMetrics, generations: Sequence[LanguageEngine] = ()
-    ) -> None:
-        self._worker = worker
-        self._generations = {
-            generation.info.fingerprint[: limits.BUNDLE_ID_BYTES]: generation for generation in generations
-        }
-        self._info = info
+    @property
+    def bundles(self) -> tuple[BundleInfo, ...]: ...
+
+    async def submit(self, request: CloudRequest) -> CloudReply: ...
+
+
+class StreamHandler(Protocol):
+    """Handles the messages of one `Generate` stream. In `events` None follows the last one."""
+
+    events: asyncio.Queue[Committed | IsthmusError | None]
+
+    def begin_opening(self) -> None: ...
+
+    async def handle(self, request: Opening | Round) -> None: ...
+
+    def end(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+class LanguageService(Protocol):
+    """Generates tokens in sessions."""
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]: ...
+
+    def new_handler(self) -> StreamHandler: ...
+
+
+class Servicer(pb_grpc.IsthmusServicer):
+    """isthmus.v1.Isthmus over both wings."""
+
+    def __init__(self, vision: VisionService, language: LanguageService, metrics: CloudMetrics) -> None:
+        self._vision, self._language = vision, language
+        self._info = ServiceInfo(version("isthmus"), limits.WIRE_VERSION, vision.bundles, language.models)
         self._metrics = metrics
         self._draining = asyncio.Event()
         self._streams = 0
 
     def drain(self) -> None:
-        """Ask every stream to half-close; what is outstanding is still answered."""
+        """Ask every stream to half-close; outstanding requests are still answered."""
         self._draining.set()
 
     async def drained(self) -> None:
-        """Return when no stream is left."""
+        """Return when no stream is open."""
         while self._streams:
             await asyncio.sleep(0.02)
 
@@ -59,34 +95,35 @@ class Servicer(pb_grpc.IsthmusServicer):
     ) -> AsyncIterator[pb.InferResponse]:
         ready: asyncio.Queue[pb.InferResponse | None] = asyncio.Queue()
         feeder = asyncio.create_task(self._feed(requests, ready))
-        bye = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
-        farewell = asyncio.create_task(self._farewell(ready, bye))
+        notice = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
+        drain_notice = asyncio.create_task(self._notify_drain(ready, notice))
         self._streams += 1
         try:
             while (response := await ready.get()) is not None:
                 yield response
         finally:
             self._streams -= 1
-            farewell.cancel()
+            drain_notice.cancel()
             feeder.cancel()
 
     async def Generate(
         self, requests: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
-        talk = GenerateHandler(self._generations, self._metrics)
-        feeder = asyncio.create_task(talk.listen(requests))
-        farewell = asyncio.create_task(self._farewell(talk.answers, Draining("the service is shutting down")))
+        handler = self._language.new_handler()
+        listener = asyncio.create_task(self._listen(requests, handler))
+        notice = Draining("the service is shutting down")
+        drain_notice = asyncio.create_task(self._notify_drain(handler.events, notice))
         self._streams += 1
         try:
-            while (answer := await talk.answers.get()) is not None:
-                yield self._pack(answer)
-                if isinstance(answer, Draining):
+            while (event := await handler.events.get()) is not None:
+                yield self._pack(event)
+                if isinstance(event, Draining):
                     break
         finally:
             self._streams -= 1
-            farewell.cancel()
-            feeder.cancel()
-            talk.leave()
+            drain_notice.cancel()
+            listener.cancel()
+            handler.leave()
 
     async def Describe(
         self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -94,7 +131,7 @@ class Servicer(pb_grpc.IsthmusServicer):
         started_s = time.monotonic()
         if len(request.padding) > limits.MAX_PROBE_BYTES:
             error = InvalidInput(
-                f"padding has {len(request.padding)} bytes, at most {limits.MAX_PROBE_BYTES} are taken"
+                f"padding has {len(request.padding)} bytes, at most {limits.MAX_PROBE_BYTES} are accepted"
             )
             code, text = status.of_error(error)
             self._metrics.answered("Describe", code.name, time.monotonic() - started_s)
@@ -105,37 +142,62 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def _feed(
         self, requests: AsyncIterator[pb.InferRequest], ready: asyncio.Queue[pb.InferResponse | None]
     ) -> None:
-        """Answer what arrives, at most MAX_STREAM_INFLIGHT at once; None follows the last answer."""
-        places = asyncio.Semaphore(limits.MAX_STREAM_INFLIGHT)
+        """Answer requests as they arrive, at most MAX_STREAM_INFLIGHT at once; None follows the last response."""
+        slots = asyncio.Semaphore(limits.MAX_STREAM_INFLIGHT)
 
         async def answer(message: pb.InferRequest) -> None:
             try:
                 ready.put_nowait(await self._answer(message, "InferStream", None))
             finally:
-                places.release()
+                slots.release()
 
         try:
             async with asyncio.TaskGroup() as group:
                 async for message in requests:
-                    await places.acquire()
+                    await slots.acquire()
                     group.create_task(answer(message))
         finally:
             ready.put_nowait(None)
 
-    async def _farewell(self, queue: asyncio.Queue[T], bye: T) -> None:
-        await self._draining.wait()
-        queue.put_nowait(bye)
+    async def _listen(self, requests: AsyncIterator[pb.GenerateRequest], handler: StreamHandler) -> None:
+        """Read messages until the device half-closes. An invalid one is answered with an error, and reading goes on.
 
-    def _pack(self, answer: Committed | IsthmusError) -> pb.GenerateResponse:
-        if isinstance(answer, IsthmusError):
-            self._metrics.answered("Generate", status.of_error(answer)[0].name, 0.0)
-            return wire_session.pack_generate_error(answer)
-        if not answer.extension:
-            self._metrics.answered("Generate", "OK", answer.queue_s + answer.compute_s)
-        return wire_session.pack_committed(answer)
+        Bytes that are no message at all count as the end: gRPC reads nothing after them.
+        """
+        try:
+            async for message in requests:
+                await self._handle(message, handler)
+                while handler.events.qsize() >= limits.MAX_STREAM_INFLIGHT:  # the device sends without reading
+                    await asyncio.sleep(0.02)
+        except DecodeError:
+            handler.events.put_nowait(InvalidInput("the stream carries bytes that are not a message"))
+        handler.end()
+
+    async def _handle(self, message: pb.GenerateRequest, handler: StreamHandler) -> None:
+        try:
+            if message.WhichOneof("kind") == "open":
+                handler.begin_opening()
+            await handler.handle(wire_session.unpack_generate(message))
+        except IsthmusError as error:
+            handler.events.put_nowait(error)
+        except Exception:  # a fault of the service
+            self._metrics.log_failure("message failed")
+            handler.events.put_nowait(ServiceError("the message failed"))
+
+    async def _notify_drain(self, queue: asyncio.Queue[T], notice: T) -> None:
+        await self._draining.wait()
+        queue.put_nowait(notice)
+
+    def _pack(self, event: Committed | IsthmusError) -> pb.GenerateResponse:
+        if isinstance(event, IsthmusError):
+            self._metrics.answered("Generate", status.of_error(event)[0].name, 0.0)
+            return wire_session.pack_generate_error(event)
+        if not event.extension:
+            self._metrics.answered("Generate", "OK", event.queue_s + event.compute_s)
+        return wire_session.pack_committed(event)
 
     async def _answer(self, message: pb.InferRequest, method: str, remaining_s: float | None) -> pb.InferResponse:
-        """Answer one message, errors included. `remaining_s` is the call's own deadline, if it has one."""
+        """The response to one message, errors included. `remaining_s`: until the call's own deadline, if it has one."""
         started_s = time.monotonic()
         self._metrics.started()
         try:
@@ -143,7 +205,7 @@ class Servicer(pb_grpc.IsthmusServicer):
             code = grpc.StatusCode.OK
         except IsthmusError as error:
             response, (code, _) = wire.pack_error(message.request_id, error), status.of_error(error)
-        except Exception as error:  # a fault of ours harms this input alone
+        except Exception as error:  # a fault of the service fails this input alone
             self._metrics.log_failure("input failed")
             response, (code, _) = wire.pack_error(message.request_id, error), status.of_error(error)
         finally:
@@ -161,76 +223,10 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._metrics.rejected("deadline")
             raise DeadlineExceeded("the call's deadline had passed on arrival")
         try:
-            return await self._worker.submit(request)
+            return await self._vision.submit(request)
         except IsthmusError as error:
             self._metrics.unreadable(error, on_arrival=False)
             raise
-
-
-class GenerateHandler:
-    """What one device says about one answer. `answers` ends with None after the last of a stream that half-closed."""
-
-    def __init__(self, generations: Mapping[bytes, LanguageEngine], metrics: CloudMetrics) -> None:
-        self._generations = generations
-        self._metrics = metrics
-        self._generation: LanguageEngine | None = None
-        self._session: Session | None = None
-        self._opened = False  # or tried to
-        self.answers: EventQueue = asyncio.Queue()
-
-    async def listen(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
-        """Take messages until the device half-closes. What is wrong with one is answered, and the next one read.
-
-        Bytes that are no message at all count as the end: gRPC reads nothing behind them.
-        """
-        try:
-            await self._listen(requests)
-        except DecodeError:
-            self.answers.put_nowait(InvalidInput("the stream carries bytes that are not a message"))
-        if self._generation is not None and self._session is not None:
-            self._generation.end(self._session)
-        else:
-            self.answers.put_nowait(None)
-
-    async def _listen(self, requests: AsyncIterator[pb.GenerateRequest]) -> None:
-        async for message in requests:
-            try:
-                await self._take(message)
-            except IsthmusError as error:
-                self.answers.put_nowait(error)
-            except Exception:  # a fault of ours
-                self._metrics.log_failure("message failed")
-                self.answers.put_nowait(ServiceError("the message failed"))
-            while self.answers.qsize() >= limits.MAX_STREAM_INFLIGHT:  # it sends, and does not read
-                await asyncio.sleep(0.02)
-
-    def leave(self) -> None:
-        """The device has gone."""
-        if self._generation is not None and self._session is not None:
-            self._generation.leave(self._session)
-        self._session = None
-
-    async def _take(self, message: pb.GenerateRequest) -> None:
-        """Rounds that were on their way when their opening failed are dropped: the one error answers them all."""
-        if message.WhichOneof("kind") == "open":
-            self.leave()
-            self._opened = True
-        request = wire_session.unpack_generate(message)
-        if isinstance(request, Opening):
-            self._generation = self._generations.get(request.model)
-            if self._generation is None:
-                held = ", ".join(sorted(key.hex() for key in self._generations)) or "none"
-                raise UnknownBundle(f"model {request.model.hex()} is not held here, there is {held}")
-            self._session = await self._generation.open(request, self.answers)
-        elif not self._opened:
-            raise InvalidInput("a round came before its session was opened")
-        elif self._generation is not None and self._session is not None:
-            self._generation.add(self._session, request)
-
-
-def service_info(bundles: tuple[BundleInfo, ...], models: tuple[ModelInfo, ...] = ()) -> ServiceInfo:
-    """What `Describe` answers."""
-    return ServiceInfo(version("isthmus"), limits.WIRE_VERSION, bundles, models)
 
 
 def attach(servicer: Servicer, server: grpc.aio.Server) -> None:

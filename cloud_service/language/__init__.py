@@ -1,1 +1,1 @@
-"""Language models: sessions, scheduling, continuous batching."""
+"""The language wing: sessions, scheduling, continuous batching."""

@@ -1,9 +1,9 @@
-"""One hand-off session's text in the cloud: the device says what it is, and brings its hidden states.
+"""One handoff session in the cloud: the device defines the tokens and sends their hidden states.
 
-tokens, cache   t0 t1 ... t(L-1): what was sent and taken up; a round replaces all from its `base` on
-states          of t(base) ...; the row of the last, if asked, decides the token behind it, which the device then sends
+tokens, cache   t0 t1 ... t(L-1): what was sent and computed; a round replaces all from its `base` on
+states          of t(base) ...; the last one, if the round asks for a token, decides it; the device sends it next time
 
-States are not kept. Where the cache is gone the round is lost, and the device opens again. No queue, no thread.
+States are not kept. Without its cache a round is lost, and the device opens the session again. No queue, no thread.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.kv_fill import EXACT_LAST
 from isthmus.models.messages import Committed, Logprobs, Opening, Round, Sampling
 
-FILL_ROWS = 32  # of one session beside a pass: decoding their states takes some 10 ms, which others wait
+MAX_FILLED_STATES = 32  # of one session in a step: decoding them takes some 10 ms, for which the other sessions wait
 
 
 class HandoffSequence:
-    """Tokens whose keys and values are in the cache of the layers behind the cut, and nothing else."""
+    """Tokens whose keys and values the upper layers' cache holds, and the round that extends them."""
 
     def __init__(self, tokens: Sequence[int], opening: Opening, max_state_bytes: int, context: int) -> None:
         """`max_state_bytes`: the bundle's own cap."""
@@ -30,120 +30,128 @@ class HandoffSequence:
         self.fill = opening.prefill_layers > 0
         self._opening = opening
         self.cache: KVCache | None = None
-        self.work: ScheduledWork | None = None
+        self.scheduled: ScheduledWork | None = None
         self._max_state_bytes = max_state_bytes
         self._context = context
 
     def check(self, round_: Round) -> None:
-        """Raises InvalidInput or PayloadTooLarge for a round that this session can never take."""
+        """Raises InvalidInput or PayloadTooLarge for a round that this session can never accept."""
         if not round_.states:
-            raise InvalidInput("a round without states in a session of a hand-off")
+            raise InvalidInput("a round without states in a handoff session")
         if (size := max(map(len, round_.states))) > self._max_state_bytes:
-            raise PayloadTooLarge(f"a state has {size} bytes, the hand-off's cap is {self._max_state_bytes}")
+            raise PayloadTooLarge(f"a state has {size} bytes, the handoff's cap is {self._max_state_bytes}")
         tokens = round_.base + len(round_.states) + round_.extend
         if tokens > self._context:
             raise InvalidInput(f"{tokens} tokens, the model's context is {self._context}")
 
     def begin(self, round_: Round, arrived_s: float) -> None:
-        """Take up a round: the text ends at its `base`. One that is `lost` changes nothing."""
-        states, decided = round_.states, frozenset(round_.decoded_from)
-        self.work = ScheduledWork(
-            round_.base, 0, round_.draft, round_.extend, False, arrived_s, states=states, decided=decided
+        """Schedule a round: the tokens end at its `base`. A round that is `lost` changes nothing."""
+        states, decoded_from = round_.states, frozenset(round_.decoded_from)
+        self.scheduled = ScheduledWork(
+            round_.base, 0, round_.draft, round_.extend, False, arrived_s, states=states, decoded_from=decoded_from
         )
         if not self.lost:
-            self.cut()
+            self.rewind()
 
     @property
     def lost(self) -> bool:
-        """Whether the round builds on tokens that are not held (any more)."""
-        return self.work is not None and self.work.base > self._held
+        """Whether the round builds on tokens whose keys and values are not held (any more)."""
+        return self.scheduled is not None and self.scheduled.base > self._cached
 
-    def cut(self) -> None:
-        """Back to where the round began, as if none of its states had been taken."""
-        assert self.work is not None
-        del self.tokens[self.work.base :]
+    @property
+    def restartable(self) -> bool:
+        """Whether the scheduled round survives an eviction: it brings all states from the first token on."""
+        return self.scheduled is None or self.scheduled.base == 0
+
+    def rewind(self) -> None:
+        """Back to where the round began, as if none of its states had been computed."""
+        assert self.scheduled is not None
+        del self.tokens[self.scheduled.base :]
         if self.cache is not None:
-            self.cache.truncate(self.work.base)
+            self.cache.truncate(self.scheduled.base)
 
-    def forget(self) -> None:
-        """The state is gone, and with it the text."""
+    def drop_cache(self) -> None:
+        """The cache was evicted, or cannot be trusted; the tokens mean nothing without it."""
         self.cache = None
         self.tokens.clear()
 
     @property
-    def reusable(self) -> int:
-        """Tokens whose state a session that takes over from another can use."""
+    def reusable_length(self) -> int:
+        """Tokens whose keys and values a compatible session can hand on."""
         return len(self.tokens)
 
     @property
-    def extent(self) -> int:
-        """Tokens when the round at hand has ended."""
-        return self.work.base + len(self.work.draft) if self.work else len(self.tokens)
+    def final_length(self) -> int:
+        """Tokens when the scheduled round has ended."""
+        return self.scheduled.base + len(self.scheduled.draft) if self.scheduled else len(self.tokens)
 
     @property
-    def rows(self) -> int:
-        """Rows of a pass that the round could still use; one when a turn of filling is due."""
-        left = self.extent - self._held if self.work else 0
+    def pending_tokens(self) -> int:
+        """Hidden states that the next step could run through the layers; one for a step that only fills."""
+        left = self.final_length - self._cached if self.scheduled else 0
         fills = self._fills(left)
-        return min(left, 1) if fills > FILL_ROWS else max(left - fills, min(left, 1))
+        return min(left, 1) if fills > MAX_FILLED_STATES else max(left - fills, min(left, 1))
 
-    def next_states(self, rows: int) -> tuple[tuple[bytes, ...], int]:
-        """The next states, given `rows` rows of a pass, and how many of them, the last, go through the layers."""
-        work = self.work
+    def next_states(self, count: int) -> tuple[tuple[bytes, ...], int]:
+        """The states of the next step, and how many of them, the last ones, run through the layers: at most `count`."""
+        work = self.scheduled
         assert work is not None
-        left = work.states[self._held - work.base :]
+        left = work.states[self._cached - work.base :]
         fills = self._fills(len(left))
-        if fills > FILL_ROWS:
-            return left[:FILL_ROWS], 0
-        through = min(rows, len(left) - fills)
+        if fills > MAX_FILLED_STATES:
+            return left[:MAX_FILLED_STATES], 0
+        through = min(count, len(left) - fills)
         return left[: fills + through], through
 
     def rate_at(self, position: int) -> int:
-        """Of the state of a position in the round."""
-        work = self.work
+        """The rate that the state of a position in the round is coded at."""
+        work = self.scheduled
         assert work is not None
-        decides = position - work.base in work.decided or (work.extend and position == self.extent - 1)
+        decides = position - work.base in work.decoded_from or (work.extend and position == self.final_length - 1)
         return self._opening.rate if decides else self._opening.context_rate
 
     def _fills(self, left: int) -> int:
-        """How many of the round's states that are left decide nothing and are not near what is decided first."""
-        work = self.work
+        """How many of the `left` remaining states decide nothing and are not close before the one that does."""
+        work = self.scheduled
         if not self.fill or work is None:
             return 0
         exact = work.extend if work.base else work.extend * EXACT_LAST
         return max(left - exact, 0)
 
     def id_at(self, position: int) -> int:
-        """The token of a position, of the round or before it."""
-        work = self.work
+        """The token at a position, in the round or before it."""
+        work = self.scheduled
         assert work is not None
         return work.draft[position - work.base] if position >= work.base else self.tokens[position]
 
     @property
-    def decides(self) -> bool:
-        """Whether the last row that was fed decides a token."""
-        return self.work is not None and bool(self.work.extend) and self._held == self.extent
+    def needs_logits(self) -> bool:
+        """Whether the last state that was computed decides a token."""
+        return self.scheduled is not None and bool(self.scheduled.extend) and self._cached == self.final_length
 
-    def settle(self, logits_V: Floats | None, seconds: float) -> Committed | None:
-        """After a pass, with logits behind the last row when that decides; the answer, if the round has ended."""
-        work = self.work
+    def complete_step(self, logits_V: Floats | None, seconds: float) -> Committed | None:
+        """Account for a step. `logits_V`: of its last state, when that decides a token.
+
+        Returns the reply, if this step ended the round.
+        """
+        work = self.scheduled
         assert work is not None
         work.compute_s += seconds
-        work.passes += 1
-        self.tokens[work.base :] = work.draft[: self._held - work.base]
-        if self._held < self.extent:
+        work.steps += 1
+        self.tokens[work.base :] = work.draft[: self._cached - work.base]
+        if self._cached < self.final_length:
             return None
         own: tuple[int, ...] = ()
         if logits_V is not None:
-            own = (choose(logits_V, self.sampling, self.extent),)
+            own = (choose(logits_V, self.sampling, self.final_length),)
             if self._opening.logprobs is not None:
                 work.logprobs.append(Logprobs(*logprobs(logits_V, own[0], self._opening.logprobs)))
         return work.committed(own)
 
     def next_extension(self, now_s: float) -> None:
-        """The round has ended; nothing follows by itself."""
-        self.work = None
+        """End the scheduled round; a handoff has no extension."""
+        self.scheduled = None
 
     @property
-    def _held(self) -> int:
+    def _cached(self) -> int:
         return self.cache.length if self.cache is not None else 0

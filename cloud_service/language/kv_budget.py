@@ -1,6 +1,6 @@
-"""Which token sessions keep their state in memory. Pure: sizes and times come in, names to evict go out.
+"""Which sessions keep their KV cache in memory. Pure: sizes and times come in, names of sessions to evict go out.
 
-A context is a cache: the device keeps the accepted tokens and can always bring them again. Knows nothing about tensors.
+An evicted cache loses no token: the device keeps the accepted ones and can send them again. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 SessionId = bytes
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class HeldState:
-    """One session's state: its size, when it was last used (monotonic seconds), whether a device is connected to it."""
+    """One session's cache: its size, when it was last used (monotonic seconds), whether a device is connected."""
 
     size_bytes: int
     used_s: float
@@ -21,9 +21,10 @@ class HeldState:
 
 
 class KVBudget:
-    """A ledger with a budget in bytes. It never says more is held than the budget allows."""
+    """A ledger of cache sizes within a budget in bytes. Evict the `victims` first, then `record`."""
 
     def __init__(self, budget_bytes: int, idle_s: float) -> None:
+        """`idle_s`: how long a cache is kept that no device is connected to."""
         self.budget_bytes = budget_bytes
         self._idle_s = idle_s
         self.held_bytes = 0
@@ -32,33 +33,39 @@ class KVBudget:
     def __len__(self) -> int:
         return len(self._held)
 
+    def copy(self) -> KVBudget:
+        """A ledger with the same entries, to plan with."""
+        other = KVBudget(self.budget_bytes, self._idle_s)
+        other.held_bytes, other._held = self.held_bytes, dict(self._held)
+        return other
+
     def record(self, session: SessionId, size_bytes: int, now_s: float, *, attached: bool) -> None:
-        """A session was used and has this size now."""
+        """A session was used at `now_s` and has this size."""
         self.held_bytes += size_bytes - self._size(session)
         self._held[session] = HeldState(size_bytes, now_s, attached)
 
     def detach(self, session: SessionId, now_s: float) -> None:
-        """Its device has gone; what is held of it stays for now."""
+        """The session's device has disconnected; its cache stays for now."""
         self.record(session, self._size(session), now_s, attached=False)
 
     def drop(self, session: SessionId) -> None:
-        """A session's state is gone; unknown ones are not an error."""
+        """A session's cache is gone. Unknown sessions are no error."""
         self.held_bytes -= self._size(session)
         self._held.pop(session, None)
 
     def idle(self, now_s: float) -> list[SessionId]:
-        """Sessions that no device is connected to and that nobody used for `idle_s`."""
+        """Sessions that no device is connected to and that have not been used for `idle_s`."""
         return [name for name, held in self._held.items() if not held.attached and now_s - held.used_s >= self._idle_s]
 
     def stalest(self) -> SessionId | None:
-        """The longest unused session that no device is connected to."""
+        """The least recently used session that no device is connected to."""
         detached = [(held.used_s, name) for name, held in self._held.items() if not held.attached]
         return min(detached)[1] if detached else None
 
     def victims(self, session: SessionId, size_bytes: int, keep: Collection[SessionId]) -> list[SessionId] | None:
-        """Whom to evict so that `session` may have `size_bytes`: the unconnected first, then the least recently used.
+        """Sessions to evict so that `session` can have `size_bytes`: those without a device first, then by last use.
 
-        Those in `keep` stay. None when it would not fit even so.
+        Sessions in `keep` stay. None when there is no room even so.
         """
         missing = self.held_bytes - self._size(session) + size_bytes - self.budget_bytes
         if missing <= 0:

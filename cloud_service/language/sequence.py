@@ -1,8 +1,8 @@
-"""One session's text in the cloud, and how a round makes it grow. No queue, no thread, no network.
+"""One session's tokens in the cloud, and how a round extends them. No queue, no thread, no network.
 
 tokens (committed)  t0 t1 ... t(L-1)
-draft               from position `base`: what it shares with the committed is skipped, another text makes it stale
-rows fed            tokens[cache.length:] + draft; the row of position p decides the token of position p + 1
+draft               from position `base`: the part that equals committed tokens is skipped; any other makes it stale
+fed to the model    tokens[cache.length:] + draft; the logits of position p decide the token of position p + 1
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from isthmus.models.messages import Committed, Logprobs, Opening, Round
 
 @dataclass
 class ScheduledWork:
-    """A round under way; `matched` tokens of its draft are confirmed so far."""
+    """A round that is being computed; `matched` tokens of its draft are confirmed so far."""
 
     base: int
     skipped: int  # tokens from `base` on that were sent, and committed already when the round began
@@ -30,13 +30,13 @@ class ScheduledWork:
     started_s: float | None = None
     matched: int = 0
     compute_s: float = 0.0
-    passes: int = 0
+    steps: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
-    states: tuple[bytes, ...] = ()  # of the draft, in a hand-off
-    decided: frozenset[int] = frozenset()  # indices of those that have decided a token before
+    states: tuple[bytes, ...] = ()  # of the draft, in a handoff
+    decoded_from: frozenset[int] = frozenset()  # indices of states that a token was decoded from before
 
     def committed(self, tokens: tuple[int, ...], accepted: int = 0) -> Committed:
-        """Its answer, with what it cost."""
+        """The reply to the round, with its queue time, compute time and number of steps."""
         return Committed(
             base=self.base,
             accepted=accepted,
@@ -44,46 +44,48 @@ class ScheduledWork:
             extension=self.extension,
             queue_s=(self.started_s or self.arrived_s) - self.arrived_s,
             compute_s=self.compute_s,
-            passes=self.passes,
+            passes=self.steps,
             logprobs=tuple(self.logprobs),
         )
 
 
 class TokenSequence:
-    """A session's committed tokens and the cache of their keys and values (None: evicted, to be made again)."""
+    """A session's committed tokens and their KV cache (None: evicted; it is computed again from the tokens)."""
+
+    restartable = True  # an eviction costs time, and loses no round
 
     def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
         self.tokens = list(tokens)
         self.prefill_layers = opening.prefill_layers
-        guessed = len(tokens) - exact_last(len(tokens)) if opening.prefill_layers else 0
-        self._guessed = range(EXACT_FIRST, max(guessed, EXACT_FIRST))  # may skip the upper layers
+        stop = len(tokens) - exact_last(len(tokens)) if opening.prefill_layers else 0
+        self._approximated = range(EXACT_FIRST, max(stop, EXACT_FIRST))  # positions that may skip the upper layers
         self.cache: KVCache | None = None
-        self.work: ScheduledWork | None = None
+        self.scheduled: ScheduledWork | None = None
         self._sampling, self._logprobs = opening.sampling, opening.logprobs
         self._eos_ids = eos_ids
         self._context = context
         self._ended = False
 
     def check(self, round_: Round) -> None:
-        """Raises InvalidInput for a round that this session can never take."""
+        """Raises InvalidInput for a round that this session can never accept."""
         if round_.states:
-            raise InvalidInput("a round of states in a session that was opened without a hand-off")
+            raise InvalidInput("a round of states in a session that was opened without a handoff")
 
     def begin(self, round_: Round, arrived_s: float) -> Committed | None:
-        """Take up a round. A stale one, or one with nothing left to decide, is answered at once.
+        """Schedule a round. A stale one, or one with nothing left to decide, is answered at once.
 
-        Behind a stale one too the cloud may go on by itself.
+        After a stale round too the cloud may generate an extension.
         """
         length = len(self.tokens)
         known = self.tokens[round_.base : round_.base + len(round_.draft)]
         if round_.base > length or list(round_.draft[: len(known)]) != known:
             if round_.extend and not self.finished:
-                self.work = ScheduledWork(length, 0, (), round_.extend - 1, True, arrived_s)
+                self.scheduled = ScheduledWork(length, 0, (), round_.extend - 1, True, arrived_s)
             return Committed(length)
         if self.finished:
             return Committed(round_.base, len(known), tuple(self.tokens[round_.base + len(known) :]))
         draft = round_.draft[len(known) :][: self._context - length - 1]
-        self.work = ScheduledWork(round_.base, len(known), draft, round_.extend, False, arrived_s)
+        self.scheduled = ScheduledWork(round_.base, len(known), draft, round_.extend, False, arrived_s)
         return None
 
     @property
@@ -93,59 +95,62 @@ class TokenSequence:
 
     @property
     def lost(self) -> bool:
-        """Never: what is gone of the state is made again from the tokens."""
+        """Never: an evicted cache is computed again from the tokens."""
         return False
 
-    def forget(self) -> None:
-        """The state is gone."""
+    def drop_cache(self) -> None:
+        """The cache was evicted, or cannot be trusted."""
         self.cache = None
 
     @property
-    def reusable(self) -> int:
-        """Tokens whose state it can take over from another session: one row at least decides what follows."""
+    def reusable_length(self) -> int:
+        """Tokens whose keys and values a compatible session can hand on: the last one is fed again for its logits."""
         return len(self.tokens) - 1
 
     @property
-    def extent(self) -> int:
-        """Tokens whose state there may be when the round at hand has ended."""
-        return len(self.tokens) + (len(self.work.draft) if self.work else 0)
+    def final_length(self) -> int:
+        """Tokens that the cache may hold when the scheduled round has ended."""
+        return len(self.tokens) + (len(self.scheduled.draft) if self.scheduled else 0)
 
     @property
-    def rows(self) -> int:
-        """Rows of the same kind that the round could still use."""
-        if self.work is None:
+    def pending_tokens(self) -> int:
+        """Tokens that the next step could compute for the scheduled round, all of them by the same runner."""
+        if self.scheduled is None:
             return 0
-        ends = (self._guessed.start, self._guessed.stop) if self._guessed else ()
-        return next((end for end in ends if self._held < end), self.extent) - self._held
+        ends = (self._approximated.start, self._approximated.stop) if self._approximated else ()
+        return next((end for end in ends if self._cached < end), self.final_length) - self._cached
 
     @property
-    def guesses(self) -> bool:
-        """Whether the rows that come next decide nothing, and may skip the layers behind `prefill_layers`."""
-        return self._held in self._guessed
+    def skips_upper_layers(self) -> bool:
+        """Whether the next tokens decide nothing and may skip the layers after `prefill_layers`."""
+        return self._cached in self._approximated
 
     def next_ids(self, count: int) -> list[int]:
         """The next `count` tokens to feed."""
-        assert self.work is not None and self.cache is not None
+        assert self.scheduled is not None and self.cache is not None
         start = self.cache.length
-        return [*self.tokens, *self.work.draft][start : start + count]
+        return [*self.tokens, *self.scheduled.draft][start : start + count]
 
-    def decides(self, count: int) -> bool:
-        """Whether the next `count` rows decide a token."""
+    def needs_logits(self, count: int) -> bool:
+        """Whether one of the next `count` tokens decides a token."""
         assert self.cache is not None
         return self.cache.length + count >= len(self.tokens)
 
-    def settle(self, logits_NV: Floats | None, count: int, seconds: float) -> Committed | None:
-        """Take `count` rows' logits (None when they decide nothing) after a pass; what it committed, if it ended it."""
-        work, cache = self.work, self.cache
+    def complete_step(self, logits_NV: Floats | None, count: int, seconds: float) -> Committed | None:
+        """Account for a step of `count` tokens. `logits_NV`: theirs, None when they decide nothing.
+
+        Returns what the round committed, if this step ended it.
+        """
+        work, cache = self.scheduled, self.cache
         assert work is not None and cache is not None
         work.compute_s += seconds
-        work.passes += 1
+        work.steps += 1
         if logits_NV is None:
             return None
         length, first = len(self.tokens), cache.length - count
         for row in range(count):
-            index = first + row + 1 - length  # of the draft token that this row confirms or not
-            if index < work.matched:  # the text itself, or run again after an eviction
+            index = first + row + 1 - length  # of the draft token that these logits confirm or reject
+            if index < work.matched:  # committed already, or computed again after an eviction
                 continue
             token = choose(logits_NV[row], self._sampling, length + index)
             self._note(work, logits_NV[row], token)
@@ -158,21 +163,21 @@ class TokenSequence:
         return None
 
     def next_extension(self, now_s: float) -> None:
-        """Go on alone after a round that allows it."""
-        work = self.work
+        """End the scheduled round; schedule the next token of its extension, if it allows one."""
+        work = self.scheduled
         assert work is not None
-        self.work = None
+        self.scheduled = None
         if work.extend and not self.finished:
-            self.work = ScheduledWork(len(self.tokens), 0, (), work.extend - 1, True, now_s)
+            self.scheduled = ScheduledWork(len(self.tokens), 0, (), work.extend - 1, True, now_s)
 
     @property
-    def _held(self) -> int:
+    def _cached(self) -> int:
         return self.cache.length if self.cache is not None else 0
 
     def _commit(self, work: ScheduledWork, own: tuple[int, ...]) -> Committed:
         assert self.cache is not None
         length = len(self.tokens)
-        unsent = self.tokens[work.base + work.skipped :]  # the draft ended inside of the text
+        unsent = self.tokens[work.base + work.skipped :]  # the draft ended within the committed tokens
         self.tokens += [*work.draft[: work.matched], *own]
         self._ended = self.tokens[-1] in self._eos_ids
         self.cache.truncate(min(self.cache.length, length + work.matched))

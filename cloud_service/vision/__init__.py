@@ -1,1 +1,1 @@
-"""Tails: queue, batches, predictions."""
+"""The vision wing: queue, batches, predictions."""

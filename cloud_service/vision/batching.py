@@ -1,4 +1,4 @@
-"""Which waiting inputs are computed next. Pure: the time comes in, a plan goes out, nothing is done here.
+"""Which queued inputs are computed next. Pure: takes the queue and the time, returns a plan.
 
 Knows nothing about payloads, networks or gRPC.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class QueuedInput:
-    """One waiting input. Only inputs of equal `key` can share a batch. Times are monotonic seconds."""
+    """A queued input. Only inputs of equal `key` can share a batch. Times are monotonic seconds."""
 
     ticket: int
     key: Hashable
@@ -24,12 +24,12 @@ class BatchLimits:
     """A batch starts when it has `max_size` inputs or its oldest has waited `max_wait_s`."""
 
     max_size: int = 16
-    max_wait_s: float = 0.002  # a tenth of one tail on one core: what a fuller batch may cost the first in it
+    max_wait_s: float = 0.002  # a tenth of one tail on one core: what a fuller batch may cost its first input
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """`expired` is to be refused, `batch` computed now; without a batch, look again in `wait_s` (None: at arrival)."""
+    """`expired` is refused, `batch` is computed now; without a batch, plan again in `wait_s` (None: on an arrival)."""
 
     batch: tuple[QueuedInput, ...]
     expired: tuple[QueuedInput, ...]
@@ -39,13 +39,13 @@ class BatchPlan:
 def next_batch(queue: Sequence[QueuedInput], now_s: float, limits: BatchLimits) -> BatchPlan:
     """Plan the next batch of a queue in order of arrival.
 
-    A full batch goes first; otherwise the key of the longest-waiting input, once that has waited enough.
+    A full batch goes first; otherwise the group of the oldest input, once that has waited `max_wait_s`.
     """
-    expired = tuple(work for work in queue if work.deadline_s <= now_s)
+    expired = tuple(queued for queued in queue if queued.deadline_s <= now_s)
     groups: dict[Hashable, list[QueuedInput]] = {}
-    for work in queue:
-        if work.deadline_s > now_s:
-            groups.setdefault(work.key, []).append(work)
+    for queued in queue:
+        if queued.deadline_s > now_s:
+            groups.setdefault(queued.key, []).append(queued)
     if not groups:
         return BatchPlan((), expired, None)
     full = (group for group in groups.values() if len(group) >= limits.max_size)
@@ -57,36 +57,3 @@ def next_batch(queue: Sequence[QueuedInput], now_s: float, limits: BatchLimits) 
             return BatchPlan((), expired, left_s)
         chosen = oldest
     return BatchPlan(tuple(chosen[: limits.max_size]), expired, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """Rows that one session could have in the next pass, and the number of the pass that last served it.
-
-    Only wants of equal `kind` can share a pass.
-    """
-
-    ticket: int
-    rows: int
-    served: int
-    kind: Hashable = None
-
-
-def next_pass(wants: Sequence[Candidate], width: int) -> list[tuple[int, int]]:
-    """(ticket, rows) of the next pass of `width` rows, at most.
-
-    The least recently served come first, each with half a pass at most; what is left then goes to them in the same
-    order. So a long prompt fills what others leave, and holds nobody up. The first of all says which kind is next.
-    """
-    order = sorted((want for want in wants if want.rows), key=lambda want: (want.served, want.ticket))
-    order = [want for want in order if want.kind == order[0].kind]
-    given: dict[int, int] = {}
-    left = width
-    for share in (max(width // 2, 1), width):
-        for want in order:
-            had = given.get(want.ticket, 0)
-            rows = min(max(min(want.rows, share) - had, 0), left)
-            if rows:
-                given[want.ticket] = had + rows
-                left -= rows
-    return list(given.items())

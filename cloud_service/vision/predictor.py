@@ -1,4 +1,4 @@
-"""A loaded bundle answers payloads: decode, then the tail. Synchronous; knows nothing about queues or gRPC."""
+"""A loaded bundle predicts from payloads: decode, then run the tail. Synchronous; no queues, no gRPC."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Probabilities = tuple[tuple[float, ...], ...]  # of each task asked for, in the 
 
 @dataclass(frozen=True)
 class Kind:
-    """What payloads must have in common to be computed together. `tap` is None for whole images."""
+    """What payloads of one batch have in common. `tap` is None for whole images."""
 
     tap: int | None
     tasks: tuple[int, ...]
@@ -28,17 +28,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A payload as the tail takes it: a latent (C, H, W) with its rate, or an image (3, H, W)."""
+    """Input of the tail: a latent (C, H, W) with its rate, or an image (3, H, W)."""
 
     array: Floats
     rate: int
 
 
 class Predictor:
-    """One bundle's codecs and tail."""
+    """Codecs and tail of one bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Raises BundleError when tables or weights do not fit."""
+        """Raises BundleError when tables or weights do not fit the manifest."""
         self.manifest = bundle.manifest
         self.info = BundleInfo(
             fingerprint=bundle.fingerprint,
@@ -50,7 +50,7 @@ class Predictor:
         self._tail = open_tail(bundle)
 
     def check(self, request: CloudRequest) -> None:
-        """Raise InvalidInput or PayloadTooLarge when its fields alone tell that this bundle cannot answer it."""
+        """Raises InvalidInput or PayloadTooLarge when the request's fields show that this bundle cannot answer it."""
         tasks, taps = self.info.tasks, self.info.taps
         for task in request.tasks:
             if task >= len(tasks):
@@ -62,8 +62,8 @@ class Predictor:
             raise InvalidInput(f"tap {payload.tap} does not exist, the bundle has {numbered(taps)}")
         self._codecs[payload.tap].check(len(payload.data), payload.rate)
 
-    def answer(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
-        """Probabilities or an error for each payload of one kind; a bad one harms no other."""
+    def predict(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
+        """Probabilities or an error for each payload of one kind; a bad payload affects no other."""
         results: list[Probabilities | IsthmusError] = []
         decoded: dict[int, Decoded] = {}
         for index, payload in enumerate(payloads):
@@ -76,7 +76,7 @@ class Predictor:
         return results
 
     def warm_up(self) -> None:
-        """Run every way once, so that the first device does not pay for the first call."""
+        """Run each tap and the whole-image path once, so that the first request does not pay for the first call."""
         tasks = range(len(self.info.tasks))
         for index, tap in enumerate(self.manifest.taps):
             self._tail.latents_to_tasks(index, [np.zeros(tap.latent, np.float32)], [0], tasks)
@@ -94,7 +94,7 @@ class Predictor:
             return Overloaded("not enough memory for this input")
 
     def _compute(self, kind: Kind, inputs: Sequence[Decoded]) -> list[Probabilities | IsthmusError]:
-        """Answer a batch; when that fails, each input alone, so that one cannot take the others down."""
+        """Run the tail on a batch; when that fails, on each input alone, so that one cannot fail the others."""
         if not inputs:
             return []
         try:
@@ -118,5 +118,5 @@ class Predictor:
 
 
 def numbered(entries: Sequence[TaskInfo | TapInfo]) -> str:
-    """What there is, for an error's text."""
+    """The indices and names that exist, for an error message."""
     return ", ".join(f"{index} {entry.name}" for index, entry in enumerate(entries))

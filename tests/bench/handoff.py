@@ -223,13 +223,13 @@ def other_domain(
 
 def read(whole: FullRunner, prompt: Sequence[int], kept: int) -> tuple[KVCache, int, float]:
     """The service's own passes over a prompt: its state, the token that follows, seconds. `kept`: 0 for all layers."""
-    text = whole.new_text(prompt, Opening(b"", b"", 0, (), 0, prefill_layers=kept))
+    text = whole.new_sequence(prompt, Opening(b"", b"", 0, (), 0, prefill_layers=kept))
     text.cache = whole.decoder.new_cache()
     started_s = time.perf_counter()
     text.begin(Round(len(prompt)), 0.0)
     committed = None
     while committed is None:
-        (committed,) = whole.due(text).run([(text, min(text.rows, whole.decoder.width))]).outcomes
+        (committed,) = whole.next_runner(text).run([(text, min(text.pending_tokens, whole.decoder.width))]).outcomes
     if not isinstance(committed, Committed):
         raise committed
     return text.cache, committed.tokens[0], time.perf_counter() - started_s

@@ -2,7 +2,7 @@
 
     python -m tests.bench.slow_cloud --listen ... --model ...        with ISTHMUS_BENCH_SLOWDOWN=4
 
-Every forward pass sleeps until it has taken that many times as long. Results are unchanged.
+Every forward pass sleeps until it has lasted that many times as long. Results are unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SLOWDOWN = float(os.environ.get("ISTHMUS_BENCH_SLOWDOWN", "1"))
 
 
 class SlowDecoder(Decoder):
-    """A decoder that takes its time."""
+    """A decoder whose forward passes are delayed."""
 
     def forward(self, x_NH: Tensor, spans: Sequence[Span]) -> Tensor:
         started_s = time.perf_counter()
@@ -31,8 +31,8 @@ class SlowDecoder(Decoder):
 
 
 if __name__ == "__main__":
-    import isthmus.cloud_service.server
+    import isthmus.cloud_service.language.service
 
     if SLOWDOWN > 1:
-        isthmus.cloud_service.server.Decoder = SlowDecoder  # type: ignore[misc]
+        isthmus.cloud_service.language.service.Decoder = SlowDecoder  # type: ignore[misc]
     main()

@@ -147,6 +147,6 @@ def test_a_cloud_without_the_bundle_says_so(endless_llama: Path, bundle: Path) -
     with (
         CloudProcess(arguments=("--model", str(endless_llama), *LANGUAGE)) as cloud,
         agent_of(cloud, endless_llama, bundle, CLOUD) as agent,
-        pytest.raises(Exception, match="hand-off"),
+        pytest.raises(Exception, match="handoff"),
     ):
         answered(agent)

@@ -11,7 +11,7 @@ from isthmus.models.language.torch import kv_cache
 from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
-from tests.unit.cloud_service.language.tiny import CONTEXT, ENDS, WIDTH, House, Play, Scenario
+from tests.unit.cloud_service.language.tiny import CONTEXT, ENDS, WIDTH, EngineHarness, Play, Scenario
 
 
 @pytest.fixture(scope="session")
@@ -34,26 +34,26 @@ def handoff(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) ->
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches grow by a page, so that short texts compete for memory."""
+    """Caches grow by a page, so that short sequences compete for memory."""
     monkeypatch.setattr(kv_cache, "GROWTH_TOKENS", PAGE_TOKENS)
 
 
 @pytest.fixture
 def scenario(checkpoint: Checkpoint, decoder: Decoder, handoff: HandoffBundle, small_steps: None) -> Scenario:
-    """Run a play beside the passes of a generation with memory for `pages` pages of 64 tokens."""
+    """Run a play beside an engine with memory for `pages` pages of 64 tokens."""
 
-    def run(play: Play, pages: int = 100) -> House:
-        async def both() -> House:
-            house = House(checkpoint, decoder, pages, [handoff])
-            running = asyncio.create_task(house.generation.run())
-            await asyncio.wait_for(play(house), 60)
-            house.decoder.gate.set()
-            house.generation.drain()
+    def run(play: Play, pages: int = 100) -> EngineHarness:
+        async def both() -> EngineHarness:
+            harness = EngineHarness(checkpoint, decoder, pages, [handoff])
+            running = asyncio.create_task(harness.engine.run())
+            await asyncio.wait_for(play(harness), 60)
+            harness.decoder.gate.set()
+            harness.engine.drain()
             await asyncio.wait_for(running, 10)
-            return house
+            return harness
 
-        house = asyncio.run(both())
-        assert house.most_bytes <= house.budget_bytes
-        return house
+        harness = asyncio.run(both())
+        assert harness.most_bytes <= harness.budget_bytes
+        return harness
 
     return run

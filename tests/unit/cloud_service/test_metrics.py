@@ -24,7 +24,9 @@ def metrics(registry: CollectorRegistry) -> CloudMetrics:
     return CloudMetrics(registry, [INFO])
 
 
-def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+def test_every_name_has_our_prefix_and_known_labels_start_at_zero(
+    metrics: CloudMetrics, registry: CollectorRegistry
+) -> None:
     families = list(text_string_to_metric_families(generate_latest(registry).decode()))
     assert families
     assert all(family.name.startswith("isthmus_") for family in families)
@@ -47,14 +49,14 @@ def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: CloudMetrics
         (UnsupportedVersion("x"), True, "version"),
     ],
 )
-def test_unreadable_payloads_are_counted_by_what_was_wrong(
+def test_unreadable_payloads_are_counted_by_reason(
     metrics: CloudMetrics, registry: CollectorRegistry, error: IsthmusError, on_arrival: bool, reason: str
 ) -> None:
     metrics.unreadable(error, on_arrival=on_arrival)
     assert registry.get_sample_value("isthmus_cloud_decode_failures_total", {"reason": reason}) == 1
 
 
-def test_other_errors_are_no_decode_failures(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+def test_other_errors_are_not_decode_failures(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
     before = generate_latest(registry)
     metrics.unreadable(InvalidInput("x"), on_arrival=True)
     assert generate_latest(registry) == before
@@ -80,6 +82,6 @@ def test_inputs_are_counted_by_tap_and_by_each_task(metrics: CloudMetrics, regis
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_is_content(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
+def test_promtool_accepts_the_metrics(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
     result = subprocess.run(["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()

@@ -1,4 +1,4 @@
-"""The door over a real gRPC server in this process; behind it a fake with the face of `Worker`."""
+"""The servicer on a real gRPC server in this process, with a scripted `VisionService`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service.language.service import LanguageService
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.cloud_service.servicer import Servicer, attach, service_info
+from isthmus.cloud_service.servicer import Servicer, attach
 from isthmus.models import errors
 from isthmus.models.messages import BundleInfo, CloudReply, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from isthmus.protos import limits, wire
@@ -23,8 +24,10 @@ INFO = BundleInfo(bytes(range(32)), "fake", (TaskInfo("defect", 2), TaskInfo("co
 Status = grpc.StatusCode
 
 
-class FakeWorker:
+class FakeVision:
     """Answers with the payload's first byte, or raises what the payload names in `failures`, once `gate` is open."""
+
+    bundles = (INFO,)
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -46,35 +49,35 @@ class FakeWorker:
             self.inside -= 1
 
 
-class House:
-    """A servicer with its fake worker, its metrics and a client's stub."""
+class ServicerHarness:
+    """A servicer with its metrics and a client's stub."""
 
     def __init__(self) -> None:
-        self.worker, self.registry = FakeWorker(), CollectorRegistry()
+        self.vision, self.registry = FakeVision(), CollectorRegistry()
         metrics = CloudMetrics(self.registry, [INFO])
-        self.servicer = Servicer(self.worker, service_info((INFO,)), metrics)  # type: ignore[arg-type]
+        self.servicer = Servicer(self.vision, LanguageService(), metrics)
         self.stub: Any = None
 
     def count(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
 
 
-def scenario(play: Callable[[House], Coroutine[Any, Any, None]]) -> House:
+def scenario(play: Callable[[ServicerHarness], Coroutine[Any, Any, None]]) -> ServicerHarness:
     """Run `play` against a server on a free port."""
 
-    async def both() -> House:
-        house = House()
+    async def both() -> ServicerHarness:
+        harness = ServicerHarness()
         server = grpc.aio.server(options=limits.server_options())
-        attach(house.servicer, server)
+        attach(harness.servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                house.stub = pb_grpc.IsthmusStub(channel)
-                await asyncio.wait_for(play(house), 30)
+                harness.stub = pb_grpc.IsthmusStub(channel)
+                await asyncio.wait_for(play(harness), 30)
         finally:
             await server.stop(None)
-        return house
+        return harness
 
     return asyncio.run(both())
 
@@ -97,20 +100,20 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_unary_answers_with_what_the_cloud_spent() -> None:
-    async def play(house: House) -> None:
-        response = await house.stub.Infer(request(7))
+    async def play(harness: ServicerHarness) -> None:
+        response = await harness.stub.Infer(request(7))
         assert response.request_id == 7
         assert wire.unpack_answer(response, [2]) == CloudReply(((1.0, 0.0),), 0.001, 0.002)
 
-    house = scenario(play)
-    assert house.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
-    assert house.count("isthmus_cloud_inflight_requests") == 0
+    harness = scenario(play)
+    assert harness.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
+    assert harness.count("isthmus_cloud_inflight_requests") == 0
 
 
 def test_the_tasks_asked_for_are_answered_one_after_another() -> None:
-    async def play(house: House) -> None:
+    async def play(harness: ServicerHarness) -> None:
         both, second = request(1, b"\x33", (0, 1)), request(2, b"\xff", (1,))
-        answers = {response.request_id: response async for response in house.stub.InferStream(iter([both, second]))}
+        answers = {response.request_id: response async for response in harness.stub.InferStream(iter([both, second]))}
         first, other = wire.unpack_answer(answers[1], [2, 2]).probabilities
         assert first == other == pytest.approx((0.2, 0.8))
         assert wire.unpack_answer(answers[2], [2]).probabilities == ((1.0, 0.0),)
@@ -132,25 +135,25 @@ def test_the_tasks_asked_for_are_answered_one_after_another() -> None:
         (KeyError("/srv/secret"), Status.INTERNAL, "the service failed on this input"),
     ],
 )
-def test_unary_errors_are_status_codes_and_keep_our_secrets(failure: Exception, code: Status, text: str) -> None:
-    async def play(house: House) -> None:
-        house.worker.failures[b"bad!"] = failure
+def test_unary_errors_are_status_codes_without_internal_details(failure: Exception, code: Status, text: str) -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.failures[b"bad!"] = failure
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await house.stub.Infer(request(1, b"bad!"))
+            await harness.stub.Infer(request(1, b"bad!"))
         assert (caught.value.code(), caught.value.details()) == (code, text)
-        assert (await house.stub.Infer(request(2))).request_id == 2
+        assert (await harness.stub.Infer(request(2))).request_id == 2
 
-    house = scenario(play)
-    assert house.count("isthmus_cloud_requests_total", method="Infer", code=code.name) == 1
-    assert house.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
-    assert house.count("isthmus_cloud_inflight_requests") == 0
+    harness = scenario(play)
+    assert harness.count("isthmus_cloud_requests_total", method="Infer", code=code.name) == 1
+    assert harness.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
+    assert harness.count("isthmus_cloud_inflight_requests") == 0
 
 
-def test_a_fault_of_ours_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    async def play(house: House) -> None:
-        house.worker.failures[b"bad!"] = KeyError("what went wrong")
+def test_a_fault_of_the_service_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.failures[b"bad!"] = KeyError("what went wrong")
         with pytest.raises(grpc.aio.AioRpcError):
-            await house.stub.Infer(request(1, b"bad!"))
+            await harness.stub.Infer(request(1, b"bad!"))
 
     with caplog.at_level(logging.ERROR, "isthmus.cloud"):
         scenario(play)
@@ -169,17 +172,19 @@ def test_a_fault_of_ours_is_logged_with_its_traceback(caplog: pytest.LogCaptureF
         ({"codec": 99}, Status.INVALID_ARGUMENT, None),
     ],
 )
-def test_what_cannot_be_read_never_reaches_the_worker(fields: dict[str, Any], code: Status, reason: str | None) -> None:
-    async def play(house: House) -> None:
+def test_an_unreadable_request_never_reaches_the_vision_service(
+    fields: dict[str, Any], code: Status, reason: str | None
+) -> None:
+    async def play(harness: ServicerHarness) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await house.stub.Infer(spoilt(1, **fields))
+            await harness.stub.Infer(spoilt(1, **fields))
         assert caught.value.code() is code
-        assert house.worker.seen == 0
+        assert harness.vision.seen == 0
 
-    house = scenario(play)
+    harness = scenario(play)
     counted = {
         sample.labels["reason"]: sample.value
-        for family in house.registry.collect()
+        for family in harness.registry.collect()
         for sample in family.samples
         if sample.name == "isthmus_cloud_decode_failures_total"
     }
@@ -187,10 +192,10 @@ def test_what_cannot_be_read_never_reaches_the_worker(fields: dict[str, Any], co
 
 
 def test_a_stream_answers_each_input_and_errors_travel_in_responses() -> None:
-    async def play(house: House) -> None:
-        house.worker.failures[b"bad!"] = errors.PayloadCorrupt("bad")
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.failures[b"bad!"] = errors.PayloadCorrupt("bad")
         messages = [request(1), request(2, b"bad!"), spoilt(3, wire_version=9), request(4, b"\x00")]
-        answers = {response.request_id: response async for response in house.stub.InferStream(iter(messages))}
+        answers = {response.request_id: response async for response in harness.stub.InferStream(iter(messages))}
         assert sorted(answers) == [1, 2, 3, 4]
         assert [answers[number].error.code for number in (1, 2, 3, 4)] == [
             0,
@@ -200,66 +205,66 @@ def test_a_stream_answers_each_input_and_errors_travel_in_responses() -> None:
         ]
         assert list(answers[4].probabilities) == [0.0, 1.0]
 
-    house = scenario(play)
-    assert house.count("isthmus_cloud_requests_total", method="InferStream", code="OK") == 2
+    harness = scenario(play)
+    assert harness.count("isthmus_cloud_requests_total", method="InferStream", code="OK") == 2
 
 
-def test_a_stream_is_not_read_beyond_its_places_and_all_is_answered_later() -> None:
-    async def play(house: House) -> None:
-        house.worker.gate.clear()
+def test_a_stream_is_read_only_up_to_its_limit_in_flight_and_all_requests_are_answered() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.gate.clear()
         count = limits.MAX_STREAM_INFLIGHT + 20
-        call = house.stub.InferStream(iter([request(number + 1) for number in range(count)]))
-        await until(lambda: house.worker.inside == limits.MAX_STREAM_INFLIGHT)
+        call = harness.stub.InferStream(iter([request(number + 1) for number in range(count)]))
+        await until(lambda: harness.vision.inside == limits.MAX_STREAM_INFLIGHT)
         await asyncio.sleep(0.05)
-        assert house.worker.seen == limits.MAX_STREAM_INFLIGHT
-        house.worker.gate.set()
+        assert harness.vision.seen == limits.MAX_STREAM_INFLIGHT
+        harness.vision.gate.set()
         answered = [response.request_id async for response in call]
         assert sorted(answered) == list(range(1, count + 1))
-        assert house.worker.most_inside == limits.MAX_STREAM_INFLIGHT
+        assert harness.vision.most_inside == limits.MAX_STREAM_INFLIGHT
 
     scenario(play)
 
 
-def test_a_caller_that_hangs_up_leaves_nothing_behind() -> None:
-    async def play(house: House) -> None:
+def test_a_caller_that_disconnects_leaves_nothing_in_flight() -> None:
+    async def play(harness: ServicerHarness) -> None:
         complaints: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
-        house.worker.gate.clear()
-        call = house.stub.InferStream(iter([request(1), request(2)]))
-        await until(lambda: house.worker.inside == 2)
+        harness.vision.gate.clear()
+        call = harness.stub.InferStream(iter([request(1), request(2)]))
+        await until(lambda: harness.vision.inside == 2)
         call.cancel()
-        await until(lambda: house.worker.inside == 0)
-        await asyncio.wait_for(house.servicer.drained(), 10)
+        await until(lambda: harness.vision.inside == 0)
+        await asyncio.wait_for(harness.servicer.drained(), 10)
         assert complaints == []
 
     assert scenario(play).count("isthmus_cloud_inflight_requests") == 0
 
 
-def test_a_unary_caller_whose_deadline_passes_takes_its_input_along() -> None:
-    async def play(house: House) -> None:
-        house.worker.gate.clear()
+def test_the_input_of_a_unary_caller_whose_deadline_passes_is_cancelled() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.gate.clear()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await house.stub.Infer(request(1), timeout=0.2)
+            await harness.stub.Infer(request(1), timeout=0.2)
         assert caught.value.code() is Status.DEADLINE_EXCEEDED
-        await until(lambda: house.worker.inside == 0)
+        await until(lambda: harness.vision.inside == 0)
 
     assert scenario(play).count("isthmus_cloud_inflight_requests") == 0
 
 
-def test_draining_says_farewell_and_answers_what_is_outstanding() -> None:
-    async def play(house: House) -> None:
-        house.worker.gate.clear()
-        call = house.stub.InferStream()
+def test_draining_notifies_streams_and_answers_outstanding_requests() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.gate.clear()
+        call = harness.stub.InferStream()
         await call.write(request(1))
-        await until(lambda: house.worker.inside == 1)
-        house.servicer.drain()
-        farewell = await call.read()
-        assert (farewell.request_id, farewell.error.code) == (0, Status.UNAVAILABLE.value[0])
-        drained = asyncio.create_task(house.servicer.drained())
+        await until(lambda: harness.vision.inside == 1)
+        harness.servicer.drain()
+        notice = await call.read()
+        assert (notice.request_id, notice.error.code) == (0, Status.UNAVAILABLE.value[0])
+        drained = asyncio.create_task(harness.servicer.drained())
         await call.done_writing()
         await asyncio.sleep(0.05)
         assert not drained.done()
-        house.worker.gate.set()
+        harness.vision.gate.set()
         answer = await call.read()
         assert (answer.request_id, list(answer.probabilities)) == (1, [1.0, 0.0])
         assert await call.read() is grpc.aio.EOF
@@ -268,15 +273,15 @@ def test_draining_says_farewell_and_answers_what_is_outstanding() -> None:
     scenario(play)
 
 
-def test_describe_tells_what_is_held_and_takes_padding_up_to_its_cap() -> None:
-    async def play(house: House) -> None:
-        response = await house.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES)))
+def test_describe_lists_bundles_and_accepts_padding_up_to_its_cap() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        response = await harness.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES)))
         assert wire.unpack_service(response).bundles == (INFO,)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await house.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES + 1)))
+            await harness.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES + 1)))
         assert caught.value.code() is Status.INVALID_ARGUMENT
         assert str(limits.MAX_PROBE_BYTES) in caught.value.details()
 
-    house = scenario(play)
+    harness = scenario(play)
     codes = ("OK", "INVALID_ARGUMENT")
-    assert [house.count("isthmus_cloud_requests_total", method="Describe", code=code) for code in codes] == [1, 1]
+    assert [harness.count("isthmus_cloud_requests_total", method="Describe", code=code) for code in codes] == [1, 1]

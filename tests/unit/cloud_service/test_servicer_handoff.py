@@ -1,4 +1,4 @@
-"""Hidden states over a real gRPC server in this process: what is wrong with one message harms nothing else."""
+"""Hidden states over a real gRPC server in this process: an invalid message affects no other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isthmus.models.language.torch.decoder import Decoder
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from tests.unit.cloud_service.language.tiny import StateDevice
-from tests.unit.cloud_service.test_servicer_generate import Door, asked, read, read_error, serve
+from tests.unit.cloud_service.test_servicer_generate import ServerHarness, asked, read, read_error, serve
 
 Status = grpc.StatusCode
 PROMPT = list(range(10, 30))
@@ -24,9 +24,9 @@ PROMPT = list(range(10, 30))
 class Caller(StateDevice):
     """Its messages, and a stream that they go up on."""
 
-    def __init__(self, door: Door, decoder: Decoder, handoff: HandoffBundle) -> None:
-        super().__init__(door.house, decoder, handoff, 1, PROMPT)
-        self.call: Any = door.stub.Generate()
+    def __init__(self, server: ServerHarness, decoder: Decoder, handoff: HandoffBundle) -> None:
+        super().__init__(server.harness, decoder, handoff, 1, PROMPT)
+        self.call: Any = server.stub.Generate()
 
     def opened(self, **fields: Any) -> pb.GenerateRequest:
         message = wire_session.pack_opening(self.opening())
@@ -52,20 +52,22 @@ def spoilt(message: pb.GenerateRequest, true_crc: bool = True, **fields: Any) ->
     return spoilt
 
 
-Play = Callable[[Door, Caller], Awaitable[None]]
-HandoffScene = Callable[[Play], Door]
+Play = Callable[[ServerHarness, Caller], Awaitable[None]]
+HandoffScene = Callable[[Play], ServerHarness]
 
 
 @pytest.fixture
 def scene(checkpoint: Checkpoint, decoder: Decoder, handoff: HandoffBundle) -> HandoffScene:
-    def run(play: Play) -> Door:
-        return asyncio.run(serve(lambda door: play(door, Caller(door, decoder, handoff)), checkpoint, decoder, handoff))
+    def run(play: Play) -> ServerHarness:
+        return asyncio.run(
+            serve(lambda server: play(server, Caller(server, decoder, handoff)), checkpoint, decoder, handoff)
+        )
 
     return run
 
 
 def test_a_session_and_its_rounds(scene: HandoffScene) -> None:
-    async def play(door: Door, caller: Caller) -> None:
+    async def play(server: ServerHarness, caller: Caller) -> None:
         for message in (caller.opened(), caller.rounded(extend=0), caller.rounded(base=19)):
             await caller.call.write(message)
         first, second = await read(caller.call), await read(caller.call)
@@ -78,7 +80,7 @@ def test_a_session_and_its_rounds(scene: HandoffScene) -> None:
 
 
 def test_a_hostile_round_is_one_error_and_the_session_goes_on(scene: HandoffScene) -> None:
-    async def play(door: Door, caller: Caller) -> None:
+    async def play(server: ServerHarness, caller: Caller) -> None:
         good = caller.rounded()
         tokens, states = list(good.round.draft), list(good.round.states)
         long = limits.MAX_STATES + 1
@@ -111,7 +113,7 @@ def test_a_hostile_round_is_one_error_and_the_session_goes_on(scene: HandoffScen
 
 
 def test_a_hostile_opening_is_one_error_and_the_stream_goes_on(scene: HandoffScene) -> None:
-    async def play(door: Door, caller: Caller) -> None:
+    async def play(server: ServerHarness, caller: Caller) -> None:
         wrong = {
             Status.NOT_FOUND: caller.opened(handoff=12345),
             Status.INVALID_ARGUMENT: caller.opened(rate=2),
@@ -135,8 +137,8 @@ def test_a_hostile_opening_is_one_error_and_the_stream_goes_on(scene: HandoffSce
 
 
 def test_states_in_a_session_of_tokens_are_one_error(scene: HandoffScene) -> None:
-    async def play(door: Door, caller: Caller) -> None:
-        for message in (door.opening(), caller.rounded(base=3)):
+    async def play(server: ServerHarness, caller: Caller) -> None:
+        for message in (server.opening(), caller.rounded(base=3)):
             await caller.call.write(message)
         assert await read_error(caller.call) is Status.INVALID_ARGUMENT
         await caller.call.write(asked(3))
@@ -147,7 +149,7 @@ def test_states_in_a_session_of_tokens_are_one_error(scene: HandoffScene) -> Non
 
 
 def test_what_is_lost_is_one_error_until_the_stream_opens_again(scene: HandoffScene) -> None:
-    async def play(door: Door, caller: Caller) -> None:
+    async def play(server: ServerHarness, caller: Caller) -> None:
         for message in (caller.opened(), caller.rounded(base=3), caller.rounded(base=4)):
             await caller.call.write(message)
         assert await read_error(caller.call) is Status.ABORTED
@@ -161,8 +163,8 @@ def test_what_is_lost_is_one_error_until_the_stream_opens_again(scene: HandoffSc
 
 
 def test_describe_names_the_handoff(scene: HandoffScene, handoff: HandoffBundle) -> None:
-    async def play(door: Door, caller: Caller) -> None:
-        info = wire.unpack_service(await door.stub.Describe(pb.DescribeRequest()))
+    async def play(server: ServerHarness, caller: Caller) -> None:
+        info = wire.unpack_service(await server.stub.Describe(pb.DescribeRequest()))
         assert [model.handoffs for model in info.models] == [(handoff.fingerprint,)]
         await caller.call.done_writing()
 
@@ -170,11 +172,11 @@ def test_describe_names_the_handoff(scene: HandoffScene, handoff: HandoffBundle)
 
 
 def test_draining_ends_the_stream(scene: HandoffScene) -> None:
-    async def play(door: Door, caller: Caller) -> None:
+    async def play(server: ServerHarness, caller: Caller) -> None:
         for message in (caller.opened(), caller.rounded()):
             await caller.call.write(message)
         await read(caller.call)
-        door.servicer.drain()
+        server.servicer.drain()
         assert await read_error(caller.call) is Status.UNAVAILABLE
         assert await caller.call.read() is grpc.aio.EOF
 

@@ -32,7 +32,9 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
     return registry.get_sample_value(f"isthmus_cloud_{name}", {"model": "tiny", **labels})
 
 
-def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
+def test_every_name_has_our_prefix_and_known_labels_start_at_zero(
+    metrics: EngineMetrics, registry: CollectorRegistry
+) -> None:
     families = list(registry.collect())
     assert len(families) == 9
     assert all(family.name.startswith("isthmus_cloud_") for family in families)
@@ -48,8 +50,8 @@ def test_every_name_is_ours_and_known_labels_start_at_zero(metrics: EngineMetric
         assert value(registry, name) == 0
 
 
-def test_a_pass_counts_its_rows_and_what_they_leave_empty(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
-    metrics.passed(5, 16, 0.5)
+def test_a_step_counts_its_tokens_and_its_padding(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
+    metrics.step(5, 16, 0.5)
     assert [value(registry, "decoder_rows_total", kind=kind) for kind in ROWS] == [5, 11]
     assert value(registry, "decoder_pass_seconds_sum") == 0.5
 
@@ -60,17 +62,19 @@ def test_a_round_counts_its_drafts_and_tokens(metrics: EngineMetrics, registry: 
     assert value(registry, "tokens_committed_total") == 4
 
 
-def test_a_round_of_states_counts_the_token_it_asked_for(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
+def test_a_round_of_states_counts_the_token_that_it_decided(
+    metrics: EngineMetrics, registry: CollectorRegistry
+) -> None:
     for own in (1, 0, 1):
-        metrics.handed_off(own)
-    metrics.took(3, 20)
+        metrics.handoff_round(own)
+    metrics.states(3, 20)
     assert [value(registry, "state_rounds_total", kind=kind) for kind in STATE_ROUNDS] == [2, 1]
     assert [value(registry, "state_positions_total", kind=kind) for kind in POSITIONS] == [3, 20]
     assert value(registry, "tokens_committed_total") == 2
 
 
-def test_contexts_and_evictions(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
-    metrics.contexts(7, 1000)
+def test_caches_and_evictions(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
+    metrics.caches(7, 1000)
     metrics.evicted("idle")
     assert (value(registry, "contexts_held"), value(registry, "contexts_bytes")) == (7, 1000)
     assert [value(registry, "context_evictions_total", reason=reason) for reason in EVICTIONS] == [0, 1]
@@ -84,18 +88,18 @@ def test_two_models_of_one_service_are_counted_apart(registry: CollectorRegistry
     assert value(registry, "tokens_committed_total") == 1
 
 
-def test_a_failure_of_ours_is_logged_with_its_traceback(
+def test_a_fault_of_the_service_is_logged_with_its_traceback(
     metrics: EngineMetrics, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR, "isthmus.cloud"):
         try:
             raise RuntimeError("a kernel broke")
         except RuntimeError:
-            metrics.log_failure("pass failed")
-    assert "pass failed" in caplog.text and "a kernel broke" in caplog.text
+            metrics.log_failure("step failed")
+    assert "step failed" in caplog.text and "a kernel broke" in caplog.text
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_promtool_is_content(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
+def test_promtool_accepts_the_metrics(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
     result = subprocess.run(["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()

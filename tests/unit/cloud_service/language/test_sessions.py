@@ -1,4 +1,4 @@
-"""How a session is opened, taken over and forgotten, beside passes that run."""
+"""How a session is opened, reused and evicted, beside steps that run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.cloud_service.language.tiny import (
     CONTEXT,
     ENDS,
     Device,
-    House,
+    EngineHarness,
     Scenario,
     plain,
     until,
@@ -24,30 +24,30 @@ from tests.unit.cloud_service.language.tiny import (
 
 
 def test_a_device_that_comes_back_brings_only_what_is_new(scenario: Scenario, decoder: Decoder) -> None:
-    async def play(house: House) -> None:
+    async def play(harness: EngineHarness) -> None:
         expected = plain(decoder, list(range(10, 40)), 20)
-        device = Device(house, 1, expected[:30])
+        device = Device(harness, 1, expected[:30])
         await device.open()
         first = await device.ask(expected[30:33])
         assert first.held == 0
         device.leave()
         device.tokens = [*device.tokens, *expected[34:36]]
-        house.decoder.rows.clear()
+        harness.decoder.rows.clear()
         await device.open(start=34)
         second = await device.ask()
         assert second.held == 33
-        assert sum(house.decoder.rows) == 3
+        assert sum(harness.decoder.rows) == 3
         assert (await device.ask()).held == 0
         assert device.tokens == expected[:38]
 
     scenario(play)
 
 
-def test_a_device_may_take_another_way_from_where_it_was(scenario: Scenario, decoder: Decoder) -> None:
-    """Its own tokens differ from the cloud's: the common beginning is kept, the text is the device's."""
+def test_a_device_may_continue_differently_from_an_earlier_token(scenario: Scenario, decoder: Decoder) -> None:
+    """Its own tokens differ from the cloud's: the shared beginning is reused, the tokens are the device's."""
 
-    async def play(house: House) -> None:
-        device = Device(house, 1, list(range(10, 40)))
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, list(range(10, 40)))
         await device.open()
         await device.ask(extend=0)
         device.leave()
@@ -59,23 +59,23 @@ def test_a_device_may_take_another_way_from_where_it_was(scenario: Scenario, dec
     scenario(play)
 
 
-def test_a_stale_first_round_says_what_was_held_too(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
-        device = Device(house, 1, list(range(10, 40)))
+def test_the_reply_to_a_stale_first_round_reports_what_was_held(scenario: Scenario) -> None:
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, list(range(10, 40)))
         await device.open()
         await device.ask()
         device.leave()
         await device.open(start=30)
         assert device.session is not None
-        house.generation.add(device.session, Round(100, (1,)))
+        harness.engine.add(device.session, Round(100, (1,)))
         assert await device.receive() == Committed(31, held=30)
 
     scenario(play)
 
 
 def test_a_context_that_is_not_held_is_gone(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
-        device = Device(house, 1, list(range(10, 40)))
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, list(range(10, 40)))
         with pytest.raises(ContextGone, match="the first 30 tokens of this session are not held"):
             await device.open(start=30)
         await device.open()
@@ -95,8 +95,8 @@ def test_a_context_that_is_not_held_is_gone(scenario: Scenario) -> None:
 
 
 def test_a_context_of_a_device_that_left_is_gone_when_others_need_its_memory(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
-        first, second = Device(house, 1, [3] * 10), Device(house, 2, [4] * 10)
+    async def play(harness: EngineHarness) -> None:
+        first, second = Device(harness, 1, [3] * 10), Device(harness, 2, [4] * 10)
         await first.open()
         await first.ask()
         first.leave()
@@ -113,26 +113,26 @@ def test_a_context_of_a_device_that_left_is_gone_when_others_need_its_memory(sce
 def test_an_idle_context_is_forgotten(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "IDLE_S", 0.0)
 
-    async def play(house: House) -> None:
-        device = Device(house, 1, [3] * 10)
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, [3] * 10)
         await device.open()
         await device.ask()
-        assert house.count("contexts_held") == 1
+        assert harness.count("contexts_held") == 1
         device.leave()
-        await until(lambda: house.count("context_evictions_total", reason="idle") == 1)
-        assert (house.count("contexts_held"), house.count("contexts_bytes")) == (0, 0)
+        await until(lambda: harness.count("context_evictions_total", reason="idle") == 1)
+        assert (harness.count("contexts_held"), harness.count("contexts_bytes")) == (0, 0)
         with pytest.raises(ContextGone):
             await device.open(start=10)
 
     scenario(play)
 
 
-def test_a_session_opened_by_a_second_stream_is_taken_from_the_first(scenario: Scenario, decoder: Decoder) -> None:
-    async def play(house: House) -> None:
-        first = Device(house, 1, list(range(10, 30)))
+def test_a_session_opened_by_a_second_stream_ends_for_the_first(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(harness: EngineHarness) -> None:
+        first = Device(harness, 1, list(range(10, 30)))
         await first.open()
         await first.ask()
-        second = Device(house, 1, first.tokens)
+        second = Device(harness, 1, first.tokens)
         await second.open(start=21)
         with pytest.raises(ContextGone, match="opened again elsewhere"):
             await first.receive()
@@ -141,25 +141,25 @@ def test_a_session_opened_by_a_second_stream_is_taken_from_the_first(scenario: S
         first.leave()
         assert (await second.ask()).held == 20
         assert second.tokens == plain(decoder, list(range(10, 30)), 2)
-        assert first.answers.empty()
+        assert first.events.empty()
 
     scenario(play)
 
 
-def test_a_takeover_waits_for_the_pass_that_the_session_is_part_of(scenario: Scenario, decoder: Decoder) -> None:
-    async def play(house: House) -> None:
-        first, other = Device(house, 1, list(range(10, 30))), Device(house, 2, [7, 8, 9])
+def test_cache_reuse_waits_for_the_step_that_the_session_is_part_of(scenario: Scenario, decoder: Decoder) -> None:
+    async def play(harness: EngineHarness) -> None:
+        first, other = Device(harness, 1, list(range(10, 30))), Device(harness, 2, [7, 8, 9])
         await first.open()
         await other.open()
-        house.decoder.gate.clear()
+        harness.decoder.gate.clear()
         first.send(extend=50)
         other.send(extend=50)
-        await until(lambda: house.decoder.inside)
-        second = Device(house, 1, list(range(10, 30)))
+        await until(lambda: harness.decoder.inside)
+        second = Device(harness, 1, list(range(10, 30)))
         opening = asyncio.create_task(second.open())
         await asyncio.sleep(0.02)
         assert not opening.done()
-        house.decoder.gate.set()
+        harness.decoder.gate.set()
         await opening
         await second.ask(extend=3)
         for _ in range(3):
@@ -173,10 +173,10 @@ def test_a_takeover_waits_for_the_pass_that_the_session_is_part_of(scenario: Sce
 
 
 def test_ids_outside_of_the_vocabulary_are_refused(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
+    async def play(harness: EngineHarness) -> None:
         with pytest.raises(InvalidInput, match="token 259 is outside of the model's vocabulary of 259"):
-            await Device(house, 1, [5, 259]).open()
-        device = Device(house, 1, [5, 258])
+            await Device(harness, 1, [5, 259]).open()
+        device = Device(harness, 1, [5, 258])
         await device.open()
         with pytest.raises(InvalidInput, match="token 300 is outside"):
             device.send([258, 300])
@@ -186,10 +186,10 @@ def test_ids_outside_of_the_vocabulary_are_refused(scenario: Scenario) -> None:
 
 
 def test_a_prompt_as_long_as_the_context_is_refused_and_one_shorter_is_finished(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
+    async def play(harness: EngineHarness) -> None:
         with pytest.raises(InvalidInput, match=f"{CONTEXT} tokens leave no room in the model's context of {CONTEXT}"):
-            await Device(house, 1, [5] * CONTEXT).open()
-        device = Device(house, 1, [5] * (CONTEXT - 2))
+            await Device(harness, 1, [5] * CONTEXT).open()
+        device = Device(harness, 1, [5] * (CONTEXT - 2))
         await device.open()
         assert (await device.ask([258] * 9, extend=9)).base == CONTEXT - 2
         while len(device.tokens) < CONTEXT and device.tokens[-1] not in ENDS:
@@ -199,11 +199,13 @@ def test_a_prompt_as_long_as_the_context_is_refused_and_one_shorter_is_finished(
     scenario(play)
 
 
-def test_a_text_that_outgrows_the_memory_is_told_and_harms_nobody(scenario: Scenario, decoder: Decoder) -> None:
-    async def play(house: House) -> None:
+def test_a_sequence_that_outgrows_the_memory_is_an_error_and_affects_no_other(
+    scenario: Scenario, decoder: Decoder
+) -> None:
+    async def play(harness: EngineHarness) -> None:
         with pytest.raises(Overloaded, match="the state of 70 tokens does not fit"):
-            await Device(house, 9, [5] * 70).open()
-        small, large = Device(house, 1, [7, 8, 9]), Device(house, 2, list(range(10, 70)))
+            await Device(harness, 9, [5] * 70).open()
+        small, large = Device(harness, 1, [7, 8, 9]), Device(harness, 2, list(range(10, 70)))
         await small.open()
         await large.open()
         await large.ask(extend=100)
@@ -221,9 +223,9 @@ def test_a_text_that_outgrows_the_memory_is_told_and_harms_nobody(scenario: Scen
     scenario(play, pages=1)
 
 
-def test_drafts_that_do_not_fit_are_told_and_rounds_behind_them_answered(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
-        device = Device(house, 1, [5] * 60)
+def test_drafts_that_do_not_fit_are_an_error_and_later_rounds_are_answered(scenario: Scenario) -> None:
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, [5] * 60)
         await device.open()
         device.send([1] * 10)
         device.send()
@@ -234,46 +236,46 @@ def test_drafts_that_do_not_fit_are_told_and_rounds_behind_them_answered(scenari
     scenario(play, pages=1)
 
 
-def test_a_session_whose_device_left_in_a_failing_pass_does_not_stay_for_ever(
+def test_a_session_whose_device_disconnects_in_a_failing_step_is_evicted(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "IDLE_S", 0.0)
 
-    async def play(house: House) -> None:
-        device = Device(house, 1, [7, 8, 9])
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, [7, 8, 9])
         await device.open()
-        house.decoder.failure = RuntimeError("a kernel broke")
-        house.decoder.gate.clear()
+        harness.decoder.failure = RuntimeError("a kernel broke")
+        harness.decoder.gate.clear()
         device.send()
-        await until(lambda: house.decoder.inside)
+        await until(lambda: harness.decoder.inside)
         device.leave()
-        house.decoder.gate.set()
-        await until(lambda: not list(house.generation._sessions))
+        harness.decoder.gate.set()
+        await until(lambda: not list(harness.engine._sessions))
 
     scenario(play)
 
 
-def test_none_follows_at_once_when_the_session_was_taken(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
-        before, after = Device(house, 1, [7, 8, 9]), Device(house, 2, [7, 8, 9])
+def test_none_follows_at_once_when_the_session_was_opened_again(scenario: Scenario) -> None:
+    async def play(harness: EngineHarness) -> None:
+        before, after = Device(harness, 1, [7, 8, 9]), Device(harness, 2, [7, 8, 9])
         for first in (before, after):
             await first.open()
             assert first.session is not None
-            house.decoder.gate.clear()
+            harness.decoder.gate.clear()
             first.send(extend=100)
-            await until(lambda: house.decoder.inside)
+            await until(lambda: harness.decoder.inside)
             if first is before:
-                house.generation.end(first.session)
-            opening = asyncio.create_task(Device(house, int.from_bytes(first.name), [7, 8, 9]).open())
-            house.decoder.gate.set()
+                harness.engine.end(first.session)
+            opening = asyncio.create_task(Device(harness, int.from_bytes(first.name), [7, 8, 9]).open())
+            harness.decoder.gate.set()
             await opening
             if first is after:
-                house.generation.end(first.session)
-            answers = []
-            while (answer := await first.answers.get()) is not None:
-                answers.append(answer)
-            assert isinstance(answers[-1], ContextGone)
-            assert not any(isinstance(answer, ContextGone) for answer in answers[:-1])
+                harness.engine.end(first.session)
+            events = []
+            while (answer := await first.events.get()) is not None:
+                events.append(answer)
+            assert isinstance(events[-1], ContextGone)
+            assert not any(isinstance(answer, ContextGone) for answer in events[:-1])
 
     scenario(play)
 
@@ -283,8 +285,8 @@ def test_sessions_are_bounded_and_one_without_a_device_makes_room(
 ) -> None:
     monkeypatch.setattr(sessions, "MAX_SESSIONS", 2)
 
-    async def play(house: House) -> None:
-        first, second, third = (Device(house, number, [7, 8, number]) for number in range(3))
+    async def play(harness: EngineHarness) -> None:
+        first, second, third = (Device(harness, number, [7, 8, number]) for number in range(3))
         await first.open()
         await second.open()
         with pytest.raises(Overloaded, match="2 sessions are open"):
@@ -298,15 +300,15 @@ def test_sessions_are_bounded_and_one_without_a_device_makes_room(
     scenario(play)
 
 
-def test_memory_that_a_pass_takes_for_a_device_that_leaves_is_counted(scenario: Scenario) -> None:
-    async def play(house: House) -> None:
-        device = Device(house, 1, [7, 8, 9])
+def test_memory_that_a_step_allocates_for_a_device_that_disconnects_is_counted(scenario: Scenario) -> None:
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, [7, 8, 9])
         await device.open()
-        house.decoder.gate.clear()
+        harness.decoder.gate.clear()
         device.send()
-        await until(lambda: house.decoder.inside)
+        await until(lambda: harness.decoder.inside)
         device.leave()
-        house.decoder.gate.set()
-        await until(lambda: house.count("contexts_bytes") == house.most_bytes > 0)
+        harness.decoder.gate.set()
+        await until(lambda: harness.count("contexts_bytes") == harness.most_bytes > 0)
 
     scenario(play)

@@ -1,4 +1,4 @@
-"""Sessions over a real, tiny decoder, watched in its passes and its memory."""
+"""Devices and an engine over a real, tiny decoder, whose steps and memory a test can observe."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from isthmus.models.language.sampling import Floats, choose
 from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder, Span, chunks
 from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 from isthmus.protos.wire_session import checksum
+from tests.bench.tiny_llama import write_tiny_llama
 
 WIDTH, CONTEXT = 8, 256
 ENDS = {0, 2}  # <|endoftext|> and <|im_end|>
@@ -29,7 +31,7 @@ SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=11)
 
 
 def plain(decoder: Decoder, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
-    """`prompt` and `count` tokens, decoded alone and one by one; fewer where the text ends."""
+    """`prompt` and `count` tokens, decoded alone and one by one; fewer after an end of text."""
     tokens, cache = list(prompt), decoder.new_cache()
     for position in range(len(prompt) + count - 1):
         x_NH = decoder.forward(decoder.embed([tokens[position]]), [Span(cache, position, 1)])
@@ -40,8 +42,8 @@ def plain(decoder: Decoder, prompt: Sequence[int], count: int, sampling: Samplin
     return tokens
 
 
-class Watched:
-    """A decoder that counts its passes, can be held up or fail, and looks at the memory behind each pass."""
+class InstrumentedDecoder:
+    """A decoder that counts its forward passes, can be blocked or fail, and calls `look` after each forward pass."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -49,7 +51,7 @@ class Watched:
         self.gate.set()
         self.inside = False
         self.failure: Exception | None = None
-        self.rows: list[int] = []  # of each pass
+        self.rows: list[int] = []  # of each forward pass
         self.depths: list[int] = []  # index of its first layer
         self.look: Callable[[], None] = lambda: None
 
@@ -57,12 +59,12 @@ class Watched:
         return getattr(self._decoder, name)
 
     def __getitem__(self, cut: slice) -> Any:
-        return WatchedPart(self, self._decoder[cut])
+        return InstrumentedPart(self, self._decoder[cut])
 
     def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        return self.watch(self._decoder, x_NH, spans)
+        return self.observe(self._decoder, x_NH, spans)
 
-    def watch(self, decoder: Decoder, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+    def observe(self, decoder: Decoder, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         self.inside = True
         self.gate.wait(10)
         self.inside = False
@@ -75,38 +77,38 @@ class Watched:
         return x_NH
 
 
-class WatchedPart:
-    """Some layers of a watched decoder; their passes are watched with the others."""
+class InstrumentedPart:
+    """Some layers of an instrumented decoder; their forward passes are counted with the others."""
 
-    def __init__(self, whole: Watched, decoder: Decoder) -> None:
+    def __init__(self, whole: InstrumentedDecoder, decoder: Decoder) -> None:
         self._whole, self._decoder = whole, decoder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
     def __getitem__(self, cut: slice) -> Any:
-        return WatchedPart(self._whole, self._decoder[cut])
+        return InstrumentedPart(self._whole, self._decoder[cut])
 
     def forward(self, x_NH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        return self._whole.watch(self._decoder, x_NH, spans)
+        return self._whole.observe(self._decoder, x_NH, spans)
 
 
-class House:
-    """A generation, its watched decoder and its metrics; the memory is looked at behind each pass."""
+class EngineHarness:
+    """An engine, its instrumented decoder and its metrics; the memory is measured after each forward pass."""
 
     def __init__(
         self, checkpoint: Checkpoint, decoder: Decoder, pages: int, handoffs: Sequence[HandoffBundle] = ()
     ) -> None:
-        self.decoder, self.registry = Watched(decoder), CollectorRegistry()
+        self.decoder, self.registry = InstrumentedDecoder(decoder), CollectorRegistry()
         self.budget_bytes = decoder.new_cache().bytes_for(PAGE_TOKENS) * pages
         self.most_bytes = 0
         self.decoder.look = self.look
         metrics = EngineMetrics(EngineMetricFamilies(self.registry), "tiny")
-        watched: Any = self.decoder
-        self.generation = LanguageEngine(checkpoint, watched, self.budget_bytes, metrics, handoffs)
+        instrumented: Any = self.decoder
+        self.engine = LanguageEngine(checkpoint, instrumented, self.budget_bytes, metrics, handoffs)
 
     def look(self) -> None:
-        caches = [session.text.cache for session in self.generation._sessions]
+        caches = [session.sequence.cache for session in self.engine._sessions]
         self.most_bytes = max(self.most_bytes, sum(cache.bytes for cache in caches if cache is not None))
 
     def count(self, name: str, **labels: str) -> float:
@@ -115,38 +117,43 @@ class House:
         return value
 
 
-Play = Callable[[House], Awaitable[None]]
-Scenario = Callable[..., House]
+Play = Callable[[EngineHarness], Awaitable[None]]
+Scenario = Callable[..., EngineHarness]
 
 
 class Device:
-    """One device: its text, and the queue that its stream would read."""
+    """One device: its tokens, and the queue that its stream would read."""
 
     def __init__(
-        self, house: House, name: int, prompt: Sequence[int], sampling: Sampling = GREEDY, prefill_layers: int = 0
+        self,
+        harness: EngineHarness,
+        name: int,
+        prompt: Sequence[int],
+        sampling: Sampling = GREEDY,
+        prefill_layers: int = 0,
     ) -> None:
         self.prefill_layers = prefill_layers
-        self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
+        self.engine, self.name, self.sampling = harness.engine, name.to_bytes(16, "big"), sampling
         self.tokens = list(prompt)
-        self.answers: EventQueue = asyncio.Queue()
+        self.events: EventQueue = asyncio.Queue()
         self.session: Session | None = None
         self.last = Committed(0)
 
     async def open(self, start: int = 0, crc32: int | None = None, logprobs: int | None = None) -> None:
         crc32 = checksum(self.tokens) if crc32 is None else crc32
         tokens = tuple(self.tokens[start:])
-        model = self.generation.info.fingerprint[:8]
+        model = self.engine.info.fingerprint[:8]
         opening = Opening(
             model, self.name, start, tokens, crc32, self.sampling, logprobs, prefill_layers=self.prefill_layers
         )
-        self.session = await self.generation.open(opening, self.answers)
+        self.session = await self.engine.open(opening, self.events)
 
     def send(self, draft: Sequence[int] = (), extend: int = 0) -> None:
         assert self.session is not None
-        self.generation.add(self.session, Round(len(self.tokens), tuple(draft), extend))
+        self.engine.add(self.session, Round(len(self.tokens), tuple(draft), extend))
 
     async def receive(self, draft: Sequence[int] = ()) -> Committed:
-        answer = await asyncio.wait_for(self.answers.get(), 30)
+        answer = await asyncio.wait_for(self.events.get(), 30)
         if isinstance(answer, IsthmusError):
             raise answer
         assert answer is not None
@@ -160,7 +167,7 @@ class Device:
 
     def leave(self) -> None:
         assert self.session is not None
-        self.generation.leave(self.session)
+        self.engine.leave(self.session)
 
     async def write(self, expected: Sequence[int], rng: np.random.Generator) -> None:
         """Reach `expected` with drafts that are right in part."""
@@ -170,7 +177,7 @@ class Device:
 
 
 def head_rows(decoder: Decoder, depth: int, tokens: Sequence[int]) -> Floats:
-    """What a device sends states of: rows (N, hidden) behind the first `depth` layers."""
+    """What a device sends states of: hidden states (N, hidden) after the first `depth` layers."""
     head, rows, start = decoder[:depth], [], 0
     cache = head.new_cache()
     for count in chunks(len(tokens), decoder.width):
@@ -181,7 +188,7 @@ def head_rows(decoder: Decoder, depth: int, tokens: Sequence[int]) -> Floats:
 
 
 def embedded(decoder: Decoder, ids: Sequence[int]) -> Floats:
-    """Rows (N, hidden) before the first layer."""
+    """Embeddings (N, hidden), before the first layer."""
     return np.concatenate([decoder.embed([id_])[:1].numpy() for id_ in ids])
 
 
@@ -194,7 +201,7 @@ def states_of(
     rate: int,
     decided: set[int],
 ) -> list[bytes]:
-    """Of the tokens from `base` on as a device sends them; `rate` of the positions that are decided by."""
+    """States of the tokens from `base` on as a device sends them; those in `decided` at `rate`."""
     rows_NH = head_rows(decoder, handoff.depth, tokens)[base:]
     around = [tokens[max(base - 1, 0)], *tokens[base:]]
     embedded_MH = embedded(decoder, around)
@@ -203,11 +210,11 @@ def states_of(
 
 
 class StateDevice:
-    """A device that runs the first layers itself, and keeps the text."""
+    """A device that runs the first layers itself, and keeps the tokens."""
 
     def __init__(
         self,
-        house: House,
+        harness: EngineHarness,
         decoder: Decoder,
         handoff: HandoffBundle,
         name: int,
@@ -217,17 +224,17 @@ class StateDevice:
         context_rate: int = 0,
         fill: bool = False,
     ) -> None:
-        self.generation, self.name, self.sampling = house.generation, name.to_bytes(16, "big"), sampling
+        self.engine, self.name, self.sampling = harness.engine, name.to_bytes(16, "big"), sampling
         self.handoff, self.rate, self.context_rate, self.fill = handoff, rate, context_rate, fill
         self.tokens = list(prompt)
-        self.decided: set[int] = set()  # positions that the cloud was asked by
-        self.answers: EventQueue = asyncio.Queue()
+        self.decided: set[int] = set()  # positions that a token was decoded from
+        self.events: EventQueue = asyncio.Queue()
         self.session: Session | None = None
         self._decoder = decoder
 
     def opening(self, start: int = 0, logprobs: int | None = None, **fields: Any) -> Opening:
         crc32 = checksum(self.tokens[:start])
-        model = self.generation.info.fingerprint[:8]
+        model = self.engine.info.fingerprint[:8]
         opening = Opening(model, self.name, start, (), crc32, self.sampling, logprobs)
         ours = {
             "handoff": self.handoff.fingerprint[:8],
@@ -238,7 +245,7 @@ class StateDevice:
         return replace(opening, **{**ours, **fields})
 
     async def open(self, start: int = 0, logprobs: int | None = None, **fields: Any) -> None:
-        self.session = await self.generation.open(self.opening(start, logprobs, **fields), self.answers)
+        self.session = await self.engine.open(self.opening(start, logprobs, **fields), self.events)
 
     def round(self, base: int, extend: int = 1) -> Round:
         """All tokens from `base` on, with their states."""
@@ -252,17 +259,17 @@ class StateDevice:
 
     def put(self, round_: Round) -> None:
         assert self.session is not None
-        self.generation.add(self.session, round_)
+        self.engine.add(self.session, round_)
 
     async def receive(self) -> Committed:
-        answer = await asyncio.wait_for(self.answers.get(), 30)
+        answer = await asyncio.wait_for(self.events.get(), 30)
         if isinstance(answer, IsthmusError):
             raise answer
         assert answer is not None
         return answer
 
     async def ask(self, base: int, extend: int = 1) -> Committed:
-        """A round and its answer; the token is taken."""
+        """A round and its reply; the token is appended."""
         self.send(base, extend)
         answer = await self.receive()
         self.tokens += answer.tokens
@@ -270,7 +277,7 @@ class StateDevice:
 
     def leave(self) -> None:
         assert self.session is not None
-        self.generation.leave(self.session)
+        self.engine.leave(self.session)
 
 
 def prompts(count: int, longest: int = 50, seed: int = 0) -> list[list[int]]:
@@ -281,3 +288,8 @@ def prompts(count: int, longest: int = 50, seed: int = 0) -> list[list[int]]:
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.001)
+
+
+def tiny_model(folder: Path, seed: int) -> Checkpoint:
+    """A checkpoint of random weights, named as its folder."""
+    return Checkpoint.open(write_tiny_llama(folder, seed=seed, context=64))

@@ -17,7 +17,7 @@ from isthmus.models.vision.tail import Tail
 
 
 @pytest.fixture(scope="module")
-def answerer(tiny_bundle: Bundle) -> Predictor:
+def predictor(tiny_bundle: Bundle) -> Predictor:
     made = Predictor(tiny_bundle)
     made.warm_up()
     return made
@@ -38,75 +38,75 @@ def png(photo: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_batch_of_mixed_rates_is_each_input_alone(answerer: Predictor, tiny_bundle: Bundle) -> None:
+def test_a_batch_of_mixed_rates_is_each_input_alone(predictor: Predictor, tiny_bundle: Bundle) -> None:
     payloads = [latent_payload(tiny_bundle, seed, seed % 2) for seed in range(5)]
-    together = answerer.answer(LATENTS, payloads)
-    alone = [answerer.answer(LATENTS, [payload])[0] for payload in payloads]
+    together = predictor.predict(LATENTS, payloads)
+    alone = [predictor.predict(LATENTS, [payload])[0] for payload in payloads]
     np.testing.assert_allclose(together, alone, atol=1e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tap", [0, 1])
 @pytest.mark.parametrize("tasks", [(0,), (1,), (0, 1)])
 def test_every_tap_answers_the_tasks_asked_for(
-    answerer: Predictor, tiny_bundle: Bundle, tap: int, tasks: tuple[int, ...]
+    predictor: Predictor, tiny_bundle: Bundle, tap: int, tasks: tuple[int, ...]
 ) -> None:
     codec, payload = tiny_bundle.codec(tap), latent_payload(tiny_bundle, 3, 1, tap)
-    (answer,) = answerer.answer(Kind(tap, tasks), [payload])
+    (predict,) = predictor.predict(Kind(tap, tasks), [payload])
     latent_CHW = codec.dequantise(codec.decode(payload.data, 1), 1)
     expected = Tail(tiny_bundle).latents_to_tasks(tap, [latent_CHW], [1], tasks)
-    assert isinstance(answer, tuple) and len(answer) == len(tasks)
-    for probabilities, expected_1K in zip(answer, expected, strict=True):
+    assert isinstance(predict, tuple) and len(predict) == len(tasks)
+    for probabilities, expected_1K in zip(predict, expected, strict=True):
         np.testing.assert_allclose(probabilities, expected_1K[0], atol=1e-5)
 
 
-def test_a_whole_image_answers_several_tasks(answerer: Predictor, photo: Image.Image) -> None:
-    (answer,) = answerer.answer(Kind(None, (0, 1)), [Payload(Codec.IMAGE, 0, 0, png(photo))])
-    assert isinstance(answer, tuple)
-    assert [(len(p), sum(p)) for p in answer] == [(2, pytest.approx(1)), (3, pytest.approx(1))]
+def test_a_whole_image_answers_several_tasks(predictor: Predictor, photo: Image.Image) -> None:
+    (predict,) = predictor.predict(Kind(None, (0, 1)), [Payload(Codec.IMAGE, 0, 0, png(photo))])
+    assert isinstance(predict, tuple)
+    assert [(len(p), sum(p)) for p in predict] == [(2, pytest.approx(1)), (3, pytest.approx(1))]
 
 
-def test_it_says_what_it_holds(answerer: Predictor) -> None:
-    assert answerer.info.tasks == (TaskInfo("defect", 2), TaskInfo("colour", 3))
-    assert answerer.info.taps == (TapInfo("light", 3), TapInfo("deep", 2))
+def test_info_lists_tasks_and_taps(predictor: Predictor) -> None:
+    assert predictor.info.tasks == (TaskInfo("defect", 2), TaskInfo("colour", 3))
+    assert predictor.info.taps == (TapInfo("light", 3), TapInfo("deep", 2))
 
 
 def test_whole_images_go_through_the_unsplit_model(
-    answerer: Predictor, tiny_bundle: Bundle, photo: Image.Image
+    predictor: Predictor, tiny_bundle: Bundle, photo: Image.Image
 ) -> None:
-    (answer,) = answerer.answer(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo))])
+    (predict,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo))])
     expected_BK = Tail(tiny_bundle).answer_images([preprocess(photo, tiny_bundle.manifest.preprocessing)])
-    np.testing.assert_allclose(answer, expected_BK[:1], atol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(predict, expected_BK[:1], atol=1e-6)  # type: ignore[arg-type]
 
 
-def test_poison_harms_no_batch_mate(answerer: Predictor, tiny_bundle: Bundle) -> None:
+def test_a_corrupt_payload_affects_no_other_of_its_batch(predictor: Predictor, tiny_bundle: Bundle) -> None:
     good = latent_payload(tiny_bundle, 0, 1)
-    poison = Payload(Codec.BOTTLENECK, 1, 1, b"\x01\x02\x03\x04" * 10)
-    results = answerer.answer(LATENTS, [good, poison, good])
+    corrupt = Payload(Codec.BOTTLENECK, 1, 1, b"\x01\x02\x03\x04" * 10)
+    results = predictor.predict(LATENTS, [good, corrupt, good])
     assert isinstance(results[1], PayloadCorrupt)
     np.testing.assert_allclose(results[0], results[2])  # type: ignore[arg-type]
-    np.testing.assert_allclose(results[0], answerer.answer(LATENTS, [good])[0], atol=1e-5)
+    np.testing.assert_allclose(results[0], predictor.predict(LATENTS, [good])[0], atol=1e-5)
 
 
-def test_a_broken_image_harms_no_batch_mate(answerer: Predictor, photo: Image.Image) -> None:
+def test_a_broken_image_affects_no_other_of_its_batch(predictor: Predictor, photo: Image.Image) -> None:
     payloads = [Payload(Codec.IMAGE, 0, 0, data) for data in (png(photo), b"broken", png(photo)[:200])]
-    results = answerer.answer(IMAGES, payloads)
+    results = predictor.predict(IMAGES, payloads)
     assert [type(result) for result in results] == [tuple, InvalidInput, InvalidInput]
 
 
 def test_an_input_that_exhausts_the_memory_is_refused_alone(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answerer, good = Predictor(tiny_bundle), latent_payload(tiny_bundle, 0, 1)
+    predictor, good = Predictor(tiny_bundle), latent_payload(tiny_bundle, 0, 1)
     greedy = latent_payload(tiny_bundle, 1, 1)
-    decode = answerer._codecs[1].decode
+    decode = predictor._codecs[1].decode
 
     def exhausting(data: bytes, rate: int) -> Any:
         if data == greedy.data:
             raise MemoryError
         return decode(data, rate)
 
-    monkeypatch.setattr(answerer._codecs[1], "decode", exhausting)
-    results = answerer.answer(LATENTS, [good, greedy, good])
+    monkeypatch.setattr(predictor._codecs[1], "decode", exhausting)
+    results = predictor.predict(LATENTS, [good, greedy, good])
     assert [type(result) for result in results] == [tuple, Overloaded, tuple]
 
 
@@ -132,15 +132,15 @@ def request(tap: int, rate: int, data: bytes = b"\1\0\0\0", tasks: tuple[int, ..
     ],
 )
 def test_what_the_bundle_does_not_have_is_refused_by_name(
-    answerer: Predictor, asked: CloudRequest, error: type[Exception], words: str
+    predictor: Predictor, asked: CloudRequest, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        answerer.check(asked)
+        predictor.check(asked)
 
 
 @pytest.mark.parametrize("asked", [request(0, 2, tasks=(0, 1)), request(1, 1, tasks=(1,))])
-def test_what_the_bundle_has_is_let_in(answerer: Predictor, asked: CloudRequest) -> None:
-    answerer.check(asked)
+def test_what_the_bundle_has_is_accepted(predictor: Predictor, asked: CloudRequest) -> None:
+    predictor.check(asked)
 
 
 class BrokenTail:
@@ -169,7 +169,7 @@ class BrokenTail:
 def test_a_failing_tail_is_tried_with_each_input_alone(
     tiny_bundle: Bundle, error: Exception | None, alone_too: bool, outcome: type
 ) -> None:
-    answerer = Predictor(tiny_bundle)
-    answerer._tail = BrokenTail(error, alone_too)  # type: ignore[assignment]
-    results = answerer.answer(LATENTS, [latent_payload(tiny_bundle, seed, 0) for seed in range(3)])
+    predictor = Predictor(tiny_bundle)
+    predictor._tail = BrokenTail(error, alone_too)  # type: ignore[assignment]
+    results = predictor.predict(LATENTS, [latent_payload(tiny_bundle, seed, 0) for seed in range(3)])
     assert [type(result) for result in results] == [outcome] * 3

@@ -1,4 +1,4 @@
-"""The queue and the compute thread; what computes is a fake with the face of `Predictor`."""
+"""The queue and the compute thread, with a scripted `Predictor`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INFO = BundleInfo(
 )
 
 
-class FakeAnswerer:
+class FakePredictor:
     """Answers with the payload's first byte; `gate` holds the compute thread back until it is set."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class FakeAnswerer:
         if len(request.payload.data) > 8:
             raise PayloadTooLarge("9 bytes, the cap is 8")
 
-    def answer(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
+    def predict(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
         self.gate.wait(10)
         self.kinds.append(kind)
         self.batches.append([payload.data for payload in payloads])
@@ -58,13 +58,13 @@ class FakeAnswerer:
         ]
 
 
-class House:
-    """A running worker with its fake and its metrics."""
+class WorkerHarness:
+    """A running worker with its scripted predictor and its metrics."""
 
     def __init__(self, limits: BatchLimits, queue_limit: int) -> None:
-        self.fake, self.registry = FakeAnswerer(), CollectorRegistry()
+        self.fake, self.registry = FakePredictor(), CollectorRegistry()
         metrics = CloudMetrics(self.registry, [INFO])
-        self.worker = Worker({FINGERPRINT: self.fake}, limits, queue_limit, metrics)  # type: ignore[dict-item]
+        self.worker = Worker([self.fake], limits, queue_limit, metrics)  # type: ignore[list-item]
 
     def ask(
         self,
@@ -82,33 +82,33 @@ class House:
 
 
 def scenario(
-    play: Callable[[House], Coroutine[Any, Any, None]],
+    play: Callable[[WorkerHarness], Coroutine[Any, Any, None]],
     limits: BatchLimits = BatchLimits(4, 0.0),
     queue_limit: int = 4,
-) -> House:
+) -> WorkerHarness:
     """Run `play` beside a worker, then drain it."""
 
-    async def both() -> House:
-        house = House(limits, queue_limit)
-        running = asyncio.create_task(house.worker.run())
-        await play(house)
-        house.fake.gate.set()
-        house.worker.drain()
+    async def both() -> WorkerHarness:
+        harness = WorkerHarness(limits, queue_limit)
+        running = asyncio.create_task(harness.worker.run())
+        await play(harness)
+        harness.fake.gate.set()
+        harness.worker.drain()
         await asyncio.wait_for(running, 10)
-        return house
+        return harness
 
     return asyncio.run(both())
 
 
-async def queued(house: House, count: int) -> None:
-    while len(house.worker._waiting) != count:
+async def queued(harness: WorkerHarness, count: int) -> None:
+    while len(harness.worker._pending) != count:
         await asyncio.sleep(0.001)
 
 
 def test_each_caller_gets_its_own_answer() -> None:
-    async def play(house: House) -> None:
-        answers = await asyncio.gather(*(house.ask(bytes([value])) for value in range(4)))
-        assert [answer.probabilities[0][0] * 255 for answer in answers] == [0, 1, 2, 3]
+    async def play(harness: WorkerHarness) -> None:
+        answers = await asyncio.gather(*(harness.ask(bytes([value])) for value in range(4)))
+        assert [predict.probabilities[0][0] * 255 for predict in answers] == [0, 1, 2, 3]
 
     scenario(play)
 
@@ -123,28 +123,32 @@ def test_waiting_inputs_share_a_batch_of_one_codec_tap_and_set_of_tasks() -> Non
         (b"6", {"tap": 1}),
     ]
 
-    async def play(house: House) -> None:
-        house.fake.gate.clear()
-        first = house.ask(b"0")
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        first = harness.ask(b"0")
         await asyncio.sleep(0.02)
-        rest = [house.ask(data, **fields) for data, fields in asked]
-        await queued(house, 6)
-        house.fake.gate.set()
+        rest = [harness.ask(data, **fields) for data, fields in asked]
+        await queued(harness, 6)
+        harness.fake.gate.set()
         answers = await asyncio.gather(first, *rest)
-        assert [len(answer.probabilities) for answer in answers] == [1, 1, 1, 1, 2, 1, 1]
+        assert [len(predict.probabilities) for predict in answers] == [1, 1, 1, 1, 2, 1, 1]
 
-    house = scenario(play, queue_limit=8)
-    assert house.fake.batches == [[b"0"], [b"1", b"5"], [b"2"], [b"3", b"6"], [b"4"]]
-    assert house.fake.kinds == [Kind(0, (0,)), Kind(0, (0,)), Kind(None, (0,)), Kind(1, (0,)), Kind(0, (0, 1))]
-    inputs = {tap: house.count("isthmus_cloud_inputs_total", model="fake", tap=tap) for tap in ("light", "deep", IMAGE)}
+    harness = scenario(play, queue_limit=8)
+    assert harness.fake.batches == [[b"0"], [b"1", b"5"], [b"2"], [b"3", b"6"], [b"4"]]
+    assert harness.fake.kinds == [Kind(0, (0,)), Kind(0, (0,)), Kind(None, (0,)), Kind(1, (0,)), Kind(0, (0, 1))]
+    inputs = {
+        tap: harness.count("isthmus_cloud_inputs_total", model="fake", tap=tap) for tap in ("light", "deep", IMAGE)
+    }
     assert inputs == {"light": 4, "deep": 2, IMAGE: 1}
-    tasks = [house.count("isthmus_cloud_task_answers_total", model="fake", task=task) for task in ("defect", "colour")]
+    tasks = [
+        harness.count("isthmus_cloud_task_answers_total", model="fake", task=task) for task in ("defect", "colour")
+    ]
     assert tasks == [7, 1]
 
 
-def test_a_bad_payload_harms_no_other() -> None:
-    async def play(house: House) -> None:
-        good, bad = house.ask(b"\xff"), house.ask(b"bad")
+def test_a_bad_payload_affects_no_other() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        good, bad = harness.ask(b"\xff"), harness.ask(b"bad")
         assert (await good).probabilities == ((1.0, 0.0),)
         with pytest.raises(PayloadCorrupt):
             await bad
@@ -152,121 +156,121 @@ def test_a_bad_payload_harms_no_other() -> None:
     scenario(play)
 
 
-def test_a_batch_that_blows_up_is_answered_and_the_worker_lives_on() -> None:
-    async def play(house: House) -> None:
-        house.fake.failure = KeyError("a bug")
+def test_a_batch_that_raises_is_answered_with_errors_and_the_worker_goes_on() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.failure = KeyError("a bug")
         with pytest.raises(ServiceError):
-            await house.ask(b"1")
-        house.fake.failure = None
-        assert (await house.ask(b"\xff")).probabilities == ((1.0, 0.0),)
+            await harness.ask(b"1")
+        harness.fake.failure = None
+        assert (await harness.ask(b"\xff")).probabilities == ((1.0, 0.0),)
 
     scenario(play)
 
 
 def test_a_full_queue_refuses_at_once() -> None:
-    async def play(house: House) -> None:
-        house.fake.gate.clear()
-        busy = house.ask(b"0")
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
         await asyncio.sleep(0.02)
-        waiting = [house.ask(b"1") for _ in range(4)]
-        await queued(house, 4)
+        waiting = [harness.ask(b"1") for _ in range(4)]
+        await queued(harness, 4)
         with pytest.raises(Overloaded):
-            await house.ask(b"2")
-        house.fake.gate.set()
+            await harness.ask(b"2")
+        harness.fake.gate.set()
         await asyncio.gather(busy, *waiting)
 
     assert scenario(play).count("isthmus_cloud_requests_rejected_total", reason="queue") == 1
 
 
 def test_a_queue_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.cloud_service.vision.worker.MAX_WAITING_BYTES", 15)
+    monkeypatch.setattr("isthmus.cloud_service.vision.worker.MAX_QUEUED_BYTES", 15)
 
-    async def play(house: House) -> None:
-        house.fake.gate.clear()
-        busy = house.ask(b"0")
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
         await asyncio.sleep(0.02)
-        waiting = [house.ask(bytes(8)) for _ in range(2)]
-        await queued(house, 2)
+        waiting = [harness.ask(bytes(8)) for _ in range(2)]
+        await queued(harness, 2)
         with pytest.raises(Overloaded, match="16 bytes"):
-            await house.ask(b"2")
-        house.fake.gate.set()
+            await harness.ask(b"2")
+        harness.fake.gate.set()
         await asyncio.gather(busy, *waiting)
 
     assert scenario(play).count("isthmus_cloud_requests_rejected_total", reason="queue") == 1
 
 
 def test_a_deadline_that_passes_while_it_is_computed_is_counted_and_still_answered() -> None:
-    async def play(house: House) -> None:
-        house.fake.gate.clear()
-        hasty = house.ask(b"\xff", budget_s=0.05)
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        hasty = harness.ask(b"\xff", budget_s=0.05)
         await asyncio.sleep(0.1)
-        house.fake.gate.set()
+        harness.fake.gate.set()
         assert (await hasty).probabilities == ((1.0, 0.0),)
 
     assert scenario(play).count("isthmus_cloud_expired_work_total", stage="compute") == 1
 
 
 def test_expired_work_is_never_computed() -> None:
-    async def play(house: House) -> None:
-        house.fake.gate.clear()
-        busy = house.ask(b"0")
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
         await asyncio.sleep(0.02)
-        hasty = house.ask(b"1", budget_s=0.01)
+        hasty = harness.ask(b"1", budget_s=0.01)
         await asyncio.sleep(0.05)
-        house.fake.gate.set()
+        harness.fake.gate.set()
         await busy
         with pytest.raises(DeadlineExceeded):
             await hasty
 
-    house = scenario(play)
-    assert house.fake.batches == [[b"0"]]
-    assert house.count("isthmus_cloud_expired_work_total", stage="queue") == 1
+    harness = scenario(play)
+    assert harness.fake.batches == [[b"0"]]
+    assert harness.count("isthmus_cloud_expired_work_total", stage="queue") == 1
 
 
-def test_a_caller_that_has_gone_takes_its_input_along() -> None:
-    async def play(house: House) -> None:
-        house.fake.gate.clear()
-        busy = house.ask(b"0")
+def test_the_input_of_a_cancelled_caller_leaves_the_queue() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
         await asyncio.sleep(0.02)
-        gone = house.ask(b"1")
-        await queued(house, 1)
+        gone = harness.ask(b"1")
+        await queued(harness, 1)
         gone.cancel()
-        await queued(house, 0)
-        house.fake.gate.set()
+        await queued(harness, 0)
+        harness.fake.gate.set()
         await busy
 
     assert scenario(play).fake.batches == [[b"0"]]
 
 
-def test_draining_refuses_the_new_and_answers_the_old() -> None:
-    async def play(house: House) -> None:
-        house.fake.gate.clear()
-        busy = house.ask(b"0")
+def test_draining_refuses_new_inputs_and_answers_queued_ones() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
         await asyncio.sleep(0.02)
-        old = house.ask(b"\xff")
-        await queued(house, 1)
-        house.worker.drain()
+        old = harness.ask(b"\xff")
+        await queued(harness, 1)
+        harness.worker.drain()
         with pytest.raises(Draining):
-            await house.ask(b"2")
-        house.fake.gate.set()
+            await harness.ask(b"2")
+        harness.fake.gate.set()
         await busy
         assert (await old).probabilities == ((1.0, 0.0),)
 
     scenario(play)
 
 
-def test_what_the_bundle_cannot_have_written_is_refused_before_it_is_queued() -> None:
-    async def play(house: House) -> None:
+def test_a_payload_that_the_bundle_cannot_have_written_is_refused_before_it_is_queued() -> None:
+    async def play(harness: WorkerHarness) -> None:
         with pytest.raises(PayloadTooLarge):
-            await house.ask(bytes(9))
+            await harness.ask(bytes(9))
 
     assert scenario(play).fake.batches == []
 
 
-def test_an_unknown_bundle_is_told_what_is_held() -> None:
-    async def play(house: House) -> None:
+def test_an_unknown_bundle_is_an_error_that_lists_the_bundles() -> None:
+    async def play(harness: WorkerHarness) -> None:
         request = CloudRequest(1, bytes(8), 1.0, Payload(Codec.BOTTLENECK, 0, 0, b"1"))
         with pytest.raises(UnknownBundle, match=f"{bytes(8).hex()}.*{FINGERPRINT[:8].hex()}"):
-            await house.worker.submit(request)
+            await harness.worker.submit(request)
 
     scenario(play)

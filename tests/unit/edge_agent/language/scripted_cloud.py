@@ -174,7 +174,7 @@ class Talk:
 
     def _step(self) -> bool:
         """A message arrives, or a pass is computed; False when there is neither."""
-        work = self._text.work if self._text else None
+        work = self._text.scheduled if self._text else None
         may_arrive = self._messages and (work is None or work.extension)
         if may_arrive and (work is None or self._random.random() < 0.5):
             self._arrive(self._messages.popleft())
@@ -188,7 +188,7 @@ class Talk:
         if isinstance(message, Opening):
             self._open(message)
         elif self._text is not None:
-            self._text.work = None
+            self._text.scheduled = None
             committed = self._text.begin(message, 0.0)
             if committed is not None:
                 self._tell(committed, {})
@@ -207,14 +207,14 @@ class Talk:
 
     def _pass(self) -> None:
         text, brain = self._text, self._cloud.brain
-        assert text is not None and text.work is not None and text.cache is not None
-        work, length, start = text.work, len(text.tokens), text.cache.length
-        count = min(text.rows, self._random.randint(1, self._cloud.width))
-        fed, decides = [*text.tokens, *work.draft], text.decides(count)
+        assert text is not None and text.scheduled is not None and text.cache is not None
+        work, length, start = text.scheduled, len(text.tokens), text.cache.length
+        count = min(text.pending_tokens, self._random.randint(1, self._cloud.width))
+        fed, decides = [*text.tokens, *work.draft], text.needs_logits(count)
         text.next_ids(count)
         text.cache.length += count
         logits = [brain.logits(fed[: start + row + 1]) for row in range(count)]
-        committed = text.settle(np.stack(logits) if decides else None, count, self._cloud.step_s)
+        committed = text.complete_step(np.stack(logits) if decides else None, count, self._cloud.step_s)
         if committed is None:
             return
         new = range(length, len(text.tokens))

@@ -1,0 +1,52 @@
+"""Puts the service together: loads both wings, serves them, drains them. The one module that imports both.
+
+On SIGTERM or SIGINT health reports NOT_SERVING, streams are asked to half-close, then the port is closed; batches of
+photos that are still queued are answered last.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from prometheus_client import CollectorRegistry
+from prometheus_client.process_collector import ProcessCollector
+
+from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.language import service as language_service
+from isthmus.cloud_service.language.service import LanguageService
+from isthmus.cloud_service.server import Server
+from isthmus.cloud_service.servicer import Servicer
+from isthmus.cloud_service.vision import service as vision_service
+from isthmus.cloud_service.vision.worker import Worker
+
+log = logging.getLogger("isthmus.cloud")
+
+
+async def serve(config: CloudConfig) -> None:
+    """Run until SIGTERM or SIGINT, then drain. Raises BundleError or InvalidInput before the port opens."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    vision = vision_service.load(config, registry)
+    language = language_service.load(config, registry)
+    server = Server(Servicer(vision, language, vision.metrics), vision, language)
+    ports = await server.start(config, registry)
+    names = ", ".join(held(vision, language))
+    log.info("serving %s on port %d, metrics on port %s", names, ports.grpc, ports.metrics)
+    await server.stopping.wait()
+    log.info("draining, at most %.0f s", config.drain_s)
+    await server.drain(config.drain_s)
+    log.info("drained")
+
+
+def held(vision: Worker, language: LanguageService) -> Iterator[str]:
+    """Names and fingerprints of everything that is served."""
+    for bundle in vision.bundles:
+        yield f"{bundle.name} {bundle.fingerprint.hex()[:12]}"
+    for engine in language.engines:
+        yield f"{engine.info.name} {engine.info.fingerprint.hex()[:12]}"
+        for handoff in engine.handoffs:
+            yield f"handoff of {engine.info.name} after layer {handoff.depth} {handoff.fingerprint.hex()[:12]}"

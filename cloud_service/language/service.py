@@ -1,0 +1,83 @@
+"""The language models of a service: loading, a handler for each stream, running and draining."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.language.engine import LanguageEngine
+from isthmus.cloud_service.language.handler import GenerateHandler
+from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
+from isthmus.models.bundle.files import read_manifest
+from isthmus.models.errors import BundleError
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.handoff.bundle import HandoffBundle
+from isthmus.models.language.handoff.manifest import HandoffManifest
+from isthmus.models.language.torch.decoder import DTYPES, Decoder
+from isthmus.protos.limits import BUNDLE_ID_BYTES
+
+
+class LanguageService:
+    """Any number of engines, one for each model."""
+
+    def __init__(self, engines: Sequence[LanguageEngine] = ()) -> None:
+        self.engines = tuple(engines)
+        self.models = tuple(engine.info for engine in engines)
+        self._by_id = {engine.info.fingerprint[:BUNDLE_ID_BYTES]: engine for engine in engines}
+        self._draining = asyncio.Event()
+
+    def new_handler(self) -> GenerateHandler:
+        """A handler for one `Generate` stream."""
+        return GenerateHandler(self._by_id)
+
+    async def run(self) -> None:
+        """Run all engines until drained. Raises what an engine raises, at once."""
+        await asyncio.gather(self._draining.wait(), *(engine.run() for engine in self.engines))
+
+    def drain(self) -> None:
+        """Send every session to another replica; `run` returns after the step under way."""
+        self._draining.set()
+        for engine in self.engines:
+            engine.drain()
+
+
+def load(config: CloudConfig, registry: CollectorRegistry) -> LanguageService:
+    """All models of the configuration, warmed up.
+
+    Raises BundleError, or ServiceError when a model's results would depend on the batch.
+    """
+    families = EngineMetricFamilies(registry)
+    checkpoints = [Checkpoint.open(source) for source in config.models]
+    handoffs = open_handoffs(config.handoffs, checkpoints)
+    return LanguageService([load_model(each, handoffs[each.fingerprint], config, families) for each in checkpoints])
+
+
+def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, list[HandoffBundle]]:
+    """Handoff bundles by the fingerprint of their model. Raises BundleError for a bundle of another model."""
+    held = {checkpoint.fingerprint: checkpoint for checkpoint in checkpoints}
+    handoffs: dict[bytes, list[HandoffBundle]] = {fingerprint: [] for fingerprint in held}
+    for folder in folders:
+        base = bytes.fromhex(read_manifest(folder, HandoffManifest).base)
+        if base not in held:
+            names = ", ".join(f"{each.name} {each.fingerprint.hex()[:12]}…" for each in checkpoints) or "none"
+            raise BundleError(f"{folder}: belongs to the model {base.hex()[:12]}…, served are {names}")
+        handoff = HandoffBundle.open(folder, held[base])
+        if handoff.fingerprint in (other.fingerprint for other in handoffs[base]):
+            raise BundleError(f"{folder}: this handoff bundle of {held[base].name} is named twice")
+        handoffs[base].append(handoff)
+    return handoffs
+
+
+def load_model(
+    checkpoint: Checkpoint, handoffs: Sequence[HandoffBundle], config: CloudConfig, families: EngineMetricFamilies
+) -> LanguageEngine:
+    """One engine, warmed up. Raises BundleError, or ServiceError when results would depend on the batch."""
+    decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
+    metrics = EngineMetrics(families, checkpoint.name)
+    engine = LanguageEngine(checkpoint, decoder, config.context_bytes, metrics, handoffs)
+    engine.warm_up()
+    return engine

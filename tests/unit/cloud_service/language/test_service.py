@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.language.service import LanguageService, load, open_handoffs
+from isthmus.models.errors import BundleError, UnknownBundle
+from isthmus.models.messages import ModelInfo, Opening
+from tests.tiny_handoff import write_tiny_handoff
+from tests.unit.cloud_service.language.tiny import tiny_model
+
+
+def test_handoffs_are_of_the_models_that_are_served(tmp_path: Path) -> None:
+    one, two = (tiny_model(tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
+    folders = [write_tiny_handoff(tmp_path / f"to-{model.name}", model) for model in (two, one)]
+    found = open_handoffs(folders, [one, two])
+    assert {name: [each.manifest.base for each in handoffs] for name, handoffs in found.items()} == {
+        model.fingerprint: [model.fingerprint.hex()] for model in (one, two)
+    }
+    assert open_handoffs([], [one]) == {one.fingerprint: []}
+    deeper = write_tiny_handoff(tmp_path / "deeper", one, depth=1, seed=1)
+    assert len(open_handoffs([*folders, deeper], [one, two])[one.fingerprint]) == 2
+    with pytest.raises(BundleError, match=f"belongs to the model {two.fingerprint.hex()[:12]}…, served are one"):
+        open_handoffs(folders, [one])
+    with pytest.raises(BundleError, match="served are none"):
+        open_handoffs(folders, [])
+    with pytest.raises(BundleError, match="this handoff bundle of one is named twice"):
+        open_handoffs([*folders, folders[1]], [one, two])
+    with pytest.raises(BundleError, match="no such bundle folder"):
+        open_handoffs([tmp_path / "nothing"], [one])
+
+
+class ScriptedEngine:
+    """Runs until drained, or until `failure` is raised."""
+
+    def __init__(self, fingerprint: bytes = bytes(32), failure: Exception | None = None) -> None:
+        self.info = ModelInfo(fingerprint, "scripted", 259, 64, "float32/4")
+        self.failure = failure
+        self._drained = asyncio.Event()
+
+    async def run(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        await self._drained.wait()
+
+    def drain(self) -> None:
+        self._drained.set()
+
+
+def service(*engines: Any) -> LanguageService:
+    return LanguageService(engines)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_service_runs_until_it_is_drained(count: int) -> None:
+    async def play() -> None:
+        language = service(*(ScriptedEngine() for _ in range(count)))
+        running = asyncio.create_task(language.run())
+        await asyncio.sleep(0.02)
+        assert not running.done()
+        language.drain()
+        await asyncio.wait_for(running, 10)
+
+    asyncio.run(play())
+
+
+def test_an_engine_that_fails_ends_the_service_at_once() -> None:
+    async def play() -> None:
+        with pytest.raises(RuntimeError, match="a bug"):
+            await asyncio.wait_for(service(ScriptedEngine(), ScriptedEngine(failure=RuntimeError("a bug"))).run(), 10)
+
+    asyncio.run(play())
+
+
+def test_handlers_find_engines_by_the_first_bytes_of_their_fingerprint() -> None:
+    async def play() -> None:
+        language = service(ScriptedEngine(bytes(range(32))))
+        with pytest.raises(UnknownBundle, match=f"there is {bytes(range(8)).hex()}$"):
+            await language.new_handler().handle(Opening(bytes(8), bytes(16), 0, (), 0))
+
+    asyncio.run(play())
+
+
+def test_models_are_loaded_with_their_handoffs(tmp_path: Path) -> None:
+    one, two = (tiny_model(tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
+    config = CloudConfig(
+        models=(str(tmp_path / "one"), str(tmp_path / "two")),
+        handoffs=(write_tiny_handoff(tmp_path / "handoff", two),),
+        dtype="float32",
+        width=4,
+    )
+    language = load(config, CollectorRegistry())
+    found = [(info.name, info.fingerprint, info.numerics, len(info.handoffs)) for info in language.models]
+    assert found == [("one", one.fingerprint, "float32/4", 0), ("two", two.fingerprint, "float32/4", 1)]
+
+
+def test_without_models_nothing_is_served() -> None:
+    assert load(CloudConfig(), CollectorRegistry()).models == ()
