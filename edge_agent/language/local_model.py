@@ -36,7 +36,7 @@ class Cache:
 
 
 class FairLock:
-    """A lock that is handed over in order of arrival: `threading.Lock` lets a busy thread take it again and again."""
+    """A lock that is granted in order of arrival: `threading.Lock` lets a busy thread take it again and again."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -52,7 +52,7 @@ class FairLock:
             self._waiting.append(turn)
         try:
             turn.wait()
-        except BaseException:  # an interrupt: leave the queue, or pass on what was just handed over
+        except BaseException:  # an interrupt: leave the queue, or pass on what was just granted
             with self._mutex:
                 if not turn.is_set():
                     self._waiting.remove(turn)

@@ -1,4 +1,4 @@
-"""What flows between the prompt loop and those who ask it: the HTTP API, the chat, the benchmarks."""
+"""Requests for text and what answers are made of: tokens, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from isthmus.models.messages import GREEDY, Logprobs, Sampling
 if TYPE_CHECKING:
     from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 
-Source = Literal["edge", "cloud", "draft"]  # draft: made on the device and confirmed by the cloud
+Source = Literal["edge", "cloud", "draft"]  # draft: drafted on the device, accepted by the cloud
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One answer wanted. `top_logprobs` None: no log probabilities; 0: the token's own; n: the n likeliest as well.
+    """A request for one answer.
 
-    `quality`, for auto: the share of its tokens that are to be what the cloud's model would choose; None: the owner's.
+    top_logprobs: None for no log probabilities, 0 for the token's own, n for the n likeliest as well. quality, for
+    auto: the share of tokens that are what the cloud's model would choose; None for the owner's.
     """
 
     prompt: tuple[int, ...]
@@ -41,22 +42,22 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def local_token(logits_V: Floats, ask: GenerationRequest, position: int) -> Token:
+def local_token(logits_V: Floats, request: GenerationRequest, position: int) -> Token:
     """A token that the local model decides."""
-    id_ = choose(logits_V, ask.sampling, position)
-    if ask.top_logprobs is None:
+    id_ = choose(logits_V, request.sampling, position)
+    if request.top_logprobs is None:
         return Token(id_, "edge")
-    return Token(id_, "edge", *logprobs(logits_V, id_, ask.top_logprobs))
+    return Token(id_, "edge", *logprobs(logits_V, id_, request.top_logprobs))
 
 
-def cloud_token(id_: int, source: Source, row: Logprobs | None) -> Token:
-    """A token that the cloud decided or confirmed, with what it said of it."""
-    return Token(id_, source, row.own if row else None, row.top if row else ())
+def cloud_token(id_: int, source: Source, logprobs_: Logprobs | None) -> Token:
+    """A token that the cloud decided or accepted, with its log probabilities."""
+    return Token(id_, source, logprobs_.own if logprobs_ else None, logprobs_.top if logprobs_ else ())
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens in a row that one arm made, and why it was that one."""
+    """Consecutive tokens of one arm, and why it was that one."""
 
     arm: Arm
     tokens: int
@@ -72,13 +73,13 @@ class Summary:
     tokens: int
     arm: Arm
     why: str  # of the arm or of a change of it in mid-answer
-    accepted: int = 0  # draft tokens that the cloud confirmed
+    accepted: int = 0  # draft tokens that the cloud accepted
     rejected: int = 0
-    rounds: int = 0  # that the cloud answered
+    rounds: int = 0  # answered by the cloud
     passes: int = 0  # forward passes in the cloud that decided tokens
     prefill_passes: int = 0  # those that only read the prompt
     opening_bytes: int = 0  # of bytes_up: the prompt, mostly
-    cached: int = 0  # prompt tokens whose state the cloud still held
+    cached: int = 0  # prompt tokens whose KV cache the cloud still held
     bytes_up: int = 0
     bytes_down: int = 0
     rtt_s: float | None = None

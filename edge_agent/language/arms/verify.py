@@ -89,10 +89,10 @@ class VerifyArm:
         """As many free drafts as are likely right and reach beyond what the cloud decodes meanwhile."""
         self._rounds.clear()
         latency = self._latency()
-        wanted = MAX_DRAFTS + int(latency.rtt_s / max(latency.step_s, 0.001))
-        wanted, likely = min(wanted, MAX_DRAFT, self._sequence.remaining - 1), 1.0
+        count = MAX_DRAFTS + int(latency.rtt_s / max(latency.step_s, 0.001))
+        count, likely = min(count, MAX_DRAFT, self._sequence.remaining - 1), 1.0
         drafts = self._rounds.drafts
-        while len(drafts) < wanted and likely > LEAST_LIKELY:
+        while len(drafts) < count and likely > LEAST_LIKELY:
             found = self._draft.next(self._drafted_text(), self._sequence.request.sampling)
             if found is None:
                 break
