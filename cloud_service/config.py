@@ -1,36 +1,86 @@
-"""Settings of the service, parsed once by `__main__`."""
+"""Settings of the service: made from the command line, the environment and a file by `cli`.
+
+A field with a description is also an option, a name in the environment and a key of the file (`models.options`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 
 from isthmus.cloud_service.vision.batching import BatchLimits
+from isthmus.models.bundle.installed import find_all
+from isthmus.models.settings import Flag, Settings
+
+PREFIX = "ISTHMUS_CLOUD"  # of names in the environment
 
 
 @dataclass(frozen=True)
-class Tls:
+class Tls(Settings):
     """PEM files. With `client_ca`, devices must show a certificate that it signed."""
 
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
+    certificate: Annotated[
+        Path,
+        Field(description="PEM file with the service's certificate; TLS is on when given with --tls-key."),
+        Flag("tls_certificate", is_file=True),
+    ]
+    key: Annotated[
+        Path,
+        Field(description="PEM file with the key of that certificate."),
+        Flag("tls_key", is_file=True),
+    ]
+    client_ca: Annotated[
+        Path | None,
+        Field(description="PEM file of an authority; devices must show a certificate that it signed."),
+        Flag("tls_client_ca", is_file=True),
+    ] = None
 
 
 @dataclass(frozen=True)
-class CloudConfig:
-    """`listen` and `metrics` are host:port; port 0 picks a free one."""
+class CloudConfig(Settings):
+    """What is served, where, and how much at a time. Port 0 picks a free one."""
 
-    bundles: tuple[Path, ...] = ()
-    models: tuple[str, ...] = ()  # GGUF files, Hugging Face folders, or `smollm2`
-    handoffs: tuple[Path, ...] = ()  # bundles, each of one of the models
-    dtype: str = "bfloat16"  # of a language model's matrix products
-    width: int = 16  # rows of a decoder's forward pass
-    context_bytes: int = 2 << 30  # of all sessions' keys and values, for each model
-    listen: str = "127.0.0.1:50051"
-    metrics: str | None = "127.0.0.1:9101"
-    threads: int = 0  # of a network; 0 for every core
+    bundles: Annotated[
+        tuple[Path, ...],
+        AfterValidator(find_all),
+        Field(description="Vision bundle to serve: a folder, or the name of an installed one; repeatable."),
+        Flag("bundle"),
+    ] = ()
+    models: Annotated[
+        tuple[str, ...],
+        Field(description="Language model to serve: a GGUF file, a Hugging Face folder, or smollm2; repeatable."),
+        Flag("model"),
+    ] = ()
+    handoffs: Annotated[
+        tuple[Path, ...],
+        AfterValidator(find_all),
+        Field(description="Handoff bundle of one of the models, which then completes tokens for devices; repeatable."),
+        Flag("handoff"),
+    ] = ()
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], Field(description="Number format of a language model's matrix products.")
+    ] = "bfloat16"
+    width: Annotated[int, Field(ge=1, le=256, description="Tokens in one forward pass of a language model.")] = 16
+    context_bytes: Annotated[
+        int,
+        Field(ge=1 << 20, description="Mebibytes for the KV caches of all sessions of a language model."),
+        Flag("context_mb", 1 / (1 << 20)),
+    ] = 2 << 30
+    listen: Annotated[
+        str, Field(description="Address of the gRPC service; port 0 picks a free one."), Flag(metavar="HOST:PORT")
+    ] = "127.0.0.1:50051"
+    metrics: Annotated[
+        str | None, Field(description="Address of /metrics for Prometheus; empty for none."), Flag(metavar="HOST:PORT")
+    ] = "127.0.0.1:9101"
+    threads: Annotated[int, Field(ge=0, le=1024, description="Threads of PyTorch; 0 for one a core.")] = 0
     batch: BatchLimits = BatchLimits()
-    queue_limit: int = 256  # inputs waiting; at 50 a second, five seconds of work, longer than most devices wait
-    drain_s: float = 20.0
+    queue_limit: Annotated[int, Field(ge=1, le=100_000, description="Photos that may wait; more are refused.")] = (
+        256  # at 50 a second, five seconds of work, longer than most devices wait
+    )
+    drain_s: Annotated[float, Field(ge=0, le=600, description="Seconds to finish what is running after SIGTERM.")] = (
+        20.0
+    )
     tls: Tls | None = None

@@ -1,54 +1,117 @@
-"""Settings of the agent, parsed once by `__main__` or given by whoever builds an EdgeAgent."""
+"""Settings of the agent: made from the command line, the environment and a file by `cli`, or in Python.
+
+A field with a description is also an option, a name in the environment and a key of the file (`models.options`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.prices import Objective, Prices
+from isthmus.models.bundle.installed import find
+from isthmus.models.settings import Flag, Settings
 from isthmus.models.vision.manifest import Precision
 
+PREFIX = "ISTHMUS_EDGE"  # of names in the environment
 Mode = Literal["auto", "edge", "split", "offload"]
-MODES: tuple[Mode, ...] = ("auto", "edge", "split", "offload")
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+ConnectSeconds = Annotated[
+    float, Field(ge=0, le=600, description="Seconds to wait for the cloud's first answer before starting without it.")
+]
+Threads = Annotated[int, Field(ge=0, le=256, description="Threads of ONNX Runtime; 0 for one a core.")]
+Best = Annotated[Objective, Field(description="What the router minimises among the ways that keep the quality.")]
 
 
 @dataclass(frozen=True)
-class Tls:
+class Tls(Settings):
     """PEM files: `ca` signs the cloud's certificate; `certificate` and `key` are the device's own, for mutual TLS."""
 
-    ca: Path
-    certificate: Path | None = None
-    key: Path | None = None
+    ca: Annotated[
+        Path,
+        Field(description="PEM file of the authority that signed the cloud's certificate; turns TLS on."),
+        Flag("tls_ca", is_file=True),
+    ]
+    certificate: Annotated[
+        Path | None,
+        Field(description="PEM file with this device's certificate, for mutual TLS."),
+        Flag("tls_certificate", is_file=True),
+    ] = None
+    key: Annotated[
+        Path | None,
+        Field(description="PEM file with the key of that certificate."),
+        Flag("tls_key", is_file=True),
+    ] = None
 
 
 @dataclass(frozen=True)
-class WholeImage:
+class WholeImage(Settings):
     """How a photo is stored when it is sent whole."""
 
-    form: Literal["jpeg", "png", "webp"] = "jpeg"
-    quality: int = 75  # of jpeg and webp; png is lossless
+    form: Annotated[
+        Literal["jpeg", "png", "webp"],
+        Field(description="Format of a photo that is sent whole."),
+        Flag("image_format"),
+    ] = "jpeg"
+    quality: Annotated[
+        int,
+        Field(ge=1, le=100, description="Quality of a photo that is sent whole as JPEG or WebP; PNG is lossless."),
+        Flag("image_quality"),
+    ] = 75
 
 
 @dataclass(frozen=True)
-class EdgeConfig:
-    """`cloud` is host:port, None for a device alone. `mode` other than auto pins one arm, for comparison.
+class EdgeConfig(Settings):
+    """An agent for photos. `mode` other than auto pins one arm, for comparison.
 
     A request that names a tap, a width or a rate is sent so in any mode.
     """
 
-    bundle: Path
-    cloud: str | None = None
-    mode: Mode = "auto"
-    precision: Precision = "fp32"  # of the head
-    objective: Objective = "fastest"
-    epsilon: float = 0.005  # certified loss of accuracy at the exits: picks the bundle's threshold
-    min_agreement: float = 0.96  # of an operating point with the cloud model, on the calibration part
-    tasks: tuple[str, ...] = ()  # answered when a request names none; none: the bundle's first
-    deadline_s: float = 1.0
-    connect_s: float = 2.0  # how long to wait for the first probe before starting without a cloud
-    threads: int = 0  # of ONNX Runtime; 0 for every core
+    bundle: Annotated[
+        Path,
+        AfterValidator(find),
+        Field(description="Vision bundle: a folder, or the name of an installed one.", validate_default=True),
+    ] = Path("photos")
+    cloud: Annotated[
+        str | None,
+        Field(description="The cloud service; without it the device answers alone."),
+        Flag(metavar="HOST:PORT"),
+    ] = None
+    mode: Annotated[
+        Mode,
+        Field(
+            description="auto: the router chooses for each photo. edge: the device alone. split: the bottleneck's"
+            " features are sent. offload: the whole photo is sent."
+        ),
+    ] = "auto"
+    precision: Annotated[Precision, Field(description="Precision of the head on the device.")] = "fp32"
+    objective: Best = "fastest"
+    epsilon: Annotated[
+        Share,
+        Field(description="Certified loss of accuracy at the exits: it picks the bundle's confidence threshold."),
+    ] = 0.005
+    min_agreement: Annotated[
+        Share,
+        Field(description="Least agreement with the cloud model, on the calibration part, of an operating point."),
+    ] = 0.96
+    tasks: Annotated[
+        tuple[str, ...],
+        Field(description="Task of the bundle to answer; repeatable. Without any: the bundle's first."),
+        Flag("task"),
+    ] = ()
+    deadline_s: Annotated[
+        float,
+        Field(ge=0.001, le=600, description="Milliseconds in which a photo is to be answered."),
+        Flag("deadline_ms", 1000),
+    ] = 1.0
+    connect_s: ConnectSeconds = 2.0
+    threads: Threads = 0
     prices: Prices = Prices()
     whole_image: WholeImage = WholeImage()
     breaker: BreakerLimits = BreakerLimits()
@@ -56,25 +119,68 @@ class EdgeConfig:
 
 
 @dataclass(frozen=True)
-class LanguageConfig:
-    """`model` and `device_model`: a GGUF file, a Hugging Face folder, or `smollm2`; the cloud holds `model`."""
+class LanguageConfig(Settings):
+    """An agent for prompts. The cloud holds `model` too."""
 
-    model: str
-    clouds: tuple[str, ...] = ()  # host:port, in order of preference
-    device_model: str | None = None  # a smaller one with the same tokenizer; None: `model` itself
-    device_bits: Literal[4, 8] = 8  # of the device's weights
-    draft: Literal["model", "lookup"] = "model"
-    handoff: Path | None = None  # a bundle of exits and coded rows that belongs to `model`: for the arm handoff
-    quality: float = 0.99  # for auto: share of an answer's tokens that are to be what the cloud's model would choose
-    objective: Objective = "fastest"  # of the arms that keep it
+    model: Annotated[
+        str,
+        Field(description="Language model: a GGUF file, a Hugging Face folder, or smollm2."),
+    ]
+    clouds: Annotated[
+        tuple[str, ...],
+        Field(description="Cloud services, in order of preference."),
+        Flag("cloud", separator=",", metavar="HOST:PORT"),
+    ] = ()
+    device_model: Annotated[
+        str | None,
+        Field(description="Smaller model with the same tokenizer that runs on the device. Without it: --model itself."),
+    ] = None
+    device_bits: Annotated[Literal[4, 8], Field(description="Bits of each weight of the device's model.")] = 8
+    draft: Annotated[
+        Literal["model", "lookup"],
+        Field(description="Drafts for the arm verify: by the device's model, or by looking up n-grams in the prompt."),
+    ] = "model"
+    handoff: Annotated[
+        Path | None,
+        AfterValidator(lambda path: path and find(path)),
+        Field(description="Handoff bundle of --model (a folder or a name), for the arms handoff and auto."),
+    ] = None
+    quality: Annotated[
+        Share, Field(description="Arm auto: share of an answer's tokens that are to be those of the cloud's model.")
+    ] = 0.99
+    objective: Best = "fastest"
     prices: Prices = Prices()
-    agreement: float = 0.97  # with the full model, of tokens that exits decide: picks the bundle's thresholds
-    state_point: int | None = None  # how rows that cross are coded; None: the cheapest of those that lose little
-    fill: bool = False  # whether the cloud may guess keys and values of tokens that it does not decide
-    prefill_layers: int = 0  # of the cloud's, that a prompt goes through but for its end, others guessed; 0: all, exact
-    context: int = 2048  # tokens that the device's own model holds
-    on_loss: Literal["alone", "wait"] = "alone"  # what to do when no cloud is left in mid-answer
-    wait_s: float = 30.0  # how long to wait then
-    connect_s: float = 2.0
-    threads: int = 0  # of ONNX Runtime; 0 for every core
+    agreement: Annotated[
+        Share,
+        Field(description="Agreement with the full model of tokens that exits decide: it picks their thresholds."),
+    ] = 0.97
+    state_point: Annotated[
+        int | None,
+        Field(ge=0, description="Operating point at which hidden states are sent. Without it: the cheapest good one."),
+    ] = None
+    fill: Annotated[
+        bool,
+        Field(
+            description="Let the cloud approximate keys and values of tokens that exits decided: faster, less exact."
+        ),
+    ] = False
+    prefill_layers: Annotated[
+        int,
+        Field(ge=0, le=512, description="Layers of the cloud's model that a prompt runs through; 0 for all, exact."),
+    ] = 0
+    context: Annotated[int, Field(ge=16, description="Tokens that the device's model holds.")] = 2048
+    on_loss: Annotated[
+        Literal["alone", "wait"],
+        Field(description="When no cloud is left in mid-answer: the device goes on alone, or waits for one."),
+    ] = "alone"
+    wait_s: Annotated[float, Field(ge=0, le=3600, description="Seconds to wait then, with --on-loss wait.")] = 30.0
+    connect_s: ConnectSeconds = 2.0
+    threads: Threads = 0
     tls: Tls | None = None
+
+
+@dataclass(frozen=True)
+class HttpConfig(Settings):
+    """Where the local HTTP API listens."""
+
+    listen: Annotated[str, Field(description="Address of the HTTP API."), Flag(metavar="HOST:PORT")] = "127.0.0.1:8080"

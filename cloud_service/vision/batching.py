@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from isthmus.models.settings import Flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +28,10 @@ class QueuedInput:
 class BatchLimits:
     """A batch starts when it has `max_size` inputs or its oldest has waited `max_wait_s`."""
 
-    max_size: int = 16
-    max_wait_s: float = 0.002  # a tenth of one tail on one core: what a fuller batch may cost its first input
+    max_size: Annotated[int, Field(ge=1, le=1024, description="Photos in a batch, at most."), Flag("max_batch")] = 16
+    max_wait_s: Annotated[
+        float, Field(ge=0, le=1, description="Milliseconds that a batch may wait to fill."), Flag("max_wait_ms", 1000)
+    ] = 0.002  # a tenth of one tail on one core: what a fuller batch may cost its first input
 
 
 @dataclass(frozen=True, slots=True)

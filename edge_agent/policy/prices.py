@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from isthmus.models.settings import Flag
 
 Objective = Literal["fastest", "cheapest"]
 
@@ -12,8 +16,12 @@ Objective = Literal["fastest", "cheapest"]
 class Prices:
     """US dollars. The defaults are an IoT data plan, a small cloud CPU, and a device whose time is free."""
 
-    up_usd_per_byte: float = 0.50 / 1e9
-    cloud_usd_per_s: float = 0.05 / 3600
+    up_usd_per_byte: Annotated[
+        float, Field(ge=0, description="Price of the uplink, US dollars a gigabyte."), Flag("usd_per_gb", 1e9)
+    ] = 0.50 / 1e9
+    cloud_usd_per_s: Annotated[
+        float, Field(ge=0, description="Price of the cloud, US dollars an hour."), Flag("usd_per_cloud_hour", 3600)
+    ] = 0.05 / 3600
     device_usd_per_s: float = 0.0
 
     def usd(self, up_bytes: float, cloud_s: float, device_s: float) -> float:

@@ -1,0 +1,34 @@
+"""`edge-agent config`: check the settings, and show where each comes from."""
+
+from __future__ import annotations
+
+import click
+
+from isthmus.edge_agent.cli.photos import photo_config
+from isthmus.edge_agent.cli.prompts import ChatConfig
+from isthmus.edge_agent.cli.settings import SECTIONS, settings
+from isthmus.edge_agent.config import HttpConfig, LanguageConfig
+from isthmus.models.options import Command, describe, given, read
+
+EXAMPLES = """\b
+Examples:
+  edge-agent config --show
+  edge-agent config --config edge.toml
+  ISTHMUS_EDGE_MODE=edge edge-agent config --show --json"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.option("--show", is_flag=True, help="Print each setting, its value and where that comes from.")
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+@settings(*SECTIONS)
+def config(show: bool, as_json: bool) -> None:
+    """Check the settings from options, environment and file, without starting anything."""
+    photo_config()
+    read(HttpConfig)
+    read(ChatConfig)
+    if given()["model"].value is not None:
+        read(LanguageConfig)
+    if show or as_json:
+        click.echo(describe(as_json))
+    else:
+        click.echo("ok: the settings are valid; --show prints them")

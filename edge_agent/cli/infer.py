@@ -1,0 +1,58 @@
+"""`edge-agent infer`: answer photos from files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import click
+
+from isthmus.edge_agent.cli.photos import open_photos
+from isthmus.edge_agent.cli.settings import settings
+from isthmus.models.errors import IsthmusError
+from isthmus.models.options import Command
+
+PROGRESS_FROM = 10  # photos; fewer are done before a bar could be read
+EXAMPLES = """\b
+Examples:
+  edge-agent infer photo.jpg
+  edge-agent infer *.jpg --cloud cloud:50051 --json
+  edge-agent infer photo.jpg --cloud cloud:50051 --rate 2"""
+
+
+@click.command(cls=Command, epilog=EXAMPLES)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--tap", help="Bottleneck to send, by name. Of tap, width and rate the router chooses what is not named.")
+@click.option("--width", type=click.FloatRange(0, 1), help="Width of the encoder, as a share of its channels.")
+@click.option("--rate", type=click.IntRange(0), help="Rate of the bottleneck; 0 is the smallest.")
+@settings("Cloud and device", "Photos")
+def infer(files: tuple[Path, ...], as_json: bool, tap: str | None, width: float | None, rate: int | None) -> None:
+    """Answer each of FILES (JPEG, PNG or WebP)."""
+    agent = open_photos()
+    from isthmus.edge_agent.vision.result import page
+
+    failed = 0
+    with agent:
+        for file in progress(files):
+            try:
+                answer = agent.infer(file, tap=tap, width=width, rate=rate)
+            except IsthmusError as error:
+                failed += 1
+                click.echo(f"error: {file}: {error}", err=True)
+                continue
+            row = {"file": str(file), **answer.as_dict()}
+            click.echo(json.dumps(row) if as_json else "\n".join(page(str(file), answer)))
+    sys.exit(1 if failed else 0)
+
+
+def progress(files: Sequence[Path]) -> Iterable[Path]:
+    """A bar on a terminal's standard error when there are many photos."""
+    if len(files) < PROGRESS_FROM or not sys.stderr.isatty():
+        return files
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(files, "photos", console=Console(stderr=True))

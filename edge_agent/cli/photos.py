@@ -1,0 +1,57 @@
+"""An agent for photos from the command's settings, or the end of the program with one line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from isthmus.edge_agent.cli.fail import fail
+from isthmus.edge_agent.config import EdgeConfig
+from isthmus.models.bundle.installed import missing
+from isthmus.models.errors import IsthmusError
+from isthmus.models.options import given, read
+
+if TYPE_CHECKING:  # ONNX Runtime takes half a second to import, which `--help` does without
+    from prometheus_client import CollectorRegistry
+
+    from isthmus.edge_agent.vision.agent import EdgeAgent
+    from isthmus.edge_agent.vision.metrics import EdgeMetrics
+
+
+def photo_config() -> EdgeConfig:
+    """Of several clouds, which only a language model can use, photos go to the first."""
+    cloud = given()["cloud"].value
+    return read(EdgeConfig, cloud=cloud and cloud.split(",")[0].strip())
+
+
+def open_photos() -> EdgeAgent:
+    """Without metrics."""
+    return opened(photo_config(), None)
+
+
+def open_photos_with_metrics(registry: CollectorRegistry) -> tuple[EdgeAgent, EdgeMetrics]:
+    from isthmus.edge_agent.vision.metrics import EdgeMetrics
+    from isthmus.models.bundle.bundle import read_manifest
+    from isthmus.models.vision.manifest import Manifest
+
+    config = photo_config()
+    check(config)
+    try:
+        metrics = EdgeMetrics(registry, read_manifest(config.bundle, Manifest))
+    except IsthmusError as error:
+        fail(error)
+    return opened(config, metrics), metrics
+
+
+def opened(config: EdgeConfig, metrics: EdgeMetrics | None) -> EdgeAgent:
+    from isthmus.edge_agent.vision.agent import EdgeAgent
+
+    check(config)
+    try:
+        return EdgeAgent(config, metrics)
+    except (IsthmusError, OSError) as error:
+        fail(error)
+
+
+def check(config: EdgeConfig) -> None:
+    if problem := missing(config.bundle):
+        fail(problem)

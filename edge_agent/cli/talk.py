@@ -1,0 +1,42 @@
+"""`edge-agent chat`: settings of a chat, and its start; the chat itself is `chat`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from isthmus.edge_agent.cli.prompts import ChatConfig, open_prompts
+from isthmus.edge_agent.cli.settings import settings
+from isthmus.edge_agent.config import LanguageConfig
+from isthmus.models.messages import Sampling
+from isthmus.models.options import Command, read
+
+EXAMPLES = """\b
+Examples:
+  edge-agent chat --cloud cloud:50051
+  edge-agent chat --model smollm2 --handoff smollm2 --cloud cloud:50051
+  echo "What is a lagoon?" | edge-agent chat --json"""
+
+
+@click.command("chat", cls=Command, epilog=EXAMPLES)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object an answer; each line of input is a question."
+)
+@settings("Chat", "Cloud and device", "Language model", model="smollm2")
+def chat(as_json: bool) -> None:
+    """Talk to a language model; each token has the colour of where it was made."""
+    from rich.console import Console
+
+    from isthmus.edge_agent.cli.chat import ChatSettings
+    from isthmus.edge_agent.cli.chat import chat as talk
+
+    chosen, config = read(ChatConfig), read(LanguageConfig)
+    if chosen.arm not in ("auto", "edge") and not config.clouds:
+        raise click.UsageError(f"--arm {chosen.arm} needs --cloud")
+    sampling = Sampling(chosen.temperature, seed=chosen.seed)
+    source = None if sys.stdin.isatty() else sys.stdin
+    with open_prompts(config) as agent:
+        details = ChatSettings(chosen.system, chosen.max_tokens, sampling, config.prices, as_json)
+        failed = talk(agent, chosen.arm, Console(highlight=False), details, source)
+    sys.exit(1 if failed else 0)
