@@ -32,6 +32,7 @@ WIDE = {"max_content_width": 110}  # of `--help`, where the terminal has the roo
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Model = TypeVar("Model")
+Section = type[Any] | tuple[type[Any], ...]  # settings of a model, or those that several models share
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,13 @@ class Given:
         if self.setting.multiple:
             return [str(value) for value in self.value]
         return str(self.value) if isinstance(self.value, Path) else self.value
+
+    @property
+    def text(self) -> str:
+        """`shown` in one line; a dash where there is nothing."""
+        if self.value in (None, "", ()):
+            return "-"
+        return " ".join(self.shown) if self.setting.multiple else str(self.shown)
 
 
 class Option(click.Option):
@@ -133,7 +141,7 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-def click_type(setting: Setting) -> click.ParamType | type:
+def click_type(setting: Setting) -> click.ParamType[Any] | type:
     """What an option accepts, so that `--help` says it."""
     low, high = setting.bounds.get("ge", setting.bounds.get("gt")), setting.bounds.get("le")
     if get_origin(setting.type) is Literal:
@@ -190,8 +198,7 @@ def options(
 ) -> Callable[[Function], Function]:
     """Options of a command for the models of `sections`, and --config for a file of any of `known`.
 
-    A section, by its heading, holds a model's settings or those that several models share; the first that has a setting
-    lists it. `defaults` by key: of settings that the models require.
+    A setting is listed by the first section that has it. `defaults` by key: of settings that the models require.
     """
     placed: dict[str, str] = {}
     for section, models in sections.items():
@@ -255,10 +262,4 @@ def describe(as_json: bool) -> str:
     if as_json:
         return json.dumps({key: {"value": item.shown, "source": item.source} for key, item in items.items()}, indent=1)
     width = max(map(len, items))
-    texts = {
-        key: " ".join(map(str, item.shown if item.setting.multiple else [item.shown])) for key, item in items.items()
-    }
-    return "\n".join(
-        f"{key:<{width}}  {'-' if item.value in (None, ()) else texts[key]:<24}  {item.source}"
-        for key, item in items.items()
-    )
+    return "\n".join(f"{key:<{width}}  {item.text:<24}  {item.source}" for key, item in items.items())

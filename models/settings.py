@@ -54,7 +54,7 @@ class Setting:
     type: Any  # of one value
     default: Any  # in the unit of the key; None where there is none
     help: str
-    bounds: dict[str, float]  # `ge`, `gt`, `le`, in the unit of the key
+    bounds: dict[str, Any]  # `ge`, `gt`, `le`, in the unit of the key
     required: bool
     optional: bool  # None is a value of the field, and outside an empty text
     multiple: bool

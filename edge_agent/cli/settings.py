@@ -7,10 +7,10 @@ from typing import Any
 
 from isthmus.edge_agent.cli.prompts import ChatConfig
 from isthmus.edge_agent.config import PREFIX, EdgeConfig, HttpConfig, LanguageConfig
-from isthmus.models.options import Function, known_settings, options
+from isthmus.models.options import Function, Section, known_settings, options
 
 KNOWN = known_settings(EdgeConfig, LanguageConfig, HttpConfig, ChatConfig)
-SECTIONS: dict[str, type[Any] | tuple[type[Any], ...]] = {
+SECTIONS: dict[str, Section] = {
     "Server": HttpConfig,
     "Chat": ChatConfig,
     "Cloud and device": (EdgeConfig, LanguageConfig),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ def invoke(*arguments: str, **environment: str) -> Any:
 
 
 def test_help_has_an_example() -> None:
-    assert "Example: cloud-service --bundle" in invoke("--help").stdout
+    assert "Examples:\n    cloud-service --bundle" in invoke("--help").stdout
+
+
+def test_it_says_its_version() -> None:
+    assert version("isthmus") in invoke("--version").stdout
 
 
 @pytest.mark.parametrize(
@@ -31,6 +36,9 @@ def test_help_has_an_example() -> None:
         (("--bundle", "x", "--max-batch", "0"), "max-batch"),
         (("--handoff", "x"), "--bundle or --model"),
         (("--bundle", "x", "--tls-key", __file__), "--tls-certificate"),
+        (("--bundle", "moon"), "no bundle 'moon' in "),
+        (("--bundle", "x", "--tls-client-ca", __file__), "--tls-"),
+        (("--bundle", "x", "--config", "/nowhere.toml"), "/nowhere.toml"),
     ],
 )
 def test_a_wrong_call_ends_with_one_clear_line(arguments: tuple[str, ...], words: str) -> None:
@@ -70,3 +78,16 @@ def test_settings_come_from_the_environment() -> None:
     result = invoke(ISTHMUS_CLOUD_BUNDLE="/nowhere/a")
     assert result.exit_code == 1
     assert "/nowhere/a" in result.stderr
+
+
+def test_it_shows_its_settings_and_serves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "cloud.toml"
+    path.write_text('bundle = ["/nowhere/a", "/nowhere/b"]\ncontext_mb = 64\n')
+    result = invoke("--show-config", "--json", "--width", "4", ISTHMUS_CLOUD_CONFIG=str(path))
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["bundle"] == {"value": ["/nowhere/a", "/nowhere/b"], "source": str(path)}
+    assert (found["context_mb"]["value"], found["width"]["source"]) == (64, "--width")
+    assert ["metrics", "127.0.0.1:9101", "default"] in [
+        line.split() for line in invoke("--show-config").stdout.splitlines()
+    ]

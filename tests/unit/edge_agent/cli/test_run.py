@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from starlette.testclient import TestClient
+
+from isthmus.edge_agent.cli.main import main
+from isthmus.models.bundle.bundle import Bundle
+from tests.bench.tiny_llama import write_tiny_llama
+
+
+def invoke(*arguments: str, **environment: str) -> Any:
+    return CliRunner().invoke(main, arguments, env=environment)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", scale=0.3))
+
+
+def test_run_serves_prompts_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+
+    def serve(app: Any, **settings: Any) -> None:
+        client = TestClient(app)
+        served.append(client.get("/v1/models").json())
+        body = {"model": "auto", "prompt": "hi", "max_tokens": 2}
+        served.append(client.post("/v1/completions", json=body).json())
+        served.append(client.get("/metrics").text)
+
+    monkeypatch.setattr("uvicorn.run", serve)
+    result = invoke("run", "--model", model, "--json", "--threads", "1", "--listen", "127.0.0.1:0")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"listen": "127.0.0.1:0", "model": "tiny", "cloud": "no cloud"}
+    assert any(entry["id"].startswith("tiny") for entry in served[0]["data"])
+    tokens = served[1]["usage"]["completion_tokens"]
+    assert 1 <= tokens <= 2
+    assert f'isthmus_edge_tokens_total{{source="edge"}} {float(tokens)}' in served[2]
+
+
+def test_run_serves_photos_and_prompts_when_both_are_asked_for(
+    model: str, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps: list[Any] = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **settings: apps.append(app))
+    both = ("run", "--model", model, "--json", "--threads", "1", "--bundle", str(tiny_bundle.folder))
+    line = json.loads(invoke(*both).stdout)
+    assert (line["model"], line["bundle"]) == ("tiny", tiny_bundle.manifest.name)
+    assert {"/v1/infer", "/v1/models"} <= {route.path for route in apps[0].routes}
