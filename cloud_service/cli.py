@@ -37,7 +37,7 @@ Examples:
     envvar=f"{PREFIX}_JSON",
     help="Log as JSON lines; --check and --show-config print JSON.",
 )
-@click.version_option(package_name="isthmus")
+@click.version_option(package_name="isthmus", prog_name="cloud-service")
 @options(PREFIX, known_settings(CloudConfig), SECTIONS)
 def main(check: str | None, show_config: bool, as_json: bool) -> None:
     """The cloud half of Isthmus: serves bundles for photos, and language models, to devices."""

@@ -19,7 +19,7 @@ Examples:
 
 
 @click.group(epilog=EXAMPLES, context_settings=WIDE)
-@click.version_option(package_name="isthmus")
+@click.version_option(package_name="isthmus", prog_name="edge-agent")
 def main() -> None:
     """The edge half of Isthmus: answers photos and prompts on this device, and sends what is hard to the cloud."""
 
