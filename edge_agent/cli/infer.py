@@ -32,7 +32,7 @@ Examples:
 def infer(files: tuple[Path, ...], as_json: bool, tap: str | None, width: float | None, rate: int | None) -> None:
     """Answer each of FILES (JPEG, PNG or WebP)."""
     agent = open_photos()
-    from isthmus.edge_agent.vision.result import page
+    from isthmus.edge_agent.vision.result import format_answer
 
     failed = 0
     with agent:
@@ -44,7 +44,7 @@ def infer(files: tuple[Path, ...], as_json: bool, tap: str | None, width: float 
                 click.echo(f"error: {file}: {error}", err=True)
                 continue
             row = {"file": str(file), **answer.as_dict()}
-            click.echo(json.dumps(row) if as_json else "\n".join(page(str(file), answer)))
+            click.echo(json.dumps(row) if as_json else "\n".join(format_answer(str(file), answer)))
     sys.exit(1 if failed else 0)
 
 

@@ -30,7 +30,7 @@ def open_photos() -> EdgeAgent:
 
 def open_photos_with_metrics(registry: CollectorRegistry) -> tuple[EdgeAgent, EdgeMetrics]:
     from isthmus.edge_agent.vision.metrics import EdgeMetrics
-    from isthmus.models.bundle.bundle import read_manifest
+    from isthmus.models.bundle.files import read_manifest
     from isthmus.models.vision.manifest import Manifest
 
     config = photo_config()

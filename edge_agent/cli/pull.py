@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from isthmus.edge_agent.cli.fail import fail
 from isthmus.edge_agent.cli.sources import MAX_BUNDLE_BYTES, Begin, Progress, Source, copy, locate, translated
-from isthmus.models.bundle.bundle import (
+from isthmus.models.bundle.files import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     Files,
@@ -27,8 +27,8 @@ from isthmus.models.bundle.bundle import (
     read_json,
 )
 from isthmus.models.bundle.installed import user_folder
+from isthmus.models.bundle.manifest import FileEntry, FileName, Name, Sha256
 from isthmus.models.errors import BundleError, InvalidInput, IsthmusError
-from isthmus.models.vision.manifest import FileEntry, FileName, Name, Sha256
 
 BAR_FROM_BYTES = 4 << 20  # less has come before a bar could be read
 EXAMPLES = """\b

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from isthmus.models.bundle.bundle import MANIFEST
+from isthmus.models.bundle.files import MANIFEST
 from isthmus.models.bundle.installed import NAME, SHIPPED
 from isthmus.models.errors import BundleError, InvalidInput, LinkDown
 from isthmus.models.settings import nearest

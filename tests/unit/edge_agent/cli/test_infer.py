@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from isthmus.edge_agent.cli.main import main
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_pins_and_tasks_reach_the_agent(tiny_bundle: Bundle, photos: tuple[str, 
     result = invoke("infer", photos[0], "--bundle", str(tiny_bundle.folder), "--json", *pins)
     assert result.exit_code == 0
     row = json.loads(result.stdout)
-    assert row["why"].startswith("tap light, width 0.5, rate 2 asked for; no cloud is configured")
+    assert row["why"].startswith("tap light, width 0.5, rate 2 requested; no cloud is configured")
     assert (row["missing"], list(row["answers"])) == (["colour"], ["defect"])
     read = invoke("infer", photos[0], "--bundle", str(tiny_bundle.folder), *pins).stdout
     assert "colour MISSING" in read and "DEGRADED" in read

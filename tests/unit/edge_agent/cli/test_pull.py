@@ -17,8 +17,9 @@ from click.testing import CliRunner
 from isthmus.edge_agent.cli import pull as pulling
 from isthmus.edge_agent.cli import sources
 from isthmus.edge_agent.cli.isthmus import main
-from isthmus.models.bundle.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle
+from isthmus.models.bundle.files import MANIFEST, MAX_MANIFEST_BYTES
 from isthmus.models.bundle.installed import NAME
+from isthmus.models.vision.bundle import Bundle
 
 Answers = dict[str, bytes | tuple[int, dict[str, str], bytes]]
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from starlette.testclient import TestClient
 
 from isthmus.edge_agent.cli.main import main
-from isthmus.models.bundle.bundle import Bundle
+from isthmus.models.vision.bundle import Bundle
 from tests.bench.tiny_llama import write_tiny_llama
 
 
