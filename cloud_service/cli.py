@@ -7,15 +7,13 @@ import json
 import logging
 import os
 import sys
-from typing import NoReturn
 
 import click
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from isthmus.cloud_service.config import PREFIX, CloudConfig
 from isthmus.models.bundle.installed import missing
 from isthmus.models.errors import IsthmusError
+from isthmus.models.fail import fail, needing
 from isthmus.models.options import WIDE, Command, describe, known_settings, options, read
 
 SECTIONS = {"Settings": CloudConfig}
@@ -57,7 +55,8 @@ def main(check: str | None, show_config: bool, as_json: bool) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # Or products' bits depend on where in memory their rows are, which differs between threads.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    from isthmus.cloud_service.app import serve  # PyTorch takes seconds to import, and --check runs often
+    with needing("cloud"):
+        from isthmus.cloud_service.app import serve  # PyTorch takes seconds to import, and --check runs often
 
     try:
         asyncio.run(serve(config))
@@ -65,14 +64,12 @@ def main(check: str | None, show_config: bool, as_json: bool) -> None:
         fail(error)
 
 
-def fail(error: Exception | str) -> NoReturn:
-    """End the program with one line and status 1."""
-    click.echo(f"error: {error}", err=True)
-    sys.exit(1)
-
-
 def print_health(address: str, as_json: bool) -> int:
     """0 when the service at `address` says SERVING, else 1."""
+    with needing("cloud"):
+        import grpc
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
     with grpc.insecure_channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)

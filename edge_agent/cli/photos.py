@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from isthmus.edge_agent.cli.fail import fail
 from isthmus.edge_agent.config import EdgeConfig
 from isthmus.models.bundle.installed import missing
 from isthmus.models.errors import IsthmusError
+from isthmus.models.fail import fail, needing
 from isthmus.models.options import given, read
 
 if TYPE_CHECKING:  # ONNX Runtime takes half a second to import, which `--help` does without
@@ -29,9 +29,10 @@ def open_photos() -> EdgeAgent:
 
 
 def open_photos_with_metrics(registry: CollectorRegistry) -> tuple[EdgeAgent, EdgeMetrics]:
-    from isthmus.edge_agent.vision.metrics import EdgeMetrics
-    from isthmus.models.bundle.files import read_manifest
-    from isthmus.models.vision.manifest import Manifest
+    with needing("edge"):
+        from isthmus.edge_agent.vision.metrics import EdgeMetrics
+        from isthmus.models.bundle.files import read_manifest
+        from isthmus.models.vision.manifest import Manifest
 
     config = photo_config()
     check(config)
@@ -43,7 +44,8 @@ def open_photos_with_metrics(registry: CollectorRegistry) -> tuple[EdgeAgent, Ed
 
 
 def opened(config: EdgeConfig, metrics: EdgeMetrics | None) -> EdgeAgent:
-    from isthmus.edge_agent.vision.agent import EdgeAgent
+    with needing("edge"):
+        from isthmus.edge_agent.vision.agent import EdgeAgent
 
     check(config)
     try:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from isthmus.edge_agent.cli.fail import fail
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.request import Arm
 from isthmus.models.errors import IsthmusError
+from isthmus.models.fail import fail, needing
 from isthmus.models.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ class ChatConfig(Settings):
 
 
 def open_prompts(config: LanguageConfig, registry: CollectorRegistry | None = None) -> LanguageAgent:
-    try:
+    with needing("edge,llm"):
         from isthmus.edge_agent.language.agent import LanguageAgent
         from isthmus.edge_agent.language.metrics import LanguageMetrics
-    except ImportError as error:
-        fail(f"{error.name} is missing: a language model needs pip install 'isthmus[edge,llm]'")
     try:
         return LanguageAgent(config, LanguageMetrics(registry) if registry is not None else None)
     except (IsthmusError, OSError) as error:

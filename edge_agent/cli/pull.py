@@ -16,7 +16,6 @@ from typing import Literal
 import click
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from isthmus.edge_agent.cli.fail import fail
 from isthmus.edge_agent.cli.sources import MAX_BUNDLE_BYTES, Begin, Progress, Source, copy, locate, translated
 from isthmus.models.bundle.files import (
     MANIFEST,
@@ -29,6 +28,7 @@ from isthmus.models.bundle.files import (
 from isthmus.models.bundle.installed import user_folder
 from isthmus.models.bundle.manifest import FileEntry, FileName, Name, Sha256
 from isthmus.models.errors import BundleError, InvalidInput, IsthmusError
+from isthmus.models.fail import fail
 
 BAR_FROM_BYTES = 4 << 20  # less has come before a bar could be read
 EXAMPLES = """\b

@@ -13,6 +13,7 @@ from isthmus.edge_agent.cli.photos import open_photos_with_metrics
 from isthmus.edge_agent.cli.prompts import open_prompts, open_routes
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import HttpConfig, LanguageConfig
+from isthmus.models.fail import needing
 from isthmus.models.options import DEFAULT, Command, given, read
 
 MAX_PORT = 65_535
@@ -37,11 +38,13 @@ def run(as_json: bool) -> None:
 
     With --model and no --bundle there are no photos; without --model there are no prompts.
     """
-    import uvicorn  # the web server is not needed by other commands
     from prometheus_client import CollectorRegistry
     from prometheus_client.process_collector import ProcessCollector
 
-    from isthmus.edge_agent.http.app import create_app
+    with needing("edge"):  # the web server, which other commands do without
+        import uvicorn
+
+        from isthmus.edge_agent.http.app import create_app
 
     host, port = address(read(HttpConfig).listen)
     registry = CollectorRegistry()

@@ -123,7 +123,8 @@ def by_name(name: str) -> str:
     there = sorted(path.parent.name for path in SHIPPED.glob(f"*/{MANIFEST}"))
     raise InvalidInput(
         f"no bundle {name!r} comes with this package{nearest(name, there) or ','} which has"
-        f" {', '.join(there) or 'none'}; others are pulled from a path or an address, or by name where {NAME} says"
+        f" {', '.join(there) or 'none'}; others are pulled from a path (a checkout has some in models/zoo), from an"
+        f" address, or by name from where {NAME} says"
     )
 
 

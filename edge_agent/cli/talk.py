@@ -9,6 +9,7 @@ import click
 from isthmus.edge_agent.cli.prompts import ChatConfig, open_prompts
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import LanguageConfig
+from isthmus.models.fail import needing
 from isthmus.models.messages import Sampling
 from isthmus.models.options import Command, read
 
@@ -26,16 +27,16 @@ Examples:
 @settings("Chat", "Cloud and device", "Language model", model="smollm2")
 def chat(as_json: bool) -> None:
     """Talk to a language model; each token has the colour of where it was made."""
-    from rich.console import Console
-
-    from isthmus.edge_agent.cli.chat import ChatSettings
-    from isthmus.edge_agent.cli.chat import chat as talk
-
     chosen, config = read(ChatConfig), read(LanguageConfig)
     if chosen.arm not in ("auto", "edge") and not config.clouds:
         raise click.UsageError(f"--arm {chosen.arm} needs --cloud")
     sampling = Sampling(chosen.temperature, seed=chosen.seed)
     source = None if sys.stdin.isatty() else sys.stdin
+    with needing("edge,llm"):
+        from rich.console import Console
+
+        from isthmus.edge_agent.cli.chat import ChatSettings
+        from isthmus.edge_agent.cli.chat import chat as talk
     with open_prompts(config) as agent:
         details = ChatSettings(chosen.system, chosen.max_tokens, sampling, config.prices, as_json)
         failed = talk(agent, chosen.arm, Console(highlight=False), details, source)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,13 @@ def test_it_shows_its_settings_and_serves_nothing(tmp_path: Path) -> None:
     assert ["metrics", "127.0.0.1:9101", "default"] in [
         line.split() for line in invoke("--show-config").stdout.splitlines()
     ]
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"), [("torch", ["--bundle", "fashion"]), ("grpc_health", ["--check", "127.0.0.1:9"])]
+)
+def test_a_package_that_is_not_installed_is_named_with_the_way_to_get_it(package: str, arguments: list[str]) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from isthmus.cloud_service.cli import main; main({arguments})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert f"error: the package {package} is missing: pip install 'isthmus[cloud]'" in result.stderr

@@ -80,3 +80,23 @@ def test_help_and_version_need_no_onnx_runtime() -> None:
 
 def test_it_says_its_version() -> None:
     assert version("isthmus") in invoke("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extras"),
+    [
+        ("onnxruntime", ["infer", "x.png"], "edge"),
+        ("uvicorn", ["run"], "edge"),
+        ("tokenizers", ["chat"], "edge,llm"),
+        ("tokenizers", ["run", "--model", "m"], "edge,llm"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_the_way_to_get_it(
+    package: str, arguments: list[str], extras: str
+) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from isthmus.edge_agent.cli.main import main; main({arguments})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == f"error: the package {package} is missing: pip install 'isthmus[{extras}]'\n"
