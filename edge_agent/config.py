@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.models.bundle.installed import find
@@ -177,6 +178,25 @@ class LanguageConfig(Settings):
     connect_s: ConnectSeconds = 2.0
     threads: Threads = 0
     tls: Tls | None = None
+
+
+@dataclass(frozen=True)
+class ChatConfig(Settings):
+    """A chat in the terminal."""
+
+    arm: Annotated[
+        Arm,
+        Field(
+            description="How answers are made. auto: the router chooses, token by token. edge: by the device. cloud: by"
+            " the cloud. verify: drafted by the device, checked by the cloud. handoff: easy tokens by the device."
+        ),
+    ] = "auto"
+    system: Annotated[str, Field(description="System message: what the model reads before the first question.")] = ""
+    max_tokens: Annotated[
+        int | None, Field(ge=1, description="Longest answer. Without it: what the context leaves.")
+    ] = None
+    temperature: Annotated[float, Field(ge=0, le=2, description="Sampling temperature; 0 is greedy.")] = 0.0
+    seed: Annotated[int, Field(ge=0, description="Seed of the sampling.")] = 0
 
 
 @dataclass(frozen=True)

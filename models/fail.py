@@ -21,5 +21,6 @@ def needing(extras: str) -> Iterator[None]:
     """Imports that only these extras bring: what is missing ends the program with the way to get it."""
     try:
         yield
-    except ImportError as error:
-        fail(f"the package {error.name} is missing: pip install 'isthmus[{extras}]'")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        fail(f"the package {package} is missing: pip install 'isthmus[{extras}]'")

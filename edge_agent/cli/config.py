@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 
 from isthmus.edge_agent.cli.photos import photo_config
-from isthmus.edge_agent.cli.prompts import ChatConfig
 from isthmus.edge_agent.cli.settings import SECTIONS, settings
-from isthmus.edge_agent.config import HttpConfig, LanguageConfig
+from isthmus.edge_agent.config import ChatConfig, HttpConfig, LanguageConfig
 from isthmus.models.options import Command, describe, given, read
 
 EXAMPLES = """\b
@@ -22,7 +21,10 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 @settings(*SECTIONS)
 def config(show: bool, as_json: bool) -> None:
-    """Check the settings from options, environment and file, without starting anything."""
+    """Check or show the settings.
+
+    They come from options, environment names and a file, as for the other commands; nothing is started.
+    """
     photo_config()
     read(HttpConfig)
     read(ChatConfig)

@@ -30,7 +30,11 @@ Examples:
 @click.option("--rate", type=click.IntRange(0), help="Rate of the bottleneck; 0 is the smallest.")
 @settings("Cloud and device", "Photos")
 def infer(files: tuple[Path, ...], as_json: bool, tap: str | None, width: float | None, rate: int | None) -> None:
-    """Answer each of FILES (JPEG, PNG or WebP)."""
+    """Answer photos from files.
+
+    FILES are JPEG, PNG or WebP. Each answer says its label, where it was made, how long that took, and why. Without
+    --cloud the device answers alone; an answer of which it is not sure is marked DEGRADED.
+    """
     agent = open_photos()
     from isthmus.edge_agent.vision.result import format_answer
 

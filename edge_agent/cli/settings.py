@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from isthmus.edge_agent.cli.prompts import ChatConfig
-from isthmus.edge_agent.config import PREFIX, EdgeConfig, HttpConfig, LanguageConfig
+from isthmus.edge_agent.config import PREFIX, ChatConfig, EdgeConfig, HttpConfig, LanguageConfig
 from isthmus.models.options import Function, Section, known_settings, options
 
 KNOWN = known_settings(EdgeConfig, LanguageConfig, HttpConfig, ChatConfig)

@@ -6,9 +6,9 @@ import sys
 
 import click
 
-from isthmus.edge_agent.cli.prompts import ChatConfig, open_prompts
+from isthmus.edge_agent.cli.prompts import open_prompts
 from isthmus.edge_agent.cli.settings import settings
-from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.config import ChatConfig, LanguageConfig
 from isthmus.models.fail import needing
 from isthmus.models.messages import Sampling
 from isthmus.models.options import Command, read
@@ -26,7 +26,11 @@ Examples:
 )
 @settings("Chat", "Cloud and device", "Language model", model="smollm2")
 def chat(as_json: bool) -> None:
-    """Talk to a language model; each token has the colour of where it was made."""
+    """Chat with a language model in the terminal.
+
+    Each token has the colour of where it was made: on the device, on the device and confirmed by the cloud, or in the
+    cloud. A line of figures follows each answer.
+    """
     chosen, config = read(ChatConfig), read(LanguageConfig)
     if chosen.arm not in ("auto", "edge") and not config.clouds:
         raise click.UsageError(f"--arm {chosen.arm} needs --cloud")
