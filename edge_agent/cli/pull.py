@@ -74,8 +74,9 @@ class Pulled:
 @click.option("--force", is_flag=True, help="Replace another bundle of the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def pull(source: str, to: Path | None, wanted: str | None, force: bool, as_json: bool) -> None:
-    """Fetch a bundle, check it against the hashes in its manifest, and put it where programs find it by name.
+    """Fetch a bundle and verify it.
 
+    Every file is checked against the size and the SHA-256 in the bundle's manifest before the bundle is put in place.
     NAME is a bundle in ISTHMUS_BUNDLES (a folder or an http(s) address of bundles), or one that comes with this
     package. URL and PATH name a folder with a manifest.json, or a zip, wheel or tar file.
     """
