@@ -77,6 +77,7 @@ def pull(source: str, to: Path | None, wanted: str | None, force: bool, as_json:
     """Fetch a bundle and verify it.
 
     Every file is checked against the size and the SHA-256 in the bundle's manifest before the bundle is put in place.
+
     NAME is a bundle in ISTHMUS_BUNDLES (a folder or an http(s) address of bundles), or one that comes with this
     package. URL and PATH name a folder with a manifest.json, or a zip, wheel or tar file.
     """
