@@ -60,7 +60,7 @@ class Given:
         return " ".join(self.shown) if self.setting.multiple else str(self.shown)
 
 
-class Option(click.Option):
+class SettingOption(click.Option):
     """The option of a setting. Its errors name the source of the value that is wrong."""
 
     def __init__(self, declarations: Sequence[str], setting: Setting, prefix: str, section: str) -> None:
@@ -135,7 +135,7 @@ class Command(click.Command):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
-                section = param.section if isinstance(param, Option) else "Options"
+                section = param.section if isinstance(param, SettingOption) else "Options"
                 sections.setdefault(section, []).append(record)
         for section, records in sections.items():
             with formatter.section(section):
@@ -210,7 +210,7 @@ def options(
     made = [click.option(cls=FileOption, prefix=prefix, known=known)]
     for key, section in placed.items():
         setting = replace(known[key], default=defaults.get(key, known[key].default))
-        made.append(click.option(cls=Option, setting=setting, prefix=prefix, section=section))
+        made.append(click.option(cls=SettingOption, setting=setting, prefix=prefix, section=section))
 
     def decorate(function: Function) -> Function:
         for add in reversed(made):

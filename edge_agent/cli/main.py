@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from isthmus.edge_agent.cli.chat_command import chat
 from isthmus.edge_agent.cli.config import config
 from isthmus.edge_agent.cli.infer import infer
 from isthmus.edge_agent.cli.run import run
-from isthmus.edge_agent.cli.talk import chat
 from isthmus.models.options import WIDE
 
 EXAMPLES = """\b

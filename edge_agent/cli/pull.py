@@ -70,10 +70,10 @@ class Pulled:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of bundles to put it in.  [default: isthmus/bundles in $XDG_DATA_HOME or ~/.local/share]",
 )
-@click.option("--bundle", "wanted", metavar="NAME", help="Which bundle, where an archive holds several.")
+@click.option("--bundle", "choice", metavar="NAME", help="Which bundle, where an archive holds several.")
 @click.option("--force", is_flag=True, help="Replace another bundle of the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def pull(source: str, to: Path | None, wanted: str | None, force: bool, as_json: bool) -> None:
+def pull(source: str, to: Path | None, choice: str | None, force: bool, as_json: bool) -> None:
     """Fetch a bundle and verify it.
 
     Every file is checked against the size and the SHA-256 in the bundle's manifest before the bundle is put in place.
@@ -84,7 +84,7 @@ def pull(source: str, to: Path | None, wanted: str | None, force: bool, as_json:
     with ExitStack() as stack:
         progress = bars(stack)
         try:
-            found = stack.enter_context(locate(source, wanted, progress))
+            found = stack.enter_context(locate(source, choice, progress))
             result = install(found, to or user_folder(), force, progress)
         except IsthmusError as error:
             stack.close()

@@ -89,8 +89,8 @@ class Archive:
 
 
 @contextmanager
-def locate(text: str, wanted: str | None, progress: Begin) -> Iterator[Source]:
-    """The source that `text` names: an address, a path, or the name of a bundle. `wanted`: which one of an archive.
+def locate(text: str, choice: str | None, progress: Begin) -> Iterator[Source]:
+    """The source that `text` names: an address, a path, or the name of a bundle. `choice`: which one of an archive.
 
     `progress` is told of a download by its name and size. Raises InvalidInput, LinkDown.
     """
@@ -99,10 +99,10 @@ def locate(text: str, wanted: str | None, progress: Begin) -> Iterator[Source]:
         if "://" not in place and Path(place).is_dir():
             yield Folder(Path(place))
         elif "://" not in place:
-            yield open_archive(Path(place), wanted, stack)
+            yield open_archive(Path(place), choice, stack)
         elif urlsplit(place).path.endswith(ARCHIVES):
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-"))
-            yield open_archive(download(place, Path(scratch), progress), wanted, stack)
+            yield open_archive(download(place, Path(scratch), progress), choice, stack)
         else:
             yield WebFolder(place.removesuffix("/" + MANIFEST))
 
@@ -172,8 +172,8 @@ def copy(source: IO[bytes], target: IO[bytes], name: str, limit: int, progress: 
     return done
 
 
-def open_archive(path: Path, wanted: str | None, stack: ExitStack) -> Archive:
-    """Raises InvalidInput unless it is an archive of plain files with one bundle, or with one that is `wanted`."""
+def open_archive(path: Path, choice: str | None, stack: ExitStack) -> Archive:
+    """Raises InvalidInput unless it is an archive of plain files with one bundle, or with one that is `choice`."""
     with translated(str(path)):
         if zipfile.is_zipfile(path):
             members = zip_members(stack.enter_context(zipfile.ZipFile(path)))
@@ -182,7 +182,7 @@ def open_archive(path: Path, wanted: str | None, stack: ExitStack) -> Archive:
         else:
             raise InvalidInput(f"{path}: neither a bundle's folder nor a zip, wheel or tar file")
     found = [PurePosixPath(name).parent for name in members if PurePosixPath(name).name == MANIFEST]
-    chosen = [place for place in found if wanted is None or place.name == wanted]
+    chosen = [place for place in found if choice is None or place.name == choice]
     if len(chosen) != 1:
         names = ", ".join(sorted(place.name or "one without a folder" for place in found)) or "none"
         raise InvalidInput(f"{path}: holds the bundles {names}; --bundle says which one")

@@ -101,7 +101,9 @@ PHRASES = {
 }
 
 # Where a word is right all the same, and why.
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    r"^models/options\.py: .*\bclick\.Option\b": "a class of click",
+}
 
 
 def source_files() -> Iterator[Path]:

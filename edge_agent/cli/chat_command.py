@@ -40,8 +40,8 @@ def chat(as_json: bool) -> None:
         from rich.console import Console
 
         from isthmus.edge_agent.cli.chat import ChatSettings
-        from isthmus.edge_agent.cli.chat import chat as talk
+        from isthmus.edge_agent.cli.chat import chat as start
     with open_prompts(config) as agent:
         details = ChatSettings(chosen.system, chosen.max_tokens, sampling, config.prices, as_json)
-        failed = talk(agent, chosen.arm, Console(highlight=False), details, source)
+        failed = start(agent, chosen.arm, Console(highlight=False), details, source)
     sys.exit(1 if failed else 0)
