@@ -1,4 +1,4 @@
-"""What the agent exports about answers of a language model. The registry is passed in."""
+"""Prometheus metrics of a language model's answers. The registry is passed in."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ from isthmus.edge_agent.language.request import Summary, Token
 from isthmus.edge_agent.policy.arms import ARMS
 
 SOURCES = ("edge", "cloud", "draft")
-FIRST_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 5, 10)
+FIRST_TOKEN_BUCKETS_S = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 5, 10)
 
 
 class LanguageMetrics:
-    """One instance an agent; every name starts with isthmus_edge_."""
+    """One instance for each agent. Every name starts with isthmus_edge_."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"isthmus_edge_{name}", text, labels, registry=registry)
 
-        self._tokens = counter("tokens", "Tokens of answers, by where they were made.", "source")
-        self._answers = counter("answers", "Answers of the language model, ended.", "arm", "degraded")
-        self._drafts = counter("draft_tokens", "Draft tokens by what the cloud said of them.", "result")
-        self._bytes = counter("language_bytes", "Bytes of our messages.", "direction")
+        self._tokens = counter(
+            "tokens",
+            "Tokens of answers, by source: edge, cloud, or draft (drafted on the device, confirmed by the cloud).",
+            "source",
+        )
+        self._answers = counter(
+            "answers", "Completed answers, by arm and whether the cloud was lost on the way.", "arm", "degraded"
+        )
+        self._drafts = counter("draft_tokens", "Draft tokens that the cloud verified, by result.", "result")
+        self._bytes = counter(
+            "language_bytes", "Bytes of gRPC messages exchanged with the cloud for answers, by direction.", "direction"
+        )
         name = "isthmus_edge_first_token_seconds"
-        self._first = Histogram(name, "From prompt to first token.", buckets=FIRST_BUCKETS, registry=registry)
+        self._first_token = Histogram(
+            name,
+            "Time from the request to the first token, in seconds.",
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
         for source in SOURCES:
             self._tokens.labels(source)
         for arm in ARMS:
@@ -39,20 +52,20 @@ class LanguageMetrics:
             self._bytes.labels(direction)
 
     def watch(self, events: Generator[Token | Summary, None, None]) -> Iterator[Token | Summary]:
-        """Hand on an answer and count it; closing this closes it."""
-        started_s, first = time.monotonic(), True
+        """Yield the events of an answer and count them. Closing this closes `events`."""
+        start_s, first = time.monotonic(), True
         with closing(events):
             for event in events:
                 if isinstance(event, Summary):
-                    self._ended(event)
+                    self._count_summary(event)
                 else:
                     self._tokens.labels(event.source).inc()
                     if first:
-                        self._first.observe(time.monotonic() - started_s)
+                        self._first_token.observe(time.monotonic() - start_s)
                         first = False
                 yield event
 
-    def _ended(self, summary: Summary) -> None:
+    def _count_summary(self, summary: Summary) -> None:
         self._answers.labels(summary.arm, str(summary.degraded).lower()).inc()
         self._drafts.labels("accepted").inc(summary.accepted)
         self._drafts.labels("rejected").inc(summary.rejected)

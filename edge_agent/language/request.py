@@ -88,8 +88,8 @@ class Summary:
     spans: tuple[Span, ...] = ()  # of an answer by auto
 
 
-class Generator(Protocol):
-    """The prompt loop, as those who ask it see it."""
+class GenerationBackend(Protocol):
+    """What generates answers, as its callers see it. LanguageAgent is the one that we ship."""
 
     @property
     def name(self) -> str:
@@ -103,9 +103,9 @@ class Generator(Protocol):
         """Tokens of prompt and answer together."""
 
     def arms(self) -> tuple[Arm, ...]:
-        """Those that can be asked for now: without a cloud only edge, and auto, which is edge then."""
+        """Those that can be requested now: without a cloud only edge, and auto, which then is edge."""
 
-    def generate(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
+    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. A generator that blocks; closing it ends the cloud session.
 
         Raises IsthmusError.

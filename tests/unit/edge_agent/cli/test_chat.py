@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from isthmus.edge_agent.cli.chat import BIDIRECTIONAL, Chat, ChatSettings, chat, status, visible
+from isthmus.edge_agent.cli.chat import ChatSession, ChatSettings, chat
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import LinkDown
-from tests.unit.edge_agent.language.scripted import Scripted
+from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
 GREEN, CYAN, MAGENTA = "\x1b[32m", "\x1b[36m", "\x1b[35m"
 
@@ -23,36 +23,38 @@ def console(terminal: bool = False) -> Console:
     )
 
 
-def said(to: Console) -> str:
+def output(to: Console) -> str:
     assert isinstance(to.file, io.StringIO)
     return to.file.getvalue()
 
 
-def talk(generator: Scripted, *lines: str, arm: Arm = "verify", terminal: bool = False, **settings: Any) -> str:
+def run_chat(
+    backend: ScriptedBackend, *lines: str, arm: Arm = "verify", terminal: bool = False, **settings: Any
+) -> str:
     out = console(terminal)
-    chat(generator, arm, out, ChatSettings(**settings), io.StringIO("\n".join(lines)))
-    return said(out)
+    chat(backend, arm, out, ChatSettings(**settings), io.StringIO("\n".join(lines)))
+    return output(out)
 
 
-def objects(generator: Scripted, *lines: str) -> list[Any]:
-    return [json.loads(line) for line in talk(generator, *lines, as_json=True).splitlines()]
+def objects(backend: ScriptedBackend, *lines: str) -> list[Any]:
+    return [json.loads(line) for line in run_chat(backend, *lines, as_json=True).splitlines()]
 
 
-def test_plain_lines_get_plain_answers() -> None:
-    out = talk(Scripted("Grüße,\tyou \nand you"), "hi", "")
+def test_lines_of_input_are_answered_in_plain_text() -> None:
+    out = run_chat(ScriptedBackend("Grüße,\tyou \nand you"), "hi", "")
     assert out.startswith("Grüße,")
     assert "you \nand you\n" in out
     assert "\x1b" not in out
     assert "B up" in out
 
 
-def test_every_token_has_the_colour_of_where_it_was_made() -> None:
-    out = talk(Scripted("abc", sources=("edge", "draft", "cloud")), "hi", terminal=True)
+def test_every_token_has_the_colour_of_its_source() -> None:
+    out = run_chat(ScriptedBackend("abc", sources=("edge", "draft", "cloud")), "hi", terminal=True)
     assert f"{GREEN}a\x1b[0m{CYAN}b\x1b[0m{MAGENTA}c\x1b[0m" in out
 
 
-def test_figures_of_an_answer() -> None:
-    (answer,) = objects(Scripted("abcd", sources=("edge", "draft", "cloud", "cloud")), "hi")
+def test_statistics_of_an_answer() -> None:
+    (answer,) = objects(ScriptedBackend("abcd", sources=("edge", "draft", "cloud", "cloud")), "hi")
     assert answer["question"] == "hi"
     assert answer["text"] == "abcd"
     assert answer["made"] == {"edge": 1, "draft": 1, "cloud": 2}
@@ -63,17 +65,17 @@ def test_figures_of_an_answer() -> None:
     assert answer["first_token_ms"] >= 0
 
 
-def test_times_are_the_clocks() -> None:
+def test_times_are_read_from_the_clock() -> None:
     out = console()
     ticks = count()
-    Chat(Scripted("ab"), "edge", out, ChatSettings(), clock=lambda: float(next(ticks))).answer("hi")
-    assert "2 tokens · 0.4/s · first after 1000 ms · 100% made on the device" in said(out)
+    ChatSession(ScriptedBackend("ab"), "edge", out, ChatSettings(), clock=lambda: float(next(ticks))).answer("hi")
+    assert "2 tokens · 0.4/s · first after 1000 ms · 100% made on the device" in output(out)
 
 
 def test_the_conversation_goes_on_until_it_is_reset() -> None:
-    generator = Scripted("A")
-    talk(generator, "one", "two", "/reset", "three", system="S")
-    assert [bytes(ask.prompt) for ask in generator.asks] == [
+    backend = ScriptedBackend("A")
+    run_chat(backend, "one", "two", "/reset", "three", system="S")
+    assert [bytes(request.prompt) for request in backend.requests] == [
         b"[system]S[user]one[assistant]",
         b"[system]S[user]one[assistant]A[user]two[assistant]",
         b"[system]S[user]three[assistant]",
@@ -81,67 +83,51 @@ def test_the_conversation_goes_on_until_it_is_reset() -> None:
 
 
 def test_commands() -> None:
-    generator = Scripted("A")
-    out = talk(generator, "/help", "/arm edge", "q", "/arm moon", "/nothing", "/quit", "not asked")
-    assert [ask.arm for ask in generator.asks] == ["edge"]
+    backend = ScriptedBackend("A")
+    out = run_chat(backend, "/help", "/arm edge", "q", "/arm moon", "/nothing", "/quit", "not asked")
+    assert [request.arm for request in backend.requests] == ["edge"]
     assert "/reset" in out
-    assert "'moon' is not available; there is auto, edge, cloud, verify, now edge" in out
+    assert "arm 'moon' is not available; available are auto, edge, cloud, verify; now edge" in out
     assert "unknown command /nothing" in out
 
 
-def test_the_oldest_is_forgotten_when_the_context_is_full() -> None:
-    generator = Scripted("A", context=120)
-    out = talk(generator, "x" * 60, "y" * 20, "z" * 20)
-    assert "forgotten" in out
-    assert bytes(generator.asks[2].prompt) == b"[user]" + b"y" * 20 + b"[assistant]A[user]" + b"z" * 20 + b"[assistant]"
+def test_the_oldest_messages_are_dropped_when_the_context_is_full() -> None:
+    backend = ScriptedBackend("A", context=120)
+    out = run_chat(backend, "x" * 60, "y" * 20, "z" * 20)
+    assert "were dropped" in out
+    assert (
+        bytes(backend.requests[2].prompt) == b"[user]" + b"y" * 20 + b"[assistant]A[user]" + b"z" * 20 + b"[assistant]"
+    )
 
 
 def test_a_question_that_is_too_long_is_an_error_and_not_remembered() -> None:
-    generator = Scripted("A", context=100)
-    out = talk(generator, "x" * 200, "hi")
+    backend = ScriptedBackend("A", context=100)
+    out = run_chat(backend, "x" * 200, "hi")
     assert "error: 217 tokens are too many for a context of 100" in out
-    assert bytes(generator.asks[0].prompt) == b"[user]hi[assistant]"
+    assert bytes(backend.requests[0].prompt) == b"[user]hi[assistant]"
 
 
-def test_failures_are_told_and_counted_and_the_chat_goes_on() -> None:
+def test_errors_are_shown_and_counted_and_the_chat_continues() -> None:
     out = console()
-    generator = Scripted("ab", error=LinkDown("the \x1b[31mcloud is gone"))
-    assert chat(generator, "cloud", out, ChatSettings(), io.StringIO("one\ntwo")) == 2
-    assert said(out).count("error: the \\x1b[31mcloud is gone") == 2
-    assert bytes(generator.asks[1].prompt) == b"[user]two[assistant]"
-    assert objects(generator, "one") == [{"error": "the \x1b[31mcloud is gone"}]
+    backend = ScriptedBackend("ab", error=LinkDown("the \x1b[31mcloud is gone"))
+    assert chat(backend, "cloud", out, ChatSettings(), io.StringIO("one\ntwo")) == 2
+    assert output(out).count("error: the \\x1b[31mcloud is gone") == 2
+    assert bytes(backend.requests[1].prompt) == b"[user]two[assistant]"
+    assert objects(backend, "one") == [{"error": "the \x1b[31mcloud is gone"}]
 
 
-def test_an_interrupted_answer_is_kept_as_far_as_it_came() -> None:
-    generator = Scripted("ab", error=KeyboardInterrupt())  # type: ignore[arg-type]
-    out = talk(generator, "one", "two")
+def test_an_interrupted_answer_is_remembered() -> None:
+    backend = ScriptedBackend("ab", error=KeyboardInterrupt())  # type: ignore[arg-type]
+    out = run_chat(backend, "one", "two")
     assert "interrupted" in out
-    assert generator.closed.is_set()
-    assert b"[assistant]ab[user]two" in bytes(generator.asks[1].prompt)
-    (answer, *_) = objects(generator, "one")
+    assert backend.closed.is_set()
+    assert b"[assistant]ab[user]two" in bytes(backend.requests[1].prompt)
+    (answer, *_) = objects(backend, "one")
     assert (answer["finish"], answer["bytes_up"], answer["text"]) == ("interrupted", None, "ab")
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\tb\nc é 👩‍🚀", "a\tb\nc é 👩‍🚀"),
-        ("\x1b[2J\x07\r\x00\x7f", "\\x1b[2J\\x07\\x0d\\x00\\x7f"),
-        ("\x9b31m", "\\x9b31m"),
-        ("safe\u202etxt", "safe\\u202etxt"),
-    ],
-)
-def test_control_characters_are_made_visible(text: str, shown: str) -> None:
-    assert visible(text) == shown
-
-
-def test_every_control_character_is_made_visible() -> None:
-    control = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 160)])) + BIDIRECTIONAL
-    assert not set(visible(control)) & set(control)
-
-
-def test_a_model_can_neither_paint_nor_steer_the_terminal() -> None:
-    out = talk(Scripted("[bold]\x1b]0;title\x07[/bold] :smile: [red]\x1b[2J"), "hi")
+def test_a_model_cannot_control_the_terminal() -> None:
+    out = run_chat(ScriptedBackend("[bold]\x1b]0;title\x07[/bold] :smile: [red]\x1b[2J"), "hi")
     assert "[bold]\\x1b]0;title\\x07[/bold] :smile: [red]\\x1b[2J" in out
 
 
@@ -149,32 +135,22 @@ def test_a_person_sees_the_legend_once_and_leaves_with_the_end_of_input(monkeypa
     lines: Iterator[str | BaseException] = iter(["hi", KeyboardInterrupt(), "again", EOFError()])
 
     def line(*_: object) -> str:
-        said_now = next(lines)
-        if isinstance(said_now, str):
-            return said_now
-        raise said_now
+        line_or_error = next(lines)
+        if isinstance(line_or_error, str):
+            return line_or_error
+        raise line_or_error
 
     out = console()
     monkeypatch.setattr(out, "input", line)
-    generator = Scripted("A")
-    assert chat(generator, "edge", out) == 0
-    assert said(out).count("device, confirmed by the cloud") == 1
-    assert len(generator.asks) == 2
+    backend = ScriptedBackend("A")
+    assert chat(backend, "edge", out) == 0
+    assert output(out).count("device, confirmed by the cloud") == 1
+    assert len(backend.requests) == 2
 
 
-def test_a_degraded_answer_says_why() -> None:
-    figures: dict[str, object] = dict.fromkeys(
-        ("tokens_per_s", "first_token_ms", "device_share", "bytes_up", "bytes_down", "rtt_ms", "usd", "arm")
-    )
-    line = status({**figures, "tokens": 3, "finish": "length", "degraded": True, "why": "the cloud \x1bwas lost"})
-    assert line == "3 tokens · DEGRADED: the cloud \\x1bwas lost"
-    told = status({**figures, "tokens": 3, "finish": "length", "degraded": False, "arm": "auto", "why": "fastest"})
-    assert told == "3 tokens · auto · fastest"
-
-
-def test_max_tokens_and_sampling_reach_the_prompt_loop() -> None:
-    generator = Scripted("A")
-    talk(generator, "hi", max_tokens=5)
-    talk(generator, "hi", max_tokens=500)
-    talk(generator, "hi")
-    assert [ask.max_tokens for ask in generator.asks] == [5, 200 - 19, 200 - 19]
+def test_max_tokens_reach_the_backend() -> None:
+    backend = ScriptedBackend("A")
+    run_chat(backend, "hi", max_tokens=5)
+    run_chat(backend, "hi", max_tokens=500)
+    run_chat(backend, "hi")
+    assert [request.max_tokens for request in backend.requests] == [5, 200 - 19, 200 - 19]

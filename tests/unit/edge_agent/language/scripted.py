@@ -1,4 +1,4 @@
-"""A prompt loop that says what a test wrote down, at the seam `edge_agent.language.request.Generator`."""
+"""A generation backend that generates a text given by the test, in place of a LanguageAgent."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @dataclass
-class Scripted:
-    """Says `text` byte by byte and ends it; `error` is raised instead of the end, `pause_s` comes before each token."""
+class ScriptedBackend:
+    """Generates `text` byte by byte, then ends it or raises `error`. Waits `pause_s` before each token."""
 
     text: str = "Hello"
     sources: Sequence[Source] = ("edge",)
@@ -45,7 +45,7 @@ class Scripted:
     name: str = "tiny"
     context: int = 200
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
-    asks: list[GenerationRequest] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     started: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -53,25 +53,25 @@ class Scripted:
     def arms(self) -> tuple[Arm, ...]:
         return ("auto", "edge", "cloud", "verify") if self.cloud else ("auto", "edge")
 
-    def generate(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
-        self.asks.append(ask)
+    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
+        self.requests.append(request)
         self.closed.clear()
         try:
-            yield from self._say(ask)
+            yield from self._events(request)
         finally:
             self.threads.add(threading.get_ident())
             self.closed.set()
 
-    def _say(self, ask: GenerationRequest) -> Iterator[Token | Summary]:
+    def _events(self, request: GenerationRequest) -> Iterator[Token | Summary]:
         data = self.text.encode()
         ids = cycle(data) if self.endless else iter([*data, END])
         count = 0
         finish = "length"
-        for (id, source), _ in zip(zip(ids, cycle(self.sources)), range(ask.max_tokens), strict=False):
+        for (id, source), _ in zip(zip(ids, cycle(self.sources)), range(request.max_tokens), strict=False):
             self.started.set()
             time.sleep(self.pause_s)
             count += 1
-            yield self._token(id, source, ask.top_logprobs)
+            yield self._token(id, source, request.top_logprobs)
             if id == END:
                 finish = "stop"
         if self.error:
@@ -80,9 +80,9 @@ class Scripted:
         accepted = sum(next(drafts) == "draft" for _ in range(count))
         yield Summary(
             finish,  # type: ignore[arg-type]
-            prompt_tokens=len(ask.prompt),
+            prompt_tokens=len(request.prompt),
             tokens=count,
-            arm=ask.arm,
+            arm=request.arm,
             why="as scripted",
             accepted=accepted,
             rejected=2,

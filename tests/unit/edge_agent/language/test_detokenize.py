@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, Shown, overlap, read
+from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, TextDelta, detokenize, overlap
 from isthmus.edge_agent.language.request import Summary, Token
 
 END = 1_000_000
@@ -25,18 +25,18 @@ class Table:
         return self.pieces[id]
 
 
-def shown(pieces: list[bytes], stops: list[str]) -> tuple[list[list[Shown]], Detokenizer]:
-    """What each token lets out, and last what the end does."""
-    text = Detokenizer(Table(pieces), stops)  # type: ignore[arg-type]
-    steps = [list(text.push(Token(id, "edge"))) for id in range(len(pieces))]
-    return [*steps, list(text.finish())], text
+def deltas(pieces: list[bytes], stops: list[str]) -> tuple[list[list[TextDelta]], Detokenizer]:
+    """What each token releases, and last what the end releases."""
+    detokenizer = Detokenizer(Table(pieces), stops)  # type: ignore[arg-type]
+    steps = [list(detokenizer.push(Token(id, "edge"))) for id in range(len(pieces))]
+    return [*steps, list(detokenizer.finish())], detokenizer
 
 
 def texts(pieces: list[bytes], *stops: str) -> list[str]:
-    return ["".join(one.text for one in step) for step in shown(pieces, list(stops))[0]]
+    return ["".join(delta.text for delta in step) for step in deltas(pieces, list(stops))[0]]
 
 
-def of_whole(data: bytes, stops: list[str]) -> str:
+def expected_text(data: bytes, stops: list[str]) -> str:
     """The definition: decode everything, cut before the stop string that ends first."""
     text = data.decode("utf-8", "replace")
     for end in range(len(text) + 1):
@@ -65,7 +65,7 @@ def of_whole(data: bytes, stops: list[str]) -> str:
         (["€".encode()[:2], "€".encode()[2:] + b"x"], ["€"], ["", "", ""]),
     ],
 )
-def test_text_goes_out_as_early_as_it_may(pieces: list[bytes], stops: list[str], expected: list[str]) -> None:
+def test_text_is_released_as_early_as_possible(pieces: list[bytes], stops: list[str], expected: list[str]) -> None:
     assert texts(pieces, *stops) == expected
 
 
@@ -74,21 +74,21 @@ def test_text_goes_out_as_early_as_it_may(pieces: list[bytes], stops: list[str],
     st.lists(st.text("abé€\ufffd", min_size=1, max_size=4), max_size=4),
 )
 def test_the_split_into_tokens_does_not_matter(pieces: list[bytes], stops: list[str]) -> None:
-    steps, text = shown(pieces, stops)
-    whole = of_whole(b"".join(pieces), stops)
-    assert "".join(one.text for step in steps for one in step) == whole
-    assert text.stopped == (whole != b"".join(pieces).decode("utf-8", "replace"))
+    steps, detokenizer = deltas(pieces, stops)
+    expected = expected_text(b"".join(pieces), stops)
+    assert "".join(delta.text for step in steps for delta in step) == expected
+    assert detokenizer.stopped == (expected != b"".join(pieces).decode("utf-8", "replace"))
 
 
 @given(st.lists(st.binary(min_size=1, max_size=4), max_size=10))
-def test_without_stop_strings_every_token_is_shown_once_and_in_order(pieces: list[bytes]) -> None:
-    tokens = [one.token.id for step in shown(pieces, [])[0] for one in step if one.token]
+def test_without_stop_strings_every_token_is_released_once_and_in_order(pieces: list[bytes]) -> None:
+    tokens = [delta.token.id for step in deltas(pieces, [])[0] for delta in step if delta.token]
     assert tokens == list(range(len(pieces)))
 
 
-def test_a_token_goes_out_together_with_its_text() -> None:
-    steps, _ = shown([b"a", b"\xc3", b"\xa9", b"!"], [])
-    assert [[(one.token.id, one.text) for one in step if one.token] for step in steps] == [
+def test_a_token_is_released_together_with_its_text() -> None:
+    steps, _ = deltas([b"a", b"\xc3", b"\xa9", b"!"], [])
+    assert [[(delta.token.id, delta.text) for delta in step if delta.token] for step in steps] == [
         [(0, "a")],
         [],
         [(1, ""), (2, "é")],
@@ -97,21 +97,21 @@ def test_a_token_goes_out_together_with_its_text() -> None:
     ]
 
 
-def test_tokens_inside_a_stop_string_are_not_shown() -> None:
-    steps, _ = shown([b"ab", b"cS", b"TO", b"P"], ["STOP"])
-    assert [(one.token.id, one.text) for step in steps for one in step if one.token] == [(0, "ab"), (1, "c")]
+def test_tokens_inside_a_stop_string_are_not_released() -> None:
+    steps, _ = deltas([b"ab", b"cS", b"TO", b"P"], ["STOP"])
+    assert [(delta.token.id, delta.text) for step in steps for delta in step if delta.token] == [(0, "ab"), (1, "c")]
 
 
-def test_the_end_of_text_and_rows_beyond_the_vocabulary_have_no_text() -> None:
-    text = Detokenizer(Table([b"a"]))  # type: ignore[arg-type]
-    assert text.push(Token(END, "edge")) == ()
-    assert text.push(Token(77, "edge")) == (Shown(Token(77, "edge"), ""),)
+def test_end_of_text_and_ids_of_a_padded_vocabulary_have_no_text() -> None:
+    detokenizer = Detokenizer(Table([b"a"]))  # type: ignore[arg-type]
+    assert detokenizer.push(Token(END, "edge")) == ()
+    assert detokenizer.push(Token(77, "edge")) == (TextDelta(Token(77, "edge"), ""),)
 
 
-def test_nothing_comes_behind_a_stop_string() -> None:
-    text = Detokenizer(Table([b"a", b"b"]), ["a"])  # type: ignore[arg-type]
-    assert [text.push(Token(id, "edge")) for id in (0, 1)] == [(), ()]
-    assert text.finish() == ()
+def test_nothing_is_released_after_a_stop_string() -> None:
+    detokenizer = Detokenizer(Table([b"a", b"b"]), ["a"])  # type: ignore[arg-type]
+    assert [detokenizer.push(Token(id, "edge")) for id in (0, 1)] == [(), ()]
+    assert detokenizer.finish() == ()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_overlap(text: str, stop: str, length: int) -> None:
 
 
 class Events:
-    """Tokens 0, 1, ... and a summary, which remember being closed."""
+    """Tokens 0, 1, ... and a summary. `closed` says whether the generator was closed."""
 
     def __init__(self, count: int, summary: bool = True) -> None:
         self.closed = False
@@ -139,39 +139,39 @@ class Events:
             self.closed = True
 
 
-def test_reading_ends_with_the_summary() -> None:
+def test_the_last_event_is_the_outcome() -> None:
     events = Events(3)
-    *_, last = read(events(), Detokenizer(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
+    *_, last = detokenize(events(), Detokenizer(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
     assert isinstance(last, Outcome)
     assert (last.finish, last.tokens, last.drafted) == ("length", 3, 1)
     assert last.summary
     assert events.closed
 
 
-def test_reading_closes_the_loop_at_a_stop_string_before_it_says_so() -> None:
+def test_a_stop_string_closes_the_generator_before_the_outcome() -> None:
     events = Events(3)
-    for step in read(events(), Detokenizer(Table([b"a", b"b", b"c"]), ["b"])):  # type: ignore[arg-type]
-        if isinstance(step, Outcome):
+    for event in detokenize(events(), Detokenizer(Table([b"a", b"b", b"c"]), ["b"])):  # type: ignore[arg-type]
+        if isinstance(event, Outcome):
             assert events.closed
-    assert step == Outcome("stop", 2, 1, None)
+    assert event == Outcome("stop", 2, 1, None)
 
 
-def test_a_stop_string_in_what_the_end_lets_out_counts() -> None:
-    *_, last = read(Events(1)(), Detokenizer(Table([b"a\xe2"]), ["\ufffd"]))  # type: ignore[arg-type]
+def test_a_stop_string_in_what_the_end_releases_counts() -> None:
+    *_, last = detokenize(Events(1)(), Detokenizer(Table([b"a\xe2"]), ["\ufffd"]))  # type: ignore[arg-type]
     assert isinstance(last, Outcome)
     assert last.finish == "stop"
     assert last.summary
 
 
-def test_closing_the_reader_closes_the_loop() -> None:
+def test_closing_closes_the_generator() -> None:
     events = Events(3)
-    reader = read(events(), Detokenizer(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
+    reader = detokenize(events(), Detokenizer(Table([b"a", b"b", b"c"])))  # type: ignore[arg-type]
     next(reader)
     reader.close()  # type: ignore[attr-defined]
     assert events.closed
 
 
-def test_a_loop_without_a_summary_is_a_defect() -> None:
+def test_a_generator_without_a_summary_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="summary"):
-        list(read(Events(1, summary=False)(), Detokenizer(Table([b"a"]))))  # type: ignore[arg-type]
-    assert list(read(iter([Summary("stop", 1, 0, "edge", "")]), Detokenizer(Table([]))))  # type: ignore[arg-type]
+        list(detokenize(Events(1, summary=False)(), Detokenizer(Table([b"a"]))))  # type: ignore[arg-type]
+    assert list(detokenize(iter([Summary("stop", 1, 0, "edge", "")]), Detokenizer(Table([]))))  # type: ignore[arg-type]

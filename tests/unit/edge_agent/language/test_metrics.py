@@ -43,7 +43,7 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
     return registry.get_sample_value(f"isthmus_edge_{name}", labels)
 
 
-def test_every_name_is_ours_and_known_labels_start_at_zero(
+def test_every_name_has_our_prefix_and_known_labels_start_at_zero(
     metrics: LanguageMetrics, registry: CollectorRegistry
 ) -> None:
     families = list(text_string_to_metric_families(generate_latest(registry).decode()))
@@ -55,7 +55,9 @@ def test_every_name_is_ours_and_known_labels_start_at_zero(
     assert value(registry, "language_bytes_total", direction="up") == 0
 
 
-def test_an_answer_is_handed_on_and_counted(metrics: LanguageMetrics, registry: CollectorRegistry) -> None:
+def test_the_events_of_an_answer_are_passed_through_and_counted(
+    metrics: LanguageMetrics, registry: CollectorRegistry
+) -> None:
     closed: list[int] = []
     assert list(metrics.watch(answer(closed))) == list(answer([]))
     assert closed == [1]
@@ -69,9 +71,9 @@ def test_an_answer_is_handed_on_and_counted(metrics: LanguageMetrics, registry: 
     assert value(registry, "first_token_seconds_count") == 1
 
 
-def test_closing_early_closes_the_answer_itself(metrics: LanguageMetrics, registry: CollectorRegistry) -> None:
+def test_closing_early_closes_the_generator_itself(metrics: LanguageMetrics, registry: CollectorRegistry) -> None:
     closed: list[int] = []
-    source = answer(closed)  # held here, so that no collector closes it
+    source = answer(closed)  # referenced here, so that garbage collection does not close it
     watched = metrics.watch(source)
     assert next(watched) == Token(1, "cloud")
     watched.close()  # type: ignore[attr-defined]
@@ -80,6 +82,6 @@ def test_closing_early_closes_the_answer_itself(metrics: LanguageMetrics, regist
     assert value(registry, "answers_total", arm="verify", degraded="true") == 0
 
 
-def test_an_error_goes_through(metrics: LanguageMetrics) -> None:
+def test_an_error_is_passed_through(metrics: LanguageMetrics) -> None:
     with pytest.raises(LinkDown, match="gone"):
         list(metrics.watch(answer([], LinkDown("gone"))))

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the API behind a real server."""
+"""OpenAI's own client against the API on a real server."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
-from isthmus.edge_agent.http.openai.routes import Limits, routes
+from isthmus.edge_agent.http.openai.routes import routes
+from isthmus.edge_agent.http.openai.state import Limits
 from isthmus.models.errors import LinkDown
-from tests.unit.edge_agent.language.scripted import Scripted
+from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
 HI: Any = [{"role": "user", "content": "hi"}]
 LIMITS = Limits()
 
 
 class Served:
-    """A generator behind uvicorn on a free port."""
+    """The API of a backend, served by uvicorn on a free port."""
 
-    def __init__(self, generator: Scripted, limits: Limits = LIMITS) -> None:
-        self.generator = generator
-        app = Starlette(routes=routes(generator, limits))
+    def __init__(self, backend: ScriptedBackend, limits: Limits = LIMITS) -> None:
+        self.backend = backend
+        app = Starlette(routes=routes(backend, limits))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
@@ -46,8 +47,8 @@ class Served:
         assert not self._thread.is_alive()
 
 
-def test_openai_reads_a_whole_chat() -> None:
-    with Served(Scripted("Hi there", sources=("edge", "draft"))) as served:
+def test_openai_reads_a_chat_response() -> None:
+    with Served(ScriptedBackend("Hi there", sources=("edge", "draft"))) as served:
         answer = served.client.chat.completions.create(model="auto", messages=HI, logprobs=True, top_logprobs=2)
     assert answer.choices[0].message.content == "Hi there"
     assert answer.choices[0].finish_reason == "stop"
@@ -59,7 +60,7 @@ def test_openai_reads_a_whole_chat() -> None:
 
 
 def test_openai_reads_a_stream() -> None:
-    with Served(Scripted("Grüße")) as served:
+    with Served(ScriptedBackend("Grüße")) as served:
         stream = served.client.chat.completions.create(
             model="edge", messages=HI, stream=True, stream_options={"include_usage": True}
         )
@@ -68,11 +69,11 @@ def test_openai_reads_a_stream() -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage and chunks[-1].usage.total_tokens == 19 + 8
-    assert len(served.generator.threads) == 1
+    assert len(served.backend.threads) == 1
 
 
 def test_openai_reads_completions_and_models() -> None:
-    with Served(Scripted("abc")) as served:
+    with Served(ScriptedBackend("abc")) as served:
         answer = served.client.completions.create(model="tiny", prompt=["x", "y"], logprobs=1, stop="c")
         stream = served.client.completions.create(model="tiny", prompt="x", stream=True)
         text = "".join(chunk.choices[0].text for chunk in stream)
@@ -85,7 +86,7 @@ def test_openai_reads_completions_and_models() -> None:
 
 
 def test_openai_maps_our_errors() -> None:
-    with Served(Scripted("ab", cloud=False, error=LinkDown("gone"))) as served:
+    with Served(ScriptedBackend("ab", cloud=False, error=LinkDown("gone"))) as served:
         create = served.client.chat.completions.create
         with pytest.raises(openai.BadRequestError) as bad:
             create(model="auto", messages=HI, temperature=3)
@@ -104,27 +105,27 @@ def test_openai_maps_our_errors() -> None:
     assert private.value.param == "model"
 
 
-def test_a_client_that_closes_a_stream_early_ends_the_prompt_loop() -> None:
-    with Served(Scripted("ab", endless=True, pause_s=0.02, context=100_000)) as served:
+def test_a_client_that_closes_a_stream_early_closes_the_generator() -> None:
+    with Served(ScriptedBackend("ab", endless=True, pause_s=0.02, context=100_000)) as served:
         stream = served.client.chat.completions.create(model="auto", messages=HI, stream=True)
         next(stream)
-        assert not served.generator.closed.is_set()
+        assert not served.backend.closed.is_set()
         stream.close()
-        assert served.generator.closed.wait(1)
-        assert len(served.generator.threads) == 1
+        assert served.backend.closed.wait(1)
+        assert len(served.backend.threads) == 1
 
 
-def test_a_client_that_leaves_before_a_whole_answer_ends_the_prompt_loop() -> None:
-    with Served(Scripted("ab", endless=True, pause_s=0.02, context=100_000)) as served:
+def test_a_client_that_leaves_before_the_response_closes_the_generator() -> None:
+    with Served(ScriptedBackend("ab", endless=True, pause_s=0.02, context=100_000)) as served:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{served.url}/chat/completions", json={"model": "auto", "messages": HI}, timeout=0.3)
-        assert served.generator.started.is_set()
-        assert served.generator.closed.wait(1)
+        assert served.backend.started.is_set()
+        assert served.backend.closed.wait(1)
 
 
-def test_who_waits_for_a_place_and_leaves_is_forgotten() -> None:
-    slow = Scripted("ab", endless=True, pause_s=0.02, context=100_000)
-    with Served(slow, Limits(waiting=2, computing=1)) as served:
+def test_a_client_that_disconnects_while_waiting_is_never_generated_for() -> None:
+    slow = ScriptedBackend("ab", endless=True, pause_s=0.02, context=100_000)
+    with Served(slow, Limits(admitted=2, running=1)) as served:
         stream = served.client.chat.completions.create(model="auto", messages=HI, stream=True)
         next(stream)
         body = {"model": "auto", "messages": HI}
@@ -132,14 +133,14 @@ def test_who_waits_for_a_place_and_leaves_is_forgotten() -> None:
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{served.url}/chat/completions", json=body, timeout=0.2)
             time.sleep(0.1)
-        assert len(slow.asks) == 1
+        assert len(slow.requests) == 1
         stream.close()
         assert slow.closed.wait(1)
 
 
-def test_a_full_house_of_streams() -> None:
-    slow = Scripted("ab", endless=True, pause_s=0.02, context=100_000)
-    with Served(slow, Limits(waiting=1)) as served:
+def test_a_stream_holds_its_admission_slot() -> None:
+    slow = ScriptedBackend("ab", endless=True, pause_s=0.02, context=100_000)
+    with Served(slow, Limits(admitted=1)) as served:
         with served.client.chat.completions.create(model="auto", messages=HI, stream=True) as stream:
             next(iter(stream))
             with pytest.raises(openai.InternalServerError) as caught:

@@ -1,0 +1,102 @@
+"""From the blocking backend to asyncio, and from its events to a response or to server-sent events.
+
+    Job -> generate_choices, in one worker thread -> queue -> collect_response | stream_chunks
+
+The backend blocks, so each request has a worker thread of its own. When the client disconnects, the generator is closed
+in that thread, before its next token. A slow reader does not stall it: the queue is unbounded, and the context bounds
+the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+
+import anyio
+from anyio import to_thread
+
+from isthmus.edge_agent.http.openai.jobs import Job
+from isthmus.edge_agent.http.openai.responses import ResponseFormatter, text_of
+from isthmus.edge_agent.language.detokenize import AnswerEvent, Detokenizer, Outcome, TextDelta, close, detokenize
+from isthmus.edge_agent.language.request import GenerationBackend
+
+ChoiceEvent = tuple[int, AnswerEvent]  # index of the choice, event
+
+
+def generate_choices(backend: GenerationBackend, job: Job) -> Iterator[ChoiceEvent]:
+    """The events of a job's choices, one choice after the other."""
+    for index, request in enumerate(job.requests):
+        events = detokenize(backend.generate(request), Detokenizer(backend.tokenizer, job.stops))
+        try:
+            for event in events:
+                yield index, event
+        finally:
+            close(events)
+
+
+async def in_thread(events: Iterator[ChoiceEvent]) -> AsyncGenerator[ChoiceEvent, None]:
+    """Iterate `events` in one worker thread. Closing this closes `events` in that thread, and waits for it."""
+    queue: asyncio.Queue[ChoiceEvent | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    cancelled = threading.Event()
+
+    def work() -> None:
+        try:
+            while not cancelled.is_set() and (event := next(events, None)) is not None:
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+        finally:
+            close(events)
+            loop.call_soon_threadsafe(queue.put_nowait, None)
+
+    worker = asyncio.create_task(to_thread.run_sync(work))
+    try:
+        while (event := await queue.get()) is not None:
+            yield event
+        await worker
+    finally:
+        cancelled.set()
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(worker, return_exceptions=True)
+
+
+async def collect_response(
+    formatter: ResponseFormatter, job: Job, events: AsyncIterator[ChoiceEvent]
+) -> dict[str, object]:
+    """The body of a non-streaming response."""
+    deltas: list[list[TextDelta]] = [[] for _ in job.requests]
+    outcomes: list[Outcome] = []
+    async for index, event in events:
+        if isinstance(event, Outcome):
+            outcomes.append(event)
+        else:
+            deltas[index] += event
+    answers = enumerate(zip(deltas, outcomes, strict=True))
+    return formatter.response([formatter.choice(index, *answer) for index, answer in answers], outcomes)
+
+
+async def stream_chunks(
+    formatter: ResponseFormatter, job: Job, events: AsyncIterator[ChoiceEvent]
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events. The first is yielded only after the backend's first event, so that its errors come before."""
+    outcomes: list[Outcome] = []
+    opened = -1
+    async for index, event in events:
+        if index != opened:
+            opened = index
+            if (opening := formatter.opening(index)) is not None:
+                yield server_sent_event(formatter.chunk([opening]))
+        if isinstance(event, Outcome):
+            outcomes.append(event)
+            closing = formatter.closing(index, event)
+            last = index == len(job.requests) - 1
+            for chunk in formatter.last_chunks(closing, outcomes) if last else [formatter.chunk([closing])]:
+                yield server_sent_event(chunk)
+        elif text_of(event) or (event and job.requests[index].top_logprobs is not None):
+            yield server_sent_event(formatter.chunk([formatter.delta(index, event)]))
+    yield b"data: [DONE]\n\n"
+
+
+def server_sent_event(value: dict[str, object]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from isthmus.edge_agent.http.openai.state import Limits
+from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
+from isthmus.models.errors import (
+    BundleError,
+    DeadlineExceeded,
+    Draining,
+    InvalidInput,
+    LinkDown,
+    Overloaded,
+)
+from tests.unit.edge_agent.http.openai.api import CHAT, HI, assert_error, client, events, post
+from tests.unit.edge_agent.language.scripted import ScriptedBackend
+
+JSON = {"content-type": "application/json"}
+
+
+class Failing(ScriptedBackend):
+    """Fails before its first token."""
+
+    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
+        assert self.error
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "please"])
+def test_a_header_keeps_a_request_on_the_device(value: str) -> None:
+    backend = ScriptedBackend()
+    post(backend, headers={"X-Isthmus-Private": value})
+    post(backend, headers={"X-Isthmus-Private": "0"})
+    post(backend, headers=[("X-Isthmus-Private", "0"), ("X-Isthmus-Private", value)])
+    assert [request.arm for request in backend.requests] == ["edge", "auto", "edge"]
+    assert_error(post(backend, headers={"X-Isthmus-Private": value}, model="cloud"), 400, param="model")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (InvalidInput("no such arm"), 400, "invalid_request_error"),
+        (LinkDown("the cloud is gone"), 503, "overloaded"),
+        (DeadlineExceeded("too late"), 504, "timeout"),
+        (Overloaded("full"), 503, "overloaded"),
+        (Draining("bye"), 503, "overloaded"),
+        (BundleError("/secret/path is odd"), 500, "server_error"),
+        (ZeroDivisionError("/secret/path"), 500, "server_error"),
+    ],
+)
+def test_errors_of_the_backend_become_statuses(error: Exception, status: int, kind: str) -> None:
+    for stream in (False, True):
+        response = post(Failing(error=error), stream=stream)
+        assert_error(response, status, type=kind)
+        assert response.headers.get("retry-after") == ("1" if status == 503 else None)
+        assert "secret" not in response.text
+
+
+def test_an_error_in_mid_stream_is_an_event_and_ends_it() -> None:
+    *chunks, last = events(ScriptedBackend("ab", error=LinkDown("the cloud is gone")))
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["", "a", "b"]
+    assert last == {
+        "error": {
+            "message": "the cloud is gone",
+            "type": "overloaded",
+            "param": None,
+            "code": "cloud_unavailable",
+        }
+    }
+
+
+def test_a_body_over_the_cap() -> None:
+    api = client(ScriptedBackend(), Limits(body_bytes=1000))
+    assert_error(api.post(CHAT, content=(bytes(100) for _ in range(1000)), headers=JSON), 413)
+    assert_error(api.post(CHAT, content=b"\xff" * 1000, headers=JSON), 400)
+
+
+def test_other_methods() -> None:
+    assert_error(client(ScriptedBackend()).get(CHAT), 405)
+    assert_error(client(ScriptedBackend()).put("/v1/completions", content=b"{}"), 405)
+
+
+def test_without_a_free_admission_slot_the_status_is_503_and_slots_are_released() -> None:
+    assert_error(client(ScriptedBackend(), Limits(admitted=0)).post(CHAT, json={}), 503, type="overloaded")
+    api = client(ScriptedBackend("a"), Limits(admitted=1, running=1))
+    good = {"model": "auto", "messages": HI}
+    codes = [api.post(CHAT, json=body).status_code for body in (good, {}, {**good, "stream": True}, good)]
+    assert codes == [200, 400, 200, 200]
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "text/plain; charset=application/json", "multipart/form-data", "application/jsonx", None]
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_content_type_that_needs_no_preflight_is_refused(path: str, kind: str | None) -> None:
+    backend = ScriptedBackend()
+    body = json.dumps({"model": "auto", "messages": HI, "prompt": "hi"}).encode()
+    response = client(backend).post(path, content=body, headers={"content-type": kind} if kind else None)
+    assert_error(response, 415, type="invalid_request_error", code="unsupported_media_type")
+    assert "application/json" in response.json()["error"]["message"]
+    assert backend.requests == []
+
+
+def test_a_content_type_may_have_parameters_and_capitals() -> None:
+    body = json.dumps({"model": "auto", "messages": HI}).encode()
+    kind = {"content-type": "Application/JSON; charset=utf-8"}
+    assert client(ScriptedBackend()).post(CHAT, content=body, headers=kind).status_code == 200

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from isthmus.edge_agent.http.openai.errors import ApiError
+from isthmus.edge_agent.http.openai.jobs import chat_job
+from isthmus.edge_agent.http.openai.model_names import available_models
+from tests.unit.edge_agent.http.openai.bodies import BACKEND, HI, chat, completion
+from tests.unit.edge_agent.language.scripted import ScriptedBackend
+
+
+def test_model_names() -> None:
+    assert available_models(BACKEND) == {
+        "tiny": "auto",
+        "auto": "auto",
+        "edge": "edge",
+        "cloud": "cloud",
+        "verify": "verify",
+        "tiny:auto": "auto",
+        "tiny:edge": "edge",
+        "tiny:cloud": "cloud",
+        "tiny:verify": "verify",
+    }
+    assert set(available_models(ScriptedBackend(cloud=False)).values()) == {"auto", "edge"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "quality"),
+    [
+        ({"model": "auto"}, None),
+        ({"model": "auto-q0.8"}, 0.8),
+        ({"model": "tiny-q1"}, 1.0),
+        ({"model": "tiny:auto-q0"}, 0.0),
+        ({"model": "auto", "quality": 0.25}, 0.25),
+        ({"model": "auto-q0.8", "quality": 0.25}, 0.8),
+    ],
+)
+def test_quality_is_part_of_the_models_name_or_a_field(fields: dict[str, Any], quality: float | None) -> None:
+    job = chat(**fields)
+    assert (job.arm, job.model) == ("auto", "tiny:auto")
+    assert [request.quality for request in job.requests] == [quality]
+    assert completion(**fields).requests[0].quality == quality
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-4",
+        "tiny:",
+        "tiny:tiny",
+        "cloud",
+        "tiny:verify",
+        "",
+        "edge-q0.5",
+        "auto-q",
+        "auto-q1.5",
+        "auto-q-1",
+        "auto-qx",
+    ],
+)
+def test_an_unknown_model_is_a_404(name: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(backend=ScriptedBackend(cloud=False), model=name)
+    assert (caught.value.status, caught.value.error["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("name", ["auto", "edge", "tiny", "tiny:edge", "tiny:auto", "auto-q0.9"])
+def test_a_private_request_stays_on_the_device(name: str) -> None:
+    assert chat(header=True, model=name).arm == "edge"
+    assert completion(True, model=name).requests[0].arm == "edge"
+    body = {"model": name, "messages": HI, "private": True}
+    assert chat_job(json.dumps(body).encode(), False, BACKEND).arm == "edge"
+
+
+@pytest.mark.parametrize("name", ["cloud", "verify", "tiny:cloud", "tiny:verify"])
+@pytest.mark.parametrize("cloud", [True, False])
+def test_a_private_request_cannot_select_the_cloud(name: str, cloud: bool) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(True, ScriptedBackend(cloud=cloud), model=name)
+    assert (caught.value.status, caught.value.error["param"]) == (400, "model")
