@@ -1,4 +1,4 @@
-"""The agent as a process: OpenAI's own client over HTTP, a chat over standard input, and a real cloud behind."""
+"""The agent and the cloud as processes: OpenAI's own client over HTTP, and a chat over standard input."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.contract.conftest import LANGUAGE
 
 HI: Any = [{"role": "user", "content": "Hello there."}]
 JSON = {"content-type": "application/json"}
-SLOWDOWN = 8  # a pass takes about 8 ms, so that a client can go in mid-answer
-GONE_S = 2.0  # promised: the cloud works no longer for a client that has gone
+SLOWDOWN = 8  # a forward pass takes about 8 ms, so that a client can disconnect in mid-answer
+CANCELLED_S = 2.0  # after a client disconnects, the cloud computes for it no longer than this
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +44,36 @@ def client(edge: EdgeProcess) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def isthmus(reply: Any) -> dict[str, Any]:
-    return dict(reply.model_extra["isthmus"])
+def isthmus(response: Any) -> dict[str, Any]:
+    return dict(response.model_extra["isthmus"])
 
 
-def test_the_arms_give_one_text(client: openai.OpenAI, cloud: CloudProcess) -> None:
+def test_the_arms_give_the_same_text(client: openai.OpenAI, cloud: CloudProcess) -> None:
     before = cloud.metric("tokens_committed_total")
     texts = {}
     for name, arm in (("endless", "auto"), ("endless:cloud", "cloud"), ("verify", "verify")):
-        reply = client.chat.completions.create(model=name, messages=HI, max_tokens=20, temperature=0.8, seed=3)
-        texts[name] = reply.choices[0].message.content
-        assert reply.choices[0].finish_reason == "length"
-        assert reply.usage is not None and reply.usage.completion_tokens == 20
-        assert isthmus(reply)["arm"] == arm and not isthmus(reply)["degraded"]
+        response = client.chat.completions.create(model=name, messages=HI, max_tokens=20, temperature=0.8, seed=3)
+        texts[name] = response.choices[0].message.content
+        assert response.choices[0].finish_reason == "length"
+        assert response.usage is not None and response.usage.completion_tokens == 20
+        assert isthmus(response)["arm"] == arm and not isthmus(response)["degraded"]
     assert len(set(texts.values())) == 1 and texts["endless"]
     assert cloud.metric("tokens_committed_total") - before >= 60
 
 
-def test_a_stream_is_the_whole_reply_in_pieces(client: openai.OpenAI) -> None:
+def test_chunks_of_a_stream_add_up_to_the_response(client: openai.OpenAI) -> None:
     request: dict[str, Any] = {"model": "auto", "messages": HI, "max_tokens": 30, "temperature": 0.8, "seed": 5}
-    whole = client.chat.completions.create(**request)
+    response = client.chat.completions.create(**request)
     chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
-    assert len(pieces) > 5 and "".join(pieces) == whole.choices[0].message.content
+    assert len(pieces) > 5 and "".join(pieces) == response.choices[0].message.content
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 30
     assert isthmus(chunks[-1])["arm"] == "auto" and isthmus(chunks[-1])["spans"][0]["arm"] in ("cloud", "verify")
 
 
 def test_a_completion_with_logprobs(client: openai.OpenAI) -> None:
-    reply = client.completions.create(model="cloud", prompt="The bridge", max_tokens=8, logprobs=2)
-    logprobs = reply.choices[0].logprobs
+    response = client.completions.create(model="cloud", prompt="The bridge", max_tokens=8, logprobs=2)
+    logprobs = response.choices[0].logprobs
     assert logprobs is not None and logprobs.token_logprobs is not None and len(logprobs.token_logprobs) == 8
     assert all(value is not None and value <= 0 for value in logprobs.token_logprobs)
 
@@ -85,39 +85,41 @@ def test_models(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4", messages=HI)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_private_stays_on_the_device(client: openai.OpenAI, cloud: CloudProcess, stream: bool) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["response", "stream"])
+def test_a_private_request_stays_on_the_device(client: openai.OpenAI, cloud: CloudProcess, stream: bool) -> None:
     before = [cloud.metric(name) for name in ("tokens_committed_total", "decoder_rows_total")]
     request: Any = {"model": "auto", "messages": HI, "max_tokens": 20, "extra_body": {"private": True}}
     if stream:
         chunks = list(client.chat.completions.create(**request, stream=True))
         assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks if chunk.choices) > 5
-        how = isthmus(chunks[-1])
+        field = isthmus(chunks[-1])
     else:
-        reply = client.chat.completions.create(**request)
-        assert reply.choices[0].message.content
-        how = isthmus(reply)
-    assert how["arm"] == "edge" and how["bytes_up"] == how["bytes_down"] == 0
+        response = client.chat.completions.create(**request)
+        assert response.choices[0].message.content
+        field = isthmus(response)
+    assert field["arm"] == "edge" and field["bytes_up"] == field["bytes_down"] == 0
     assert [cloud.metric(name) for name in ("tokens_committed_total", "decoder_rows_total")] == before
     with pytest.raises(openai.BadRequestError, match="private"):
         client.chat.completions.create(**{**request, "model": "cloud"})
 
 
 @pytest.mark.parametrize("arm", ["cloud", "verify"])
-def test_a_client_that_goes_ends_the_work_in_the_cloud(client: openai.OpenAI, cloud: CloudProcess, arm: str) -> None:
-    wanted = 400
+def test_a_client_that_disconnects_ends_the_work_in_the_cloud(
+    client: openai.OpenAI, cloud: CloudProcess, arm: str
+) -> None:
+    max_tokens = 400
     before = cloud.metric("tokens_committed_total")
     stream = client.chat.completions.create(
-        model=arm, messages=HI, max_tokens=wanted, temperature=0.8, seed=5, stream=True
+        model=arm, messages=HI, max_tokens=max_tokens, temperature=0.8, seed=5, stream=True
     )
     for _, chunk in zip(range(5), stream, strict=False):
         assert chunk.choices
     stream.close()
-    time.sleep(GONE_S)
-    rows, made = cloud.metric("decoder_rows_total", kind="used"), cloud.metric("tokens_committed_total") - before
+    time.sleep(CANCELLED_S)
+    rows, committed = cloud.metric("decoder_rows_total", kind="used"), cloud.metric("tokens_committed_total") - before
     time.sleep(0.5)
     assert cloud.metric("decoder_rows_total", kind="used") == rows
-    assert 0 < made < wanted - 50, "it was to be left in mid-answer"
+    assert 0 < committed < max_tokens - 50, "the client was to disconnect in mid-answer"
 
 
 def test_health_and_metrics(edge: EdgeProcess, client: openai.OpenAI) -> None:
@@ -129,8 +131,8 @@ def test_health_and_metrics(edge: EdgeProcess, client: openai.OpenAI) -> None:
     assert float(values['isthmus_edge_tokens_total{source="edge"}']) >= 3
 
 
-def test_bodies_that_are_no_request(edge: EdgeProcess) -> None:
-    """400 and one line of JSON each; the next request is answered."""
+def test_malformed_bodies_are_refused(edge: EdgeProcess) -> None:
+    """Each gets status 400 and an error of one line; the next request is answered."""
     good = b'{"model": "edge", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}'
     for body in (
         b"\xff\xfe{",
@@ -140,9 +142,9 @@ def test_bodies_that_are_no_request(edge: EdgeProcess) -> None:
         b"{" * 10_000,
         good.replace(b"2", b"1e999"),
     ):
-        reply = httpx.post(f"{edge.url}/v1/chat/completions", content=body, headers=JSON)
-        assert reply.status_code == 400, body[:40]
-        message = reply.json()["error"]["message"]
+        response = httpx.post(f"{edge.url}/v1/chat/completions", content=body, headers=JSON)
+        assert response.status_code == 400, body[:40]
+        message = response.json()["error"]["message"]
         assert message and "\n" not in message and "Traceback" not in message
     assert httpx.post(f"{edge.url}/v1/chat/completions", content=good, headers=JSON).status_code == 200
     assert "Traceback" not in edge.read_log()
@@ -167,7 +169,7 @@ def chat(model: Path, lines: str, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_chat_over_standard_input(endless_llama: Path, cloud: CloudProcess) -> None:
-    """Three questions, the arm changed between them; what the last answer holds follows from the others."""
+    """Three questions in one chat, each by another arm."""
     lines = "How are you?\n\n/arm cloud\nAnd why?\n/arm edge\nReally?\n"
     first, second, third = chat(endless_llama, lines, "--cloud", cloud.target, "--max-tokens", "12")
     assert [row["question"] for row in (first, second, third)] == ["How are you?", "And why?", "Really?"]
