@@ -41,6 +41,10 @@ class LanguageMetrics:
             buckets=FIRST_TOKEN_BUCKETS_S,
             registry=registry,
         )
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        """Create every combination of labels, so that rates are defined from the first scrape."""
         for source in SOURCES:
             self._tokens.labels(source)
         for arm in ARMS:
