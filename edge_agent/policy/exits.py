@@ -92,9 +92,11 @@ def why_no_exit(situation: Situation, threshold: float) -> str:
     """The beginning of a `why`: the reason for which the last exit does not answer; empty before the first exit."""
     if situation.no_exit is not None:
         return f"{situation.no_exit}; "
-    if situation.confidence is not None:
-        return f"{situation.exit_name} confidence {situation.confidence:.3f} < {threshold:.3f}; "
-    return ""
+    if situation.confidence is None:
+        return ""
+    if threshold > 1:
+        return f"no threshold of {situation.exit_name} is certified for this epsilon; "
+    return f"{situation.exit_name} confidence {situation.confidence:.3f} < {threshold:.3f}; "
 
 
 def alternatives(ranked: Sequence[RouteEstimate]) -> list[RouteEstimate]:

@@ -21,6 +21,8 @@ BETWEEN = Situation("exit0", 0.6, (WHOLE, ON), left_s=1.0, cloud_refused=None)
 def test_why_says_how_confident_the_exit_is_and_how_confident_it_must_be() -> None:
     assert plan(replace(AFTER_LAST, confidence=0.95), FASTEST).why == "exit1 confidence 0.950 >= 0.900"
     assert plan(AFTER_LAST, FASTEST).why.startswith("exit1 confidence 0.600 < 0.900; fastest: whole image")
+    never = plan(AFTER_LAST, Goal("fastest", 2.0)).why
+    assert never.startswith("no threshold of exit1 is certified for this epsilon; fastest: whole image")
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 1.0])
