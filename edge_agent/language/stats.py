@@ -9,7 +9,7 @@ from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.messages import Committed
 
-REQUESTED = "asked for"
+REQUESTED = "requested"
 
 
 @dataclass

@@ -20,7 +20,7 @@ def test_statistics_of_an_interrupted_answer_are_those_that_the_device_knows() -
 
 
 def test_the_cost_is_that_of_bytes_cloud_time_and_device_time() -> None:
-    summary = Summary("stop", 5, 4, "cloud", "asked for", bytes_up=100, cloud_s=0.5)
+    summary = Summary("stop", 5, 4, "cloud", "requested", bytes_up=100, cloud_s=0.5)
     answer = ChatAnswer(total_s=2.0, outcome=Outcome("stop", 4, 0, summary))
     prices = Prices()
     statistics = answer.statistics(prices)

@@ -69,7 +69,7 @@ def test_the_device_alone_says_what_its_model_says(
         logits_V = decoder.extend([token.id])
     assert {token.source for token in tokens} == {"edge"}
     ended = tokens[-1].id in agent.tokenizer.eos_ids
-    assert summary == Summary("stop" if ended else "length", len(prompt), len(tokens), "edge", "asked for")
+    assert summary == Summary("stop" if ended else "length", len(prompt), len(tokens), "edge", "requested")
     assert ended or len(tokens) == 12
 
 

@@ -12,7 +12,7 @@ from isthmus.edge_agent.policy.arms import ARMS
 from isthmus.models.errors import LinkDown
 
 SUMMARY = Summary(
-    "stop", 5, 4, "verify", "asked for", accepted=2, rejected=3, bytes_up=100, bytes_down=40, degraded=True
+    "stop", 5, 4, "verify", "requested", accepted=2, rejected=3, bytes_up=100, bytes_down=40, degraded=True
 )
 
 
