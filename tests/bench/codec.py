@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from isthmus.models.codecs.checkerboard import ContextualCodec, Run
+from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.codecs.context_model import Integers
+from isthmus.models.codecs.phase_order import PhaseOrder
 from isthmus.models.recipes.common.fit_tables import frequencies
 from isthmus.models.recipes.vision.compressai_entropy import EntropyBottleneck, new_prior
 from isthmus.models.recipes.vision.elpv_data import load
@@ -56,9 +57,9 @@ class SameTables:
         """What CompressAI makes of the integers that we would code, in the same order under the same tables."""
         priors: list[int] = []
         integers: list[int] = []
-        for run, symbols_N in self._codec.lay(integers_CHW, self._rate):
-            priors += run.priors_N.tolist()
-            integers += (symbols_N + run.first_N).tolist()
+        for order, symbols_N in self._codec.to_phases(integers_CHW, self._rate):
+            priors += order.priors_N.tolist()
+            integers += (symbols_N + order.first_N).tolist()
         data: bytes = self._encoder.encode_with_indexes(integers, priors, *self._tables)
         return data
 
@@ -66,11 +67,11 @@ class SameTables:
         """The inverse of `encode`."""
         self._decoder.set_stream(data)
 
-        def read(run: Run) -> Integers:
-            integers_N = np.array(self._decoder.decode_stream(run.priors_N.tolist(), *self._tables), np.int32)
-            return integers_N - run.first_N
+        def read(order: PhaseOrder) -> Integers:
+            integers_N = np.array(self._decoder.decode_stream(order.priors_N.tolist(), *self._tables), np.int32)
+            return integers_N - order.first_N
 
-        return self._codec.fill(read, self._rate)
+        return self._codec.from_phases(read, self._rate)
 
 
 def factorized_coder(integers_NCHW: Integers) -> EntropyBottleneck:

@@ -22,13 +22,14 @@ from isthmus.models.codecs.context_model import (
     OUTSIDE,
     PHASES,
     STEP_BITS,
-    Contexts,
+    Checkerboard,
+    ContextLookup,
+    ContextWeights,
     Flat,
     Integers,
-    Lattice,
-    Weights,
 )
 from isthmus.models.codecs.tables import FREQUENCY_BITS, Tables
+from isthmus.models.recipes.common.ridge import ridge
 
 BANK = 24  # tables
 MAX_INTEGER = 127  # integers are stored in 8 bits
@@ -76,10 +77,10 @@ def fit(integers: Sequence[Integers], gain_RC: NDArray[np.float32], bank: int = 
     weights, histograms = [], []
     for of_rate, low_C, high_C, live_C in zip(clipped, low_RC, high_RC, live_RC, strict=True):
         _, channels, height, width = of_rate.shape
-        lattice = Lattice((channels, height, width), np.flatnonzero(live_C).tolist())
-        flat_NL = lattice.spread(of_rate[:: -(-len(of_rate) // GUESSED)])
-        weights.append(guess(lattice, flat_NL, low_C[live_C], high_C[live_C]))
-        histograms.append(count(lattice, of_rate, weights[-1], first, last))
+        board = Checkerboard((channels, height, width), np.flatnonzero(live_C).tolist())
+        flat_NL = board.scatter(of_rate[:: -(-len(of_rate) // GUESSED)])
+        weights.append(guess(board, flat_NL, low_C[live_C], high_C[live_C]))
+        histograms.append(count(board, of_rate, weights[-1], first, last))
     low_n, high_n = (np.repeat(ends_RC[live_RC] - first, ALL_CONTEXTS) for ends_RC in (low_RC, high_RC))
     tables, table_n, first_n = build_bank(np.concatenate(histograms), low_n, high_n, bank)
     priors_E2, prior_n = np.unique(np.stack([table_n, first_n + first], 1), axis=0, return_inverse=True)
@@ -106,30 +107,30 @@ def ranges(integers_NCHW: NDArray[np.int8]) -> tuple[Indexes, Indexes]:
     return np.maximum(low_C - margin_C, -MAX_INTEGER), np.minimum(high_C + margin_C, MAX_INTEGER)
 
 
-def guess(lattice: Lattice, flat_NL: Flat, low_C: Indexes, high_C: Indexes) -> Weights:
+def guess(board: Checkerboard, flat_NL: Flat, low_C: Indexes, high_C: Indexes) -> ContextWeights:
     """Weights that guess each integer by least squares, in units that spread over a phase's contexts."""
     channels = len(low_C)
     near_C2, slope_C = np.ones((channels, 2), np.uint8), np.zeros(channels, np.int16)
     bias_C2, ends_C24 = np.zeros((channels, PHASES), np.int16), np.zeros((channels, PHASES, ENDS), np.int8)
-    for phase, channel, target_M, sums_M2, ends_M4 in samples(lattice, flat_NL):
+    for phase, channel, target_M, sums_M2, ends_M4 in samples(board, flat_NL):
         near_C2[channel] = ratio(sums_M2, target_M)
         features_M6 = np.column_stack([sums_M2 @ near_C2[channel], ends_M4, np.ones_like(target_M)])
         weights_6 = units(features_M6, target_M, CONTEXTS[phase].stop - CONTEXTS[phase].start)
         slope_C[channel], ends_C24[channel, phase], bias_C2[channel, phase] = weights_6[0], weights_6[1:5], weights_6[5]
-    return Weights(low_C.astype(np.int8), high_C.astype(np.int8), near_C2, slope_C, bias_C2, ends_C24)
+    return ContextWeights(low_C.astype(np.int8), high_C.astype(np.int8), near_C2, slope_C, bias_C2, ends_C24)
 
 
-def samples(lattice: Lattice, flat_NL: Flat) -> Iterator[tuple[int, int, Floats, Floats, Floats]]:
+def samples(board: Checkerboard, flat_NL: Flat) -> Iterator[tuple[int, int, Floats, Floats, Floats]]:
     """For each phase and channel, over M places of all inputs: integer, sums across and down, which ends it is at."""
-    known = lattice.neighbours(flat_NL)
-    channel_P = lattice.channels()
+    known = board.neighbours(flat_NL)
+    channel_P = board.channels()
     for phase, sums in enumerate(((np.zeros_like(known[0]), np.zeros_like(known[1])), known)):
-        inside_P = lattice.phase(lattice.inside, phase) > 0
-        ends_P4 = lattice.phase(lattice.ends(), phase)[:, None] >> np.arange(ENDS) & 1
+        inside_P = board.phase(board.inside, phase) > 0
+        ends_P4 = board.phase(board.ends(), phase)[:, None] >> np.arange(ENDS) & 1
         for channel in np.unique(channel_P[inside_P]).tolist():
             here = np.flatnonzero(inside_P & (channel_P == channel))
             target_M, across_M, down_M = (
-                array[:, here].ravel().astype(np.float64) for array in (lattice.phase(flat_NL, phase), *sums)
+                array[:, here].ravel().astype(np.float64) for array in (board.phase(flat_NL, phase), *sums)
             )
             ends_M4 = np.tile(ends_P4[here].astype(np.float64), (len(flat_NL), 1))
             yield phase, channel, target_M, np.stack([across_M, down_M], 1), ends_M4
@@ -150,8 +151,7 @@ def units(features_M6: Floats, target_M: Floats, contexts: int) -> Floats:
 
     Features are a weighted sum, four ends, and 1.
     """
-    squares_66 = features_M6.T @ features_M6 + RIDGE * len(features_M6) * np.eye(6)
-    weights_6 = np.linalg.solve(squares_66, features_M6.T @ target_M)
+    weights_6 = ridge(features_M6.T @ features_M6, features_M6.T @ target_M, RIDGE * len(features_M6))
     low, high = np.quantile(features_M6 @ weights_6, (OUTLIERS, 1 - OUTLIERS))
     if high - low < FLAT:
         return np.zeros(6)
@@ -162,18 +162,20 @@ def units(features_M6: Floats, target_M: Floats, contexts: int) -> Floats:
     return whole_6
 
 
-def count(lattice: Lattice, integers_NCHW: NDArray[np.int8], weights: Weights, first: int, last: int) -> Floats:
+def count(
+    board: Checkerboard, integers_NCHW: NDArray[np.int8], weights: ContextWeights, first: int, last: int
+) -> Floats:
     """Histograms (C * ALL_CONTEXTS, A) over first .. last, as shares of the rate's bits without contexts.
 
     So a cheap rate counts as much as a costly one. Every context takes over a little of its channel's histogram.
     """
     channels, symbols = len(weights.low_C), last - first + 1
-    contexts = Contexts(lattice, weights, np.tile(np.arange(ALL_CONTEXTS, dtype=np.uint8), (channels, 1)))
-    cell_P = lattice.channels() * ALL_CONTEXTS
+    contexts = ContextLookup(board, weights, np.tile(np.arange(ALL_CONTEXTS, dtype=np.uint8), (channels, 1)))
+    cell_P = board.channels() * ALL_CONTEXTS
     counts = np.zeros(channels * ALL_CONTEXTS * symbols, np.int64)
     for start, phase in itertools.product(range(0, len(integers_NCHW), CHUNK), range(PHASES)):
-        flat_NL = lattice.spread(integers_NCHW[start : start + CHUNK])
-        integers_NP = lattice.phase(flat_NL, phase)
+        flat_NL = board.scatter(integers_NCHW[start : start + CHUNK])
+        integers_NP = board.phase(flat_NL, phase)
         context_NP = np.broadcast_to(contexts.priors(flat_NL, phase), integers_NP.shape)
         index_NP = (cell_P + context_NP) * symbols + integers_NP - first
         counts += np.bincount(index_NP[context_NP != OUTSIDE], minlength=len(counts))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.models.codecs.checkerboard import ContextualCodec
-from isthmus.models.codecs.context_model import ALL_CONTEXTS, Integers, Lattice, Weights
+from isthmus.models.codecs.context_model import ALL_CONTEXTS, Checkerboard, ContextWeights, Integers
 from isthmus.models.codecs.tables import Tables, check_tables
 from isthmus.models.recipes.common.fit_tables import Cells, code_length, count, fit, frequencies, ratio, settle
 
@@ -177,7 +177,7 @@ def test_the_direction_that_explains_more_counts_more(across: float, down: float
 
 def test_contexts_never_seen_take_after_their_channel() -> None:
     integers_NCHW = np.array([[[[2, 3, 3, 3]]], [[[3, 3, 3, 4]]]], np.int8)
-    flat = Weights(
+    flat = ContextWeights(
         low_C=np.array([2], np.int8),
         high_C=np.array([4], np.int8),
         near_C2=np.ones((1, 2), np.uint8),
@@ -185,7 +185,7 @@ def test_contexts_never_seen_take_after_their_channel() -> None:
         bias_C2=np.zeros((1, 2), np.int16),
         ends_C24=np.zeros((1, 2, 4), np.int8),
     )
-    counts_KA = count(Lattice((1, 1, 4), [0]), integers_NCHW, flat, 2, 4)
+    counts_KA = count(Checkerboard((1, 1, 4), [0]), integers_NCHW, flat, 2, 4)
     seen = np.isin(np.arange(ALL_CONTEXTS), [0, 6])
     np.testing.assert_allclose(counts_KA[~seen] / counts_KA[~seen].sum(1, keepdims=True), [[1 / 8, 6 / 8, 1 / 8]] * 16)
     np.testing.assert_allclose(counts_KA[0] / counts_KA[6], [(1 + 1 / 8) / (1 / 8), 1, (1 / 8) / (1 + 1 / 8)])
