@@ -5,58 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 
-from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.vision.bundle import Bundle
+from isthmus.models.recipes.options import failing_clearly, manifest_as_json, report, training_options
 from isthmus.models.vision.manifest import Preprocessing
-
-Command = Callable[..., Any]
 
 
 @click.group(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv")
 def main() -> None:
     """Train a model and write it as a bundle. Interrupt a run whenever you like: started again, it goes on."""
-
-
-manifest_as_json = click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
-
-
-def use_threads(context: click.Context, parameter: click.Parameter, value: int) -> None:
-    if value:
-        torch.set_num_threads(value)
-
-
-def training_options(work: str) -> Callable[[Command], Command]:
-    """What every recipe asks: where its checkpoints are (`work` unless given), seed, threads."""
-    options = (
-        click.option(
-            "--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help="Checkpoints."
-        ),
-        click.option("--seed", default=0, show_default=True),
-        click.option(
-            "--threads",
-            default=0,
-            show_default=True,
-            expose_value=False,
-            callback=use_threads,
-            help="PyTorch threads; 0 for every core.",
-        ),
-    )
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 @main.command(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv --seed 0")
@@ -218,17 +178,17 @@ def split(
 
     The model is not changed, and neither device nor cloud needs its code. About an hour for 2,000 images on two cores.
     """
-    from isthmus.models.recipes.vision import own, own_data
+    from isthmus.models.recipes.vision import own, own_data, own_model
     from isthmus.models.recipes.vision.cutting import capture, places
     from isthmus.models.vision.inspect import summary
 
     with failing_clearly(work):
         found = own_data.find(data)
         sys.path.insert(0, "")
-        captured = capture(own.load_model(model), (3, size, size))
-        chosen = cuts or own.proposed(captured)
+        captured = capture(own_model.load_model(model), (3, size, size))
+        chosen = cuts or own_model.proposed(captured)
         places(captured, chosen)  # what cannot be is said before anything is read
-        click.echo("\n".join(own.table(captured, chosen, 3 * size * size)), err=as_json)
+        click.echo("\n".join(own_model.table(captured, chosen, 3 * size * size)), err=as_json)
         if table:
             return
         spec = Preprocessing(resize=max(size, resize or size), crop=(size, size), mean=mean, deviation=deviation)
@@ -241,29 +201,6 @@ def split(
     click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
     for line in (*summary(bundle.manifest), f"a JPEG of quality 75 has {figures['jpeg75_bytes']:.0f} bytes"):
         click.echo(line)
-
-
-def report(out: Path, bundle: Bundle, as_json: bool) -> None:
-    """What was written, and what it scores."""
-    if as_json:
-        click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
-        return
-    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
-    for name, score in bundle.manifest.scores.items():
-        click.echo(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
-
-
-@contextmanager
-def failing_clearly(work: Path) -> Iterator[None]:
-    """One line and a non-zero exit for what a run can fail of."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; the same command goes on from {work}", err=True)
-        sys.exit(130)
-    except (IsthmusError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

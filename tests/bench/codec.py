@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.codecs.context_model import Integers
 from isthmus.models.codecs.phase_order import PhaseOrder
-from isthmus.models.recipes.common.fit_tables import frequencies
+from isthmus.models.recipes.common.fit_bank import frequencies
 from isthmus.models.recipes.vision.compressai_entropy import EntropyBottleneck, new_prior
 from isthmus.models.recipes.vision.elpv_data import load
 from isthmus.models.vision.bundle import Bundle

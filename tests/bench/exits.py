@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from isthmus.models.errors import IsthmusError
-from isthmus.models.recipes.common.calibrate import first_exit, interval
+from isthmus.models.recipes.common.intervals import interval
+from isthmus.models.recipes.vision.calibrate import first_exit
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from tests.bench.bd_rate import (
     Curves,
     Floats,

@@ -22,10 +22,10 @@ from isthmus.models.vision.split import SplitClassifier, Tap
 
 
 @dataclass(frozen=True)
-class Weights:
-    """How the parts of the loss are weighed. `per_kilobyte` has one entry a rate, cheapest rate first."""
+class LossWeights:
+    """Weights of the parts of the loss. `labels`: the label's share of the task's target; the rest is the teacher's."""
 
-    per_kilobyte: tuple[float, ...]
+    task: float = 1.0
     labels: float = 0.5
     features: float = 1.0
 
@@ -34,7 +34,11 @@ class Distillation(nn.Module):
     """The split model with what only training needs: gains and one learned prior a rate."""
 
     def __init__(
-        self, split: SplitClassifier, tap: int, weights: Weights, log_gains: tuple[float, float] = (1.0, 2.5)
+        self,
+        split: SplitClassifier,
+        tap: int,
+        per_kilobyte: tuple[float, ...],
+        log_gains: tuple[float, float] = (1.0, 2.5),
     ) -> None:
         """`tap`: the one behind the last segment. One with a tail of its own leaves the backbone's as it is.
 
@@ -43,8 +47,8 @@ class Distillation(nn.Module):
         super().__init__()
         self.split = split
         self.index = tap
-        self.weights = weights
-        self.rates = Rates(self.tap.latent_channels, weights.per_kilobyte, log_gains=log_gains)
+        self.weights = LossWeights()
+        self.rates = Rates(self.tap.latent_channels, per_kilobyte, log_gains=log_gains)
         split.requires_grad_(False)
         self.tap.requires_grad_(True)
         split.exits.requires_grad_(True)
@@ -87,7 +91,7 @@ class Distillation(nn.Module):
         with torch.autocast("cpu", torch.bfloat16):
             untouched = tail_points(tail, features[-1])
         teacher = [point.detach() for point in untouched]
-        rate_B = torch.arange(len(images_B3HW)) % len(self.weights.per_kilobyte)
+        rate_B = torch.arange(len(images_B3HW)) % len(self.rates.per_kilobyte)
         with torch.autocast("cpu", torch.bfloat16):
             latent_BCHW = self.tap.encoder(features[-1])
         bits_B, latent_BCHW = self.rates(latent_BCHW, rate_B)
@@ -105,7 +109,10 @@ class Distillation(nn.Module):
         clean = F.cross_entropy(untouched[-1].float(), target_BK)  # without gradient while the tail is frozen
         figures = {"clean": clean.item(), "task": task.item(), "exits": exit_loss.item(), "features": distance.item()}
         figures |= bytes_each
-        return clean + task + exit_loss + self.weights.features * distance + ramp * rate_loss, figures
+        return (
+            clean + self.weights.task * task + exit_loss + self.weights.features * distance + ramp * rate_loss,
+            figures,
+        )
 
 
 def train_in_stages(
@@ -121,8 +128,8 @@ def train_in_stages(
 
     The first stage sees `ramped`, whose price of bytes grows; the others `batches`.
     """
-    bridge_epochs, decoder_epochs, tail_epochs = epochs
-    average = run.fit("bridge", module, ramped, loss_of, Schedule(bridge_epochs, steps, peak_lr=2e-3))
+    bottleneck_epochs, decoder_epochs, tail_epochs = epochs
+    average = run.fit("bridge", module, ramped, loss_of, Schedule(bottleneck_epochs, steps, peak_lr=2e-3))
     module.load_state_dict(average.state_dict())
     module.freeze_encoder()
     average = run.fit("decoder", module, batches, loss_of, Schedule(decoder_epochs, steps, peak_lr=5e-4))

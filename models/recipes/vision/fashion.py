@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from isthmus.models.recipes.common import debian
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.vision import export, own
+from isthmus.models.recipes.vision import own
 from isthmus.models.recipes.vision.augment import random_affine, random_mirror
 from isthmus.models.recipes.vision.cutting import capture
 from isthmus.models.recipes.vision.own_data import Images
+from isthmus.models.recipes.vision.own_training import normalised
+from isthmus.models.recipes.vision.parts import halve
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
 from isthmus.models.vision.manifest import Preprocessing
@@ -118,7 +120,7 @@ def train_cloud(run: Run, part: Images) -> FashionNet:
             chosen = order[start : start + BATCH]
             images_B3HW = torch.from_numpy(part.images_N3HW[chosen.numpy()]).float() / 255
             images_B3HW = random_affine(random_mirror(images_B3HW, generator), generator)
-            yield own.normalised(images_B3HW, PREPROCESSING), labels_N[chosen]
+            yield normalised(images_B3HW, PREPROCESSING), labels_N[chosen]
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         images_B3HW, label_B = batch
@@ -137,7 +139,7 @@ def make(folder: Path, run: Run, command: str, data: Path) -> Bundle:
     """The whole recipe. Raises InvalidInput when the data cannot be had. Interrupted, it goes on."""
     parts = load(data)
     net = fuse_batch_norms(train_cloud(run, parts["train"]))
-    export.halve(net)  # so that its graphs are stored in float16 without loss
+    halve(net)  # so that its graphs are stored in float16 without loss
     captured = capture(net, (3, SIDE, SIDE))
     settings = own.Settings("fashion", "MIT (Fashion-MNIST)", PREPROCESSING, CUTS, task="garment")
     return own.build(folder, run, command, captured, parts, LABELS, "Fashion-MNIST, 50,000 labelled images", settings)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.vision.bridge import Batch, Bridge, batch_of, new_bridge, ramp
+from isthmus.models.recipes.vision.bottleneck import BottleneckModel, DistilBatch, batch_of, new_bottleneck, ramp
 from isthmus.models.recipes.vision.components import Components, find_components, start, start_decoder
 from isthmus.models.recipes.vision.distil import tail_points
 from isthmus.models.recipes.vision.slimming import Slimming, random_crops, sorted_channels
@@ -28,7 +28,7 @@ from isthmus.models.vision.manifest import TapArchitecture
 from isthmus.models.vision.slim import SlimEncoder, SlimFront
 from isthmus.models.vision.split import SplitClassifier, repeated
 
-SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 16, 14, 2
+SLIM_EPOCHS, BOTTLENECK_EPOCHS, RAMP_EPOCHS = 16, 14, 2
 REFINE_EPOCHS = 10  # a second cosine cycle, SGDR section 3: bytes still fall when the first ends
 WIDEST_SHARE = 0.6  # of the batches; the others take a narrower width
 COMPONENT_PHOTOS = 256
@@ -95,7 +95,7 @@ def slim(
     return average.encoder
 
 
-def bridge(
+def train_bottleneck(
     run: Run,
     stage: str,
     views: Views,
@@ -104,19 +104,19 @@ def bridge(
     encoder: SlimEncoder,
     wanted: Components,
     per_kilobyte: tuple[float, ...],
-) -> Bridge:
+) -> BottleneckModel:
     """Train bottleneck, rates and a new decoder behind a finished front; returns them averaged, in eval mode.
 
     `per_kilobyte` with one price trains one rate, at the widest width alone.
     """
     torch.manual_seed(run.seed)
-    module = new_bridge(teacher.split, tap, encoder.bottleneck, per_kilobyte, teacher.split.cuts[-1], settled=True)
+    module = new_bottleneck(teacher.split, tap, encoder.bottleneck, per_kilobyte, teacher.split.cuts[-1], settled=True)
     start_decoder(module.decoder, wanted)
     module.free_tail()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     widest = len(encoder.widths) - 1
 
-    def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(epoch: int, generator: torch.Generator) -> Iterator[DistilBatch]:
         for indices, arrays in views.batches(generator):
             width = widest
             if len(per_kilobyte) > 1 and widest and torch.rand((), generator=generator) >= WIDEST_SHARE:
@@ -126,20 +126,20 @@ def bridge(
             batch = batch_of(arrays, "front", torch.from_numpy(teacher.defect_N[indices]))
             yield replace(batch, width=width, ramp=ramp(epoch, RAMP_EPOCHS))
 
-    def refine_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def refine_batches(epoch: int, generator: torch.Generator) -> Iterator[DistilBatch]:
         return batches(RAMP_EPOCHS, generator)
 
     steps = len(views) // BATCH
-    average = run.fit(stage, module, batches, module.loss, Schedule(BRIDGE_EPOCHS, steps, peak_lr=1e-3))
+    average = run.fit(stage, module, batches, module.loss, Schedule(BOTTLENECK_EPOCHS, steps, peak_lr=1e-3))
     module.load_state_dict(average.state_dict())
     refine = Schedule(REFINE_EPOCHS, steps, peak_lr=6e-4)
     average = run.fit(f"{stage}-refine", module, refine_batches, module.loss, refine)
-    assert isinstance(average, Bridge)
+    assert isinstance(average, BottleneckModel)
     return average
 
 
 def add_front(folder: Path, front: SlimFront, normalise: Normalise) -> Views:
-    """Views with the widest front's features: what most batches of `bridge` start from."""
+    """Views with the widest front's features: what most batches of `train_bottleneck` start from."""
 
     def features(grey_BHW: Tensor) -> Mapping[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):

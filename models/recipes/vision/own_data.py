@@ -12,7 +12,7 @@ from PIL import Image
 from rich.progress import track
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.recipes.vision.export import Samples
+from isthmus.models.recipes.vision.measure import Samples
 from isthmus.models.vision.images import encode_image, open_image, preprocess
 from isthmus.models.vision.manifest import Preprocessing
 

@@ -22,10 +22,12 @@ from torch import Tensor
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import export, photos_data
-from isthmus.models.recipes.vision.bridge import Batch, Bridge, new_bridge, ramp
+from isthmus.models.recipes.vision.bottleneck import BottleneckModel, DistilBatch, new_bottleneck, ramp
 from isthmus.models.recipes.vision.components import find_components, start_decoder, start_projection
 from isthmus.models.recipes.vision.distil import tail_points
 from isthmus.models.recipes.vision.imagenet import DEVIATION, MEAN, class_names, load_lite2
+from isthmus.models.recipes.vision.measure import Samples
+from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.recipes.vision.photos_data import labelled
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.recipes.vision.views import BATCH, Views, extend
@@ -83,7 +85,7 @@ def teach(folder: Path, split: SplitClassifier) -> Views:
     return extend(folder, "teacher", answers)
 
 
-def train_bridge(run: Run, views: Views, split: SplitClassifier) -> Bridge:
+def train_bottleneck(run: Run, views: Views, split: SplitClassifier) -> BottleneckModel:
     """Bottleneck, rates and decoder, from the components of the features; returns them averaged, in eval mode."""
     torch.manual_seed(run.seed)
     tap = split.tap(0)
@@ -91,14 +93,14 @@ def train_bridge(run: Run, views: Views, split: SplitClassifier) -> Bridge:
     rest = fuse_batch_norms(deepcopy(split.backbone.section(tap.rejoin)).eval()).requires_grad_(False)
     wanted = find_components(some_NCHW, rest, tap.latent_channels)
     start_projection(tap.encoder, wanted)
-    module = new_bridge(split, ARCHITECTURE.taps[0], tap.encoder, PER_KILOBYTE, COMPARED_AT, settled=False)
+    module = new_bottleneck(split, ARCHITECTURE.taps[0], tap.encoder, PER_KILOBYTE, COMPARED_AT, settled=False)
     start_decoder(module.decoder, wanted)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(epoch: int, generator: torch.Generator) -> Iterator[DistilBatch]:
         for _, arrays in views.batches(generator, ["front", "features", "middle", "last", "logits"]):
             wanted_BK = arrays["logits"].softmax(1)
-            yield Batch(
+            yield DistilBatch(
                 inputs_BCHW=arrays["front"],
                 features_BCHW=arrays["features"],
                 middle_BCHW=arrays["middle"],
@@ -109,15 +111,15 @@ def train_bridge(run: Run, views: Views, split: SplitClassifier) -> Bridge:
             )
 
     average = run.fit("bridge", module, batches, module.loss, Schedule(EPOCHS, len(views) // BATCH, peak_lr=1e-3))
-    assert isinstance(average, Bridge)
+    assert isinstance(average, BottleneckModel)
     return average
 
 
-def samples(folder: Path, part: str) -> export.Samples:
+def samples(folder: Path, part: str) -> Samples:
     """A part of the labelled photographs as the device's preprocessing gives them."""
     found = labelled(folder, part)
     images = [preprocess(open_image(path.read_bytes()), PREPROCESSING) for path in found.paths]
-    return export.Samples(images, (found.labels_N,))
+    return Samples(images, (found.labels_N,))
 
 
 def ranges(views: Views) -> list[NDArray[np.float32]]:
@@ -141,17 +143,17 @@ def make(folder: Path, run: Run, command: str, photos: Path, labelled_photos: Pa
     sources = photos_data.find(photos, labelled(labelled_photos, "train").paths)
     photos_data.draw(run.folder / "views", sources, SIDE, run.seed)
     views = teach(run.folder / "views", split)
-    bridge = train_bridge(run, views, split)
+    bottleneck = train_bottleneck(run, views, split)
     tap = split.tap(0)
-    tap.encoder.load_state_dict(bridge.encoder.state_dict())
-    tap.decoder.load_state_dict(bridge.decoder.state_dict())
+    tap.encoder.load_state_dict(bottleneck.encoder.state_dict())
+    tap.decoder.load_state_dict(bottleneck.decoder.state_dict())
     split.eval()
-    sent = integers(np.asarray(views.passes[0]["front"]), tap.encoder, bridge.rates)
-    taps = (export.TrainedTap("bottleneck", fit(sent, bridge.rates.gains_RC), MAX_BYTES),)
+    sent = integers(np.asarray(views.passes[0]["front"]), tap.encoder, bottleneck.rates)
+    taps = (TrainedTap("bottleneck", fit(sent, bottleneck.rates.gains_RC), MAX_BYTES),)
     names = Task(name="object", labels=class_names())
     return export.write(
         folder,
-        export.Trained(split, taps, (names,), ARCHITECTURE, PREPROCESSING, ranges(views)),
+        Trained(split, taps, (names,), ARCHITECTURE, PREPROCESSING, ranges(views)),
         about={"name": "photos", "licence": LICENCE},
         training={
             "command": command,

@@ -113,7 +113,7 @@ print(codec.encode(integers_CHW, 0).hex())
 def test_another_process_with_other_threads_reads_and_writes_the_same_bytes(threads: str, tmp_path: Path) -> None:
     safetensors.numpy.save_file(to_tensors(fixed_tables()), tmp_path / "tables.safetensors")
     data = fixed_codec().encode(FIXED, 0).hex()
-    done = subprocess.order(
+    done = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "tables.safetensors"), data],
         capture_output=True,
         text=True,

@@ -90,7 +90,7 @@ def test_a_narrow_width_uses_the_first_channels_alone(encoder: SlimEncoder, imag
 
 
 def test_half_the_width_costs_less_than_two_fifths(encoder: SlimEncoder) -> None:
-    from isthmus.models.recipes.vision.export import macs
+    from isthmus.models.recipes.vision.parts import macs
 
     image = torch.zeros(1, 3, 64, 64)
     assert 2.5 * macs(encoder, image, 0) < macs(encoder, image, 2)

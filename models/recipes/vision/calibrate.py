@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom, binomtest
+from scipy.stats import binom
 
-from isthmus.models.bundle.manifest import Interval
 from isthmus.models.vision.manifest import Threshold
 
 DELTA = 0.1  # a certificate fails with at most this probability
@@ -20,12 +19,6 @@ NEVER = 2.0  # a confidence that no exit reaches
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
-
-
-def interval(right_N: Bools) -> Interval:
-    """A fraction with its 95 % Wilson interval."""
-    low, high = binomtest(int(right_N.sum()), len(right_N)).proportion_ci(0.95, method="wilson")
-    return Interval(value=float(right_N.mean()), low=float(low), high=float(high), samples=len(right_N))
 
 
 def first_exit(confidence_EN: Floats, threshold: float) -> NDArray[np.int64]:

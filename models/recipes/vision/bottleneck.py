@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from isthmus.models.recipes.vision.distil import answer_loss, relative_distance
+from isthmus.models.recipes.vision.distil import LossWeights, answer_loss, relative_distance
 from isthmus.models.recipes.vision.rates import Rates
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
 from isthmus.models.vision.manifest import TapArchitecture
@@ -35,7 +35,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
+class DistilBatch:
     """Views; the teacher's features behind the last cut, half-way through the tail, before the classifier; answers."""
 
     inputs_BCHW: Tensor
@@ -53,16 +53,7 @@ def ramp(epoch: int, epochs: int) -> float:
     return float(500 ** min(epoch / epochs - 1, 0.0))
 
 
-@dataclass(frozen=True)
-class Weights:
-    """How the parts of the loss are weighed. `labels` is the label's share of the task, the rest is the teacher's."""
-
-    task: float = 1.0
-    labels: float = 0.5
-    features: float = 1.0
-
-
-class Bridge(nn.Module):
+class BottleneckModel(nn.Module):
     """A bottleneck in training. The tail is the teacher's, fused; it learns only when `free_tail` was called."""
 
     def __init__(
@@ -72,7 +63,7 @@ class Bridge(nn.Module):
         decoder: nn.Module,
         blocks: nn.Sequential,
         entry: int,
-        weights: Weights,
+        weights: LossWeights,
         *,
         settled: bool = False,
     ) -> None:
@@ -102,7 +93,7 @@ class Bridge(nn.Module):
         self.encoder.requires_grad_(False)
         self.rates.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Bridge:
+    def train(self, mode: bool = True) -> BottleneckModel:
         """What is frozen stays in eval mode."""
         super().train(mode)
         for module in (module for child in self.children() for module in child.modules()):
@@ -122,7 +113,7 @@ class Bridge(nn.Module):
         features_BCHW: Tensor = self.between(self.decoder(latent_BCHW, rate_B))
         return features_BCHW
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: DistilBatch) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures of one batch; the batch is dealt out over the rates in turn."""
         rate_B = torch.arange(len(batch.inputs_BCHW)) % len(self.rates.per_kilobyte)
         with torch.autocast("cpu", torch.bfloat16):
@@ -147,7 +138,7 @@ class Bridge(nn.Module):
         return loss, figures
 
 
-def new_bridge(
+def new_bottleneck(
     split: SplitClassifier,
     tap: TapArchitecture,
     bottleneck: nn.Module,
@@ -155,7 +146,7 @@ def new_bridge(
     compared_at: int,
     *,
     settled: bool,
-) -> Bridge:
+) -> BottleneckModel:
     """Copies of a bottleneck and of the blocks that take its features, and an untrained decoder between them.
 
     `compared_at`: the block before which features are first compared with the teacher's.
@@ -163,13 +154,13 @@ def new_bridge(
     outputs = split.backbone.channels[tap.rejoin - 1]
     decoder = DenseDecoder(tap.latent_channels, outputs, tap.decoder_channels, len(per_kilobyte))
     gains = (log_gain(per_kilobyte[0]), log_gain(per_kilobyte[-1]))
-    return Bridge(
+    return BottleneckModel(
         deepcopy(bottleneck),
         Rates(tap.latent_channels, per_kilobyte, lr_scale=10.0, log_gains=gains, hard=True),
         decoder,
         split.backbone.section(tap.rejoin),
         compared_at - tap.rejoin,
-        Weights(),
+        LossWeights(),
         settled=settled,
     )
 
@@ -179,9 +170,9 @@ def log_gain(per_kilobyte: float) -> float:
     return -math.log(STEP_AT_ONE) - PRICE_POWER * math.log(per_kilobyte)
 
 
-def batch_of(arrays: dict[str, Tensor], inputs: str, defect_B: Tensor) -> Batch:
+def batch_of(arrays: dict[str, Tensor], inputs: str, defect_B: Tensor) -> DistilBatch:
     """Arrays of a batch of views (`inputs` names the encoder's) with the annotators' probability of a defect."""
-    return Batch(
+    return DistilBatch(
         inputs_BCHW=arrays[inputs],
         features_BCHW=arrays["features"],
         middle_BCHW=arrays["middle"],
