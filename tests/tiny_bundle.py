@@ -19,8 +19,9 @@ from isthmus.models.bundle.files import write_bundle
 from isthmus.models.codecs.checkerboard import Tables
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.vision.parts import Parts, Trained, TrainedTap, halve, head_parts
+from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.manifest import Architecture, Manifest, Preprocessing, TapArchitecture, Task
+from isthmus.models.vision.manifest import Manifest, Preprocessing, Task
 from isthmus.models.vision.split import SplitClassifier
 
 SIDE = 64

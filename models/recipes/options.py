@@ -24,7 +24,7 @@ def use_threads(context: click.Context, parameter: click.Parameter, value: int) 
 
 
 def training_options(work: str) -> Callable[[Command], Command]:
-    """What every recipe asks: where its checkpoints are (`work` unless given), seed, threads."""
+    """Options of every recipe: folder of checkpoints (default `work`), seed, threads."""
     options = (
         click.option(
             "--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help="Checkpoints."
@@ -49,7 +49,7 @@ def training_options(work: str) -> Callable[[Command], Command]:
 
 
 def report(out: Path, bundle: Bundle, as_json: bool) -> None:
-    """What was written, and what it scores."""
+    """Print the fingerprint and the scores of a bundle, or its manifest as JSON."""
     if as_json:
         click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
         return
@@ -60,11 +60,11 @@ def report(out: Path, bundle: Bundle, as_json: bool) -> None:
 
 @contextmanager
 def failing_clearly(work: Path) -> Iterator[None]:
-    """One line and a non-zero exit for what a run can fail of."""
+    """Exit with one line and a non-zero code on errors and interruptions."""
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"interrupted; the same command goes on from {work}", err=True)
+        click.echo(f"interrupted; the same command resumes from {work}", err=True)
         sys.exit(130)
     except (IsthmusError, OSError) as error:
         click.echo(f"error: {error}", err=True)

@@ -19,7 +19,7 @@ def verify(folder: Path) -> HandoffManifest:
 
 
 def summary(manifest: HandoffManifest) -> list[str]:
-    """A page for a person."""
+    """The lines that `inspect` prints."""
     made = manifest.training
     lines = [
         f"{manifest.name}: exits and hidden states of the model {manifest.base[:12]}…; {manifest.licence}",

@@ -1,4 +1,4 @@
-"""Histograms -> a bank of frequency tables, and which of them codes which histogram."""
+"""Histograms -> a bank of frequency tables, and the table of each histogram."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_MERGED = 4000  # histograms that are compared pair by pair
 
 @dataclass(frozen=True)
 class Cells:
-    """Histograms of n contexts over integers less the context's mode: column `zero` is the mode.
+    """Histograms of n contexts over integers minus the context's mode; column `zero` is the mode.
 
     A table must have the columns `low` to `high` of every histogram that it serves.
     """
@@ -34,7 +34,7 @@ class Cells:
 
 
 def build_bank(counts_nA: Floats, low_n: Indexes, high_n: Indexes, bank: int) -> tuple[list[Indexes], Indexes, Indexes]:
-    """Tables; for each histogram its table, and the column that the table's first frequency is for.
+    """Tables; for each histogram its table, and the column of the table's first frequency.
 
     Modes are rounded to multiples of 1, 2, 4, … until the pairs of table and first column are few enough.
     """
@@ -55,7 +55,7 @@ def build_bank(counts_nA: Floats, low_n: Indexes, high_n: Indexes, bank: int) ->
 
 
 def aligned(counts_nA: Floats, mode_n: Indexes, low_n: Indexes, high_n: Indexes) -> Cells:
-    """Move every histogram so that its mode is in one column."""
+    """Shift every histogram so that all modes are in one column."""
     symbols = counts_nA.shape[1]
     counts_nB = np.zeros((len(counts_nA), 2 * symbols))
     columns_nA = symbols - mode_n[:, None] + np.arange(symbols)
@@ -64,7 +64,7 @@ def aligned(counts_nA: Floats, mode_n: Indexes, low_n: Indexes, high_n: Indexes)
 
 
 def graded(counts_nB: Floats, bank: int) -> Indexes:
-    """Labels 0 .. bank - 1 by bits an integer: groups of one size, where there are too many histograms to compare."""
+    """Labels 0 .. bank - 1 by bits an integer, in groups of equal size; for too many histograms to compare pairwise."""
     bits_n = code_length(counts_nB) / counts_nB.sum(1)
     rank_n = bits_n.argsort(kind="stable").argsort(kind="stable")
     found: Indexes = rank_n * bank // len(rank_n)
@@ -72,7 +72,7 @@ def graded(counts_nB: Floats, bank: int) -> Indexes:
 
 
 def merge(counts_nB: Floats, bank: int) -> Indexes:
-    """Labels 0 .. bank - 1: the two groups whose union costs the fewest bits more become one, again and again."""
+    """Labels 0 .. bank - 1 by agglomerative clustering: merges the two groups whose union adds the fewest bits."""
     sums_nB, bits_n, label_n = counts_nB.copy(), code_length(counts_nB), np.arange(len(counts_nB))
     extra_nn = np.stack([code_length(row_B + sums_nB) - bits_n for row_B in sums_nB]) - bits_n[:, None]
     np.fill_diagonal(extra_nn, np.inf)
@@ -91,7 +91,7 @@ def merge(counts_nB: Floats, bank: int) -> Indexes:
 
 
 def settle(cells: Cells, label_n: Indexes) -> Indexes:
-    """Move histograms to cheaper tables that have the columns they need, until none moves."""
+    """Reassign histograms to the cheapest table that covers their columns, until no assignment changes."""
     for _ in range(ROUNDS):
         tables, starts = tables_of(cells, label_n)
         bits_nT = np.full((len(label_n), len(tables)), np.inf)
@@ -118,7 +118,7 @@ def tables_of(cells: Cells, label_n: Indexes) -> tuple[list[Indexes], Indexes]:
 
 
 def frequencies(counts_B: Floats) -> Indexes:
-    """Counts -> frequencies >= 1 that add up to 2**16; the most frequent takes what rounding leaves."""
+    """Counts -> frequencies >= 1 that add up to 2**16; the largest absorbs the rounding error."""
     total = 1 << FREQUENCY_BITS
     found: Indexes = 1 + np.floor(counts_B / counts_B.sum() * (total - len(counts_B))).astype(np.intp)
     found[found.argmax()] += total - found.sum()
@@ -126,7 +126,7 @@ def frequencies(counts_B: Floats) -> Indexes:
 
 
 def code_length(counts_B: Floats) -> Floats:
-    """Bits of histograms (..., B) under tables made for each alone."""
+    """Bits of histograms (..., B), each coded with its own optimal table: counts times entropy."""
     total = counts_B.sum(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = np.where(counts_B > 0, counts_B * np.log2(total / counts_B), 0.0)

@@ -26,7 +26,7 @@ FLAT = 1e-6  # guesses that differ by less are one guess
 
 
 def guess(board: Checkerboard, flat_NL: Flat, low_C: Indexes, high_C: Indexes) -> ContextWeights:
-    """Weights that guess each integer by least squares, in units that spread over a phase's contexts."""
+    """Weights that predict each integer by least squares, scaled so that guesses cover a phase's contexts."""
     channels = len(low_C)
     near_C2, slope_C = np.ones((channels, 2), np.uint8), np.zeros(channels, np.int16)
     bias_C2, ends_C24 = np.zeros((channels, PHASES), np.int16), np.zeros((channels, PHASES, ENDS), np.int8)
@@ -39,7 +39,7 @@ def guess(board: Checkerboard, flat_NL: Flat, low_C: Indexes, high_C: Indexes) -
 
 
 def samples(board: Checkerboard, flat_NL: Flat) -> Iterator[tuple[int, int, Floats, Floats, Floats]]:
-    """For each phase and channel, over M places of all inputs: integer, sums across and down, which ends it is at."""
+    """For each phase and channel, over M positions of all inputs: integers, horizontal and vertical sums, ends."""
     known = board.neighbours(flat_NL)
     channel_P = board.channels()
     for phase, sums in enumerate(((np.zeros_like(known[0]), np.zeros_like(known[1])), known)):
@@ -55,7 +55,7 @@ def samples(board: Checkerboard, flat_NL: Flat) -> Iterator[tuple[int, int, Floa
 
 
 def ratio(sums_M2: Floats, target_M: Floats) -> tuple[int, int]:
-    """How often sums across and down should count, of RATIOS, to explain the most of the target."""
+    """The weights of horizontal and vertical sums, of RATIOS, that explain the most variance of the target."""
     centred_M2 = sums_M2 - sums_M2.mean(0)
     squares_22, products_2 = centred_M2.T @ centred_M2, centred_M2.T @ (target_M - target_M.mean())
     near_R2 = np.array(RATIOS)
@@ -65,7 +65,7 @@ def ratio(sums_M2: Floats, target_M: Floats) -> tuple[int, int]:
 
 
 def units(features_M6: Floats, target_M: Floats, contexts: int) -> Floats:
-    """Least squares, moved and scaled so that guesses spread over the contexts; whole numbers.
+    """Integer weights by least squares, shifted and scaled so that guesses cover the contexts.
 
     Features are a weighted sum, four ends, and 1.
     """

@@ -2,8 +2,8 @@
 
     integers --> ranges --> weights of the contexts --> histogram of every context --> bank of tables, priors
 
-Contexts are guesses of the integer by least squares. Histograms, each moved so that its mode is at zero, are merged two
-by two where that costs the fewest bits, then moved between tables until none saves any (k-means in code length).
+Contexts are guesses of the integer by least squares. Histograms, each aligned so that its mode is at zero, are merged
+pairwise where that costs the fewest bits, then reassigned to tables until no move saves bits (k-means in code length).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from isthmus.models.recipes.common.fit_bank import MAX_INTEGER, Floats, Indexes,
 from isthmus.models.recipes.common.fit_contexts import guess
 
 BANK = 24  # tables
-MARGIN = 1  # integers that a channel may take beyond those seen
-GUESSED = 512  # inputs that weights are fitted to; each has thousands of positions
-CHUNK = 128  # inputs whose contexts are worked out at once
-PSEUDO = 1.0  # integers that a context takes over from its channel, so that none is empty
+MARGIN = 1  # added to the observed range of a channel
+GUESSED = 512  # inputs to which weights are fitted; each has thousands of positions
+CHUNK = 128  # inputs whose contexts are computed at once
+PSEUDO = 1.0  # pseudo-counts of a context, distributed as its channel's integers, so that none is empty
 
 
 def fit(integers: Sequence[Integers], gain_RC: NDArray[np.float32], bank: int = BANK) -> Tables:
     """At most `bank` tables for integers (N, C, H, W), one array a rate, that were quantised with `gain_RC`.
 
-    Integers beyond 8 bits count as clipped. A channel that always took one integer at a rate becomes silent.
-    Raises ValueError when all did.
+    Integers beyond 8 bits are clipped. A channel with a single value at a rate becomes silent.
+    Raises ValueError when all channels are silent.
     """
     clipped = [np.clip(of_rate, -MAX_INTEGER, MAX_INTEGER).astype(np.int8) for of_rate in integers]
     low_RC, high_RC = (np.array(ends) for ends in zip(*map(ranges, clipped), strict=True))
@@ -73,7 +73,7 @@ def fit(integers: Sequence[Integers], gain_RC: NDArray[np.float32], bank: int = 
 
 
 def ranges(integers_NCHW: NDArray[np.int8]) -> tuple[Indexes, Indexes]:
-    """The lowest and the highest integer that each channel may take."""
+    """The range of each channel: lowest and highest integer, each with a margin."""
     low_C, high_C = integers_NCHW.min((0, 2, 3)).astype(np.intp), integers_NCHW.max((0, 2, 3)).astype(np.intp)
     margin_C = np.where(low_C < high_C, MARGIN, 0)
     return np.maximum(low_C - margin_C, -MAX_INTEGER), np.minimum(high_C + margin_C, MAX_INTEGER)
@@ -84,7 +84,7 @@ def count(
 ) -> Floats:
     """Histograms (C * ALL_CONTEXTS, A) over first .. last, as shares of the rate's bits without contexts.
 
-    So a cheap rate counts as much as a costly one. Every context takes over a little of its channel's histogram.
+    All rates thus have equal weight. Every context gets pseudo-counts from its channel's histogram.
     """
     channels, symbols = len(weights.low_C), last - first + 1
     contexts = ContextLookup(board, weights, np.tile(np.arange(ALL_CONTEXTS, dtype=np.uint8), (channels, 1)))

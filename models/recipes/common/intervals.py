@@ -1,4 +1,4 @@
-"""Measured fractions with their intervals."""
+"""Confidence intervals of measured fractions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ Bools = NDArray[np.bool_]
 
 
 def interval(right_N: Bools) -> Interval:
-    """A fraction with its 95 % Wilson interval."""
+    """The fraction of true values with its 95 % Wilson interval."""
     low, high = binomtest(int(right_N.sum()), len(right_N)).proportion_ci(0.95, method="wilson")
     return Interval(value=float(right_N.mean()), low=float(low), high=float(high), samples=len(right_N))

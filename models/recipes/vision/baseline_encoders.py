@@ -29,7 +29,7 @@ class Plain(nn.Module):
     """An encoder of one width."""
 
     def __init__(self, *layers: nn.Module, multiple: int = 1) -> None:
-        """`multiple`: images are grown by reflection to a multiple of so many pixels."""
+        """`multiple`: images are padded by reflection to a multiple of this many pixels."""
         super().__init__()
         self.layers = nn.Sequential(*layers)
         self.multiple = multiple
@@ -41,7 +41,7 @@ class Plain(nn.Module):
 
 
 class Strided(nn.Module):
-    """Convolutions that bring a latent to the resolution of the features, then our decoder."""
+    """Convolutions that reduce a latent to the resolution of the features, then our decoder."""
 
     def __init__(self, downsample: nn.Sequential, decoder: DenseDecoder) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Strided(nn.Module):
 
 
 class EightBits(Rates):
-    """In place of learned rates: every value in a byte between the latent's least and largest (Jacob et al., 2018)."""
+    """In place of learned rates: 8-bit affine quantisation between the latent's extremes (Jacob et al., 2018)."""
 
     def __init__(self) -> None:
         super().__init__(0, (0.0,))
@@ -70,7 +70,7 @@ class EightBits(Rates):
 
 
 def affine(latent_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero and step of 8-bit quantisation, one of each an image."""
+    """Zero point and step of 8-bit quantisation, of each image."""
     low_B111, high_B111 = latent_BCHW.amin((1, 2, 3), keepdim=True), latent_BCHW.amax((1, 2, 3), keepdim=True)
     return low_B111.detach(), ((high_B111 - low_B111) / 255).clamp_min(1e-6).detach()
 

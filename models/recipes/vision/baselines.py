@@ -1,11 +1,11 @@
-"""Bottlenecks of others, trained on our data by our loop, so that ours can be compared with them in one run.
+"""Bottlenecks of other papers, trained on our data with our training loop, for comparison.
 
     entropic-student  Matsubara et al. (WACV 2022): features alone first, then decoder and tail by distillation
     bq                Matsubara & Levorato (ICPR 2020), BottleFit (WoWMoM 2022): few channels at 8 bits, also two stages
     n0, n4            Duan & Zhu (PCS 2022): patches without and with four residual blocks, joint loss, tail trained
-    ours-single       our encoder at full width, one rate a training run: what one bundle for all rates gives away
+    ours-single       our encoder at full width, one rate per training run (`recipes.vision.single`)
 
-All decode to the features behind our last cut by one kind of decoder, and every run has a tail of its own.
+All decode to the features after our last cut with the same kind of decoder, and every run trains its own tail.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from isthmus.models.recipes.vision.rates import Rates
 from isthmus.models.recipes.vision.views import BATCH, Views
 from isthmus.models.vision.split import DenseDecoder, SplitClassifier
 
-FIRST_EPOCHS, NEXT_EPOCHS = 16, 6  # the first setting starts from nothing, each next from the one before
+FIRST_EPOCHS, NEXT_EPOCHS = 16, 6  # the first setting trains from scratch, each next one from the one before
 RAMP_EPOCHS = 6
 TWO_STAGES = ("entropic-student", "bq")
 TAIL_EPOCHS = 4  # second stage
 RATES_LR = 10.0
 HIDDEN = 128  # of every decoder
 SETTINGS: dict[str, tuple[float, ...]] = {
-    "entropic-student": (0.02, 0.06, 0.2, 0.6),  # price of a kilobyte beside the features' distance
-    "n0": (0.1, 0.4, 1.6, 6.4),  # ... beside task and features
+    "entropic-student": (0.02, 0.06, 0.2, 0.6),  # price of a kilobyte relative to the features' distance
+    "n0": (0.1, 0.4, 1.6, 6.4),  # ... relative to task and features
     "n4": (0.1, 0.4, 1.6, 6.4),
     "bq": (3, 1),  # channels
 }
 
 
 def new_bottleneck(method: str, setting: float, split: SplitClassifier) -> BottleneckModel:
-    """The untrained bottleneck of a method of SETTINGS before the split's own tail."""
+    """The untrained bottleneck of a method of SETTINGS, followed by the split's tail."""
     outputs = split.backbone.channels[split.cuts[-1] - 1]
     tail = split.backbone.section(split.cuts[-1])
     decoder = DenseDecoder(HIDDEN, outputs, HIDDEN, 1)
@@ -86,7 +86,7 @@ def train(
     torch.manual_seed(run.seed)
     module = new_bottleneck(method, setting, teacher.split)
     if start is not None:
-        take_over(module, start)
+        copy_matching(module, start)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = ["images", "features", "middle", "last", "logits"]
 
@@ -114,8 +114,8 @@ def train(
     return module.eval()
 
 
-def take_over(module: nn.Module, start: nn.Module) -> None:
-    """Weights of `start`, but where the two differ in shape: there `module` keeps its own."""
+def copy_matching(module: nn.Module, start: nn.Module) -> None:
+    """Copy the weights of `start` into `module`, except where their shapes differ."""
     own = module.state_dict()
     given = start.state_dict().items()
     module.load_state_dict({name: new if new.shape == own[name].shape else own[name] for name, new in given})
@@ -136,7 +136,7 @@ def settings_of(method: str) -> tuple[float, ...]:
 
 
 def trained(work: Path, methods: Sequence[str], split: SplitClassifier) -> list[Baseline]:
-    """What `train_all` left in `work`. Raises InvalidInput when a setting of a method is missing."""
+    """The results of `train_all` in `work`. Raises InvalidInput when a setting is missing or not finished."""
     found = []
     for method in methods:
         for setting in settings_of(method):
@@ -149,7 +149,7 @@ def trained(work: Path, methods: Sequence[str], split: SplitClassifier) -> list[
             state = torch.load(path, weights_only=True)
             if state["epoch"] + 1 < epochs_of(method, setting)[stage]:
                 raise InvalidInput(
-                    f"{path} is not finished: go on with `python -m isthmus.models.recipes baselines {method}`"
+                    f"{path} is not finished: resume with `python -m isthmus.models.recipes baselines {method}`"
                 )
             bottleneck = new_bottleneck(method, setting, split)
             bottleneck.load_state_dict(state["average"])
@@ -166,10 +166,10 @@ def epochs_of(method: str, setting: float) -> dict[str, int]:
 
 
 class Baseline:
-    """One trained method at one setting, as its encoder and decoder would run: real bytes between them."""
+    """One trained method at one setting with its encoder and decoder in use, and real bytes between them."""
 
     def __init__(self, method: str, setting: str, bottleneck: BottleneckModel, side: int = 300) -> None:
-        """`side`: pixels of an image."""
+        """`side`: pixels of an image's side."""
         self.method, self.setting = method, setting
         self._bottleneck = bottleneck.eval()
         self._rates = bottleneck.rates
@@ -188,7 +188,7 @@ class Baseline:
 
     @torch.inference_mode()
     def encode(self, images_B3HW: Tensor) -> list[bytes]:
-        """Payloads of normalised images: CompressAI's coder, or 8 bits a value behind least value and step."""
+        """Payloads of normalised images: CompressAI's coder, or least value and step followed by 8 bits a value."""
         latent_BCHW = self._encoder(images_B3HW)
         if self._prior is not None:
             scaled_BCHW = latent_BCHW * self._rates.log_gain_RC.exp()[0][:, None, None]
@@ -218,7 +218,7 @@ class Baseline:
         return probabilities
 
     def _device_state(self) -> list[Tensor]:
-        """What sc2bench counts as the encoder: its weights and buffers, with the prior's and its integer tables."""
+        """The tensors that sc2bench counts as the encoder: weights and buffers, also of the prior, and its tables."""
         state = [*self._encoder.state_dict().values()]
         if self._prior is not None:
             state += [self._rates.log_gain_RC, *self._prior.state_dict().values()]

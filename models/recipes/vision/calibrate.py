@@ -1,4 +1,4 @@
-"""Statistics with a promise: intervals of measured fractions and certified exit thresholds."""
+"""Certified thresholds of exits, by learn-then-test."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def certify(
 ) -> tuple[Threshold, ...]:
     """For each epsilon the most permissive threshold with P(loss of accuracy > epsilon) <= DELTA.
 
-    Loss of one input: 1 when the exit it takes is wrong and the cloud model right, else 0; an input that takes no exit
-    loses nothing. Learn-then-test (Angelopoulos et al., 2021): exact binomial p-values along GRID in fixed order, the
-    last threshold accepted before the first refusal.
+    Loss of one input: 1 when the exit it takes is wrong and the cloud model right, else 0. Learn-then-test
+    (Angelopoulos et al., 2021): exact binomial p-values along GRID in fixed order, the last threshold accepted before
+    the first refusal.
     """
     samples = len(cloud_right_N)
     losses, coverages = [], []

@@ -1,4 +1,4 @@
-"""ELPV, end to end: fine-tune the cloud model, then distil exits and a bottleneck out of it, then write the bundle.
+"""ELPV, end to end: fine-tune the cloud model, distil exits and bottlenecks from it, write the bundle.
 
 photographs -> EfficientNet-Lite2 (cloud) -> [frozen] -> exits + bottleneck (device) -> tables, thresholds -> bundle
 """
@@ -28,9 +28,10 @@ from isthmus.models.recipes.vision.measure import Samples
 from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.recipes.vision.rates import Rates, integers
 from isthmus.models.recipes.vision.views import BATCH, Views
+from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite
-from isthmus.models.vision.manifest import Architecture, TapArchitecture, Task
+from isthmus.models.vision.manifest import Task
 from isthmus.models.vision.slim import SlimEncoder
 from isthmus.models.vision.split import SplitClassifier
 from isthmus.models.vision.tail import load_split
@@ -65,11 +66,11 @@ ARCHITECTURE = Architecture(
 LIGHT, DEEP = 0, 1  # taps
 MAX_LIGHT_BYTES, MAX_DEEP_BYTES = 4096, 2048
 BOTTLENECK_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 14, 5, 3, 8
-RANGE_PHOTOS = 64  # that an int8 head's scales are found on
+RANGE_PHOTOS = 64  # for the scales of an int8 head
 
 
 def train_deep(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillation:
-    """Distil exits and the deep tap out of the cloud model, in three stages; returns the averaged module."""
+    """Distil exits and the deep tap from the cloud model, in three stages; returns the averaged module."""
     torch.manual_seed(run.seed)
     split = SplitClassifier(ARCHITECTURE)
     split.backbone.load_state_dict(cloud.state_dict())
@@ -92,7 +93,7 @@ def train_deep(run: Run, photos: Photos, cloud: EfficientNetLite) -> Distillatio
 
 
 def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views, BottleneckModel]:
-    """Slim the first blocks, then distil the light tap out of the finished network; fills the split's tap and heads."""
+    """Slim the first blocks, then distil the light tap from the trained network; fills the split's tap and heads."""
     split.requires_grad_(False)
     split.heads.requires_grad_(True)
     tap, built = split.tap(LIGHT), ARCHITECTURE.taps[LIGHT]
@@ -112,7 +113,7 @@ def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views
 
 
 def slimmed(run: Run, photos: Photos, teacher: light.Teacher) -> tuple[Views, SlimEncoder, Components]:
-    """Views with the widest front's features, the slimmed encoder, and the components it was trained to."""
+    """Views with the widest front's features, the slimmed encoder, and the components that its latent represents."""
     folder, built = run.folder / "views", ARCHITECTURE.taps[LIGHT]
     views = light.teach(folder, photos.images_NHW, teacher.split, normalise, run.seed)
     wanted = light.components(views, teacher.split, built, normalise)
@@ -127,7 +128,7 @@ def light_latent(encoder: nn.Module, width: int, images_BHW: Tensor) -> Tensor:
 
 
 def tap_tables(views: Views, split: SplitClassifier, deep: Rates, shallow: Rates) -> tuple[TrainedTap, ...]:
-    """Integer tables of both taps; the light tap's hold for every width."""
+    """Integer tables of both taps; the light tap's are shared by all widths."""
     encoder = split.tap(LIGHT).encoder.eval()
     widths = range(len(ARCHITECTURE.taps[LIGHT].widths))
     each = [integers(views.passes[0]["images"], partial(light_latent, encoder, width), shallow) for width in widths]
@@ -140,7 +141,7 @@ def tap_tables(views: Views, split: SplitClassifier, deep: Rates, shallow: Rates
 
 
 def samples(photos: Photos, count: int | None = None) -> Samples:
-    """The first `count` photographs (all when it is None) as the device's preprocessing gives them."""
+    """The first `count` photographs (None: all), preprocessed as on the device."""
     images = [
         np.ascontiguousarray(
             np.broadcast_to((grey_HW.astype(np.float32) / 255 - MEAN) / DEVIATION, (3, *grey_HW.shape))
@@ -152,7 +153,7 @@ def samples(photos: Photos, count: int | None = None) -> Samples:
 
 
 def make(folder: Path, run: Run, command: str) -> Bundle:
-    """The whole recipe. Raises nothing of its own; interrupted, it goes on where its last epoch ended."""
+    """The whole recipe. An interrupted run resumes after its last epoch."""
     train = load("train")
     cloud = train_cloud(run, train)
     deep = train_deep(run, train, cloud).eval()
@@ -174,9 +175,9 @@ def make(folder: Path, run: Run, command: str) -> Bundle:
 
 
 def train_baselines(bundle: Path, run: Run, methods: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Every setting of the methods (all when none is named) on the training part; returns each stage's last figures.
+    """Train every setting of the methods (default: all) on the training part; returns each stage's last metrics.
 
-    The teacher is the bundle's own cloud model; its answers are kept in `run.folder / "views"`.
+    The teacher is the bundle's cloud model; its outputs are stored in `run.folder / "views"`.
     """
     photos, split = load("train"), load_split(Bundle.open(bundle)).requires_grad_(False)
     teacher = light.Teacher(split, normalise, photos.defect_N)

@@ -18,7 +18,7 @@ from isthmus.models.vision.efficientnet_lite import EfficientNetLite
 from isthmus.models.vision.manifest import Preprocessing
 
 CLOUD_SIZES = ((10, 224), (18, 300))  # (until epoch, pixels): progressive resizing, EfficientNetV2 section 4.3
-REFINE_EPOCHS = 12  # a second cosine cycle at full size, SGDR section 3: the first ends before the loss does
+REFINE_EPOCHS = 12  # a second cosine cycle at full size (SGDR, section 3): the loss still falls when the first ends
 PREPROCESSING = Preprocessing(resize=300, crop=(300, 300), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
 
 
@@ -28,17 +28,17 @@ class PhotoBatch:
 
     images_B3HW: Tensor
     defect_B: Tensor
-    ramp: float = 1.0  # of the price of bytes
+    ramp: float = 1.0  # factor of the price of bytes
 
 
 def normalise(images_BHW: Tensor) -> Tensor:
-    """Grey values in [0, 1] -> what the network takes, B3HW, channels last."""
+    """Grey values in [0, 1] -> network input, B3HW, channels last."""
     grey_B1HW = ((images_BHW - MEAN) / DEVIATION).unsqueeze(1)
     return grey_B1HW.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def batches(photos: Photos, size: int, generator: torch.Generator) -> Iterator[PhotoBatch]:
-    """One epoch of augmented batches at `size` pixels, in random order; a last partial batch is left out."""
+    """One epoch of augmented batches at `size` pixels, in random order, without a last partial batch."""
     order = torch.randperm(len(photos), generator=generator)
     for chosen in torch.split(order, BATCH):
         if len(chosen) < BATCH:
@@ -52,7 +52,7 @@ def batches(photos: Photos, size: int, generator: torch.Generator) -> Iterator[P
 
 
 def soft_cross_entropy(logits_B2: Tensor, defect_B: Tensor) -> Tensor:
-    """Cross-entropy against the annotators' doubt (0, 1/3, 2/3, 1) in place of a hard label."""
+    """Cross-entropy to the annotators' probability (0, 1/3, 2/3, 1) in place of a hard label."""
     log_p_B2 = logits_B2.float().log_softmax(1)
     return -(defect_B * log_p_B2[:, 1] + (1 - defect_B) * log_p_B2[:, 0]).mean()
 

@@ -89,7 +89,10 @@ class FashionNet(nn.Module):
 
 
 def load(folder: Path) -> dict[str, Images]:
-    """The three parts; 10,000 images each to calibrate and to test on. Raises InvalidInput when they cannot be had."""
+    """The three parts; 10,000 images each for calibration and test.
+
+    Raises InvalidInput when they cannot be downloaded.
+    """
     root = debian.fetch(PACKAGE, folder) / "usr" / "share" / "datasets" / "fashion-mnist"
     images_N3HW, labels_N = read(root, "train")
     return {
@@ -109,7 +112,7 @@ def read(root: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def train_cloud(run: Run, part: Images) -> FashionNet:
-    """The cloud's network, from a random start; returns it averaged, in eval mode."""
+    """Train the cloud's network from random weights; returns it averaged, in eval mode."""
     torch.manual_seed(run.seed)
     assert part.labels_N is not None
     labels_N = torch.from_numpy(part.labels_N)
@@ -136,10 +139,10 @@ def train_cloud(run: Run, part: Images) -> FashionNet:
 
 
 def make(folder: Path, run: Run, command: str, data: Path) -> Bundle:
-    """The whole recipe. Raises InvalidInput when the data cannot be had. Interrupted, it goes on."""
+    """The whole recipe. Raises InvalidInput when the data cannot be downloaded. An interrupted run resumes."""
     parts = load(data)
     net = fuse_batch_norms(train_cloud(run, parts["train"]))
-    halve(net)  # so that its graphs are stored in float16 without loss
+    halve(net)  # so that its graphs can be stored in float16 without loss
     captured = capture(net, (3, SIDE, SIDE))
     settings = own.Settings("fashion", "MIT (Fashion-MNIST)", PREPROCESSING, CUTS, task="garment")
     return own.build(folder, run, command, captured, parts, LABELS, "Fashion-MNIST, 50,000 labelled images", settings)

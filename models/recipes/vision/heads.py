@@ -1,7 +1,7 @@
-"""A small head for one more task, on features that exits and taps share: untouched, and decoded at every rate.
+"""A small head for one more task, on the features that the first task uses: original, and decoded at every rate.
 
-Everything else is frozen: the head adds an answer and changes none. Matsubara et al., "Ladon" (WACV 2025), train a
-decoder and several tails behind one encoder; here the tail's features already hold what another task needs.
+Everything else is frozen: the head changes no other answer. Matsubara et al., "Ladon" (WACV 2025), train a
+decoder and several tails for one encoder; here the tail's features already carry what another task needs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from isthmus.models.recipes.vision.views import BATCH, Views
 
 EPOCHS = 4
 
-HeadBatch = tuple[Tensor, Tensor, Tensor]  # front features, untouched features behind the last cut, classes
+HeadBatch = tuple[Tensor, Tensor, Tensor]  # front features, original features after the last cut, classes
 
 
 class HeadTraining(nn.Module):
-    """The head and a finished bridge; of every batch one half is untouched, the other decoded."""
+    """The head and a trained bottleneck; half of every batch is decoded features, half original ones."""
 
     def __init__(self, head: nn.Module, bottleneck: BottleneckModel) -> None:
         super().__init__()

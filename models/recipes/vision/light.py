@@ -1,8 +1,8 @@
-"""The tap behind the image: a slimmable copy of the cloud model's first blocks, then many rates.
+"""The tap on the image: a slimmable copy of the cloud model's first blocks, then many rates.
 
-views of the training part -> teacher's answers, kept on disk
+views of the training part -> teacher's outputs, stored on disk
   -> slimming: the encoder at every width           (teacher's components alone, crops)
-  -> bridge: bottleneck, rates, decoder             (joint loss, a width a batch, all rates in each batch)
+  -> bottleneck, rates, decoder                     (joint loss, a width a batch, all rates in each batch)
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from isthmus.models.recipes.vision.components import Components, find_components
 from isthmus.models.recipes.vision.distil import tail_points
 from isthmus.models.recipes.vision.slimming import Slimming, random_crops, sorted_channels
 from isthmus.models.recipes.vision.views import BATCH, Views, extend, make_views
+from isthmus.models.vision.architecture import TapArchitecture
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
-from isthmus.models.vision.manifest import TapArchitecture
 from isthmus.models.vision.slim import SlimEncoder, SlimFront
 from isthmus.models.vision.split import SplitClassifier, repeated
 
 SLIM_EPOCHS, BOTTLENECK_EPOCHS, RAMP_EPOCHS = 16, 14, 2
-REFINE_EPOCHS = 10  # a second cosine cycle, SGDR section 3: bytes still fall when the first ends
-WIDEST_SHARE = 0.6  # of the batches; the others take a narrower width
+REFINE_EPOCHS = 10  # a second cosine cycle (SGDR, section 3): the bytes still fall when the first ends
+WIDEST_SHARE = 0.6  # of the batches; the others use a narrower width
 COMPONENT_PHOTOS = 256
 
-Normalise = Callable[[Tensor], Tensor]  # grey images in [0, 1], BHW -> what the network takes, B3HW
+Normalise = Callable[[Tensor], Tensor]  # grey images in [0, 1], BHW -> network input, B3HW
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The network that is cut, what its images look like, and the annotators' probability of a defect of each view."""
+    """The split network, the normalisation of its images, and the annotators' probability of a defect of each photo."""
 
     split: SplitClassifier
     normalise: Normalise
@@ -48,7 +48,7 @@ class Teacher:
 def teach(
     folder: Path, images_NHW: NDArray[np.uint8], split: SplitClassifier, normalise: Normalise, seed: int
 ) -> Views:
-    """Views with the unsplit network's features behind the last cut, in the tail, and its logits."""
+    """Views with the unsplit network's features after the last cut and in the tail, and its logits."""
     trunk = fuse_batch_norms(deepcopy(split.backbone.section(0, split.cuts[-1])).eval())
     tail = split.backbone.section(split.cuts[-1])
 
@@ -63,7 +63,7 @@ def teach(
 
 
 def components(views: Views, split: SplitClassifier, tap: TapArchitecture, normalise: Normalise) -> Components:
-    """What the latent of a tap behind the image stands for, from the first view of some photographs."""
+    """The components that the latent of a tap on the image represents, from the first view of some photographs."""
     some_BHW = torch.from_numpy(np.array(views.passes[0]["images"][:COMPONENT_PHOTOS])).float() / 255
     trunk, tail = (
         fuse_batch_norms(deepcopy(part).eval()).requires_grad_(False)
@@ -77,7 +77,7 @@ def components(views: Views, split: SplitClassifier, tap: TapArchitecture, norma
 def slim(
     run: Run, views: Views, split: SplitClassifier, tap: TapArchitecture, wanted: Components, normalise: Normalise
 ) -> SlimEncoder:
-    """Distil the first blocks into every width of a new encoder; returns it averaged, in eval mode."""
+    """Distil the first blocks into a new encoder, at every width; returns it averaged, in eval mode."""
     torch.manual_seed(run.seed)
     some_BHW = torch.from_numpy(np.array(views.passes[0]["images"][: 2 * BATCH])).float() / 255
     ordered = sorted_channels(repeated(split.backbone, tap), normalise(some_BHW))
@@ -105,9 +105,9 @@ def train_bottleneck(
     wanted: Components,
     per_kilobyte: tuple[float, ...],
 ) -> BottleneckModel:
-    """Train bottleneck, rates and a new decoder behind a finished front; returns them averaged, in eval mode.
+    """Train bottleneck, rates and a new decoder after a trained front; returns them averaged, in eval mode.
 
-    `per_kilobyte` with one price trains one rate, at the widest width alone.
+    A single price in `per_kilobyte` trains one rate, at the widest width only.
     """
     torch.manual_seed(run.seed)
     module = new_bottleneck(teacher.split, tap, encoder.bottleneck, per_kilobyte, teacher.split.cuts[-1], settled=True)
@@ -139,7 +139,7 @@ def train_bottleneck(
 
 
 def add_front(folder: Path, front: SlimFront, normalise: Normalise) -> Views:
-    """Views with the widest front's features: what most batches of `train_bottleneck` start from."""
+    """Views with the widest front's features, the input of most batches of `train_bottleneck`."""
 
     def features(grey_BHW: Tensor) -> Mapping[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What a bundle scores with its own parts: ONNX Runtime's head, the entropy coder's real bytes, the loaded tail."""
+"""Accuracy and bytes of a bundle as it runs: ONNX Runtime's head, the entropy coder's real bytes, the loaded tail."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class MeasuredTap:
-    """Probabilities of the first task and payload sizes at every width and rate; other tasks at the best of both."""
+    """Probabilities of the first task and payload sizes at every width and rate; other tasks at the last of both."""
 
     first_WRNK: Floats
     bytes_WRN: NDArray[np.int64]
@@ -42,7 +42,7 @@ class MeasuredTap:
 
 @dataclass(frozen=True)
 class Measured:
-    """Probabilities of every way an input can be answered: E exits, the taps, the unsplit cloud model for each task."""
+    """Probabilities from every route: E exits, the taps, the unsplit cloud model for each task."""
 
     exits: Mapping[Precision, Floats]  # ENK
     taps: Sequence[MeasuredTap]
@@ -96,7 +96,7 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
 
 
 def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any]:
-    """What the calibration part decides for the first task: exits and thresholds of each head, rates of each tap."""
+    """Figures of the first task on the calibration part: exits and thresholds of each head, rates of each tap."""
     cloud_N = measured.cloud_TNK[0].argmax(1)
     heads: dict[Precision, dict[str, Any]] = {}
     for precision, exits_ENK in measured.exits.items():
@@ -126,7 +126,7 @@ def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any
 
 
 def final_scores(measured: Measured, trained: Trained, labels_TN: Sequence[NDArray[np.int64]]) -> dict[str, Interval]:
-    """Scores on the test part, with intervals."""
+    """Fractions measured on the test part, with intervals."""
     labels_N, cloud_N = labels_TN[0], measured.cloud_TNK[0].argmax(1)
     scores = {"test cloud accuracy": interval(cloud_N == labels_N)}
     for precision, exits_ENK in measured.exits.items():

@@ -1,8 +1,8 @@
-"""A person's own classifier and a folder of images -> a bundle. The classifier itself stays exactly what it is.
+"""A user's own classifier and a folder of images -> a bundle. The classifier itself does not change.
 
-    model --capture, cut--> blocks --distil--> exits + bottleneck + a tail of its own --calibrate--> bundle
+    model --capture, cut--> blocks --distil--> exits, bottleneck, tail for decoded features --calibrate--> bundle
 
-The device gets ONNX graphs, and so does the cloud: neither needs the code that the model was written in.
+Both device and cloud get ONNX graphs, and need none of the model's code.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Preprocessing, Task
 from isthmus.models.vision.split import SplitClassifier
 
-JPEG_SHARE = 0.1  # of a JPEG of quality 75: the bytes that prices are stated in
-LOG_GAINS = (-0.9, 0.5)  # of the dearest bytes and the cheapest, at first; a latent's mean variance is 1
-JPEG_IMAGES = 512  # whose mean size is the unit of prices
-RANGE_IMAGES = 64  # that an int8 head's scales are found on
+JPEG_SHARE = 0.1  # of the mean size of a JPEG of quality 75: the unit of PRICES
+LOG_GAINS = (-0.9, 0.5)  # initial, of the highest and the lowest price; a latent's mean variance is 1
+JPEG_IMAGES = 512  # of which the mean JPEG size is measured
+RANGE_IMAGES = 64  # for the scales of an int8 head
 MAX_PAYLOAD = 1 << 16
-ORDER_MARGIN = 0.3  # of the images: so many more right in another order is no chance
+ORDER_MARGIN = 0.3  # of the images: a larger gain in accuracy by another order of classes is no accident
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to call the bundle, its images, where it is cut (proposed when no cut is named), its question."""
+    """Name and licence of the bundle, preprocessing of its images, cuts (proposed if empty), name of the task."""
 
     name: str
     licence: str
@@ -53,7 +53,7 @@ class Settings:
 
 
 def check_order(answers_N: NDArray[np.int64], labels_N: NDArray[np.int64], names: Sequence[str]) -> None:
-    """Raises InvalidInput when the answers would be much more often right were the classes in another order."""
+    """Raise InvalidInput when another order of the classes would give a much higher accuracy."""
     counts_KK = np.zeros((len(names), len(names)), np.int64)
     np.add.at(counts_KK, (answers_N, labels_N), 1)
     answered, meant = linear_sum_assignment(counts_KK, maximize=True)
@@ -62,7 +62,7 @@ def check_order(answers_N: NDArray[np.int64], labels_N: NDArray[np.int64], names
         order = ", ".join(names[index] for index in meant)[:200]
         raise InvalidInput(
             f"the model is right on {right:.0%} of the labelled images, and would be on {best:.0%} if its classes"
-            f" were {order}: sub-folders count in alphabetical order, so name them in"
+            f" were {order}: classes are sub-folders in alphabetical order, so name them in"
             " the order of the model's classes (01-cat, 02-dog, ...)"
         )
 
@@ -70,9 +70,9 @@ def check_order(answers_N: NDArray[np.int64], labels_N: NDArray[np.int64], names
 def make(
     folder: Path, run: Run, command: str, captured: Captured, data: own_data.Folder, settings: Settings
 ) -> tuple[Bundle, dict[str, float]]:
-    """The whole recipe: the bundle, and figures that its manifest does not hold.
+    """The whole recipe: the bundle, and figures that are not in its manifest.
 
-    Raises InvalidInput when data and model do not fit each other. Interrupted, it goes on where its last epoch ended.
+    Raises InvalidInput when data and model do not match. An interrupted run resumes after its last epoch.
     """
     if data.classes and len(data.classes) != captured.classes:
         raise InvalidInput(
@@ -97,7 +97,7 @@ def build(
     what: str,
     settings: Settings,
 ) -> Bundle:
-    """Distil, calibrate, measure and write; `names` of the classes, `what` the images are."""
+    """Distil, calibrate, measure and write. `names`: of the classes; `what`: description of the data."""
     spec, train_part = settings.preprocessing, parts["train"]
     cuts = settings.cuts or proposed(captured)
     built = architecture(captured, cuts)
@@ -111,20 +111,8 @@ def build(
     if (true_N := parts["calibration"].labels_N) is not None:
         check_order(answers(split, parts["calibration"], spec).numpy(), true_N, names)
     targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels["train"])]
-    kilobyte_budget = JPEG_SHARE * own_data.jpeg_bytes(train_part.images_N3HW[:JPEG_IMAGES]) / 1024
-    start(split, train_part, spec)
-    module = Distillation(split, 0, tuple(price / kilobyte_budget for price in PRICES), LOG_GAINS)
-    minutes = seconds_left(module, train_part, targets_NK, spec) / 60
-    print(f"training takes about {minutes:.0f} minutes", file=sys.stderr)
-    finished = train(run, module, train_part, targets_NK, spec).eval()
-    split = finished.split.eval()
-
-    def latent(images_B3HW: Tensor) -> Tensor:
-        features_BCHW: Tensor = split.tap(0).encoder(split.trunk(normalised(images_B3HW / 255, spec)))
-        return features_BCHW
-
-    sent = integers(train_part.images_N3HW[:EPOCH_IMAGES], latent, finished.rates)
-    tap = TrainedTap("bottleneck", fit(sent, finished.rates.gains_RC), MAX_PAYLOAD)
+    finished = distilled(run, split, train_part, targets_NK, spec)
+    split, tap = finished.split.eval(), trained_tap(finished, train_part, spec)
     ranges = [normalise(image_3HW, spec) for image_3HW in train_part.images_N3HW[:RANGE_IMAGES]]
     return export.write(
         folder,
@@ -134,8 +122,30 @@ def build(
             "command": command,
             "seed": run.seed,
             "seconds": run.seconds(),
-            "data": f"{what}; cut behind {', '.join(cuts)}",
+            "data": f"{what}; cut after {', '.join(cuts)}",
         },
         calibration=own_data.samples(parts["calibration"], labels["calibration"], spec),
         test=own_data.samples(parts["test"], labels["test"], spec),
     )
+
+
+def distilled(run: Run, split: SplitClassifier, part: Images, targets_NK: Tensor, spec: Preprocessing) -> Distillation:
+    """Exits and bottleneck trained on a part, in eval mode; prints how long that takes first."""
+    kilobyte_budget = JPEG_SHARE * own_data.jpeg_bytes(part.images_N3HW[:JPEG_IMAGES]) / 1024
+    start(split, part, spec)
+    module = Distillation(split, 0, tuple(price / kilobyte_budget for price in PRICES), LOG_GAINS)
+    minutes = seconds_left(module, part, targets_NK, spec) / 60
+    print(f"training takes about {minutes:.0f} minutes", file=sys.stderr)
+    return train(run, module, part, targets_NK, spec).eval()
+
+
+def trained_tap(finished: Distillation, part: Images, spec: Preprocessing) -> TrainedTap:
+    """The tap's integer tables, fitted to the integers of a part."""
+    split = finished.split.eval()
+
+    def latent(images_B3HW: Tensor) -> Tensor:
+        features_BCHW: Tensor = split.tap(0).encoder(split.trunk(normalised(images_B3HW / 255, spec)))
+        return features_BCHW
+
+    sent = integers(part.images_N3HW[:EPOCH_IMAGES], latent, finished.rates)
+    return TrainedTap("bottleneck", fit(sent, finished.rates.gains_RC), MAX_PAYLOAD)

@@ -1,4 +1,4 @@
-"""A user's own classifier: imported, cut, and as the architecture of a bundle."""
+"""A user's own classifier: import it, propose cuts, and describe it as a bundle's architecture."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from torch import nn
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.recipes.vision.cutting import Captured, Cut, blocks, places
+from isthmus.models.recipes.vision.cutting import Captured, Cut, blocks, cut_indices
+from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.blocks import Blocks
-from isthmus.models.vision.manifest import Architecture, TapArchitecture
 
 BUILDER = "graphs"
-PRICES = (2.0, 0.8, 0.3, 0.1)  # of JPEG_SHARE, in units of cross-entropy
-LATENT_CHANNELS, DECODER_CHANNELS = 32, 64  # of fewer channels, as many latents
-HEAD_SHARE, FIRST_SHARE = 0.6, 0.5  # of the model's operations before the cut; of those, before an earlier exit
+PRICES = (2.0, 0.8, 0.3, 0.1)  # of `own.JPEG_SHARE` bytes, in units of cross-entropy
+LATENT_CHANNELS, DECODER_CHANNELS = 32, 64  # at most; a feature map of fewer channels gives as many latents
+HEAD_SHARE, FIRST_SHARE = 0.6, 0.5  # of the model's operations, before the cut; of these, before an earlier exit
 
 
 def load_model(reference: str) -> nn.Module:
-    """The module that `package.module:factory` makes, called without arguments.
+    """The module that `package.module:factory` returns when called without arguments.
 
-    Raises InvalidInput when it cannot be imported, is not there, fails, or gives something else.
+    Raises InvalidInput when it cannot be imported, does not exist, fails, or returns something else.
     """
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
@@ -29,7 +29,7 @@ def load_model(reference: str) -> nn.Module:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
         model = factory()
-    except Exception as error:  # it is not our code
+    except Exception as error:  # any, from the user's code
         raise InvalidInput(f"--model {reference}: {type(error).__name__}: {str(error).splitlines()[:1]}") from error
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"--model {reference} made a {type(model).__name__}, expected a torch.nn.Module")
@@ -49,16 +49,16 @@ def proposed(captured: Captured) -> tuple[str, ...]:
 
 
 def backbone(captured: Captured, cuts: Sequence[str]) -> Blocks:
-    """The model's blocks; behind the last cut two more, if they can be, where features are compared in training."""
-    behind = [cut.name for cut in captured.cuts[places(captured, cuts)[-1] + 1 :]]
-    extra = sorted({len(behind) // 2, len(behind) - 1}) if len(behind) > 1 else range(len(behind))
-    chosen = [*cuts, *(behind[index] for index in extra)]
+    """The model's blocks, with up to two more cuts after the last one, where features are compared in training."""
+    later = [cut.name for cut in captured.cuts[cut_indices(captured, cuts)[-1] + 1 :]]
+    extra = sorted({len(later) // 2, len(later) - 1}) if len(later) > 1 else range(len(later))
+    chosen = [*cuts, *(later[index] for index in extra)]
     channels = {cut.name: cut.shape[0] for cut in captured.cuts}
     return Blocks(list(blocks(captured, chosen).children()), [channels[name] for name in chosen])
 
 
 def architecture(captured: Captured, cuts: Sequence[str]) -> Architecture:
-    """One tap behind the last cut, with a tail of its own."""
+    """One tap after the last cut, with a tail of its own."""
     (channels,) = (cut.shape[0] for cut in captured.cuts if cut.name == cuts[-1])
     tap = TapArchitecture(
         after=len(cuts),
@@ -68,14 +68,14 @@ def architecture(captured: Captured, cuts: Sequence[str]) -> Architecture:
         decoder_channels=DECODER_CHANNELS,
         rates=len(PRICES),
     )
-    places = tuple(range(1, len(cuts) + 1))
-    return Architecture(builder=BUILDER, backbone="own", classes=(captured.classes,), cuts=places, taps=(tap,))
+    numbers = tuple(range(1, len(cuts) + 1))
+    return Architecture(builder=BUILDER, backbone="own", classes=(captured.classes,), cuts=numbers, taps=(tap,))
 
 
 def table(captured: Captured, chosen: Sequence[str], image_values: int) -> list[str]:
-    """Where the model can be cut: the share of its operations and time before, and the values that cross.
+    """Lines about where the model can be cut: share of operations and time before the cut, and values sent.
 
-    Cuts that more values cross than an earlier one are left out unless they are chosen.
+    Cuts with more values than an earlier one are left out unless they are chosen.
     """
     lines = ["  cut                               shape           MMAC   share    ms   values, of the image's"]
     least = captured.cuts[0].values
@@ -90,5 +90,5 @@ def table(captured: Captured, chosen: Sequence[str], image_values: int) -> list[
             f"  {1000 * cut.seconds:6.1f}  {cut.values:8} {cut.values / image_values:5.0%}"
         )
     if left_out := len(captured.cuts) + 1 - len(lines):
-        lines.append(f"  and {left_out} more, which more values cross than an earlier one")
+        lines.append(f"  and {left_out} more with more values than an earlier one")
     return lines

@@ -19,13 +19,16 @@ from isthmus.models.vision.manifest import Preprocessing
 from isthmus.models.vision.split import SplitClassifier
 
 BOTTLENECK_EPOCHS, RAMP_EPOCHS, DECODER_EPOCHS, TAIL_EPOCHS = 10, 4, 2, 4
-ENOUGH_STEPS, MAX_REPEATS = 2500, 3  # of the bottleneck's training; epochs are repeated until there are so many
+ENOUGH_STEPS, MAX_REPEATS = (
+    2500,
+    3,
+)  # of the bottleneck's training; with few images, epochs are multiplied up to MAX_REPEATS
 COMPONENT_IMAGES = 256
-EPOCH_IMAGES = 8192  # at most: a larger folder is seen over several epochs
+EPOCH_IMAGES = 8192  # at most; of a larger folder an epoch uses a random part
 
 
 def batches(part: Images, targets_NK: Tensor, spec: Preprocessing, generator: torch.Generator) -> Iterator[ImageBatch]:
-    """One epoch in random order, of at most EPOCH_IMAGES; a last partial batch is left out."""
+    """One epoch of augmented batches in random order, without a last partial batch."""
     order = torch.randperm(len(part), generator=generator)[:EPOCH_IMAGES]
     for start in range(0, len(order) - BATCH + 1, BATCH):
         chosen = order[start : start + BATCH]
@@ -36,15 +39,15 @@ def batches(part: Images, targets_NK: Tensor, spec: Preprocessing, generator: to
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Augmented images, and what they should be answered with."""
+    """Augmented images and their target probabilities."""
 
     images_B3HW: Tensor
     target_BK: Tensor
-    ramp: float = 1.0  # of the price of bytes
+    ramp: float = 1.0  # factor of the price of bytes
 
 
 def normalised(images_B3HW: Tensor, spec: Preprocessing) -> Tensor:
-    """Values in [0, 1] -> what the network takes, channels last."""
+    """Values in [0, 1] -> network input, channels last."""
     mean, deviation = (torch.tensor(x)[:, None, None] for x in (spec.mean, spec.deviation))
     return ((images_B3HW - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
@@ -68,7 +71,7 @@ def train(run: Run, module: Distillation, part: Images, targets_NK: Tensor, spec
 
 
 def start(split: SplitClassifier, part: Images, spec: Preprocessing) -> None:
-    """Make the bottleneck the components of the features behind the last cut, as the answer weighs them, and back."""
+    """Initialise the bottleneck with components of the features after the last cut (`recipes.vision.components`)."""
     chosen = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:COMPONENT_IMAGES].numpy()
     images_N3HW = torch.from_numpy(normalise(part.images_N3HW[chosen], spec))
     with torch.no_grad():
@@ -86,12 +89,12 @@ def steps_of(part: Images) -> int:
 
 
 def repeats(part: Images) -> int:
-    """How many times the usual epochs: few images make short ones."""
+    """Factor of the number of epochs, larger for few images."""
     return min(max(round(ENOUGH_STEPS / (BOTTLENECK_EPOCHS * max(steps_of(part), 1))), 1), MAX_REPEATS)
 
 
 def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: Preprocessing) -> float:
-    """What all of `train` will take, from two steps of it."""
+    """Estimated duration of `train` in seconds, from two steps."""
     each = []
     for batch, _ in zip(batches(part, targets_NK, spec, torch.Generator().manual_seed(0)), range(2), strict=False):
         started_s = time.perf_counter()
@@ -102,7 +105,7 @@ def seconds_left(module: Distillation, part: Images, targets_NK: Tensor, spec: P
 
 
 def answers(split: SplitClassifier, part: Images, spec: Preprocessing) -> Tensor:
-    """The model's own classes, (N,)."""
+    """The classes that the model predicts, (N,)."""
     with torch.inference_mode():
         return torch.cat(
             [

@@ -1,4 +1,4 @@
-"""A trained split classifier -> the files of a bundle and what its manifest says of them, without any measurement."""
+"""A trained split classifier -> the files of a bundle and their manifest entries, without measured figures."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from isthmus.models.codecs.checkerboard import Tables
 from isthmus.models.recipes.vision.graphs import compact, onnx_bytes
 from isthmus.models.recipes.vision.int8 import quantise_head
 from isthmus.models.recipes.vision.slim_onnx import slim_onnx
+from isthmus.models.vision.architecture import Architecture
 from isthmus.models.vision.catalog import BUILDERS
-from isthmus.models.vision.manifest import Architecture, Precision, Preprocessing, Task
+from isthmus.models.vision.manifest import Precision, Preprocessing, Task
 from isthmus.models.vision.slim import SlimEncoder
 from isthmus.models.vision.split import SplitClassifier, Tap
 from isthmus.models.vision.tail import in_channels
@@ -33,7 +34,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TrainedTap:
-    """The integer tables of one tap, and what a payload of it may cost at most."""
+    """The integer tables of one tap, and the cap of its payloads in bytes."""
 
     name: str
     tables: Tables
@@ -42,7 +43,7 @@ class TrainedTap:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a recipe hands over. `ranges`: preprocessed training images that an int8 head's scales are found on."""
+    """The result of a recipe. `ranges`: preprocessed training images for the scales of an int8 head."""
 
     split: SplitClassifier
     taps: tuple[TrainedTap, ...]
@@ -53,7 +54,7 @@ class Trained:
 
 
 class WithExit(nn.Module):
-    """One segment as ONNX sees it: features and exit logits at once."""
+    """One segment as an ONNX graph: features and exit logits."""
 
     def __init__(self, blocks: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -66,9 +67,9 @@ class WithExit(nn.Module):
 
 @torch.no_grad()
 def halve(module: nn.Module, coarse: Container[str] = ()) -> dict[str, Tensor]:
-    """Round matrices to float16, in place, and return what is stored: vectors stay float32, they are few.
+    """Round matrices to float16 in place and return the tensors to store; vectors stay float32.
 
-    Those named in `coarse` are rounded to 8 bits, with a scale of each output channel.
+    Matrices named in `coarse` are rounded to 8 bits, with a scale for each output channel.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
@@ -85,7 +86,7 @@ def halve(module: nn.Module, coarse: Container[str] = ()) -> dict[str, Tensor]:
 
 
 def in_cloud(split: SplitClassifier, architecture: Architecture) -> set[str]:
-    """Names of what only the cloud runs: behind the last cut, and a tap's own half. Exits may be made of the former."""
+    """Tensors that only the cloud uses: of taps' tails, and after the last cut unless exits use these blocks."""
     cut = 1 << 30 if architecture.exit_blocks else architecture.cuts[-1]
     found = set()
     for name in split.state_dict():
@@ -98,7 +99,7 @@ def in_cloud(split: SplitClassifier, architecture: Architecture) -> set[str]:
 
 
 class FromLatent(nn.Module):
-    """What the cloud makes of a tap's latent, first task."""
+    """The cloud's part from a tap's latent to logits of the first task."""
 
     def __init__(self, split: SplitClassifier, tap: int) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class Parts:
 
 
 def head_parts(trained: Trained) -> Parts:
-    """What the device runs."""
+    """The device's part: segments with exits at each precision, and the encoders and tables of taps."""
     split, segments = trained.split, []
     graphs: list[bytes] = []
     shapes: list[Shape] = [(3, *trained.preprocessing.crop)]
@@ -155,13 +156,13 @@ def head_parts(trained: Trained) -> Parts:
 
 
 def cloud_parts(trained: Trained) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What the manifest says of the cloud's half, and its files: weights, or graphs for what no builder builds."""
+    """The cloud's part, manifest entry and files: weights, or graphs for a network without a builder."""
     split = trained.split
     if trained.architecture.builder in BUILDERS:
         stored = halve(split, in_cloud(split, trained.architecture))
         return {"weights": "weights.safetensors"}, {"weights.safetensors": safetensors.torch.save(stored)}
     images_B3HW = torch.zeros(2, 3, *trained.preprocessing.crop)
-    halve(nn.ModuleList([split.taps, split.exits]))  # what was trained here; the backbone is its owner's
+    halve(nn.ModuleList([split.taps, split.exits]))  # not the backbone, whose weights are the user's
     files = {"image.onnx": compact(onnx_bytes(split.backbone, {"x": images_B3HW}, outputs=1))}
     with torch.no_grad():
         features_BCHW = split.trunk(images_B3HW)

@@ -1,4 +1,4 @@
-"""Any photo: EfficientNet-Lite2 with ImageNet's 1,000 classes behind a bridge, distilled without a single label.
+"""Any photo: EfficientNet-Lite2 with ImageNet's 1,000 classes, split and distilled without labels.
 
 unlabelled views -> EfficientNet-Lite2 (as it is) -> [frozen] -> bottleneck (device) -> tables -> bundle
 
@@ -31,10 +31,11 @@ from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.recipes.vision.photos_data import labelled
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.recipes.vision.views import BATCH, Views, extend
+from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite, fuse_batch_norms
 from isthmus.models.vision.images import open_image, preprocess
-from isthmus.models.vision.manifest import Architecture, Preprocessing, TapArchitecture, Task
+from isthmus.models.vision.manifest import Preprocessing, Task
 from isthmus.models.vision.split import SplitClassifier
 
 SIDE = 260
@@ -50,10 +51,10 @@ ARCHITECTURE = Architecture(
     exit_blocks=((9, 12, 16, 21, 22),),
     taps=(TapArchitecture(after=1, rejoin=9, latent_channels=48, decoder_channels=128, rates=len(PER_KILOBYTE)),),
 )
-COMPARED_AT = 16  # the block before which decoded features are compared with the network's own
+COMPARED_AT = 16  # the block before which decoded features are compared with the network's
 MAX_BYTES = 8192
 EPOCHS, RAMP_EPOCHS = 16, 2
-COMPONENT_VIEWS, RANGE_PHOTOS = 512, 64  # that components, and an int8 head's scales, are found on
+COMPONENT_VIEWS, RANGE_PHOTOS = 512, 64  # for the components, and for the scales of an int8 head
 
 
 def normalise(images_B3HW: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def normalise(images_B3HW: Tensor) -> Tensor:
 
 
 def teach(folder: Path, split: SplitClassifier) -> Views:
-    """Views with the network's features at the cut and behind it, and its logits."""
+    """Views with the network's features at the cut and after it, and its logits."""
     (cut,) = split.cuts
     front, middle, tail = (
         fuse_batch_norms(deepcopy(split.backbone.section(start, stop)).eval())
@@ -110,13 +111,14 @@ def train_bottleneck(run: Run, views: Views, split: SplitClassifier) -> Bottlene
                 ramp=ramp(epoch, RAMP_EPOCHS),
             )
 
+    # The stage's name seeds its randomness, and the shipped bundle was made with this one.
     average = run.fit("bridge", module, batches, module.loss, Schedule(EPOCHS, len(views) // BATCH, peak_lr=1e-3))
     assert isinstance(average, BottleneckModel)
     return average
 
 
 def samples(folder: Path, part: str) -> Samples:
-    """A part of the labelled photographs as the device's preprocessing gives them."""
+    """A part of the labelled photographs, preprocessed as on the device."""
     found = labelled(folder, part)
     images = [preprocess(open_image(path.read_bytes()), PREPROCESSING) for path in found.paths]
     return Samples(images, (found.labels_N,))
@@ -129,9 +131,9 @@ def ranges(views: Views) -> list[NDArray[np.float32]]:
 
 
 def make(folder: Path, run: Run, command: str, photos: Path, labelled_photos: Path) -> Bundle:
-    """The whole recipe; `photos` is filled from Debian packages where it is not there.
+    """The whole recipe; `photos` is filled from Debian packages if it does not exist.
 
-    Raises InvalidInput when there are no photographs. Interrupted, it goes on where its last epoch ended.
+    Raises InvalidInput when there are no photographs. An interrupted run resumes after its last epoch.
     """
     if not photos.exists():
         photos_data.fetch(photos)

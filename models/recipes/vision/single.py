@@ -1,6 +1,6 @@
-"""Our light tap at one rate a training run: what one bundle for all rates gives away.
+"""Our light tap at one rate per training run, to measure the cost of one encoder for all rates.
 
-Same front, same start, same epochs and same coder as the bundle's; only its widest width is trained.
+Front, initialisation, epochs and coder are those of the bundle; only the widest width is trained.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from isthmus.models.recipes.vision.light import Teacher
 from isthmus.models.recipes.vision.parts import macs
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.recipes.vision.views import Views
-from isthmus.models.vision.manifest import TapArchitecture
+from isthmus.models.vision.architecture import TapArchitecture
 from isthmus.models.vision.slim import FrozenSlim, SlimEncoder
 from isthmus.models.vision.split import SplitClassifier
 
@@ -43,7 +43,7 @@ Tensors = dict[str, NDArray[Any]]
 def train_all(
     run: Run, views: Views, teacher: Teacher, tap: TapArchitecture, encoder: SlimEncoder, wanted: Components
 ) -> None:
-    """One run a price, each from the slimmed encoder, and the tables that its integers are coded with."""
+    """One run for each price, from the slimmed encoder, and the tables for its integers."""
     for price in PRICES:
         bottleneck = light.train_bottleneck(run, f"{METHOD}-{price:g}", views, teacher, tap, encoder, wanted, (price,))
         sent = integers(views.passes[0]["front"], partial(bottleneck.encoder, width=-1), bottleneck.rates)
@@ -52,12 +52,12 @@ def train_all(
 
 
 def tables_of(work: Path, price: float) -> Path:
-    """Written last: where it is, the run is finished."""
+    """The file of a run's tables; it is written last, so a run that has it is finished."""
     return work / f"{METHOD}-{price:g}.safetensors"
 
 
 def trained(work: Path, split: SplitClassifier, tap: TapArchitecture) -> list[SingleRate]:
-    """What `train_all` left in `work`. Raises InvalidInput when a price is missing."""
+    """The results of `train_all` in `work`. Raises InvalidInput when a price is missing."""
     found = []
     for price in PRICES:
         path = tables_of(work, price)
@@ -74,14 +74,14 @@ def trained(work: Path, split: SplitClassifier, tap: TapArchitecture) -> list[Si
 
 
 class SingleRate:
-    """One of the runs, as its encoder and decoder would run: real bytes between them."""
+    """One of the runs with its encoder and decoder in use, and real bytes between them."""
 
     method = METHOD
 
     def __init__(
         self, setting: str, bottleneck: BottleneckModel, split: SplitClassifier, tensors: Tensors, side: int = 300
     ) -> None:
-        """`split`: whose front is before it; `side`: pixels of an image."""
+        """`split`: provides the front; `side`: pixels of an image's side."""
         self.setting = setting
         self._bottleneck = bottleneck
         self._encoder = deepcopy(split.tap(0).slim)

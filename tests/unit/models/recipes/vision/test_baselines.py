@@ -63,7 +63,7 @@ def test_each_setting_starts_from_the_one_before(tiny_split: SplitClassifier, me
         for parameter in first.parameters():
             parameter.add_(1)
     before = {name: tensor.clone() for name, tensor in second.state_dict().items()}
-    baselines.take_over(second, first)
+    baselines.copy_matching(second, first)
     wanted = first.state_dict()
     kept = {name for name, tensor in second.state_dict().items() if not tensor.equal(wanted[name])}
     assert len(kept) == (2 if method == "bq" else 0), "those that the number of channels shapes"

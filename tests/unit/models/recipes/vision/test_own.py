@@ -76,7 +76,7 @@ def test_the_manifest_says_what_was_measured(made: tuple[Bundle, dict[str, float
     manifest = bundle.manifest
     assert [task.labels for task in manifest.tasks] == [("bright", "dark")]
     assert manifest.graphs is not None and manifest.weights is None
-    assert "160 images of the user's, labelled; cut behind first, second" in manifest.training.data
+    assert "160 images of the user's, labelled; cut after first, second" in manifest.training.data
     assert manifest.scores["test cloud accuracy"].samples > own_data.LEAST
     assert figures["jpeg75_bytes"] > 100
 
