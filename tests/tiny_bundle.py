@@ -93,7 +93,7 @@ def random_split() -> SplitClassifier:
 
 
 def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
-    """2 + 3 labels, 64x64 photos, 2 exits; latents (3, 8, 8) of the image and (4, 8, 8) behind the last segment."""
+    """2 + 3 labels, 64x64 photos, 2 exits; latents (3, 8, 8) of the image and (4, 8, 8) after the last segment."""
     split = copy.deepcopy(split)
     weights = halve(split)
     trained_taps = (

@@ -1,6 +1,6 @@
 """Bottleneck codec with a checkerboard context model: floats -> integers -> rANS bytes, and back, at several rates.
 
-Knows nothing about networks, images or the wire. NumPy and `constriction` alone, so the device needs no PyTorch.
+Knows nothing about networks, images or the wire. Needs NumPy and `constriction` only, no PyTorch.
 
     latent_CHW --gain--> round, clip --> integers_CHW --scatter--> anchors, non-anchors --tables--> bytes      device
     latent_CHW <--gain------------------ integers_CHW <--gather--- anchors, non-anchors <--tables-- bytes      cloud

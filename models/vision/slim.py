@@ -100,7 +100,7 @@ class SlimFront(nn.Module):
     """The backbone's first blocks, slimmable: image -> features."""
 
     def __init__(self, backbone: Iterable[nn.Module], widths: tuple[float, ...]) -> None:
-        """`backbone`: the blocks to repeat; their shapes are taken over here, their weights by `load`."""
+        """`backbone`: the blocks to repeat; their shapes are copied here, their weights by `load`."""
         super().__init__()
         self.blocks = nn.ModuleList(slim_block(block, widths) for block in backbone)
 
@@ -163,7 +163,7 @@ def slim_block(block: nn.Module, widths: tuple[float, ...], outputs: int | None 
 
 
 class FrozenSlim(nn.Module):
-    """What is shipped of an encoder: int8 weights once, float16 scale and bias a width."""
+    """An encoder as it is shipped: int8 weights once, float16 scale and bias for each width."""
 
     def __init__(self, encoder: SlimEncoder) -> None:
         super().__init__()

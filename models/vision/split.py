@@ -2,15 +2,15 @@
 
 Knows nothing about rates' integer tables or the wire.
 
-    images_B3HW -> taps[0].encoder -----------------> latent ~ bytes ~ taps[0].decoder -> [blocks] -+
+    images_B3HW -> taps[0].encoder -----------------> latent ~ bytes ~ taps[0].decoder -> [blocks] ------+
                 -> segment 0 -> exit 0                                                                   |
                    segment 1 -> exit 1                                                                   |
-                   ...       -> taps[1].encoder ----> latent ~ bytes ~ taps[1].decoder -------------+-> tail
+                   ...       -> taps[1].encoder ----> latent ~ bytes ~ taps[1].decoder ------------------+-> tail
                                                                                                          +-> heads
 
-A decoder gives the features before a block of the backbone, which goes on from there, in a copy of its own if the tap
-has one. `tail(trunk(x))` is the unsplit backbone: a whole image sent to the cloud goes that way, past every bottleneck.
-A tail answers the first task; every other task has a small head beside it.
+A decoder reconstructs the features before some block of the backbone; the following blocks are the backbone's, or the
+tap's own copy. `tail(trunk(x))` is the unsplit backbone, for whole images sent to the cloud. The tail computes the
+first task; every other task has a small head on the same features.
 Source: Matsubara et al., "Supervised Compression for Resource-Constrained Edge Computing Systems" (WACV 2022); several
 tasks from one payload: Matsubara et al., "Ladon" (WACV 2025).
 """

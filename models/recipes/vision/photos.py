@@ -2,10 +2,10 @@
 
 unlabelled views -> EfficientNet-Lite2 (as it is) -> [frozen] -> bottleneck (device) -> tables -> bundle
 
-The network is not trained at all: the device runs its first blocks, the cloud the others, in the same weights. The exit
-is not trained either: it goes on through some of the later blocks and leaves out most of those that only add to their
-input, which residual networks bear (Veit et al., "Residual Networks Behave Like Ensembles of Relatively Shallow
-Networks", NeurIPS 2016). A small head distilled on these photographs knew 1 % of ImageNet's objects, this one 58 %.
+The network is not trained: the device runs its first blocks, the cloud the others, with the original weights. The exit
+is not trained either: it runs some of the later blocks and skips most residual ones, which residual networks tolerate
+(Veit et al., "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", NeurIPS 2016). A small head
+distilled on these photographs recognised 1 % of ImageNet's objects, this exit 58 %.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_without_rounding_it_is_the_backbone(
 
 
 def test_a_narrow_width_uses_the_first_channels_alone(encoder: SlimEncoder, images: Tensor) -> None:
-    """What is behind them may hold anything."""
+    """Later channels may hold anything."""
     conv = encoder.front.blocks[0].convs[0]  # type: ignore[index, union-attr]
     kept = conv.weight.detach().clone()
     with torch.no_grad():

@@ -86,7 +86,7 @@ def test_the_loss_falls_and_the_tail_stays(module: BottleneckModel, batch: Disti
 
 
 @pytest.mark.parametrize(("part", "lr_scale"), [("between", BETWEEN_LR), ("tail", TAIL_LR)])
-def test_what_is_free_behind_the_decoder_learns_its_pointwise_weights_alone(
+def test_what_is_free_after_the_decoder_learns_only_its_pointwise_weights(
     module: BottleneckModel, batch: DistilBatch, part: str, lr_scale: float
 ) -> None:
     module.free_tail()

@@ -31,7 +31,7 @@ def test_training_sees_photos_as_the_device_preprocesses_them(photos: Photos) ->
     np.testing.assert_allclose(training_CHW, device_CHW, atol=1e-5)
 
 
-def test_batches_are_whole_and_of_the_size_asked_for(photos: Photos) -> None:
+def test_batches_are_whole_and_of_the_requested_size(photos: Photos) -> None:
     found = list(elpv_cloud.batches(photos, 32, torch.Generator().manual_seed(0)))
     assert [batch.images_B3HW.shape for batch in found] == [(BATCH, 3, 32, 32)] * 2
     assert [batch.defect_B.shape for batch in found] == [(BATCH,)] * 2

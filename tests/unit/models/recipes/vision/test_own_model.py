@@ -34,7 +34,7 @@ def test_the_table_shows_where_less_crosses_and_what_was_chosen() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("cuts", [("first",), ("first", "second"), ("third",)])
-def test_blocks_behind_the_last_cut_are_the_rest_of_the_model(captured: Captured, cuts: tuple[str, ...]) -> None:
+def test_blocks_after_the_last_cut_are_the_rest_of_the_model(captured: Captured, cuts: tuple[str, ...]) -> None:
     network = own_model.backbone(captured, cuts)
     images_B3HW = torch.randn(2, 3, SIDE, SIDE)
     torch.testing.assert_close(network(images_B3HW), factory()(images_B3HW))
