@@ -1,22 +1,22 @@
-"""Every error we raise, split by whose fault it is.
+"""Every error that the packages raise, by whose fault it is.
 
     IsthmusError
     ├── CallerError             the input or the request is wrong; trying again unchanged cannot help
     │   ├── InvalidInput        an image, argument or message that cannot be used
     │   ├── BundleError         a bundle on disk is missing, changed, of another version or inconsistent
     │   ├── UnknownBundle       the other side does not hold this fingerprint
-    │   ├── ContextGone         the service no longer holds this session's context: open it again
+    │   ├── ContextGone         the service no longer holds this session's KV cache: open it again
     │   ├── UnsupportedVersion  the other side speaks another wire version
     │   ├── PayloadCorrupt      checksum, truncation or symbols that the tables cannot produce
     │   └── PayloadTooLarge     over a cap, whether met when encoding or when receiving
-    ├── LinkError               the way between; trying again later can help
+    ├── LinkError               the link failed; trying again later can help
     │   ├── LinkDown            no connection, or it broke
-    │   └── DeadlineExceeded    the answer did not come, or would not have come, in time
-    └── ServiceError            our side failed
+    │   └── DeadlineExceeded    the reply did not arrive, or could not have arrived, in time
+    └── ServiceError            the service failed
         ├── Overloaded          a bounded queue or memory is full
         └── Draining            the service is shutting down
 
-Each message names what was wrong, what was expected and where; none carries a path of the server or a secret.
+Each message states what was wrong, what was expected and where; none contains a path of the server or a secret.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class UnknownBundle(CallerError):
 
 
 class ContextGone(CallerError):
-    """The service does not hold the context of this session, or not these tokens: open it again from token 0."""
+    """The service does not hold the KV cache of this session, or not of these tokens: open it again from token 0."""
 
 
 class UnsupportedVersion(CallerError):
@@ -59,15 +59,15 @@ class PayloadTooLarge(CallerError):
 
 
 class LinkError(IsthmusError):
-    """The way between device and cloud is at fault."""
+    """The link between device and cloud is at fault."""
 
 
 class LinkDown(LinkError):
-    """No connection, or it broke before the answer came."""
+    """No connection, or it broke before the reply arrived."""
 
 
 class DeadlineExceeded(LinkError):
-    """The deadline passed before the answer came."""
+    """The deadline passed before the reply arrived."""
 
 
 class ServiceError(IsthmusError):
@@ -79,4 +79,4 @@ class Overloaded(ServiceError):
 
 
 class Draining(ServiceError):
-    """The service is shutting down and takes no new work."""
+    """The service is shutting down and accepts no new work."""

@@ -1,4 +1,4 @@
-"""Frozen values that flow between the rooms, of both wings. No behaviour beyond what their fields imply.
+"""Frozen values that packages exchange, of both wings. No behaviour beyond what their fields imply.
 
 photos      CloudRequest (a Payload and the tasks wanted) -> CloudReply
 language    Opening, then Round ... -> Committed ...
@@ -17,15 +17,15 @@ MAX_SEED = (1 << 63) - 1
 
 
 class Codec(IntEnum):
-    """What a payload is. The numbers are on the wire."""
+    """The kind of a payload. The numbers are on the wire."""
 
-    BOTTLENECK = 1  # integers of a tap, rANS under the bundle's integer tables
+    BOTTLENECK = 1  # integers of a tap, rANS-coded with the bundle's integer tables
     IMAGE = 2  # a whole JPEG, PNG or WebP file
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """What crosses the bridge for one input. `tap` indexes the bundle's taps, `rate` the tap's; 0 for a whole image."""
+    """The data sent for one input. `tap` indexes the bundle's taps, `rate` the tap's; 0 for a whole image."""
 
     codec: Codec
     tap: int
@@ -35,9 +35,9 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class CloudRequest:
-    """One input for the cloud. `budget_s` is the time the device will still wait, counted from sending.
+    """One input for the cloud. `budget_s` is how long the device will wait, counted from sending.
 
-    `tasks` index the bundle's tasks, rising: the answers that are wanted.
+    `tasks` index the bundle's tasks, in rising order: those to compute.
     """
 
     request_id: int
@@ -49,7 +49,7 @@ class CloudRequest:
 
 @dataclass(frozen=True, slots=True)
 class CloudReply:
-    """Class probabilities of each task asked for, in the bundle's order, and what the cloud spent, in seconds."""
+    """Class probabilities of each requested task, in the bundle's order, and the cloud's time in seconds."""
 
     probabilities: tuple[tuple[float, ...], ...]
     queue_s: float
@@ -58,7 +58,7 @@ class CloudReply:
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """A question that a bundle answers, and the number of its classes."""
+    """A task of a bundle, and the number of its classes."""
 
     name: str
     labels: int
@@ -74,7 +74,7 @@ class TapInfo:
 
 @dataclass(frozen=True, slots=True)
 class BundleInfo:
-    """What a service says of a bundle it holds. `fingerprint` is the whole SHA-256, 32 bytes."""
+    """A service's description of a bundle it holds. `fingerprint` is the whole SHA-256, 32 bytes."""
 
     fingerprint: bytes
     name: str
@@ -84,7 +84,7 @@ class BundleInfo:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """`temperature` 0 is greedy. Raises InvalidInput."""
+    """How tokens are sampled. `temperature` 0 is greedy. Raises InvalidInput for values out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -104,11 +104,11 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A session of `start` + len(tokens) tokens, of which the cloud should hold the first `start`.
+    """Opens a session of `start` + len(tokens) tokens, of which the cloud should already hold the first `start`.
 
     `logprobs` None: none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8
-    bytes, of the bundle whose hidden states rounds bring; then `tokens` is empty. A state that decides a token, or has
-    done so, is coded at `rate`, those that others only attend to at `context_rate`.
+    bytes, of the bundle whose hidden states the rounds carry; then `tokens` is empty. A state from which a token is or
+    was decoded is coded at `rate`, those that others only attend to at `context_rate`.
     """
 
     model: bytes
@@ -121,15 +121,17 @@ class Opening:
     handoff: bytes = b""
     rate: int = 0
     context_rate: int = 0
-    prefill_layers: int = 0  # that positions go through which decide no token; the rest is approximated; 0: all
+    prefill_layers: int = (
+        0  # of positions from which no token is decoded; the KV of other layers is approximated; 0: all
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """ "From position `base` the text goes on with `draft`." Then the cloud may decode `extend` tokens by itself.
+    """Draft tokens that follow position `base`; after verifying them the cloud may decode `extend` tokens by itself.
 
-    With `states`, one for each of the draft: from there the text is the draft, and `extend` 1 asks for what follows it,
-    which the last state decides. `decoded_from`: indices of states that have decided a token before.
+    With `states`, one for each draft token, the draft is committed without verification, and `extend` 1 requests the
+    token after it, decoded from the last state. `decoded_from`: states from which a token was decoded before.
     """
 
     base: int
@@ -141,7 +143,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithms at temperature 1: of the committed token, and (id, value) of the likeliest."""
+    """Log-probabilities (natural, temperature 1): of the committed token, and (id, value) of the likeliest ones."""
 
     own: float
     top: tuple[tuple[int, float], ...] = ()
@@ -149,12 +151,13 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """From position `base` the text is the first `accepted` of the draft, then `tokens`.
+    """The tokens after position `base` are the first `accepted` of the draft, then `tokens`.
 
-    `base` is the round's, and both count tokens too that were committed before the round came; `logprobs` are of the
-    new ones alone, the last. Neither: the draft was stale, and `base` is the length of the text; or the text has ended.
+    `base` is the round's; `accepted` and `tokens` include tokens committed before the round arrived, `logprobs` only
+    the new ones, which are the last. If both are empty, the draft was stale and `base` is the length of the sequence,
+    or the sequence has ended.
 
-    Of a round with states: its `base`, and in `tokens` what follows its draft, if that was asked for.
+    For a round with states: its `base`, and in `tokens` the token after its draft, if requested.
     """
 
     base: int
@@ -170,14 +173,14 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a service says of a language model it holds."""
+    """A service's description of a language model it holds."""
 
     fingerprint: bytes
     name: str
     vocab: int
     context: int
     numerics: str
-    handoffs: tuple[bytes, ...] = ()  # fingerprints of the hand-off bundles whose states it takes
+    handoffs: tuple[bytes, ...] = ()  # fingerprints of the handoff bundles whose hidden states it accepts
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from isthmus.models.bundle.files import MANIFEST, fingerprint_of, write_bundle
 from isthmus.models.codecs import checkerboard as contextual
 from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS
 from isthmus.models.codecs.tables import SHAPES
+from isthmus.models.vision.architecture import TapArchitecture
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.manifest import Manifest, TapArchitecture
+from isthmus.models.vision.manifest import Manifest
 from isthmus.models.vision.split import SplitClassifier
 from tests.tiny_bundle import SIDE, TINY, random_split, write_tiny_bundle
 

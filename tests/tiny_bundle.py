@@ -18,9 +18,10 @@ from torch import nn
 from isthmus.models.bundle.files import write_bundle
 from isthmus.models.codecs.checkerboard import Tables
 from isthmus.models.recipes.common.fit_tables import fit
-from isthmus.models.recipes.vision.export import Parts, Trained, TrainedTap, halve, head_parts
+from isthmus.models.recipes.vision.parts import Parts, Trained, TrainedTap, halve, head_parts
+from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.manifest import Architecture, Manifest, Preprocessing, TapArchitecture, Task
+from isthmus.models.vision.manifest import Manifest, Preprocessing, Task
 from isthmus.models.vision.split import SplitClassifier
 
 SIDE = 64
@@ -92,7 +93,7 @@ def random_split() -> SplitClassifier:
 
 
 def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
-    """2 + 3 labels, 64x64 photos, 2 exits; latents (3, 8, 8) of the image and (4, 8, 8) behind the last segment."""
+    """2 + 3 labels, 64x64 photos, 2 exits; latents (3, 8, 8) of the image and (4, 8, 8) after the last segment."""
     split = copy.deepcopy(split)
     weights = halve(split)
     trained_taps = (

@@ -25,7 +25,7 @@ from isthmus.models.language.handoff.hidden_states import TOKENS, StateCodec, Tr
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.packing import Floats, packed, unpacked
 from isthmus.models.language.torch.decoder import Decoder, Span, chunks, rotate
-from isthmus.models.recipes.common.fit_tables import MAX_INTEGER, frequencies
+from isthmus.models.recipes.common.fit_bank import MAX_INTEGER, frequencies
 from isthmus.models.recipes.language.device import exit_tensors
 from isthmus.models.recipes.language.exits import Exit
 from isthmus.models.recipes.language.llama import Llama

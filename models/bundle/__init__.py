@@ -1,1 +1,1 @@
-"""A model on disk: a folder with a manifest, listed files and one fingerprint."""
+"""A model on disk: a folder with a manifest, files and one fingerprint."""

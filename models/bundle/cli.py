@@ -23,14 +23,14 @@ WINGS: dict[str | None, str] = {
 
 @click.group(epilog="Example: python -m isthmus.models.bundle verify models/zoo/elpv")
 def main() -> None:
-    """Look at a bundle, or check every byte of it."""
+    """Inspect or verify a bundle."""
 
 
 @main.command(epilog="Example: python -m isthmus.models.bundle inspect models/zoo/elpv --json")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def inspect(folder: Path, as_json: bool) -> None:
-    """Print what FOLDER says of itself; every byte is verified first."""
+    """Verify the bundle FOLDER, then print a summary."""
     manifest, wing = opened(folder)
     if as_json:
         click.echo(manifest.model_dump_json(indent=1, exclude_none=True))
@@ -42,7 +42,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(folder: Path, as_json: bool) -> None:
-    """Check every file of FOLDER against its manifest, and the integer tables against each other."""
+    """Verify size and hash of every file of the bundle FOLDER, and that weights and integer tables are readable."""
     manifest, _ = opened(folder)
     size = sum(entry.size for entry in manifest.files.values())
     result = {

@@ -1,9 +1,9 @@
-"""A model on disk: a folder with a manifest, weights, ONNX segments and integer tables. The only disk access there is.
+"""A model on disk: a folder with a manifest, weights, ONNX graphs and integer tables.
 
     manifest.json   a schema derived from `bundle.manifest.BundleManifest`; lists every other file with size and SHA-256
     fingerprint     SHA-256 of the manifest as canonical JSON without this field; it identifies every byte of the bundle
 
-Knows no kind of model: each wing has its own manifest schema, and opens its own bundles.
+Knows no kind of model: each wing has a manifest schema of its own.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Schema = TypeVar("Schema", bound=BundleManifest)
 
 
 class Files:
-    """What lies beside a manifest, read as the manifest vouches for it."""
+    """The files of a bundle, verified against its manifest as they are read."""
 
     def __init__(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
         self.folder = folder
         self._entries = entries
 
     def check(self) -> None:
-        """Raises BundleError naming the file that is missing or not what the manifest says."""
+        """Raises BundleError naming the first file that is missing or differs from its entry."""
         for name in self._entries:
             self.read(name)
 
     def read(self, name: str) -> bytes:
-        """One file's bytes. Raises BundleError."""
+        """The bytes of one file. Raises BundleError when its size or hash differs from its entry."""
         entry = self._entries.get(name)
         if entry is None:
             raise BundleError(f"{self.folder}: the manifest lists no file {name}")
@@ -56,7 +56,7 @@ class Files:
         return data
 
     def tensors(self, name: str) -> dict[str, NDArray[Any]]:
-        """The arrays of a safetensors file. Raises BundleError when it does not parse or a float is not finite."""
+        """The arrays of a safetensors file. Raises BundleError when it cannot be parsed or a float is not finite."""
         try:
             tensors = safetensors.numpy.load(self.read(name))
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -89,7 +89,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def read_json(folder: Path) -> dict[str, Any]:
-    """A manifest as it is written, not validated. Raises BundleError."""
+    """A manifest's JSON object, not validated. Raises BundleError."""
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder")
     path = folder / MANIFEST
@@ -106,9 +106,10 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes], schema: type[Schema]) -> Path:
-    """Write a new bundle in one step: a folder beside `folder` is filled, checked, then renamed into place; `folder`.
+    """Write a bundle atomically: to a temporary folder, which is verified, then renamed to `folder`. Returns `folder`.
 
-    `manifest` lacks `schema_version`, `files` and `fingerprint`, which are added here. An older bundle is replaced.
+    `manifest` lacks `schema_version`, `files` and `fingerprint`, which are added here. An existing bundle is replaced.
+    Raises BundleError when manifest or files are not valid.
     """
     listed = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     content = {
@@ -121,7 +122,7 @@ def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    entries = read_manifest(partial, schema).files  # before a file is written under a name that it would refuse
+    entries = read_manifest(partial, schema).files  # validates file names before any is written to
     for name, data in files.items():
         (partial / name).write_bytes(data)
     Files(partial, entries).check()
@@ -138,7 +139,7 @@ def fingerprint_of(content: Mapping[str, Any]) -> str:
 
 
 def read_plain(path: Path, limit: int) -> bytes:
-    """A regular file's bytes, at most `limit + 1` of them; links are refused, they could lead out of the bundle."""
+    """The first `limit + 1` bytes of a file. Raises BundleError for links, which could lead out of the bundle."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise BundleError(f"{path}: not a regular file")
@@ -149,7 +150,7 @@ def read_plain(path: Path, limit: int) -> bytes:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing wrong with a manifest, in one line."""
+    """The first validation error of a manifest, in one line."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ascii(".".join(str(step)[:50] for step in problem["loc"]))[1:-1] or "manifest"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -1,13 +1,13 @@
-"""Which prior each integer of a latent is coded under, from integers that are already known. Integer sums and lookups.
+"""The prior of each integer of a latent, from integers that are already known. Integer sums and lookups only.
 
-Knows nothing about frequencies or bytes. Places are known in two phases, as on a checkerboard:
+Knows nothing about frequencies or bytes. Positions form a checkerboard of two phases:
 
-    0 1 0 1 0    phase 0: nothing is known yet but where the image ends
-    1 0 1 0 1    phase 1: the neighbours to both sides, above and below
+    0 1 0 1 0    phase 0, the anchors: nothing is known but where the image ends
+    1 0 1 0 1    phase 1, the non-anchors: the four anchors around each are known
     0 1 0 1 0
 
 A context is a guess of the integer, slope * sum of neighbours + bias, cut into steps of 2**STEP_BITS. What lies outside
-the image counts as zero, so its ends have biases of their own.
+the image counts as zero, so positions at its ends have additional biases.
 
 Source: He et al., "Checkerboard Context Model" (CVPR 2021), with weighted sums in place of a network.
 """
@@ -21,70 +21,74 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+ANCHOR, NON_ANCHOR = 0, 1  # the phases
 PHASES = 2
-QUARTERS = ((1, 1), (0, 0), (0, 1), (1, 0))  # parity of row and column; two quarters a phase
-CONTEXTS = (slice(0, 6), slice(6, 18))  # contexts of a phase, among all of a channel
+# Parity of row and column of the four polyphase components: the first two are the anchors, the others the non-anchors.
+COMPONENTS = ((1, 1), (0, 0), (0, 1), (1, 0))
+CONTEXTS = (slice(0, 6), slice(6, 18))  # of each phase, among all contexts of a channel
 ALL_CONTEXTS = 18
 STEP_BITS = 4
 ENDS = 4  # first row, last row, first column, last column
-OUTSIDE = 255  # in place of a prior where there is no integer; sorts behind all priors
+OUTSIDE = 255  # in place of a prior where there is no integer; sorts after all priors
 
 Integers = NDArray[np.int32]
 Flat = NDArray[np.int16]
 Priors = NDArray[np.uint8]
 
 
-class Lattice:
-    """Some channels of a latent as one flat array: quarter after quarter, channel after channel, row after row.
+class Checkerboard:
+    """Layout of a latent's channels in a flat array: polyphase component by component, channel by channel, row by row.
 
-    A neighbour is at the same distance everywhere. Where the image ends it is a zero: between rows, between channels,
-    or before the first quarter, whose rows and columns are the odd ones and leave room for it.
+    A neighbour is at the same distance everywhere. Outside the image it is a zero: padding between rows, between
+    channels, or before the first component, whose rows and columns are the odd ones and leave room for it.
     """
 
     def __init__(self, shape_CHW: tuple[int, int, int], live: Sequence[int]) -> None:
-        """`live` are the channels that are laid out; the others count as zeros."""
+        """`live` are the channels that the array holds; the others count as zeros."""
         self.shape_CHW = shape_CHW
         channels, height, width = shape_CHW
         self._grid = (len(live), height // 2 + 1, width // 2 + 1)
         self._stride = width // 2 + 1
-        self.slot = (height // 2 + 1) * self._stride  # places of a channel in a quarter
-        self.half = 2 * len(live) * self.slot  # places of a phase
-        self._phases = [slice(self._stride + self.half * p, self._stride + self.half * (p + 1)) for p in range(PHASES)]
-        length = 2 * self._stride + 2 * self.half
+        self.plane = (height // 2 + 1) * self._stride  # positions of a channel in a component, padding included
+        self.phase_size = 2 * len(live) * self.plane  # positions of a phase, padding included
+        self._phases = [
+            slice(self._stride + self.phase_size * p, self._stride + self.phase_size * (p + 1)) for p in range(PHASES)
+        ]
+        length = 2 * self._stride + 2 * self.phase_size
         index_CHW = np.arange(channels * height * width).reshape(shape_CHW)
-        self._place, self.inside = np.zeros(length, np.intp), np.zeros(length, np.int16)
-        for quarter, (row, column) in enumerate(QUARTERS):
+        self._index, self.inside = np.zeros(length, np.intp), np.zeros(length, np.int16)
+        for component, (row, column) in enumerate(COMPONENTS):
             part = index_CHW[live, row::2, column::2]
-            self._quarter(self._place, quarter)[:, : part.shape[1], : part.shape[2]] = part
-            self._quarter(self.inside, quarter)[:, : part.shape[1], : part.shape[2]] = 1
-        self._back = np.full(channels * height * width, length - 1)
-        self._back[self._place[self.inside > 0]] = np.flatnonzero(self.inside)
+            self._component(self._index, component)[:, : part.shape[1], : part.shape[2]] = part
+            self._component(self.inside, component)[:, : part.shape[1], : part.shape[2]] = 1
+        self._inverse = np.full(channels * height * width, length - 1)
+        self._inverse[self._index[self.inside > 0]] = np.flatnonzero(self.inside)
 
-    def spread(self, integers_CHW: NDArray[np.integer[Any]]) -> Flat:
-        """Integers (..., C, H, W) within 16 bits -> (..., length)."""
+    def scatter(self, integers_CHW: NDArray[np.integer[Any]]) -> Flat:
+        """Integers (..., C, H, W) within 16 bits -> flat (..., length)."""
         planes = integers_CHW.reshape(*integers_CHW.shape[:-3], -1)
-        flat: Flat = planes.take(self._place, axis=-1).astype(np.int16)
+        flat: Flat = planes.take(self._index, axis=-1).astype(np.int16)
         flat *= self.inside
         return flat
 
-    def collect(self, flat: Flat) -> Flat:
-        """The inverse of `spread`, for one latent."""
-        return flat.take(self._back).reshape(self.shape_CHW)
+    def gather(self, flat: Flat) -> Flat:
+        """Flat (length,) -> (C, H, W): the inverse of `scatter`, for one latent."""
+        return flat.take(self._inverse).reshape(self.shape_CHW)
 
     def blank(self) -> Flat:
-        """No integers known yet."""
+        """A flat array in which no integer is known yet."""
         return np.zeros(len(self.inside), np.int16)
 
     def phase(self, flat: Flat, phase: int) -> Flat:
-        """The part of a flat array that a phase makes known, a view."""
+        """The part of a flat array that holds a phase, as a view."""
         part: Flat = flat[..., self._phases[phase]]
         return part
 
     def neighbours(self, flat: Flat) -> tuple[Flat, Flat]:
-        """For each place of phase 1 the sum of what is left and right of it, and of what is above and below."""
-        odd, size, stride = self._stride, self.half // 2, self._stride
+        """For each non-anchor the sum of the anchors to its left and right, and of those above and below it."""
+        odd, size, stride = self._stride, self.phase_size // 2, self._stride
         even = odd + size
-        across, down = (np.empty((*flat.shape[:-1], self.half), np.int16) for _ in range(2))
+        across, down = (np.empty((*flat.shape[:-1], self.phase_size), np.int16) for _ in range(2))
         np.add(flat[..., even : even + size], flat[..., even + 1 : even + 1 + size], out=across[..., :size])
         np.add(flat[..., odd - 1 : even - 1], flat[..., odd:even], out=across[..., size:])
         np.add(flat[..., odd - stride : even - stride], flat[..., odd:even], out=down[..., :size])
@@ -92,27 +96,27 @@ class Lattice:
         return across, down
 
     def ends(self) -> Flat:
-        """Bit by bit for each place: is it in the first row, the last row, the first column, the last column?"""
+        """One bit each: whether a position is in the first row, the last row, the first column, the last column."""
         ends_CHW = np.zeros(self.shape_CHW, np.int32)
         for bit, end in enumerate((np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1])):
             ends_CHW[end] |= 1 << bit
-        return self.spread(ends_CHW)
+        return self.scatter(ends_CHW)
 
     def channels(self) -> NDArray[np.intp]:
-        """Which of the laid out channels each place of a phase belongs to."""
-        return np.tile(np.repeat(np.arange(self._grid[0]), self.slot), 2)
+        """The index into `live` of the channel that each position of a phase belongs to."""
+        return np.tile(np.repeat(np.arange(self._grid[0]), self.plane), 2)
 
-    def _quarter(self, flat: NDArray[np.generic], quarter: int) -> NDArray[np.generic]:
-        start = self._stride + quarter * self.half // 2
-        return flat[start : start + self.half // 2].reshape(self._grid)
+    def _component(self, flat: NDArray[np.generic], component: int) -> NDArray[np.generic]:
+        start = self._stride + component * self.phase_size // 2
+        return flat[start : start + self.phase_size // 2].reshape(self._grid)
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Of the contexts of C channels.
+class ContextWeights:
+    """The weights of the contexts of C channels.
 
-    low, high: the integers a channel may take. near: how often sums across and down count in phase 1, slope: how much
-    each neighbour then does. bias: of each phase. ends: what each of the image's ends adds to it.
+    low, high: the range of a channel's integers. near: the weights of horizontal and vertical sums of a non-anchor's
+    neighbours; slope: the weight of both. bias: of each phase. ends: what each of the image's ends adds to the bias.
     """
 
     low_C: NDArray[np.int8]
@@ -123,19 +127,19 @@ class Weights:
     ends_C24: NDArray[np.int8]
 
     def sums(self, channel: int, phase: int) -> NDArray[np.intp]:
-        """Every sum that the neighbours of a place can have."""
+        """Every sum that the neighbours of a position can have."""
         count = 2 * int(self.near_C2[channel].sum(dtype=np.intp)) if phase else 0
         low, high = min(0, int(self.low_C[channel])), max(0, int(self.high_C[channel]))
         return np.arange(count * low, count * high + 1)
 
     def reach(self) -> int:
-        """No sum is larger, not even between channels."""
+        """An upper bound of the magnitude of any sum, even one across the padding between channels."""
         largest = max(map(abs, (*self.low_C.tolist(), *self.high_C.tolist())), default=0)
         near: int = self.near_C2.sum(1, dtype=np.intp).max(initial=0)
         return 2 * largest * int(near)
 
     def contexts(self, channel: int, phase: int, ends: int) -> NDArray[np.intp]:
-        """The context for each of these sums, at a combination of the image's ends."""
+        """The context for each of `sums`, at a combination of the image's ends."""
         bias = int(self.bias_C2[channel, phase])
         bias += sum(int(self.ends_C24[channel, phase, end]) for end in range(ENDS) if ends >> end & 1)
         guesses = int(self.slope_C[channel]) * self.sums(channel, phase) + bias
@@ -143,26 +147,26 @@ class Weights:
         return among.start + np.clip(guesses >> STEP_BITS, 0, among.stop - among.start - 1)
 
 
-class Contexts:
+class ContextLookup:
     """Lookups from sums of neighbours to priors, for one rate."""
 
-    def __init__(self, lattice: Lattice, weights: Weights, prior_CK: Priors) -> None:
-        """`prior_CK` are the priors of each channel's contexts."""
-        self.lattice = lattice
-        lookup, base_N = tabulate(lattice, weights, prior_CK, 0)
-        self._first = lookup[base_N]
-        self._lookup, self._base = tabulate(lattice, weights, prior_CK, 1)
+    def __init__(self, board: Checkerboard, weights: ContextWeights, prior_CK: Priors) -> None:
+        """`prior_CK`: the prior of each context of each channel."""
+        self.board = board
+        lookup, base_N = tabulate(board, weights, prior_CK, ANCHOR)
+        self._anchors = lookup[base_N]
+        self._lookup, self._base = tabulate(board, weights, prior_CK, NON_ANCHOR)
         near_C2 = weights.near_C2.astype(np.int16)
-        self._across, self._down = near_C2[lattice.channels()].T.copy()
+        self._across, self._down = near_C2[board.channels()].T.copy()
 
     def priors(self, flat: Flat, phase: int) -> Priors:
-        """The prior of each place of a phase, OUTSIDE where there is no integer.
+        """The prior of each position of a phase, OUTSIDE where there is no integer.
 
-        `flat` (..., length) must hold the phase before, within what its channels can take.
+        For non-anchors `flat` (..., length) must hold the anchors, each within its channel's range.
         """
-        if phase == 0:
-            return self._first
-        index, down = self.lattice.neighbours(flat)
+        if phase == ANCHOR:
+            return self._anchors
+        index, down = self.board.neighbours(flat)
         index *= self._across
         down *= self._down
         index += down
@@ -171,24 +175,24 @@ class Contexts:
 
 
 def tabulate(
-    lattice: Lattice, weights: Weights, prior_CK: Priors, phase: int
+    board: Checkerboard, weights: ContextWeights, prior_CK: Priors, phase: int
 ) -> tuple[Priors, NDArray[np.int16] | NDArray[np.int32]]:
-    """The priors of a phase in one array, and for each place where in it the prior for a sum of zero is.
+    """The priors of a phase in one array, and for each position the index of its prior for a sum of zero.
 
-    Places of one channel at the same ends share a part of it. Those outside the image share one that says OUTSIDE.
+    Positions of one channel at the same ends share a part of the array. Those outside the image share one of OUTSIDE.
     """
-    kind_N = lattice.channels() << ENDS | lattice.phase(lattice.ends(), phase)
-    inside_N = lattice.phase(lattice.inside, phase) > 0
+    kind_N = board.channels() << ENDS | board.phase(board.ends(), phase)
+    inside_N = board.phase(board.inside, phase) > 0
     parts: list[Priors] = []
-    size, zeros = 0, np.zeros((len(prior_CK) << ENDS) + 1, np.intp)
+    size, zero = 0, np.zeros((len(prior_CK) << ENDS) + 1, np.intp)
     for kind in np.unique(kind_N[inside_N]).tolist():
         channel, ends = divmod(kind, 1 << ENDS)
         parts.append(prior_CK[channel, weights.contexts(channel, phase, ends)])
         sums = weights.sums(channel, phase)
-        zeros[kind] = size - sums[0]
+        zero[kind] = size - sums[0]
         size += len(sums)
     reach = weights.reach()
     parts.append(np.full(2 * reach + 1, OUTSIDE, np.uint8))
-    zeros[-1] = size + reach
-    base_N = zeros[np.where(inside_N, kind_N, -1)]
+    zero[-1] = size + reach
+    base_N = zero[np.where(inside_N, kind_N, -1)]
     return np.concatenate(parts), base_N.astype(np.int16 if size + 2 * reach < 1 << 15 else np.int32)

@@ -1,4 +1,4 @@
-"""The integer tables of the contextual codec: what a bundle stores for a bottleneck, and what makes it sound."""
+"""The integer tables of the contextual codec, as a bundle stores them for a bottleneck, and their validation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.codecs.context_model import ALL_CONTEXTS, CONTEXTS, ENDS, OUTSIDE, Priors, Weights
+from isthmus.models.codecs.context_model import (
+    ALL_CONTEXTS,
+    CONTEXTS,
+    ENDS,
+    NON_ANCHOR,
+    OUTSIDE,
+    ContextWeights,
+    Priors,
+)
 from isthmus.models.errors import BundleError
 
 FREQUENCY_BITS = 16  # CompressAI's precision
-MAX_SYMBOLS = 512  # of a table; integers are 8-bit, a prior may start below the lowest and end above the highest
-MAX_NEAR = 3  # how often a sum may count; keeps lookups small
+MAX_SYMBOLS = 512  # of a table; integers have 8 bits, a prior may start below the lowest and end above the highest
+MAX_NEAR = 3  # weight of a sum of neighbours; keeps lookups small
 
 
 @dataclass(frozen=True)
 class Tables:
     """R rates of C channels, of which L rows, rate after rate, are not silent (low < high); T tables, E priors.
 
-    gain: integers = round(latent * gain). low, high: the integers a channel may take.
+    gain: integers = round(latent * gain). low, high: the range of a channel's integers.
     near, slope, bias, ends: weights of a row's contexts (`context_model`). prior: the prior of each context.
-    table, first: of a prior; priors are in the order of their tables. lengths, frequencies: the tables one after
-    another, each entry >= 1, sum 2**16.
+    table, first: of a prior, its table and the integer of that table's first symbol; priors are sorted by table.
+    lengths, frequencies: the tables concatenated, each entry >= 1, each table's sum 2**16.
     """
 
     gain_RC: NDArray[np.float32]
@@ -46,18 +54,18 @@ class Tables:
         return np.split(self.frequencies.astype(np.int64), ends[:-1])
 
     def bits(self, rate: int) -> int:
-        """About the most bits that a symbol of a rate's last phase takes on average; the same on every machine."""
-        used = np.unique(self.table_E[self.contexts(rate)[1][:, CONTEXTS[-1]]]).tolist()
+        """About the most bits that a non-anchor's symbol takes on average at a rate; the same on every machine."""
+        used = np.unique(self.table_E[self.contexts(rate)[1][:, CONTEXTS[NON_ANCHOR]]]).tolist()
         tables: list[list[int]] = [self.bank()[table].tolist() for table in used]
         lengths = [sum(f * (FREQUENCY_BITS + 1 - f.bit_length()) for f in table) for table in tables]
         return max([1, *(length >> FREQUENCY_BITS for length in lengths)])
 
-    def contexts(self, rate: int) -> tuple[Weights, Priors]:
+    def contexts(self, rate: int) -> tuple[ContextWeights, Priors]:
         """Weights and priors of a rate's channels that are not silent."""
         live_RC = self.low_RC < self.high_RC
         end = int(live_RC[: rate + 1].sum())
         rows, live_C = slice(end - int(live_RC[rate].sum()), end), live_RC[rate]
-        weights = Weights(
+        weights = ContextWeights(
             low_C=self.low_RC[rate, live_C],
             high_C=self.high_RC[rate, live_C],
             near_C2=self.near_L2[rows],
@@ -100,7 +108,7 @@ def check_tables(tables: Tables, channels: int) -> None:
 
 
 def check_bank(tables: Tables) -> None:
-    """Raise BundleError unless tables and priors are sound."""
+    """Raise BundleError unless tables and priors are valid."""
     if not len(tables.lengths_T):
         raise BundleError("there are no tables")
     if (total := tables.lengths_T.sum(dtype=np.int64)) != len(tables.frequencies):
@@ -128,7 +136,7 @@ def check_rows(tables: Tables) -> None:
     if shapes != [(rows, 2), (rows,), (rows, 2), (rows, 2, ENDS), (rows, ALL_CONTEXTS)]:
         raise BundleError(f"contexts have shapes {shapes}, {rows} channels are not silent")
     if (tables.near_L2 > MAX_NEAR).any():
-        raise BundleError(f"a sum of neighbours counts more than {MAX_NEAR} times")
+        raise BundleError(f"a sum of neighbours has a weight above {MAX_NEAR}")
     if (tables.prior_LK >= len(tables.table_E)).any():
         raise BundleError(f"a context has a prior that does not exist, there are {len(tables.table_E)}")
     first_LK = tables.first_E.astype(int)[tables.prior_LK]

@@ -5,58 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 
-from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.vision.bundle import Bundle
+from isthmus.models.recipes.options import failing_clearly, manifest_as_json, report, training_options
 from isthmus.models.vision.manifest import Preprocessing
-
-Command = Callable[..., Any]
 
 
 @click.group(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv")
 def main() -> None:
-    """Train a model and write it as a bundle. Interrupt a run whenever you like: started again, it goes on."""
-
-
-manifest_as_json = click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
-
-
-def use_threads(context: click.Context, parameter: click.Parameter, value: int) -> None:
-    if value:
-        torch.set_num_threads(value)
-
-
-def training_options(work: str) -> Callable[[Command], Command]:
-    """What every recipe asks: where its checkpoints are (`work` unless given), seed, threads."""
-    options = (
-        click.option(
-            "--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help="Checkpoints."
-        ),
-        click.option("--seed", default=0, show_default=True),
-        click.option(
-            "--threads",
-            default=0,
-            show_default=True,
-            expose_value=False,
-            callback=use_threads,
-            help="PyTorch threads; 0 for every core.",
-        ),
-    )
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    """Train a model and write it as a bundle. An interrupted run resumes when it is started again."""
 
 
 @main.command(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv --seed 0")
@@ -93,7 +53,7 @@ def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
 @training_options("runs/photos")
 @manifest_as_json
 def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_json: bool) -> None:
-    """Any photo: EfficientNet-Lite2's 1,000 classes behind a bridge, distilled without labels. An hour on two cores."""
+    """Any photo: EfficientNet-Lite2 with 1,000 classes, split and distilled without labels. An hour on two cores."""
     from isthmus.models.recipes.vision.photos import make
 
     with failing_clearly(work):
@@ -111,23 +71,25 @@ def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_js
     "--prompts",
     required=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="To measure on, never to train on: lines of JSON with turns, as Spec-Bench's.",
+    help="Prompts to evaluate on, not trained on: lines of JSON with turns, as in Spec-Bench.",
 )
 @click.option(
     "--depth",
     "depths",
     multiple=True,
     type=int,
-    help="An exit behind so many layers, repeatable; the last is where the device ends.  [default: half, two thirds]",
+    help="Number of layers before an exit, repeatable; the device runs the last one's.  [default: half, two thirds]",
 )
-@click.option("--exit", "depth", type=int, help="Train the exit behind so many layers and stop: one process for each.")
+@click.option(
+    "--exit", "depth", type=int, help="Train only the exit after this many layers, to train several in parallel."
+)
 @training_options("runs/language")
 @manifest_as_json
 def language(
     out: Path, model: str, prompts: Path, depths: tuple[int, ...], depth: int | None, work: Path, seed: int,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Exits of a language model, how its hidden states cross, and its KV fill. An hour on two cores."""
+    """Language model: exits, hidden-state codec and approximate KV for the handoff. An hour on two cores."""
     from isthmus.models.language.handoff.inspect import summary
     from isthmus.models.recipes.language.bundle import make, only_exit
 
@@ -153,7 +115,7 @@ def language(
 @training_options("runs/fashion")
 @manifest_as_json
 def fashion(out: Path, data: Path, work: Path, seed: int, as_json: bool) -> None:
-    """Fashion-MNIST: train a small network, split it behind three exits. An hour on two cores."""
+    """Fashion-MNIST: train a small network and split it with three exits. An hour on two cores."""
     from isthmus.models.recipes.vision.fashion import make
 
     with failing_clearly(work):
@@ -167,9 +129,9 @@ def fashion(out: Path, data: Path, work: Path, seed: int, as_json: bool) -> None
 @training_options("runs/sc2")
 @click.option("--json", "as_json", is_flag=True, help="Print the last figures of every stage as JSON.")
 def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, as_json: bool) -> None:
-    """Bottlenecks of others, trained on ELPV for `tests.bench.sc2`: all METHODS unless some are named.
+    """Bottlenecks of other papers, trained on ELPV for `tests.bench.sc2`. Default: all METHODS.
 
-    About half an hour a method on one core; several may run side by side.
+    About half an hour a method on one core; several can run in parallel.
     """
     from isthmus.models.recipes.vision.elpv import train_baselines
 
@@ -181,11 +143,11 @@ def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, as_
 @main.command(
     epilog="Example: python -m isthmus.models.recipes split --model zoo.nets:resnet --data photos --out my-bundle"
 )
-@click.option("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="Makes the trained torch.nn.Module.")
+@click.option("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="Returns the trained torch.nn.Module.")
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="Images; sub-folders, sorted, are classes."
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the bundle goes.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--name", help="Of the bundle.  [default: the last part of --out]")
 @click.option("--licence", default="the owner's", show_default=True, help="Of the model, as the bundle states it.")
 @click.option("--size", default=224, show_default=True, type=click.IntRange(16, 1024), help="Pixels of a side.")
@@ -214,21 +176,21 @@ def split(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Your own classifier: cut it, distil exits and a bottleneck, calibrate, and write a bundle.
+    """Your own classifier: split it, distil exits and a bottleneck, calibrate, and write a bundle.
 
-    The model is not changed, and neither device nor cloud needs its code. About an hour for 2,000 images on two cores.
+    The model does not change, and neither device nor cloud needs its code. An hour for 2,000 images on two cores.
     """
-    from isthmus.models.recipes.vision import own, own_data
-    from isthmus.models.recipes.vision.cutting import capture, places
+    from isthmus.models.recipes.vision import own, own_data, own_model
+    from isthmus.models.recipes.vision.cutting import capture, cut_indices
     from isthmus.models.vision.inspect import summary
 
     with failing_clearly(work):
         found = own_data.find(data)
         sys.path.insert(0, "")
-        captured = capture(own.load_model(model), (3, size, size))
-        chosen = cuts or own.proposed(captured)
-        places(captured, chosen)  # what cannot be is said before anything is read
-        click.echo("\n".join(own.table(captured, chosen, 3 * size * size)), err=as_json)
+        captured = capture(own_model.load_model(model), (3, size, size))
+        chosen = cuts or own_model.proposed(captured)
+        cut_indices(captured, chosen)  # invalid cuts are refused before the images are read
+        click.echo("\n".join(own_model.table(captured, chosen, 3 * size * size)), err=as_json)
         if table:
             return
         spec = Preprocessing(resize=max(size, resize or size), crop=(size, size), mean=mean, deviation=deviation)
@@ -241,29 +203,6 @@ def split(
     click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
     for line in (*summary(bundle.manifest), f"a JPEG of quality 75 has {figures['jpeg75_bytes']:.0f} bytes"):
         click.echo(line)
-
-
-def report(out: Path, bundle: Bundle, as_json: bool) -> None:
-    """What was written, and what it scores."""
-    if as_json:
-        click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
-        return
-    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
-    for name, score in bundle.manifest.scores.items():
-        click.echo(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
-
-
-@contextmanager
-def failing_clearly(work: Path) -> Iterator[None]:
-    """One line and a non-zero exit for what a run can fail of."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"interrupted; the same command goes on from {work}", err=True)
-        sys.exit(130)
-    except (IsthmusError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

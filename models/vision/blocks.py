@@ -1,4 +1,4 @@
-"""A network as a row of blocks, each of which takes the features of the one before: what can be split."""
+"""A network as a sequence of blocks that can be split between any two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Blocks(nn.Module):
     """
 
     def __init__(self, blocks: Sequence[nn.Module], channels: Sequence[int]) -> None:
-        """`channels` after each block, the last left out."""
+        """`channels`: output channels of each block except the last."""
         super().__init__()
         self.channels = list(channels)
         self.blocks = nn.Sequential(*blocks)
@@ -24,5 +24,5 @@ class Blocks(nn.Module):
         return logits_BK
 
     def section(self, start: int, stop: int | None = None) -> nn.Sequential:
-        """Blocks `start` to `stop`, shared with the whole."""
+        """Blocks `start` to `stop`, which share their weights with the whole."""
         return nn.Sequential(*list(self.blocks)[start:stop])

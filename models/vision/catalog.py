@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from isthmus.models.vision.manifest import Architecture
+from isthmus.models.vision.architecture import Architecture
 from isthmus.models.vision.split import SplitClassifier
 
 BUILDERS: dict[str, Callable[[Architecture], SplitClassifier]] = {

@@ -75,7 +75,7 @@ def same_conv(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
 
 
 class SameConv2d(nn.Conv2d):
-    """`same_conv` with a weight of its own; plain or depthwise."""
+    """`same_conv` as a module, plain or depthwise."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return same_conv(x_BCHW, self.weight, self.bias, self.stride[0], depthwise=self.groups > 1)

@@ -1,4 +1,4 @@
-"""The cloud's half of a network that came as ONNX graphs: what `Tail` is for those whose code we have."""
+"""The cloud's half of a split classifier whose code we do not have, run by ONNX Runtime; `tail.Tail` is for others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Floats = NDArray[np.float32]
 
 
 class GraphTail:
-    """Answers batches of latents and of whole images, by ONNX Runtime."""
+    """Computes probabilities of batches of latents and of whole images."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
-        """`threads` for ONNX Runtime; 0 for every core. Raises BundleError when a graph is not what it should be."""
+        """`threads` for ONNX Runtime; 0 for every core. Raises BundleError when a graph does not fit the manifest."""
         manifest = bundle.manifest
         if manifest.graphs is None:
             raise BundleError(f"{bundle.folder}: the manifest names no graphs")
@@ -40,22 +40,22 @@ class GraphTail:
         return softmax(run(self._taps[tap], inputs))
 
     def answer_images(self, images: Sequence[Floats]) -> Floats:
-        """Preprocessed images (3, H, W) -> probabilities_BK, by the uncut network."""
+        """Preprocessed images (3, H, W) -> probabilities_BK, by the unsplit network."""
         return softmax(run(self._image, {"x": np.stack(images)}))
 
     def latents_to_tasks(
         self, tap: int, latents: Sequence[Floats], rates: Sequence[int], tasks: Sequence[int]
     ) -> list[Floats]:
-        """Probabilities_BK for each of `tasks`, of which there is but one."""
+        """Probabilities_BK for each of `tasks`, which can only be the first."""
         return [self.answer_latents(tap, latents, rates) for _ in the_only(tasks)]
 
     def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
-        """Probabilities_BK for each of `tasks`, of which there is but one."""
+        """Probabilities_BK for each of `tasks`, which can only be the first."""
         return [self.answer_images(images) for _ in the_only(tasks)]
 
 
 def run(graph: Any, inputs: Mapping[str, NDArray[Any]]) -> Floats:
-    """Logits. Raises RuntimeError when the graph fails, as PyTorch does: onnxruntime's own errors share no base."""
+    """Logits. Raises RuntimeError when the graph fails, as PyTorch does: errors of onnxruntime share no base class."""
     try:
         logits_BK: Floats = graph.run(None, inputs)[0]
     except Exception as error:
@@ -64,7 +64,7 @@ def run(graph: Any, inputs: Mapping[str, NDArray[Any]]) -> Floats:
 
 
 def the_only(tasks: Sequence[int]) -> Sequence[int]:
-    """Raise InvalidInput when any task but the first is asked for."""
+    """`tasks`, once checked. Raises InvalidInput when any but the first is requested."""
     if any(tasks):
-        raise InvalidInput(f"tasks {list(tasks)} were asked for, a network of graphs answers task 0 alone")
+        raise InvalidInput(f"tasks {list(tasks)} were requested, a network of graphs has task 0 only")
     return tasks

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.onnx_session import INT64, TensorSpec
+from isthmus.models.vision.architecture import Shape
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graphs import open_graph
-from isthmus.models.vision.manifest import Precision, Shape
+from isthmus.models.vision.manifest import Precision
 
 Floats = NDArray[np.float32]
 
@@ -20,9 +21,9 @@ class Head:
     """Segments of the trunk, each with an exit, and the encoders of the taps."""
 
     def __init__(self, bundle: Bundle, threads: int = 0, precision: Precision = "fp32") -> None:
-        """`threads` for ONNX Runtime; 0 lets it take every core.
+        """`threads` for ONNX Runtime; 0 for every core.
 
-        Raises BundleError when a file is not what it says, InvalidInput when the bundle lacks the precision.
+        Raises BundleError when a graph does not fit the manifest, InvalidInput when the bundle lacks the precision.
         """
         manifest = bundle.manifest
         if precision not in manifest.heads:
@@ -42,7 +43,7 @@ class Head:
         return features_1CHW[0], softmax(logits_1K[0])
 
     def encode(self, tap: int, x_CHW: Floats, width: int) -> Floats:
-        """Image (a tap after 0 segments) or features behind as many as it comes after -> latent_CHW, not yet quantised.
+        """Input of a tap -> latent_CHW, not quantised. The input is the image, or the features after the tap's segment.
 
         `width` indexes the tap's widths. Raises InvalidInput when there is no such width.
         """
@@ -70,7 +71,7 @@ def one(shape: Shape) -> TensorSpec:
 
 
 def softmax(logits: Floats) -> Floats:
-    """Probabilities over the last axis."""
+    """Softmax over the last axis."""
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities: Floats = weights / weights.sum(-1, keepdims=True)
     return probabilities

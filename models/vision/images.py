@@ -1,4 +1,4 @@
-"""Photos: bytes from outside -> RGB pixels -> network input. Knows nothing about what is done with them."""
+"""Photos: file -> RGB pixels -> network input."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 50_000_000  # a 50-megapixel camera; decoded to 150 MB, met before anything is decompressed
+MAX_PIXELS = 50_000_000  # a 50-megapixel camera; 150 MB once decoded; checked before decompression
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file into RGB, upright as its EXIF orientation says.
+    """Decode a JPEG, PNG or WebP file into RGB, turned upright by its EXIF orientation.
 
     Raises InvalidInput when it is of another format, broken, or larger than MAX_PIXELS.
     """
@@ -25,7 +25,7 @@ def open_image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise InvalidInput(f"image has {width}x{height} pixels, at most {MAX_PIXELS} are taken")
+                raise InvalidInput(f"image has {width}x{height} pixels, at most {MAX_PIXELS} are accepted")
             return eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except InvalidInput:
         raise
@@ -34,27 +34,27 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Inspection cameras write 16-bit greys: keep their upper eight bits; Pillow's own conversion clips at 255."""
+    """An image of at most 8 bits a channel. Of 16-bit greys the upper 8 are kept; Pillow's conversion clips at 255."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def encode_image(image: Image.Image, form: Literal["jpeg", "png", "webp"], quality: int) -> bytes:
-    """A photo as a file; grey photos are stored with one channel where the format has it."""
+    """The image as a file of the given format."""
     buffer = io.BytesIO()
     image.save(buffer, form.upper(), quality=quality)
     return buffer.getvalue()
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether the three channels of an RGB image are equal."""
+    """Whether the three channels of an RGB image are equal everywhere."""
     pixels_HW3 = np.asarray(image)
     return bool((pixels_HW3 == pixels_HW3[..., :1]).all())
 
 
 def shrink(image: Image.Image, pixels: int) -> Image.Image:
-    """The image with its shorter side at most `pixels`, proportions kept; a small one stays as it is."""
+    """The image scaled so that its shorter side has at most `pixels`, proportions kept."""
     shorter = min(image.size)
     if shorter <= pixels:
         return image
@@ -69,7 +69,7 @@ def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.float32]:
     height, width = spec.crop
     left, top = (scaled_width - width) // 2, (scaled_height - height) // 2
     across, down = image.width / scaled_width, image.height / scaled_height
-    # Only the crop is computed: a 1 x 65,535 photo would grow to gigabytes if it were scaled as a whole.
+    # Only the crop is resized: a 1 x 65,535 photo would grow to gigabytes if it were scaled as a whole.
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
     pixels_HW3 = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box), dtype=np.float32)
     mean, deviation = np.array(spec.mean, np.float32), np.array(spec.deviation, np.float32)

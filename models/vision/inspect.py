@@ -22,7 +22,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def summary(manifest: Manifest) -> list[str]:
-    """A page for a person."""
+    """The lines that `inspect` prints."""
     lines = [
         f"{manifest.name}: {', '.join(task.name for task in manifest.tasks)}; {manifest.licence}",
         f"fingerprint  {manifest.fingerprint}",
@@ -59,7 +59,7 @@ def head_table(precision: Precision, head: Head, segments: Sequence[Segment]) ->
 
 def tap_table(tap: Tap, after: int) -> list[str]:
     """A line about a tap, then one for each of its widths and rates."""
-    where = f"behind segment {after - 1}" if after else "of the image"
+    where = f"after segment {after - 1}" if after else "of the image"
     latent = "x".join(map(str, tap.latent))
     lines = [
         f"tap {tap.name}: {where}, latent {latent}, at most {tap.max_payload_bytes} B,"

@@ -2,7 +2,8 @@
 
     image_B3HW -> the backbone's first blocks, at a width -> one more, its projection down to the latent -> latent_BCHW
 
-At width w every layer uses its first w of channels; each width has its own scale and bias behind each convolution.
+At width w every layer uses the first share w of its channels; each width has its own scale and bias after each
+convolution.
 Weights count one byte each on the device: they are trained rounded to 8 bits, and shipped so.
 Sources: slimmable networks with switchable batch norm, Yu et al. (ICLR 2019); slimmable encoders for split computing,
 Assine et al. (WoWMoM 2023); straight-through rounding, Jacob et al. (CVPR 2018), weights only.
@@ -32,7 +33,7 @@ def int8_scale(weight: Tensor) -> Tensor:
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """The weight as 8 bits hold it; gradients pass straight through."""
+    """The weight rounded to 8 bits, with a straight-through gradient."""
     scale = int8_scale(weight)
     return weight + ((weight / scale).round() * scale - weight).detach()
 
@@ -66,7 +67,7 @@ class SlimConv(nn.Module):
 
     @torch.no_grad()
     def start(self, weight: Tensor, norm: nn.BatchNorm2d) -> None:
-        """Start every width from a weight and the batch norm behind it."""
+        """Initialise every width from a weight and the batch norm after it."""
         self.weight.copy_(weight)
         for channels, own in zip(self.channels, self.norms, strict=True):
             for name, tensor in own.state_dict().items():
@@ -99,7 +100,7 @@ class SlimFront(nn.Module):
     """The backbone's first blocks, slimmable: image -> features."""
 
     def __init__(self, backbone: Iterable[nn.Module], widths: tuple[float, ...]) -> None:
-        """`backbone`: the blocks to repeat; their shapes are taken over here, their weights by `load`."""
+        """`backbone`: the blocks to repeat; their shapes are copied here, their weights by `load`."""
         super().__init__()
         self.blocks = nn.ModuleList(slim_block(block, widths) for block in backbone)
 
@@ -120,7 +121,7 @@ class SlimEncoder(nn.Module):
     """Image -> latent at one of `widths`, narrowest first."""
 
     def __init__(self, backbone: nn.Sequential, latent: int, widths: tuple[float, ...]) -> None:
-        """`backbone`: the blocks to repeat; the last becomes the bottleneck, with `latent` channels behind it."""
+        """`backbone`: the blocks to repeat; the last becomes the bottleneck, with `latent` output channels."""
         super().__init__()
         self.widths = widths
         *first, last = backbone
@@ -141,7 +142,7 @@ def conv_norms(block: nn.Module) -> list[tuple[SameConv2d, nn.BatchNorm2d]]:
 
 
 def slim_block(block: nn.Module, widths: tuple[float, ...], outputs: int | None = None) -> SlimBlock:
-    """A slimmable block of the shape of a backbone's; with `outputs`, every width has so many channels behind it."""
+    """A slimmable block of the shape of a backbone's; with `outputs`, every width has as many output channels."""
     residual = isinstance(block, InvertedResidual)
     convs = [conv for conv, _ in conv_norms(block)]
     return SlimBlock(
@@ -162,7 +163,7 @@ def slim_block(block: nn.Module, widths: tuple[float, ...], outputs: int | None 
 
 
 class FrozenSlim(nn.Module):
-    """What is shipped of an encoder: int8 weights once, float16 scale and bias a width."""
+    """An encoder as it is shipped: int8 weights once, float16 scale and bias for each width."""
 
     def __init__(self, encoder: SlimEncoder) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
-"""A backbone cut in two with bottlenecks between, exits on the way: the PyTorch side, for training and the cloud.
+"""A backbone split in two, with exits and bottlenecks: the PyTorch side, for training and the cloud.
 
 Knows nothing about rates' integer tables or the wire.
 
-    images_B3HW -> taps[0].encoder -----------------> latent ~ the bridge ~ taps[0].decoder -> [blocks] -+
+    images_B3HW -> taps[0].encoder -----------------> latent ~ bytes ~ taps[0].decoder -> [blocks] ------+
                 -> segment 0 -> exit 0                                                                   |
                    segment 1 -> exit 1                                                                   |
-                   ...       -> taps[1].encoder ----> latent ~ the bridge ~ taps[1].decoder -------------+-> tail
+                   ...       -> taps[1].encoder ----> latent ~ bytes ~ taps[1].decoder ------------------+-> tail
                                                                                                          +-> heads
 
-A decoder gives the features before a block of the backbone, which goes on from there, in a copy of its own if the tap
-has one. `tail(trunk(x))` is the unsplit backbone: a whole image sent to the cloud goes that way, past every bottleneck.
-A tail answers the first task; every other task has a small head beside it.
+A decoder reconstructs the features before some block of the backbone; the following blocks are the backbone's, or the
+tap's own copy. `tail(trunk(x))` is the unsplit backbone, for whole images sent to the cloud. The tail computes the
+first task; every other task has a small head on the same features.
 Source: Matsubara et al., "Supervised Compression for Resource-Constrained Edge Computing Systems" (WACV 2022); several
 tasks from one payload: Matsubara et al., "Ladon" (WACV 2025).
 """
@@ -22,9 +22,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.blocks import Blocks
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite, InvertedResidual, Stage, conv_bn, fuse_batch_norms
-from isthmus.models.vision.manifest import Architecture, TapArchitecture
 from isthmus.models.vision.slim import SlimEncoder
 
 EXIT_CHANNELS = 256
@@ -60,13 +60,13 @@ class Encoder(nn.Module):
         self.project = nn.Conv2d(inputs, latent, 1)
 
     def forward(self, features_BCHW: Tensor, width: int = 0) -> Tensor:
-        """`width`: of which there is but one."""
+        """`width`: ignored, there is only one."""
         latent_BCHW: Tensor = self.project(self.body(features_BCHW))
         return latent_BCHW
 
 
 class Decoder(nn.Module):
-    """Latent -> trunk features, told the rate by one bias vector a rate."""
+    """Latent -> trunk features, conditioned on the rate by one bias vector a rate."""
 
     def __init__(self, latent: int, outputs: int, hidden: int, rates: int) -> None:
         super().__init__()
@@ -85,10 +85,10 @@ class Decoder(nn.Module):
 
 
 class DenseDecoder(nn.Module):
-    """Latent -> trunk features: a linear map, mended by residual blocks of 3x3 convolutions that are told the rate.
+    """Latent -> trunk features: a linear map plus residual blocks of 3x3 convolutions conditioned on the rate.
 
-    As many weights as it likes, they stay in the cloud; matrix units run them faster than `Decoder`'s depthwise ones.
-    Untrained, it is the linear map alone.
+    Its many weights stay in the cloud; matrix units run dense convolutions faster than `Decoder`'s depthwise ones.
+    Before training it is the linear map only.
     """
 
     BLOCKS = 3
@@ -117,7 +117,7 @@ class DenseDecoder(nn.Module):
 
 
 def repeated(backbone: Blocks, tap: TapArchitecture) -> nn.Sequential:
-    """The blocks that the encoder of a tap behind the image repeats: the first, and the one before `rejoin`."""
+    """The blocks that the encoder of a tap on the image repeats: the first ones, and the one before `rejoin`."""
     return nn.Sequential(*backbone.section(0, tap.blocks), backbone.blocks[tap.rejoin - 1])
 
 
@@ -149,7 +149,7 @@ class Tap(nn.Module):
 
     @property
     def slim(self) -> SlimEncoder:
-        """The encoder of a tap behind the image."""
+        """The encoder of a tap on the image."""
         assert isinstance(self.encoder, SlimEncoder)
         return self.encoder
 
@@ -158,7 +158,7 @@ class SplitClassifier(nn.Module):
     """Backbone, cuts, exits, taps and heads as one module, so that one state dict holds all weights."""
 
     def __init__(self, architecture: Architecture, backbone: Blocks | None = None) -> None:
-        """`backbone`: the network itself, where its name is not that of one we can build."""
+        """`backbone`: the network itself, where `architecture.backbone` is not a name that we can build."""
         super().__init__()
         self.cuts = architecture.cuts
         first, *others = architecture.classes
@@ -186,7 +186,7 @@ class SplitClassifier(nn.Module):
         return logits_BK
 
     def exit(self, index: int) -> nn.Module:
-        """Features after cut `index` -> logits: a head of its own, or some of the backbone's later blocks."""
+        """Features after cut `index` -> logits: an exit head, or some of the backbone's later blocks."""
         if self.exit_blocks:
             return nn.Sequential(*(self.backbone.blocks[block] for block in self.exit_blocks[index]))
         return self.exits[index]
@@ -205,7 +205,7 @@ class SplitClassifier(nn.Module):
         return decoded_BCHW
 
     def answer(self, features_BCHW: Tensor, task: int, tap: int | None = None) -> Tensor:
-        """Logits of one task from features after the last cut: untouched ones, or what `decode` made of a tap's."""
+        """Logits of one task from features after the last cut: the trunk's, or those that `decode` gives for a tap."""
         if task:
             logits_BK: Tensor = self.heads[task - 1](features_BCHW)
             return logits_BK

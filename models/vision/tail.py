@@ -19,11 +19,11 @@ from isthmus.models.vision.split import SplitClassifier
 
 Floats = NDArray[np.float32]
 
-FIRST = (0,)  # the tasks of those who ask for the first alone
+FIRST = (0,)  # the first task only
 
 
 class Tail:
-    """Answers batches of latents and of whole images with one set of weights, each for any of the bundle's tasks."""
+    """Computes probabilities of batches of latents and of whole images, for any of the bundle's tasks."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Build the architecture and load its weights. Raises BundleError when they do not fit."""
@@ -48,7 +48,7 @@ class Tail:
 
     @torch.inference_mode()
     def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
-        """Preprocessed images (3, H, W) -> probabilities_BK of each of `tasks`; no bottleneck is met."""
+        """Preprocessed images (3, H, W) -> probabilities_BK of each of `tasks`, by the unsplit cloud model."""
         images_B3HW = torch.from_numpy(np.stack(images)).to(memory_format=torch.channels_last)
         return self._answers(self._split.trunk(images_B3HW), tasks)
 
@@ -88,12 +88,12 @@ def load_split(bundle: Bundle) -> SplitClassifier:
 
 
 def in_channels(scale_O: Tensor, axes: int) -> Tensor:
-    """A scale of each output channel, shaped to be multiplied with a weight of so many axes."""
+    """A scale of each output channel, reshaped to broadcast over a weight with `axes` dimensions."""
     return scale_O.view(-1, *[1] * (axes - 1))
 
 
 def widened(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as the network has them: those in 8 bits are multiplied with their scales. Raises BundleError."""
+    """Stored weights as the network takes them: 8-bit ones are multiplied with their scales. Raises BundleError."""
     found = {name: tensor for name, tensor in stored.items() if tensor.dtype != torch.int8}
     for name, codes in stored.items():
         if codes.dtype == torch.int8:

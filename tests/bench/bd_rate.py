@@ -1,19 +1,19 @@
-"""How many bytes fewer for the same quality: Bjontegaard's delta rate over few, noisy settings, with paired bootstrap.
+"""Change of bytes at equal quality: Bjontegaard's delta rate from few, noisy settings, with a paired bootstrap.
 
-Knows nothing of codecs: arrays in, arrays out. Legend: R resamples (row 0 is the sample itself), S settings of one
-method, N photos, Q wanted qualities.
+Knows nothing about codecs: arrays in, arrays out. Legend: R resamples (row 0 is the sample itself), S settings of one
+method, N photos, Q qualities.
 
     right_SN, bytes_SN --weights_RN--> quality_RS, bytes_RS --envelope--> Curves --> bd_rate, bytes_at --> Estimate
 
-A method's curve is the upper envelope of its settings: what it reaches at b bytes is the best of its settings that cost
-at most b, because that is the one an operator would take. So it rises by construction, two families (a codec with and
-without halving the photo) merge into one curve, and a setting that costs more and gives less counts for nothing. The
-alternative, isotonic regression, averages neighbours and would blame a method for its bad settings. The best of several
-noisy figures is a little too good, the more so the more settings a method has; every resample takes its envelope anew,
-so that the interval covers it. Between settings log2(bytes) is linear in quality: no polynomial can overshoot.
+A method's curve is the upper envelope of its settings: its quality at b bytes is the best of the settings that cost at
+most b, which an operator would choose. So it rises by construction, two families (a codec with and without halving the
+photo) merge into one curve, and dominated settings have no effect. The alternative, isotonic regression, averages
+neighbours, so bad settings would count against a method. The maximum of several noisy figures is biased upwards, the
+more so the more settings a method has; every resample computes its own envelope, so that the interval covers this.
+Between settings log2(bytes) is linear in quality: no polynomial can overshoot.
 
 Source: Bjontegaard, "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001: mean difference of
-log-rate over the quality that both curves reach. There is none where they share no quality: then NaN, never a guess.
+log-rate over the range of quality that both curves reach; NaN where they share none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curves:
-    """One rising curve a resample; where settings were dropped, their neighbours stand twice."""
+    """One rising curve a resample; dropped settings repeat their neighbours."""
 
     quality_RS: Floats
     log2_bytes_RS: Floats
@@ -47,7 +47,7 @@ class Estimate:
 def resampling_weights(photos: int, resamples: int, seed: int = 0) -> Floats:
     """weights_RN, rows adding up to 1: the sample itself, then `resamples` draws of as many photos with replacement.
 
-    Every method is weighed by the same rows, so that what a draw does to one it does to all.
+    All methods use the same rows, so that the resampling is paired.
     """
     draws_RN = np.random.default_rng(seed).multinomial(photos, np.full(photos, 1 / photos), size=resamples)
     weights_RN: Floats = np.concatenate([np.ones((1, photos)), draws_RN]) / photos
@@ -55,7 +55,7 @@ def resampling_weights(photos: int, resamples: int, seed: int = 0) -> Floats:
 
 
 def envelope(bytes_RS: Floats, quality_RS: Floats) -> Curves:
-    """The curve through the settings that no other beats. In any order; a mean below one byte counts as one."""
+    """The curve through the settings that no other dominates, given in any order. Means below one byte count as one."""
     log2_RS = np.log2(np.maximum(bytes_RS, 1.0))
     order_RS = np.lexsort((-quality_RS, log2_RS), axis=-1)
     log2_RS = np.take_along_axis(log2_RS, order_RS, 1)
@@ -66,13 +66,13 @@ def envelope(bytes_RS: Floats, quality_RS: Floats) -> Curves:
 
 
 def bytes_at(curves: Curves, quality_RQ: Floats) -> Floats:
-    """Bytes that reach a quality; those of the cheapest setting where that is better already; NaN beyond the best."""
+    """Bytes at a quality; those of the cheapest setting below its quality; NaN above the best."""
     log2_RQ, _ = interpolate(curves, quality_RQ)
     return np.where(quality_RQ > curves.quality_RS[:, -1:], np.nan, np.exp2(log2_RQ))
 
 
 def shared_quality(ours: Curves, theirs: Curves) -> tuple[Floats, Floats]:
-    """low_R and high_R of the qualities that both curves pass; none where low is not below high."""
+    """low_R and high_R of the qualities that both curves cover; empty where low is not below high."""
     low_R = np.maximum(ours.quality_RS[:, 0], theirs.quality_RS[:, 0])
     return low_R, np.minimum(ours.quality_RS[:, -1], theirs.quality_RS[:, -1])
 
@@ -83,9 +83,9 @@ def bd_rate(ours: Curves, theirs: Curves) -> Floats:
 
 
 def bd_rate_at_most(ours: Curves, theirs: Curves) -> Floats:
-    """A bound on the change over all of theirs that ours reaches: below its cheapest setting that one's bytes count.
+    """An upper bound of the change over their range as far as ours reaches; below our cheapest setting its bytes count.
 
-    Who gets more for them gets that much too, so it is defined where ours is better throughout; NaN where it is worse.
+    Those bytes also give any lower quality, so the bound exists where ours is better throughout; NaN where it is worse.
     """
     return mean_change(
         ours, theirs, theirs.quality_RS[:, 0], np.minimum(ours.quality_RS[:, -1], theirs.quality_RS[:, -1])
@@ -93,7 +93,7 @@ def bd_rate_at_most(ours: Curves, theirs: Curves) -> Floats:
 
 
 def mean_change(ours: Curves, theirs: Curves, low_R: Floats, high_R: Floats) -> Floats:
-    """Geometric mean of the ratio of bytes, less one, over a range of quality; NaN where that is empty."""
+    """Geometric mean of the ratio of bytes minus one, over a range of quality; NaN where that is empty."""
     defined_R = high_R > low_R
     ends_R2 = np.stack([low_R, np.where(defined_R, high_R, low_R)], 1)
     areas_R = [np.diff(interpolate(curves, ends_R2)[1], axis=1)[:, 0] for curves in (ours, theirs)]
@@ -119,7 +119,7 @@ def interpolate(curves: Curves, quality_RQ: Floats) -> tuple[Floats, Floats]:
 
 
 def estimate(values_R: Floats) -> Estimate:
-    """Row 0 is the figure, the rest its bootstrap; undefined rows are counted, and left out of the interval."""
+    """Row 0 is the figure, the rest its bootstrap; undefined rows are counted and excluded from the interval."""
     value, resampled_R = values_R[0], values_R[1:]
     defined_R = resampled_R[~np.isnan(resampled_R)]
     low, high = np.percentile(defined_R, (2.5, 97.5)) if len(defined_R) else (np.nan, np.nan)

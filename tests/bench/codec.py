@@ -1,8 +1,8 @@
-"""The entropy coder beside CompressAI's, on the latents of real photos; one run on one thread.
+"""The entropy coder compared with CompressAI's, on the latents of real photos; one thread.
 
 Compared with CompressAI's EntropyBottleneck, `compress` plus `decompress`, whose table for each channel is fitted to
-the very integers that are measured; and with its rANS coder under our priors in our order, so that each reads the
-other's integers through the same tables.
+the measured integers themselves; and with its rANS coder using our priors in our order, so that both code the same
+integers with the same tables.
 
 speedup_…: median over all photos and rates. overhead_vs_ideal: mean bytes over mean code length of the frozen tables,
 less one, at the worst rate. bytes_vs_factorized: mean bytes over EntropyBottleneck's, averaged over rates.
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from isthmus.models.codecs.checkerboard import ContextualCodec, Run
+from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.codecs.context_model import Integers
-from isthmus.models.recipes.common.fit_tables import frequencies
+from isthmus.models.codecs.phase_order import PhaseOrder
+from isthmus.models.recipes.common.fit_bank import frequencies
 from isthmus.models.recipes.vision.compressai_entropy import EntropyBottleneck, new_prior
 from isthmus.models.recipes.vision.elpv_data import load
 from isthmus.models.vision.bundle import Bundle
@@ -34,31 +35,31 @@ from tests.bench.processes import ROOT
 from tests.bench.sc2_ways import uncapped
 
 REPEATS = 7
-UNSEEN = 0.01  # integers that a channel's table holds beyond those counted, for each that it may meet
+UNSEEN = 0.01  # pseudo-count of every integer in a channel's range
 
 Floats = NDArray[np.float32]
 
 
 class SameTables:
-    """CompressAI's rANS coder under a contextual codec's priors, phase by phase."""
+    """CompressAI's rANS coder with a contextual codec's priors, phase by phase."""
 
     def __init__(self, codec: ContextualCodec, rate: int) -> None:
         self._codec, self._rate = codec, rate
         coder = new_prior(1).entropy_coder
         self._encoder, self._decoder = coder._encoder, coder._decoder
         bank, total = codec.tables.bank(), 1 << 16
-        # CompressAI's last symbol is its escape; here it has no room at all, so it is never read.
+        # CompressAI's last symbol is its escape; here it has probability 0, so it is never read.
         cdfs_T = [[0, *np.cumsum(frequencies).tolist(), total] for frequencies in bank]
         cdfs_E = [cdfs_T[table] for table in codec.tables.table_E.tolist()]
         self._tables = (cdfs_E, [len(cdf) for cdf in cdfs_E], codec.tables.first_E.tolist())
 
     def encode(self, integers_CHW: Integers) -> bytes:
-        """What CompressAI makes of the integers that we would code, in the same order under the same tables."""
+        """CompressAI's bytes for our integers, in the same order with the same tables."""
         priors: list[int] = []
         integers: list[int] = []
-        for run, symbols_N in self._codec.lay(integers_CHW, self._rate):
-            priors += run.priors_N.tolist()
-            integers += (symbols_N + run.first_N).tolist()
+        for order, symbols_N in self._codec.to_phases(integers_CHW, self._rate):
+            priors += order.priors_N.tolist()
+            integers += (symbols_N + order.first_N).tolist()
         data: bytes = self._encoder.encode_with_indexes(integers, priors, *self._tables)
         return data
 
@@ -66,11 +67,11 @@ class SameTables:
         """The inverse of `encode`."""
         self._decoder.set_stream(data)
 
-        def read(run: Run) -> Integers:
-            integers_N = np.array(self._decoder.decode_stream(run.priors_N.tolist(), *self._tables), np.int32)
-            return integers_N - run.first_N
+        def read(order: PhaseOrder) -> Integers:
+            integers_N = np.array(self._decoder.decode_stream(order.priors_N.tolist(), *self._tables), np.int32)
+            return integers_N - order.first_N
 
-        return self._codec.fill(read, self._rate)
+        return self._codec.from_phases(read, self._rate)
 
 
 def factorized_coder(integers_NCHW: Integers) -> EntropyBottleneck:
@@ -103,7 +104,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 def compare(
     codec: ContextualCodec, rate: int, factorized: EntropyBottleneck, same: SameTables, integers_CHW: Integers
 ) -> dict[str, float]:
-    """Times and sizes of one latent under the three coders. Raises ValueError when one misreads itself or another."""
+    """Times and sizes of one latent with the three coders. Raises ValueError when one does not restore it."""
     float_1CHW, size = torch.from_numpy(integers_CHW).float()[None], integers_CHW.shape[1:]
     data, theirs, strings = codec.encode(integers_CHW, rate), same.encode(integers_CHW), factorized.compress(float_1CHW)
     read = (codec.decode(data, rate), same.decode(theirs), factorized.decompress(strings, size)[0].numpy())
@@ -122,7 +123,7 @@ def compare(
 
 
 def measure(codec: ContextualCodec, latents_NCHW: Sequence[Floats]) -> list[dict[str, Any]]:
-    """For each rate the means over latents, and what each latent took."""
+    """For each rate the means over latents, and the speedup for each latent."""
     rows: list[dict[str, Any]] = []
     for rate in codec.rates:
         integers_NCHW = np.stack([codec.quantise(latent_CHW, rate) for latent_CHW in latents_NCHW])
@@ -154,7 +155,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def latents(bundle: Bundle, tap: int, count: int) -> list[Floats]:
-    """What a tap's encoder makes of `count` calibration photos at its full width."""
+    """Latents of `count` calibration photos from a tap's encoder at full width."""
     head, found = Head(bundle, 1), []
     built = bundle.manifest.architecture.taps[tap]
     for path in load("calibration").paths[:count]:
@@ -188,7 +189,7 @@ def main(bundle: Path, photos: int, json_path: Path | None) -> None:
         "rates": [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows],
     }
     click.echo(
-        "{speedup_vs_compressai:.1f} times as fast ({speedup_vs_compressai_same_tables:.1f} under the same tables), "
+        "{speedup_vs_compressai:.1f} times as fast ({speedup_vs_compressai_same_tables:.1f} with the same tables), "
         "{bytes_vs_factorized:.1%} of the bytes, {overhead_vs_ideal:.2%} above the ideal".format(**found)
     )
     if json_path:

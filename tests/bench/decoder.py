@@ -25,7 +25,7 @@ import numpy as np
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint, smollm2_path
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 
 TEXT = (
     "The first bridge between the two towns was made of wood, and it burned down in the year of the great fire. "

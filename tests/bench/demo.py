@@ -28,7 +28,7 @@ from rich.table import Table
 from isthmus.edge_agent import Answer, EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
 from isthmus.models.errors import IsthmusError
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.vision.elpv_data import Photos, load
 from tests.bench.processes import ROOT, CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec

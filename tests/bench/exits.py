@@ -1,7 +1,7 @@
-"""What the exits of a bundle answer on the device, and what that costs in accuracy, on photos unseen in training.
+"""The share of photos that the exits of a bundle answer on the device, and the loss of accuracy, on test photos.
 
-For every certified threshold: the share of photos that some exit is sure enough of, and the accuracy when those take
-their exit and all others the cloud model, with 95 % Wilson intervals.
+For every certified threshold: the share of photos for which the confidence of some exit reaches it, and the accuracy
+when these take their exit and all others the cloud model, with 95 % Wilson intervals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from isthmus.models.errors import IsthmusError
-from isthmus.models.recipes.common.calibrate import first_exit, interval
+from isthmus.models.recipes.common.intervals import interval
+from isthmus.models.recipes.vision.calibrate import first_exit
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
@@ -73,7 +74,8 @@ def exits(bundle: Bundle, photos: Photos, count: int | None, precision: Precisio
 
 def table(result: Row) -> str:
     """Markdown."""
-    lines = ["| loss certified up to | sure from | on the device | accuracy | lost |", "|---:|---:|---:|---:|---:|"]
+    title = "| loss certified up to | confidence from | on the device | accuracy | lost |"
+    lines = [title, "|---:|---:|---:|---:|---:|"]
     for row in result["thresholds"]:
         device, accuracy = row["on_device"], row["accuracy"]
         lines.append(
@@ -81,12 +83,12 @@ def table(result: Row) -> str:
             f" | {device['value']:.1%} [{device['low']:.1%}, {device['high']:.1%}]"
             f" | {accuracy['value']:.2%} [{accuracy['low']:.2%}, {accuracy['high']:.2%}] | {100 * row['lost']:+.2f} |"
         )
-    cloud, alone = result["cloud_accuracy"], ", ".join(f"{row['value']:.1%}" for row in result["exit_accuracy"])
+    cloud, only = result["cloud_accuracy"], ", ".join(f"{row['value']:.1%}" for row in result["exit_accuracy"])
     return "\n".join(
         [
             *lines,
             "",
-            f"{result['n']} photos, {result['precision']}; cloud model {cloud['value']:.2%}; exits alone {alone}.",
+            f"{result['n']} photos, {result['precision']}; cloud model {cloud['value']:.2%}; exits only {only}.",
         ]
     )
 
@@ -95,10 +97,10 @@ def table(result: Row) -> str:
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "fashion", type=click.Path(path_type=Path))
 @labelled_option
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "int8"]))
-@click.option("--photos", type=click.IntRange(2), help="So many of the test photos; all, unless given.")
+@click.option("--photos", type=click.IntRange(2), help="Number of test photos.  [default: all]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 def main(bundle: Path, labelled: Path | None, precision: Precision, photos: int | None, json_path: Path | None) -> None:
-    """What a bundle's exits answer on the device, and the accuracy that is left; prints a Markdown table."""
+    """Measure what share a bundle's exits answer, and the accuracy; print a Markdown table."""
     try:
         opened = Bundle.open(bundle)
         result = exits(opened, photos_of(opened.manifest.tasks[0].name, labelled), photos, precision)

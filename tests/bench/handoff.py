@@ -41,7 +41,7 @@ from isthmus.models.language.handoff.manifest import StatePoint, least_likely
 from isthmus.models.language.torch.decoder import Decoder, Span, chunks
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.messages import Committed, Opening, Round
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.language.bundle import ASKING
 from isthmus.models.recipes.language.confidence_head import Decided, decided
 from isthmus.models.recipes.language.device import Observed, observe

@@ -1,10 +1,10 @@
-"""Whole photos as JPEG, WebP and AVIF files: the baseline that needs no training, made as strong as it gets.
+"""Whole photos as JPEG, WebP and AVIF files: the baseline that needs no training, as strong as possible.
 
-Knows nothing of networks. Quality alone cannot reach the sizes that bottlenecks work at; so each codec comes with fewer
-pixels too (`q30@150`: the shorter side shrunk to 150 before coding), and its curve takes the best of all. Grey photos
-are stored grey, as the agent does. Unlike the agent, JPEG gets Huffman tables of its own (at low quality the standard
-ones are most of the file) and WebP its slowest search. AVIF's is left at its default: a slow one takes twenty times the
-time and saves 5 % of the bytes.
+Knows nothing about networks. Lower quality alone does not reach the sizes of bottlenecks; so each codec also runs with
+fewer pixels (`q30@150`: the shorter side resized to 150 before coding), and its curve is the envelope of all settings.
+Grey photos are stored grey, as by the agent. Unlike the agent, JPEG has optimised Huffman tables (at low quality the
+standard ones are most of the file) and WebP its slowest search. AVIF has its default speed: a slow search takes twenty
+times as long and saves 5 % of the bytes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"optimize": True},
 }
 CODECS = ("jpeg", "webp", "avif")
-# Qualities by the share of the side that the bundle takes. A wider search on the test photos left these: what is best
-# at some size, and the qualities that the agent uses.
+# Qualities by the share of the bundle's side in pixels: those that a wider search on the test photos found best at
+# some size, and those that the agent uses.
 LADDERS: dict[str, dict[float, tuple[int, ...]]] = {
     "jpeg": {1: (50, 60, 75, 90), 2 / 3: (50, 75), 1 / 2: (20, 30, 50, 75), 1 / 3: (20, 50)},
     "webp": {1: (75, 82, 86, 90), 2 / 3: (90,), 1 / 2: (5, 10, 30, 50, 75, 90), 1 / 3: (1, 20, 50)},
     "avif": {1: (30, 40, 50, 55, 60, 75, 90), 2 / 3: (50, 60), 1 / 2: (30, 40, 50, 60, 75), 1 / 3: (40, 50)},
 }
-# Photos in colour need coarser ones too before they are as small.
+# Colour photos need coarser ones too to reach the same sizes.
 COARSE: dict[str, dict[float, tuple[int, ...]]] = {
     "jpeg": {1: (5, 10, 20, 30), 2 / 3: (10, 20, 30), 1 / 2: (10,), 1 / 3: (75,)},
     "webp": {1: (1, 10, 30, 50), 2 / 3: (1, 10, 30, 50, 75), 1 / 3: (75, 90)},
@@ -41,7 +41,7 @@ COARSE: dict[str, dict[float, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class ImageCodec:
-    """One codec at one quality; `pixels`: the shorter side is shrunk to at most so many first, None for no change."""
+    """One codec at one quality; `pixels`: the shorter side is first resized to at most this many (None: unchanged)."""
 
     form: str
     quality: int
@@ -56,7 +56,7 @@ class ImageCodec:
         return buffer.getvalue()
 
     def decode(self, data: bytes) -> Image.Image:
-        """File -> RGB photo, still small. AVIF is no format of the product's, which opens the others."""
+        """File -> RGB photo, not resized back. `open_image` does not accept AVIF."""
         if self.form != "avif":
             return open_image(data)
         with Image.open(io.BytesIO(data), formats=("AVIF",)) as image:
@@ -64,7 +64,7 @@ class ImageCodec:
 
 
 def ladder(form: str, full: int, *, coarse: bool = False) -> list[tuple[str, ImageCodec]]:
-    """Every setting of a codec for a bundle that takes `full` pixels, with its name; `coarse` adds those of COARSE."""
+    """Every setting of a codec with its name, for a side of `full` pixels; `coarse` adds those of COARSE."""
     named = []
     for share, qualities in LADDERS[form].items():
         pixels = round(full * share)

@@ -32,7 +32,7 @@ from rich.table import Table
 from isthmus.edge_agent.policy.arms import level_for
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.language.evaluate import answered, chats
 from isthmus.models.recipes.language.exits import trace
 from isthmus.models.recipes.language.llama import Llama

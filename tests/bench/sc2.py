@@ -1,9 +1,9 @@
-"""The three figures of the SC2 benchmark for every way to the cloud: encoder size, bytes a photo, accuracy.
+"""The three figures of the SC2 benchmark for every method: encoder size, bytes a photo, accuracy.
 
-On the test photos of a bundle (ELPV's test part, unless told otherwise): image codecs into the cloud model, bottlenecks
-of others trained on the same photos, and every tap, width and rate of the bundle. Each photo goes alone through each
-way, encoder, real bytes, decoder and tail, on one thread unless told otherwise. What was measured is kept under
-`--work`: an interrupted run goes on where it was.
+On the test photos of a bundle (by default ELPV's test part): image codecs into the cloud model, bottlenecks of other
+papers trained on the same photos, and every tap, width and rate of the bundle. Each photo passes one by one through
+encoder, real bytes, decoder and tail, by default on one thread. Measurements are stored under `--work`, and an
+interrupted run resumes from them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def sc2(
 
 
 def run(bench: Bench, todo: list[Way]) -> list[Measured]:
-    """Every way, one after another."""
+    """Measure every method at every setting, one after another."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(todo) * len(bench.images))
         measured = []
@@ -94,12 +94,12 @@ def parse_methods(context: click.Context, parameter: click.Parameter, value: str
     default=Path("runs/sc2"),
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Trained runs, and what was measured.",
+    help="Trained runs and measurements.",
 )
-@click.option("--methods", callback=parse_methods, help=f"Of {', '.join(METHODS)}; all that are ready, unless given.")
-@click.option("--photos", type=click.IntRange(2), help="So many of the test photos; all, unless given.")
+@click.option("--methods", callback=parse_methods, help=f"Of {', '.join(METHODS)}; default: all that are ready.")
+@click.option("--photos", type=click.IntRange(2), help="Number of test photos.  [default: all]")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--resamples", default=2000, show_default=True, type=click.IntRange(100), help="Of the bootstrap.")
+@click.option("--resamples", default=2000, show_default=True, type=click.IntRange(100), help="Bootstrap resamples.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the picture here (PNG).")
 def main(
@@ -113,7 +113,7 @@ def main(
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """Compare encoder size, bytes and accuracy of every way to the cloud; prints a Markdown table."""
+    """Compare encoder size, bytes and accuracy of all methods; print a Markdown table."""
     try:
         result = sc2(bundle, labelled, work, methods, photos, threads, resamples)
     except (IsthmusError, OSError) as error:

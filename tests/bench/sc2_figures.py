@@ -1,6 +1,6 @@
-"""Measurements of all ways -> the figures of the comparison, as plain JSON. No I/O.
+"""Measurements of all methods -> the figures of the comparison, as plain JSON. No I/O.
 
-Quality is accuracy on labels, or agreement with the cloud model on the untouched photo. Size is counted three ways (see
+Quality is accuracy on labels, or agreement with the cloud model on the original photo. Size is counted three ways (see
 `sc2_measure`); SC2's is the headline. Fractions, bytes, milliseconds.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from tests.bench.bd_rate import (
     Curves,
     Floats,
@@ -29,7 +29,7 @@ from tests.bench.sc2_measure import Measured
 from tests.bench.sc2_ways import Way
 
 REFERENCE = "entropic-student"
-RIVALS = ("n0", "ours-single")  # that ours is compared with, too
+RIVALS = ("n0", "ours-single")  # that ours is also compared with
 QUALITIES = ("accuracy", "agreement")
 SIZES = ("data_bytes", "payload_bytes", "wire_bytes")
 HEADLINE = SIZES[0]
@@ -41,7 +41,7 @@ Results = Mapping[str, Sequence[tuple[Way, Measured]]]  # by method
 
 
 def compare(results: Results, cloud: Measured, labels_N: NDArray[np.int64], resamples: int) -> Row:
-    """Every method's points and curve, each against the reference where that was measured."""
+    """Every method's points and curve, each against the reference if that was measured."""
     weights_RN = resampling_weights(len(labels_N), resamples)
     truths = {"accuracy": labels_N, "agreement": cloud.answer_N}
     wanted = {
@@ -117,7 +117,7 @@ def curves_of(
 
 
 def point(way: Way, measured: Measured, truths: Mapping[str, NDArray[np.int64]]) -> Row:
-    """One setting of a method: what it costs and what it gives."""
+    """One setting of a method: its costs and its quality."""
     decode_ms = float(np.median(measured.decode_ms_N))
     return {
         "setting": way.setting,
@@ -141,12 +141,12 @@ def against(curve: Curves, reference: Curves | None) -> Row | None:
 
 
 def at_most(curve: Curves, reference: Curves | None) -> Row | None:
-    """The bound on it, which there is without shared quality too."""
+    """The bound on BD-rate, which exists without shared quality too."""
     return None if reference is None else asdict(estimate(bd_rate_at_most(curve, reference)))
 
 
 def at_margins(curve: Curves, reference: Curves | None, wanted_RQ: Floats) -> list[Row]:
-    """Bytes at a few points below the cloud model, and their ratio to the reference's; None where it is not reached."""
+    """Bytes at MARGINS below the cloud model, and their ratio to the reference's; None where that is not reached."""
     bytes_RQ = bytes_at(curve, wanted_RQ)
     ratio_RQ = bytes_RQ / bytes_at(reference, wanted_RQ) if reference else None
     return [

@@ -1,7 +1,7 @@
-"""One way, photo by photo: the bytes it sends, how long each side takes, what the cloud answers. Kept between runs.
+"""One method at one setting, photo by photo: bytes sent, time on each side, the cloud's answer. Stored between runs.
 
-Bytes are counted three times: `payload` is what the encoder wrote. `data` is what sc2bench's FileSizeAnalyzer says: the
-size of a Python object that holds strings and shape, pickled, for bottlenecks (some 105 bytes more than the payload);
+Bytes are counted three times: `payload` is the encoder's output. `data` is measured as by sc2bench's FileSizeAnalyzer:
+the size of a pickled Python object with strings and shape for bottlenecks (some 105 bytes more than the payload);
 the file for image codecs. `wire` is our whole request with gRPC's prefix, before HTTP/2.
 Source: Matsubara et al., "SC2 Benchmark: Supervised Compression for Split Computing", TMLR 2023.
 """
@@ -30,12 +30,12 @@ from tests.bench.sc2_ways import Floats, Photo, Way
 
 GRPC_PREFIX_BYTES = 5  # compression flag and length of a message
 SHAPE = torch.Size([19, 19])  # of a latent; every shape with sides below 256 is pickled to as many bytes
-BUDGET_S = 1.0  # an agent's usual deadline; longer ones may take a byte more
+BUDGET_S = 1.0  # an agent's usual deadline; a longer one may need one byte more
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One entry a photo. `cloud_ms_N`: decoding and answering; `decode_ms_N` is NaN where both happen at once."""
+    """One entry a photo. `cloud_ms_N`: decoding and tail; `decode_ms_N` is NaN where the two are not separate."""
 
     answer_N: NDArray[np.int64]
     payload_bytes_N: NDArray[np.int64]
@@ -48,7 +48,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Trip:
-    """One photo's way through the cloud."""
+    """One photo's payload, answer and times."""
 
     data: bytes
     probabilities_K: Floats
@@ -59,7 +59,7 @@ class Trip:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every way is measured with. `folder` keeps finished measurements."""
+    """The photos and settings of all measurements. `folder` stores finished ones."""
 
     images: Sequence[Image.Image]  # RGB
     preprocessing: Preprocessing
@@ -67,7 +67,7 @@ class Bench:
     folder: Path
 
     def measure(self, way: Way, advance: Callable[[], None] = lambda: None) -> Measured:
-        """All photos through one way, or what `folder` kept of it. `advance` is called once a photo."""
+        """Measure all photos, or load the measurement from `folder`. `advance` is called once a photo."""
         path = self.folder / f"{self.key(way)}.npz"
         if path.exists():
             with np.load(path) as kept:
@@ -87,7 +87,7 @@ class Bench:
         return measured
 
     def key(self, way: Way) -> str:
-        """Names a measurement by what the way does with the first photo: other weights or framing, another name."""
+        """File name of a measurement: a hash of the first photo's result, which changes with weights or framing."""
         trip = travel(way, self.photo(self.images[0]))
         sizes = (data_bytes(way, trip.data), wire_bytes(way, trip.data, self.fingerprint, 1))
         about = repr((way.method, way.setting, len(self.images), torch.get_num_threads(), sizes)).encode()

@@ -1,4 +1,4 @@
-"""What a shipped bundle is tested on: photos that no training has seen, with their classes."""
+"""The test photos of the shipped bundles, which are not used in training, with their classes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ labelled_option = click.option(
 
 @dataclass(frozen=True)
 class Photos:
-    """RGB photos, opened when they are asked for, and the class of each in the bundle's first task."""
+    """RGB photos, opened on access, and the class of each in the bundle's first task."""
 
     image: Callable[[int], Image.Image]
     labels_N: NDArray[np.int64]
 
 
 def photos_of(task: str, labelled: Path | None) -> Photos:
-    """The test part of the data behind a bundle's first task; `labelled`: where ImageNet's are. Raises InvalidInput."""
+    """The test part of a bundle's data, by its first task; `labelled`: folder of ImageNet's. Raises InvalidInput."""
     if task == "object":
         if labelled is None:
             raise InvalidInput("--labelled is missing: a folder of photos whose names start with their class")
@@ -51,7 +51,7 @@ def photos_of(task: str, labelled: Path | None) -> Photos:
 
 
 def square(image: Image.Image) -> Image.Image:
-    """The middle, which is all that the network looks at: an image codec need not spend bytes on the rest."""
+    """The centre square, which is the network's input, so that an image codec spends no bytes on the rest."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

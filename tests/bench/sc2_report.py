@@ -1,4 +1,4 @@
-"""The comparison's JSON as a Markdown table and as a picture. Knows nothing of how the figures came about."""
+"""The comparison's JSON as a Markdown table and as a picture. Knows nothing about measurements."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ COLOURS = {
     "ours-single": "#17a2b8",
     "ours": "#0b5fd8",
 }
-OTHER_TAPS = ("#e07b00", "#b0478f", "#7a5c00")  # of ours; narrower widths take the colour of their tap, thinner
+OTHER_TAPS = ("#e07b00", "#b0478f", "#7a5c00")  # of ours; narrower widths have thinner lines in their tap's colour
 ORDER = tuple(COLOURS)
-POINTS_BELOW = {"accuracy": 16, "agreement": 22}  # the picture ends so far below the best
-# Where a label may stand beside the end of its curve, in points, nearest first.
+POINTS_BELOW = {"accuracy": 16, "agreement": 22}  # percentage points below the best at which the axis starts
+# Offsets of a label from the end of its curve, in points, nearest first.
 OFFSETS = [(dx, dy) for dy in (0, 8, -8, 16, -16, 24, -24) for dx in (6, -6)]
 
 
@@ -49,7 +49,7 @@ def table(result: Row) -> str:
 
 
 def rival_lines(result: Row) -> list[str]:
-    """BD-rates of every curve of ours against the methods that it is compared with one by one."""
+    """BD-rates of each of our curves against each of RIVALS."""
     lines = []
     for name, method in result["methods"].items():
         for rival, found in method["against"].items() if name.startswith("ours") and name != "ours-single" else ():
@@ -77,20 +77,20 @@ def cells(name: str, result: Row) -> list[str]:
 
 
 def change(figure: Row | None, bound: Row | None) -> str:
-    """A BD-rate; the bound on it, marked so, where there is none."""
+    """A BD-rate, or if undefined the bound on it, marked with ≤."""
     if figure is None or bound is None or figure["value"] is not None or bound["value"] is None:
         return bounded(figure, "{:+.0%}", "no overlap")
     return f"≤ {bounded(bound, '{:+.0%}', 'no overlap')}"
 
 
 def spread(values: list[float]) -> str:
-    """One figure of all settings, or where they differ, the least and the largest."""
+    """The value of all settings, or their range where they differ."""
     low, high = (f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in (min(values), max(values)))
     return "–" if max(values) == 0 else low if low == high else f"{low}–{high}"
 
 
 def bounded(figure: Row | None, form: str, undefined: str) -> str:
-    """A figure with its interval, and the share of resamples that have none; `undefined` in the place of no figure."""
+    """A figure with its interval and the share of undefined resamples; `undefined` where there is no figure."""
     if figure is None:
         return "–"
     share = f" ({undefined} in {figure['undefined']:.0%})" if figure["undefined"] >= 0.005 else ""
@@ -102,7 +102,7 @@ def bounded(figure: Row | None, form: str, undefined: str) -> str:
 
 
 def plot(result: Row, path: Path) -> None:
-    """Accuracy and agreement against bytes a photo; lines are what a method reaches, dots all its settings."""
+    """Accuracy and agreement against bytes a photo; lines are envelopes of the methods, dots their settings."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -125,7 +125,7 @@ def plot(result: Row, path: Path) -> None:
     right.axhline(100, color="black", lw=1, ls="--")
     left.set_ylabel("accuracy on labels, %")
     right.set_ylabel("agreement with the cloud model, %")
-    figure.draw_without_rendering()  # labels ask where things are
+    figure.draw_without_rendering()  # labels need the final layout
     for axes, quality in zip(figure.axes, ("accuracy", "agreement"), strict=True):
         place_labels(axes, result, quality)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +133,11 @@ def plot(result: Row, path: Path) -> None:
 
 
 def draw_cloud(axes: Axes, accuracy: Row) -> None:
-    """The cloud model on untouched photos, and its interval."""
+    """The cloud model on original photos, with its interval."""
     axes.axhspan(100 * accuracy["low"], 100 * accuracy["high"], color="black", alpha=0.07, lw=0)
     axes.axhline(100 * accuracy["value"], color="black", lw=1, ls="--")
     axes.annotate(
-        "cloud model, untouched photos, 95 %", (0.99, 100 * accuracy["high"]), (0, -7),
+        "cloud model, original photos, 95 %", (0.99, 100 * accuracy["high"]), (0, -7),
         xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7.5, ha="right",
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def draw(axes: Axes, name: str, result: Row, quality: str) -> None:
 
 
 def curve(name: str, result: Row, quality: str) -> tuple[Floats, Floats]:
-    """What a method reaches: bytes and quality in %."""
+    """A method's envelope: bytes and quality in %."""
     points = result["methods"][name]["points"]
     sizes, qualities = ([p[result["headline"]] for p in points], [100 * p[quality]["value"] for p in points])
     found = envelope(np.array([sizes], dtype=float), np.array([qualities]))
@@ -162,7 +162,7 @@ def curve(name: str, result: Row, quality: str) -> tuple[Floats, Floats]:
 
 
 def style(name: str, result: Row) -> tuple[str, bool]:
-    """A method's colour, and whether it is a narrower width of a tap: those share their tap's colour."""
+    """A method's colour, and whether it is a narrower width of a tap, which shares its tap's colour."""
     if name in COLOURS:
         return COLOURS[name], False
     _, tap, *width = name.split()
@@ -173,7 +173,7 @@ def style(name: str, result: Row) -> tuple[str, bool]:
 
 
 def place_labels(axes: Axes, result: Row, quality: str) -> None:
-    """Names at the upper ends of the curves, ours first, none on another. Narrower widths: theirs at the lower end."""
+    """Names at the upper ends of the curves, ours first, without overlap; of narrower widths at the lower ends."""
     from matplotlib.patheffects import withStroke
 
     taken: list[Any] = []
@@ -199,5 +199,5 @@ def place_labels(axes: Axes, result: Row, quality: str) -> None:
 
 
 def rank(name: str) -> tuple[int, str]:
-    """Image codecs, bottlenecks of others, other taps and widths of ours, ours."""
+    """Order of methods: image codecs, other bottlenecks, other taps and widths of ours, ours."""
     return (ORDER.index(name) if name in ORDER else ORDER.index("ours")), f"~{name}" if name == "ours" else name

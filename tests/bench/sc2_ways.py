@@ -1,8 +1,8 @@
-"""Every way to have a photo answered by the cloud, behind one shape: bottlenecks of ours and of others, image files.
+"""All methods to send a photo to the cloud, with one interface: our bottlenecks, those of other papers, image files.
 
-    photo -encode-> payload ~~~ payload -decode-> what the tail takes -answer-> probabilities_K
+    photo -encode-> payload ~~~ payload -decode-> input of the tail -answer-> probabilities_K
 
-Knows nothing of how they are measured or compared.
+Knows nothing about measurements.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from isthmus.models.recipes.vision.single import SingleRate
 
 OURS = "ours"
-TRAINED = ("bq", "entropic-student", "n0", "n4", "ours-single")  # what `models.recipes.vision.baselines` trains
+TRAINED = ("bq", "entropic-student", "n0", "n4", "ours-single")  # by `models.recipes.vision.baselines` and `single`
 METHODS = (*CODECS, *TRAINED, OURS)
 
 Floats = NDArray[np.float32]
@@ -42,7 +42,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo as the device opened it, RGB, and what its preprocessing made of it."""
+    """A photo, RGB, and its preprocessed array."""
 
     image: Image.Image
     pixels_CHW: Floats
@@ -52,7 +52,7 @@ class Photo:
 class Way:
     """A method at a setting. Encoder: sizes in bits as SC2 counts them, cost in multiply-accumulates a photo.
 
-    `decode` is None where the method does not tell decoding and answering apart: `answer` takes the payload then.
+    `decode` is None where decoding and tail are not separate: then `answer` takes the payload.
     """
 
     method: str  # one curve
@@ -68,19 +68,19 @@ class Way:
 
 
 def lossless(bundle: Bundle, tail: Tail | GraphTail) -> Way:
-    """The cloud model on untouched photos."""
+    """The cloud model on original photos."""
     return image_way(bundle, tail, "cloud model", ("png", ImageCodec("png", 100)))
 
 
 def trained_for(bundle: Bundle) -> tuple[str, ...]:
-    """Methods that are trained on a bundle's own photos: on ELPV alone."""
+    """Methods that were trained on a bundle's photos: only for ELPV."""
     return TRAINED if bundle.manifest.tasks[0].name == "defect" else ()
 
 
 def ways(bundle: Bundle, head: Head, tail: Tail | GraphTail, work: Path, methods: Sequence[str] | None) -> list[Way]:
-    """All settings of `methods`; None: of every method that is ready, trained runs being looked for under `work`.
+    """All settings of `methods`; None: of every method that is ready. Trained runs are in `work`.
 
-    Raises InvalidInput for a method asked for by name whose training is missing or not finished.
+    Raises InvalidInput for a named method whose training is missing or not finished.
     """
     chosen = (*CODECS, *trained_for(bundle), OURS) if methods is None else methods
     found = [image_way(bundle, tail, form, step) for form in CODECS if form in chosen for step in steps(form, bundle)]
@@ -104,7 +104,7 @@ def steps(form: str, bundle: Bundle) -> list[tuple[str, ImageCodec]]:
 
 
 def image_way(bundle: Bundle, tail: Tail | GraphTail, method: str, named: tuple[str, ImageCodec]) -> Way:
-    """A whole photo as a file, into the unsplit cloud model; what the device saves in networks costs nothing here."""
+    """A whole photo as a file, into the unsplit cloud model; its encoder has no network."""
     setting, codec = named
 
     def decode(data: bytes) -> Floats:
@@ -119,7 +119,7 @@ def image_way(bundle: Bundle, tail: Tail | GraphTail, method: str, named: tuple[
 
 
 def own_ways(bundle: Bundle, head: Head, tail: Tail | GraphTail) -> Iterator[Way]:
-    """Every tap, width and rate of a bundle. The widest of the first tap is `ours`; the rest say which they are."""
+    """Every tap, width and rate of a bundle. The widest of the first tap is `ours`; others name tap and width."""
     for index, tap in enumerate(bundle.manifest.taps):
         for width, entry in enumerate(tap.widths):
             widest = width + 1 == len(tap.widths)
@@ -129,7 +129,7 @@ def own_ways(bundle: Bundle, head: Head, tail: Tail | GraphTail) -> Iterator[Way
 
 
 def uncapped(bundle: Bundle, tap: int) -> ContextualCodec:
-    """A tap's codec without its cap: every rate is measured on every photo, where a device would take a cheaper one."""
+    """A tap's codec without its cap, so that every rate is measured on every photo."""
     capped = bundle.codec(tap)
     return ContextualCodec(capped.tables, capped.shape_CHW, 1 << 20)
 
@@ -181,8 +181,8 @@ def trained(work: Path, method: str, bundle: Bundle) -> Sequence[Baseline | Sing
 def encoder_bits(bundle: Bundle, tap: int) -> int:
     """Size of what a device holds to use a tap, as SC2 counts a state dict: bits of each array's type.
 
-    All widths share one graph, so each counts whole. A tap behind segments counts their graphs too, and with them their
-    exits, which cannot be told apart there. Integer tables count like CompressAI's buffers of cumulative frequencies.
+    All widths share one graph, so each counts whole. A tap after segments counts their graphs too, which
+    include their exits. Integer tables count like CompressAI's buffers of cumulative frequencies.
     """
     entry, built = bundle.manifest.taps[tap], bundle.manifest.architecture.taps[tap]
     files = [*bundle.manifest.heads["fp32"].files[: built.after], entry.encoder]

@@ -19,7 +19,7 @@ def verify(folder: Path) -> HandoffManifest:
 
 
 def summary(manifest: HandoffManifest) -> list[str]:
-    """A page for a person."""
+    """The lines that `inspect` prints."""
     made = manifest.training
     lines = [
         f"{manifest.name}: exits and hidden states of the model {manifest.base[:12]}…; {manifest.licence}",
@@ -27,18 +27,18 @@ def summary(manifest: HandoffManifest) -> list[str]:
         f"made by      {made.command} (seed {made.seed}, {made.seconds:.0f} s)",
     ]
     for exit_ in manifest.exits:
-        lines.append(f"exit behind {exit_.depth} layers: its choice is the model's for {exit_.agreement:.1%} of tokens")
+        lines.append(f"exit after {exit_.depth} layers: agrees with the model on {exit_.agreement:.1%} of tokens")
     for threshold in manifest.thresholds[::5]:
         lines.append(
-            f"    from {threshold.confidence:.2f}: {threshold.coverage:.1%} of tokens decided,"
-            f" {threshold.agreement:.1%} of them as the model would"
+            f"    from {threshold.confidence:.2f}: {threshold.coverage:.1%} of tokens decoded,"
+            f" {threshold.agreement:.1%} of them as by the model"
         )
     for index, rate in enumerate(manifest.rates):
-        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a row")
+        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a hidden state")
     for index, point in enumerate(manifest.points):
         lines.append(
-            f"point {index}: rows that decide at rate {point.rate}, others at {point.context_rate}:"
-            f" {point.mean_bytes:.0f} B, {point.agreement:.1%} of tokens decided from them as the model would"
+            f"point {index}: states that tokens are decoded from at rate {point.rate}, others at {point.context_rate}:"
+            f" {point.mean_bytes:.0f} B, {point.agreement:.1%} of these tokens as by the model"
         )
     for name, score in manifest.scores.items():
         lines.append(f"{name:<32} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")

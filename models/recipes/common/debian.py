@@ -1,4 +1,4 @@
-"""Data that Debian packages carry, unpacked without installing them."""
+"""Data from Debian packages, unpacked without installing them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from isthmus.models.errors import InvalidInput
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """What a package holds, below `folder`; what is there already stays.
+    """The folder with a package's contents, below `folder`; downloads it unless it exists.
 
-    Raises InvalidInput where it cannot be had: no Debian, no network.
+    Raises InvalidInput when it cannot be downloaded: no Debian, no network.
     """
     target, scratch = folder / package, folder / f".{package}"
     if target.exists():

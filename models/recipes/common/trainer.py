@@ -1,7 +1,7 @@
 """One training loop for every recipe: warm-up and cosine, moving average of the weights, checkpoint, resume, progress.
 
 Knows nothing about data sets or losses: a recipe passes a function from (epoch, generator) to batches and one from a
-batch to a loss. An epoch draws all its randomness from (seed, stage, epoch), so a resumed run repeats an unbroken one.
+batch to a loss. Each epoch's randomness derives from (seed, stage, epoch), so a resumed run equals an unbroken one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Loss = Callable[[Any], tuple[Tensor, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast. `peak_lr` is AdamW's, reached after `warmup_epochs`, then cosine to zero."""
+    """Length and learning rate of a stage. `peak_lr` is reached after `warmup_epochs`, then cosine decay to zero."""
 
     epochs: int
     steps: int  # batches an epoch
@@ -47,7 +47,7 @@ def learning_rate(schedule: Schedule, epoch: float) -> float:
 
 
 def progress_bar() -> Progress:
-    """Epochs done, elapsed and remaining time, last figures."""
+    """A bar with epochs, elapsed and remaining time, and the last epoch's metrics."""
     return Progress(
         TextColumn("{task.description:>10}"),
         BarColumn(),
@@ -60,7 +60,7 @@ def progress_bar() -> Progress:
 
 @dataclass
 class Run:
-    """Where a stage keeps its checkpoint and log, and the seed all stages share."""
+    """The folder of the stages' checkpoints and log, and the seed that all stages share."""
 
     folder: Path
     seed: int
@@ -68,8 +68,8 @@ class Run:
     def fit(self, stage: str, module: nn.Module, batches: Batches, loss_of: Loss, schedule: Schedule) -> nn.Module:
         """Train `module` in place and return the moving average of it, in eval mode.
 
-        Resumes from `folder/<stage>.ckpt` when one is there; an epoch is the unit of work that can be lost.
-        Raises InvalidInput when that checkpoint belongs to another seed.
+        Resumes from `folder/<stage>.ckpt` if it exists; an interruption loses at most one epoch.
+        Raises InvalidInput when that checkpoint was written with another seed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         trainable = [p for p in module.parameters() if p.requires_grad]
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """One JSON line an epoch: stage, epoch, mean figures, seconds."""
+        """One JSON line an epoch: stage, epoch, mean metrics, seconds."""
         return self.folder / "log.jsonl"
 
     def _log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
@@ -147,11 +147,11 @@ class Run:
             log.write(json.dumps({"stage": stage, "epoch": epoch, **figures}) + "\n")
 
     def seconds(self) -> float:
-        """Time spent training, over all stages and resumed runs."""
+        """Training time in seconds, over all stages and resumed runs."""
         return sum(float(line["seconds"]) for line in self._logged())
 
     def last_figures(self) -> dict[str, dict[str, float]]:
-        """What the last epoch of every stage logged."""
+        """The metrics of the last epoch of every stage."""
         return {line.pop("stage"): line for line in self._logged()}
 
     def _logged(self) -> list[dict[str, Any]]:

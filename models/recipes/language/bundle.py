@@ -30,7 +30,7 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.handoff.hidden_states import StateCodec
 from isthmus.models.language.handoff.manifest import HandoffManifest, StatePoint, StateRate, Threshold, least_likely
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language import text as language_text
 from isthmus.models.recipes.language.confidence_head import decided, judged, train_judge

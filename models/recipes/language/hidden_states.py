@@ -51,8 +51,7 @@ def fit_states(
     sizes_N1 = sizes(rows_NH)
     shapes_NH = (rows_NH / sizes_N1).astype(np.float32)
     gram_TT, moment_TH = pairs_NT.T @ pairs_NT, pairs_NT.T @ (shapes_NH - shapes_NH.mean(0))
-    penalty = RIDGE * len(pairs_NT)
-    predictor_HT = ridge(torch.from_numpy(gram_TT), torch.from_numpy(moment_TH), penalty).contiguous().numpy()
+    predictor_HT = np.ascontiguousarray(ridge(gram_TT, moment_TH, RIDGE * len(pairs_NT)).T.astype(np.float32))
     left_NH = shapes_NH - pairs_NT @ predictor_HT.T
     middle_H1 = np.append(left_NH.mean(0), np.log2(sizes_N1).mean()).astype(np.float16)
     matrix_CH = whitening(left_NH - left_NH.mean(0), harm_HH)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.language.confidence_head import judged, train_judge
 from isthmus.models.recipes.language.device import Tensors, seen_behind
 from isthmus.models.recipes.language.exits import Traces

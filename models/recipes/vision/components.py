@@ -1,11 +1,11 @@
-"""Where the encoder of the image starts: the principal components of a teacher's features, as its answer weighs them.
+"""Initial encoder and decoder: principal components of a teacher's features, weighted by their effect on its answer.
 
     features -> x sqrt(F) -> principal components -> latent ~~~ linear map -> features
 
-F is the Fisher information of the teacher's answer in a pixel's features, so that a component is worth what the answer
-loses without it, not how much it varies: on ELPV 900 B of such components keep 96.2 % of the answers before training,
-of plain ones 93.5 %. To second order the loss of the answer is the error in the metric F, hence principal components in
-it (the metric of Optimal Brain Surgeon, Hassibi & Stork, NeurIPS 1992).
+F is the Fisher information of the teacher's answer in a pixel's features, so that components are ranked by their effect
+on the answer, not by their variance: on ELPV, 900 B of such components preserve 96.2 % of the answers before training,
+900 B of plain ones 93.5 %. To second order the loss of the answer is the error in the metric F, hence principal
+components in it (the metric of Optimal Brain Surgeon, Hassibi & Stork, NeurIPS 1992).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from isthmus.models.recipes.vision.views import BATCH
 from isthmus.models.vision.slim import SlimConv, SlimEncoder, conv_norms
 from isthmus.models.vision.split import DenseDecoder, Encoder
 
-FLOOR = 0.01  # of the mean information: what the answers of these images ignore still counts a little
-TEMPERATURE = 2.0  # of the sampled answers; a sure teacher's own would tell nothing
+FLOOR = 0.01  # of the mean information, for directions that do not affect the answers of these images
+TEMPERATURE = 2.0  # of the sampled answers; at 1 a confident teacher gives almost no information
 
 
 @dataclass(frozen=True)
 class Components:
-    """`analyse_LC` takes features less their mean to a latent, `synthesise_CL` back; a latent's mean variance is 1."""
+    """`analyse_LC` maps centred features to a latent, `synthesise_CL` maps it back; the latent's mean variance is 1."""
 
     mean_C: Tensor
     analyse_LC: Tensor
@@ -39,7 +39,7 @@ class Components:
 
 
 def find_components(features_NCHW: Tensor, tail: nn.Module, latent: int) -> Components:
-    """The first `latent` components of features that `tail`, in eval mode, takes to logits."""
+    """The first `latent` components of features, for `tail` (in eval mode) from features to logits."""
     mean_C = features_NCHW.mean((0, 2, 3))
     centred_CN = (features_NCHW - mean_C[:, None, None]).transpose(0, 1).flatten(1)
     covariance_CC = centred_CN @ centred_CN.T / centred_CN.shape[1]
@@ -58,7 +58,7 @@ def find_components(features_NCHW: Tensor, tail: nn.Module, latent: int) -> Comp
 
 @torch.enable_grad()
 def information(features_NCHW: Tensor, tail: nn.Module) -> Tensor:
-    """Fisher information of sampled answers in a pixel's features, (C, C), its mean diagonal 1 but for the floor."""
+    """Fisher information of sampled answers in a pixel's features, (C, C), with a mean diagonal of 1, plus FLOOR."""
     channels = features_NCHW.shape[1]
     total_CC = torch.zeros(channels, channels)
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def information(features_NCHW: Tensor, tail: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def start(encoder: SlimEncoder, backbone: nn.Sequential, components: Components) -> None:
-    """Make every width of an encoder the backbone's blocks, its latent components of what the last of them gives."""
+    """Initialise every width of an encoder with the backbone's blocks, and its latent with the components."""
     *first, bottleneck = backbone
     encoder.front.load(first)
     *inner, (project, norm) = conv_norms(bottleneck)
@@ -98,7 +98,7 @@ def start(encoder: SlimEncoder, backbone: nn.Sequential, components: Components)
 
 @torch.no_grad()
 def start_projection(encoder: nn.Module, components: Components) -> None:
-    """Make an encoder of trunk features their components."""
+    """Initialise an encoder of trunk features with their components."""
     assert isinstance(encoder, Encoder)
     *_, norm = (module for module in encoder.body.modules() if isinstance(module, nn.BatchNorm2d))
     nn.init.zeros_(norm.weight)  # the residual block passes its input on
@@ -109,7 +109,7 @@ def start_projection(encoder: nn.Module, components: Components) -> None:
 
 @torch.no_grad()
 def start_decoder(decoder: nn.Module, components: Components) -> None:
-    """Make a dense decoder the way back from the components to the features."""
+    """Initialise a dense decoder with the linear map from components to features."""
     assert isinstance(decoder, DenseDecoder)
     decoder.linear.weight.copy_(components.synthesise_CL[:, :, None, None])
     assert decoder.linear.bias is not None

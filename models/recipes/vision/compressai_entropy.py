@@ -1,7 +1,7 @@
-"""CompressAI's EntropyBottleneck, importable beside CPU PyTorch.
+"""CompressAI's EntropyBottleneck, importable with CPU PyTorch.
 
-CompressAI imports torchvision, whose CPU operators are missing beside CPU PyTorch; it only needs their schemas to
-exist. Import CompressAI through this module alone.
+CompressAI imports torchvision, whose operators are missing with CPU PyTorch; only their schemas must exist. Import
+CompressAI through this module only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ declare_torchvision_schemas()
 from compressai.entropy_models import EntropyBottleneck  # noqa: E402
 from compressai.layers import GDN1  # noqa: E402
 
-INIT_SCALE = 2.0  # integers; CompressAI's 10 takes a thousand steps to come down
+INIT_SCALE = 2.0  # integers; from CompressAI's 10 it takes a thousand steps to converge
 
 __all__ = ["GDN1", "EntropyBottleneck", "likelihood_of", "new_prior", "ready"]
 
@@ -45,7 +45,7 @@ def likelihood_of(prior: EntropyBottleneck, values_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ready(prior: EntropyBottleneck) -> None:
-    """Make CompressAI's own integer tables of a trained prior, so that it can compress."""
+    """Build CompressAI's integer tables of a trained prior, so that it can compress."""
     prior._update_quantiles()
     prior.quantiles[:, 0, 1] = 0
     prior.update(force=True)

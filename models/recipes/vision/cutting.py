@@ -1,9 +1,9 @@
-"""Anyone's image classifier as a row of blocks: its graph, cut where a single feature map crosses.
+"""Any image classifier as a sequence of blocks: its graph, cut where it passes through a single feature map.
 
     module --torch.export--> operations in order --cuts--> block | block | block
 
-Operations remember the modules they came from, so that a cut has the name its author would give it; a module that is
-called again gives `name:2`.
+Operations carry the path of their module, so a cut is named after the module that ends there; a second call of the
+module gives `name:2`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Cut:
-    """A place where one feature map alone crosses: the module that ends there, and what it takes to get there."""
+    """A point in the graph that only one feature map passes: the module that ends there, and the cost up to there."""
 
     name: str
     shape: Shape  # channels, height, width
@@ -42,17 +42,17 @@ class Cut:
 
     @property
     def values(self) -> int:
-        """Numbers that cross."""
+        """Values of the feature map."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A classifier's graph for one image size and any batch, where it can be cut, and what all of it takes."""
+    """A classifier's graph for one image size and any batch, its possible cuts, and its total cost."""
 
     graph: GraphModule
     cuts: tuple[Cut, ...]
-    ends: tuple[Node, ...]  # what crosses at each cut
+    ends: tuple[Node, ...]  # the feature map of each cut
     classes: int
     macs: int
     seconds: float
@@ -61,7 +61,7 @@ class Captured:
 def capture(model: nn.Module, image_CHW: Shape) -> Captured:
     """The graph of a classifier in eval mode, and its cuts from the image to the logits.
 
-    Raises InvalidInput when `torch.export` cannot follow it, it does not answer with logits_BK, or nothing can be cut.
+    Raises InvalidInput when `torch.export` fails, the output is not logits_BK, or there is no possible cut.
     """
     images_B3HW = torch.zeros(2, *image_CHW)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
@@ -70,12 +70,12 @@ def capture(model: nn.Module, image_CHW: Shape) -> Captured:
         graph = without_mutation(program.module(check_guards=False))
         with torch.inference_mode():
             logits = graph(images_B3HW)
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # any, from the user's code
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InvalidInput(f"the model's graph cannot be captured: {reason[:300]}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InvalidInput(f"the model answers two images with {found}, expected logits of shape (2, classes)")
+        raise InvalidInput(f"the model's output for two images is {found}, expected logits of shape (2, classes)")
     profile = Profile(graph)
     with torch.inference_mode():
         for _ in range(REPEATS + 1):
@@ -84,7 +84,7 @@ def capture(model: nn.Module, image_CHW: Shape) -> Captured:
 
 
 def cuts_of(graph: GraphModule, profile: Profile, classes: int) -> Captured:
-    """Every place at which one feature map crosses alone and the next operation is more than its activation."""
+    """Every point that only one feature map passes, unless the next operation is its normalisation or activation."""
     nodes = operations(graph)
     cuts: list[Cut] = []
     ends: list[Node] = []
@@ -92,19 +92,21 @@ def cuts_of(graph: GraphModule, profile: Profile, classes: int) -> Captured:
     for index, (node, after) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
         macs += profile.macs[node]
         seconds += statistics.median(profile.seconds[node][1:])  # the first run allocates
-        if after is not None and crosses_alone(nodes, index) and not (profile.macs[after] == 0 and same(node, after)):
+        if after is not None and is_only_live(nodes, index) and not (profile.macs[after] == 0 and same(node, after)):
             channels, height, width = node.meta["val"].shape[1:]
             name = name_of(node, after)
             taken = sum(cut.name.partition(":")[0] == name for cut in cuts)
             cuts.append(Cut(f"{name}:{taken + 1}" if taken else name, (channels, height, width), macs, seconds))
             ends.append(node)
     if not cuts:
-        raise InvalidInput("the model cannot be cut: nowhere does a single feature map (B, C, H, W) cross alone")
+        raise InvalidInput(
+            "the model cannot be cut: no point of it is passed by a single feature map (B, C, H, W) only"
+        )
     return Captured(graph, tuple(cuts), tuple(ends), classes, macs, seconds)
 
 
 class Profile(Interpreter):
-    """Runs a graph and notes what every operation takes."""
+    """Runs a graph and records operations and time of every node."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
@@ -123,8 +125,8 @@ class Profile(Interpreter):
         return result
 
 
-def places(captured: Captured, names: Sequence[str]) -> list[int]:
-    """Indices of cuts by name. Raises InvalidInput when a name is no cut, or they are not in the order of the model."""
+def cut_indices(captured: Captured, names: Sequence[str]) -> list[int]:
+    """Indices of cuts by name. Raises InvalidInput for an unknown name, or names out of the model's order."""
     known = [cut.name for cut in captured.cuts]
     if unknown := [name for name in names if name not in known]:
         raise InvalidInput(f"there is no cut {unknown[0]!r}, there are {', '.join(known)}")
@@ -135,8 +137,8 @@ def places(captured: Captured, names: Sequence[str]) -> list[int]:
 
 
 def blocks(captured: Captured, names: Sequence[str]) -> nn.Sequential:
-    """The classifier in one block more than there are names, with the graph's own weights. Raises InvalidInput."""
-    ends = [captured.ends[place] for place in places(captured, names)]
+    """The classifier in len(names) + 1 blocks, which share the graph's weights. Raises InvalidInput."""
+    ends = [captured.ends[index] for index in cut_indices(captured, names)]
     nodes = list(captured.graph.graph.nodes)
     (source,) = (node for node in nodes if node.op == "placeholder")
     (output,) = (node for node in nodes if node.op == "output")
@@ -146,14 +148,14 @@ def blocks(captured: Captured, names: Sequence[str]) -> nn.Sequential:
 
 
 def block(whole: GraphModule, start: Node, end: Node) -> GraphModule:
-    """What makes `end` of `start`."""
+    """The part of a graph that computes `end` from `start`."""
     graph, made = Graph(), {}
     made[start] = graph.placeholder("x")
 
     def taken(node: Node) -> Node:
         if node not in made and node.op == "get_attr":
             made[node] = graph.get_attr(str(node.target))
-        elif node not in made:  # a size: the batch's, which every feature map has
+        elif node not in made:  # the batch size, which every feature map has
             made[node] = graph.call_function(SIZE, (made[start], 0))
         return made[node]
 
@@ -167,12 +169,12 @@ def block(whole: GraphModule, start: Node, end: Node) -> GraphModule:
 
 
 def operations(graph: GraphModule) -> list[Node]:
-    """What computes something, in order."""
+    """The nodes that compute something, in order."""
     return [node for node in graph.graph.nodes if node.op == "call_function" and node.target is not SIZE]
 
 
-def crosses_alone(nodes: Sequence[Node], index: int) -> bool:
-    """Whether the result of an operation, a feature map, is all that later ones take from it and those before."""
+def is_only_live(nodes: Sequence[Node], index: int) -> bool:
+    """Whether later operations use only this one's result, a feature map, of all results so far."""
     later = set(nodes[index + 1 :])
     live = [node for node in nodes[: index + 1] if later & node.users.keys()]
     images = nodes[0].graph.find_nodes(op="placeholder")
@@ -204,7 +206,7 @@ def path_of(node: Node) -> list[str]:
 
 
 def without_mutation(graph: GraphModule) -> GraphModule:
-    """In-place operations become plain ones: a block must not change what it is given."""
+    """Replace in-place operations by functional ones: a block must not change its input."""
     order = {node: index for index, node in enumerate(graph.graph.nodes)}
     for node in operations(graph):
         schema = getattr(node.target, "_schema", None)
@@ -214,7 +216,7 @@ def without_mutation(graph: GraphModule) -> GraphModule:
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
         overload = getattr(packet, schema.overload_name or "default", None)
         if not name.endswith("_") or overload is None:
-            raise InvalidInput(f"the operation {schema.name} changes its input in a way that is not known")
+            raise InvalidInput(f"the operation {schema.name} changes its input, and its functional form is unknown")
         for user in list(node.all_input_nodes[0].users):
             if order[user] > order[node]:
                 user.replace_input_with(node.all_input_nodes[0], node)

@@ -1,7 +1,7 @@
-"""ELPV: 2,624 photographs of solar cells, split once and for all by a hash of the file name.
+"""ELPV: 2,624 photographs of solar cells, in three fixed parts by a hash of the file name.
 
 Buerhop-Lutz et al., "A Benchmark for Visual Identification of Defective Solar Cells in Electroluminescence Imagery"
-(EU PVSEC 2018); CC BY-NC-SA 4.0. The PyPI package `elpv-dataset` carries the photographs.
+(EU PVSEC 2018); CC BY-NC-SA 4.0. The PyPI package `elpv-dataset` contains the photographs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 
 Part = Literal["train", "calibration", "test"]
 SPLIT_SALT = "isthmus/elpv/1:"
-DEFECTIVE_FROM = 0.5  # probability of a defect, as the annotators gave it
+DEFECTIVE_FROM = 0.5  # annotators' probability of a defect
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Photos:
 
 
 def part_of(name: str) -> Part:
-    """The part a photograph belongs to: 60 % train, 20 % calibration, 20 % test, by SHA-256 of its name."""
+    """The part of a photograph: 60 % train, 20 % calibration, 20 % test, by SHA-256 of its name."""
     bucket = int.from_bytes(hashlib.sha256((SPLIT_SALT + name).encode()).digest()[:8], "big") % 100
     if bucket < 60:
         return "train"
@@ -53,7 +53,7 @@ def part_of(name: str) -> Part:
 
 
 def load(part: Part) -> Photos:
-    """All photographs of one part, in the order of the data set's own list."""
+    """All photographs of one part, in the order of the data set's list."""
     root = Path(str(files("elpv_dataset"))) / "data"
     with (root / "labels.csv").open(encoding="utf-8") as lines:
         rows = [line.split() for line in lines if line.strip()]

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from isthmus.models.recipes.common import debian
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.vision import export, own
+from isthmus.models.recipes.vision import own
 from isthmus.models.recipes.vision.augment import random_affine, random_mirror
 from isthmus.models.recipes.vision.cutting import capture
 from isthmus.models.recipes.vision.own_data import Images
+from isthmus.models.recipes.vision.own_training import normalised
+from isthmus.models.recipes.vision.parts import halve
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
 from isthmus.models.vision.manifest import Preprocessing
@@ -87,7 +89,10 @@ class FashionNet(nn.Module):
 
 
 def load(folder: Path) -> dict[str, Images]:
-    """The three parts; 10,000 images each to calibrate and to test on. Raises InvalidInput when they cannot be had."""
+    """The three parts; 10,000 images each for calibration and test.
+
+    Raises InvalidInput when they cannot be downloaded.
+    """
     root = debian.fetch(PACKAGE, folder) / "usr" / "share" / "datasets" / "fashion-mnist"
     images_N3HW, labels_N = read(root, "train")
     return {
@@ -107,7 +112,7 @@ def read(root: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def train_cloud(run: Run, part: Images) -> FashionNet:
-    """The cloud's network, from a random start; returns it averaged, in eval mode."""
+    """Train the cloud's network from random weights; returns it averaged, in eval mode."""
     torch.manual_seed(run.seed)
     assert part.labels_N is not None
     labels_N = torch.from_numpy(part.labels_N)
@@ -118,7 +123,7 @@ def train_cloud(run: Run, part: Images) -> FashionNet:
             chosen = order[start : start + BATCH]
             images_B3HW = torch.from_numpy(part.images_N3HW[chosen.numpy()]).float() / 255
             images_B3HW = random_affine(random_mirror(images_B3HW, generator), generator)
-            yield own.normalised(images_B3HW, PREPROCESSING), labels_N[chosen]
+            yield normalised(images_B3HW, PREPROCESSING), labels_N[chosen]
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         images_B3HW, label_B = batch
@@ -134,10 +139,10 @@ def train_cloud(run: Run, part: Images) -> FashionNet:
 
 
 def make(folder: Path, run: Run, command: str, data: Path) -> Bundle:
-    """The whole recipe. Raises InvalidInput when the data cannot be had. Interrupted, it goes on."""
+    """The whole recipe. Raises InvalidInput when the data cannot be downloaded. An interrupted run resumes."""
     parts = load(data)
     net = fuse_batch_norms(train_cloud(run, parts["train"]))
-    export.halve(net)  # so that its graphs are stored in float16 without loss
+    halve(net)  # so that its graphs can be stored in float16 without loss
     captured = capture(net, (3, SIDE, SIDE))
     settings = own.Settings("fashion", "MIT (Fashion-MNIST)", PREPROCESSING, CUTS, task="garment")
     return own.build(folder, run, command, captured, parts, LABELS, "Fashion-MNIST, 50,000 labelled images", settings)

@@ -1,4 +1,4 @@
-"""PyTorch modules -> ONNX graphs, as small as they get without another bit in what they compute."""
+"""PyTorch modules -> ONNX graphs, compacted without changing a bit of their results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 MAX_BATCH = 1024  # of a graph for any batch
-LEAST_HALVED = 256  # values of an array that is worth a node of its own
+LEAST_HALVED = 256  # values of an array, below which a Cast node is not worth it
 
 
 def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int) -> bytes:
-    """A module as an ONNX graph with the shapes of `inputs`; a batch of two stands for any."""
+    """A module as an ONNX graph with the shapes of `inputs`; inputs with a batch of two give a graph for any batch."""
     batches = {len(tensor) for tensor in inputs.values()}
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = {name: {0: batch} for name in inputs} if batches == {2} else None
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(
             module.eval(),
             tuple(inputs.values()),
@@ -37,13 +37,13 @@ def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int) ->
     graph = model.graph
     described: tuple[Any, ...] = (graph, *graph.node, *graph.value_info, *graph.initializer)
     for part in described:
-        del part.metadata_props[:]  # traces of this machine's stack
+        del part.metadata_props[:]  # stack traces with paths of this machine
     serialised: bytes = model.SerializeToString()
     return serialised
 
 
 def compact(graph: bytes) -> bytes:
-    """The same graph, with what float16 holds exactly stored so; ONNX Runtime widens it once, when it is loaded."""
+    """The same graph with arrays stored in float16 where that is exact; ONNX Runtime widens them once, on loading."""
     model = onnx.load_from_string(graph)
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)

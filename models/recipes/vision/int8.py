@@ -1,4 +1,4 @@
-"""The head's segments in 8 bits: static, per channel for weights, one scale for each activation.
+"""The head's segments in 8 bits: static quantisation, per channel for weights, per tensor for activations.
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
 (CVPR 2018), as ONNX Runtime does it.
@@ -18,13 +18,13 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from isthmus.models.onnx_session import open_session
 
-FLOAT_CONVOLUTIONS = 3  # of the first segment: stem and first block make most of the error and little of the time
+FLOAT_CONVOLUTIONS = 3  # of the first segment: stem and first block cause most of the error and take little of the time
 
 Floats = NDArray[np.float32]
 
 
 class Inputs(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """What ranges are found on."""
+    """Inputs on which activation ranges are measured."""
 
     def __init__(self, inputs: Sequence[Floats]) -> None:
         self._rest: Iterator[Floats] = iter(inputs)
@@ -35,7 +35,7 @@ class Inputs(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no
 
 
 def quantise_head(graphs: Sequence[bytes], images: Sequence[Floats]) -> list[bytes]:
-    """The segments' ONNX graphs in 8 bits. Ranges are those of `images` (3, H, W) behind the float segments."""
+    """The segments' ONNX graphs in 8 bits. Ranges are measured on `images` (3, H, W) and their float features."""
     quantised, inputs = [], list(images)
     for index, graph in enumerate(graphs):
         quantised.append(quantise(graph, inputs, 0 if index else FLOAT_CONVOLUTIONS))
@@ -45,7 +45,7 @@ def quantise_head(graphs: Sequence[bytes], images: Sequence[Floats]) -> list[byt
 
 
 def quantise(graph: bytes, inputs: Sequence[Floats], in_float: int) -> bytes:
-    """One graph; its first `in_float` convolutions stay as they are."""
+    """One graph in 8 bits; its first `in_float` convolutions stay in float32."""
     model = onnx.load_from_string(graph)
     add_pre_process_metadata(model)  # constants are folded and batch norms fused as exported
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]

@@ -1,8 +1,8 @@
-"""The tap behind the image: a slimmable copy of the cloud model's first blocks, then many rates.
+"""The tap on the image: a slimmable copy of the cloud model's first blocks, then many rates.
 
-views of the training part -> teacher's answers, kept on disk
+views of the training part -> teacher's outputs, stored on disk
   -> slimming: the encoder at every width           (teacher's components alone, crops)
-  -> bridge: bottleneck, rates, decoder             (joint loss, a width a batch, all rates in each batch)
+  -> bottleneck, rates, decoder                     (joint loss, a width a batch, all rates in each batch)
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.vision.bridge import Batch, Bridge, batch_of, new_bridge, ramp
+from isthmus.models.recipes.vision.bottleneck import BottleneckModel, DistilBatch, batch_of, new_bottleneck, ramp
 from isthmus.models.recipes.vision.components import Components, find_components, start, start_decoder
 from isthmus.models.recipes.vision.distil import tail_points
 from isthmus.models.recipes.vision.slimming import Slimming, random_crops, sorted_channels
 from isthmus.models.recipes.vision.views import BATCH, Views, extend, make_views
+from isthmus.models.vision.architecture import TapArchitecture
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
-from isthmus.models.vision.manifest import TapArchitecture
 from isthmus.models.vision.slim import SlimEncoder, SlimFront
 from isthmus.models.vision.split import SplitClassifier, repeated
 
-SLIM_EPOCHS, BRIDGE_EPOCHS, RAMP_EPOCHS = 16, 14, 2
-REFINE_EPOCHS = 10  # a second cosine cycle, SGDR section 3: bytes still fall when the first ends
-WIDEST_SHARE = 0.6  # of the batches; the others take a narrower width
+SLIM_EPOCHS, BOTTLENECK_EPOCHS, RAMP_EPOCHS = 16, 14, 2
+REFINE_EPOCHS = 10  # a second cosine cycle (SGDR, section 3): the bytes still fall when the first ends
+WIDEST_SHARE = 0.6  # of the batches; the others use a narrower width
 COMPONENT_PHOTOS = 256
 
-Normalise = Callable[[Tensor], Tensor]  # grey images in [0, 1], BHW -> what the network takes, B3HW
+Normalise = Callable[[Tensor], Tensor]  # grey images in [0, 1], BHW -> network input, B3HW
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The network that is cut, what its images look like, and the annotators' probability of a defect of each view."""
+    """The split network, the normalisation of its images, and the annotators' probability of a defect of each photo."""
 
     split: SplitClassifier
     normalise: Normalise
@@ -48,7 +48,7 @@ class Teacher:
 def teach(
     folder: Path, images_NHW: NDArray[np.uint8], split: SplitClassifier, normalise: Normalise, seed: int
 ) -> Views:
-    """Views with the unsplit network's features behind the last cut, in the tail, and its logits."""
+    """Views with the unsplit network's features after the last cut and in the tail, and its logits."""
     trunk = fuse_batch_norms(deepcopy(split.backbone.section(0, split.cuts[-1])).eval())
     tail = split.backbone.section(split.cuts[-1])
 
@@ -63,7 +63,7 @@ def teach(
 
 
 def components(views: Views, split: SplitClassifier, tap: TapArchitecture, normalise: Normalise) -> Components:
-    """What the latent of a tap behind the image stands for, from the first view of some photographs."""
+    """The components that the latent of a tap on the image represents, from the first view of some photographs."""
     some_BHW = torch.from_numpy(np.array(views.passes[0]["images"][:COMPONENT_PHOTOS])).float() / 255
     trunk, tail = (
         fuse_batch_norms(deepcopy(part).eval()).requires_grad_(False)
@@ -77,7 +77,7 @@ def components(views: Views, split: SplitClassifier, tap: TapArchitecture, norma
 def slim(
     run: Run, views: Views, split: SplitClassifier, tap: TapArchitecture, wanted: Components, normalise: Normalise
 ) -> SlimEncoder:
-    """Distil the first blocks into every width of a new encoder; returns it averaged, in eval mode."""
+    """Distil the first blocks into a new encoder, at every width; returns it averaged, in eval mode."""
     torch.manual_seed(run.seed)
     some_BHW = torch.from_numpy(np.array(views.passes[0]["images"][: 2 * BATCH])).float() / 255
     ordered = sorted_channels(repeated(split.backbone, tap), normalise(some_BHW))
@@ -95,7 +95,7 @@ def slim(
     return average.encoder
 
 
-def bridge(
+def train_bottleneck(
     run: Run,
     stage: str,
     views: Views,
@@ -104,19 +104,19 @@ def bridge(
     encoder: SlimEncoder,
     wanted: Components,
     per_kilobyte: tuple[float, ...],
-) -> Bridge:
-    """Train bottleneck, rates and a new decoder behind a finished front; returns them averaged, in eval mode.
+) -> BottleneckModel:
+    """Train bottleneck, rates and a new decoder after a trained front; returns them averaged, in eval mode.
 
-    `per_kilobyte` with one price trains one rate, at the widest width alone.
+    A single price in `per_kilobyte` trains one rate, at the widest width only.
     """
     torch.manual_seed(run.seed)
-    module = new_bridge(teacher.split, tap, encoder.bottleneck, per_kilobyte, teacher.split.cuts[-1], settled=True)
+    module = new_bottleneck(teacher.split, tap, encoder.bottleneck, per_kilobyte, teacher.split.cuts[-1], settled=True)
     start_decoder(module.decoder, wanted)
     module.free_tail()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     widest = len(encoder.widths) - 1
 
-    def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(epoch: int, generator: torch.Generator) -> Iterator[DistilBatch]:
         for indices, arrays in views.batches(generator):
             width = widest
             if len(per_kilobyte) > 1 and widest and torch.rand((), generator=generator) >= WIDEST_SHARE:
@@ -126,20 +126,20 @@ def bridge(
             batch = batch_of(arrays, "front", torch.from_numpy(teacher.defect_N[indices]))
             yield replace(batch, width=width, ramp=ramp(epoch, RAMP_EPOCHS))
 
-    def refine_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def refine_batches(epoch: int, generator: torch.Generator) -> Iterator[DistilBatch]:
         return batches(RAMP_EPOCHS, generator)
 
     steps = len(views) // BATCH
-    average = run.fit(stage, module, batches, module.loss, Schedule(BRIDGE_EPOCHS, steps, peak_lr=1e-3))
+    average = run.fit(stage, module, batches, module.loss, Schedule(BOTTLENECK_EPOCHS, steps, peak_lr=1e-3))
     module.load_state_dict(average.state_dict())
     refine = Schedule(REFINE_EPOCHS, steps, peak_lr=6e-4)
     average = run.fit(f"{stage}-refine", module, refine_batches, module.loss, refine)
-    assert isinstance(average, Bridge)
+    assert isinstance(average, BottleneckModel)
     return average
 
 
 def add_front(folder: Path, front: SlimFront, normalise: Normalise) -> Views:
-    """Views with the widest front's features: what most batches of `bridge` start from."""
+    """Views with the widest front's features, the input of most batches of `train_bottleneck`."""
 
     def features(grey_BHW: Tensor) -> Mapping[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):

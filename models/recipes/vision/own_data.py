@@ -1,4 +1,4 @@
-"""A folder of images -> arrays in three parts. Sub-folders are classes; without any, there are no labels."""
+"""A folder of images -> arrays in three parts. Sub-folders are classes; without sub-folders there are no labels."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image
 from rich.progress import track
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.recipes.vision.export import Samples
+from isthmus.models.recipes.vision.measure import Samples
 from isthmus.models.vision.images import encode_image, open_image, preprocess
 from isthmus.models.vision.manifest import Preprocessing
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 PARTS = {"train": 60, "calibration": 20, "test": 20}  # per cent, by a hash of the file's name
 LEAST = 20  # images in each part
-MAX_BYTES = 8 << 30  # of all images as the network takes them
+MAX_BYTES = 8 << 30  # of all images, resized, in 8 bits
 
 
 @dataclass(frozen=True)
 class Images:
-    """One part: images as the network takes them but in 8 bits, classes where there are labels, files if they had."""
+    """One part: images of the network's size in 8 bits, classes if labelled, paths if from files."""
 
     images_N3HW: NDArray[np.uint8]
     labels_N: NDArray[np.int64] | None
@@ -48,7 +48,7 @@ class Folder:
 
 
 def find(root: Path) -> Folder:
-    """The images of a folder. Raises InvalidInput when there are none, or labels for some alone."""
+    """The images of a folder. Raises InvalidInput when there are none, or only some are labelled."""
     if not root.is_dir():
         raise InvalidInput(f"{root} is not a folder")
     paths = tuple(sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()))
@@ -61,7 +61,7 @@ def find(root: Path) -> Folder:
 
 
 def part_of(path: Path) -> str:
-    """The part that an image belongs to, whatever else is in the folder."""
+    """The part of an image, by its name only, independent of other images."""
     bucket = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:8], "big") % 100
     ends = np.cumsum(list(PARTS.values()))
     return list(PARTS)[int(np.searchsorted(ends, bucket, side="right"))]
@@ -102,14 +102,14 @@ def load(folder: Folder, spec: Preprocessing) -> dict[str, Images]:
 
 
 def normalise(images_N3HW: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np.float32]:
-    """What the network takes."""
+    """Images of 8 bits -> network input."""
     mean, deviation = (np.array(x, np.float32)[:, None, None] for x in (spec.mean, spec.deviation))
     normal: NDArray[np.float32] = (images_N3HW.astype(np.float32) / 255 - mean) / deviation
     return normal
 
 
 def samples(part: Images, labels_N: NDArray[np.int64], spec: Preprocessing) -> Samples:
-    """A part as `export.write` measures it."""
+    """A part as `export.write` takes it."""
     return Samples([normalise(image_3HW, spec) for image_3HW in part.images_N3HW], (labels_N,))
 
 

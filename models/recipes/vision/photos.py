@@ -1,11 +1,11 @@
-"""Any photo: EfficientNet-Lite2 with ImageNet's 1,000 classes behind a bridge, distilled without a single label.
+"""Any photo: EfficientNet-Lite2 with ImageNet's 1,000 classes, split and distilled without labels.
 
 unlabelled views -> EfficientNet-Lite2 (as it is) -> [frozen] -> bottleneck (device) -> tables -> bundle
 
-The network is not trained at all: the device runs its first blocks, the cloud the others, in the same weights. The exit
-is not trained either: it goes on through some of the later blocks and leaves out most of those that only add to their
-input, which residual networks bear (Veit et al., "Residual Networks Behave Like Ensembles of Relatively Shallow
-Networks", NeurIPS 2016). A small head distilled on these photographs knew 1 % of ImageNet's objects, this one 58 %.
+The network is not trained: the device runs its first blocks, the cloud the others, with the original weights. The exit
+is not trained either: it runs some of the later blocks and skips most residual ones, which residual networks tolerate
+(Veit et al., "Residual Networks Behave Like Ensembles of Relatively Shallow Networks", NeurIPS 2016). A small head
+distilled on these photographs recognised 1 % of ImageNet's objects, this exit 58 %.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from torch import Tensor
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import export, photos_data
-from isthmus.models.recipes.vision.bridge import Batch, Bridge, new_bridge, ramp
+from isthmus.models.recipes.vision.bottleneck import BottleneckModel, DistilBatch, new_bottleneck, ramp
 from isthmus.models.recipes.vision.components import find_components, start_decoder, start_projection
 from isthmus.models.recipes.vision.distil import tail_points
 from isthmus.models.recipes.vision.imagenet import DEVIATION, MEAN, class_names, load_lite2
+from isthmus.models.recipes.vision.measure import Samples
+from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.recipes.vision.photos_data import labelled
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.recipes.vision.views import BATCH, Views, extend
+from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite, fuse_batch_norms
 from isthmus.models.vision.images import open_image, preprocess
-from isthmus.models.vision.manifest import Architecture, Preprocessing, TapArchitecture, Task
+from isthmus.models.vision.manifest import Preprocessing, Task
 from isthmus.models.vision.split import SplitClassifier
 
 SIDE = 260
@@ -48,10 +51,10 @@ ARCHITECTURE = Architecture(
     exit_blocks=((9, 12, 16, 21, 22),),
     taps=(TapArchitecture(after=1, rejoin=9, latent_channels=48, decoder_channels=128, rates=len(PER_KILOBYTE)),),
 )
-COMPARED_AT = 16  # the block before which decoded features are compared with the network's own
+COMPARED_AT = 16  # the block before which decoded features are compared with the network's
 MAX_BYTES = 8192
 EPOCHS, RAMP_EPOCHS = 16, 2
-COMPONENT_VIEWS, RANGE_PHOTOS = 512, 64  # that components, and an int8 head's scales, are found on
+COMPONENT_VIEWS, RANGE_PHOTOS = 512, 64  # for the components, and for the scales of an int8 head
 
 
 def normalise(images_B3HW: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def normalise(images_B3HW: Tensor) -> Tensor:
 
 
 def teach(folder: Path, split: SplitClassifier) -> Views:
-    """Views with the network's features at the cut and behind it, and its logits."""
+    """Views with the network's features at the cut and after it, and its logits."""
     (cut,) = split.cuts
     front, middle, tail = (
         fuse_batch_norms(deepcopy(split.backbone.section(start, stop)).eval())
@@ -83,7 +86,7 @@ def teach(folder: Path, split: SplitClassifier) -> Views:
     return extend(folder, "teacher", answers)
 
 
-def train_bridge(run: Run, views: Views, split: SplitClassifier) -> Bridge:
+def train_bottleneck(run: Run, views: Views, split: SplitClassifier) -> BottleneckModel:
     """Bottleneck, rates and decoder, from the components of the features; returns them averaged, in eval mode."""
     torch.manual_seed(run.seed)
     tap = split.tap(0)
@@ -91,14 +94,14 @@ def train_bridge(run: Run, views: Views, split: SplitClassifier) -> Bridge:
     rest = fuse_batch_norms(deepcopy(split.backbone.section(tap.rejoin)).eval()).requires_grad_(False)
     wanted = find_components(some_NCHW, rest, tap.latent_channels)
     start_projection(tap.encoder, wanted)
-    module = new_bridge(split, ARCHITECTURE.taps[0], tap.encoder, PER_KILOBYTE, COMPARED_AT, settled=False)
+    module = new_bottleneck(split, ARCHITECTURE.taps[0], tap.encoder, PER_KILOBYTE, COMPARED_AT, settled=False)
     start_decoder(module.decoder, wanted)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(epoch: int, generator: torch.Generator) -> Iterator[DistilBatch]:
         for _, arrays in views.batches(generator, ["front", "features", "middle", "last", "logits"]):
             wanted_BK = arrays["logits"].softmax(1)
-            yield Batch(
+            yield DistilBatch(
                 inputs_BCHW=arrays["front"],
                 features_BCHW=arrays["features"],
                 middle_BCHW=arrays["middle"],
@@ -108,16 +111,17 @@ def train_bridge(run: Run, views: Views, split: SplitClassifier) -> Bridge:
                 ramp=ramp(epoch, RAMP_EPOCHS),
             )
 
+    # The stage's name seeds its randomness, and the shipped bundle was made with this one.
     average = run.fit("bridge", module, batches, module.loss, Schedule(EPOCHS, len(views) // BATCH, peak_lr=1e-3))
-    assert isinstance(average, Bridge)
+    assert isinstance(average, BottleneckModel)
     return average
 
 
-def samples(folder: Path, part: str) -> export.Samples:
-    """A part of the labelled photographs as the device's preprocessing gives them."""
+def samples(folder: Path, part: str) -> Samples:
+    """A part of the labelled photographs, preprocessed as on the device."""
     found = labelled(folder, part)
     images = [preprocess(open_image(path.read_bytes()), PREPROCESSING) for path in found.paths]
-    return export.Samples(images, (found.labels_N,))
+    return Samples(images, (found.labels_N,))
 
 
 def ranges(views: Views) -> list[NDArray[np.float32]]:
@@ -127,9 +131,9 @@ def ranges(views: Views) -> list[NDArray[np.float32]]:
 
 
 def make(folder: Path, run: Run, command: str, photos: Path, labelled_photos: Path) -> Bundle:
-    """The whole recipe; `photos` is filled from Debian packages where it is not there.
+    """The whole recipe; `photos` is filled from Debian packages if it does not exist.
 
-    Raises InvalidInput when there are no photographs. Interrupted, it goes on where its last epoch ended.
+    Raises InvalidInput when there are no photographs. An interrupted run resumes after its last epoch.
     """
     if not photos.exists():
         photos_data.fetch(photos)
@@ -141,17 +145,17 @@ def make(folder: Path, run: Run, command: str, photos: Path, labelled_photos: Pa
     sources = photos_data.find(photos, labelled(labelled_photos, "train").paths)
     photos_data.draw(run.folder / "views", sources, SIDE, run.seed)
     views = teach(run.folder / "views", split)
-    bridge = train_bridge(run, views, split)
+    bottleneck = train_bottleneck(run, views, split)
     tap = split.tap(0)
-    tap.encoder.load_state_dict(bridge.encoder.state_dict())
-    tap.decoder.load_state_dict(bridge.decoder.state_dict())
+    tap.encoder.load_state_dict(bottleneck.encoder.state_dict())
+    tap.decoder.load_state_dict(bottleneck.decoder.state_dict())
     split.eval()
-    sent = integers(np.asarray(views.passes[0]["front"]), tap.encoder, bridge.rates)
-    taps = (export.TrainedTap("bottleneck", fit(sent, bridge.rates.gains_RC), MAX_BYTES),)
+    sent = integers(np.asarray(views.passes[0]["front"]), tap.encoder, bottleneck.rates)
+    taps = (TrainedTap("bottleneck", fit(sent, bottleneck.rates.gains_RC), MAX_BYTES),)
     names = Task(name="object", labels=class_names())
     return export.write(
         folder,
-        export.Trained(split, taps, (names,), ARCHITECTURE, PREPROCESSING, ranges(views)),
+        Trained(split, taps, (names,), ARCHITECTURE, PREPROCESSING, ranges(views)),
         about={"name": "photos", "licence": LICENCE},
         training={
             "command": command,

@@ -1,6 +1,6 @@
-"""Natural photographs: any number without labels, to distil from, and some of ImageNet's classes, to score on.
+"""Natural photographs: unlabelled ones to distil on, and labelled ones of ImageNet's classes to evaluate on.
 
-The first come out of Debian packages: wallpapers, pictures of animals and places, objects cut out of their background.
+The unlabelled ones come from Debian packages: wallpapers, animals, landscapes, objects with transparent background.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PACKAGES = (
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PARTS = ("test", "test", "test", "calibration", "train")  # of every five labelled photographs in order
 LEAST_SIDE, LEAST_STAMP = 200, 100  # pixels
-LARGE_SIDE, LARGE_ROWS = 1000, 3  # a photo this large is drawn from so many times as often
-LEAST_CONTRAST = 12.0  # standard deviation of values to 255: an empty sky teaches nothing
-NARROWEST = {True: 0.2, False: 0.5}  # crop of a large photo and of another, as a share of the shorter side
+LARGE_SIDE, LARGE_ROWS = 1000, 3  # a photo with a shorter side of LARGE_SIDE gets LARGE_ROWS rows of views
+LEAST_CONTRAST = 12.0  # standard deviation of 8-bit values; crops with less, as of empty sky, are avoided
+NARROWEST = {True: 0.2, False: 0.5}  # smallest crop of a large photo and of others, as a share of the shorter side
 LABELLED = re.compile(r"(\d{3})_")  # a file's name starts with its class
 
 Pixels = NDArray[np.uint8]
@@ -57,7 +57,7 @@ def labelled(folder: Path, part: str) -> Labelled:
 
 
 def fetch(folder: Path) -> None:
-    """PACKAGES below `folder`. Raises InvalidInput when one cannot be had."""
+    """PACKAGES below `folder`. Raises InvalidInput when one cannot be downloaded."""
     for package in PACKAGES:
         for pictures in debian.fetch(package, folder).rglob("*.rcc"):
             extract(pictures)
@@ -65,7 +65,7 @@ def fetch(folder: Path) -> None:
 
 
 def extract(archive: Path) -> None:
-    """The WebP pictures of a Qt resource file, beside it."""
+    """Extract the WebP pictures of a Qt resource file into its folder."""
     data = archive.read_bytes()
     for index, match in enumerate(re.finditer(rb"RIFF(....)WEBP", data, re.DOTALL)):
         size = int.from_bytes(match[1], "little") + 8
@@ -81,12 +81,12 @@ class Sources:
 
     @property
     def rows(self) -> tuple[Path, ...]:
-        """What each row of the views is drawn from: photographs first, they are what is behind the objects."""
+        """The source of each row of the views: photographs first, since they become backgrounds of the objects."""
         return (*self.photos, *self.objects)
 
 
 def find(folder: Path, more: Sequence[Path] = ()) -> Sources:
-    """Every usable image below a folder, a large photograph several times. Raises InvalidInput when there is none."""
+    """Every usable image below a folder, large photographs several times. Raises InvalidInput when there is none."""
     photos: list[Path] = []
     objects: list[Path] = []
     for path in [*sorted(folder.rglob("*")), *more]:
@@ -107,7 +107,7 @@ def find(folder: Path, more: Sequence[Path] = ()) -> Sources:
 
 
 def largest(path: Path) -> bool:
-    """Whether this is the largest of the sizes that a wallpaper comes in, 1280x1024.jpg beside 1920x1200.jpg."""
+    """Whether a wallpaper's file is the largest of its sizes, as 1920x1200.jpg among 1280x1024.jpg and others."""
 
     def pixels(other: Path) -> int:
         size = re.fullmatch(r"(\d+)x(\d+)", other.stem)
@@ -128,8 +128,8 @@ def draw(folder: Path, sources: Sources, side: int, seed: int) -> Views:
                     drawn = crops(image.convert("RGB"), side, generator)
                     backgrounds.append(drawn[generator.integers(VIEWS)])
                 else:
-                    behind = [backgrounds[i] for i in generator.integers(len(backgrounds), size=VIEWS)]
-                    drawn = np.stack([paste(image.convert("RGBA"), below, generator) for below in behind])
+                    below = [backgrounds[i] for i in generator.integers(len(backgrounds), size=VIEWS)]
+                    drawn = np.stack([paste(image.convert("RGBA"), each, generator) for each in below])
             yield drawn.transpose(0, 3, 1, 2)
 
     return draw_views(folder, len(sources.rows), (3, side, side), views())
@@ -145,16 +145,16 @@ def crops(image: Image.Image, side: int, generator: np.random.Generator) -> Pixe
         box = (left, top, left + size, top + size)
         pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box, reducing_gap=2.0))
         found.append(pixels[:, ::-1] if generator.random() < 0.5 else pixels)
-    found.sort(key=lambda pixels: pixels.std() < LEAST_CONTRAST)  # stable: empty ones only where there is nothing else
+    found.sort(key=lambda pixels: pixels.std() < LEAST_CONTRAST)  # stable, so low-contrast crops come last
     return np.stack(found[:VIEWS])
 
 
 def paste(object_: Image.Image, background_HW3: Pixels, generator: np.random.Generator) -> Pixels:
-    """An object, of half to all the width, somewhere on a background."""
+    """Paste an object, scaled to half to 1.1 of the width, at a random position on a background."""
     canvas = Image.fromarray(background_HW3)
     scale = generator.uniform(0.5, 1.1) * canvas.width / max(object_.size)
     width, height = (max(1, int(length * scale)) for length in object_.size)
     top = object_.resize((width, height), Image.Resampling.BICUBIC)
-    place = [int(generator.uniform(-0.1, 1.1) * (room - own)) for room, own in zip(canvas.size, top.size, strict=True)]
-    canvas.paste(top, (place[0], place[1]), top)
+    corner = [int(generator.uniform(-0.1, 1.1) * (room - own)) for room, own in zip(canvas.size, top.size, strict=True)]
+    canvas.paste(top, (corner[0], corner[1]), top)
     return np.asarray(canvas)

@@ -1,4 +1,4 @@
-"""What training needs of a codec: a gain vector and a learned prior a rate, noisy bits, straight-through integers."""
+"""The codec in training: a gain vector and a learned prior for each rate, estimated bits, straight-through rounding."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from isthmus.models.recipes.vision.compressai_entropy import likelihood_of, new_prior
 from isthmus.models.recipes.vision.views import BATCH
 
-ENOUGH_POSITIONS = 400  # of a channel; more are estimated from every other row and column
+ENOUGH_POSITIONS = 400  # of a channel; larger maps are subsampled
 
 
 def thinned(latent_BCHW: Tensor) -> tuple[Tensor, float]:
-    """Rows and columns of a random phase that are enough to estimate the bits, and what to multiply these by."""
+    """A random subsampling of rows and columns, enough to estimate the bits, and the factor to scale these by."""
     height, width = latent_BCHW.shape[2:]
     stride = max(1, round((height * width / ENOUGH_POSITIONS) ** 0.5))
     top, left = torch.randint(stride, (2,)).tolist()
@@ -27,7 +27,7 @@ def thinned(latent_BCHW: Tensor) -> tuple[Tensor, float]:
 
 
 class Rates(nn.Module):
-    """Gains and priors. `per_kilobyte`: the price of a coded kilobyte at each rate, dearest bytes first."""
+    """Gains and priors. `per_kilobyte`: the price of a coded kilobyte at each rate, highest first."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class Rates(nn.Module):
         log_gains: tuple[float, float] = (1.0, 2.5),
         hard: bool = False,
     ) -> None:
-        """`lr_scale`: how much faster than the networks the priors learn; `log_gains`: coarse to fine, at first.
+        """`lr_scale`: learning rate of the priors relative to the networks; `log_gains`: initial, coarse to fine.
 
-        `hard`: estimate the bits of the integers in place of noisy values. Below a tenth of a bit a value, noise costs
-        three times what the integers do, and teaches the encoder to save bytes that are not spent.
+        `hard`: estimate the bits of the integers in place of noisy values. Below a tenth of a bit a value, the estimate
+        with noise is three times too high, and trains the encoder to save bytes that are not spent.
         """
         super().__init__()
         steps = torch.linspace(*log_gains, len(per_kilobyte))[:, None].expand(-1, channels)
@@ -52,7 +52,7 @@ class Rates(nn.Module):
             parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
 
     def forward(self, latent_BCHW: Tensor, rate_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Bits of each input under its rate's prior, and the latent as the cloud gets it (rounded)."""
+        """Bits of each input under its rate's prior, and the latent as the cloud decodes it (rounded)."""
         gain_BC11 = self.log_gain_RC.exp()[rate_B][:, :, None, None]
         scaled_BCHW = latent_BCHW.float() * gain_BC11
         rounded_BCHW = scaled_BCHW + (scaled_BCHW.round() - scaled_BCHW).detach()
@@ -74,7 +74,7 @@ class Rates(nn.Module):
 
     @torch.no_grad()
     def integers(self, latent_BCHW: Tensor, rate: int) -> NDArray[np.int32]:
-        """What a batch of latents is sent as, before any clipping."""
+        """The integers of a batch of latents, before clipping."""
         gain_C11 = self.log_gain_RC.exp()[rate][:, None, None]
         return (latent_BCHW.float() * gain_C11).round().to(torch.int32).numpy()
 
@@ -86,7 +86,7 @@ class Rates(nn.Module):
 
 @torch.no_grad()
 def integers(array: NDArray[Any], encode: Callable[[Tensor], Tensor], rates: Rates) -> list[NDArray[np.int32]]:
-    """What `encode` makes of the rows of an array is sent as, NCHW, for each rate: the tables are fitted to it."""
+    """The integers (N, C, H, W) of an array's rows after `encode`, for each rate; tables are fitted to them."""
     found: list[list[NDArray[np.int32]]] = [[] for _ in rates.per_kilobyte]
     for start in track(range(0, len(array), BATCH), "integers"):
         latent_BCHW = encode(torch.from_numpy(np.array(array[start : start + BATCH])).float())

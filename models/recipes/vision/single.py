@@ -1,6 +1,6 @@
-"""Our light tap at one rate a training run: what one bundle for all rates gives away.
+"""Our light tap at one rate per training run, to measure the cost of one encoder for all rates.
 
-Same front, same start, same epochs and same coder as the bundle's; only its widest width is trained.
+Front, initialisation, epochs and coder are those of the bundle; only the widest width is trained.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import light
-from isthmus.models.recipes.vision.bridge import Bridge, new_bridge
+from isthmus.models.recipes.vision.bottleneck import BottleneckModel, new_bottleneck
 from isthmus.models.recipes.vision.components import Components
-from isthmus.models.recipes.vision.export import macs
 from isthmus.models.recipes.vision.light import Teacher
+from isthmus.models.recipes.vision.parts import macs
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.recipes.vision.views import Views
-from isthmus.models.vision.manifest import TapArchitecture
+from isthmus.models.vision.architecture import TapArchitecture
 from isthmus.models.vision.slim import FrozenSlim, SlimEncoder
 from isthmus.models.vision.split import SplitClassifier
 
@@ -43,21 +43,21 @@ Tensors = dict[str, NDArray[Any]]
 def train_all(
     run: Run, views: Views, teacher: Teacher, tap: TapArchitecture, encoder: SlimEncoder, wanted: Components
 ) -> None:
-    """One run a price, each from the slimmed encoder, and the tables that its integers are coded with."""
+    """One run for each price, from the slimmed encoder, and the tables for its integers."""
     for price in PRICES:
-        bridge = light.bridge(run, f"{METHOD}-{price:g}", views, teacher, tap, encoder, wanted, (price,))
-        sent = integers(views.passes[0]["front"], partial(bridge.encoder, width=-1), bridge.rates)
-        tensors = contextual.to_tensors(fit(sent, bridge.rates.gains_RC))
+        bottleneck = light.train_bottleneck(run, f"{METHOD}-{price:g}", views, teacher, tap, encoder, wanted, (price,))
+        sent = integers(views.passes[0]["front"], partial(bottleneck.encoder, width=-1), bottleneck.rates)
+        tensors = contextual.to_tensors(fit(sent, bottleneck.rates.gains_RC))
         safetensors.numpy.save_file(tensors, tables_of(run.folder, price))
 
 
 def tables_of(work: Path, price: float) -> Path:
-    """Written last: where it is, the run is finished."""
+    """The file of a run's tables; it is written last, so a run that has it is finished."""
     return work / f"{METHOD}-{price:g}.safetensors"
 
 
 def trained(work: Path, split: SplitClassifier, tap: TapArchitecture) -> list[SingleRate]:
-    """What `train_all` left in `work`. Raises InvalidInput when a price is missing."""
+    """The results of `train_all` in `work`. Raises InvalidInput when a price is missing."""
     found = []
     for price in PRICES:
         path = tables_of(work, price)
@@ -66,24 +66,26 @@ def trained(work: Path, split: SplitClassifier, tap: TapArchitecture) -> list[Si
                 f"{path} is missing: train it with `python -m isthmus.models.recipes baselines {METHOD}`"
             )
         state = torch.load(work / f"{METHOD}-{price:g}-refine.ckpt", weights_only=True)
-        bridge = new_bridge(split, tap, split.tap(0).slim.bottleneck, (price,), split.cuts[-1], settled=True)
-        bridge.load_state_dict(state["average"])
+        bottleneck = new_bottleneck(split, tap, split.tap(0).slim.bottleneck, (price,), split.cuts[-1], settled=True)
+        bottleneck.load_state_dict(state["average"])
         tensors = safetensors.numpy.load_file(path)
-        found.append(SingleRate(f"price {price:g}", bridge.eval(), split, tensors))
+        found.append(SingleRate(f"price {price:g}", bottleneck.eval(), split, tensors))
     return found
 
 
 class SingleRate:
-    """One of the runs, as its encoder and decoder would run: real bytes between them."""
+    """One of the runs with its encoder and decoder in use, and real bytes between them."""
 
     method = METHOD
 
-    def __init__(self, setting: str, bridge: Bridge, split: SplitClassifier, tensors: Tensors, side: int = 300) -> None:
-        """`split`: whose front is before it; `side`: pixels of an image."""
+    def __init__(
+        self, setting: str, bottleneck: BottleneckModel, split: SplitClassifier, tensors: Tensors, side: int = 300
+    ) -> None:
+        """`split`: provides the front; `side`: pixels of an image's side."""
         self.setting = setting
-        self._bridge = bridge
+        self._bottleneck = bottleneck
         self._encoder = deepcopy(split.tap(0).slim)
-        self._encoder.bottleneck.load_state_dict(bridge.encoder.state_dict())
+        self._encoder.bottleneck.load_state_dict(bottleneck.encoder.state_dict())
         self._encoder.eval()
         images_1CHW = torch.zeros(1, 3, side, side)
         with torch.inference_mode():
@@ -104,6 +106,6 @@ class SingleRate:
         """Probabilities of the first task, (B, K)."""
         latents = [self._codec.dequantise(self._codec.decode(data, 0), 0) for data in payloads]
         rate_B = torch.zeros(len(payloads), dtype=torch.long)
-        features_BCHW = self._bridge.decode(torch.from_numpy(np.stack(latents)), rate_B)
-        probabilities: NDArray[np.float32] = self._bridge.whole_tail()(features_BCHW).softmax(1).numpy()
+        features_BCHW = self._bottleneck.decode(torch.from_numpy(np.stack(latents)), rate_B)
+        probabilities: NDArray[np.float32] = self._bottleneck.whole_tail()(features_BCHW).softmax(1).numpy()
         return probabilities

@@ -2,8 +2,8 @@
 
     x float32 (1, 3, H, W), width int64 () -> latent float32 (1, C, h, w)
 
-ONNX Runtime runs the chosen branch alone. PyTorch's exporter is not used here: it writes a copy of the weights for each
-width, and traces the padding as a thousand nodes of shape arithmetic.
+ONNX Runtime runs the selected branch only. PyTorch's exporter is not used: it would store the weights once for each
+width, and trace the padding as a thousand nodes of shape arithmetic.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""An encoder of the image at every width, distilled from the cloud model's first blocks: each learns one latent.
+"""An encoder of the image, distilled from the cloud model's first blocks at every width: all learn the same latent.
 
     image crops -> first blocks (frozen)      -> components
                 -> slimmable encoder, width w -> latent -> distance to them, summed over two widths
 
-Channels are sorted by importance before they are copied, because a width uses the first ones. The widest width starts
-as the teacher itself, but for blocks that the encoder leaves out.
+Channels are sorted by importance before they are copied, because a width uses the first ones. The widest width is
+initialised as the teacher, except for blocks that the encoder leaves out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from isthmus.models.recipes.vision.distil import relative_distance
 from isthmus.models.vision.efficientnet_lite import SameConv2d, fuse_batch_norms
 from isthmus.models.vision.slim import SlimConv, SlimEncoder, conv_norms
 
-CROP = 160  # pixels; features this early look no further
+CROP = 160  # pixels; the receptive field of such early features is smaller
 
 
 class Slimming(nn.Module):
     """A slimmable encoder and its teacher. Every batch trains the narrowest width and one of the others."""
 
     def __init__(self, encoder: SlimEncoder, blocks: nn.Sequential, components: Components) -> None:
-        """`blocks`: the teacher's, trained, all that the latent stands for."""
+        """`blocks`: the trained teacher's, up to the features that the latent represents."""
         super().__init__()
         self.encoder, self.components = encoder, components
         self.teacher = fuse_batch_norms(deepcopy(blocks).eval()).requires_grad_(False)
@@ -55,7 +55,7 @@ class Slimming(nn.Module):
 
 
 def random_crops(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """One square of CROP pixels, the same for the whole batch."""
+    """One random square of CROP pixels, the same for the whole batch."""
     height, width = images_BCHW.shape[2:]
     top = int(torch.randint(max(height - CROP, 0) + 1, (), generator=generator))
     left = int(torch.randint(max(width - CROP, 0) + 1, (), generator=generator))
@@ -64,9 +64,9 @@ def random_crops(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def sorted_channels(blocks: nn.Sequential, images_B3HW: Tensor) -> nn.Sequential:
-    """A copy that computes the same, up to the order of its output channels, with important channels first.
+    """A copy that computes the same function, with channels inside and between blocks sorted by importance.
 
-    A channel is as important as its deviation over the images times the norm of the weights that read it.
+    Importance of a channel: its deviation over the images times the norm of the weights that read it.
     """
     copy = deepcopy(blocks).eval()
     pairs = [pair for block in copy for pair in conv_norms(block)]
@@ -94,7 +94,7 @@ def sorted_channels(blocks: nn.Sequential, images_B3HW: Tensor) -> nn.Sequential
 
 
 def importance(pairs: Sequence[tuple[SameConv2d, nn.BatchNorm2d]], deviations: Sequence[Tensor], index: int) -> Tensor:
-    """Of each output channel of convolution `index`, through a depthwise one behind it, if any, to the next reader."""
+    """Importance of each output channel of convolution `index` to the next dense convolution, past a depthwise one."""
     last = index + 1 if pairs[index + 1][0].groups > 1 else index
     reader = pairs[last + 1][0].weight
     weights: Tensor = deviations[last] * reader.flatten(2).norm(dim=2).norm(dim=0)
@@ -102,7 +102,7 @@ def importance(pairs: Sequence[tuple[SameConv2d, nn.BatchNorm2d]], deviations: S
 
 
 def channel_deviations(norms: Sequence[nn.Module], net: nn.Module, images_B3HW: Tensor) -> list[Tensor]:
-    """Standard deviation of every channel behind each of `norms`."""
+    """Standard deviation of every output channel of each of `norms`."""
     found: list[Tensor] = []
     hooks = [norm.register_forward_hook(lambda _m, _i, y: found.append(y.float().std((0, 2, 3)))) for norm in norms]
     net(images_B3HW)

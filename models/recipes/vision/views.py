@@ -1,8 +1,7 @@
-"""Fixed augmented views of the training photographs with what the teacher says of each, computed once.
+"""Fixed augmented views of the training photographs with the teacher's outputs for each, computed once.
 
-A bottleneck is distilled many times over (rates, widths, baselines) out of one frozen teacher, and the teacher's own
-forward pass costs more than all the rest. Eight views a photograph, one for each flip and quarter turn, are as many as
-a run of a dozen epochs sees anyway.
+Many bottlenecks (rates, widths, baselines) are distilled from one frozen teacher, whose forward pass costs more than
+all the rest. Eight views a photograph, one for each flip and quarter turn, are about as many as a dozen epochs use.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Compute = Callable[[Tensor], Mapping[str, Tensor]]  # grey images in [0, 1], BHW
 
 @dataclass(frozen=True)
 class Views:
-    """Memory-mapped arrays, one a name and view: `images` uint8 (N, H, W), and what was computed of them in float16."""
+    """Memory-mapped arrays by name, for each view: `images` uint8 (N, H, W), and float16 arrays computed from them."""
 
     passes: tuple[Arrays, ...]
 
@@ -59,7 +58,7 @@ class Views:
 
 
 def make_views(folder: Path, images_NHW: NDArray[np.uint8], seed: int) -> Views:
-    """Draw what `folder` lacks of the views, one after another, and open them."""
+    """Compute the views that `folder` lacks, and open all of them."""
     folder.mkdir(parents=True, exist_ok=True)
     for view in range(VIEWS):
         write(folder, view, "images", images_NHW, augmented(view, torch.Generator().manual_seed(seed * VIEWS + view)))
@@ -67,7 +66,7 @@ def make_views(folder: Path, images_NHW: NDArray[np.uint8], seed: int) -> Views:
 
 
 def draw_views(folder: Path, count: int, shape: tuple[int, ...], rows: Iterable[NDArray[np.uint8]]) -> Views:
-    """Write what `rows` gives: all views of one photograph after another, each (VIEWS, *shape). Done before: opens."""
+    """Write `rows`, each all views of one photograph (VIEWS, *shape), unless that was done before; open the views."""
     folder.mkdir(parents=True, exist_ok=True)
     markers = [folder / f"{view}.images.done" for view in range(VIEWS)]
     if not all(marker.exists() for marker in markers):
@@ -82,7 +81,7 @@ def draw_views(folder: Path, count: int, shape: tuple[int, ...], rows: Iterable[
 
 
 def augmented(view: int, generator: torch.Generator) -> Compute:
-    """Flip or turn number `view`, then a random small affine map and contrast."""
+    """Dihedral transform number `view`, then a small random affine map and contrast."""
 
     def look(grey_BHW: Tensor) -> Mapping[str, Tensor]:
         images_B1HW = random_affine(dihedral(grey_BHW.unsqueeze(1), view), generator)
@@ -92,7 +91,7 @@ def augmented(view: int, generator: torch.Generator) -> Compute:
 
 
 def extend(folder: Path, stage: str, compute: Compute) -> Views:
-    """Add what `compute` makes of every view's images, unless `stage` was done before."""
+    """Compute arrays from every view's images, unless `stage` was done before."""
     images = open_views(folder)
     for view, arrays in enumerate(images.passes):
         write(folder, view, stage, arrays["images"], compute)
@@ -100,7 +99,7 @@ def extend(folder: Path, stage: str, compute: Compute) -> Views:
 
 
 def open_views(folder: Path) -> Views:
-    """What all views of a folder have, not read yet."""
+    """The arrays that all views of a folder have, memory-mapped."""
     found = [{path.name.split(".")[1] for path in folder.glob(f"{view}.*.npy")} for view in range(VIEWS)]
     names = sorted(set.intersection(*found))
     return Views(
@@ -110,7 +109,7 @@ def open_views(folder: Path) -> Views:
 
 @torch.no_grad()
 def write(folder: Path, view: int, stage: str, images_NHW: NDArray[Any], compute: Compute) -> None:
-    """One view's arrays; a marker says that they are whole, so that an interrupted run goes on behind it."""
+    """Write one view's arrays, then a marker that they are complete, so that an interrupted run resumes after it."""
     marker = folder / f"{view}.{stage}.done"
     if marker.exists():
         return

@@ -77,10 +77,10 @@ def test_a_method_out_of_reach_is_null_and_says_how_often() -> None:
 def test_points_say_what_a_setting_costs_and_gives() -> None:
     timed = (way("n0", "with", encoder_bits=8192 * 3, encoder_macs=7), measured(agreeing(0.9, 0), 500, decode_ms=4.0))
     found: dict[str, Any] = compare({"n0": [*method("n0", 1), timed]}, CLOUD, LABELS, 100)
-    *_, untold, point = found["methods"]["n0"]["points"]
+    *_, undecoded, point = found["methods"]["n0"]["points"]
     assert point["setting"] == "with" and point["encoder_kb"] == 3 and point["encoder_macs"] == 7
     assert (point["payload_bytes"], point["data_bytes"], point["wire_bytes"]) == (500, 604, 530)
-    assert (point["encode_ms"], point["decode_ms"], point["cloud_ms"]) == (2, 4, 20) and untold["decode_ms"] is None
+    assert (point["encode_ms"], point["decode_ms"], point["cloud_ms"]) == (2, 4, 20) and undecoded["decode_ms"] is None
     agreement = point["agreement"]
     assert agreement["value"] == pytest.approx(0.9) and agreement["samples"] == N
     assert agreement["low"] < 0.9 < agreement["high"]

@@ -32,7 +32,8 @@ from isthmus.models.messages import (
     TapInfo,
     TaskInfo,
 )
-from isthmus.models.vision.manifest import Manifest, TapArchitecture
+from isthmus.models.vision.architecture import TapArchitecture
+from isthmus.models.vision.manifest import Manifest
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 

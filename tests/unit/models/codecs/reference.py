@@ -83,10 +83,10 @@ def decode(data: bytes, tables: Tables, rate: int, shape_CHW: tuple[int, int, in
             frequencies = bank[tables.table_E[which]]
             costly = max(costly, sum(f * (17 - f.bit_length()) for f in frequencies) >> 16)
     coder = Rans(int.from_bytes(data, "little"))
-    for phase, quarters in enumerate((((1, 1), (0, 0)), ((0, 1), (1, 0)))):
+    for phase, components in enumerate((((1, 1), (0, 0)), ((0, 1), (1, 0)))):
         places = [
             (channel, y, x)
-            for row, column in quarters
+            for row, column in components
             for channel in live
             for y in range(row, height, 2)
             for x in range(column, width, 2)

@@ -15,8 +15,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.models.codecs.checkerboard import ContextualCodec, Run, to_tensors
+from isthmus.models.codecs.checkerboard import ContextualCodec, to_tensors
 from isthmus.models.codecs.context_model import ALL_CONTEXTS, Integers
+from isthmus.models.codecs.phase_order import PhaseOrder
 from isthmus.models.errors import BundleError, InvalidInput, PayloadCorrupt, PayloadTooLarge
 from tests.unit.models.codecs import reference
 from tests.unit.models.codecs.codec_tables import (
@@ -56,8 +57,8 @@ def test_at_most_24_symbols_make_the_seed() -> None:
     cheap = dataclasses.replace(fixed_tables(), prior_LK=np.repeat(np.array([[0], [1]], np.uint8), ALL_CONTEXTS, 1))
     codec = ContextualCodec(cheap, (3, 9, 9), CAP)
     integers_CHW = random_integers(codec, 0, seed=0)
-    run, symbols_N = codec.lay(integers_CHW, 0)[1]
-    assert len(symbols_N) - run.ends_T[-1] == 24
+    order, symbols_N = codec.to_phases(integers_CHW, 0)[1]
+    assert len(symbols_N) - order.ends_T[-1] == 24
     data = codec.encode(integers_CHW, 0)
     np.testing.assert_array_equal(reference.decode(data, cheap, 0, (3, 9, 9)), integers_CHW)
 
@@ -164,7 +165,7 @@ def test_a_zero_at_the_end_is_corrupt() -> None:
 
 
 def test_bytes_left_over_are_corrupt() -> None:
-    with pytest.raises(PayloadCorrupt, match="200 bytes do not decode under the tables of rate 0"):
+    with pytest.raises(PayloadCorrupt, match="200 bytes do not decode with the tables of rate 0"):
         fixed_codec().decode(b"\1\2\3\4" * 50, 0)
 
 
@@ -172,12 +173,12 @@ def test_an_integer_that_its_channel_cannot_take_is_corrupt() -> None:
     codec = ContextualCodec(fixed_tables(), (3, 1, 2), CAP)
     priors: list[list[int]] = []
 
-    def read(run: Run) -> Integers:
-        priors.append(run.priors_N.tolist())
+    def read(order: PhaseOrder) -> Integers:
+        priors.append(order.priors_N.tolist())
         return np.array([4, 1], np.int32) if len(priors) == 1 else np.array([0, 6], np.int32)
 
-    with pytest.raises(ValueError, match="a channel cannot take its integer"):
-        codec.fill(read, 0)
+    with pytest.raises(ValueError, match="an integer is outside its channel's range"):
+        codec.from_phases(read, 0)
     assert priors == [[0, 1], [1, 4]]
 
 
@@ -277,7 +278,7 @@ def test_silent_channels_cost_nothing() -> None:
     codec = ContextualCodec(fixed_tables(), (3, 19, 19), CAP)
     integers_CHW = np.zeros((3, 19, 19), np.int32)
     integers_CHW[1] = 1
-    assert sum(len(run.order_N) for run, _ in codec.lay(integers_CHW, 0)) == 2 * 19 * 19
+    assert sum(len(order.positions_N) for order, _ in codec.to_phases(integers_CHW, 0)) == 2 * 19 * 19
     assert (codec.decode(codec.encode(integers_CHW, 0), 0)[1] == 1).all()
 
 

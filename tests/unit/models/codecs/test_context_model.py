@@ -7,14 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.models.codecs.context_model import ALL_CONTEXTS, OUTSIDE, PHASES, Contexts, Lattice, Weights
+from isthmus.models.codecs.context_model import (
+    ALL_CONTEXTS,
+    OUTSIDE,
+    PHASES,
+    Checkerboard,
+    ContextLookup,
+    ContextWeights,
+)
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 8))
 
 
-def weights(channels: int, **changes: object) -> Weights:
-    """Every channel -3 .. 3; each neighbour is one context more, and zeros are in the middle of phase 1's contexts."""
-    plain = Weights(
+def weights(channels: int, **changes: object) -> ContextWeights:
+    """Every channel -3 .. 3; each neighbour is one context more; zeros have the middle context of non-anchors."""
+    plain = ContextWeights(
         low_C=np.full(channels, -3, np.int8),
         high_C=np.full(channels, 3, np.int8),
         near_C2=np.ones((channels, 2), np.uint8),
@@ -25,35 +32,35 @@ def weights(channels: int, **changes: object) -> Weights:
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def contexts_of(lattice: Lattice, chosen: Weights) -> Contexts:
+def contexts_of(board: Checkerboard, chosen: ContextWeights) -> ContextLookup:
     """Lookups that say which context it is."""
     names = np.tile(np.arange(ALL_CONTEXTS, dtype=np.uint8), (len(chosen.low_C), 1))
-    return Contexts(lattice, chosen, names)
+    return ContextLookup(board, chosen, names)
 
 
 def context_at(place: tuple[int, int], integers_HW: list[list[int]], **changes: object) -> int:
     """The context of one place of one channel."""
     integers_CHW = np.array([integers_HW], np.int32)
-    lattice, phase = Lattice((1, len(integers_HW), len(integers_HW[0])), [0]), sum(place) % 2
+    board, phase = Checkerboard((1, len(integers_HW), len(integers_HW[0])), [0]), sum(place) % 2
     mark_CHW = np.zeros_like(integers_CHW)
     mark_CHW[0, *place] = 1
-    found = contexts_of(lattice, weights(1, **changes)).priors(lattice.spread(integers_CHW), phase)
-    return int(found[lattice.phase(lattice.spread(mark_CHW), phase) > 0].item())
+    found = contexts_of(board, weights(1, **changes)).priors(board.scatter(integers_CHW), phase)
+    return int(found[board.phase(board.scatter(mark_CHW), phase) > 0].item())
 
 
 @given(shape_CHW=SHAPES, seed=st.integers(0, 1 << 32))
-def test_collect_undoes_spread(shape_CHW: tuple[int, int, int], seed: int) -> None:
+def test_gather_undoes_scatter(shape_CHW: tuple[int, int, int], seed: int) -> None:
     integers_CHW = np.random.default_rng(seed).integers(-100, 100, shape_CHW).astype(np.int32)
-    lattice = Lattice(shape_CHW, range(shape_CHW[0]))
-    flat = lattice.spread(integers_CHW)
-    np.testing.assert_array_equal(lattice.collect(flat), integers_CHW)
-    assert (flat[lattice.inside == 0] == 0).all()
-    assert lattice.inside.sum() == integers_CHW.size
+    board = Checkerboard(shape_CHW, range(shape_CHW[0]))
+    flat = board.scatter(integers_CHW)
+    np.testing.assert_array_equal(board.gather(flat), integers_CHW)
+    assert (flat[board.inside == 0] == 0).all()
+    assert board.inside.sum() == integers_CHW.size
 
 
 def test_channels_that_are_left_out_are_zero() -> None:
-    lattice = Lattice((3, 2, 2), [1])
-    assert lattice.collect(lattice.spread(np.ones((3, 2, 2), np.int32))).tolist() == [
+    board = Checkerboard((3, 2, 2), [1])
+    assert board.gather(board.scatter(np.ones((3, 2, 2), np.int32))).tolist() == [
         [[0, 0]] * 2,
         [[1, 1]] * 2,
         [[0, 0]] * 2,
@@ -62,30 +69,30 @@ def test_channels_that_are_left_out_are_zero() -> None:
 
 @given(shape_CHW=SHAPES, seed=st.integers(0, 1 << 32))
 def test_phases_are_the_colours_of_a_checkerboard(shape_CHW: tuple[int, int, int], seed: int) -> None:
-    lattice = Lattice(shape_CHW, range(shape_CHW[0]))
+    board = Checkerboard(shape_CHW, range(shape_CHW[0]))
     colour_CHW = np.broadcast_to(np.indices(shape_CHW[1:]).sum(0) % 2 + 1, shape_CHW)
-    flat = lattice.spread(colour_CHW)
+    flat = board.scatter(colour_CHW)
     for phase in range(PHASES):
-        assert set(lattice.phase(flat, phase)[lattice.phase(lattice.inside, phase) > 0].tolist()) <= {phase + 1}
+        assert set(board.phase(flat, phase)[board.phase(board.inside, phase) > 0].tolist()) <= {phase + 1}
 
 
 @given(shape_CHW=SHAPES, seed=st.integers(0, 1 << 32))
 def test_neighbours_are_summed_and_zero_outside_the_image(shape_CHW: tuple[int, int, int], seed: int) -> None:
     integers_CHW = np.random.default_rng(seed).integers(-100, 100, shape_CHW).astype(np.int32)
-    lattice = Lattice(shape_CHW, range(shape_CHW[0]))
+    board = Checkerboard(shape_CHW, range(shape_CHW[0]))
     padded = np.pad(integers_CHW, ((0, 0), (1, 1), (1, 1)))
     expected = (padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:], padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1])
-    inside = lattice.phase(lattice.inside, 1) > 0
-    for sums, of_CHW in zip(lattice.neighbours(lattice.spread(integers_CHW)), expected, strict=True):
-        np.testing.assert_array_equal(sums[inside], lattice.phase(lattice.spread(of_CHW), 1)[inside])
+    inside = board.phase(board.inside, 1) > 0
+    for sums, of_CHW in zip(board.neighbours(board.scatter(integers_CHW)), expected, strict=True):
+        np.testing.assert_array_equal(sums[inside], board.phase(board.scatter(of_CHW), 1)[inside])
 
 
-def test_several_latents_are_laid_out_at_once() -> None:
+def test_several_latents_are_scattered_at_once() -> None:
     integers_NCHW = np.random.default_rng(0).integers(-3, 4, (5, 2, 3, 4)).astype(np.int32)
-    lattice = Lattice((2, 3, 4), range(2))
-    found = contexts_of(lattice, weights(2)).priors(lattice.spread(integers_NCHW), 1)
+    board = Checkerboard((2, 3, 4), range(2))
+    found = contexts_of(board, weights(2)).priors(board.scatter(integers_NCHW), 1)
     for flat, one_CHW in zip(found, integers_NCHW, strict=True):
-        np.testing.assert_array_equal(flat, contexts_of(lattice, weights(2)).priors(lattice.spread(one_CHW), 1))
+        np.testing.assert_array_equal(flat, contexts_of(board, weights(2)).priors(board.scatter(one_CHW), 1))
 
 
 @pytest.mark.parametrize(
@@ -99,13 +106,13 @@ def test_several_latents_are_laid_out_at_once() -> None:
         ([[0, -3, 0], [-3, 0, -3], [0, -3, 0]], 6),
     ],
 )
-def test_contexts_of_phase_1_follow_the_sum_of_four_neighbours(integers_HW: list[list[int]], context: int) -> None:
+def test_contexts_of_non_anchors_follow_the_sum_of_four_neighbours(integers_HW: list[list[int]], context: int) -> None:
     padded = [[0] * 5, [0, *integers_HW[0], 0], [0, *integers_HW[1], 0], [0, *integers_HW[2], 0]]  # middle at (2, 2)
-    shifted = [row[1:] for row in padded]  # middle at (2, 1): a place of phase 1
+    shifted = [row[1:] for row in padded]  # middle at (2, 1): a non-anchor
     assert context_at((2, 1), shifted) == context
 
 
-def test_phase_0_knows_no_integers() -> None:
+def test_anchors_know_no_integers() -> None:
     assert {context_at((1, 1), [[n, n, n]] * 3) for n in (-3, 0, 3)} == {0}
 
 
@@ -132,21 +139,21 @@ def test_a_guess_is_cut_downwards() -> None:
 @given(shape_CHW=SHAPES, seed=st.integers(0, 1 << 32))
 def test_places_outside_the_image_have_no_prior(shape_CHW: tuple[int, int, int], seed: int) -> None:
     integers_CHW = np.random.default_rng(seed).integers(-3, 4, shape_CHW).astype(np.int32)
-    lattice = Lattice(shape_CHW, range(shape_CHW[0]))
-    contexts = contexts_of(lattice, weights(shape_CHW[0], near_C2=np.full((shape_CHW[0], 2), 3, np.uint8)))
+    board = Checkerboard(shape_CHW, range(shape_CHW[0]))
+    contexts = contexts_of(board, weights(shape_CHW[0], near_C2=np.full((shape_CHW[0], 2), 3, np.uint8)))
     for phase in range(PHASES):
-        found = contexts.priors(lattice.spread(integers_CHW), phase)
-        np.testing.assert_array_equal(found == OUTSIDE, lattice.phase(lattice.inside, phase) == 0)
+        found = contexts.priors(board.scatter(integers_CHW), phase)
+        np.testing.assert_array_equal(found == OUTSIDE, board.phase(board.inside, phase) == 0)
 
 
 def test_lookups_of_many_channels_need_more_than_16_bits() -> None:
     channels = 200
-    lattice = Lattice((channels, 3, 3), range(channels))
+    board = Checkerboard((channels, 3, 3), range(channels))
     wide = weights(channels, low_C=np.full(channels, -127, np.int8), high_C=np.full(channels, 127, np.int8))
     integers_CHW = np.random.default_rng(0).integers(-127, 128, (channels, 3, 3)).astype(np.int32)
-    found = contexts_of(lattice, wide).priors(lattice.spread(integers_CHW), 1)
-    alone = Lattice((1, 3, 3), [0])
+    found = contexts_of(board, wide).priors(board.scatter(integers_CHW), 1)
+    alone = Checkerboard((1, 3, 3), [0])
     for channel in (0, 57, 199):
         one = contexts_of(alone, weights(1, low_C=wide.low_C[:1], high_C=wide.high_C[:1]))
-        places = lattice.channels() == channel
-        np.testing.assert_array_equal(found[places], one.priors(alone.spread(integers_CHW[[channel]]), 1))
+        places = board.channels() == channel
+        np.testing.assert_array_equal(found[places], one.priors(alone.scatter(integers_CHW[[channel]]), 1))

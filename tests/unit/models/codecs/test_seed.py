@@ -58,7 +58,7 @@ def test_the_likely_costs_nothing() -> None:
     assert seed_of([0] * 5, [[0, 65_535, 65_536]] * 5) == 0
 
 
-@pytest.mark.parametrize(("number", "message"), [(3, "not the fewest bits"), (1 << 17, "17 bits for 1 symbols")])
+@pytest.mark.parametrize(("number", "message"), [(3, "not the shortest"), (1 << 17, "17 bits for 1 symbols")])
 def test_more_bits_than_the_symbols_need_are_refused(number: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         symbols_of(number, [HALVES])

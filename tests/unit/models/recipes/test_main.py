@@ -36,7 +36,7 @@ def test_figures_of_the_last_epochs_come_as_json(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("error", "code", "words"),
-    [(KeyboardInterrupt(), 130, "the same command goes on"), (InvalidInput("no"), 1, "error: no\n")],
+    [(KeyboardInterrupt(), 130, "the same command resumes"), (InvalidInput("no"), 1, "error: no\n")],
 )
 def test_a_run_that_ends_early_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str

@@ -68,9 +68,9 @@ def test_images_and_latents_are_answered_in_batches_of_any_size(parts: Parts, tm
         np.testing.assert_allclose(answer_BK, wanted_BK, rtol=1e-5)
 
 
-def test_there_is_but_one_task(parts: Parts, tmp_path: Path) -> None:
+def test_there_is_only_one_task(parts: Parts, tmp_path: Path) -> None:
     tail = GraphTail(Bundle.open(parts.write(tmp_path / "b")), 1)
-    with pytest.raises(InvalidInput, match=r"tasks \[0, 1\] were asked for"):
+    with pytest.raises(InvalidInput, match=r"tasks \[0, 1\] were requested"):
         tail.images_to_tasks([np.zeros(IMAGE, np.float32)], [0, 1])
 
 

@@ -61,7 +61,7 @@ def test_the_encoder_of_the_image_equals_pytorchs_at_each_width(tiny_bundle: Bun
 
 
 @torch.inference_mode()
-def test_the_encoder_behind_the_last_segment_equals_pytorchs(tiny_bundle: Bundle) -> None:
+def test_the_encoder_after_the_last_segment_equals_pytorchs(tiny_bundle: Bundle) -> None:
     head, split = Head(tiny_bundle, threads=1), load_split(tiny_bundle)
     features_1CHW = split.trunk(torch.from_numpy(IMAGE[None]))
     latent_CHW = head.encode(1, features_1CHW[0].numpy(), 0)
@@ -105,7 +105,7 @@ def test_an_encoder_of_another_latent_is_refused(tiny_bundle: Bundle) -> None:
         Head(lying(tiny_bundle, 0, latent=(3, 8, 9)))
 
 
-def test_an_encoder_of_the_image_behind_a_segment_is_refused(tiny_bundle: Bundle) -> None:
+def test_an_encoder_of_the_image_after_a_segment_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(BundleError, match=r"light\.onnx: inputs are named \['x', 'width'\], expected \['x'\]"):
         Head(lying(tiny_bundle, 1, encoder="light.onnx"))
 

@@ -54,7 +54,7 @@ def test_grey_of_16_bits_keeps_its_upper_eight() -> None:
     np.testing.assert_array_equal(opened, np.repeat((wide_HW >> 8)[..., None], 3, axis=2))
 
 
-def test_grey_is_told_from_colour(photo: Image.Image) -> None:
+def test_grey_is_distinguished_from_colour(photo: Image.Image) -> None:
     assert is_grey(photo.convert("L").convert("RGB"))
     assert not is_grey(photo)
 

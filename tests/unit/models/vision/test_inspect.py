@@ -22,13 +22,13 @@ def test_inspect_shows_what_a_person_asks_for(paper: Parts, tmp_path: Path) -> N
     for words in ("Apache-2.0", "8x8 RGB", "exit0", "loss <= 1.0% with confidence 90%", "0.7500 [0.5000"):
         assert words in shown
     assert "task defect: good, bäd" in shown
-    assert "tap deep: behind segment 0, latent 2x4x4, at most 64 B" in shown
+    assert "tap deep: after segment 0, latent 2x4x4, at most 64 B" in shown
 
 
 def test_inspect_has_a_row_for_each_width_and_rate(tiny_bundle: Bundle) -> None:
     shown = shown_of(tiny_bundle.folder)
     assert "tiny: defect, colour" in shown and "task colour: red, green, blue" in shown
-    light, deep = shown[shown.index("tap light: of the image") :].split("tap deep: behind segment 1")
+    light, deep = shown[shown.index("tap light: of the image") :].split("tap deep: after segment 1")
     rows = [line.split() for line in light.splitlines() if line.startswith("    ")]
     assert rows[0] == ["width", "encoder", "MMAC", "rate", "mean", "B", "max", "B", "accuracy", "agreement"]
     assert [row[:3] for row in rows[1:]] == [[w, m, r] for w, m in (("0.5", "4.0"), ("1", "8.0")) for r in "012"]

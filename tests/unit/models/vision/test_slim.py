@@ -77,7 +77,7 @@ def test_without_rounding_it_is_the_backbone(
 
 
 def test_a_narrow_width_uses_the_first_channels_alone(encoder: SlimEncoder, images: Tensor) -> None:
-    """What is behind them may hold anything."""
+    """Later channels may hold anything."""
     conv = encoder.front.blocks[0].convs[0]  # type: ignore[index, union-attr]
     kept = conv.weight.detach().clone()
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_a_narrow_width_uses_the_first_channels_alone(encoder: SlimEncoder, imag
 
 
 def test_half_the_width_costs_less_than_two_fifths(encoder: SlimEncoder) -> None:
-    from isthmus.models.recipes.vision.export import macs
+    from isthmus.models.recipes.vision.parts import macs
 
     image = torch.zeros(1, 3, 64, 64)
     assert 2.5 * macs(encoder, image, 0) < macs(encoder, image, 2)

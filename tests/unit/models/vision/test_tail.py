@@ -46,7 +46,7 @@ def test_latents_are_answered_by_decoder_and_tail_at_their_rates(tiny_bundle: Bu
 
 @torch.inference_mode()
 @pytest.mark.parametrize("tasks", [(0,), (1,), (0, 1)])
-def test_each_task_asked_for_is_answered_from_the_same_features(tiny_bundle: Bundle, tasks: tuple[int, ...]) -> None:
+def test_each_requested_task_is_answered_from_the_same_features(tiny_bundle: Bundle, tasks: tuple[int, ...]) -> None:
     split, tail, latents = load_split(tiny_bundle), Tail(tiny_bundle), random_latents(tiny_bundle, 1)
     features_BCHW = split.decode(1, torch.from_numpy(np.stack(latents)), torch.tensor([1, 0, 1]))
     answers = tail.latents_to_tasks(1, latents, [1, 0, 1], tasks)
@@ -119,7 +119,7 @@ def test_weights_that_do_not_fit_are_refused(
         ({"classes": (2,)}, r"have unknown heads\.0"),
         ({"taps": TINY.taps[:1]}, r"have unknown taps\.1"),
     ],
-    ids=["builder", "backbone", "cut behind the end", "classes", "other cut", "a task less", "a tap less"],
+    ids=["builder", "backbone", "cut after the end", "classes", "other cut", "a task less", "a tap less"],
 )
 def test_an_architecture_that_does_not_fit_is_refused(tiny_bundle: Bundle, update: dict[str, Any], words: str) -> None:
     manifest = tiny_bundle.manifest

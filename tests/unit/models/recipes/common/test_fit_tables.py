@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.models.codecs.checkerboard import ContextualCodec
-from isthmus.models.codecs.context_model import ALL_CONTEXTS, Integers, Lattice, Weights
+from isthmus.models.codecs.context_model import ALL_CONTEXTS, Checkerboard, ContextWeights, Integers
 from isthmus.models.codecs.tables import Tables, check_tables
-from isthmus.models.recipes.common.fit_tables import Cells, code_length, count, fit, frequencies, ratio, settle
+from isthmus.models.recipes.common.fit_bank import code_length, frequencies
+from isthmus.models.recipes.common.fit_tables import count, fit
 
 CAP = 1 << 16
 SHAPE_CHW = (4, 9, 10)
@@ -160,24 +161,9 @@ def test_tables_are_in_the_order_of_what_they_cost(fitted: Tables) -> None:
     assert bits == sorted(bits)
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=500))
-def test_frequencies_are_whole_and_complete(counts: list[float]) -> None:
-    found = frequencies(np.array(counts) + 1e-3)
-    assert found.min() >= 1
-    assert found.sum() == 1 << 16
-
-
-@pytest.mark.parametrize(
-    ("across", "down", "near"), [(1, 0, (1, 0)), (0, 1, (0, 1)), (1, 1, (1, 1)), (0.3, 0.15, (2, 1))]
-)
-def test_the_direction_that_explains_more_counts_more(across: float, down: float, near: tuple[int, int]) -> None:
-    sums_M2 = np.random.default_rng(0).normal(size=(1000, 2))
-    assert ratio(sums_M2, sums_M2 @ [across, down]) == near
-
-
 def test_contexts_never_seen_take_after_their_channel() -> None:
     integers_NCHW = np.array([[[[2, 3, 3, 3]]], [[[3, 3, 3, 4]]]], np.int8)
-    flat = Weights(
+    flat = ContextWeights(
         low_C=np.array([2], np.int8),
         high_C=np.array([4], np.int8),
         near_C2=np.ones((1, 2), np.uint8),
@@ -185,29 +171,17 @@ def test_contexts_never_seen_take_after_their_channel() -> None:
         bias_C2=np.zeros((1, 2), np.int16),
         ends_C24=np.zeros((1, 2, 4), np.int8),
     )
-    counts_KA = count(Lattice((1, 1, 4), [0]), integers_NCHW, flat, 2, 4)
+    counts_KA = count(Checkerboard((1, 1, 4), [0]), integers_NCHW, flat, 2, 4)
     seen = np.isin(np.arange(ALL_CONTEXTS), [0, 6])
     np.testing.assert_allclose(counts_KA[~seen] / counts_KA[~seen].sum(1, keepdims=True), [[1 / 8, 6 / 8, 1 / 8]] * 16)
     np.testing.assert_allclose(counts_KA[0] / counts_KA[6], [(1 + 1 / 8) / (1 / 8), 1, (1 / 8) / (1 + 1 / 8)])
-
-
-def test_a_histogram_keeps_a_table_that_has_the_columns_it_needs() -> None:
-    counts_nB = np.array([[0, 0, 90, 10, 0], [20, 20, 20, 20, 20], [0, 0, 90, 10, 0]], float)
-    cells = Cells(counts_nB, low_n=np.array([2, 0, 0]), high_n=np.array([3, 4, 4]), zero=2)
-    assert settle(cells, np.array([0, 1, 1])).tolist() == [0, 1, 1]
-    free = dataclasses.replace(cells, low_n=np.array([2, 0, 2]), high_n=np.array([3, 4, 3]))
-    assert settle(free, np.array([0, 1, 1])).tolist() == [0, 1, 0]
-
-
-def test_code_length_is_the_entropy() -> None:
-    assert code_length(np.array([[2.0, 2.0, 0.0], [4.0, 0.0, 0.0]])).tolist() == [4.0, 0.0]
 
 
 def test_very_many_histograms_are_grouped_by_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly as short as with all of them compared, and every integer still has its place."""
     integers, fresh = quantised(100, seed=0), quantised(20, seed=1)
     merged = fit(integers, GAIN_RC)
-    monkeypatch.setattr("isthmus.models.recipes.common.fit_tables.MOST_MERGED", 0)
+    monkeypatch.setattr("isthmus.models.recipes.common.fit_bank.MOST_MERGED", 0)
     graded = fit(integers, GAIN_RC)
     check_tables(graded, SHAPE_CHW[0])
     bits = [

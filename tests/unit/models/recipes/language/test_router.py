@@ -10,7 +10,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.confidence_head import EVIDENCE, Judge, echoes
 from isthmus.models.language.handoff.manifest import LocalModelEntry
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.recipes.common.calibrate import interval
+from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.language.exits import Traces, trace
 from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.router import answers, copies, levels

@@ -182,8 +182,8 @@ def test_a_module_that_is_called_again_has_its_number_in_the_name() -> None:
     [
         (Branching, "the model's graph cannot be captured"),
         (Broken, "the model's graph cannot be captured: first line"),
-        (Dense, "the model cannot be cut: nowhere does a single feature map"),
-        (lambda: nn.Conv2d(3, 4, 3), r"the model answers two images with \(2, 4, 30, 30\), expected logits"),
+        (Dense, "the model cannot be cut: no point of it is passed by a single feature map"),
+        (lambda: nn.Conv2d(3, 4, 3), r"the model's output for two images is \(2, 4, 30, 30\), expected logits"),
         (lambda: nn.Conv2d(5, 4, 3), "the model's graph cannot be captured"),
     ],
     ids=["control flow", "its own error", "no single map", "no logits", "five channels"],

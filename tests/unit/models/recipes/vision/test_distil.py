@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.models.recipes.vision.distil import Distillation, Weights, relative_distance
+from isthmus.models.recipes.vision.distil import Distillation, relative_distance
 from isthmus.models.vision.split import SplitClassifier
 
 RATES = (2.0, 0.2)
@@ -15,7 +15,7 @@ RATES = (2.0, 0.2)
 @pytest.fixture
 def module(tiny_split: SplitClassifier) -> Distillation:
     torch.manual_seed(0)
-    return Distillation(copy.deepcopy(tiny_split), 1, Weights(RATES))
+    return Distillation(copy.deepcopy(tiny_split), 1, RATES)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_the_rate_is_what_the_price_weighs(tiny_split: SplitClassifier, batch: t
     losses = []
     for price in (0.0, 1000.0):
         torch.manual_seed(0)
-        module = Distillation(copy.deepcopy(tiny_split), 1, Weights((price,)))
+        module = Distillation(copy.deepcopy(tiny_split), 1, (price,))
         torch.manual_seed(1)
         loss, figures = module.loss(*batch)
         losses.append(loss.item())

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from isthmus.models.recipes.vision import elpv
+from isthmus.models.recipes.vision.elpv_cloud import PREPROCESSING
 from isthmus.models.recipes.vision.elpv_data import Photos
 from isthmus.models.vision.images import preprocess
 
@@ -23,31 +22,6 @@ def photos() -> Photos:
     )
 
 
-def test_training_sees_photos_as_the_device_preprocesses_them(photos: Photos) -> None:
-    image = Image.fromarray(photos.images_NHW[0]).convert("RGB")
-    device_CHW = preprocess(image, elpv.PREPROCESSING)
-    training_CHW = elpv.normalise(torch.from_numpy(photos.images_NHW[:1]).float() / 255)[0]
-    np.testing.assert_allclose(training_CHW, device_CHW, atol=1e-5)
-
-
 def test_measuring_sees_photos_as_the_device_preprocesses_them(photos: Photos) -> None:
     image = Image.fromarray(photos.images_NHW[3]).convert("RGB")
-    np.testing.assert_allclose(elpv.samples(photos).images[3], preprocess(image, elpv.PREPROCESSING), atol=1e-5)
-
-
-def test_batches_are_whole_and_of_the_size_asked_for(photos: Photos) -> None:
-    found = list(elpv.batches(photos, 32, torch.Generator().manual_seed(0)))
-    assert [batch.images_B3HW.shape for batch in found] == [(elpv.BATCH, 3, 32, 32)] * 2
-    assert [batch.defect_B.shape for batch in found] == [(elpv.BATCH,)] * 2
-
-
-def test_the_generator_decides_the_batches(photos: Photos) -> None:
-    first, again, other = (next(elpv.batches(photos, 32, torch.Generator().manual_seed(seed))) for seed in (0, 0, 1))
-    assert torch.equal(first.images_B3HW, again.images_B3HW)
-    assert not torch.equal(first.defect_B, other.defect_B)
-
-
-def test_doubt_is_a_soft_target() -> None:
-    logits_B2 = torch.tensor([[0.0, math.log(3.0)]])  # probabilities 1/4 and 3/4
-    by_hand = -(2 / 3 * math.log(0.75) + 1 / 3 * math.log(0.25))
-    assert elpv.soft_cross_entropy(logits_B2, torch.tensor([2 / 3])).item() == pytest.approx(by_hand)
+    np.testing.assert_allclose(elpv.samples(photos).images[3], preprocess(image, PREPROCESSING), atol=1e-5)

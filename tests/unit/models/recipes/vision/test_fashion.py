@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.recipes.vision import fashion, own
+from isthmus.models.recipes.vision import fashion, own_training
 from isthmus.models.vision.bundle import Bundle
 
 COUNTS = {"train": 160, "t10k": 40}
@@ -44,8 +44,8 @@ def test_parts_do_not_overlap(data: Path) -> None:
 
 def test_three_exits_and_a_bottleneck(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion, "EPOCHS", 1)
-    for name in ("BRIDGE_EPOCHS", "DECODER_EPOCHS", "TAIL_EPOCHS"):
-        monkeypatch.setattr(own, name, 1)
+    for name in ("BOTTLENECK_EPOCHS", "DECODER_EPOCHS", "TAIL_EPOCHS"):
+        monkeypatch.setattr(own_training, name, 1)
     bundle = fashion.make(tmp_path / "bundle", Run(tmp_path / "work", 0), "test", data)
     manifest = Bundle.open(bundle.folder).manifest
     assert len(manifest.heads["fp32"].exits) == 3 and manifest.tasks[0].labels == fashion.LABELS

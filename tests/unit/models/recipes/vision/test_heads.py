@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.recipes.vision.bridge import Bridge, Weights
+from isthmus.models.recipes.vision.bottleneck import BottleneckModel
+from isthmus.models.recipes.vision.distil import LossWeights
 from isthmus.models.recipes.vision.heads import HeadTraining, train_head
 from isthmus.models.recipes.vision.rates import Rates
 from isthmus.models.recipes.vision.views import extend, make_views
@@ -27,13 +28,13 @@ class Narrow(nn.Module):
         return y_BCHW
 
 
-def bridge() -> Bridge:
+def bottleneck() -> BottleneckModel:
     torch.manual_seed(0)
     tail = EfficientNetLite("efficientnet_lite0", 2).eval().blocks[12:]
-    return Bridge(Narrow(), Rates(4, (1.0, 0.1)), DenseDecoder(4, CHANNELS, 8, 2), tail, 0, Weights())
+    return BottleneckModel(Narrow(), Rates(4, (1.0, 0.1)), DenseDecoder(4, CHANNELS, 8, 2), tail, 0, LossWeights())
 
 
-def test_a_head_learns_what_the_features_tell_and_the_bridge_stays(tmp_path: Path) -> None:
+def test_a_head_learns_what_the_features_tell_and_the_bottleneck_stays(tmp_path: Path) -> None:
     """Bright photographs are of class 1."""
     class_N = np.arange(64) % 2
     images_NHW = (60 + 120 * class_N)[:, None, None] * np.ones((1, 8, 8))
@@ -46,7 +47,7 @@ def test_a_head_learns_what_the_features_tell_and_the_bridge_stays(tmp_path: Pat
             "features": grey_BHW.unsqueeze(1).repeat(1, CHANNELS, 1, 1),
         },
     )
-    module = bridge()
+    module = bottleneck()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     run = Run(tmp_path, 0)
     train_head(run, "bright", ExitHead(CHANNELS, 2), module, views, class_N)
@@ -54,12 +55,12 @@ def test_a_head_learns_what_the_features_tell_and_the_bridge_stays(tmp_path: Pat
     assert run.last_figures()["bright"]["right"] > 0.9
 
 
-def test_half_of_a_batch_crosses_the_bridge() -> None:
+def test_half_of_a_batch_crosses_the_bottleneck() -> None:
     seen: list[torch.Tensor] = []
-    module = HeadTraining(ExitHead(CHANNELS, 2), bridge()).train()
+    module = HeadTraining(ExitHead(CHANNELS, 2), bottleneck()).train()
     module.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     front, features = torch.rand(6, 2, 8, 8), torch.rand(6, CHANNELS, 8, 8)
     module.loss((front, features, torch.zeros(6, dtype=torch.long)))
     assert torch.equal(seen[0][3:], features[3:])
     assert not torch.equal(seen[0][:3], features[:3])
-    assert not module.bridge.training
+    assert not module.bottleneck.training

@@ -40,7 +40,7 @@ def float_convolutions(graph: bytes) -> int:
     return sum(node.op_type == "Conv" and node.input[1] in plain for node in model.node)
 
 
-def test_ranges_behind_the_first_segment_are_those_of_its_features(
+def test_ranges_after_the_first_segment_are_those_of_its_features(
     graphs: list[bytes], images: list[NDArray[np.float32]]
 ) -> None:
     first, second = quantise_head(graphs, images)

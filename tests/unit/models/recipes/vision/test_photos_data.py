@@ -86,10 +86,10 @@ def test_an_empty_photograph_gives_its_crops_all_the_same() -> None:
 
 
 def test_an_object_covers_some_of_its_background() -> None:
-    behind = np.zeros((64, 64, 3), np.uint8)
+    below = np.zeros((64, 64, 3), np.uint8)
     thing = Image.new("RGBA", (40, 20), (255, 0, 0, 255))
-    covered = (paste(thing, behind, np.random.default_rng(0))[..., 0] == 255).mean()
-    assert 0.05 < covered < 0.7 and not behind.any()
+    covered = (paste(thing, below, np.random.default_rng(0))[..., 0] == 255).mean()
+    assert 0.05 < covered < 0.7 and not below.any()
 
 
 def test_pictures_in_a_resource_file_are_found(tmp_path: Path) -> None:

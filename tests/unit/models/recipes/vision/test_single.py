@@ -10,7 +10,7 @@ import torch
 from isthmus.models.codecs import checkerboard as contextual
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.vision import single
-from isthmus.models.recipes.vision.bridge import new_bridge
+from isthmus.models.recipes.vision.bottleneck import new_bottleneck
 from isthmus.models.recipes.vision.single import PRICES, SingleRate, tables_of
 from isthmus.models.vision.slim import FrozenSlim
 from isthmus.models.vision.split import SplitClassifier
@@ -22,9 +22,11 @@ TAP = TINY.taps[0]
 @pytest.fixture
 def way(tiny_split: SplitClassifier) -> SingleRate:
     torch.manual_seed(0)
-    bridge = new_bridge(tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (1.0,), tiny_split.cuts[-1], settled=True)
+    bottleneck = new_bottleneck(
+        tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (1.0,), tiny_split.cuts[-1], settled=True
+    )
     tensors = contextual.to_tensors(laplace_tables(TAP.latent_channels, (2.0,)))
-    return SingleRate("price 1", bridge.eval(), tiny_split, tensors, SIDE)
+    return SingleRate("price 1", bottleneck.eval(), tiny_split, tensors, SIDE)
 
 
 def test_it_answers_through_real_bytes(way: SingleRate) -> None:
@@ -46,10 +48,10 @@ def test_the_encoder_counts_front_bottleneck_and_tables_as_shipped(
 
 def test_a_trained_price_is_found_with_its_tables(tmp_path: Path, tiny_split: SplitClassifier) -> None:
     for price in PRICES:
-        bridge = new_bridge(
+        bottleneck = new_bottleneck(
             tiny_split, TAP, tiny_split.tap(0).slim.bottleneck, (price,), tiny_split.cuts[-1], settled=True
         )
-        torch.save({"average": bridge.state_dict()}, tmp_path / f"ours-single-{price:g}-refine.ckpt")
+        torch.save({"average": bottleneck.state_dict()}, tmp_path / f"ours-single-{price:g}-refine.ckpt")
         tensors = contextual.to_tensors(laplace_tables(TAP.latent_channels, (2.0,)))
         safetensors.numpy.save_file(tensors, tables_of(tmp_path, price))
     found = single.trained(tmp_path, tiny_split, TAP)

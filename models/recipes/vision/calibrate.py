@@ -1,4 +1,4 @@
-"""Statistics with a promise: intervals of measured fractions and certified exit thresholds."""
+"""Certified thresholds of exits, by learn-then-test."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom, binomtest
+from scipy.stats import binom
 
-from isthmus.models.bundle.manifest import Interval
 from isthmus.models.vision.manifest import Threshold
 
 DELTA = 0.1  # a certificate fails with at most this probability
@@ -22,12 +21,6 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
 
-def interval(right_N: Bools) -> Interval:
-    """A fraction with its 95 % Wilson interval."""
-    low, high = binomtest(int(right_N.sum()), len(right_N)).proportion_ci(0.95, method="wilson")
-    return Interval(value=float(right_N.mean()), low=float(low), high=float(high), samples=len(right_N))
-
-
 def first_exit(confidence_EN: Floats, threshold: float) -> NDArray[np.int64]:
     """The index of the first exit whose confidence reaches `threshold`, or the number of exits when none does."""
     confident_EN = confidence_EN >= threshold
@@ -39,9 +32,9 @@ def certify(
 ) -> tuple[Threshold, ...]:
     """For each epsilon the most permissive threshold with P(loss of accuracy > epsilon) <= DELTA.
 
-    Loss of one input: 1 when the exit it takes is wrong and the cloud model right, else 0; an input that takes no exit
-    loses nothing. Learn-then-test (Angelopoulos et al., 2021): exact binomial p-values along GRID in fixed order, the
-    last threshold accepted before the first refusal.
+    Loss of one input: 1 when the exit it takes is wrong and the cloud model right, else 0. Learn-then-test
+    (Angelopoulos et al., 2021): exact binomial p-values along GRID in fixed order, the last threshold accepted before
+    the first refusal.
     """
     samples = len(cloud_right_N)
     losses, coverages = [], []

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.models.recipes.common.calibrate import DELTA, GRID, NEVER, certify, first_exit, interval
+from isthmus.models.recipes.vision.calibrate import DELTA, GRID, NEVER, certify, first_exit
 
 
 def tail_probability(losses: int, samples: int, epsilon: float) -> float:
@@ -83,16 +83,6 @@ def test_a_larger_allowance_never_exits_less(seed: int) -> None:
     found = certify(confidence_EN, exit_right_EN, rng.random(400) < 0.9, [0.005, 0.01, 0.02, 0.05, 0.1, 0.3])
     confidences = [threshold.confidence for threshold in found]
     assert confidences == sorted(confidences, reverse=True)
-
-
-@pytest.mark.parametrize(
-    ("right", "samples", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (450, 500, 0.8706, 0.9234)],
-)
-def test_intervals_are_wilsons(right: int, samples: int, low: float, high: float) -> None:
-    found = interval(np.arange(samples) < right)
-    assert (found.value, found.samples) == (right / samples, samples)
-    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 def test_the_first_confident_exit_is_taken() -> None:

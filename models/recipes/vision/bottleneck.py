@@ -1,11 +1,11 @@
-"""One bottleneck distilled out of a frozen teacher, from fixed views of the photographs: encoder, rates, decoder, tail.
+"""One bottleneck distilled from a frozen teacher, on fixed views of the photographs: encoder, rates, decoder, tail.
 
-    view -> encoder (at a width) -> rounded latent -> decoder -> tail   <- teacher's features on the way, answer, label
+    view -> encoder (at a width) -> rounded latent -> decoder -> tail   <- teacher's inner features, answer, label
                                        | bits
 
 The joint loss of Duan & Zhu ("Efficient Feature Compression for Edge-Cloud Systems", PCS 2022): task, distillation,
-features behind the decoder and in the tail, rate. The tail's depthwise convolutions and batch norms stay as they are:
-their gradients are two thirds of its cost, and 1,500 photographs teach them nothing.
+features after the decoder and in the tail, rate. The tail's depthwise convolutions and batch norms stay frozen: their
+gradients are two thirds of its cost, and training them on 1,500 photographs brings nothing.
 """
 
 from __future__ import annotations
@@ -18,52 +18,43 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from isthmus.models.recipes.vision.distil import answer_loss, relative_distance
+from isthmus.models.recipes.vision.distil import LossWeights, answer_loss, relative_distance
 from isthmus.models.recipes.vision.rates import Rates
+from isthmus.models.vision.architecture import TapArchitecture
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
-from isthmus.models.vision.manifest import TapArchitecture
 from isthmus.models.vision.split import DenseDecoder, SplitClassifier
 
-BETWEEN_LR, TAIL_LR = 0.3, 0.1  # of what is new: a trained tail forgets at more
-STEP_AT_ONE, PRICE_POWER = 1.45, 0.35  # step of the first integers at a price of 1, in deviations of the latent
+BETWEEN_LR, TAIL_LR = 0.3, 0.1  # relative to new parts: a trained tail forgets at higher rates
+STEP_AT_ONE, PRICE_POWER = 1.45, 0.35  # initial quantisation step at a price of 1, in deviations of the latent
 
 
 class Encoder(Protocol):
-    """Images (or what a recipe has computed of them already) -> latent, at a width."""
+    """Images (or features that a recipe has precomputed) -> latent, at a width."""
 
     def __call__(self, x_BCHW: Tensor, width: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Views; the teacher's features behind the last cut, half-way through the tail, before the classifier; answers."""
+class DistilBatch:
+    """Views; the teacher's features after the last cut, half-way through the tail, before the classifier; targets."""
 
     inputs_BCHW: Tensor
     features_BCHW: Tensor
     middle_BCHW: Tensor
     last_BCHW: Tensor
-    wanted_BK: Tensor  # the teacher's probabilities
-    target_BK: Tensor  # the annotators'
+    wanted_BK: Tensor  # probabilities of the teacher
+    target_BK: Tensor  # probabilities of the annotators
     width: int = 0
-    ramp: float = 1.0  # of the price of bytes: charged in full from the start, it empties the latent for good
+    ramp: float = 1.0  # factor of the price of bytes; the full price from the start collapses the latent for good
 
 
 def ramp(epoch: int, epochs: int) -> float:
-    """The price of bytes grows by the same factor each epoch, from a five-hundredth, for the first `epochs`."""
+    """Factor of the price of bytes: grows geometrically from 1/500 to 1 over the first `epochs`."""
     return float(500 ** min(epoch / epochs - 1, 0.0))
 
 
-@dataclass(frozen=True)
-class Weights:
-    """How the parts of the loss are weighed. `labels` is the label's share of the task, the rest is the teacher's."""
-
-    task: float = 1.0
-    labels: float = 0.5
-    features: float = 1.0
-
-
-class Bridge(nn.Module):
-    """A bottleneck in training. The tail is the teacher's, fused; it learns only when `free_tail` was called."""
+class BottleneckModel(nn.Module):
+    """A bottleneck in training. The tail is the teacher's, fused, and frozen until `free_tail` is called."""
 
     def __init__(
         self,
@@ -72,13 +63,13 @@ class Bridge(nn.Module):
         decoder: nn.Module,
         blocks: nn.Sequential,
         entry: int,
-        weights: Weights,
+        weights: LossWeights,
         *,
         settled: bool = False,
     ) -> None:
         """`blocks`: the teacher's, from where the decoder joins; the tail starts `entry` blocks later.
 
-        `settled`: the encoder was trained before, and its batch norms keep their statistics.
+        `settled`: the encoder is already trained, and its batch norms keep their statistics.
         """
         super().__init__()
         self.settled = settled
@@ -89,7 +80,7 @@ class Bridge(nn.Module):
         self.tail = nn.ModuleList([fused[entry:half], fused[half:-1], fused[-1]])
 
     def free_tail(self) -> None:
-        """Let the pointwise convolutions and the classifier behind the decoder learn."""
+        """Unfreeze the pointwise convolutions and the classifier after the decoder."""
         for part, lr_scale in ((self.between, BETWEEN_LR), (self.tail, TAIL_LR)):
             for module in part.modules():
                 if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
@@ -98,12 +89,12 @@ class Bridge(nn.Module):
                         parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
 
     def freeze_encoder(self) -> None:
-        """What decides the bytes is settled."""
+        """Freeze encoder and rates, which determine the bytes."""
         self.encoder.requires_grad_(False)
         self.rates.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Bridge:
-        """What is frozen stays in eval mode."""
+    def train(self, mode: bool = True) -> BottleneckModel:
+        """Frozen modules stay in eval mode."""
         super().train(mode)
         for module in (module for child in self.children() for module in child.modules()):
             if not any(p.requires_grad for p in module.parameters()):
@@ -113,17 +104,17 @@ class Bridge(nn.Module):
         return self
 
     def whole_tail(self) -> nn.Sequential:
-        """The blocks behind the last cut in one row."""
+        """The blocks after the last cut as one sequence."""
         first, second, classifier = self.tail
         return nn.Sequential(*first.children(), *second.children(), classifier)
 
     def decode(self, latent_BCHW: Tensor, rate_B: Tensor) -> Tensor:
-        """Features behind the last cut, from what the cloud gets."""
+        """Features after the last cut, from the dequantised latent."""
         features_BCHW: Tensor = self.between(self.decoder(latent_BCHW, rate_B))
         return features_BCHW
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures of one batch; the batch is dealt out over the rates in turn."""
+    def loss(self, batch: DistilBatch) -> tuple[Tensor, dict[str, float]]:
+        """Loss and metrics of one batch, whose inputs take the rates in turn."""
         rate_B = torch.arange(len(batch.inputs_BCHW)) % len(self.rates.per_kilobyte)
         with torch.autocast("cpu", torch.bfloat16):
             latent_BCHW = self.encoder(batch.inputs_BCHW, batch.width)
@@ -147,41 +138,41 @@ class Bridge(nn.Module):
         return loss, figures
 
 
-def new_bridge(
+def new_bottleneck(
     split: SplitClassifier,
     tap: TapArchitecture,
-    bottleneck: nn.Module,
+    encoder: nn.Module,
     per_kilobyte: tuple[float, ...],
     compared_at: int,
     *,
     settled: bool,
-) -> Bridge:
-    """Copies of a bottleneck and of the blocks that take its features, and an untrained decoder between them.
+) -> BottleneckModel:
+    """A copy of a trained encoder and of the blocks that take its features, with an untrained decoder between them.
 
     `compared_at`: the block before which features are first compared with the teacher's.
     """
     outputs = split.backbone.channels[tap.rejoin - 1]
     decoder = DenseDecoder(tap.latent_channels, outputs, tap.decoder_channels, len(per_kilobyte))
     gains = (log_gain(per_kilobyte[0]), log_gain(per_kilobyte[-1]))
-    return Bridge(
-        deepcopy(bottleneck),
+    return BottleneckModel(
+        deepcopy(encoder),
         Rates(tap.latent_channels, per_kilobyte, lr_scale=10.0, log_gains=gains, hard=True),
         decoder,
         split.backbone.section(tap.rejoin),
         compared_at - tap.rejoin,
-        Weights(),
+        LossWeights(),
         settled=settled,
     )
 
 
 def log_gain(per_kilobyte: float) -> float:
-    """Where the gain of a rate starts: dear bytes are coarse ones."""
+    """Initial log gain of a rate: the higher the price, the coarser the steps."""
     return -math.log(STEP_AT_ONE) - PRICE_POWER * math.log(per_kilobyte)
 
 
-def batch_of(arrays: dict[str, Tensor], inputs: str, defect_B: Tensor) -> Batch:
-    """Arrays of a batch of views (`inputs` names the encoder's) with the annotators' probability of a defect."""
-    return Batch(
+def batch_of(arrays: dict[str, Tensor], inputs: str, defect_B: Tensor) -> DistilBatch:
+    """A batch from arrays of views (`inputs` names the encoder's) and the annotators' probability of a defect."""
+    return DistilBatch(
         inputs_BCHW=arrays[inputs],
         features_BCHW=arrays["features"],
         middle_BCHW=arrays["middle"],

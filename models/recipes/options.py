@@ -1,0 +1,71 @@
+"""Options, output and errors that the commands of all recipes share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from isthmus.models.errors import IsthmusError
+from isthmus.models.vision.bundle import Bundle
+
+Command = Callable[..., Any]
+manifest_as_json = click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
+
+
+def use_threads(context: click.Context, parameter: click.Parameter, value: int) -> None:
+    if value:
+        torch.set_num_threads(value)
+
+
+def training_options(work: str) -> Callable[[Command], Command]:
+    """Options of every recipe: folder of checkpoints (default `work`), seed, threads."""
+    options = (
+        click.option(
+            "--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help="Checkpoints."
+        ),
+        click.option("--seed", default=0, show_default=True),
+        click.option(
+            "--threads",
+            default=0,
+            show_default=True,
+            expose_value=False,
+            callback=use_threads,
+            help="PyTorch threads; 0 for every core.",
+        ),
+    )
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def report(out: Path, bundle: Bundle, as_json: bool) -> None:
+    """Print the fingerprint and the scores of a bundle, or its manifest as JSON."""
+    if as_json:
+        click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
+        return
+    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
+    for name, score in bundle.manifest.scores.items():
+        click.echo(f"{name:<24} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")
+
+
+@contextmanager
+def failing_clearly(work: Path) -> Iterator[None]:
+    """Exit with one line and a non-zero code on errors and interruptions."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; the same command resumes from {work}", err=True)
+        sys.exit(130)
+    except (IsthmusError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
