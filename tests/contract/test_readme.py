@@ -66,9 +66,10 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Servers that name no port take theirs from here."""
+        """Servers that name no port take theirs from here; what is pulled stays in the folder."""
         listen = {"CLOUD_LISTEN": 50051, "CLOUD_METRICS": 9101, "EDGE_LISTEN": 8080}
-        return environment() | {f"ISTHMUS_{name}": f"127.0.0.1:{self.ports[port]}" for name, port in listen.items()}
+        servers = {f"ISTHMUS_{name}": f"127.0.0.1:{self.ports[port]}" for name, port in listen.items()}
+        return environment() | servers | {"XDG_DATA_HOME": str(self.folder / "data")}
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
