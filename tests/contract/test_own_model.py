@@ -1,4 +1,4 @@
-"""`docs/own-model.md` followed to the letter, with a network and photographs that this repository does not contain."""
+"""`docs/tutorials/own-model.md` followed to the letter, with a network and photos that are not in the repository."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.bench.processes import ROOT, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
 from tests.contract.test_readme import environment
 
-PAGE = (ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "tutorials" / "own-model.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 SIDE, PHOTOS = 64, 240

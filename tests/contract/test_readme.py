@@ -1,60 +1,127 @@
-"""README tells the truth: its commands are run here as they stand, only on ports of their own."""
+"""README and tutorials tell the truth: their commands are run here as they stand, only on ports of their own."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from isthmus.models.recipes.vision.elpv_data import load
 from tests.bench.processes import ROOT, free_port
 
+PAGES = ("README.md", "docs/tutorials/photo.md", "docs/tutorials/chat.md", "docs/reference/configuration.md")
+MAX_README_LINES = 150
+SERVERS = {"cloud-service": (9101, "/metrics"), "edge-agent run": (8080, "/healthz")}  # port and path that say it is up
+NO_SERVER = ("--show-config", "--check", "--help", "--version")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of each code block."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [(kind, block) for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+
+
+def commands(page: str) -> list[str]:
+    """Lines of its bash blocks without comments."""
+    lines = (line for kind, block in blocks(page) if kind == "bash" for line in block.splitlines())
+    return [line.split("  #")[0].strip() for line in lines if line]
+
+
+def server(command: str) -> str | None:
+    """Which server a command starts."""
+    if any(option in command for option in NO_SERVER):
+        return None
+    return next((start for start in SERVERS if command.startswith(start)), None)
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines() if line
+CASES = [
+    pytest.param(page, command, id=f"{Path(page).stem}: {command[:60]}")
+    for page in PAGES
+    for command in commands(page)
+    if not server(command) and not command.startswith("make")
 ]
-SERVERS = ("cloud-service", "edge-agent run")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that looks like the repository, where the servers of a page run on ports of their own."""
+
+    folder: Path
+    ports: Mapping[int, int]
+
+    def renamed(self, text: str) -> str:
+        for port, own in self.ports.items():
+            text = text.replace(f":{port}", f":{own}")
+        return text
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Servers that name no port take theirs from here; what is pulled stays in the folder."""
+        listen = {"CLOUD_LISTEN": 50051, "CLOUD_METRICS": 9101, "EDGE_LISTEN": 8080}
+        servers = {f"ISTHMUS_{name}": f"127.0.0.1:{self.ports[port]}" for name, port in listen.items()}
+        return environment() | servers | {"XDG_DATA_HOME": str(self.folder / "data")}
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.renamed(part) for part in command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+
+@contextmanager
+def opened(page: str, folder: Path) -> Iterator[Place]:
+    """The servers of a page."""
+    for name in ("models", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    place = Place(folder, {port: free_port() for port in (50051, 9101, 8080)})
+    processes = []
+    try:
+        for command in commands(page):
+            if (name := server(command)) is not None:
+                port, path = SERVERS[name]
+                started = shlex.split(place.renamed(command))
+                processes.append(subprocess.Popen(started, cwd=folder, env=place.environment))
+                wait_for(f"http://127.0.0.1:{place.ports[port]}{path}")
+        yield place
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(30)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with `photo.png` and the shipped bundles in which the README's two servers run, and their ports."""
-    folder = tmp_path_factory.mktemp("readme")
-    shutil.copy(load("calibration").paths[0], folder / "photo.png")
-    (folder / "models").symlink_to(ROOT / "models")
-    ports = {port: str(free_port()) for port in ("50051", "9101", "8080")}
-    servers = []
-    try:
-        for start, ready in zip(SERVERS, (ports["9101"] + "/metrics", ports["8080"] + "/healthz"), strict=True):
-            (command,) = (line for line in COMMANDS if line.startswith(start))
-            servers.append(subprocess.Popen(shlex.split(renamed(command, ports)), cwd=folder, env=environment()))
-            wait_for(f"http://127.0.0.1:{ready}")
-        yield folder, ports
-    finally:
-        for server in servers:
-            server.terminate()
-            server.wait(30)
+def place_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Place]]:
+    """A page's place, made when its first command comes; one at a time."""
+    places: dict[str, Place] = {}
+    with ExitStack() as stack:
+
+        def place(page: str) -> Place:
+            if page not in places:
+                places.clear()
+                stack.close()
+                places[page] = stack.enter_context(opened(page, tmp_path_factory.mktemp("page")))
+            return places[page]
+
+        yield place
 
 
 def environment() -> dict[str, str]:
     binaries = str(Path(sys.executable).parent)
     return {**os.environ, "PATH": binaries + os.pathsep + os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-
-
-def renamed(command: str, ports: dict[str, str]) -> str:
-    for readme_port, port in ports.items():
-        command = command.replace(f":{readme_port}", f":{port}")
-    return command
 
 
 def wait_for(url: str) -> None:
@@ -67,37 +134,24 @@ def wait_for(url: str) -> None:
     raise AssertionError(f"{url} did not answer")
 
 
-@pytest.mark.parametrize(
-    "command", [line for line in COMMANDS if not line.startswith((*SERVERS, "make"))], ids=lambda line: line[:60]
-)
-def test_command_runs(place: tuple[Path, dict[str, str]], command: str) -> None:
-    folder, ports = place
-    result = subprocess.run(
-        ["bash", "-c", renamed(command, ports)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.strip()
-    assert "DEGRADED" not in result.stdout and not result.stdout.startswith('{"error"')
-
-
-def test_python_snippet_runs(place: tuple[Path, dict[str, str]]) -> None:
-    folder, ports = place
-    (snippet,) = (block for kind, block in BLOCKS if kind == "python")
-    result = subprocess.run(
-        [sys.executable, "-c", renamed(snippet, ports)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_python_snippet_runs(place_of: Callable[[str], Place]) -> None:
+    (snippet,) = (block for kind, block in blocks("README.md") if kind == "python")
+    result = place_of("README.md").run([sys.executable, "-c", snippet])
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split()[0] in ("functional", "defective")
+
+
+@pytest.mark.parametrize(("page", "command"), CASES)
+def test_command_runs(place_of: Callable[[str], Place], page: str, command: str) -> None:
+    result = place_of(page).run(["bash", "-c", command])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() and not result.stdout.startswith('{"error"')
+    assert "DEGRADED" not in result.stdout or "--cloud" not in command
+
+
+def test_each_page_starts_what_its_commands_ask() -> None:
+    for page in PAGES[:3]:
+        assert [server(command) for command in commands(page) if server(command)] == list(SERVERS)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE))))
@@ -109,3 +163,7 @@ def test_make_target_exists(target: str) -> None:
 def test_files_it_links_to_exist() -> None:
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MAX_README_LINES
