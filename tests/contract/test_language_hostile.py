@@ -103,7 +103,7 @@ OPENINGS: dict[str, tuple[Spoil, Status, str]] = {
     "many logprobs": (changed(logprobs=1 << 30), Status.INVALID_ARGUMENT, "logprobs"),
 }
 ROUNDS: dict[str, tuple[pb.GenerateRequest, Status, str]] = {
-    "draft too long": (a_round(draft=(5,) * 65), Status.OUT_OF_RANGE, "65 tokens, at most 64"),
+    "draft too long": (a_round(draft=(5,) * 65), Status.OUT_OF_RANGE, "65 tokens, expected at most 64"),
     "draft of another vocabulary": (a_round(draft=(5, 1 << 31)), Status.INVALID_ARGUMENT, "vocabulary of 259"),
     "base before the text": (a_round(base=0), Status.INVALID_ARGUMENT, "base is 0"),
     "base beyond reason": (a_round(base=(1 << 32) - 1), Status.INVALID_ARGUMENT, "base is 4294967295"),
