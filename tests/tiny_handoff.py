@@ -21,10 +21,11 @@ from isthmus.models.codecs import checkerboard as contextual
 from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS, PHASES
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.confidence_head import EVIDENCE
-from isthmus.models.language.handoff.hidden_states import TOKENS, StateCodec, Transform, pairs
+from isthmus.models.language.handoff.hidden_states import PREDICTOR_TOKENS, StateCodec, Transform, pairs
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.packing import Floats, packed, unpacked
-from isthmus.models.language.torch.decoder import Decoder, Span, chunks, rotate
+from isthmus.models.language.torch.batch_invariance import chunks
+from isthmus.models.language.torch.decoder import Decoder, Span, rotate
 from isthmus.models.recipes.common.fit_tables import MAX_INTEGER, frequencies
 from isthmus.models.recipes.language.device import exit_tensors
 from isthmus.models.recipes.language.exits import Exit
@@ -149,7 +150,7 @@ def observe(checkpoint: Checkpoint, depth: int, seed: int) -> tuple[Floats, Floa
 def state_tensors(rows_NH: Floats, embedded_NH: Floats, seed: int) -> dict[str, NDArray[Any]]:
     hidden, rng = rows_NH.shape[1], np.random.default_rng(seed)
     matrix_CH = np.linalg.qr(rng.normal(size=(hidden, hidden)))[0].astype(np.float32)
-    predictor_CT = rng.normal(size=(hidden, TOKENS * hidden)).astype(np.float32) * np.float32(GUESSED)
+    predictor_CT = rng.normal(size=(hidden, PREDICTOR_TOKENS * hidden)).astype(np.float32) * np.float32(GUESSED)
     sizes_N1 = np.sqrt(np.mean(np.square(rows_NH), axis=1, keepdims=True))
     middle_H1 = np.append((rows_NH / sizes_N1).mean(0), np.log2(sizes_N1).mean()).astype(np.float32)
     stored = {**packed(matrix_CH, "transform", 8), **packed(predictor_CT, "predictor", 8), "middle": middle_H1}

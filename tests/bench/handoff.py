@@ -38,7 +38,8 @@ from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import Judge
 from isthmus.models.language.handoff.manifest import StatePoint, least_likely
-from isthmus.models.language.torch.decoder import Decoder, Span, chunks
+from isthmus.models.language.torch.batch_invariance import chunks
+from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.models.recipes.common.calibrate import interval

@@ -16,7 +16,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.confidence_head import evidence
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitWeights, before, exit_layers
-from isthmus.models.language.onnx.graph import Weights
+from isthmus.models.language.onnx.graph import TensorSource
 from isthmus.models.language.packing import Floats, packed
 from isthmus.models.recipes.language.evaluate import next_logprobs
 from isthmus.models.recipes.language.exits import Exit, Traces
@@ -25,7 +25,7 @@ Tensors = dict[str, NDArray[Any]]
 LAYER_BITS, MAP_BITS = 3, 5  # of what training changed
 
 
-def exit_tensors(exit_: Exit, base: Weights) -> Tensors:
+def exit_tensors(exit_: Exit, base: TensorSource) -> Tensors:
     """As they are stored: what training changed of matrices, in a few bits; without a judge."""
     found: Tensors = {"model.norm.weight": exit_.norm_H.detach().numpy(), "map.bias": exit_.map.bias.detach().numpy()}
     matrices: dict[str, Tensor] = {"map.weight": exit_.map.weight}

@@ -18,7 +18,8 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx import graph as onnx_graph
 from isthmus.models.language.onnx.decoder import PREFILL_ROWS, OnnxDecoder
 from isthmus.models.language.packing import Floats, quantise4, quantise8
-from isthmus.models.language.torch.decoder import Decoder, chunks, run_rows
+from isthmus.models.language.torch.batch_invariance import chunks
+from isthmus.models.language.torch.decoder import Decoder, run_rows
 from tests.bench.tiny_llama import write_tiny_llama
 
 LLAMA3 = {

@@ -14,20 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isthmus.models.errors import ServiceError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.torch import decoder as decoders
+from isthmus.models.language.torch.batch_invariance import chunks, run_tokens
 from isthmus.models.language.torch.decoder import (
     DTYPES,
     PAGE_TOKENS,
     WIDTH,
     Decoder,
     Span,
-    check_batch_invariance,
-    chunks,
+    attention_groups,
     padded_tokens,
-    run_rows,
-    same_shape,
 )
 from isthmus.models.language.torch.kv_cache import KVCache
 from tests.bench.tiny_llama import write_tiny_llama
@@ -65,7 +61,7 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
 }
-COMMITTED = 2 * PAGE_TOKENS + 40  # tokens of a session in the tests of company
+COMMITTED = 2 * PAGE_TOKENS + 40  # tokens of a session in the tests of batch invariance
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +110,7 @@ def feed(decoder: Decoder, cache: KVCache, ids: list[int]) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(transformers: Any, tmp_path: Path, name: str) -> None:
     folder, ids = write_tiny_llama(tmp_path / "tiny", seed=3, **MODELS[name]), random_ids(PAGE_TOKENS + 40)
-    found = run_rows(Decoder.load(Checkpoint.open(folder), torch.float32), ids, chunks(len(ids), WIDTH))
+    found = run_tokens(Decoder.load(Checkpoint.open(folder), torch.float32), ids, chunks(len(ids), WIDTH))
     expected = reference(transformers, ids, folder)
     assert found.dtype == torch.float32 and expected.std() > 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -125,7 +121,7 @@ def test_smollm2_equals_transformers(transformers: Any) -> None:
     checkpoint = Checkpoint.open("smollm2")
     ids = checkpoint.tokenizer.encode(TEXT)[:40]
     assert len(ids) == 40
-    found = run_rows(Decoder.load(checkpoint, torch.float32), ids, chunks(40, WIDTH))
+    found = run_tokens(Decoder.load(checkpoint, torch.float32), ids, chunks(40, WIDTH))
     config = transformers.LlamaConfig(**SMOLLM2)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -140,8 +136,8 @@ def test_smollm2_equals_transformers(transformers: Any) -> None:
 
 def test_bfloat16_agrees_roughly(tiny: Checkpoint) -> None:
     ids = random_ids(100)
-    exact = run_rows(Decoder.load(tiny, torch.float32), ids, chunks(100, WIDTH))
-    rough = run_rows(Decoder.load(tiny), ids, chunks(100, WIDTH))
+    exact = run_tokens(Decoder.load(tiny, torch.float32), ids, chunks(100, WIDTH))
+    rough = run_tokens(Decoder.load(tiny), ids, chunks(100, WIDTH))
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().mean() < 0.05 * exact.std()
     assert np.corrcoef(rough.flatten(), exact.flatten())[0, 1] > 0.999
@@ -186,7 +182,7 @@ def sessions(decoder: Decoder) -> list[tuple[list[int], Tensor, KVCache]]:
         ids, cache = random_ids(COMMITTED, seed), decoder.new_cache()
         if held:
             feed(decoder, cache, ids[:held])
-        made.append((ids, run_rows(decoder, ids, [1] * COMMITTED), cache))
+        made.append((ids, run_tokens(decoder, ids, [1] * COMMITTED), cache))
     return made
 
 
@@ -243,44 +239,6 @@ def test_earlier_tokens_count(decoder: Decoder) -> None:
     assert not torch.equal(*last)
 
 
-# check_batch_invariance
-
-
-@pytest.mark.parametrize("width", [1, 2, 5, WIDTH, 33])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_check_batch_invariance_passes(tiny: Checkpoint, width: int, dtype: torch.dtype) -> None:
-    check_batch_invariance(Decoder.load(tiny, dtype, width))
-
-
-def test_check_batch_invariance_sees_rows_that_add_up(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    product = decoders.Linear.__call__
-    monkeypatch.setattr(decoders.Linear, "__call__", lambda self, x_NI: product(self, x_NI) + x_NI.mean())
-    with pytest.raises(ServiceError, match="lossless needs --width 1"):
-        check_batch_invariance(decoder)
-
-
-@pytest.mark.parametrize("rows", [7, WIDTH])  # of a mixed batch, of a block
-def test_check_batch_invariance_sees_attention_that_depends_on_the_batch(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    attention = decoders.F.scaled_dot_product_attention
-
-    def sloppy(q_NKGD: Tensor, *others: Any, **options: Any) -> Tensor:
-        mixed: Tensor = attention(q_NKGD, *others, **options)
-        return mixed * (1 + 2**-6 * (len(q_NKGD) == rows))
-
-    monkeypatch.setattr(decoders.F, "scaled_dot_product_attention", sloppy)
-    with pytest.raises(ServiceError, match="other bits in other company"):
-        check_batch_invariance(decoder)
-
-
-@pytest.mark.timeout(30)
-def test_check_batch_invariance_of_a_short_context(tmp_path: Path) -> None:
-    check_batch_invariance(
-        Decoder.load(Checkpoint.open(write_tiny_llama(tmp_path, context=PAGE_TOKENS // 2)), torch.float32)
-    )
-
-
 # Context
 
 
@@ -305,7 +263,7 @@ def test_padded_tokens(tokens: int, context: int, expected: int) -> None:
 def test_rows_that_read_equally_many_pages(decoder: Decoder) -> None:
     """A span is cut at the end of each page; a row sees itself and what is before it."""
     start, context = PAGE_TOKENS - 3, 2 * PAGE_TOKENS + 2
-    groups = same_shape(Span(decoder.new_cache(), start, PAGE_TOKENS + 5), context)
+    groups = attention_groups(Span(decoder.new_cache(), start, PAGE_TOKENS + 5), context)
     assert [(group.count, group.tokens) for group in groups] == [(3, 64), (64, 128), (2, 130)]
     position = start
     for group in groups:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.hidden_states import TOKENS, sizes
+from isthmus.models.language.handoff.hidden_states import PREDICTOR_TOKENS, sizes
 from isthmus.models.recipes.language.exits import Traces, trace
 from isthmus.models.recipes.language.hidden_states import (
     EVENLY,
@@ -78,11 +78,13 @@ def test_whitened_components_are_uncorrelated_and_do_the_same_harm() -> None:
 def test_pairs_are_of_the_token_before_and_of_the_rows_own(model: Llama, traces: Traces) -> None:
     places_N = torch.tensor([1, 8, 10])
     found_NT = token_pairs(model, traces, places_N)
-    assert found_NT.shape == (3, TOKENS * HIDDEN)
+    assert found_NT.shape == (3, PREDICTOR_TOKENS * HIDDEN)
     ids = traces.ids_N[torch.stack([places_N - 1, places_N], 1)]
     embedded_NKH = model.embedding_VH[ids].numpy()
     for pair_T, embedded_KH in zip(found_NT, embedded_NKH, strict=True):
-        np.testing.assert_allclose(pair_T.reshape(TOKENS, HIDDEN), embedded_KH / sizes(embedded_KH), rtol=1e-5)
+        np.testing.assert_allclose(
+            pair_T.reshape(PREDICTOR_TOKENS, HIDDEN), embedded_KH / sizes(embedded_KH), rtol=1e-5
+        )
 
 
 def test_a_gain_spends_what_it_may() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.torch.decoder import Decoder, Span, chunks, run_rows
+from isthmus.models.language.torch.batch_invariance import chunks
+from isthmus.models.language.torch.decoder import Decoder, Span, run_rows
 from isthmus.models.recipes.language.llama import Llama, Past
 from tests.bench.tiny_llama import write_tiny_llama
 
