@@ -20,14 +20,14 @@ from isthmus.models.bundle.files import write_bundle
 from isthmus.models.codecs import checkerboard as contextual
 from isthmus.models.codecs.context_model import ALL_CONTEXTS, ENDS, PHASES
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.confidence_head import EVIDENCE
-from isthmus.models.language.handoff.hidden_states import PREDICTOR_TOKENS, StateCodec, Transform, pairs
+from isthmus.models.language.handoff.confidence_head import FEATURES
+from isthmus.models.language.handoff.hidden_states import PREDICTOR_TOKENS, StateCodec, Transform, predictor_inputs
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.packing import Floats, packed, unpacked
 from isthmus.models.language.torch.batch_invariance import chunks
 from isthmus.models.language.torch.decoder import Decoder, Span, rotate
 from isthmus.models.recipes.common.fit_tables import MAX_INTEGER, frequencies
-from isthmus.models.recipes.language.device import exit_tensors
+from isthmus.models.recipes.language.device_outputs import exit_tensors
 from isthmus.models.recipes.language.exits import Exit
 from isthmus.models.recipes.language.llama import Llama
 
@@ -115,7 +115,7 @@ def judge_of(logits_BTV: Tensor, doubted: float = 0.5) -> dict[str, NDArray[Any]
     """One that doubts the least likely, so many of them."""
     usual = float(logits_BTV.log_softmax(-1).amax(-1).quantile(doubted))
     judge = {
-        "judge.0.weight": torch.tensor([[1.0, *[0.0] * (EVIDENCE - 1)]]),  # the log-probability of the choice
+        "judge.0.weight": torch.tensor([[1.0, *[0.0] * (FEATURES - 1)]]),  # the log-probability of the choice
         "judge.0.bias": torch.tensor([LEAST]),
         "judge.2.weight": torch.tensor([[STEEP]]),
         "judge.2.bias": torch.tensor([-STEEP * (usual + LEAST)]),
@@ -155,7 +155,7 @@ def state_tensors(rows_NH: Floats, embedded_NH: Floats, seed: int) -> dict[str, 
     middle_H1 = np.append((rows_NH / sizes_N1).mean(0), np.log2(sizes_N1).mean()).astype(np.float32)
     stored = {**packed(matrix_CH, "transform", 8), **packed(predictor_CT, "predictor", 8), "middle": middle_H1}
     transform = Transform.of(unpacked(stored, "transform"), middle_H1, unpacked(stored, "predictor"))
-    latents_NC11 = transform.latents(rows_NH[1:], pairs(embedded_NH[:-1], embedded_NH[1:]))[:, :, None, None]
+    latents_NC11 = transform.latents(rows_NH[1:], predictor_inputs(embedded_NH[:-1], embedded_NH[1:]))[:, :, None, None]
     gain_RC = np.array([[shape] * hidden + [size] for shape, size in GAINS], np.float32)
     integers = [np.rint(latents_NC11 * gain_C[:, None, None]).astype(np.int32) for gain_C in gain_RC]
     return {**stored, **contextual.to_tensors(tables(integers, gain_RC))}

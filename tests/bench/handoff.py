@@ -36,7 +36,7 @@ from isthmus.edge_agent.language.arms.handoff import point_of
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.handoff.bundle import HandoffBundle
-from isthmus.models.language.handoff.confidence_head import Judge
+from isthmus.models.language.handoff.confidence_head import ConfidenceHead
 from isthmus.models.language.handoff.manifest import StatePoint, least_likely
 from isthmus.models.language.torch.batch_invariance import chunks
 from isthmus.models.language.torch.decoder import Decoder, Span
@@ -44,12 +44,12 @@ from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.models.recipes.common.calibrate import interval
 from isthmus.models.recipes.language.bundle import ASKING
-from isthmus.models.recipes.language.confidence_head import Decided, decided
-from isthmus.models.recipes.language.device import Observed, observe
-from isthmus.models.recipes.language.evaluate import Completed, Crossing, Fill, answered, chats, completed
-from isthmus.models.recipes.language.exits import trace
+from isthmus.models.recipes.language.confidence_head import ExitDecisions, decide
+from isthmus.models.recipes.language.device_outputs import DeviceOutputs, observe
+from isthmus.models.recipes.language.evaluate import SuffixOutputs, CodedStates, ApproximateKV, answered, chats, completed
+from isthmus.models.recipes.language.exits import run_teacher
 from isthmus.models.recipes.language.llama import Llama
-from isthmus.models.recipes.language.text import Texts
+from isthmus.models.recipes.language.corpus import Corpus
 from tests.bench.language import layer_weights
 
 CONFIDENCES = (
@@ -96,11 +96,11 @@ def costs(checkpoint: Checkpoint, depth: int) -> Costs:
     return Costs(later * layer, config.layers * layer, config.hidden * config.vocab, fill)
 
 
-def judged(handoff: HandoffBundle, observed: Observed) -> Tensor:
+def judged(handoff: HandoffBundle, observed: DeviceOutputs) -> Tensor:
     """How likely right (E, N) the bundle's judges say that each exit's choice is."""
-    judges = [Judge.of(handoff.exit(index)) for index in range(len(handoff.depths))]
-    seen_ENF = observed.seen_ENF.numpy()
-    return torch.from_numpy(np.stack([judge.likely(seen_NF) for judge, seen_NF in zip(judges, seen_ENF, strict=True)]))
+    judges = [ConfidenceHead.from_tensors(handoff.exit(index)) for index in range(len(handoff.depths))]
+    features_ENF = observed.features_ENF.numpy()
+    return torch.from_numpy(np.stack([judge.likely(features_NF) for judge, features_NF in zip(judges, features_ENF, strict=True)]))
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Ways:
 
     model: Llama
     depth: int
-    crossing: Crossing
+    crossing: CodedStates
     point: StatePoint
-    fill: Fill | None
+    fill: ApproximateKV | None
 
-    def completed(self, asked_N: Tensor) -> tuple[dict[str, Completed], float]:
+    def completed(self, asked_N: Tensor) -> tuple[dict[str, SuffixOutputs], float]:
         """What is completed where the cloud is asked, with every row through its layers, and filled; bytes of a row."""
         traces, mean_bytes = self.crossing.at(self.point.context_rate, self.point.rate, asked_N)
         done = {"exact": completed(self.model, traces, self.depth)}
@@ -122,22 +122,22 @@ class Ways:
         return done, mean_bytes
 
 
-def ours(likely_EN: Tensor, test: Observed, ways: Ways, price: Costs) -> list[Row]:
+def ours(confidence_EN: Tensor, test: DeviceOutputs, ways: Ways, price: Costs) -> list[Row]:
     """Our scheme at every threshold. How a row crosses depends on whether the cloud is asked."""
     rows = []
     for confidence in CONFIDENCES:
-        each = decided(likely_EN, test.right_EN, confidence)
-        done, mean_bytes = ways.completed(test.decides_N & ~each.sure_N)
+        each = decide(confidence_EN, test.right_EN, confidence)
+        done, mean_bytes = ways.completed(test.answer_N & ~each.sure_N)
         rows.append(decided_row("ours", confidence, each, test, done, mean_bytes + FRAMING_BYTES, price))
     return rows
 
 
 def decided_row(
-    name: str, confidence: float, each: Decided, test: Observed, done: Mapping[str, Completed], bytes_a_row: float,
+    name: str, confidence: float, each: ExitDecisions, test: DeviceOutputs, done: Mapping[str, SuffixOutputs], bytes_a_row: float,
     price: Costs,
 ) -> Row:  # fmt: skip
     """A scheme at one threshold, over positions that decide tokens of answers."""
-    here, full_N = test.decides_N, test.traces.top_NK[:, 0]
+    here, full_N = test.answer_N, test.traces.top_NK[:, 0]
     each = each.at(here)
     row: Row = {"scheme": name, "confidence": confidence, "coverage": each.coverage, "agreement": each.agreement}
     row["interval"] = bounds(each.right_N[each.sure_N])
@@ -154,13 +154,13 @@ def bounds(right_N: Tensor) -> list[float]:
     return [found.low, found.high] if found else [0.0, 1.0]
 
 
-def point_rows(ways: Ways, handoff: HandoffBundle, test: Observed, exact: Completed) -> list[Row]:
+def point_rows(ways: Ways, handoff: HandoffBundle, test: DeviceOutputs, exact: SuffixOutputs) -> list[Row]:
     """Every point, where exits decide as on a device: bytes of a row, and how many tokens coding makes others.
 
     lost: of all tokens; lost_asked: of those that the cloud is asked for, whose share is `asked`.
     """
-    here, full_N = test.decides_N, test.traces.top_NK[:, 0]
-    each = decided(judged(handoff, test), test.right_EN, least_likely(handoff.manifest.thresholds, ASKING))
+    here, full_N = test.answer_N, test.traces.top_NK[:, 0]
+    each = decide(judged(handoff, test), test.right_EN, least_likely(handoff.manifest.thresholds, ASKING))
     asked_N, exact_N = here & ~each.sure_N, exact.chosen_N == full_N
     rows = []
     for index, point in enumerate(handoff.manifest.points):
@@ -188,28 +188,28 @@ def share_lost(exact_N: Tensor, right_N: Tensor, here_N: Tensor) -> float:
     return float(exact_N[here_N].float().mean() - right_N[here_N].float().mean())
 
 
-def passages(file: Path, tokenizer: Tokenizer, count: int, prompt: int) -> Texts:
+def passages(file: Path, tokenizer: Tokenizer, count: int, prompt: int) -> Corpus:
     """Passages of a plain text, the first `prompt` tokens of each a prompt."""
     tokens = prompt + OTHER_TOKENS
     ids = tokenizer.encode(file.read_text(encoding="utf-8")[: 10 * count * tokens])
     starts = np.linspace(0, len(ids) - tokens, count).astype(int).tolist()
-    return Texts.of([(ids[start : start + tokens], prompt) for start in starts])
+    return Corpus.from_sequences([(ids[start : start + tokens], prompt) for start in starts])
 
 
 def other_domain(
-    model: Llama, checkpoint: Checkpoint, handoff: HandoffBundle, fill: Fill, texts: Texts, point: StatePoint
+    model: Llama, checkpoint: Checkpoint, handoff: HandoffBundle, fill: ApproximateKV, texts: Corpus, point: StatePoint
 ) -> Row:
     """Perplexity on a text of another domain, and what the cloud computes."""
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
-    traces = trace(model, texts, handoff.depths, torch.float32)
+    traces = run_teacher(model, texts, handoff.depths, torch.float32)
     test = observe(checkpoint, exits, traces, range(len(traces)))
-    here, exact = test.decides_N, completed(model, traces, handoff.depth)
-    ways = Ways(model, handoff.depth, Crossing(model, test.traces, handoff.depth, handoff.state_codec), point, fill)
-    likely_EN = judged(handoff, test)
+    here, exact = test.answer_N, completed(model, traces, handoff.depth)
+    ways = Ways(model, handoff.depth, CodedStates(model, test.traces, handoff.depth, handoff.state_codec), point, fill)
+    confidence_EN = judged(handoff, test)
     base = float(torch.exp(-exact.next_N[here].mean()))
     rows, price = [], costs(checkpoint, handoff.depth)
     for confidence in SURER:
-        each = decided(likely_EN, test.right_EN, confidence)
+        each = decide(confidence_EN, test.right_EN, confidence)
         done, _ = ways.completed(here & ~each.sure_N)
         exit_N = test.next_EN.gather(0, each.exit_N[None])[0]
         told = each.at(here)
@@ -246,7 +246,7 @@ def following(whole: FullRunner, cache: KVCache, ids: Sequence[int]) -> list[int
     return chosen
 
 
-def prefill_rows(checkpoint: Checkpoint, handoff: HandoffBundle, texts: Texts) -> list[Row]:
+def prefill_rows(checkpoint: Checkpoint, handoff: HandoffBundle, texts: Corpus) -> list[Row]:
     """Prompts that keep so many layers beside prompts that keep all, in turns: the time, and what is chosen behind."""
     whole = FullRunner(Decoder.load(checkpoint), frozenset(), [handoff])
     layers = checkpoint.config.layers
@@ -326,38 +326,38 @@ def plot(results: Mapping[str, Row], file: Path) -> None:
 class Asked:
     """What every bundle is measured on: the model's answers to prompts, and prompts of another domain."""
 
-    answers: Texts
-    others: list[Texts]
+    answers: Corpus
+    others: list[Corpus]
     other_name: str
 
 
 def measured(folder: Path, checkpoint: Checkpoint, llama: Llama, asked: Asked, point: int | None) -> Row:
     """All figures of a bundle."""
     handoff = HandoffBundle.open(folder, checkpoint)
-    traces = trace(llama, asked.answers, handoff.depths)
+    traces = run_teacher(llama, asked.answers, handoff.depths)
     exits = {depth: handoff.exit(index) for index, depth in enumerate(handoff.depths)}
     test = observe(checkpoint, exits, traces, range(len(traces)))
     weight_LOH, bias_LO = handoff.kv_fill()
-    fill = Fill(torch.from_numpy(weight_LOH), torch.from_numpy(bias_LO))
+    fill = ApproximateKV(torch.from_numpy(weight_LOH), torch.from_numpy(bias_LO))
     exact = completed(llama, test.traces, handoff.depth)
     chosen = point_of(handoff.manifest, point)
-    ways = Ways(llama, handoff.depth, Crossing(llama, test.traces, handoff.depth, handoff.state_codec), chosen, fill)
+    ways = Ways(llama, handoff.depth, CodedStates(llama, test.traces, handoff.depth, handoff.state_codec), chosen, fill)
     price, fp16_bytes = costs(checkpoint, handoff.depth), HALF_BYTES * checkpoint.config.hidden
-    softmax_EN, done = test.seen_ENF[:, :, 0].exp(), {"exact": exact}
+    softmax_EN, done = test.features_ENF[:, :, 0].exp(), {"exact": exact}
     return {
         "depth": handoff.depth,
         "exits": handoff.depths,
         "answers": len(traces),
-        "positions": int(test.decides_N.sum()),
-        "exit_agreement": test.right_EN[:, test.decides_N].float().mean(1).tolist(),
-        "rows_agreement": float((exact.chosen_N == traces.top_NK[:, 0])[test.decides_N].float().mean()),
+        "positions": int(test.answer_N.sum()),
+        "exit_agreement": test.right_EN[:, test.answer_N].float().mean(1).tolist(),
+        "rows_agreement": float((exact.chosen_N == traces.top_NK[:, 0])[test.answer_N].float().mean()),
         "points": point_rows(ways, handoff, test, exact),
         "curves": {
             "ours": ours(judged(handoff, test), test, ways, price),
             "CE-CoLLM": [
                 decided_row("CE-CoLLM", confidence, each, test, done, fp16_bytes, price)
                 for confidence in CONFIDENCES
-                for each in [decided(softmax_EN, test.right_EN, confidence)]
+                for each in [decide(softmax_EN, test.right_EN, confidence)]
             ],
         },
         "other": {

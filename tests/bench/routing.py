@@ -34,9 +34,9 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.recipes.common.calibrate import interval
 from isthmus.models.recipes.language.evaluate import answered, chats
-from isthmus.models.recipes.language.exits import trace
+from isthmus.models.recipes.language.exits import run_teacher
 from isthmus.models.recipes.language.llama import Llama
-from isthmus.models.recipes.language.router import answers
+from isthmus.models.recipes.language.local_model import answers
 from tests.bench.language import layer_weights
 
 QUALITIES = (0.97, 0.98, 0.99, 0.995, 0.999)
@@ -148,37 +148,37 @@ def dial(handoff: HandoffBundle, bits: int, likely_N: Floats, right_N: Bools, re
     return rows
 
 
-def measure(handoff: HandoffBundle, bits: int, seen_NF: Floats, right_N: Bools, reading: Reading, times: int) -> Row:
+def measure(handoff: HandoffBundle, bits: int, features_NF: Floats, right_N: Bools, reading: Reading, times: int) -> Row:
     copy = handoff.local_model(bits)
     if copy is None:
         raise click.ClickException(f"{handoff.manifest.name} knows no copy in {bits} bits")
-    likely_N = copy[0].likely(seen_NF.astype(np.float32)).astype(np.float64)
+    likely_N = copy[0].likely(features_NF.astype(np.float32)).astype(np.float64)
     starts_S = reading.starts_S
     answer_N = np.repeat(np.arange(len(starts_S)), np.diff(np.append(starts_S, len(right_N))))
     generator = np.random.default_rng(0)
     routers: dict[str, Callable[[], Floats]] = {
         OURS: lambda: likely_N,
-        "confidence of tokens": lambda: seen_NF[:, 0],
-        "confidence of prompts": lambda: seen_NF[starts_S, 0][answer_N],
+        "confidence of tokens": lambda: features_NF[:, 0],
+        "confidence of prompts": lambda: features_NF[starts_S, 0][answer_N],
         "chance": lambda: generator.random(len(right_N)),
         "oracle": lambda: right_N.astype(np.float64),
     }
     rows: dict[str, Row] = {}
-    drawn: dict[str, dict[str, list[float]]] = {}
+    sample_vocab: dict[str, dict[str, list[float]]] = {}
     for name, sureness in track(routers.items(), f"routers, {bits} bits"):
         routed = order(sureness(), right_N, generator)
-        drawn[name] = resampled(sureness(), right_N, starts_S, times)
+        sample_vocab[name] = resampled(sureness(), right_N, starts_S, times)
         places = np.linspace(0, len(right_N), CURVE_POINTS).astype(int)
         rows[name] = {
             **routed.figures(),
-            "intervals": {figure: bounds(values) for figure, values in drawn[name].items()},
+            "intervals": {figure: bounds(values) for figure, values in sample_vocab[name].items()},
             "curve": [[float(place / len(right_N)), float(routed.quality[place])] for place in places],
         }
-    ours = np.array(drawn[OURS]["apgr"])
+    ours = np.array(sample_vocab[OURS]["apgr"])
     return {
         "device_alone": float(right_N.mean()),
         "routers": rows,
-        "apgr_above": {name: bounds((ours - each["apgr"]).tolist()) for name, each in drawn.items() if name != OURS},
+        "apgr_above": {name: bounds((ours - each["apgr"]).tolist()) for name, each in sample_vocab.items() if name != OURS},
         "dial": dial(handoff, bits, likely_N, right_N, reading),
     }
 
@@ -243,22 +243,22 @@ def main(
     handoff, llama = HandoffBundle.open(bundle, checkpoint), Llama.load(checkpoint)
     asked = chats(prompts, checkpoint.tokenizer, every)
     _, texts = answered(work, llama, checkpoint.tokenizer.eos_ids, asked)
-    traces = trace(llama, texts, ())
+    traces = run_teacher(llama, texts, ())
     chosen = [s for s in range(len(traces)) if traces.answers[s] < traces.bounds(s)[1] - 1]
     lengths = [traces.bounds(s)[1] - traces.answers[s] for s in chosen]
     read = [traces.answers[s] - traces.bounds(s)[0] for s in chosen]
     config = checkpoint.config
     layers, head = config.layers * layer_weights(config), config.hidden * config.vocab
     reading = Reading(np.array(read), np.cumsum([0, *lengths[:-1]]), layers, head)
-    copies: Row = {}
+    local_models: Row = {}
     for bits in map(int, all_bits):
-        seen_NF, right_N = (found.numpy() for found in answers(checkpoint, bits, traces, chosen))
-        copies[str(bits)] = measure(handoff, bits, seen_NF.astype(np.float64), right_N, reading, resamples)
+        features_NF, right_N = (found.numpy() for found in answers(checkpoint, bits, traces, chosen))
+        local_models[str(bits)] = measure(handoff, bits, features_NF.astype(np.float64), right_N, reading, resamples)
     result: Row = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "answers": len(chosen),
         "tokens": int(sum(lengths)),
-        "copies": copies,
+        "copies": local_models,
     }
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

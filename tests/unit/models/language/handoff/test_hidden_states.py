@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.models.errors import BundleError, InvalidInput, PayloadCorrupt, PayloadTooLarge
-from isthmus.models.language.handoff.hidden_states import StateCodec, Transform, pairs
+from isthmus.models.language.handoff.hidden_states import StateCodec, Transform, predictor_inputs
 from isthmus.models.language.packing import Floats, packed, unpacked
 from isthmus.models.recipes.language.hidden_states import fit_states
 
@@ -32,14 +32,16 @@ def rows(count: int, seed: int = 0) -> Rows:
     saying_TH = fixed.normal(size=(2 * HIDDEN, HIDDEN)) * SAID / HIDDEN**0.5
     embedded_MH = rng.normal(size=(count + 1, HIDDEN)).astype(np.float32)
     own_NH = rng.normal(size=(count, HIDDEN)) @ mixing_HH
-    shapes_NH = own_NH + pairs(embedded_MH[:-1], embedded_MH[1:]) @ saying_TH
+    shapes_NH = own_NH + predictor_inputs(embedded_MH[:-1], embedded_MH[1:]) @ saying_TH
     return Rows(np.asarray(shapes_NH * np.exp(rng.normal(2, 1, (count, 1))), np.float32), embedded_MH)
 
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Any]:
     rows_NH, embedded_MH = rows(2000)
-    return fit_states(rows_NH, pairs(embedded_MH[:-1], embedded_MH[1:]), np.eye(HIDDEN, dtype=np.float32), SIZES)
+    return fit_states(
+        rows_NH, predictor_inputs(embedded_MH[:-1], embedded_MH[1:]), np.eye(HIDDEN, dtype=np.float32), SIZES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,10 @@ def test_tensors_that_do_not_fit_are_refused(tensors: dict[str, Any], changed: d
 
 def test_latents_hold_all_of_a_row(tensors: dict[str, Any]) -> None:
     fresh = rows(10)
-    middle_H1, said_NT = tensors["middle"].astype(np.float32), pairs(fresh.embedded_MH[:-1], fresh.embedded_MH[1:])
+    middle_H1, said_NT = (
+        tensors["middle"].astype(np.float32),
+        predictor_inputs(fresh.embedded_MH[:-1], fresh.embedded_MH[1:]),
+    )
     transform = Transform.of(unpacked(tensors, "transform"), middle_H1, unpacked(tensors, "predictor"))
     latents_NC = transform.latents(fresh.rows_NH, said_NT)
     assert latents_NC.shape == (10, HIDDEN + 1)

@@ -14,7 +14,7 @@ from isthmus.models.language.drafts import ModelDraft
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder, ExitWeights, OnnxExit
-from isthmus.models.recipes.language.device import exit_tensors
+from isthmus.models.recipes.language.device_outputs import exit_tensors
 from isthmus.models.recipes.language.exits import Exit
 from isthmus.models.recipes.language.llama import Llama
 from tests.bench.tiny_llama import write_tiny_llama
@@ -46,18 +46,18 @@ def parts(checkpoint: Checkpoint, handoff: HandoffBundle) -> tuple[OnnxDecoder, 
 
 
 def test_a_cut_decoder_says_what_a_whole_one_says(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
-    whole, parted = OnnxDecoder(checkpoint, CONTEXT, threads=1), cut(checkpoint, handoff)[0]
-    np.testing.assert_allclose(parted.extend_all(TEXT[:9]), whole.extend_all(TEXT[:9]), atol=1e-5)
-    parted.append(TEXT[9:12])
-    parted.advance(0)  # the others wait
-    parted.append(TEXT[12:14])
-    assert [parted.through(part) for part in range(3)] == [12, 9, 9] and parted.length == 14
-    np.testing.assert_allclose(parted.extend(TEXT[14:15]), whole.extend(TEXT[9:15]), atol=1e-5)
-    parted.append(TEXT[15:20])
-    parted.advance(1)
-    for decoder in (parted, whole):
+    whole, cut_decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1), cut(checkpoint, handoff)[0]
+    np.testing.assert_allclose(cut_decoder.extend_all(TEXT[:9]), whole.extend_all(TEXT[:9]), atol=1e-5)
+    cut_decoder.append(TEXT[9:12])
+    cut_decoder.advance(0)  # the others wait
+    cut_decoder.append(TEXT[12:14])
+    assert [cut_decoder.through(part) for part in range(3)] == [12, 9, 9] and cut_decoder.length == 14
+    np.testing.assert_allclose(cut_decoder.extend(TEXT[14:15]), whole.extend(TEXT[9:15]), atol=1e-5)
+    cut_decoder.append(TEXT[15:20])
+    cut_decoder.advance(1)
+    for decoder in (cut_decoder, whole):
         decoder.truncate(14)
-    np.testing.assert_allclose(parted.extend(TEXT[20:22]), whole.extend(TEXT[20:22]), atol=1e-5)
+    np.testing.assert_allclose(cut_decoder.extend(TEXT[20:22]), whole.extend(TEXT[20:22]), atol=1e-5)
 
 
 def test_a_sure_first_exit_spares_the_layers_behind(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:

@@ -11,7 +11,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.packing import Floats
 from isthmus.models.language.torch.decoder import DTYPES, PAGE_TOKENS, Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
-from isthmus.models.language.torch.kv_fill import KVFill, exact_last
+from isthmus.models.language.torch.kv_fill import KVFill, exact_last, normalised
 from tests.bench.tiny_llama import write_tiny_llama
 
 DEPTH, CONTEXT, WIDTH = 1, 100, 8
@@ -139,3 +139,7 @@ def test_nothing_is_written_above_the_context(tail: Decoder) -> None:
 
 def test_more_of_a_long_prompt_is_left_to_the_layers() -> None:
     assert [exact_last(tokens) for tokens in (1, 255, 256, 511, 512, 2048)] == [16, 16, 16, 16, 32, 128]
+
+
+def test_hidden_states_are_normalised_by_their_root_mean_square() -> None:
+    assert normalised(torch.tensor([[3.0, 4.0, 0.0, 0.0]])).square().mean().item() == pytest.approx(1, abs=1e-5)
