@@ -41,7 +41,7 @@ IDS = np.random.default_rng(0).integers(0, 259, 150).tolist()  # over more than 
 
 
 class Rounded:
-    """A checkpoint whose matrices are what remains of them at so many bits: what the graph computes with."""
+    """A checkpoint with matrices rounded to `bits` bits, as the graph computes with them."""
 
     def __init__(self, checkpoint: Checkpoint, bits: int) -> None:
         self.config: LlamaConfig = checkpoint.config

@@ -1,4 +1,4 @@
-"""The cloud's decoder against transformers, and that a row's bits depend on its own session's tokens alone."""
+"""The cloud's decoder against transformers; a row's bits depend only on the tokens of its own session."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def reference(transformers: Any, ids: list[int], *place: Any, **options: Any) ->
 
 
 def feed(decoder: Decoder, cache: KVCache, ids: list[int]) -> Tensor:
-    """Logits (len(ids), vocab) behind tokens appended to `cache`, `width` a pass."""
-    rows = []
+    """Logits (len(ids), vocab) after tokens appended to `cache`, `width` a forward pass."""
+    logits = []
     for start in range(0, len(ids), decoder.width):
         block = ids[start : start + decoder.width]
         x_NH = decoder.forward(decoder.embed(block), [Span(cache, cache.length, len(block))])
-        rows.append(decoder.logits(x_NH)[: len(block)])
-    return torch.cat(rows)
+        logits.append(decoder.logits(x_NH)[: len(block)])
+    return torch.cat(logits)
 
 
 # Against transformers
@@ -173,9 +173,9 @@ def test_a_cut_leaves_layers_out(decoder: Decoder) -> None:
 
 @pytest.fixture(scope="module")
 def sessions(decoder: Decoder) -> list[tuple[list[int], Tensor, KVCache]]:
-    """Three sessions: all their tokens, the logits behind each when it has a pass of its own, a cache of a beginning.
+    """Three sessions: their tokens, the logits after each in a forward pass of its own, a cache of a prefix.
 
-    The beginnings end before the first page's end, behind it, and before the second's.
+    The prefixes end before the end of the first page, after it, and before the end of the second.
     """
     made = []
     for seed, held in enumerate((PAGE_TOKENS - 6, 0, 2 * PAGE_TOKENS - 3)):
@@ -232,7 +232,7 @@ def test_rollback_is_never_having_had_them(decoder: Decoder) -> None:
 
 
 def test_earlier_tokens_count(decoder: Decoder) -> None:
-    """Equality of bits would also hold for a decoder that forgets; one token more than a page back must be seen."""
+    """Equal bits would also hold for a decoder that forgets; a token more than a page back must count."""
     ids = random_ids(PAGE_TOKENS + 10)
     changed = [(ids[0] + 1) % 259, *ids[1:]]
     last = [feed(decoder, decoder.new_cache(), each)[-1] for each in (ids, changed)]
@@ -260,8 +260,8 @@ def test_padded_tokens(tokens: int, context: int, expected: int) -> None:
     assert padded_tokens(tokens, context) == expected
 
 
-def test_rows_that_read_equally_many_pages(decoder: Decoder) -> None:
-    """A span is cut at the end of each page; a row sees itself and what is before it."""
+def test_rows_are_grouped_by_the_pages_that_they_read(decoder: Decoder) -> None:
+    """A span is cut at the end of each page; a row attends to itself and to earlier rows."""
     start, context = PAGE_TOKENS - 3, 2 * PAGE_TOKENS + 2
     groups = attention_groups(Span(decoder.new_cache(), start, PAGE_TOKENS + 5), context)
     assert [(group.count, group.tokens) for group in groups] == [(3, 64), (64, 128), (2, 130)]

@@ -75,7 +75,7 @@ def test_it_can_be_inspected_and_verified(made: Path) -> None:
     shown = CliRunner().invoke(bundles, ["inspect", str(made)])
     assert (
         shown.exit_code == 0
-        and "exit behind 3 layers" in shown.output
+        and "exit after 3 layers" in shown.output
         and "rate 0:" in shown.output
         and "point 0:" in shown.output
     )

@@ -32,14 +32,14 @@ def through(
     return model.logits(x_BTH)
 
 
-def test_it_says_what_the_serving_decoder_says(checkpoint: Checkpoint) -> None:
+def test_logits_are_those_of_the_serving_decoder(checkpoint: Checkpoint) -> None:
     model, decoder = Llama.load(checkpoint, torch.float32), Decoder.load(checkpoint, torch.float32)
     logits_BTV = through(model, IDS, [None] * len(model.layers))
     for ids_T, logits_TV in zip(IDS, logits_BTV, strict=True):
         torch.testing.assert_close(logits_TV, run_tokens(decoder, ids_T.tolist(), chunks(20, 16)), atol=2e-4, rtol=1e-4)
 
 
-def test_a_past_and_padding_change_nothing(checkpoint: Checkpoint) -> None:
+def test_a_cache_and_padding_change_nothing(checkpoint: Checkpoint) -> None:
     model = Llama.load(checkpoint, torch.float32)
     whole_BTV, caches = through(model, IDS, [None] * len(model.layers)), [None] * len(model.layers)
     padded = torch.cat([torch.zeros(3, 4, dtype=torch.int64), IDS], 1)
@@ -49,8 +49,8 @@ def test_a_past_and_padding_change_nothing(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[:, 4:], whole_BTV, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_are_float32_between_layers_of_another_type(checkpoint: Checkpoint) -> None:
-    """As in the service: rows that are handed over must be the ones that it would have made itself."""
+def test_hidden_states_are_float32_between_layers_of_another_type(checkpoint: Checkpoint) -> None:
+    """As in the service, whose own hidden states must equal those that a device sends."""
     model, decoder = Llama.load(checkpoint, torch.bfloat16), Decoder.load(checkpoint, torch.bfloat16)
     x_BTH, spans = model.embed(IDS[:1, :16]), [Span(decoder.new_cache(), 0, 16)]
     for layer in model.layers:

@@ -48,8 +48,8 @@ def test_approximate_kv_of_prompts_only_leaves_their_ends_exact(
 ) -> None:
     outputs = 2 * model.config.kv_heads * model.config.head_dim
     wrong = ApproximateKV(torch.zeros(2, outputs, model.config.hidden), torch.zeros(2, outputs), prompts_only=True)
-    exact, spared = run_suffix(model, teacher, 1), run_suffix(model, teacher, 1, approximate=wrong)
-    assert torch.allclose(spared.next_N, exact.next_N, atol=1e-4), "no prompt is that long"
+    exact, short = run_suffix(model, teacher, 1), run_suffix(model, teacher, 1, approximate=wrong)
+    assert torch.allclose(short.next_N, exact.next_N, atol=1e-4), "no prompt is that long"
     monkeypatch.setattr(suffix, "EXACT_LAST", 5)
     found, (first, end) = run_suffix(model, teacher, 1, approximate=wrong), teacher.bounds(1)
     assert torch.equal(found.chosen_N[first], exact.chosen_N[first]), "the first position attends to itself only"
