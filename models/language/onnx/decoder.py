@@ -94,7 +94,7 @@ class OnnxDecoder:
         """The same model over another sequence: weights are shared, the KV cache is new and empty."""
         fork = copy.copy(self)
         fork._parts = [part.fork() for part in self._parts]
-        fork._waiting = [rows_NH[:0] for rows_NH in self._waiting]
+        fork._queued = [states_NH[:0] for states_NH in self._queued]
         fork.ids = []
         return fork
 
