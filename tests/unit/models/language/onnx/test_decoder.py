@@ -18,8 +18,8 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx import graph as onnx_graph
 from isthmus.models.language.onnx.decoder import PREFILL_TOKENS, OnnxDecoder
 from isthmus.models.language.packing import Floats, quantise4, quantise8
-from isthmus.models.language.torch.batch_invariance import chunks
-from isthmus.models.language.torch.decoder import Decoder, run_rows
+from isthmus.models.language.torch.batch_invariance import chunks, run_tokens
+from isthmus.models.language.torch.decoder import Decoder
 from tests.bench.tiny_llama import write_tiny_llama
 
 LLAMA3 = {
@@ -65,7 +65,7 @@ class Rounded:
 def torch_logits(checkpoint: Checkpoint | Rounded) -> Floats:
     """Logits (150, vocab) of the cloud's decoder in float32."""
     decoder = Decoder.load(cast(Checkpoint, checkpoint), torch.float32)
-    return np.asarray(run_rows(decoder, IDS, chunks(len(IDS), decoder.width)).numpy())
+    return np.asarray(run_tokens(decoder, IDS, chunks(len(IDS), decoder.width)).numpy())
 
 
 @pytest.fixture(scope="module")
