@@ -69,7 +69,7 @@ def test_routers_are_held_against_each_other_on_the_same_draws() -> None:
 
 
 def test_a_cloud_reads_up_to_the_last_token_it_is_asked_for() -> None:
-    """Two answers of 4 tokens behind prompts of 3 and 5; by itself it reads 6 and 8 tokens and decides 8."""
+    """Two answers of 4 tokens after prompts of 3 and 5; alone, the cloud runs 6 and 8 tokens and decodes 8."""
     reading = CloudCost(np.array([3, 5]), np.array([0, 4]), layers=2.0, head=1.0)
     asked_N = np.zeros(8, bool)
     assert reading.share(asked_N) == pytest.approx(2 * 8 / (2 * 14 + 8)), "prompts it reads in any case"
