@@ -21,7 +21,8 @@ from isthmus.cloud_service.language.sessions import IDLE_S, EventQueue, Session,
 from isthmus.models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
-from isthmus.models.language.torch.decoder import Decoder, check_batch_invariance
+from isthmus.models.language.torch.batch_invariance import check_batch_invariance
+from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.messages import ModelInfo, Opening, Round
 from isthmus.protos.limits import MAX_ROUNDS
 

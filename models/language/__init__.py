@@ -1,1 +1,1 @@
-"""Language models: checkpoints, tokenizer, decoder and KV cache, sampling, drafts."""
+"""Language models: checkpoints, tokenizers, decoders, KV caches, sampling, drafts."""

@@ -1,6 +1,6 @@
-"""Where drafts come from: a model on the device, or the text itself. One token at a time, with how likely it is right.
+"""Sources of draft tokens: the local model, or prompt lookup in the text itself.
 
-Knows nothing about the cloud or about when drafting pays.
+A source drafts one token at a time, with a confidence. Knows nothing about the cloud or about when drafting pays off.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import numpy as np
 from isthmus.models.language.sampling import Floats, choose
 from isthmus.models.messages import Sampling
 
-if TYPE_CHECKING:  # the cloud compares texts too, and has no ONNX Runtime
+if TYPE_CHECKING:  # the cloud uses `shared_length` and does without ONNX Runtime
     from isthmus.models.language.onnx.decoder import OnnxDecoder
 
-NGRAM_TOKENS = (4, 3, 2)  # lengths of the text's end that are looked up, longest first
-NGRAM_CONFIDENCE = {4: 0.8, 3: 0.65, 2: 0.45}  # prior; what is really accepted corrects it
+NGRAM_TOKENS = (4, 3, 2)  # suffixes of the text that are looked up, longest first
+NGRAM_CONFIDENCE = {4: 0.8, 3: 0.65, 2: 0.45}  # prior, corrected by the acceptance that is measured
 
 
 class Draft(Protocol):
-    """A source of drafts over one text at a time."""
+    """A source of drafts for one text at a time."""
 
     def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
-        """The token that may follow `text` and its confidence in 0 .. 1; None when there is no idea."""
+        """A draft for the token after `text` and its confidence in [0, 1], or None without a draft."""
 
 
 class ModelDraft:
-    """A whole model on the device. Keeps what it has already run of the text, so texts should share their beginning."""
+    """Drafts from the local model. It keeps the KV cache of the last text, for texts with a common prefix."""
 
     def __init__(self, decoder: OnnxDecoder) -> None:
         self._decoder = decoder
-        self._logits: tuple[list[int], Floats] | None = None  # of a text, behind it
+        self._logits: tuple[list[int], Floats] | None = None  # a text and the logits after it
 
     def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
         if len(text) > self._decoder.context:
@@ -42,7 +42,7 @@ class ModelDraft:
         return token, probability(logits_V, token)
 
     def logits(self, text: Sequence[int]) -> Floats:
-        """Logits (vocab,) behind `text`. Raises InvalidInput when it is longer than the device's context."""
+        """Logits (vocab,) after `text`. Raises InvalidInput when it is longer than the device's context."""
         if self._logits is not None and self._logits[0] == list(text):
             return self._logits[1]
         common = min(shared_length(self._decoder.ids, text), len(text) - 1)
@@ -53,11 +53,11 @@ class ModelDraft:
 
 
 class LookupDraft:
-    """What followed the last time the text ended like this (prompt lookup, Saxena 2023): costs nothing."""
+    """Drafts what followed the last earlier occurrence of the text's end (prompt lookup, Saxena 2023), at no cost."""
 
     def __init__(self) -> None:
         self._text: list[int] = []
-        self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of what followed it last
+        self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
 
     def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
         self._learn(text)
@@ -68,7 +68,7 @@ class LookupDraft:
         return None
 
     def _learn(self, text: Sequence[int]) -> None:
-        """Index n-grams that have a follower. A text that went another way is read again."""
+        """Index the n-grams that a token follows. A text that diverged from the last one is indexed anew."""
         common = shared_length(self._text, text)
         if common < len(self._text):
             self._text, self._last, common = [], {}, 0
@@ -80,7 +80,7 @@ class LookupDraft:
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     limit = min(len(one), len(other))
     if list(one[:limit]) == list(other[:limit]):
         return limit
@@ -88,5 +88,5 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def probability(logits_V: Floats, token: int) -> float:
-    """Softmax of one token at temperature 1."""
+    """The softmax probability of one token at temperature 1."""
     return float(1 / np.exp(logits_V - logits_V[token]).sum())

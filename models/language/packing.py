@@ -1,6 +1,6 @@
-"""Matrices in 8 and 4 bits, and how a bundle stores them in 2 to 8: some weights along a row share a scale.
+"""Quantise matrices block by block along a row: to 8 or 4 bits for computing, and to 2 to 8 bits for storage.
 
-NumPy alone: device and cloud both read them. Shape legend: O rows, I columns, G = I / 32 groups, B = 32.
+Shape legend: O rows, I columns, G groups, B weights of a group. NumPy only, since device and cloud both use it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ from numpy.typing import NDArray
 
 from isthmus.models.errors import BundleError
 
-BLOCK = 32  # weights that share a scale where they are computed with
-STORED_BLOCK = 64  # in a bundle
-CLIPPED = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a block's largest weight: what the last level may stand for
+BLOCK = 32  # weights that share a scale, for computing
+STORED_BLOCK = 64  # weights that share a scale in a bundle
+CLIP_FACTORS = (
+    1.0,
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+)  # candidates for the value of the outermost level, as a share of a block's largest weight
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -41,48 +47,50 @@ def quantise4(weight_OI: Floats) -> tuple[Bytes, Floats, Bytes]:
 
 
 def in_blocks(weight_OI: Floats, size: int = BLOCK) -> Floats:
+    """Blocks (O, I / size, size). Raises BundleError unless `size` divides I."""
     rows, columns = weight_OI.shape
     if columns % size:
-        raise BundleError(f"a matrix has {columns} columns, weights of a few bits need a multiple of {size}")
+        raise BundleError(f"a matrix has {columns} columns, quantisation needs a multiple of {size}")
     return weight_OI.reshape(rows, columns // size, size)
 
 
 def in_pairs(codes: Bytes) -> Bytes:
-    """Two 4-bit codes a byte along the last axis, the first in the low half."""
+    """Pack two 4-bit codes into a byte along the last axis, the first in the low half."""
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
     return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
 
 
 def packed(weight_OI: Floats, name: str, bits: int) -> dict[str, NDArray[Any]]:
-    """A matrix as a bundle stores it: of STORED_BLOCK weights each the codes, `bits` (2 to 8) of each, and a scale.
+    """A matrix as a bundle stores it: `name`.codes of `bits` (2 to 8) bits, and one `name`.scale a block.
 
-    A weight is scale * (code - (2 ** bits - 1) / 2): levels to both sides of zero, with none on it, for there all have
-    the same use; what is nothing but zeros has scale 0. Raises BundleError unless STORED_BLOCK divides I.
+    A weight is scale * (code - (2 ** bits - 1) / 2). No level is zero, so that all levels are used equally; a block of
+    zeros has scale 0. Of the CLIP_FACTORS, the one with the least squared error sets the scale of each block. Raises
+    BundleError unless STORED_BLOCK divides I.
     """
     blocks_OGB = in_blocks(weight_OI, STORED_BLOCK)
     middle = (2**bits - 1) / 2
     largest_OG = np.abs(blocks_OGB).max(-1)
     best_OG, scale_OG = np.full_like(largest_OG, np.inf), np.zeros_like(largest_OG)
-    for share in CLIPPED:
+    for share in CLIP_FACTORS:
         tried_OG = (largest_OG * share / middle).astype(np.float16).astype(np.float32)
-        levels_OGB = levels(blocks_OGB, tried_OG, bits) - middle
-        error_OG = np.square(levels_OGB * tried_OG[..., None] - blocks_OGB).sum(-1)
+        signed_OGB = nearest_codes(blocks_OGB, tried_OG, bits) - middle
+        error_OG = np.square(signed_OGB * tried_OG[..., None] - blocks_OGB).sum(-1)
         scale_OG = np.where(error_OG < best_OG, tried_OG, scale_OG)
         best_OG = np.minimum(error_OG, best_OG)
-    codes_OGB = levels(blocks_OGB, scale_OG, bits).astype(np.uint8)
+    codes_OGB = nearest_codes(blocks_OGB, scale_OG, bits).astype(np.uint8)
     bits_OGK = np.unpackbits(codes_OGB[..., None], axis=-1)[..., 8 - bits :].reshape(*scale_OG.shape, -1)
     return {f"{name}.codes": np.packbits(bits_OGK, axis=-1), f"{name}.scale": scale_OG.astype(np.float16)}
 
 
-def levels(blocks_OGB: Floats, scale_OG: Floats, bits: int) -> Floats:
-    """The nearest code of each weight."""
+def nearest_codes(blocks_OGB: Floats, scale_OG: Floats, bits: int) -> Floats:
+    """The nearest code for each weight."""
     steps_OGB = blocks_OGB / np.maximum(scale_OG, 1e-12)[..., None]
     return np.asarray(np.clip(np.rint(steps_OGB + (2**bits - 1) / 2), 0, 2**bits - 1), np.float32)
 
 
 def unpacked(tensors: Mapping[str, NDArray[Any]], name: str) -> Floats:
-    """The matrix that `packed` stored. Raises BundleError."""
+    """The inverse of `packed`. Raises BundleError."""
     scale_OG, codes = matrix(tensors, f"{name}.scale", 2), tensors.get(f"{name}.codes")
     if codes is None or codes.dtype != np.uint8 or codes.ndim != 3 or codes.shape[:2] != scale_OG.shape:
         raise BundleError(f"tensor {name}.codes is missing or not uint8 of shape {(*scale_OG.shape, 'bytes')}")
@@ -96,7 +104,7 @@ def unpacked(tensors: Mapping[str, NDArray[Any]], name: str) -> Floats:
 
 
 def matrix(tensors: Mapping[str, NDArray[Any]], name: str, axes: int) -> Floats:
-    """A float tensor of a bundle. Raises BundleError."""
+    """A float tensor of a bundle as float32. Raises BundleError when it is missing, of another type or shape."""
     array = tensors.get(name)
     if array is None or array.ndim != axes or array.dtype not in (np.float16, np.float32) or not math.prod(array.shape):
         found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"

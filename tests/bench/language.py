@@ -41,7 +41,8 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import choose
-from isthmus.models.language.torch.decoder import Decoder, chunks, run_rows
+from isthmus.models.language.torch.batch_invariance import chunks, run_tokens
+from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.messages import GREEDY
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import load_prompts
@@ -114,7 +115,7 @@ def answer(agent: LanguageAgent, prompt: tuple[int, ...], method: Method, tokens
 def score(decoder: Decoder, prompt: tuple[int, ...], ids: list[int]) -> tuple[int, float]:
     """How many tokens of an answer the cloud's model would have chosen, and their log probability under that model."""
     text = [*prompt, *ids]
-    logits_TV = run_rows(decoder, text, chunks(len(text), decoder.width))[len(prompt) - 1 : -1]
+    logits_TV = run_tokens(decoder, text, chunks(len(text), decoder.width))[len(prompt) - 1 : -1]
     chosen = [choose(logits_V, GREEDY, 0) for logits_V in logits_TV.numpy()]
     logprobs_T1 = logits_TV.log_softmax(1).gather(1, torch.tensor(ids)[:, None])
     return sum(own == id_ for own, id_ in zip(chosen, ids, strict=True)), float(logprobs_T1.sum())

@@ -1,4 +1,4 @@
-"""Prompts for the language benchmarks, and drafts that are good, bad or hostile."""
+"""Prompts for the language benchmarks, and sources of good, bad and hostile drafts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEW = (
 def load_prompts(file: Path | None, tokenizer: Tokenizer, count: int, longest: int) -> list[tuple[int, ...]]:
     """The first `count` prompts of at most `longest` tokens, spread over the file, as token ids of a chat.
 
-    Lines are JSON as in Spec-Bench ({"turns": [...]}), or {"prompt": ...}, or plain text; without a file, a few.
+    Lines are JSON as in Spec-Bench ({"turns": [...]}), or {"prompt": ...}, or plain text; without a file FEW are used.
     """
     texts = list(FEW) if file is None else [text_of(line) for line in file.read_text().splitlines() if line.strip()]
     chats = [tuple(tokenizer.chat([Message("user", text)])) for text in texts]
@@ -41,7 +41,7 @@ def text_of(line: str) -> str:
 
 
 class RandomDraft:
-    """Any token at all."""
+    """Drafts random tokens."""
 
     def __init__(self, vocab: int, seed: int) -> None:
         self._vocab, self._random = vocab, random.Random(seed)
@@ -51,7 +51,7 @@ class RandomDraft:
 
 
 class ScriptedDraft:
-    """Knows the answer, and says it, or something near it: right, always wrong, or wrong now and then."""
+    """Drafts a given answer, always right, always wrong, or wrong at every n-th token."""
 
     def __init__(self, answer: Sequence[int], prompt_tokens: int, wrong_every: int, liar: int) -> None:
         """`wrong_every` 0: always right; 1: always wrong; n: every n-th token is `liar` instead."""
@@ -66,31 +66,31 @@ class ScriptedDraft:
 
 
 class Faithful(Acceptance):
-    """Believes in its drafts whatever happens, so that bad ones are sent too."""
+    """An acceptance that never changes, so that bad drafts are sent too."""
 
     def observe(self, confidence: float, right: bool) -> None:
         pass
 
 
 class Believed(Average):
-    """A time that no observation changes."""
+    """A mean that no observation changes."""
 
     def observe(self, value: float) -> None:
         pass
 
 
 class Unmeasured(MeasuredLatency):
-    """Never finds out what drafting really took."""
+    """A latency that no measurement changes."""
 
     def observe(self, seconds: float, tokens: int) -> None:
         pass
 
 
 def sparing() -> SpeculationStats:
-    """A tempo that learns how good its drafts are, before a cloud so slow that drafting pays."""
+    """Statistics that learn the acceptance, with a cloud so slow that drafting pays off."""
     return SpeculationStats(Believed(0.015), Believed(0.15), Acceptance(), Unmeasured())
 
 
 def stubborn() -> SpeculationStats:
-    """A tempo at which drafting always seems to pay, on any machine."""
+    """Statistics with which drafting always seems to pay off, on any machine."""
     return SpeculationStats(Believed(0.002), Believed(0.03), Faithful(0.99), Unmeasured())

@@ -1,15 +1,15 @@
-"""The router of tokens: what an answer is worth against the share of its tokens that the cloud decides.
+"""Measure routers of tokens: the quality of answers against the offload rate.
 
-    the model's greedy answers to prompts --the device's copy--> which choices are the model's, how sure each router is
+    the model's greedy answers to prompts --local model--> which of its choices are right, confidence of each router
 
-Quality is the share of tokens that are what the cloud's model would choose, with its own text before them: 1 by the
-cloud, less by the device alone. Beside our judge: a plain confidence threshold on tokens, one on prompts (how likely
-the answer's first token is, which is what the device's prefill says of it), chance, and an oracle. Intervals come from
-resampling prompts, the same ones for all routers. The dial's promises are held against the same answers, which nothing
-was calibrated on.
+Quality is the share of tokens that equal the choice of the cloud's model, each with that model's text before it: 1 for
+the cloud, less for the local model. Our confidence head is compared with the probability of the token, that of the
+answer's first token (from the device's prefill), chance, and an oracle. Intervals come from resampling prompts, with
+the same samples for all routers. The promises of the `auto` dial are checked on the same answers, which nothing was
+calibrated on.
 
-Source: APGR, the area under the share of the quality gap that is recovered, and CPT(x), the share of calls for x % of
-it: RouteLLM (Ong et al., ICLR 2025). A call is a token here, so that routers of prompts and of tokens can be compared.
+Source: RouteLLM (Ong et al., ICLR 2025) for APGR, the mean recovered share of the quality gap, and CPT(x), the share of
+calls that recovers x % of it. A call is a token here, so that routers of prompts and of tokens can be compared.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from isthmus.edge_agent.policy.arms import level_for
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.recipes.common.intervals import interval
-from isthmus.models.recipes.language.evaluate import answered, chats
-from isthmus.models.recipes.language.exits import trace
 from isthmus.models.recipes.language.llama import Llama
-from isthmus.models.recipes.language.router import answers
+from isthmus.models.recipes.language.local_model import answer_features
+from isthmus.models.recipes.language.prompts import greedy_answers, load_prompts
+from isthmus.models.recipes.language.teacher import run_teacher
 from tests.bench.language import layer_weights
 
 QUALITIES = (0.97, 0.98, 0.99, 0.995, 0.999)
 CURVE_POINTS = 101
-OURS = "judge of tokens (ours)"
-NO_LOSS = 0.999  # of tokens as the cloud's model chooses
+OURS = "confidence head (ours)"
+NO_LOSS = 0.999  # quality that counts as no loss
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -51,13 +51,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Routed:
-    """Which tokens the device has right, in the order in which a router gives them to the cloud."""
+    """Which tokens the local model has right, in the order in which a router offloads them."""
 
     right_N: Bools
 
     @property
     def quality(self) -> Floats:
-        """(N + 1,) after so many tokens went to the cloud."""
+        """The quality (N + 1,) after each number of offloaded tokens."""
         wrong_N = np.cumsum(~self.right_N[::-1])[::-1]
         return 1 - np.append(wrong_N, 0) / len(self.right_N)
 
@@ -67,7 +67,7 @@ class Routed:
         return float((self.quality[:-1].mean() - weak) / (1 - weak)) if weak < 1 else 1.0
 
     def calls(self, quality: float) -> float:
-        """Share of tokens that must go to the cloud for this quality."""
+        """The offload rate that reaches this quality."""
         return float(np.argmax(self.quality >= quality - 1e-12) / len(self.right_N))
 
     def figures(self) -> dict[str, float]:
@@ -80,19 +80,19 @@ class Routed:
         }
 
 
-def order(sure_N: Floats, right_N: Bools, generator: np.random.Generator) -> Routed:
-    """The least sure first; equals by chance."""
-    return Routed(right_N[np.lexsort((generator.random(len(sure_N)), sure_N))])
+def order(confidence_N: Floats, right_N: Bools, generator: np.random.Generator) -> Routed:
+    """The least confident tokens first; ties in random order."""
+    return Routed(right_N[np.lexsort((generator.random(len(confidence_N)), confidence_N))])
 
 
-def resampled(sure_N: Floats, right_N: Bools, starts_S: NDArray[np.int64], times: int) -> dict[str, list[float]]:
-    """The figures of answers drawn with replacement, so many times; the same ones for every router."""
+def resampled(confidence_N: Floats, right_N: Bools, starts_S: NDArray[np.int64], times: int) -> dict[str, list[float]]:
+    """Figures of `times` bootstrap samples of the answers, the same samples for every router."""
     draws, chance = np.random.default_rng(0), np.random.default_rng(1)
     spans = np.split(np.arange(len(right_N)), starts_S[1:])
     found: dict[str, list[float]] = {}
     for _ in range(times):
         drawn_N = np.concatenate([spans[index] for index in draws.integers(0, len(spans), len(spans))])
-        for name, value in order(sure_N[drawn_N], right_N[drawn_N], chance).figures().items():
+        for name, value in order(confidence_N[drawn_N], right_N[drawn_N], chance).figures().items():
             found.setdefault(name, []).append(value)
     return found
 
@@ -103,96 +103,99 @@ def bounds(values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a cloud must read for answers: tokens of their prompts, where each begins among all; weights of a token."""
+class CloudCost:
+    """The cost of answers in the cloud: tokens of each prompt, first token of each answer, weights read for a token."""
 
     prompts_S: NDArray[np.int64]
     starts_S: NDArray[np.int64]
     layers: float
     head: float
 
-    def share(self, asked_N: Bools) -> float:
-        """What the cloud computes of what it does when it makes all by itself.
+    def share(self, offloaded_N: Bools) -> float:
+        """The cloud's computation relative to decoding all answers itself.
 
-        It reads each text up to the last token that it is asked for, and the prompts of all: while the device does.
+        It runs every prompt, while the device does, and each text up to the last offloaded token.
         """
-        ends_S = np.append(self.starts_S[1:], len(asked_N))
+        ends_S = np.append(self.starts_S[1:], len(offloaded_N))
         last_S = np.array(
-            [np.flatnonzero(asked_N[start:end])[-1:].sum() for start, end in zip(self.starts_S, ends_S, strict=True)]
+            [
+                np.flatnonzero(offloaded_N[start:end])[-1:].sum()
+                for start, end in zip(self.starts_S, ends_S, strict=True)
+            ]
         )
-        ours = self.layers * (self.prompts_S + last_S).sum() + self.head * asked_N.sum()
-        alone = self.layers * (self.prompts_S + ends_S - self.starts_S - 1).sum() + self.head * len(asked_N)
+        ours = self.layers * (self.prompts_S + last_S).sum() + self.head * offloaded_N.sum()
+        alone = self.layers * (self.prompts_S + ends_S - self.starts_S - 1).sum() + self.head * len(offloaded_N)
         return float(ours / alone)
 
 
-def dial(handoff: HandoffBundle, bits: int, likely_N: Floats, right_N: Bools, reading: Reading) -> list[Row]:
-    """What the bundle promises at each quality, and what comes of it."""
-    copy = handoff.local_model(bits)
-    assert copy is not None
+def dial(handoff: HandoffBundle, bits: int, head_N: Floats, right_N: Bools, cost: CloudCost) -> list[Row]:
+    """The offload level for each quality of the dial, and the quality measured at it."""
+    local_model = handoff.local_model(bits)
+    assert local_model is not None
     rows = []
     for quality in QUALITIES:
-        level = level_for(copy[1], quality)
-        asked_N = likely_N < (level.likely if level else 2.0)
-        as_cloud = interval(asked_N | right_N)
+        level = level_for(local_model[1], quality)
+        offloaded_N = head_N < (level.likely if level else 2.0)
+        as_cloud = interval(offloaded_N | right_N)
         rows.append(
             {
                 "quality": quality,
                 "likely": level.likely if level else None,
                 "agreement": as_cloud.value,
                 "interval": [as_cloud.low, as_cloud.high],
-                "asked": float(asked_N.mean()),
-                "cloud": reading.share(asked_N),
-                "of_those_on_the_device": float(right_N[~asked_N].mean()) if (~asked_N).any() else None,
+                "asked": float(offloaded_N.mean()),
+                "cloud": cost.share(offloaded_N),
+                "of_those_on_the_device": float(right_N[~offloaded_N].mean()) if (~offloaded_N).any() else None,
             }
         )
     return rows
 
 
-def measure(handoff: HandoffBundle, bits: int, seen_NF: Floats, right_N: Bools, reading: Reading, times: int) -> Row:
-    copy = handoff.local_model(bits)
-    if copy is None:
-        raise click.ClickException(f"{handoff.manifest.name} knows no copy in {bits} bits")
-    likely_N = copy[0].likely(seen_NF.astype(np.float32)).astype(np.float64)
-    starts_S = reading.starts_S
+def measure(handoff: HandoffBundle, bits: int, features_NF: Floats, right_N: Bools, cost: CloudCost, times: int) -> Row:
+    local_model = handoff.local_model(bits)
+    if local_model is None:
+        raise click.ClickException(f"{handoff.manifest.name} has no local model in {bits} bits")
+    head_N = local_model[0].predict(features_NF.astype(np.float32)).astype(np.float64)
+    starts_S = cost.starts_S
     answer_N = np.repeat(np.arange(len(starts_S)), np.diff(np.append(starts_S, len(right_N))))
     generator = np.random.default_rng(0)
     routers: dict[str, Callable[[], Floats]] = {
-        OURS: lambda: likely_N,
-        "confidence of tokens": lambda: seen_NF[:, 0],
-        "confidence of prompts": lambda: seen_NF[starts_S, 0][answer_N],
+        OURS: lambda: head_N,
+        "confidence of tokens": lambda: features_NF[:, 0],
+        "confidence of prompts": lambda: features_NF[starts_S, 0][answer_N],
         "chance": lambda: generator.random(len(right_N)),
         "oracle": lambda: right_N.astype(np.float64),
     }
     rows: dict[str, Row] = {}
-    drawn: dict[str, dict[str, list[float]]] = {}
-    for name, sureness in track(routers.items(), f"routers, {bits} bits"):
-        routed = order(sureness(), right_N, generator)
-        drawn[name] = resampled(sureness(), right_N, starts_S, times)
+    samples: dict[str, dict[str, list[float]]] = {}
+    for name, confidence in track(routers.items(), f"routers, {bits} bits"):
+        routed = order(confidence(), right_N, generator)
+        samples[name] = resampled(confidence(), right_N, starts_S, times)
         places = np.linspace(0, len(right_N), CURVE_POINTS).astype(int)
         rows[name] = {
             **routed.figures(),
-            "intervals": {figure: bounds(values) for figure, values in drawn[name].items()},
+            "intervals": {figure: bounds(values) for figure, values in samples[name].items()},
             "curve": [[float(place / len(right_N)), float(routed.quality[place])] for place in places],
         }
-    ours = np.array(drawn[OURS]["apgr"])
+    ours = np.array(samples[OURS]["apgr"])
     return {
         "device_alone": float(right_N.mean()),
         "routers": rows,
-        "apgr_above": {name: bounds((ours - each["apgr"]).tolist()) for name, each in drawn.items() if name != OURS},
-        "dial": dial(handoff, bits, likely_N, right_N, reading),
+        "apgr_above": {name: bounds((ours - each["apgr"]).tolist()) for name, each in samples.items() if name != OURS},
+        "dial": dial(handoff, bits, head_N, right_N, cost),
     }
 
 
 def table(result: Row) -> list[Table]:
     pages = []
     for bits, found in result["copies"].items():
-        title = f"{bits}-bit copy, alone {found['device_alone']:.2%}"
+        title = f"{bits}-bit local model, alone {found['device_alone']:.2%}"
         page = Table("router", "APGR", "CPT(50)", "CPT(80)", "no loss", title=title)
         for name, row in found["routers"].items():
             low, high = row["intervals"]["apgr"]
             cells = [f"{row['cpt50']:.1%}", f"{row['cpt80']:.1%}", f"{row['saved_at_no_loss']:.1%}"]
             page.add_row(name, f"{row['apgr']:.3f} [{low:.3f}, {high:.3f}]", *cells)
-        promised = Table("auto-q", "as the cloud would", "asked", "cloud", "of the device's own", title="the dial")
+        promised = Table("auto-q", "quality", "offload rate", "cloud", "of local tokens", title="the dial")
         for row in found["dial"]:
             own = row["of_those_on_the_device"]
             low, high = row["interval"]
@@ -217,7 +220,7 @@ def plot(result: Row, file: Path) -> None:
             axes.plot(*(100 * np.array(row["curve"])).T, label=f"{name}, APGR {row['apgr']:.2f}")
         for row in found["dial"]:
             axes.plot(100 * row["asked"], 100 * row["agreement"], "k.")
-        axes.set(title=f"the device has {bits} bits", xlabel="tokens from the cloud, %", ylabel="as the cloud would, %")
+        axes.set(title=f"local model in {bits} bits", xlabel="offload rate, %", ylabel="quality, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(file, dpi=110)
@@ -227,7 +230,7 @@ def plot(result: Row, file: Path) -> None:
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
 @click.option("--model", default="smollm2", show_default=True)
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True), required=True, help="As Spec-Bench's.")
-@click.option("--every", default=1, show_default=True, type=click.IntRange(1), help="So manyth prompt, by length.")
+@click.option("--every", default=1, show_default=True, type=click.IntRange(1), help="Use every N-th prompt, by length.")
 @click.option("--bits", "all_bits", multiple=True, type=click.Choice(["4", "8"]), default=("8", "4"), show_default=True)
 @click.option("--resamples", default=1000, show_default=True, type=click.IntRange(10))
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/routing"), show_default=True)
@@ -237,28 +240,28 @@ def main(
     bundle: Path, model: str, prompts: Path, every: int, all_bits: tuple[str, ...], resamples: int, work: Path,
     json_file: Path, plot_file: Path | None,
 ) -> None:  # fmt: skip
-    """Measure routers of tokens and of prompts between a device's copy of a model and the cloud."""
+    """Measure routers of tokens and of prompts between a local model and the cloud."""
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(model)
     handoff, llama = HandoffBundle.open(bundle, checkpoint), Llama.load(checkpoint)
-    asked = chats(prompts, checkpoint.tokenizer, every)
-    _, texts = answered(work, llama, checkpoint.tokenizer.eos_ids, asked)
-    traces = trace(llama, texts, ())
-    chosen = [s for s in range(len(traces)) if traces.answers[s] < traces.bounds(s)[1] - 1]
-    lengths = [traces.bounds(s)[1] - traces.answers[s] for s in chosen]
-    read = [traces.answers[s] - traces.bounds(s)[0] for s in chosen]
+    test_prompts = load_prompts(prompts, checkpoint.tokenizer, every)
+    _, corpus = greedy_answers(work, llama, checkpoint.tokenizer.eos_ids, test_prompts)
+    teacher = run_teacher(llama, corpus, ())
+    chosen = [s for s in range(len(teacher)) if teacher.has_answer(s)]
+    lengths = [teacher.bounds(s)[1] - teacher.answers[s] for s in chosen]
+    read = [teacher.answers[s] - teacher.bounds(s)[0] for s in chosen]
     config = checkpoint.config
     layers, head = config.layers * layer_weights(config), config.hidden * config.vocab
-    reading = Reading(np.array(read), np.cumsum([0, *lengths[:-1]]), layers, head)
-    copies: Row = {}
+    cost = CloudCost(np.array(read), np.cumsum([0, *lengths[:-1]]), layers, head)
+    models: Row = {}
     for bits in map(int, all_bits):
-        seen_NF, right_N = (found.numpy() for found in answers(checkpoint, bits, traces, chosen))
-        copies[str(bits)] = measure(handoff, bits, seen_NF.astype(np.float64), right_N, reading, resamples)
+        features_NF, right_N = (found.numpy() for found in answer_features(checkpoint, bits, teacher, chosen))
+        models[str(bits)] = measure(handoff, bits, features_NF.astype(np.float64), right_N, cost, resamples)
     result: Row = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "answers": len(chosen),
         "tokens": int(sum(lengths)),
-        "copies": copies,
+        "copies": models,
     }
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

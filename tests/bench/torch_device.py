@@ -1,4 +1,4 @@
-"""What a device would be with PyTorch: one photo through the trunk and its exits. `tests.bench.footprint` starts it."""
+"""A device with PyTorch, for comparison: one photo through trunk and exits. Started by `tests.bench.footprint`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isthmus.models.vision.tail import load_split
 
 @torch.inference_mode()
 def answer(photo: Path, folder: Path) -> str:
-    """The label of the last exit, or of the first that is sure enough for the bundle's strictest promise."""
+    """The label of the first exit that reaches the bundle's strictest threshold, or else of the last."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     split = load_split(bundle)

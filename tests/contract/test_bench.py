@@ -165,7 +165,7 @@ def test_routing_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
         assert row["curve"][0] == [0.0, found["device_alone"]] and row["curve"][-1] == [1.0, 1.0]
         low, high = row["intervals"]["apgr"]
         assert low <= high and 0 <= row["cpt50"] <= row["cpt80"] <= 1 >= row["saved_at_no_loss"] >= 0
-    assert found["apgr_above"].keys() == routers.keys() - {"judge of tokens (ours)"}
+    assert found["apgr_above"].keys() == routers.keys() - {"confidence head (ours)"}
     assert all(0 < row["cloud"] <= 1 for row in found["dial"])
     assert [row["quality"] for row in found["dial"]] == [0.97, 0.98, 0.99, 0.995, 0.999]
     assert all(row["asked"] == 1 and row["agreement"] == 1 for row in found["dial"]), "the tiny bundle promises 0.9"

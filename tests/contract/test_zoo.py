@@ -17,7 +17,7 @@ from isthmus.models.bundle.files import kind_of
 from isthmus.models.codecs.context_model import Integers
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
-from isthmus.models.language.handoff.confidence_head import Judge
+from isthmus.models.language.handoff.confidence_head import ConfidenceHead
 from isthmus.models.language.onnx.exits import ExitWeights
 from isthmus.models.recipes.vision.elpv_data import load
 from isthmus.models.vision.bundle import Bundle
@@ -55,7 +55,7 @@ def test_exits_of_the_language_model_belong_to_it(name: str, depths: tuple[int, 
     assert weight_LOH.shape == (30 - depths[-1], 384, 576)
     for index in range(len(depths)):
         ExitWeights(handoff.exit(index), checkpoint).tensor("map.weight")
-        Judge.of(handoff.exit(index))
+        ConfidenceHead.from_tensors(handoff.exit(index))
 
 
 def test_manifest_has_its_training_command_and_its_scores(shipped: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""Hidden states made to hurt: whatever bytes arrive, they are finite rows or an error of ours."""
+"""Hostile payloads of hidden states: any bytes decode to finite values or raise one of our errors."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ EMBEDDED_2H = np.random.default_rng(0).normal(size=(2, HIDDEN)).astype(np.float3
 
 
 @pytest.fixture(scope="module")
-def states(tmp_path_factory: pytest.TempPathFactory) -> StateCodec:
+def codec(tmp_path_factory: pytest.TempPathFactory) -> StateCodec:
     folder = tmp_path_factory.mktemp("states")
     model = Checkpoint.open(write_tiny_llama(folder / "model", hidden=HIDDEN, ffn=64, context=64))
     return HandoffBundle.open(write_tiny_handoff(folder / "handoff", model), model).state_codec
 
 
-def survive(states: StateCodec, data: bytes, rate: int) -> None:
+def survive(codec: StateCodec, data: bytes, rate: int) -> None:
     try:
-        row_1H = states.decode([data], EMBEDDED_2H, rate)
+        state_1H = codec.decode([data], EMBEDDED_2H, rate)
     except CallerError:
         return
-    assert row_1H.shape == (1, HIDDEN) and np.isfinite(row_1H).all()
+    assert state_1H.shape == (1, HIDDEN) and np.isfinite(state_1H).all()
 
 
 @given(data=st.binary(max_size=MAX_STATE_BYTES + 8), rate=st.integers(-1, 3))
-def test_random_bytes(states: StateCodec, data: bytes, rate: int) -> None:
-    survive(states, data, rate)
+def test_random_bytes(codec: StateCodec, data: bytes, rate: int) -> None:
+    survive(codec, data, rate)
 
 
 @given(seed=st.integers(0, 99), bit=st.integers(0, 8 * MAX_STATE_BYTES), cut=st.integers(0, 20))
-def test_flipped_bits_and_cut_ends(states: StateCodec, seed: int, bit: int, cut: int) -> None:
-    row_1H = np.random.default_rng(seed).normal(size=(1, HIDDEN)).astype(np.float32)
-    data = bytearray(states.encode(row_1H, EMBEDDED_2H, 1)[0])
+def test_flipped_bits_and_cut_ends(codec: StateCodec, seed: int, bit: int, cut: int) -> None:
+    state_1H = np.random.default_rng(seed).normal(size=(1, HIDDEN)).astype(np.float32)
+    data = bytearray(codec.encode(state_1H, EMBEDDED_2H, 1)[0])
     data[bit // 8 % len(data)] ^= 1 << bit % 8
-    survive(states, bytes(data[: len(data) - cut]), 1)
+    survive(codec, bytes(data[: len(data) - cut]), 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_are_not_sent(states: StateCodec, value: float) -> None:
-    row_1H = np.zeros((1, HIDDEN), np.float32)
-    row_1H[0, 3] = value
+def test_states_that_are_not_finite_are_not_sent(codec: StateCodec, value: float) -> None:
+    state_1H = np.zeros((1, HIDDEN), np.float32)
+    state_1H[0, 3] = value
     with pytest.raises(CallerError, match="not finite"):
-        states.encode(row_1H, EMBEDDED_2H, 0)
+        codec.encode(state_1H, EMBEDDED_2H, 0)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e18])
-def test_rows_of_any_size_are_sent(states: StateCodec, scale: float) -> None:
-    row_1H = np.full((1, HIDDEN), scale, np.float32)
-    assert np.isfinite(states.decode(states.encode(row_1H, EMBEDDED_2H, 1), EMBEDDED_2H, 1)).all()
+def test_states_of_any_size_are_sent(codec: StateCodec, scale: float) -> None:
+    state_1H = np.full((1, HIDDEN), scale, np.float32)
+    assert np.isfinite(codec.decode(codec.encode(state_1H, EMBEDDED_2H, 1), EMBEDDED_2H, 1)).all()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e18])
-def test_embeddings_of_any_size_are_taken(states: StateCodec, scale: float) -> None:
-    row_1H, embedded_2H = np.ones((1, HIDDEN), np.float32), EMBEDDED_2H * np.float32(scale)
-    assert np.isfinite(states.decode(states.encode(row_1H, embedded_2H, 1), embedded_2H, 1)).all()
+def test_embeddings_of_any_size_are_accepted(codec: StateCodec, scale: float) -> None:
+    state_1H, embedded_2H = np.ones((1, HIDDEN), np.float32), EMBEDDED_2H * np.float32(scale)
+    assert np.isfinite(codec.decode(codec.encode(state_1H, embedded_2H, 1), embedded_2H, 1)).all()

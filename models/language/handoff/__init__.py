@@ -1,1 +1,1 @@
-"""Layers shared between device and cloud: exits, coded hidden states, KV fill."""
+"""Split one language model by layers between device and cloud: exits, coded hidden states, approximate KV."""

@@ -1,12 +1,12 @@
-"""What a device and a cloud need to share one language model by layers: exits, the codec of hidden states, the KV fill.
+"""A handoff bundle: what device and cloud need to split one language model by layers.
 
-    manifest.json          schema of `models.language.handoff.manifest`
-    exit<depth>.safetensors  a linear map, decoder layers, a norm, a judge; matrices in a few bits
-    states.safetensors     transform, predictor, middle, integer tables
-    fill.safetensors       keys and values of the layers behind `depth`, straight from the row before them
-    copy<bits>.safetensors   a judge of what the whole model with such weights says on the device
+    manifest.json            schema of `models.language.handoff.manifest`
+    exit<depth>.safetensors  an exit: linear map, decoder layers, norm, confidence head; matrices in a few bits
+    states.safetensors       the codec of hidden states: transform, predictor, mean, integer tables
+    fill.safetensors         the KV fill: linear maps from a hidden state to the upper layers' keys and values
+    copy<bits>.safetensors   the confidence head of the local model with weights of so many bits
 
-It holds nothing of the model itself, and names that by its fingerprint.
+It holds no weights of the model itself, which it names by fingerprint.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from isthmus.models.bundle.files import Files, read_manifest
 from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.confidence_head import Judge
+from isthmus.models.language.handoff.confidence_head import ConfidenceHead
 from isthmus.models.language.handoff.hidden_states import StateCodec
 from isthmus.models.language.handoff.manifest import HandoffManifest, OffloadLevel
 from isthmus.models.language.packing import Floats, matrix, unpacked
 
 
 class HandoffBundle:
-    """An opened hand-off bundle, of the checkpoint at hand."""
+    """An opened handoff bundle that belongs to a given checkpoint."""
 
     def __init__(self, files: Files, manifest: HandoffManifest, config: LlamaConfig) -> None:
-        """Raises BundleError when states or fill do not fit the model."""
+        """Raises BundleError when the manifest or the codec does not fit the model."""
         self.manifest, self._files, self._config = manifest, files, config
         self.depth = manifest.depth
         self.depths = tuple(exit_.depth for exit_ in manifest.exits)
@@ -58,10 +58,10 @@ class HandoffBundle:
         return cls(files, manifest, checkpoint.config)
 
     def kv_fill(self) -> tuple[Floats, Floats]:
-        """Weights (layers - depth, 2 * kv_heads * head_dim, hidden) and biases (the first two of these).
+        """The KV fill: weights (layers - depth, 2 * kv_heads * head_dim, hidden), biases (all but the last axis).
 
-        A row divided by its root mean square gives keys, not rotated yet, then values of each layer behind `depth`.
-        Raises BundleError.
+        Applied to a hidden state divided by its root mean square, each map gives one upper layer's keys, before
+        rotation, then its values. Raises BundleError.
         """
         config, tensors = self._config, self._files.tensors(self.manifest.fill)
         bias_LO = matrix(tensors, "bias", 2)
@@ -71,10 +71,13 @@ class HandoffBundle:
             raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")
         return weight_LOH, bias_LO
 
-    def local_model(self, bits: int) -> tuple[Judge, tuple[OffloadLevel, ...]] | None:
-        """The judge of the device's copy with weights of so many bits, and what it is worth. Raises BundleError."""
-        found = next((copy for copy in self.manifest.copies if copy.bits == bits), None)
-        return None if found is None else (Judge.of(self._files.tensors(found.judge)), found.levels)
+    def local_model(self, bits: int) -> tuple[ConfidenceHead, tuple[OffloadLevel, ...]] | None:
+        """Confidence head and offload levels of the local model with `bits`-bit weights, if the bundle has them.
+
+        Raises BundleError.
+        """
+        found = next((entry for entry in self.manifest.copies if entry.bits == bits), None)
+        return None if found is None else (ConfidenceHead.from_tensors(self._files.tensors(found.judge)), found.levels)
 
     def exit(self, index: int) -> dict[str, NDArray[Any]]:
         """The tensors of an exit, as stored. Raises BundleError."""

@@ -27,18 +27,18 @@ def summary(manifest: HandoffManifest) -> list[str]:
         f"made by      {made.command} (seed {made.seed}, {made.seconds:.0f} s)",
     ]
     for exit_ in manifest.exits:
-        lines.append(f"exit after {exit_.depth} layers: agrees with the model on {exit_.agreement:.1%} of tokens")
+        lines.append(f"exit after {exit_.depth} layers: {exit_.agreement:.1%} agreement with the full model")
     for threshold in manifest.thresholds[::5]:
         lines.append(
-            f"    from {threshold.confidence:.2f}: {threshold.coverage:.1%} of tokens decoded,"
-            f" {threshold.agreement:.1%} of them as by the model"
+            f"    from {threshold.confidence:.2f}: {threshold.coverage:.1%} of tokens decoded from exits,"
+            f" {threshold.agreement:.1%} agreement"
         )
     for index, rate in enumerate(manifest.rates):
-        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a hidden state")
+        lines.append(f"rate {index}: {rate.mean_bytes:.0f} B a token")
     for index, point in enumerate(manifest.points):
         lines.append(
-            f"point {index}: states that tokens are decoded from at rate {point.rate}, others at {point.context_rate}:"
-            f" {point.mean_bytes:.0f} B, {point.agreement:.1%} of these tokens as by the model"
+            f"point {index}: offloaded tokens at rate {point.rate}, others at {point.context_rate}:"
+            f" {point.mean_bytes:.0f} B a token, {point.agreement:.1%} agreement"
         )
     for name, score in manifest.scores.items():
         lines.append(f"{name:<32} {score.value:.4f} [{score.low:.4f}, {score.high:.4f}] n={score.samples}")

@@ -1,6 +1,6 @@
-"""What a hand-off bundle says of itself: exits of one language model, judges, and how its hidden states cross.
+"""The manifest of a handoff bundle: exits of one language model, rates of its hidden states, local models.
 
-Values only. Units: rows are (hidden,) float32 behind a layer, sizes in bytes, fractions in [0, 1].
+Values only. Units: sizes in bytes, depths in layers, fractions in [0, 1].
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from pydantic import Field, model_validator
 
 from isthmus.models.bundle.manifest import BundleManifest, FileName, Fraction, Part, Sha256
 
-NEVER = 2.0  # a likelihood that no exit reaches
-Depth = Annotated[int, Field(ge=1, le=512)]  # counts layers: rows behind the first `depth` of them
+NEVER = 2.0  # a confidence that no exit reaches
+Depth = Annotated[int, Field(ge=1, le=512)]  # number of lower layers
 
 
 class Threshold(Part):
-    """Exits trusted from `confidence` on: the share of tokens they decide, and of those how many stay the model's."""
+    """A confidence threshold of the exits, measured on held-out texts.
+
+    `coverage`: share of tokens decoded from an exit. `agreement`: share of those that equal the full model's choice.
+    """
 
     confidence: Fraction
     coverage: Fraction
@@ -25,7 +28,7 @@ class Threshold(Part):
 
 
 class LanguageExit(Part):
-    """One exit, and how many of all tokens its choice is the full model's."""
+    """One exit. `agreement`: the share of all tokens for which its choice equals the full model's."""
 
     depth: Depth
     weights: FileName
@@ -33,27 +36,28 @@ class LanguageExit(Part):
 
 
 def least_likely(thresholds: Sequence[Threshold], agreement: float) -> float:
-    """How likely right a token must be that an exit decides, so that so many of those decided are the model's.
+    """The lowest confidence at which exits may decode tokens so that `agreement` of those are the full model's choice.
 
-    No token is decided that is less likely right than all of them together are to be: on texts of another kind than the
-    thresholds were measured on, the mean above its own threshold was three points too good.
+    The result is at least `agreement` itself: on texts of another kind than those that the thresholds were measured on,
+    the measured agreement above a lower threshold was three percentage points too high.
     """
     good = [threshold.confidence for threshold in thresholds if threshold.agreement >= agreement]
     return max(min(good, default=NEVER), agreement)
 
 
 class StateRate(Part):
-    """One rate of the hidden states: entropy-coded bytes a token."""
+    """One rate of the hidden states, in entropy-coded bytes a token."""
 
     mean_bytes: Annotated[float, Field(ge=0)]
     max_bytes: Annotated[int, Field(ge=0, le=1 << 16)]
 
 
 class StatePoint(Part):
-    """Rates of hidden states that decide a token, and of those that are context alone; what that is worth.
+    """An operating point of the handoff: the rates of its hidden states, with mean size and agreement.
 
-    Measured where exits decide what they are sure of: bytes of a row on average over texts, and how many of the tokens
-    that the cloud completes are the model's.
+    `rate` codes states that the cloud decodes a token from, `context_rate` all others. Measured with exits decoding the
+    tokens that they are confident of. `mean_bytes`: mean over all states. `agreement`: share of the tokens decoded in
+    the cloud that equal the full model's choice.
     """
 
     context_rate: Annotated[int, Field(ge=0, le=63)]
@@ -63,8 +67,10 @@ class StatePoint(Part):
 
 
 class OffloadLevel(Part):
-    """A copy that decides no token it finds less than `likely` to be right: what share of all tokens is not decided
-    then, and what share is, otherwise than by the full model (the upper end of a 95 % interval).
+    """A confidence threshold of a local model, which offloads to the cloud the tokens below it.
+
+    `likely`: the threshold. `asked`: the offload rate, the share of tokens below it. `wrong`: the share of all tokens
+    that the local model decodes and that differ from the full model's choice (upper end of a 95 % interval).
     """
 
     likely: Fraction
@@ -73,7 +79,7 @@ class OffloadLevel(Part):
 
 
 class LocalModelEntry(Part):
-    """The whole model on a device, with weights of so many bits: a judge of its choices, and what that is worth."""
+    """A local model, which is the whole model with `bits`-bit weights. `judge`: the file of its confidence head."""
 
     bits: Literal[4, 8]
     judge: FileName
@@ -83,22 +89,22 @@ class LocalModelEntry(Part):
     def _levels_rise(self) -> LocalModelEntry:
         likely = [level.likely for level in self.levels]
         if likely != sorted(set(likely)) or likely[0] != 0:
-            raise ValueError(f"levels of the {self.bits}-bit copy must rise from likely 0")
+            raise ValueError(f"levels of the {self.bits}-bit local model must rise from likely 0")
         return self
 
 
 class HandoffManifest(BundleManifest):
-    """The whole of `manifest.json`."""
+    """The content of `manifest.json`."""
 
     kind: Literal["handoff"]
-    base: Sha256  # fingerprint of the checkpoint that all this belongs to
+    base: Sha256  # fingerprint of the checkpoint that the bundle belongs to
     hidden: Annotated[int, Field(ge=1, le=1 << 16)]
-    depth: Depth  # layers that the device runs; the cloud goes on behind them
+    depth: Depth  # lower layers, which the device runs; the cloud runs the upper layers
     exits: Annotated[tuple[LanguageExit, ...], Field(min_length=1, max_length=8)]
     thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1, max_length=100)]
     states: FileName
     rates: Annotated[tuple[StateRate, ...], Field(min_length=1, max_length=64)]
-    points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # in the order of bytes
+    points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # by rising mean_bytes
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
     copies: Annotated[tuple[LocalModelEntry, ...], Field(max_length=2)] = ()
@@ -107,17 +113,17 @@ class HandoffManifest(BundleManifest):
     def _parts_agree(self) -> HandoffManifest:
         depths = [exit_.depth for exit_ in self.exits]
         if depths != sorted(set(depths)) or depths[-1] != self.depth:
-            raise ValueError(f"exits at {depths} must rise, and the last be at depth {self.depth}")
+            raise ValueError(f"depths of the exits {depths} must rise to {self.depth}")
         if any(max(point.context_rate, point.rate) >= len(self.rates) for point in self.points):
-            raise ValueError(f"a point names a rate that does not exist, there are 0 to {len(self.rates) - 1}")
+            raise ValueError(f"a point has an unknown rate, expected 0 to {len(self.rates) - 1}")
         sizes = [point.mean_bytes for point in self.points]
         if sizes != sorted(sizes):
-            raise ValueError(f"points of {sizes} bytes must rise")
+            raise ValueError(f"mean_bytes of the points {sizes} must rise")
         named = {
             self.states,
             self.fill,
             *(exit_.weights for exit_ in self.exits),
-            *(copy.judge for copy in self.copies),
+            *(entry.judge for entry in self.copies),
         }
         if missing := sorted(named - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")

@@ -1,1 +1,1 @@
-"""The decoder of the device, in ONNX Runtime."""
+"""The device's decoder, in ONNX Runtime."""

@@ -1,9 +1,9 @@
-"""A language model on the device: ONNX Runtime, 8- or 4-bit weights, one session, a cache that can be rolled back.
+"""A language model on the device: ONNX Runtime, 8- or 4-bit weights, one sequence, KV caches that can be truncated.
 
-    ids -> embed -> layers[0:a] -> rows -> layers[a:b] -> rows -> layers[b:] -> rows -> head -> logits
+    ids -> embed -> layers[0:a] -> hidden states -> layers[a:b] -> hidden states -> layers[b:] -> head -> logits
 
-Cut at depths a, b, ..., later layers may stay behind: rows wait before them, and go through together when asked for.
-Knows nothing about sampling, drafts, exits or the cloud.
+A decoder cut at depths a, b, ... runs its parts lazily: hidden states are queued before a part, and run together when
+its output is needed. Knows nothing about sampling, drafts, exits or the cloud.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from isthmus.models.language.onnx.graph import head_graph, layers_graph
 from isthmus.models.language.packing import Floats, quantise8
 from isthmus.models.onnx_session import open_session, zeros
 
-PREFILL_ROWS = 64  # tokens a run: more would only hold a larger intermediate
+PREFILL_TOKENS = 64  # of one run; more only increase the memory of intermediate results
 
 
 class OnnxLayers:
@@ -47,16 +47,16 @@ class OnnxLayers:
             self._binding.bind_ortvalue_output(f"present.{name}", cache)
         self.length = 0
 
-    def run(self, rows_NH: Floats) -> Floats:
-        """Rows (N, hidden) of the tokens that follow, through the layers."""
-        starts = range(0, len(rows_NH), PREFILL_ROWS)
-        parts = [self._run(rows_NH[start : start + PREFILL_ROWS], self.length + start) for start in starts]
-        self.length += len(rows_NH)
+    def run(self, states_NH: Floats) -> Floats:
+        """Run the layers on hidden states (N, hidden) of the next N tokens and return their output (N, hidden)."""
+        starts = range(0, len(states_NH), PREFILL_TOKENS)
+        parts = [self._run(states_NH[start : start + PREFILL_TOKENS], self.length + start) for start in starts]
+        self.length += len(states_NH)
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def _run(self, rows_NH: Floats, before: int) -> Floats:
-        total, binding = before + len(rows_NH), self._binding
-        binding.bind_cpu_input("hidden", np.ascontiguousarray(rows_NH)[None])
+    def _run(self, states_NH: Floats, before: int) -> Floats:
+        total, binding = before + len(states_NH), self._binding
+        binding.bind_cpu_input("hidden", np.ascontiguousarray(states_NH)[None])
         binding.bind_cpu_input("last", np.array([total - 1], np.int32))
         binding.bind_cpu_input("total", np.array(total, np.int32))
         binding.bind_output("out", "cpu")
@@ -66,14 +66,14 @@ class OnnxLayers:
 
 
 class OnnxDecoder:
-    """A model on the CPU, over one sequence of at most `context` tokens."""
+    """A whole model on the CPU, over one sequence of at most `context` tokens."""
 
     def __init__(
         self, checkpoint: Checkpoint, context: int, bits: int = 8, threads: int = 0, cuts: Sequence[int] = ()
     ) -> None:
-        """`threads` 0 for every core; `cuts`: rising depths, in layers, between the first and the last.
+        """`bits` of a weight: 4 or 8. `threads`: 0 for every core. `cuts`: rising depths at which the layers are cut.
 
-        Raises BundleError, InvalidInput for other widths than 4 and 8 bits.
+        Raises BundleError; InvalidInput for other `bits`.
         """
         if bits not in (4, 8):
             raise InvalidInput(f"weights of {bits} bits, expected 4 or 8")
@@ -86,7 +86,7 @@ class OnnxDecoder:
         for start, stop in zip((0, *self.cuts), (*self.cuts, config.layers), strict=True):
             graph = layers_graph(checkpoint, range(start, stop), self.context, bits)
             self._parts.append(OnnxLayers(graph, config, range(start, stop), self.context, threads))
-        self._waiting = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
+        self._queued = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
         self._head = open_session(head_graph(checkpoint).SerializeToString(), "output head", threads, spinning=True)
         self.ids: list[int] = []
 
@@ -94,75 +94,76 @@ class OnnxDecoder:
         """The same model over another sequence: weights are shared, the KV cache is new and empty."""
         fork = copy.copy(self)
         fork._parts = [part.fork() for part in self._parts]
-        fork._waiting = [rows_NH[:0] for rows_NH in self._waiting]
+        fork._queued = [states_NH[:0] for states_NH in self._queued]
         fork.ids = []
         return fork
 
     @property
     def length(self) -> int:
-        """Tokens appended."""
+        """Number of tokens appended."""
         return len(self.ids)
 
     def through(self, part: int) -> int:
-        """Tokens that have been through a part, counted from 0."""
+        """Number of tokens that a part has processed; `part` counts from 0."""
         return self._parts[part].length
 
     def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens. Raises ValueError when there are fewer."""
+        """Keep the first `length` tokens only. Raises ValueError when there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back to {length} of {self.length} tokens")
         del self.ids[length:]
         for index, part in enumerate(self._parts):
             part.length = min(part.length, length)
-            self._waiting[index] = self._waiting[index][: length - part.length]
+            self._queued[index] = self._queued[index][: length - part.length]
 
     def extend(self, ids: Sequence[int]) -> Floats:
-        """Append tokens; logits (vocab,) for the one that follows. Raises InvalidInput when they do not fit."""
+        """Append tokens and return logits (vocab,) for the next one. Raises InvalidInput when they do not fit."""
         self.append(ids)
         logits_V: Floats = self.logits(self.advance(len(self._parts) - 1)[-1:])[0]
         return logits_V
 
     def extend_all(self, ids: Sequence[int]) -> Floats:
-        """Append tokens; logits (len(ids), vocab) behind each of them."""
+        """Append tokens and return logits (len(ids), vocab) after each. Raises InvalidInput when they do not fit."""
         self.append(ids)
         return self.logits(self.advance(len(self._parts) - 1)[-len(ids) :])
 
     def append(self, ids: Sequence[int]) -> None:
-        """Append tokens, which wait before the first layer. Raises InvalidInput when they do not fit."""
+        """Queue tokens before the first layer. Raises InvalidInput when they do not fit."""
         if not ids:
             raise InvalidInput("there are no tokens to append")
         if self.length + len(ids) > self.context:
             raise InvalidInput(f"{self.length + len(ids)} tokens, the device holds at most {self.context}")
         if not 0 <= min(ids) <= max(ids) < self.vocab:
-            raise InvalidInput(f"token {max(ids)} or {min(ids)} is outside of the vocabulary of {self.vocab}")
-        self._wait(0, self.embed(ids))
+            raise InvalidInput(f"token {max(ids)} or {min(ids)} is outside the vocabulary of {self.vocab}")
+        self._enqueue(0, self.embed(ids))
         self.ids += ids
 
     def embed(self, ids: Sequence[int]) -> Floats:
-        """Rows (N, hidden) of tokens before the first layer."""
-        rows = np.asarray(ids)
-        embedded_NGB: Floats = self._codes_VGB[rows].astype(np.float32) * self._scale_VG[rows][..., None]
+        """Embeddings (N, hidden) of tokens."""
+        ids_N = np.asarray(ids)
+        embedded_NGB: Floats = self._codes_VGB[ids_N].astype(np.float32) * self._scale_VG[ids_N][..., None]
         return embedded_NGB.reshape(len(ids), -1)
 
     def advance(self, part: int) -> Floats:
-        """Bring all tokens through `part`, counted from 0, and those before it.
+        """Run all queued tokens through `part`, counted from 0, and the parts before it.
 
-        The rows behind it (N, hidden) of the tokens that had not been through; behind the last part they are normed.
+        Returns the output of `part` (N, hidden) for the tokens that it had not processed; that of the last part is
+        normed.
         """
         for index in range(part + 1):
-            rows_NH = self._waiting[index]
-            if len(rows_NH):
-                rows_NH = self._parts[index].run(rows_NH)
-            self._waiting[index] = rows_NH[:0]  # only now: should the run fail, they still wait
+            states_NH = self._queued[index]
+            if len(states_NH):
+                states_NH = self._parts[index].run(states_NH)
+            self._queued[index] = states_NH[:0]  # only now, so that they stay queued when the run fails
             if index < len(self._parts) - 1:
-                self._wait(index + 1, rows_NH)
-        return rows_NH
+                self._enqueue(index + 1, states_NH)
+        return states_NH
 
-    def logits(self, rows_NH: Floats) -> Floats:
-        """Logits (N, vocab) of normed rows."""
-        logits_NV: Floats = self._head.run(None, {"hidden": rows_NH})[0]
+    def logits(self, states_NH: Floats) -> Floats:
+        """Logits (N, vocab) of normed hidden states."""
+        logits_NV: Floats = self._head.run(None, {"hidden": states_NH})[0]
         return logits_NV
 
-    def _wait(self, part: int, rows_NH: Floats) -> None:
-        before = self._waiting[part]
-        self._waiting[part] = np.concatenate([before, rows_NH]) if len(before) else rows_NH
+    def _enqueue(self, part: int, states_NH: Floats) -> None:
+        before = self._queued[part]
+        self._queued[part] = np.concatenate([before, states_NH]) if len(before) else states_NH

@@ -1,13 +1,13 @@
-"""Layers of a Llama-type model as an ONNX graph with 8- or 4-bit weights, for a device without PyTorch.
+"""Build ONNX graphs of a Llama-type model's layers with 8- or 4-bit weights, for a device without PyTorch.
 
     hidden (1, S, H), caches, lengths -> [norm, qkv, attention, norm, feed-forward] * layers -> hidden (1, S, H)
-    hidden (1, S, H), caches, lengths -> an exit: linear map, its layers, norm -> rows for the head (1, S, H)
-    rows (S, H) -> output head -> logits (S, V)
+    hidden (1, S, H), caches, lengths -> an exit: linear map, its layers, norm -> normed hidden states (1, S, H)
+    normed hidden states (S, H) -> output head -> logits (S, V)
 
-Behind the model's last layer comes its norm, so that the head takes its rows and those of exits alike.
+The graph of the last layer includes the model's final norm, so that the head takes the output of layers and of exits.
 
-Weights are blocks of 32 with a float32 scale each (MatMulNBits), products run on 8-bit integers. Attention is ONNX
-Runtime's GroupQueryAttention over caches that stay where they are. Knows nothing about running a graph.
+Weights are blocks of 32 with a float32 scale each (MatMulNBits); products are computed on 8-bit integers. Attention is
+ONNX Runtime's GroupQueryAttention, which updates the caches in place. Knows nothing about running a graph.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from isthmus.models.language.architecture import LlamaConfig, rope_frequencies
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.packing import BLOCK, Floats, quantise4, quantise8
 
-HEAD_STEP = 16  # elements; GroupQueryAttention with rotary embeddings takes heads of multiples of this
-MAX_GRAPH_BYTES = 1_900_000_000  # protobuf's own limit is 2 GiB
+HEAD_STEP = 16  # elements; GroupQueryAttention with rotary embeddings needs head sizes that are multiples of this
+MAX_GRAPH_BYTES = 1_900_000_000  # protobuf's limit is 2 GiB
 ORT_DOMAIN = "com.microsoft"
 INTEGER_PRODUCTS = 4  # MatMulNBits' accuracy_level: activations are quantised to 8 bits for each block
 
 
 class Graph:
-    """Nodes and initialisers that grow into one model."""
+    """Collects the nodes and initialisers of one model."""
 
     def __init__(self) -> None:
         self._nodes: list[Any] = []
@@ -39,19 +39,20 @@ class Graph:
         self._bytes = 0
 
     def constant(self, name: str, array: NDArray[Any]) -> str:
+        """Add an initialiser and return its name. Raises BundleError when the model becomes too large."""
         self._bytes += array.nbytes
         if self._bytes > MAX_GRAPH_BYTES:
-            raise BundleError(f"the model takes more than {MAX_GRAPH_BYTES} bytes, too many for a device")
+            raise BundleError(f"the model takes more than {MAX_GRAPH_BYTES} bytes, the limit of a graph")
         self._initialisers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
     def node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any) -> str:
-        """Add one node; the name of its first output."""
+        """Add one node and return the name of its first output."""
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 
     def linear(self, x: str, name: str, weight_OI: Floats, bits: int, bias_O: Floats | None = None) -> str:
-        """x (.., I) -> (.., O) with quantised weights."""
+        """Multiply x (.., I) by quantised weights and return the name of the product (.., O)."""
         rows, columns = weight_OI.shape
         if bits == 8:
             codes, scale_OG = quantise8(weight_OI)
@@ -65,6 +66,7 @@ class Graph:
         return y if bias_O is None else self.node("Add", [y, self.constant(f"{name}.bias", bias_O)], [f"{name}.sum"])
 
     def norm(self, x: str, name: str, weight_H: Floats, epsilon: float) -> str:
+        """RMSNorm over the last axis."""
         scale = self.constant(f"{name}.weight", weight_H)
         return self.node("SimplifiedLayerNormalization", [x, scale], [name], epsilon=epsilon, axis=-1)
 
@@ -74,8 +76,8 @@ class Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-class Weights(Protocol):
-    """Tensors by their Hugging Face names: a checkpoint, or an exit, whose `config` has its own number of layers."""
+class TensorSource(Protocol):
+    """Tensors by their Hugging Face names: of a checkpoint, or of an exit with its own number of layers in `config`."""
 
     @property
     def config(self) -> LlamaConfig: ...
@@ -84,9 +86,9 @@ class Weights(Protocol):
 
 
 def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int) -> ModelProto:
-    """Layers as a graph; caches (1, kv_heads, context, head_dim) go in as past.* and out as present.*.
+    """A graph of consecutive layers; caches (1, kv_heads, context, head_dim) are inputs past.* and outputs present.*.
 
-    Raises BundleError for sizes that ONNX Runtime's operators do not take, and for too large a model.
+    Raises BundleError for sizes that ONNX Runtime's operators do not support, and for a model that is too large.
     """
     graph = Graph()
     x = add_layers(graph, checkpoint, layers, "hidden", context, bits)
@@ -95,29 +97,29 @@ def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int)
     return finished(graph, checkpoint.config, layers, x, context)
 
 
-def exit_graph(weights: Weights, context: int) -> ModelProto:
-    """An exit's map, its layers, its norm; caches as those of `layers_graph`. Always 8 bits."""
-    graph, layers = Graph(), range(weights.config.layers)
-    x = graph.linear("hidden", "map", weights.tensor("map.weight"), 8, weights.tensor("map.bias"))
-    x = add_layers(graph, weights, layers, x, context, 8)
-    x = graph.norm(x, "norm", weights.tensor("model.norm.weight"), weights.config.norm_eps)
-    return finished(graph, weights.config, layers, x, context)
+def exit_graph(exit_: TensorSource, context: int) -> ModelProto:
+    """A graph of an exit's map, layers and norm, with caches as in `layers_graph` and 8-bit exit_."""
+    graph, layers = Graph(), range(exit_.config.layers)
+    x = graph.linear("hidden", "map", exit_.tensor("map.weight"), 8, exit_.tensor("map.bias"))
+    x = add_layers(graph, exit_, layers, x, context, 8)
+    x = graph.norm(x, "norm", exit_.tensor("model.norm.weight"), exit_.config.norm_eps)
+    return finished(graph, exit_.config, layers, x, context)
 
 
-def add_layers(graph: Graph, weights: Weights, layers: range, x: str, context: int, bits: int) -> str:
-    """Layers behind `x`; the name of what comes out. Raises BundleError."""
-    config = weights.config
+def add_layers(graph: Graph, source: TensorSource, layers: range, x: str, context: int, bits: int) -> str:
+    """Append layers to `x` and return the name of their output. Raises BundleError."""
+    config = source.config
     if config.head_dim % HEAD_STEP:
         raise BundleError(f"head size is {config.head_dim}, a device needs a multiple of {HEAD_STEP}")
     angles_TD2 = np.arange(context, dtype=np.float32)[:, None] * rope_frequencies(config)
     rotation = graph.constant("cos", np.cos(angles_TD2)), graph.constant("sin", np.sin(angles_TD2))
     for index in layers:
-        x = add_layer(graph, weights, index, x, rotation, bits)
+        x = add_layer(graph, source, index, x, rotation, bits)
     return x
 
 
 def finished(graph: Graph, config: LlamaConfig, layers: range, x: str, context: int) -> ModelProto:
-    """The graph whose output is `x`, with the caches of its layers."""
+    """The model with output `x` and the caches of its layers."""
     graph.node("Identity", [x], ["out"])
     caches = [f"{index}.{part}" for index in layers for part in ("key", "value")]
     cache_shape = [1, config.kv_heads, context, config.head_dim]
@@ -129,7 +131,7 @@ def finished(graph: Graph, config: LlamaConfig, layers: range, x: str, context: 
 
 
 def head_graph(checkpoint: Checkpoint) -> ModelProto:
-    """The output head: normed rows (S, H) -> logits (S, V). Always 8 bits: it decides between near equals."""
+    """The output head: normed hidden states (S, H) -> logits (S, V), always 8 bits since close logits need it."""
     config, graph = checkpoint.config, Graph()
     weight_VH = checkpoint.tensor("model.embed_tokens.weight" if config.tied else "lm_head.weight")
     graph.node("Identity", [graph.linear("hidden", "head", weight_VH, bits=8)], ["logits"])
@@ -140,15 +142,15 @@ def value(name: str, shape: Sequence[int | str], kind: int = TensorProto.FLOAT) 
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def add_layer(graph: Graph, checkpoint: Weights, index: int, x: str, rotation: tuple[str, str], bits: int) -> str:
-    """One layer behind `x`; the name of what comes out."""
-    config, prefix = checkpoint.config, f"model.layers.{index}."
+def add_layer(graph: Graph, source: TensorSource, index: int, x: str, rotation: tuple[str, str], bits: int) -> str:
+    """Append one layer to `x` and return the name of its output."""
+    config, prefix = source.config, f"model.layers.{index}."
 
     def matrix(*names: str) -> Floats:
-        return np.concatenate([checkpoint.tensor(f"{prefix}{name}.weight") for name in names])
+        return np.concatenate([source.tensor(f"{prefix}{name}.weight") for name in names])
 
-    normed = graph.norm(x, f"{index}.in", checkpoint.tensor(f"{prefix}input_layernorm.weight"), config.norm_eps)
-    query_key_value = add_projections(graph, checkpoint, index, normed, bits)
+    normed = graph.norm(x, f"{index}.in", source.tensor(f"{prefix}input_layernorm.weight"), config.norm_eps)
+    query_key_value = add_projections(graph, source, index, normed, bits)
     mixed = graph.node(
         "GroupQueryAttention",
         [*query_key_value, f"past.{index}.key", f"past.{index}.value", "last", "total", *rotation],
@@ -161,23 +163,23 @@ def add_layer(graph: Graph, checkpoint: Weights, index: int, x: str, rotation: t
     )
     out = graph.linear(mixed, f"{index}.out", matrix("self_attn.o_proj"), bits)
     x = graph.node("Add", [x, out], [f"{index}.attended"])
-    post = checkpoint.tensor(f"{prefix}post_attention_layernorm.weight")
+    post = source.tensor(f"{prefix}post_attention_layernorm.weight")
     normed = graph.norm(x, f"{index}.ffn", post, config.norm_eps)
     both = graph.linear(normed, f"{index}.gate_up", matrix("mlp.gate_proj", "mlp.up_proj"), bits)
     gate, up = f"{index}.gate", f"{index}.up"
     graph.node("Split", [both], [gate, up], axis=-1, num_outputs=2)
-    active = graph.node("QuickGelu", [gate], [f"{index}.silu"], ORT_DOMAIN, alpha=1.0)  # with alpha 1 it is SiLU
+    active = graph.node("QuickGelu", [gate], [f"{index}.silu"], ORT_DOMAIN, alpha=1.0)  # with alpha 1 this is SiLU
     product = graph.node("Mul", [active, up], [f"{index}.product"])
     down = graph.linear(product, f"{index}.down", matrix("mlp.down_proj"), bits)
     return graph.node("Add", [x, down], [f"{index}.done"])
 
 
-def add_projections(graph: Graph, checkpoint: Weights, index: int, x: str, bits: int) -> list[str]:
-    """Query, key and value as GroupQueryAttention takes them: one packed tensor, or three after Qwen 3's norms."""
-    config, prefix = checkpoint.config, f"model.layers.{index}.self_attn."
+def add_projections(graph: Graph, source: TensorSource, index: int, x: str, bits: int) -> list[str]:
+    """Query, key and value inputs of GroupQueryAttention: one packed tensor, or three with Qwen 3's norms."""
+    config, prefix = source.config, f"model.layers.{index}.self_attn."
     parts = ("q", "k", "v")
-    weights = [checkpoint.tensor(f"{prefix}{part}_proj.weight") for part in parts]
-    biases = [checkpoint.tensor(f"{prefix}{part}_proj.bias") for part in parts] if config.qkv_bias else None
+    weights = [source.tensor(f"{prefix}{part}_proj.weight") for part in parts]
+    biases = [source.tensor(f"{prefix}{part}_proj.bias") for part in parts] if config.qkv_bias else None
     bias_O = np.concatenate(biases) if biases else None
     packed = graph.linear(x, f"{index}.qkv", np.concatenate(weights), bits, bias_O)
     if not config.qk_norm:
@@ -185,13 +187,13 @@ def add_projections(graph: Graph, checkpoint: Weights, index: int, x: str, bits:
     names = [f"{index}.{part}" for part in parts]
     sizes = graph.constant(f"{index}.sizes", np.array([len(weight) for weight in weights], np.int64))
     graph.node("Split", [packed, sizes], names, axis=-1)
-    return [*(normed_heads(graph, checkpoint, index, part, config) for part in ("q", "k")), names[2]]
+    return [*(normed_heads(graph, source, index, part, config) for part in ("q", "k")), names[2]]
 
 
-def normed_heads(graph: Graph, checkpoint: Weights, index: int, part: str, config: LlamaConfig) -> str:
-    """RMSNorm over each head of the query or the key."""
+def normed_heads(graph: Graph, source: TensorSource, index: int, part: str, config: LlamaConfig) -> str:
+    """RMSNorm over each head of the query or key."""
     name = f"{index}.{part}"
-    weight_D = checkpoint.tensor(f"model.layers.{index}.self_attn.{part}_norm.weight")
+    weight_D = source.tensor(f"model.layers.{index}.self_attn.{part}_norm.weight")
     split = graph.constant(f"{name}.split", np.array([1, -1, config.head_dim], np.int64))
     heads = config.heads if part == "q" else config.kv_heads
     joined = graph.constant(f"{name}.joined", np.array([1, -1, heads * config.head_dim], np.int64))

@@ -1,1 +1,1 @@
-"""The decoder of the cloud, in PyTorch."""
+"""The cloud's decoder, in PyTorch."""

@@ -1,14 +1,14 @@
-"""A Llama-type decoder that can be cut between any two layers, and whose answers do not depend on the company.
+"""A Llama-type decoder that can be cut between any two layers, with batch-invariant results.
 
     ids -> embed -> x_NH -> decoder[0:k] -> x_NH -> decoder[k:] -> x_NH -> logits_NV
 
-Every forward pass has the same N = `width` rows; a row is one token of one session, rows without a token are padding.
-So each matrix product has one shape whatever is asked, and a row's bits depend on its own session's tokens alone: not
-on how many drafts stand beside it, nor on the other sessions of the batch. That makes verification lossless, and
-`check_batch_invariance` proves it for the machine at hand before anything is served.
+Every forward pass has the same N = `width` rows. A row is one token of one session; unused rows are padding. So each
+matrix product has one fixed shape, and a row's bits depend only on the tokens of its own session, not on the number of
+drafts in the batch or on other sessions. This makes verification lossless; `batch_invariance` checks it on the machine
+at hand before the service starts.
 
-Our own modules, not `transformers`: those have one dense batch with one length, and choose kernels by shape.
-Knows nothing about sampling, sessions' owners or files beyond a Checkpoint.
+`transformers` is not used because it runs dense batches of one length and its kernels depend on their shape. Knows
+nothing about sampling, sessions or files other than a Checkpoint.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.models.errors import ServiceError
 from isthmus.models.language.architecture import LlamaConfig, rope_frequencies
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.torch.kv_cache import KVCache
 
-WIDTH = 16  # rows of a pass; with bfloat16 matrix units up to 32 cost what one costs
-PAGE_TOKENS = 64  # attention of a row reads whole pages: its shape depends on the row's own position alone
+WIDTH = 16  # rows of a forward pass; with bfloat16 matrix units up to 32 rows take as long as one
+PAGE_TOKENS = 64  # attention reads whole pages, so that its shape depends on the row's own position only
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`count` consecutive rows of a pass: tokens of one session behind the first `start`."""
+    """`count` consecutive rows of a forward pass: tokens of one session from position `start` on."""
 
     cache: KVCache
     start: int
@@ -41,11 +40,11 @@ class Span:
 
 
 class Linear:
-    """x_NI -> x_NO, with the weight packed once for `width` rows."""
+    """x_NI -> x_NO, with a weight that is packed once for `width` rows."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, width: int) -> None:
         self._bias_O = bias_O
-        # The packed product is what torch.compile itself emits on a CPU, twice as fast; private, hence the exact pin.
+        # torch.compile emits this packed product on CPUs; it is twice as fast, but private, hence the pinned version.
         self._packed = weight_OI.device.type == "cpu" and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         pack = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=width) if self._packed else Tensor.contiguous
         self._weight = pack(weight_OI)
@@ -59,7 +58,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. Matrices have the compute type, norms float32."""
+    """One decoder layer. Matrices have the decoder's data type, norms float32."""
 
     input_norm_H: Tensor
     qkv: Linear
@@ -72,7 +71,7 @@ class Layer:
 
 
 class Decoder:
-    """Layers [start, stop) of a model; the first also embeds, the last also gives logits."""
+    """Consecutive layers of a model, with its embedding and output head."""
 
     def __init__(
         self,
@@ -90,7 +89,7 @@ class Decoder:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, width: int = WIDTH) -> Decoder:
-        """All layers. Raises BundleError."""
+        """A decoder of all layers. Raises BundleError."""
         config = checkpoint.config
         layers = {index: load_layer(checkpoint, index, dtype, width) for index in range(config.layers)}
         embedding_VH = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight")).to(dtype)
@@ -99,7 +98,7 @@ class Decoder:
         return cls(config, layers, embedding_VH, norm_H, Linear(head, None, width), dtype, width)
 
     def __getitem__(self, cut: slice) -> Decoder:
-        """The layers of `cut`, sharing weights."""
+        """A decoder of the layers in `cut`, with shared weights."""
         layers = {index: self._layers[index] for index in list(self._layers)[cut]}
         return type(self)(self.config, layers, self._embedding_VH, self._norm_H, self._head, self.dtype, self.width)
 
@@ -114,21 +113,22 @@ class Decoder:
         return KVCache(self.config, self.layers, self.dtype)
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """Rows (width, hidden) of at most `width` tokens, padded with token 0."""
+        """Embeddings (width, hidden) of at most `width` tokens, padded with token 0."""
         padded = [*ids, *[0] * (self.width - len(ids))]
         return self._embedding_VH[torch.tensor(padded)].float()
 
     @torch.inference_mode()
     def forward(self, x_NH: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Rows behind the last of these layers (width, hidden), float32; each span's cache is extended to its end.
+        """Run these layers on x (width, hidden) and return their output (width, hidden), float32.
 
-        Raises ValueError above the model's context, with every cache as long as before.
+        Extends the cache of each span to the span's end. Raises ValueError above the model's context and leaves every
+        cache's length unchanged.
         """
         positions = [span.start + row for span in spans for row in range(span.count)]
         cos_N1D, sin_N1D = self.rotation(positions)
         for span in spans:
             span.cache.reserve(padded_tokens(span.start + span.count, self.config.context))
-        groups = [group for span in spans for group in same_shape(span, self.config.context)]
+        groups = [group for span in spans for group in attention_groups(span, self.config.context)]
         for index, layer in self._layers.items():
             q_NHD, k_NKD, v_NKD = self._project(layer, x_NH, cos_N1D, sin_N1D)
             mixed_NA = torch.zeros(self.width, self.config.heads * self.config.head_dim, dtype=self.dtype)
@@ -151,7 +151,7 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, x_NH: Tensor) -> Tensor:
-        """Logits (width, vocab), float32, of rows behind the last layer."""
+        """Logits (width, vocab), float32, of the last layer's output."""
         return self._head(self._norm(x_NH, self._norm_H).to(self.dtype)).float()
 
     def _norm(self, x_NH: Tensor, weight_H: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ class Decoder:
         q_NHD, k_NKD = rotate(q_NHD, cos_N1D, sin_N1D), rotate(k_NKD, cos_N1D, sin_N1D)
         return q_NHD.to(self.dtype), k_NKD.to(self.dtype), v_NKD
 
-    def _attend(self, layer: int, group: Group, q_NHD: Tensor) -> Tensor:
-        """Attention of rows that read equally many tokens (n, heads * D). Each row is a batch entry of its own."""
+    def _attend(self, layer: int, group: AttentionGroup, q_NHD: Tensor) -> Tensor:
+        """Attention (n, heads * D) of rows that read the same number of tokens. Each row is its own batch entry."""
         config = self.config
         keys_KTD, values_KTD = group.cache.read(layer, group.tokens)
         shape = (group.count, config.kv_heads, group.tokens, config.head_dim)
@@ -181,15 +181,15 @@ class Decoder:
         return mixed_NKGD.reshape(group.count, -1)
 
     def rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What `rotate` takes for rows at these positions, padded to `width`: two of shape (width, 1, head_dim)."""
+        """Cosines and sines (width, 1, head_dim) for `rotate` at these positions, padded to `width`."""
         padded = torch.tensor([*positions, *[0] * (self.width - len(positions))], dtype=torch.float32)
         angles_ND = (padded[:, None] * self._frequencies_D2).repeat(1, 2)
         return angles_ND.cos()[:, None], angles_ND.sin()[:, None]
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Rows of one span that read the same number of whole pages."""
+class AttentionGroup:
+    """Rows of one span that read the same number of pages."""
 
     cache: KVCache
     count: int
@@ -198,30 +198,30 @@ class Group:
 
 
 def padded_tokens(tokens: int, context: int) -> int:
-    """`tokens` in whole pages; the last page ends with the context. More than the context stay what they are."""
+    """`tokens` rounded up to whole pages, at most to the context. Values above the context are unchanged."""
     return max(tokens, min(-(-tokens // PAGE_TOKENS) * PAGE_TOKENS, context))
 
 
-def same_shape(span: Span, context: int) -> list[Group]:
-    """A span cut where its rows begin to read another page."""
+def attention_groups(span: Span, context: int) -> list[AttentionGroup]:
+    """Cut a span where its rows begin to read another page."""
     groups, start, stop = [], span.start, span.start + span.count
     while start < stop:
         tokens = padded_tokens(start + 1, context)
         end = min(stop, tokens)
         allowed_NT = torch.arange(tokens)[None] <= torch.arange(start, end)[:, None]
-        groups.append(Group(span.cache, end - start, tokens, allowed_NT[:, None, None]))
+        groups.append(AttentionGroup(span.cache, end - start, tokens, allowed_NT[:, None, None]))
         start = end
     return groups
 
 
 def rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
-    """Rotary position embedding in Hugging Face's order: halves, not pairs (Su et al., 2021)."""
+    """Rotary position embedding in Hugging Face's order, by halves instead of pairs (Su et al., 2021)."""
     low, high = x_NHD.chunk(2, dim=-1)
     return x_NHD * cos_N1D + torch.cat((-high, low), dim=-1) * sin_N1D
 
 
 def load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, width: int) -> Layer:
-    """One layer's weights; projections that read the same rows are joined."""
+    """One layer's weights; projections with the same input are concatenated."""
     config, prefix = checkpoint.config, f"model.layers.{index}."
 
     def weight(name: str) -> Tensor:
@@ -242,34 +242,3 @@ def load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, width: in
         gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
         down=linear("mlp.down_proj"),
     )
-
-
-def check_batch_invariance(decoder: Decoder, tokens: int = PAGE_TOKENS + 12) -> None:
-    """Prove on this machine that a row's bits do not depend on its company.
-
-    Raises ServiceError when a token's logits differ between a pass of its own, a block, and a mixed batch.
-    """
-    generator, tokens = torch.Generator().manual_seed(0), min(tokens, decoder.config.context)
-    ids = torch.randint(decoder.config.vocab, (tokens,), generator=generator).tolist()
-    alone = run_rows(decoder, ids, [1] * tokens)
-    blocks = run_rows(decoder, ids, chunks(tokens, decoder.width))
-    uneven = run_rows(decoder, ids, chunks(tokens, max(decoder.width // 2 - 1, 1)), company=ids[::-1])
-    if not torch.equal(alone, blocks) or not torch.equal(alone, uneven):
-        raise ServiceError("this machine's kernels give a row other bits in other company; lossless needs --width 1")
-
-
-def chunks(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
-
-
-def run_rows(decoder: Decoder, ids: Sequence[int], counts: Sequence[int], company: Sequence[int] = ()) -> Tensor:
-    """Logits (len(ids), vocab) with `counts` tokens a pass, beside one token a pass of another session."""
-    cache, other, rows, start = decoder.new_cache(), decoder.new_cache(), [], 0
-    for step, count in enumerate(counts):
-        beside = list(company[step : step + 1]) if count < decoder.width else []
-        spans = [Span(other, step, 1)] if beside else []
-        x_NH = decoder.embed([*beside, *ids[start : start + count]])
-        x_NH = decoder.forward(x_NH, [*spans, Span(cache, start, count)])
-        rows.append(decoder.logits(x_NH)[len(beside) : len(beside) + count])
-        start += count
-    return torch.cat(rows)

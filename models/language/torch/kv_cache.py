@@ -1,4 +1,4 @@
-"""Keys and values of one session's tokens. Knows nothing about layers' weights or about other sessions."""
+"""Keys and values of one session's tokens. Knows nothing about weights or other sessions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GROWTH_TOKENS = 256  # capacity grows in steps of this many tokens
 
 
 class KVCache:
-    """Rotated keys and values of some layers, each (kv_heads, capacity, head_dim); the first `length` are valid."""
+    """Rotated keys and values of some layers, each (kv_heads, capacity, head_dim); `length` tokens are valid."""
 
     def __init__(self, config: LlamaConfig, layers: range, dtype: torch.dtype) -> None:
         self._shape = (2, config.kv_heads, GROWTH_TOKENS, config.head_dim)
@@ -27,16 +27,16 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Memory held."""
+        """Memory in bytes."""
         return sum(pair.nbytes for pair in self._layers.values())
 
     def bytes_for(self, tokens: int) -> int:
-        """Memory that `tokens` tokens would hold."""
+        """Memory in bytes for `tokens` tokens."""
         steps = -(-tokens // GROWTH_TOKENS)
         return steps * len(self._layers) * torch.zeros((), dtype=self._dtype).nbytes * torch.Size(self._shape).numel()
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in all. Raises ValueError above the model's context."""
+        """Grow to a capacity of at least `tokens`. Raises ValueError above the model's context."""
         if tokens > self._context:
             raise ValueError(f"{tokens} tokens, the model's context is {self._context}")
         while self.capacity < tokens:
@@ -44,13 +44,13 @@ class KVCache:
             self._layers = {layer: torch.cat([pair, room], dim=2) for layer, pair in self._layers.items()}
 
     def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens. Raises ValueError when there are fewer."""
+        """Keep the first `length` tokens only. Raises ValueError when there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back to {length} of {self.length} tokens")
         self.length = length
 
     def write(self, layer: int, start: int, keys_NKD: Tensor, values_NKD: Tensor) -> None:
-        """Put keys and values of N tokens behind the first `start`; `length` is for the caller to move."""
+        """Write keys and values of N tokens from position `start` on. The caller updates `length`."""
         pair_2KTD = self._layers[layer]
         pair_2KTD[0, :, start : start + len(keys_NKD)] = keys_NKD.transpose(0, 1)
         pair_2KTD[1, :, start : start + len(keys_NKD)] = values_NKD.transpose(0, 1)

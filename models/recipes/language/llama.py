@@ -1,10 +1,10 @@
-"""A Llama-type decoder for training: whole batches of sequences, differentiable, layer by layer.
+"""A Llama-type decoder for training: differentiable, over batches of sequences, layer by layer.
 
     ids_BT -> embed -> x_BTH -> layers[0] -> ... -> layers[L - 1] -> x_BTH -> logits_BTV
 
-`language.torch.decoder` serves and cares for each row's bits; this one cares for throughput. Rows between layers are
-float32 in both, whatever type the matrices have: what is measured here is what is served. Layers have the names of
-Hugging Face's tensors inside. Shape legend: B sequences, T tokens, H hidden, D a head's size.
+This decoder is built for throughput, and `language.torch.decoder`, which serves, for batch invariance. In both, hidden
+states between layers are float32 for any type of the matrices, so that measurements here hold for serving. Parameters
+have Hugging Face's names. Shape legend: B sequences, T tokens, S attended tokens, H hidden, D head size.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from isthmus.models.language.torch.decoder import rotate
 
 
 @dataclass
-class Past:
-    """Rotated keys and values (B, kv_heads, tokens, D) of one layer."""
+class LayerCache:
+    """Rotated keys and values (B, kv_heads, T, D) of one layer."""
 
     keys_BKTD: Tensor
     values_BKTD: Tensor
 
 
 class Layer(nn.Module):
-    """One decoder layer over whole sequences."""
+    """One decoder layer over batches of sequences."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -42,36 +42,38 @@ class Layer(nn.Module):
         frequencies_F = torch.from_numpy(rope_frequencies(config))
         self.register_buffer("frequencies_F", frequencies_F, persistent=False)
 
-    def forward(self, x_BTH: Tensor, past: Past | None = None, starts_B: Tensor | None = None) -> tuple[Tensor, Past]:
-        """`past` comes before x; sequence b begins at its token starts_B[b], those before are padding."""
+    def forward(
+        self, x_BTH: Tensor, cache: LayerCache | None = None, starts_B: Tensor | None = None
+    ) -> tuple[Tensor, LayerCache]:
+        """Output of the layer and the extended cache. Sequence b starts at token starts_B[b], after padding."""
         batch, tokens, _ = x_BTH.shape
-        before = past.keys_BKTD.shape[2] if past else 0
+        cached = cache.keys_BKTD.shape[2] if cache else 0
         starts_B = torch.zeros(batch, dtype=torch.int64) if starts_B is None else starts_B
-        positions_T = torch.arange(before, before + tokens)
-        places_BT = (positions_T - starts_B[:, None]).clamp(min=0)
-        q_BTHD, k_BTKD, v_BTKD = self.project(x_BTH, places_BT)
+        positions_T = torch.arange(cached, cached + tokens)
+        positions_BT = (positions_T - starts_B[:, None]).clamp(min=0)
+        q_BTHD, k_BTKD, v_BTKD = self.project(x_BTH, positions_BT)
         k_BKTD, v_BKTD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-        if past:
-            k_BKTD = torch.cat([past.keys_BKTD, k_BKTD], dim=2)
-            v_BKTD = torch.cat([past.values_BKTD, v_BKTD], dim=2)
-        columns_S = torch.arange(before + tokens)
-        seen_BTS = (columns_S <= positions_T[:, None]) & (columns_S >= starts_B[:, None, None])
-        seen_BTS |= columns_S == positions_T[:, None]  # padding reads itself: a softmax over nothing is no number
-        out_BTH = self.attend(x_BTH, q_BTHD, k_BKTD, v_BKTD, seen_BTS[:, None])
-        return out_BTH, Past(k_BKTD, v_BKTD)
+        if cache:
+            k_BKTD = torch.cat([cache.keys_BKTD, k_BKTD], dim=2)
+            v_BKTD = torch.cat([cache.values_BKTD, v_BKTD], dim=2)
+        columns_S = torch.arange(cached + tokens)
+        mask_BTS = (columns_S <= positions_T[:, None]) & (columns_S >= starts_B[:, None, None])
+        mask_BTS |= columns_S == positions_T[:, None]  # padding attends to itself, as a softmax over no keys is NaN
+        out_BTH = self.attend(x_BTH, q_BTHD, k_BKTD, v_BKTD, mask_BTS[:, None])
+        return out_BTH, LayerCache(k_BKTD, v_BKTD)
 
-    def attend(self, x_BTH: Tensor, q_BTHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen: Tensor) -> Tensor:
-        """Rows behind the layer: attention to the S keys that are `seen` (.., T, S), its projection, feed-forward."""
+    def attend(self, x_BTH: Tensor, q_BTHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor) -> Tensor:
+        """The output (B, T, H), with attention to the S keys where `mask` (.., T, S) is true."""
         scale = self.config.head_dim**-0.5
         mixed_BHTD = F.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, seen, scale=scale, enable_gqa=True
+            q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask, scale=scale, enable_gqa=True
         )
         x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj")).float()
         h_BTH = self.norm(x_BTH, "post_attention_layernorm")
         gate, up = (F.linear(h_BTH, self.weight(f"mlp.{part}_proj")) for part in ("gate", "up"))
         return x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj")).float()
 
-    def project(self, x_BTH: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, heads, D), rotated keys and values (B, T, kv_heads, D)."""
         config, h_BTH, found = self.config, self.norm(x_BTH, "input_layernorm"), []
         for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
@@ -80,22 +82,22 @@ class Layer(nn.Module):
         q_BTHD, k_BTKD, v_BTKD = found
         if config.qk_norm:
             q_BTHD, k_BTKD = self.norm(q_BTHD, "self_attn.q_norm"), self.norm(k_BTKD, "self_attn.k_norm")
-        return self.rotated(q_BTHD, places_BT), self.rotated(k_BTKD, places_BT), v_BTKD
+        return self.rotated(q_BTHD, positions_BT), self.rotated(k_BTKD, positions_BT), v_BTKD
 
-    def given(self, pairs_BTO: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (B, T, kv_heads, D) of what a KV fill guessed: keys, not rotated yet, then values."""
+    def rotated_pairs(self, pairs_BTO: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (B, T, kv_heads, D) of a KV fill's output (B, T, O): keys unrotated, then values."""
         shape = (*pairs_BTO.shape[:2], 2, self.config.kv_heads, self.config.head_dim)
         k_BTKD, v_BTKD = pairs_BTO.to(self.weight("self_attn.k_proj").dtype).view(shape).unbind(2)
-        return self.rotated(k_BTKD, places_BT), v_BTKD
+        return self.rotated(k_BTKD, positions_BT), v_BTKD
 
-    def rotated(self, x_BTKD: Tensor, places_BT: Tensor) -> Tensor:
-        """Queries or keys with their positions in them."""
-        angles_BTD = (places_BT[..., None].float() * self.frequencies_F).repeat(1, 1, 2)  # type: ignore[operator]
+    def rotated(self, x_BTKD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Queries or keys with rotary position embeddings."""
+        angles_BTD = (positions_BT[..., None].float() * self.frequencies_F).repeat(1, 1, 2)  # type: ignore[operator]
         cos, sin = angles_BTD.cos()[:, :, None], angles_BTD.sin()[:, :, None]
         return rotate(x_BTKD.float(), cos, sin).to(x_BTKD.dtype)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        """RMS norm, in float32 as the served decoder has it, for matrices of another type."""
+        """RMS norm, computed in float32 as in the served decoder and returned in the type of the matrices."""
         weight = self.weight(name)
         return F.rms_norm(x.float(), weight.shape, weight.float(), self.config.norm_eps).to(weight.dtype)
 
@@ -107,12 +109,12 @@ class Layer(nn.Module):
 
 
 def parameter_name(path: str, leaf: str) -> str:
-    """A tensor's name inside a layer, which a module's parameter may have: without dots."""
+    """A tensor's name as a module's parameter, which cannot contain dots."""
     return f"{path}.{leaf}".replace(".", "__")
 
 
 class Llama(nn.Module):
-    """A whole model, frozen unless said otherwise."""
+    """A whole model. Its parameters are frozen."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -138,9 +140,9 @@ class Llama(nn.Module):
         return F.embedding(ids_BT, self.embedding_VH).float()
 
     def normed(self, x: Tensor) -> Tensor:
-        """Rows behind the last layer as the output head takes them."""
+        """The last layer's output after the final norm."""
         return F.rms_norm(x, self.norm_H.shape, self.norm_H.float(), self.config.norm_eps)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of rows behind the last layer. The output head is the embedding: models without tied weights are not read."""
+        """Logits of the last layer's output. The output head is the embedding: untied models are not supported."""
         return F.linear(self.normed(x).to(self.embedding_VH.dtype), self.embedding_VH)

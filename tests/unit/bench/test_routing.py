@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.bench.routing import Reading, Routed, bounds, order, resampled
+from tests.bench.routing import CloudCost, Routed, bounds, order, resampled
 
 GENERATOR = np.random.default_rng(0)
 
@@ -46,10 +46,10 @@ def test_equals_are_ordered_by_chance_and_not_by_place() -> None:
 
 def test_intervals_hold_the_figure_and_shrink_with_more_answers() -> None:
     def interval(answers: int) -> tuple[float, float, float]:
-        sure_N = GENERATOR.random(answers * 20)
-        right_N = GENERATOR.random(answers * 20) < 0.5 + sure_N / 2
-        low, high = bounds(resampled(sure_N, right_N, np.arange(answers) * 20, 100)["apgr"])
-        return low, order(sure_N, right_N, GENERATOR).apgr, high
+        confidence_N = GENERATOR.random(answers * 20)
+        right_N = GENERATOR.random(answers * 20) < 0.5 + confidence_N / 2
+        low, high = bounds(resampled(confidence_N, right_N, np.arange(answers) * 20, 100)["apgr"])
+        return low, order(confidence_N, right_N, GENERATOR).apgr, high
 
     few, many = interval(10), interval(200)
     assert few[0] < few[1] < few[2] and many[0] < many[1] < many[2]
@@ -62,13 +62,15 @@ def test_routers_are_held_against_each_other_on_the_same_draws() -> None:
     better_N = right_N + 3 * GENERATOR.random(4000)
     worse_N = better_N + 1.0 * GENERATOR.random(4000)
     starts_S = np.arange(200) * 20
-    better, worse = (np.array(resampled(sure_N, right_N, starts_S, 200)["apgr"]) for sure_N in (better_N, worse_N))
+    better, worse = (
+        np.array(resampled(confidence_N, right_N, starts_S, 200)["apgr"]) for confidence_N in (better_N, worse_N)
+    )
     assert bounds(worse)[1] > bounds(better)[0] and bounds(better - worse)[0] > 0
 
 
 def test_a_cloud_reads_up_to_the_last_token_it_is_asked_for() -> None:
-    """Two answers of 4 tokens behind prompts of 3 and 5; by itself it reads 6 and 8 tokens and decides 8."""
-    reading = Reading(np.array([3, 5]), np.array([0, 4]), layers=2.0, head=1.0)
+    """Two answers of 4 tokens after prompts of 3 and 5; alone, the cloud runs 6 and 8 tokens and decodes 8."""
+    reading = CloudCost(np.array([3, 5]), np.array([0, 4]), layers=2.0, head=1.0)
     asked_N = np.zeros(8, bool)
     assert reading.share(asked_N) == pytest.approx(2 * 8 / (2 * 14 + 8)), "prompts it reads in any case"
     asked_N[[1, 2]] = True

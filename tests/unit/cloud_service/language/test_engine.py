@@ -282,7 +282,7 @@ def test_warm_up_proves_that_results_do_not_depend_on_the_batch(
         harness.engine.warm_up()
         forward = decoder.forward
         harness.decoder.forward = lambda x_NH, spans: forward(x_NH, spans) + float(len(spans))  # type: ignore[method-assign]
-        with pytest.raises(ServiceError, match="other bits in other company"):
+        with pytest.raises(ServiceError, match="results on this machine depend on the batch"):
             harness.engine.warm_up()
 
     asyncio.run(play())

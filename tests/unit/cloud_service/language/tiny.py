@@ -20,7 +20,8 @@ from isthmus.models.errors import IsthmusError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import Floats, choose
-from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder, Span, chunks
+from isthmus.models.language.torch.batch_invariance import chunks
+from isthmus.models.language.torch.decoder import PAGE_TOKENS, Decoder, Span
 from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
 from isthmus.protos.wire_session import checksum
 from tests.bench.tiny_llama import write_tiny_llama

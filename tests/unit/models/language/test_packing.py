@@ -40,7 +40,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 def test_golden_bytes() -> None:
-    """Codes are written one behind another, the highest bit first."""
+    """Codes are written one after another, the highest bit first."""
     weight_OI = np.tile(np.arange(-3.5, 4, dtype=np.float32), STORED_BLOCK // 8)[None]
     stored = packed(weight_OI, "w", 3)
     assert stored["w.scale"].tolist() == [[1.0]]

@@ -1,4 +1,4 @@
-"""GGUF files: the order of rows and 4-bit blocks, and headers that lie."""
+"""GGUF files: the order of rows and 4-bit blocks, and hostile headers."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""A hand-off bundle as it is opened: what fits its model, and what is refused."""
+"""Opening a handoff bundle: what fits its model, and what is refused."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
+from isthmus.models.bundle.files import Files, read_manifest
 from isthmus.models.errors import BundleError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -28,59 +27,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> 
     return write_tiny_handoff(tmp_path_factory.mktemp("handoffs") / "tiny", checkpoint)
 
 
-@pytest.fixture
-def manifest(folder: Path) -> Any:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def test_the_judge_of_a_copy(folder: Path, checkpoint: Checkpoint) -> None:
+def test_confidence_head_and_levels_of_a_local_model(folder: Path, checkpoint: Checkpoint) -> None:
     found = HandoffBundle.open(folder, checkpoint).local_model(8)
     assert found is not None
-    judge, levels = found
+    head, levels = found
     sure_V, unsure_V = np.zeros((2, 259), np.float32)
     sure_V[7] = 50
-    assert judge(sure_V, [7]) > 0.5 > judge(unsure_V, [7])
+    assert head(sure_V, [7]) > 0.5 > head(unsure_V, [7])
     assert [level.model_dump() for level in levels] == LEVELS
     assert HandoffBundle.open(folder, checkpoint).local_model(4) is None
 
 
-@pytest.mark.parametrize(
-    ("levels", "words"),
-    [
-        ([], "at least 1"),
-        (LEVELS[1:], "must rise from likely 0"),
-        ([LEVELS[0], LEVELS[0]], "must rise from likely 0"),
-        ([{**LEVELS[0], "wrong": 1.5}], "less than or equal to 1"),
-        ([{"likely": 0.0}], "Field required"),
-    ],
-)
-def test_levels_that_are_none(manifest: Any, levels: list[Any], words: str) -> None:
-    manifest["copies"][0]["levels"] = levels
-    with pytest.raises(ValidationError, match=words):
-        HandoffManifest.model_validate(manifest)
-
-
-def test_points_out_of_order(manifest: Any) -> None:
-    manifest["points"] = manifest["points"][::-1]
-    with pytest.raises(ValidationError, match="must rise"):
-        HandoffManifest.model_validate(manifest)
-
-
-def test_a_copy_whose_judge_is_not_listed(manifest: Any) -> None:
-    manifest["copies"][0]["judge"] = "copy5.safetensors"
-    with pytest.raises(ValidationError, match=r"files does not list copy5\.safetensors"):
-        HandoffManifest.model_validate(manifest)
-
-
-def test_a_copy_of_bits_that_no_device_has(manifest: Any) -> None:
-    manifest["copies"][0]["bits"] = 5
-    with pytest.raises(ValidationError, match="4 or 8"):
-        HandoffManifest.model_validate(manifest)
-
-
-def test_a_damaged_judge_is_noticed(folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "copy8.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(BundleError, match=r"copy8\.safetensors"):
         HandoffBundle.open(tmp_path, checkpoint)
+
+
+def test_a_bundle_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = Checkpoint.open(write_tiny_llama(tmp_path / "other", seed=1))
+    with pytest.raises(BundleError, match="belongs to the model"):
+        HandoffBundle.open(folder, other)
+
+
+def test_a_kv_fill_has_maps_for_each_upper_layer(folder: Path, checkpoint: Checkpoint) -> None:
+    handoff, config = HandoffBundle.open(folder, checkpoint), checkpoint.config
+    weight_LOH, bias_LO = handoff.kv_fill()
+    assert weight_LOH.shape == (config.layers - handoff.depth, 2 * config.kv_heads * config.head_dim, config.hidden)
+    assert bias_LO.shape == weight_LOH.shape[:2]
+
+
+def test_parts_that_do_not_fit_the_model_are_refused(folder: Path, checkpoint: Checkpoint) -> None:
+    manifest = read_manifest(folder, HandoffManifest)
+    files = Files(folder, manifest.files)
+    with pytest.raises(BundleError, match="do not fit a model of 1 layers"):
+        HandoffBundle(files, manifest, replace(checkpoint.config, layers=1))
+    with pytest.raises(BundleError, match="64 hidden values do not fit"):
+        HandoffBundle(files, manifest, replace(checkpoint.config, hidden=128))
+    with pytest.raises(BundleError, match=r"fill\.safetensors: shape"):
+        HandoffBundle(files, manifest, replace(checkpoint.config, layers=4)).kv_fill()

@@ -1,4 +1,4 @@
-"""What judges look at, and what they say of it."""
+"""Features of a confidence head, and its predictions."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.models.errors import BundleError
-from isthmus.models.language.handoff.confidence_head import EVIDENCE, Judge, echoes, evidence
+from isthmus.models.language.handoff.confidence_head import FEATURES, ConfidenceHead, features, ngram_repeats
 
 RNG = np.random.default_rng(0)
 TENSORS = {
-    "judge.0.weight": RNG.normal(size=(5, EVIDENCE)).astype(np.float32),
+    "judge.0.weight": RNG.normal(size=(5, FEATURES)).astype(np.float32),
     "judge.0.bias": RNG.normal(size=5).astype(np.float32),
     "judge.2.weight": RNG.normal(size=(1, 5)).astype(np.float32),
     "judge.2.bias": np.array([0.3], np.float32),
 }
 
 
-def test_evidence_and_judge_are_what_pytorch_says() -> None:
+def test_features_and_prediction_are_pytorchs() -> None:
     logits_V = (9 * RNG.normal(size=259)).astype(np.float32)
     log_V = torch.from_numpy(logits_V).log_softmax(0)
     text = [1, int(logits_V.argmax()), 1]
     expected = [*log_V.topk(4).values.tolist(), float(-(log_V.exp() * log_V).sum()), 1, 0, 0]
-    np.testing.assert_allclose(evidence(logits_V, text), expected, rtol=1e-4)
+    np.testing.assert_allclose(features(logits_V, text), expected, rtol=1e-4)
     tensors = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
-    seen_E = torch.from_numpy(evidence(logits_V, text))
-    hidden_F = torch.relu(tensors["judge.0.weight"] @ seen_E + tensors["judge.0.bias"])
+    features_E = torch.from_numpy(features(logits_V, text))
+    hidden_F = torch.relu(tensors["judge.0.weight"] @ features_E + tensors["judge.0.bias"])
     likely = torch.sigmoid(tensors["judge.2.weight"] @ hidden_F + tensors["judge.2.bias"]).item()
-    assert Judge.of(TENSORS)(logits_V, text) == pytest.approx(likely, rel=1e-4)
+    assert ConfidenceHead.from_tensors(TENSORS)(logits_V, text) == pytest.approx(likely, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -47,23 +47,25 @@ def test_evidence_and_judge_are_what_pytorch_says() -> None:
         ([7, 7, 7, 7], [1, 1, 1]),
     ],
 )
-def test_echoes_are_of_the_last_place_where_the_text_stood_so(text: list[int], found: list[float]) -> None:
-    assert echoes(text, 7) == found
+def test_ngram_repeats_are_of_the_last_occurrence(text: list[int], found: list[float]) -> None:
+    assert ngram_repeats(text, 7) == found
 
 
 @given(text=st.lists(st.integers(0, 3), min_size=1, max_size=30), choice=st.integers(0, 3))
-def test_echoes_are_what_a_search_from_behind_finds(text: list[int], choice: int) -> None:
-    for count, found in enumerate(echoes(text, choice), 1):
+def test_ngram_repeats_are_what_a_search_finds(text: list[int], choice: int) -> None:
+    for count, found in enumerate(ngram_repeats(text, choice), 1):
         tail = text[-count:]
         places = [end for end in range(count, len(text)) if text[end - count : end] == tail]
         expected = 0 if not places or len(text) < count else 1 if text[places[-1]] == choice else -1
         assert found == expected
 
 
-def test_many_are_judged_as_each_alone() -> None:
-    seen_NE = RNG.normal(size=(7, EVIDENCE)).astype(np.float32)
-    judge = Judge.of(TENSORS)
-    np.testing.assert_allclose(judge.likely(seen_NE), [judge.likely(seen_E) for seen_E in seen_NE], rtol=1e-5)
+def test_a_batch_is_predicted_as_each_alone() -> None:
+    features_NE = RNG.normal(size=(7, FEATURES)).astype(np.float32)
+    head = ConfidenceHead.from_tensors(TENSORS)
+    np.testing.assert_allclose(
+        head.predict(features_NE), [head.predict(features_E) for features_E in features_NE], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,6 @@ def test_many_are_judged_as_each_alone() -> None:
 )
 def test_broken_tensors_are_refused(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(BundleError, match="judge"):
-        Judge.of({**TENSORS, name: np.zeros(shape, np.float32)})
+        ConfidenceHead.from_tensors({**TENSORS, name: np.zeros(shape, np.float32)})
     with pytest.raises(BundleError, match="missing"):
-        Judge.of({})
+        ConfidenceHead.from_tensors({})

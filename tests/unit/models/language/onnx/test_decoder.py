@@ -16,9 +16,10 @@ from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx import graph as onnx_graph
-from isthmus.models.language.onnx.decoder import PREFILL_ROWS, OnnxDecoder
+from isthmus.models.language.onnx.decoder import PREFILL_TOKENS, OnnxDecoder
 from isthmus.models.language.packing import Floats, quantise4, quantise8
-from isthmus.models.language.torch.decoder import Decoder, chunks, run_rows
+from isthmus.models.language.torch.batch_invariance import chunks, run_tokens
+from isthmus.models.language.torch.decoder import Decoder
 from tests.bench.tiny_llama import write_tiny_llama
 
 LLAMA3 = {
@@ -40,7 +41,7 @@ IDS = np.random.default_rng(0).integers(0, 259, 150).tolist()  # over more than 
 
 
 class Rounded:
-    """A checkpoint whose matrices are what remains of them at so many bits: what the graph computes with."""
+    """A checkpoint with matrices rounded to `bits` bits, as the graph computes with them."""
 
     def __init__(self, checkpoint: Checkpoint, bits: int) -> None:
         self.config: LlamaConfig = checkpoint.config
@@ -64,7 +65,7 @@ class Rounded:
 def torch_logits(checkpoint: Checkpoint | Rounded) -> Floats:
     """Logits (150, vocab) of the cloud's decoder in float32."""
     decoder = Decoder.load(cast(Checkpoint, checkpoint), torch.float32)
-    return np.asarray(run_rows(decoder, IDS, chunks(len(IDS), decoder.width)).numpy())
+    return np.asarray(run_tokens(decoder, IDS, chunks(len(IDS), decoder.width)).numpy())
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_4_bits_are_worse_but_alike(tiny: Checkpoint) -> None:
 # One sequence
 
 
-@pytest.mark.parametrize("cuts", [(PREFILL_ROWS,), (100,), (1, 2, 3), (PREFILL_ROWS - 1, 2 * PREFILL_ROWS + 1)])
+@pytest.mark.parametrize("cuts", [(PREFILL_TOKENS,), (100,), (1, 2, 3), (PREFILL_TOKENS - 1, 2 * PREFILL_TOKENS + 1)])
 def test_prefill_in_parts_equals_all_at_once(decoder: OnnxDecoder, cuts: tuple[int, ...]) -> None:
     whole = decoder.extend_all(IDS)
     decoder.truncate(0)
@@ -129,7 +130,7 @@ def test_prefill_in_parts_equals_all_at_once(decoder: OnnxDecoder, cuts: tuple[i
     off = np.abs(np.concatenate(parts) - whole)
     assert np.median(off.max(1)) < 1e-4  # a sum in another order may round an activation to another of 256 steps
     assert off.max() < 0.2 * whole.std()
-    assert off.max() == 0 or cuts != (PREFILL_ROWS,)  # which is where a long prefill is cut anyway
+    assert off.max() == 0 or cuts != (PREFILL_TOKENS,)  # which is where a long prefill is cut anyway
 
 
 def test_one_by_one_equals_a_block(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_all_of_the_context(tiny: Checkpoint) -> None:
         ([], "no tokens"),
         ([1] * (CONTEXT - 9), "201 tokens, the device holds at most 200"),
         ([1] * (CONTEXT + 1), "211 tokens"),
-        ([1, 259], "token 259 .*outside of the vocabulary of 259"),
+        ([1, 259], "token 259 .*outside the vocabulary of 259"),
         ([-1, 3], "token 3 or -1 is outside"),
         ([1 << 70], "outside"),
     ],

@@ -1,4 +1,4 @@
-"""Exits on the device: what waits, what is caught up with, and what a judge says, over a tiny model of three layers."""
+"""Exits on the device: lazy layers, catching up, and confidence, over a tiny model of three layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isthmus.models.language.drafts import ModelDraft
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder, ExitWeights, OnnxExit
-from isthmus.models.recipes.language.device import exit_tensors
+from isthmus.models.recipes.language.device_outputs import exit_tensors
 from isthmus.models.recipes.language.exits import Exit
 from isthmus.models.recipes.language.llama import Llama
 from tests.bench.tiny_llama import write_tiny_llama
@@ -45,22 +45,22 @@ def parts(checkpoint: Checkpoint, handoff: HandoffBundle) -> tuple[OnnxDecoder, 
     return cut(checkpoint, handoff)
 
 
-def test_a_cut_decoder_says_what_a_whole_one_says(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
-    whole, parted = OnnxDecoder(checkpoint, CONTEXT, threads=1), cut(checkpoint, handoff)[0]
-    np.testing.assert_allclose(parted.extend_all(TEXT[:9]), whole.extend_all(TEXT[:9]), atol=1e-5)
-    parted.append(TEXT[9:12])
-    parted.advance(0)  # the others wait
-    parted.append(TEXT[12:14])
-    assert [parted.through(part) for part in range(3)] == [12, 9, 9] and parted.length == 14
-    np.testing.assert_allclose(parted.extend(TEXT[14:15]), whole.extend(TEXT[9:15]), atol=1e-5)
-    parted.append(TEXT[15:20])
-    parted.advance(1)
-    for decoder in (parted, whole):
+def test_a_cut_decoder_gives_the_logits_of_a_whole_one(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
+    whole, cut_decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1), cut(checkpoint, handoff)[0]
+    np.testing.assert_allclose(cut_decoder.extend_all(TEXT[:9]), whole.extend_all(TEXT[:9]), atol=1e-5)
+    cut_decoder.append(TEXT[9:12])
+    cut_decoder.advance(0)  # the other parts are queued
+    cut_decoder.append(TEXT[12:14])
+    assert [cut_decoder.through(part) for part in range(3)] == [12, 9, 9] and cut_decoder.length == 14
+    np.testing.assert_allclose(cut_decoder.extend(TEXT[14:15]), whole.extend(TEXT[9:15]), atol=1e-5)
+    cut_decoder.append(TEXT[15:20])
+    cut_decoder.advance(1)
+    for decoder in (cut_decoder, whole):
         decoder.truncate(14)
-    np.testing.assert_allclose(parted.extend(TEXT[20:22]), whole.extend(TEXT[20:22]), atol=1e-5)
+    np.testing.assert_allclose(cut_decoder.extend(TEXT[20:22]), whole.extend(TEXT[20:22]), atol=1e-5)
 
 
-def test_a_sure_first_exit_spares_the_layers_behind(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:
+def test_a_confident_first_exit_skips_the_layers_above(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:
     decoder, exits = parts
     first = exits.choose(TEXT[:10], ALWAYS)
     assert first.exit == 0 and [decoder.through(part) for part in range(3)] == [10, 0, 0]
@@ -68,19 +68,19 @@ def test_a_sure_first_exit_spares_the_layers_behind(parts: tuple[OnnxDecoder, Ex
     assert last.exit == 1 and [decoder.through(part) for part in range(3)] == [12, 12, 0]
 
 
-def test_what_was_spared_is_made_up_for_exactly(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
+def test_skipped_layers_are_caught_up_exactly(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
     (_, lazy), (_, eager) = cut(checkpoint, handoff), cut(checkpoint, handoff)
     for length in range(5, 20):
-        thorough = eager.choose(TEXT[:length], NEVER)
-        hasty = lazy.choose(TEXT[:length], NEVER if length % 5 == 0 else ALWAYS)
-        if hasty.exit == 1:
-            np.testing.assert_allclose(hasty.logits_V, thorough.logits_V, atol=1e-5)
-            assert hasty.likely == pytest.approx(thorough.likely, abs=1e-4)
+        exact = eager.choose(TEXT[:length], NEVER)
+        fast = lazy.choose(TEXT[:length], NEVER if length % 5 == 0 else ALWAYS)
+        if fast.exit == 1:
+            np.testing.assert_allclose(fast.logits_V, exact.logits_V, atol=1e-5)
+            assert fast.likely == pytest.approx(exact.likely, abs=1e-4)
     np.testing.assert_allclose(lazy.hidden_states(TEXT[:19], 0), eager.hidden_states(TEXT[:19], 0), atol=1e-5)
     assert eager.hidden_states(TEXT[:19], 17).shape == (2, checkpoint.config.hidden)
 
 
-def test_rows_are_those_behind_the_layers(
+def test_hidden_states_are_the_lower_layers_output(
     checkpoint: Checkpoint, handoff: HandoffBundle, parts: tuple[OnnxDecoder, ExitingDecoder]
 ) -> None:
     decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=(2,))
@@ -89,15 +89,15 @@ def test_rows_are_those_behind_the_layers(
     np.testing.assert_allclose(parts[1].hidden_states(TEXT[:12], 0), decoder.advance(0), atol=1e-5)
 
 
-def test_an_exit_is_its_layer_behind_its_map(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
-    """The tiny exits are the model's own last layer, so behind two layers of three they are the model."""
+def test_an_exit_is_its_layer_after_its_map(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
+    """The tiny exits are the model's own last layer, so after two layers of three they are the model."""
     logits_V = OnnxDecoder(checkpoint, CONTEXT, threads=1).extend(TEXT[:20])
     found = cut(checkpoint, handoff)[1].choose(TEXT[:20], NEVER)
-    assert np.corrcoef(found.logits_V, logits_V)[0, 1] > 0.9  # but for the norm and 8 bits of bits
+    assert np.corrcoef(found.logits_V, logits_V)[0, 1] > 0.9  # up to the norm and quantisation
 
 
 def test_an_exit_of_two_layers_is_the_last_two(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
-    """Behind one layer of three, with a map that changes nothing, they are the model."""
+    """After one layer of three, with the identity as its map, it is the model."""
     exit_, model = Exit(checkpoint.config, 1, 2), Llama.load(checkpoint, torch.float32)
     exit_.map.weight.data, exit_.map.bias.data = torch.eye(checkpoint.config.hidden), torch.zeros_like(exit_.map.bias)
     exit_.norm_H.data = model.norm_H.data
@@ -107,13 +107,13 @@ def test_an_exit_of_two_layers_is_the_last_two(checkpoint: Checkpoint, handoff: 
     name = "self_attn.k_proj.weight"
     np.testing.assert_array_equal(weights.tensor(f"model.layers.0.{name}"), checkpoint.tensor(f"model.layers.1.{name}"))
     decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=(1,))
-    wanted_V = decoder.extend(TEXT[:20])
+    expected_V = decoder.extend(TEXT[:20])
     decoder.truncate(0)
     decoder.append(TEXT[:20])
-    judge = {name: array for name, array in handoff.exit(0).items() if name.startswith("judge.")}
-    behind = OnnxExit({**exit_tensors(exit_, checkpoint), **judge}, checkpoint, decoder, 1)
-    found_V, _ = behind(decoder.advance(0), decoder.ids)
-    assert np.corrcoef(found_V, wanted_V)[0, 1] > 0.99
+    head = {name: array for name, array in handoff.exit(0).items() if name.startswith("judge.")}
+    upper = OnnxExit({**exit_tensors(exit_, checkpoint), **head}, checkpoint, decoder, 1)
+    found_V, _ = upper(decoder.advance(0), decoder.ids)
+    assert np.corrcoef(found_V, expected_V)[0, 1] > 0.99
 
 
 def test_hidden_states_are_those_of_the_text_that_is_named(checkpoint: Checkpoint, handoff: HandoffBundle) -> None:
@@ -146,7 +146,7 @@ def test_another_text_keeps_what_it_shares(checkpoint: Checkpoint, handoff: Hand
     np.testing.assert_allclose(used.hidden_states(other, 0), fresh.hidden_states(other, 0), atol=1e-5)
 
 
-def test_asked_again_it_says_the_same(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:
+def test_a_repeated_text_gives_the_same_choice(parts: tuple[OnnxDecoder, ExitingDecoder]) -> None:
     first = parts[1].choose(TEXT[:10], NEVER)
     np.testing.assert_allclose(parts[1].choose(TEXT[:10], NEVER).logits_V, first.logits_V, atol=1e-5)
 
@@ -196,7 +196,7 @@ def test_layers_that_do_not_follow_each_other_or_are_too_many_are_refused(
     checkpoint: Checkpoint, layers: list[int]
 ) -> None:
     tensors = {f"model.layers.{index}.input_layernorm.weight": np.ones(64, np.float32) for index in layers}
-    with pytest.raises(BundleError, match=r"at most 3, from 0"):
+    with pytest.raises(BundleError, match="expected 1 to 3 layers, numbered from 0"):
         ExitWeights(tensors, checkpoint)
 
 

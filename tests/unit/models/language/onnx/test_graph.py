@@ -129,10 +129,10 @@ def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_graph, "MAX_GRAPH_BYTES", size)
     assert layers_graph(checkpoint, range(2), 16, 8).ByteSize() == size
     monkeypatch.setattr(onnx_graph, "MAX_GRAPH_BYTES", size // 2)
-    with pytest.raises(BundleError, match=f"more than {size // 2} bytes, too many for a device"):
+    with pytest.raises(BundleError, match=f"more than {size // 2} bytes, the limit of a graph"):
         layers_graph(checkpoint, range(2), 16, 8)
     monkeypatch.setattr(onnx_graph, "MAX_GRAPH_BYTES", 1000)
-    with pytest.raises(BundleError, match="too many for a device"):
+    with pytest.raises(BundleError, match="the limit of a graph"):
         head_graph(checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""The cloud's decoder against transformers, and that a row's bits depend on its own session's tokens alone."""
+"""The cloud's decoder against transformers; a row's bits depend only on the tokens of its own session."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isthmus.models.errors import ServiceError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.torch import decoder as decoders
+from isthmus.models.language.torch.batch_invariance import chunks, run_tokens
 from isthmus.models.language.torch.decoder import (
     DTYPES,
     PAGE_TOKENS,
     WIDTH,
     Decoder,
     Span,
-    check_batch_invariance,
-    chunks,
+    attention_groups,
     padded_tokens,
-    run_rows,
-    same_shape,
 )
 from isthmus.models.language.torch.kv_cache import KVCache
 from tests.bench.tiny_llama import write_tiny_llama
@@ -65,7 +61,7 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
 }
-COMMITTED = 2 * PAGE_TOKENS + 40  # tokens of a session in the tests of company
+COMMITTED = 2 * PAGE_TOKENS + 40  # tokens of a session in the tests of batch invariance
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +95,13 @@ def reference(transformers: Any, ids: list[int], *place: Any, **options: Any) ->
 
 
 def feed(decoder: Decoder, cache: KVCache, ids: list[int]) -> Tensor:
-    """Logits (len(ids), vocab) behind tokens appended to `cache`, `width` a pass."""
-    rows = []
+    """Logits (len(ids), vocab) after tokens appended to `cache`, `width` a forward pass."""
+    logits = []
     for start in range(0, len(ids), decoder.width):
         block = ids[start : start + decoder.width]
         x_NH = decoder.forward(decoder.embed(block), [Span(cache, cache.length, len(block))])
-        rows.append(decoder.logits(x_NH)[: len(block)])
-    return torch.cat(rows)
+        logits.append(decoder.logits(x_NH)[: len(block)])
+    return torch.cat(logits)
 
 
 # Against transformers
@@ -114,7 +110,7 @@ def feed(decoder: Decoder, cache: KVCache, ids: list[int]) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(transformers: Any, tmp_path: Path, name: str) -> None:
     folder, ids = write_tiny_llama(tmp_path / "tiny", seed=3, **MODELS[name]), random_ids(PAGE_TOKENS + 40)
-    found = run_rows(Decoder.load(Checkpoint.open(folder), torch.float32), ids, chunks(len(ids), WIDTH))
+    found = run_tokens(Decoder.load(Checkpoint.open(folder), torch.float32), ids, chunks(len(ids), WIDTH))
     expected = reference(transformers, ids, folder)
     assert found.dtype == torch.float32 and expected.std() > 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -125,7 +121,7 @@ def test_smollm2_equals_transformers(transformers: Any) -> None:
     checkpoint = Checkpoint.open("smollm2")
     ids = checkpoint.tokenizer.encode(TEXT)[:40]
     assert len(ids) == 40
-    found = run_rows(Decoder.load(checkpoint, torch.float32), ids, chunks(40, WIDTH))
+    found = run_tokens(Decoder.load(checkpoint, torch.float32), ids, chunks(40, WIDTH))
     config = transformers.LlamaConfig(**SMOLLM2)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -140,8 +136,8 @@ def test_smollm2_equals_transformers(transformers: Any) -> None:
 
 def test_bfloat16_agrees_roughly(tiny: Checkpoint) -> None:
     ids = random_ids(100)
-    exact = run_rows(Decoder.load(tiny, torch.float32), ids, chunks(100, WIDTH))
-    rough = run_rows(Decoder.load(tiny), ids, chunks(100, WIDTH))
+    exact = run_tokens(Decoder.load(tiny, torch.float32), ids, chunks(100, WIDTH))
+    rough = run_tokens(Decoder.load(tiny), ids, chunks(100, WIDTH))
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().mean() < 0.05 * exact.std()
     assert np.corrcoef(rough.flatten(), exact.flatten())[0, 1] > 0.999
@@ -177,16 +173,16 @@ def test_a_cut_leaves_layers_out(decoder: Decoder) -> None:
 
 @pytest.fixture(scope="module")
 def sessions(decoder: Decoder) -> list[tuple[list[int], Tensor, KVCache]]:
-    """Three sessions: all their tokens, the logits behind each when it has a pass of its own, a cache of a beginning.
+    """Three sessions: their tokens, the logits after each in a forward pass of its own, a cache of a prefix.
 
-    The beginnings end before the first page's end, behind it, and before the second's.
+    The prefixes end before the end of the first page, after it, and before the end of the second.
     """
     made = []
     for seed, held in enumerate((PAGE_TOKENS - 6, 0, 2 * PAGE_TOKENS - 3)):
         ids, cache = random_ids(COMMITTED, seed), decoder.new_cache()
         if held:
             feed(decoder, cache, ids[:held])
-        made.append((ids, run_rows(decoder, ids, [1] * COMMITTED), cache))
+        made.append((ids, run_tokens(decoder, ids, [1] * COMMITTED), cache))
     return made
 
 
@@ -236,49 +232,11 @@ def test_rollback_is_never_having_had_them(decoder: Decoder) -> None:
 
 
 def test_earlier_tokens_count(decoder: Decoder) -> None:
-    """Equality of bits would also hold for a decoder that forgets; one token more than a page back must be seen."""
+    """Equal bits would also hold for a decoder that forgets; a token more than a page back must count."""
     ids = random_ids(PAGE_TOKENS + 10)
     changed = [(ids[0] + 1) % 259, *ids[1:]]
     last = [feed(decoder, decoder.new_cache(), each)[-1] for each in (ids, changed)]
     assert not torch.equal(*last)
-
-
-# check_batch_invariance
-
-
-@pytest.mark.parametrize("width", [1, 2, 5, WIDTH, 33])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_check_batch_invariance_passes(tiny: Checkpoint, width: int, dtype: torch.dtype) -> None:
-    check_batch_invariance(Decoder.load(tiny, dtype, width))
-
-
-def test_check_batch_invariance_sees_rows_that_add_up(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    product = decoders.Linear.__call__
-    monkeypatch.setattr(decoders.Linear, "__call__", lambda self, x_NI: product(self, x_NI) + x_NI.mean())
-    with pytest.raises(ServiceError, match="lossless needs --width 1"):
-        check_batch_invariance(decoder)
-
-
-@pytest.mark.parametrize("rows", [7, WIDTH])  # of a mixed batch, of a block
-def test_check_batch_invariance_sees_attention_that_depends_on_the_batch(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    attention = decoders.F.scaled_dot_product_attention
-
-    def sloppy(q_NKGD: Tensor, *others: Any, **options: Any) -> Tensor:
-        mixed: Tensor = attention(q_NKGD, *others, **options)
-        return mixed * (1 + 2**-6 * (len(q_NKGD) == rows))
-
-    monkeypatch.setattr(decoders.F, "scaled_dot_product_attention", sloppy)
-    with pytest.raises(ServiceError, match="other bits in other company"):
-        check_batch_invariance(decoder)
-
-
-@pytest.mark.timeout(30)
-def test_check_batch_invariance_of_a_short_context(tmp_path: Path) -> None:
-    check_batch_invariance(
-        Decoder.load(Checkpoint.open(write_tiny_llama(tmp_path, context=PAGE_TOKENS // 2)), torch.float32)
-    )
 
 
 # Context
@@ -302,10 +260,10 @@ def test_padded_tokens(tokens: int, context: int, expected: int) -> None:
     assert padded_tokens(tokens, context) == expected
 
 
-def test_rows_that_read_equally_many_pages(decoder: Decoder) -> None:
-    """A span is cut at the end of each page; a row sees itself and what is before it."""
+def test_rows_are_grouped_by_the_pages_that_they_read(decoder: Decoder) -> None:
+    """A span is cut at the end of each page; a row attends to itself and to earlier rows."""
     start, context = PAGE_TOKENS - 3, 2 * PAGE_TOKENS + 2
-    groups = same_shape(Span(decoder.new_cache(), start, PAGE_TOKENS + 5), context)
+    groups = attention_groups(Span(decoder.new_cache(), start, PAGE_TOKENS + 5), context)
     assert [(group.count, group.tokens) for group in groups] == [(3, 64), (64, 128), (2, 130)]
     position = start
     for group in groups:

@@ -1,7 +1,7 @@
-"""Text that exits are distilled on: chats that the model has with itself, and entries of dictionaries in packages.
+"""Training texts: chats that the model generates itself, and entries of dictionaries from Debian packages.
 
-No data set: users' questions are the model's own, sampled from its chat template, or ask something about an entry.
-Source: Xu et al., "Magpie" (2024), for questions sampled from the template.
+No data set is needed: questions are sampled from the model's chat template, or made from a dictionary's entry. Source:
+Xu et al., "Magpie" (2024), for questions sampled from the template.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.recipes.common import debian
-from isthmus.models.recipes.language.llama import Llama, Past
+from isthmus.models.recipes.language.llama import LayerCache, Llama
 
-CHUNKS, CHATS = 60, 64  # batches of so many chats
+CHUNKS, CHATS = 60, 64  # files, and chats of a file
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 128
 ENTRY_TOKENS = 160
 GREEDY_SHARE = 0.75  # of answers; the others are sampled
 TEMPERATURE = 0.8
-OWN_SHARE = 0.4  # of questions that the model makes up
-WANTED_ENTRIES = 2000
-LEAST_CHARACTERS = 200  # of an entry
-PART = 250  # entries that are run at once
-LONG_TEXTS, LONG_TOKENS = 480, 640  # of each kind
+OWN_SHARE = 0.4  # of questions that the model samples itself
+RUNNING_TEXTS = 2000  # entries
+MIN_CHARACTERS = 200  # of an entry
+PART_SEQUENCES = 250  # sequences of one file of teacher outputs
+LONG_TEXTS, LONG_TOKENS = 480, 640  # sequences of each kind, and tokens of one
 
 ABOUT = (
     "Summarize the following text in one or two sentences:\n\n{text}",
@@ -57,38 +57,38 @@ NAMES = ("Anna", "Ben", "Chris", "Dora", "Emil", "Fay")
 
 @dataclass(frozen=True)
 class Entry:
-    """Of a dictionary."""
+    """An entry of a dictionary."""
 
     title: str
     text: str
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Of the Free On-line Dictionary of Computing and the Jargon File. Raises InvalidInput where they cannot be had."""
-    found = []
+    """Entries of FOLDOC and the Jargon File, fetched into `folder`. Raises InvalidInput when they cannot be fetched."""
+    loaded = []
     for package, file in (("dict-foldoc", "foldoc.dict.dz"), ("dict-jargon", "jargon.dict.dz")):
         (path,) = debian.fetch(package, folder).rglob(file)
         text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
         for block in re.split(r"\n(?=\S)", text):
             title, _, body = block.partition("\n")
             body = re.sub(r"[{}]", "", re.sub(r"\s+", " ", body)).strip()
-            if len(body) >= LEAST_CHARACTERS and len(title) < 60:
-                found.append(Entry(title.strip(), body))
-    if not found:
-        raise InvalidInput(f"the dictionaries below {folder} hold no entries")
-    return found
+            if len(body) >= MIN_CHARACTERS and len(title) < 60:
+                loaded.append(Entry(title.strip(), body))
+    if not loaded:
+        raise InvalidInput(f"the dictionaries in {folder} contain no entries")
+    return loaded
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Sequences one after another: their token ids, where each ends, and where its answer begins (its end: nowhere)."""
+class Corpus:
+    """Concatenated sequences: token ids, the end of each, and the start of each answer (the end if there is none)."""
 
     ids_N: NDArray[np.uint16]
     ends_S: NDArray[np.int64]
     answers_S: NDArray[np.int64]
 
     def sequences(self) -> list[list[int]]:
-        """The token ids of each."""
+        """The token ids of each sequence."""
         return [part.tolist() for part in np.split(self.ids_N, self.ends_S[:-1])]
 
     def save(self, path: Path) -> None:
@@ -97,13 +97,13 @@ class Texts:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Texts:
+    def load(cls, path: Path) -> Corpus:
         with np.load(path) as file:
             return cls(file["ids"], file["ends"], file["answers"])
 
     @classmethod
-    def of(cls, sequences: Sequence[tuple[Sequence[int], int]]) -> Texts:
-        """Of token ids and the index at which the answer begins."""
+    def from_sequences(cls, sequences: Sequence[tuple[Sequence[int], int]]) -> Corpus:
+        """`sequences`: token ids and the index at which the answer begins."""
         lengths = [len(ids) for ids, _ in sequences]
         ends_S = np.cumsum(lengths)
         starts_S = ends_S - lengths
@@ -111,60 +111,66 @@ class Texts:
         return cls(np.concatenate([np.asarray(ids, np.uint16) for ids, _ in sequences]), ends_S, answers_S)
 
 
-def plain_texts(entries: Sequence[Entry], tokenizer: Tokenizer, seed: int) -> Texts:
-    """Entries as running text, a sequence each."""
-    chosen = random.Random(seed).sample(list(entries), min(WANTED_ENTRIES, len(entries)))
+def running_texts(entries: Sequence[Entry], tokenizer: Tokenizer, seed: int) -> Corpus:
+    """Entries as running text, one sequence each."""
+    chosen = random.Random(seed).sample(list(entries), min(RUNNING_TEXTS, len(entries)))
     ids = [tokenizer.encode(f"{entry.title}\n{entry.text}")[: 2 * ENTRY_TOKENS] for entry in chosen]
-    return Texts.of([(each, len(each)) for each in ids])
+    return Corpus.from_sequences([(each, len(each)) for each in ids])
 
 
-def long_texts(sequences: Iterable[Sequence[int]]) -> Texts:
-    """Sequences one after another, cut into at most LONG_TEXTS of LONG_TOKENS; what is left over is dropped."""
+def long_texts(sequences: Iterable[Sequence[int]]) -> Corpus:
+    """Concatenate sequences and cut them into at most LONG_TEXTS of LONG_TOKENS; the rest is dropped."""
     ids = [id_ for sequence in sequences for id_ in sequence][: LONG_TEXTS * LONG_TOKENS]
     starts = range(0, len(ids) - LONG_TOKENS + 1, LONG_TOKENS)
-    return Texts.of([(ids[start : start + LONG_TOKENS], LONG_TOKENS) for start in starts])
+    return Corpus.from_sequences([(ids[start : start + LONG_TOKENS], LONG_TOKENS) for start in starts])
 
 
 def shuffled(entries: Sequence[Entry], tokenizer: Tokenizer, seed: int) -> list[list[int]]:
-    """Entries in random order, a blank line behind each."""
+    """Token ids of all entries in random order, each followed by a blank line."""
     chosen = random.Random(seed).sample(list(entries), len(entries))
     return [tokenizer.encode(f"{entry.title}\n{entry.text}\n\n") for entry in chosen]
 
 
-def parted(texts: Texts) -> list[Texts]:
-    """The same sequences in parts of PART."""
-    sequences = [(ids, len(ids)) for ids in texts.sequences()]
-    return [Texts.of(sequences[start : start + PART]) for start in range(0, len(sequences), PART)]
+def split_parts(corpus: Corpus) -> list[Corpus]:
+    """The same sequences, without answers, in parts of PART_SEQUENCES."""
+    sequences = [(ids, len(ids)) for ids in corpus.sequences()]
+    return [
+        Corpus.from_sequences(sequences[start : start + PART_SEQUENCES])
+        for start in range(0, len(sequences), PART_SEQUENCES)
+    ]
 
 
-def chats(folder: Path, model: Llama, tokenizer: Tokenizer, entries: Sequence[Entry], seed: int) -> list[Texts]:
-    """CHUNKS files of chats below `folder`, made where they are not there yet. Each draws from (seed, its number)."""
-    found = []
-    for number in track(range(CHUNKS), "chats with itself"):
+def chats(folder: Path, model: Llama, tokenizer: Tokenizer, entries: Sequence[Entry], seed: int) -> list[Corpus]:
+    """CHUNKS files of chats in `folder`, generated where missing. Each is seeded with `seed` and its number."""
+    loaded = []
+    for number in track(range(CHUNKS), "self-generated chats"):
         path = folder / f"chats-{number:03}.npz"
         if not path.exists():
-            make_chunk(model, tokenizer, entries, (seed << 16) + number).save(path)
-        found.append(Texts.load(path))
-    return found
+            make_chats(model, tokenizer, entries, (seed << 16) + number).save(path)
+        loaded.append(Corpus.load(path))
+    return loaded
 
 
-def make_chunk(model: Llama, tokenizer: Tokenizer, entries: Sequence[Entry], seed: int) -> Texts:
+def make_chats(model: Llama, tokenizer: Tokenizer, entries: Sequence[Entry], seed: int) -> Corpus:
+    """CHATS chats: questions of the model itself or about entries, and the model's answers."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     own = round(OWN_SHARE * CHATS)
-    begun, other = (tokenizer.chat([Message("user", word)]) for word in ("Hello", "Why"))
-    begun = begun[: shared_length(begun, other)]
-    made = generate(model, [begun] * own, QUESTION_TOKENS, tokenizer.eos_ids, generator, [1.0] * own)
-    questions = [tokenizer.decode(ids).strip() or "Hello" for ids in made]
-    questions += [ask(chance, chance.choice(entries), tokenizer) for _ in range(CHATS - own)]
+    opening, other = (tokenizer.chat([Message("user", word)]) for word in ("Hello", "Why"))
+    opening = opening[: shared_length(opening, other)]
+    sampled = generate(model, [opening] * own, QUESTION_TOKENS, tokenizer.eos_ids, generator, [1.0] * own)
+    questions = [tokenizer.decode(ids).strip() or "Hello" for ids in sampled]
+    questions += [question_about(chance, chance.choice(entries), tokenizer) for _ in range(CHATS - own)]
     prompts = [tokenizer.chat([Message("user", question)]) for question in questions]
-    heat = [0.0 if chance.random() < GREEDY_SHARE else TEMPERATURE for _ in prompts]
-    answers = generate(model, prompts, ANSWER_TOKENS, tokenizer.eos_ids, generator, heat)
-    return Texts.of([([*prompt, *answer], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)])
+    temperatures = [0.0 if chance.random() < GREEDY_SHARE else TEMPERATURE for _ in prompts]
+    answers = generate(model, prompts, ANSWER_TOKENS, tokenizer.eos_ids, generator, temperatures)
+    return Corpus.from_sequences(
+        [([*prompt, *answer], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+    )
 
 
-def ask(chance: random.Random, entry: Entry, tokenizer: Tokenizer) -> str:
-    """A question about an entry."""
+def question_about(chance: random.Random, entry: Entry, tokenizer: Tokenizer) -> str:
+    """A random question about an entry."""
     first, second = chance.sample(NAMES, 2)
     text = tokenizer.decode(tokenizer.encode(entry.text)[:ENTRY_TOKENS])
     a, b, c = (chance.randint(2, 20) for _ in range(3))
@@ -180,31 +186,31 @@ def generate(
     generator: torch.Generator,
     temperatures: Sequence[float],
 ) -> list[list[int]]:
-    """What follows each prompt, at most `tokens` ids, up to and with the first that ends a text."""
+    """Continue each prompt by at most `tokens` ids, up to and including the first that ends a text."""
     longest = max(map(len, prompts))
     starts_B = torch.tensor([longest - len(prompt) for prompt in prompts])
     ids_BT = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    heat_B1 = torch.tensor(temperatures)[:, None]
+    temperature_B1 = torch.tensor(temperatures)[:, None]
     ends = torch.tensor(sorted(eos_ids))
-    pasts: list[Past | None] = [None] * len(model.layers)
-    made: list[Tensor] = []
+    caches: list[LayerCache | None] = [None] * len(model.layers)
+    generated: list[Tensor] = []
     ended_B = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(tokens):
         x_BTH = model.embed(ids_BT)
         for index, layer in enumerate(model.layers):
-            x_BTH, pasts[index] = layer(x_BTH, pasts[index], starts_B)
+            x_BTH, caches[index] = layer(x_BTH, caches[index], starts_B)
         logits_BV = model.logits(x_BTH[:, -1]).float()
         noise_BV = -torch.log(-torch.log(torch.rand(logits_BV.shape, generator=generator).clamp(1e-9, 1 - 1e-7)))
-        ids_B = (logits_BV + heat_B1 * noise_BV).argmax(1)
-        made.append(ids_B)
+        ids_B = (logits_BV + temperature_B1 * noise_BV).argmax(1)
+        generated.append(ids_B)
         ended_B |= torch.isin(ids_B, ends)
         if ended_B.all():
             break
         ids_BT = ids_B[:, None]
-    return [cut(ids, eos_ids) for ids in torch.stack(made, 1).tolist()]
+    return [truncate_at_end(ids, eos_ids) for ids in torch.stack(generated, 1).tolist()]
 
 
-def cut(ids: list[int], eos_ids: frozenset[int]) -> list[int]:
-    """Up to and with the first that ends a text."""
+def truncate_at_end(ids: list[int], eos_ids: frozenset[int]) -> list[int]:
+    """The ids up to and including the first that ends a text."""
     end = next((index for index, id_ in enumerate(ids) if id_ in eos_ids), len(ids) - 1)
     return ids[: end + 1]
