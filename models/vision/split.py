@@ -9,7 +9,7 @@ Knows nothing about rates' integer tables or the wire.
                                                                                                          +-> heads
 
 A decoder reconstructs the features before some block of the backbone; the following blocks are the backbone's, or the
-tap's own copy. `tail(trunk(x))` is the unsplit backbone, for whole images sent to the cloud. The tail computes the
+tap's own. `tail(trunk(x))` is the unsplit backbone, for whole images sent to the cloud. The tail computes the
 first task; every other task has a small head on the same features.
 Source: Matsubara et al., "Supervised Compression for Resource-Constrained Edge Computing Systems" (WACV 2022); several
 tasks from one payload: Matsubara et al., "Ladon" (WACV 2025).

@@ -29,7 +29,7 @@ Kind = Literal["chat", "completion"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A validated request: `n` choices for each prompt in turn. `echoes` has the text before each choice."""
+    """A validated request: `n` choices for each prompt in turn. `echoed_prompts` has the text before each choice."""
 
     kind: Kind
     model: str
@@ -39,7 +39,7 @@ class Job:
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
-    echoes: tuple[str, ...]
+    echoed_prompts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,13 @@ def completion_job(data: bytes, private: bool, backend: GenerationBackend) -> Jo
     model = select_model(body, private or body.private, backend)
     settings = ChoiceSettings(model, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs, backend.context)
     requests: list[GenerationRequest] = []
-    echoes: list[str] = []
+    echoed_prompts: list[str] = []
     for prompt in body.prompt:
         ids = encode_prompt(prompt, backend)
         requests += requests_for(body, ids, settings, "prompt")
         text = prompt if isinstance(prompt, str) else backend.tokenizer.decode(ids)
-        echoes += [text if body.echo else ""] * body.n
-    return build_job("completion", body, model, requests, echoes)
+        echoed_prompts += [text if body.echo else ""] * body.n
+    return build_job("completion", body, model, requests, echoed_prompts)
 
 
 def check_completion(body: CompletionRequest) -> None:
@@ -139,7 +139,7 @@ def build_job(
     body: BaseRequest,
     model: SelectedModel,
     requests: Sequence[GenerationRequest],
-    echoes: Sequence[str],
+    echoed_prompts: Sequence[str],
 ) -> Job:
     return Job(
         kind=kind,
@@ -150,5 +150,5 @@ def build_job(
         stops=tuple(body.stop),
         stream=body.stream,
         include_usage=body.stream_options.include_usage,
-        echoes=tuple(echoes),
+        echoed_prompts=tuple(echoed_prompts),
     )

@@ -127,10 +127,10 @@ class CompletionFormatter(ResponseFormatter):
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
-        self._offsets = [len(echo) for echo in job.echoes]
+        self._offsets = [len(echo) for echo in job.echoed_prompts]
 
     def opening(self, index: int) -> Json | None:
-        echo = self._job.echoes[index]
+        echo = self._job.echoed_prompts[index]
         return self._choice(index, echo) if echo else None
 
     def delta(self, index: int, deltas: Sequence[TextDelta]) -> Json:
@@ -142,7 +142,7 @@ class CompletionFormatter(ResponseFormatter):
         return self._choice(index, "", finish=outcome.finish)
 
     def choice(self, index: int, deltas: Sequence[TextDelta], outcome: Outcome) -> Json:
-        echo = self._job.echoes[index]
+        echo = self._job.echoed_prompts[index]
         return self._choice(index, echo + text_of(deltas), self._logprobs(deltas, len(echo)), outcome.finish)
 
     def _choice(self, index: int, text: str, logprobs: Json | None = None, finish: str | None = None) -> Json:

@@ -77,13 +77,13 @@ def merge(counts_nB: Floats, bank: int) -> Indexes:
     extra_nn = np.stack([code_length(row_B + sums_nB) - bits_n for row_B in sums_nB]) - bits_n[:, None]
     np.fill_diagonal(extra_nn, np.inf)
     for _ in range(len(sums_nB) - bank):
-        kept, gone = divmod(int(extra_nn.argmin()), len(sums_nB))
-        sums_nB[kept] += sums_nB[gone]
-        bits_n[kept] = code_length(sums_nB[kept])
-        label_n[label_n == gone] = kept
-        dead = np.isinf(extra_nn[kept])
-        extra_nn[kept] = extra_nn[:, kept] = np.where(
-            dead, np.inf, code_length(sums_nB[kept] + sums_nB) - bits_n - bits_n[kept]
+        retained, gone = divmod(int(extra_nn.argmin()), len(sums_nB))
+        sums_nB[retained] += sums_nB[gone]
+        bits_n[retained] = code_length(sums_nB[retained])
+        label_n[label_n == gone] = retained
+        dead = np.isinf(extra_nn[retained])
+        extra_nn[retained] = extra_nn[:, retained] = np.where(
+            dead, np.inf, code_length(sums_nB[retained] + sums_nB) - bits_n - bits_n[retained]
         )
         extra_nn[gone] = extra_nn[:, gone] = np.inf
     found: Indexes = np.unique(label_n, return_inverse=True)[1]

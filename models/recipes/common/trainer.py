@@ -162,8 +162,8 @@ class Run:
 @torch.no_grad()
 def follow(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Move `average` towards `module`; integer buffers are copied."""
-    for kept, new in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
-        if kept.dtype.is_floating_point:
-            kept.lerp_(new, 1 - decay)
+    for retained, new in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
+        if retained.dtype.is_floating_point:
+            retained.lerp_(new, 1 - decay)
         else:
-            kept.copy_(new)
+            retained.copy_(new)

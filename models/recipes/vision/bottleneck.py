@@ -129,7 +129,7 @@ class BottleneckModel(nn.Module):
             (batch.middle_BCHW, middle_BCHW),
             (batch.last_BCHW, last_BCHW),
         )
-        distance = torch.stack([relative_distance(wanted, got) for wanted, got in pairs]).mean()
+        distance = torch.stack([relative_distance(requested, got) for requested, got in pairs]).mean()
         task = answer_loss(logits_BK, batch.wanted_BK, batch.target_BK, self.weights.labels)
         price, bytes_each = self.rates.price(bits_B, rate_B)
         agree = (logits_BK.argmax(1) == batch.wanted_BK.argmax(1)).float().mean()

@@ -155,7 +155,7 @@ def answer_loss(logits_BK: Tensor, wanted_BK: Tensor, target_BK: Tensor, labels:
     return F.cross_entropy(logits_BK.float(), (1 - labels) * wanted_BK + labels * target_BK)
 
 
-def relative_distance(wanted: Tensor, got: Tensor) -> Tensor:
+def relative_distance(requested: Tensor, got: Tensor) -> Tensor:
     """Mean squared error in units of the wanted tensor's variance."""
-    wanted = wanted.float()
-    return F.mse_loss(got.float(), wanted) / wanted.var().clamp_min(1e-6)
+    requested = requested.float()
+    return F.mse_loss(got.float(), requested) / requested.var().clamp_min(1e-6)

@@ -98,8 +98,8 @@ def train_light(run: Run, photos: Photos, split: SplitClassifier) -> tuple[Views
     split.heads.requires_grad_(True)
     tap, built = split.tap(LIGHT), ARCHITECTURE.taps[LIGHT]
     teacher = light.Teacher(split, normalise, photos.defect_N)
-    views, encoder, wanted = slimmed(run, photos, teacher)
-    bottleneck = light.train_bottleneck(run, "light", views, teacher, built, encoder, wanted, LIGHT_PER_KILOBYTE)
+    views, encoder, requested = slimmed(run, photos, teacher)
+    bottleneck = light.train_bottleneck(run, "light", views, teacher, built, encoder, requested, LIGHT_PER_KILOBYTE)
     tap.slim.front.load_state_dict(encoder.front.state_dict())
     tap.slim.bottleneck.load_state_dict(bottleneck.encoder.state_dict())
     tap.decoder.load_state_dict(bottleneck.decoder.state_dict())
@@ -116,9 +116,9 @@ def slimmed(run: Run, photos: Photos, teacher: light.Teacher) -> tuple[Views, Sl
     """Views with the widest front's features, the slimmed encoder, and the components that its latent represents."""
     folder, built = run.folder / "views", ARCHITECTURE.taps[LIGHT]
     views = light.teach(folder, photos.images_NHW, teacher.split, normalise, run.seed)
-    wanted = light.components(views, teacher.split, built, normalise)
-    encoder = light.slim(run, views, teacher.split, built, wanted, normalise)
-    return light.add_front(folder, encoder.front, normalise), encoder, wanted
+    requested = light.components(views, teacher.split, built, normalise)
+    encoder = light.slim(run, views, teacher.split, built, requested, normalise)
+    return light.add_front(folder, encoder.front, normalise), encoder, requested
 
 
 def light_latent(encoder: nn.Module, width: int, images_BHW: Tensor) -> Tensor:
@@ -184,8 +184,8 @@ def train_baselines(bundle: Path, run: Run, methods: Sequence[str]) -> dict[str,
     views = light.teach(run.folder / "views", photos.images_NHW, split, normalise, run.seed)
     for method in methods or (*baselines.SETTINGS, single.METHOD):
         if method == single.METHOD:
-            views, encoder, wanted = slimmed(run, photos, teacher)
-            single.train_all(run, views, teacher, ARCHITECTURE.taps[LIGHT], encoder, wanted)
+            views, encoder, requested = slimmed(run, photos, teacher)
+            single.train_all(run, views, teacher, ARCHITECTURE.taps[LIGHT], encoder, requested)
         else:
             baselines.train_all(run, method, views, teacher)
     return run.last_figures()

@@ -75,15 +75,15 @@ def components(views: Views, split: SplitClassifier, tap: TapArchitecture, norma
 
 
 def slim(
-    run: Run, views: Views, split: SplitClassifier, tap: TapArchitecture, wanted: Components, normalise: Normalise
+    run: Run, views: Views, split: SplitClassifier, tap: TapArchitecture, requested: Components, normalise: Normalise
 ) -> SlimEncoder:
     """Distil the first blocks into a new encoder, at every width; returns it averaged, in eval mode."""
     torch.manual_seed(run.seed)
     some_BHW = torch.from_numpy(np.array(views.passes[0]["images"][: 2 * BATCH])).float() / 255
     ordered = sorted_channels(repeated(split.backbone, tap), normalise(some_BHW))
     encoder = SlimEncoder(ordered, tap.latent_channels, tap.widths)
-    start(encoder, ordered, wanted)
-    module = Slimming(encoder, split.backbone.section(0, tap.rejoin), wanted)
+    start(encoder, ordered, requested)
+    module = Slimming(encoder, split.backbone.section(0, tap.rejoin), requested)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def crops(epoch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -102,7 +102,7 @@ def train_bottleneck(
     teacher: Teacher,
     tap: TapArchitecture,
     encoder: SlimEncoder,
-    wanted: Components,
+    requested: Components,
     per_kilobyte: tuple[float, ...],
 ) -> BottleneckModel:
     """Train bottleneck, rates and a new decoder after a trained front; returns them averaged, in eval mode.
@@ -111,7 +111,7 @@ def train_bottleneck(
     """
     torch.manual_seed(run.seed)
     module = new_bottleneck(teacher.split, tap, encoder.bottleneck, per_kilobyte, teacher.split.cuts[-1], settled=True)
-    start_decoder(module.decoder, wanted)
+    start_decoder(module.decoder, requested)
     module.free_tail()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     widest = len(encoder.widths) - 1

@@ -41,7 +41,7 @@ class MeasuredTap:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Probabilities from every route: E exits, the taps, the unsplit cloud model for each task."""
 
     exits: Mapping[Precision, Floats]  # ENK
@@ -49,7 +49,7 @@ class Measured:
     cloud_TNK: Sequence[Floats]
 
 
-def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
+def measure(opened: Bundle, samples: Samples, title: str) -> Measurements:
     """Answer every sample every way: exits; taps, widths and rates through real bytes; the unsplit cloud model."""
     tail, manifest = open_tail(opened), opened.manifest
     heads = {precision: Head(opened, precision=precision) for precision in manifest.heads}
@@ -81,7 +81,7 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
                 sizes.append([len(data) for _, data in sent])
             others = tail.latents_to_tasks(tap, latents[-1:], [sent[-1][0]], tasks[1:])
             taps[tap].append((first, sizes, [rows[0] for rows in others]))
-    return Measured(
+    return Measurements(
         exits={precision: np.array(rows).transpose(1, 0, 2) for precision, rows in exits.items()},
         taps=[
             MeasuredTap(
@@ -95,7 +95,7 @@ def measure(opened: Bundle, samples: Samples, title: str) -> Measured:
     )
 
 
-def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any]:
+def calibrated(measured: Measurements, labels_N: NDArray[np.int64]) -> dict[str, Any]:
     """Figures of the first task on the calibration part: exits and thresholds of each head, rates of each tap."""
     cloud_N = measured.cloud_TNK[0].argmax(1)
     heads: dict[Precision, dict[str, Any]] = {}
@@ -125,7 +125,9 @@ def calibrated(measured: Measured, labels_N: NDArray[np.int64]) -> dict[str, Any
     return {"heads": heads, "rates": rates}
 
 
-def final_scores(measured: Measured, trained: Trained, labels_TN: Sequence[NDArray[np.int64]]) -> dict[str, Interval]:
+def final_scores(
+    measured: Measurements, trained: Trained, labels_TN: Sequence[NDArray[np.int64]]
+) -> dict[str, Interval]:
     """Fractions measured on the test part, with intervals."""
     labels_N, cloud_N = labels_TN[0], measured.cloud_TNK[0].argmax(1)
     scores = {"test cloud accuracy": interval(cloud_N == labels_N)}

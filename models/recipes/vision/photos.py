@@ -92,10 +92,10 @@ def train_bottleneck(run: Run, views: Views, split: SplitClassifier) -> Bottlene
     tap = split.tap(0)
     some_NCHW = torch.from_numpy(np.array(views.passes[0]["front"][-COMPONENT_VIEWS:])).float()
     rest = fuse_batch_norms(deepcopy(split.backbone.section(tap.rejoin)).eval()).requires_grad_(False)
-    wanted = find_components(some_NCHW, rest, tap.latent_channels)
-    start_projection(tap.encoder, wanted)
+    requested = find_components(some_NCHW, rest, tap.latent_channels)
+    start_projection(tap.encoder, requested)
     module = new_bottleneck(split, ARCHITECTURE.taps[0], tap.encoder, PER_KILOBYTE, COMPARED_AT, settled=False)
-    start_decoder(module.decoder, wanted)
+    start_decoder(module.decoder, requested)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batches(epoch: int, generator: torch.Generator) -> Iterator[DistilBatch]:

@@ -90,6 +90,6 @@ def integers(array: NDArray[Any], encode: Callable[[Tensor], Tensor], rates: Rat
     found: list[list[NDArray[np.int32]]] = [[] for _ in rates.per_kilobyte]
     for start in track(range(0, len(array), BATCH), "integers"):
         latent_BCHW = encode(torch.from_numpy(np.array(array[start : start + BATCH])).float())
-        for rate, kept in enumerate(found):
-            kept.append(rates.integers(latent_BCHW, rate))
-    return [np.concatenate(kept) for kept in found]
+        for rate, retained in enumerate(found):
+            retained.append(rates.integers(latent_BCHW, rate))
+    return [np.concatenate(retained) for retained in found]

@@ -41,11 +41,13 @@ Tensors = dict[str, NDArray[Any]]
 
 
 def train_all(
-    run: Run, views: Views, teacher: Teacher, tap: TapArchitecture, encoder: SlimEncoder, wanted: Components
+    run: Run, views: Views, teacher: Teacher, tap: TapArchitecture, encoder: SlimEncoder, requested: Components
 ) -> None:
     """One run for each price, from the slimmed encoder, and the tables for its integers."""
     for price in PRICES:
-        bottleneck = light.train_bottleneck(run, f"{METHOD}-{price:g}", views, teacher, tap, encoder, wanted, (price,))
+        bottleneck = light.train_bottleneck(
+            run, f"{METHOD}-{price:g}", views, teacher, tap, encoder, requested, (price,)
+        )
         sent = integers(views.passes[0]["front"], partial(bottleneck.encoder, width=-1), bottleneck.rates)
         tensors = contextual.to_tensors(fit(sent, bottleneck.rates.gains_RC))
         safetensors.numpy.save_file(tensors, tables_of(run.folder, price))

@@ -98,13 +98,13 @@ def convolution(
     own = f"w{width}.{name}"
     outputs, inputs = conv.channels[width], 1 if conv.depthwise else channels
     (top, bottom), (left, right) = (same_padding(side, conv.weight.shape[-1], conv.stride) for side in size)
-    kept = f"{name}.w"
+    retained = f"{name}.w"
     for axis, count in enumerate((outputs, inputs)):
         if count < conv.weight.shape[axis]:
-            nodes.append(helper.make_node("Slice", [kept, "n0", f"n{count}", f"axis{axis}"], [f"{own}.{axis}"]))
-            kept = f"{own}.{axis}"
+            nodes.append(helper.make_node("Slice", [retained, "n0", f"n{count}", f"axis{axis}"], [f"{own}.{axis}"]))
+            retained = f"{own}.{axis}"
     nodes += [
-        helper.make_node("Cast", [kept], [f"{own}.f"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [retained], [f"{own}.f"], to=TensorProto.FLOAT),
         helper.make_node("Cast", [f"{name}.s{width}"], [f"{own}.s"], to=TensorProto.FLOAT),
         helper.make_node("Reshape", [f"{own}.s", "column"], [f"{own}.c"]),
         helper.make_node("Mul", [f"{own}.f", f"{own}.c"], [f"{own}.w"]),

@@ -75,7 +75,7 @@ def test_roles_and_parts() -> None:
 def test_forms_of_a_prompt(prompt: object, expected: list[bytes]) -> None:
     job = completion(prompt=prompt, n=2, echo=True)
     assert [bytes(request.prompt) for request in job.requests] == [text for text in expected for _ in range(2)]
-    assert job.echoes == tuple(text.decode() for text in expected for _ in range(2))
+    assert job.echoed_prompts == tuple(text.decode() for text in expected for _ in range(2))
 
 
 @pytest.mark.parametrize("id", [-1, 257, 10**4000])

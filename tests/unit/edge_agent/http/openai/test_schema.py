@@ -155,7 +155,7 @@ def test_broken_bodies_are_refused_in_one_line(parse: JobParser, body: bytes) ->
 def test_any_json_is_a_job_or_an_api_error(fields: dict[str, Any], good: dict[str, Any], parse: JobParser) -> None:
     try:
         job = parse(json.dumps({**good, **fields}).encode(), False, BACKEND)
-        refused = (400, len(job.requests) == len(job.echoes))
+        refused = (400, len(job.requests) == len(job.echoed_prompts))
     except ApiError as error:
         json.dumps(error.error).encode()
         refused = (error.status, list(error.error) == ["message", "type", "param", "code"])

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.vision import export
-from isthmus.models.recipes.vision.measure import Measured, Samples, measure
+from isthmus.models.recipes.vision.measure import Measurements, Samples, measure
 from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Task
@@ -56,6 +56,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_split: SplitClassifier
 
 
 @pytest.fixture(scope="session")
-def measured(bundle: Bundle) -> Measured:
+def measured(bundle: Bundle) -> Measurements:
     """The calibration samples, answered again by what the bundle ships."""
     return measure(bundle, random_samples(6, seed=1), "again")

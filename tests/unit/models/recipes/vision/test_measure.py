@@ -7,12 +7,12 @@ import pytest
 
 from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.vision.calibrate import certify
-from isthmus.models.recipes.vision.measure import Measured, measure
+from isthmus.models.recipes.vision.measure import Measurements, measure
 from isthmus.models.vision.bundle import Bundle
 from tests.unit.models.recipes.vision.conftest import LABELS, random_samples
 
 
-def test_figures_of_rates_are_those_of_real_payloads(bundle: Bundle, measured: Measured) -> None:
+def test_figures_of_rates_are_those_of_real_payloads(bundle: Bundle, measured: Measurements) -> None:
     for tap, found in zip(bundle.manifest.taps, measured.taps, strict=True):
         for width, bytes_RN in zip(tap.widths, found.bytes_WRN, strict=True):
             for rate, sizes_N in zip(width.rates, bytes_RN, strict=True):
@@ -20,7 +20,7 @@ def test_figures_of_rates_are_those_of_real_payloads(bundle: Bundle, measured: M
         assert (np.diff(found.bytes_WRN.mean(2), axis=1) > 0).all()
 
 
-def test_accuracy_and_agreement_are_counted(bundle: Bundle, measured: Measured) -> None:
+def test_accuracy_and_agreement_are_counted(bundle: Bundle, measured: Measurements) -> None:
     manifest, cloud_N = bundle.manifest, measured.cloud_TNK[0].argmax(1)
     ways: list[tuple[float, float, Sequence[int]]] = [
         (figures.accuracy, figures.agreement, answer_N)
@@ -37,7 +37,7 @@ def test_accuracy_and_agreement_are_counted(bundle: Bundle, measured: Measured) 
         assert agreement == pytest.approx((answer_N == cloud_N).mean())
 
 
-def test_every_way_to_answer_gives_probabilities(measured: Measured) -> None:
+def test_every_way_to_answer_gives_probabilities(measured: Measurements) -> None:
     for answers in (*measured.exits.values(), *measured.cloud_TNK, *(tap.first_WRNK for tap in measured.taps)):
         np.testing.assert_allclose(answers.sum(-1), 1, atol=1e-5)
     assert {name: exits_ENK.shape for name, exits_ENK in measured.exits.items()} == {
@@ -49,7 +49,7 @@ def test_every_way_to_answer_gives_probabilities(measured: Measured) -> None:
     assert [task.shape for task in measured.cloud_TNK] == [(6, 2), (6, 3)]
 
 
-def test_each_head_has_exits_and_thresholds_of_its_own(bundle: Bundle, measured: Measured) -> None:
+def test_each_head_has_exits_and_thresholds_of_its_own(bundle: Bundle, measured: Measurements) -> None:
     right_N = measured.cloud_TNK[0].argmax(1) == LABELS[0]
     for precision, head in bundle.manifest.heads.items():
         exits_ENK = measured.exits[precision]
