@@ -24,6 +24,7 @@ from isthmus.protos.wire_session import checksum
 
 ALIVE_S = 0.7  # a replica that does not answer a Describe within this is lost
 PATIENCE_S = 120.0  # for one reply of a replica that is alive: a long prompt after many others
+FALLBACK_PATIENCE_S = 10.0  # where the local model can answer: it reads a full context and writes some in that time
 ATTEMPTS = 4  # streams in a row without a token; then the cloud counts as lost
 
 Fallback = Callable[[Sequence[int]], Token | None]  # the local model's next token; None: the text is too long for it
@@ -67,6 +68,8 @@ class RemoteSession:
         self._link: Link | None = None  # of the stream, or of the attempt that may open one
         self._stream: GenerateStream | None = None
         self._closed = False
+        self._patience_s = PATIENCE_S
+        self._stalled: list[Link] = []  # alive, but without a reply in time: not tried again for this answer
         self._reopened: int | None = None  # tokens generated when everything last had to be brought again
 
     @property
@@ -92,9 +95,10 @@ class RemoteSession:
         waits for a replica.
         """
         attempts, failure = 0, None
+        self._patience_s = FALLBACK_PATIENCE_S if fallback else PATIENCE_S
         while not done():
             generated = self._sequence.generated
-            link = self._replicas.best() if attempts < ATTEMPTS else None
+            link = self._replicas.best(self._stalled) if attempts < ATTEMPTS else None
             if link is None:
                 yield from self._fall_back(fallback, failure if attempts == ATTEMPTS else None, done)
             else:
@@ -107,7 +111,7 @@ class RemoteSession:
     def prepare(self) -> bool:
         """Choose a replica before `tokens` does; False when there is none."""
         if not self.connected:
-            self._link = self._replicas.best()
+            self._link = self._replicas.best(self._stalled)
         return self._link is not None
 
     def open(self) -> None:
@@ -144,13 +148,16 @@ class RemoteSession:
 
     def receive(self) -> Committed:
         """The next reply of a replica that is alive, however slow. Raises ContextGone when it lacks the session."""
-        patience_s = time.monotonic() + PATIENCE_S
+        until_s = time.monotonic() + self._patience_s
         while True:
             try:
                 return self._open_stream.receive()
             except DeadlineExceeded:
-                if time.monotonic() > patience_s or not self._used.alive(ALIVE_S):
+                if not self._used.alive(ALIVE_S):
                     raise LinkDown("the cloud does not answer any more") from None
+                if time.monotonic() > until_s:
+                    self._stalled.append(self._used)
+                    raise LinkDown(f"the cloud is alive, but did not reply within {self._patience_s:.0f} s") from None
 
     def disconnect(self) -> None:
         """Close the stream, if one is open, and count what it carried."""
@@ -213,11 +220,13 @@ class RemoteSession:
             if token is None:
                 if failure is not None:
                     raise failure
+                self._stalled.clear()  # there is no other way left than to be patient
+                self._patience_s = PATIENCE_S
                 self._replicas.wait()
                 return
             self._stats.degrade("no cloud answers")
             self._stats.fell_back = True
             self._sequence.append(token.id)
             yield token
-            if self._replicas.best() is not None:
+            if self._replicas.best(self._stalled) is not None:
                 return

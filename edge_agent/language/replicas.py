@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from isthmus.edge_agent.transport.link import Link
@@ -49,9 +49,9 @@ class Replicas:
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
 
-    def best(self) -> Link | None:
-        """The first whose breaker is not open."""
-        return next((link for link in self._links if link.state != "open"), None)
+    def best(self, besides: Collection[Link] = ()) -> Link | None:
+        """The first whose breaker is not open, and which is none of `besides`."""
+        return next((link for link in self._links if link.state != "open" and link not in besides), None)
 
     def record_failure(self, link: Link, error: Exception) -> None:
         """Prefer the others from now on, and this one only after it answers a probe."""

@@ -373,8 +373,28 @@ def test_a_slow_cloud_that_lives_is_waited_for(draft_s: float) -> None:
 def test_patience_with_a_cloud_that_lives_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isthmus.edge_agent.language.remote_session.PATIENCE_S", 0.0)
     cloud = Cloud(Brain(18), fault=lambda answer: DeadlineExceeded("slow"))
-    with pytest.raises(LinkDown, match="does not answer any more"):
+    with pytest.raises(LinkDown, match="is alive, but did not reply within 0 s"):
         Answer(cloud).run()
+
+
+@pytest.mark.parametrize("draft", [None, Source(Brain(18), 1.0)])
+def test_a_cloud_that_lives_and_does_not_serve_is_waited_for_once(draft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every token of the local model would wait for it again."""
+    monkeypatch.setattr("isthmus.edge_agent.language.remote_session.FALLBACK_PATIENCE_S", 0.0)
+    own, cloud = Brain(7, ends=False), Cloud(Brain(18), fault=lambda answer: DeadlineExceeded("slow"))
+    answer = Answer(cloud, draft=draft, alone=edge(own)).run()
+    assert answer.ids == own.answer(PROMPT, 20) and answer.stats.degraded
+    assert len(cloud.talks) == 1 and "is alive, but did not reply within 0 s" in answer.stats.why
+
+
+def test_a_text_that_the_device_cannot_continue_is_patient_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.edge_agent.language.remote_session.FALLBACK_PATIENCE_S", 0.0)
+    brain = Brain(18, ends=False)
+    cloud = Cloud(brain, fault=lambda answer: DeadlineExceeded("slow") if answer == 0 else None)
+    alone = edge(brain)
+    answer = Answer(cloud, alone=lambda text: alone(text) if len(text) < len(PROMPT) + 3 else None).run()
+    assert answer.ids == brain.answer(PROMPT, 20)
+    assert [token.source for token in answer.tokens] == ["edge"] * 3 + ["cloud"] * 17 and len(cloud.talks) == 2
 
 
 def test_a_silent_cloud_that_is_dead_is_lost_and_its_link_told() -> None:
