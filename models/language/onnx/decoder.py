@@ -48,9 +48,15 @@ class OnnxLayers:
         self.length = 0
 
     def run(self, states_NH: Floats) -> Floats:
-        """Run the layers on hidden states (N, hidden) of the next N tokens and return their output (N, hidden)."""
-        starts = range(0, len(states_NH), PREFILL_TOKENS)
-        parts = [self._run(states_NH[start : start + PREFILL_TOKENS], self.length + start) for start in starts]
+        """Run the layers on hidden states (N, hidden) of the next N tokens and return their output (N, hidden).
+
+        The last token runs by itself, as it does when the prefix before it is cached: products of one row have other
+        bits than those of several.
+        """
+        last = len(states_NH) - 1
+        starts = [*range(0, last, PREFILL_TOKENS), last]
+        stops = [*starts[1:], last + 1]
+        parts = [self._run(states_NH[a:b], self.length + a) for a, b in zip(starts, stops, strict=True)]
         self.length += len(states_NH)
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
