@@ -16,6 +16,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
+from isthmus.models.language.packing import Floats
 from isthmus.models.messages import GREEDY
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
@@ -38,11 +39,16 @@ def local_model(checkpoint: Checkpoint) -> LocalModel:
     return LocalModel(OnnxDecoder(checkpoint, CONTEXT, threads=1), None, SpeculationStats())
 
 
+def alike(found_V: Floats, expected_V: Floats) -> bool:
+    """Of the same text: which tokens were run together may round an activation to another of 256 steps."""
+    return bool(np.abs(found_V - expected_V).max() < 0.2 * expected_V.std())
+
+
 def test_logits_are_those_of_the_decoder(checkpoint: Checkpoint) -> None:
     session = local_model(checkpoint).session()
     for length in (5, 6, 4, 20):
         expected_V = OnnxDecoder(checkpoint, CONTEXT, threads=1).extend(TEXT[:length])
-        np.testing.assert_allclose(session.logits(TEXT[:length]), expected_V, atol=1e-4)
+        assert alike(session.logits(TEXT[:length]), expected_V)
     with pytest.raises(InvalidInput, match="holds at most 64"):
         session.logits([65] * (CONTEXT + 1))
     assert session.next([65] * (CONTEXT + 1), GREEDY) is None
@@ -68,7 +74,7 @@ def test_more_answers_than_caches_still_say_what_they_say_alone(checkpoint: Chec
         for index, session in enumerate(sessions):
             text = TEXT[index : index + length]
             expected_V = OnnxDecoder(checkpoint, CONTEXT, threads=1).extend(text)
-            np.testing.assert_allclose(session.logits(text), expected_V, atol=1e-4)
+            assert alike(session.logits(text), expected_V)
 
 
 def test_the_next_turn_finds_the_cache_of_the_last(checkpoint: Checkpoint) -> None:
