@@ -122,8 +122,15 @@ class LanguageAgent:
         with closing(Generation(self._resources, request)) as generation:
             if alone:
                 generation.stats.reason = "no cloud is configured"
-            with closing(generation.arm(request.arm).tokens()) as tokens:
-                yield from tokens
+            try:
+                with closing(generation.arm(request.arm).tokens()) as tokens:
+                    yield from tokens
+            except BaseException as error:  # closed by whoever reads it, or failed
+                generation.close()
+                if self._metrics:
+                    reason = "closed" if isinstance(error, GeneratorExit) else "failed"
+                    self._metrics.count_unfinished(generation.stats.summary(generation.sequence), reason)
+                raise
             generation.close()  # counts what the streams carried
             yield generation.stats.summary(generation.sequence)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -30,6 +31,12 @@ class LanguageMetrics:
         self._answers = counter(
             "answers", "Completed answers, by arm and whether the cloud was lost on the way.", "arm", "degraded"
         )
+        self._unfinished = counter(
+            "unfinished_answers",
+            "Answers that ended early, by arm and reason: closed (a stop string, or the client left) or failed.",
+            "arm",
+            "reason",
+        )
         self._drafts = counter("draft_tokens", "Draft tokens that the cloud verified, by result.", "result")
         self._bytes = counter(
             "language_bytes", "Bytes of gRPC messages exchanged with the cloud for answers, by direction.", "direction"
@@ -50,6 +57,8 @@ class LanguageMetrics:
         for arm in ARMS:
             for degraded in ("false", "true"):
                 self._answers.labels(arm, degraded)
+            for reason in ("closed", "failed"):
+                self._unfinished.labels(arm, reason)
         for result in ("accepted", "rejected"):
             self._drafts.labels(result)
         for direction in ("up", "down"):
@@ -69,8 +78,16 @@ class LanguageMetrics:
                         first = False
                 yield event
 
+    def count_unfinished(self, summary: Summary, reason: Literal["closed", "failed"]) -> None:
+        """Count an answer that ended without its last event: what it cost is counted all the same."""
+        self._unfinished.labels(summary.arm, reason).inc()
+        self._count_cost(summary)
+
     def _count_summary(self, summary: Summary) -> None:
         self._answers.labels(summary.arm, str(summary.degraded).lower()).inc()
+        self._count_cost(summary)
+
+    def _count_cost(self, summary: Summary) -> None:
         self._drafts.labels("accepted").inc(summary.accepted)
         self._drafts.labels("rejected").inc(summary.rejected)
         self._bytes.labels("up").inc(summary.bytes_up)

@@ -195,6 +195,28 @@ def test_answers_are_counted(folder: Path) -> None:
     assert registry.get_sample_value("isthmus_edge_answers_total", answers) == 1
 
 
+def test_answers_that_end_early_are_counted_too(folder: Path) -> None:
+    registry = CollectorRegistry()
+    settings: dict[str, Any] = {"context": CONTEXT, "threads": 1, "connect_s": 5, "on_loss": "wait", "wait_s": 0.1}
+    config = LanguageConfig(str(folder), (NOWHERE,), **settings)
+
+    def unfinished(arm: str, reason: str) -> float | None:
+        labels = {"arm": arm, "reason": reason}
+        return registry.get_sample_value("isthmus_edge_unfinished_answers_total", labels)
+
+    with LanguageAgent(config, LanguageMetrics(registry)) as agent:
+        first = agent.generate(GenerationRequest((65, 66), 20, "edge"))
+        next(first)
+        first.close()  # type: ignore[attr-defined]
+        with pytest.raises(LinkDown):
+            said(agent, GenerationRequest((65, 66), 20, "verify"))
+        whole = agent.generate(GenerationRequest((65, 66), 3, "edge"))
+        while not isinstance(next(whole), Summary):
+            pass
+        whole.close()  # type: ignore[attr-defined]
+    assert (unfinished("edge", "closed"), unfinished("verify", "failed"), unfinished("verify", "closed")) == (1, 1, 0)
+
+
 @pytest.mark.parametrize("arm", ["cloud", "verify"])
 @pytest.mark.parametrize("draft", ["model", "lookup"])
 def test_when_the_cloud_is_not_there_the_device_answers_alone(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Literal
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -80,6 +81,17 @@ def test_closing_early_closes_the_generator_itself(metrics: LanguageMetrics, reg
     assert closed == [1]
     assert value(registry, "tokens_total", source="cloud") == 1
     assert value(registry, "answers_total", arm="verify", degraded="true") == 0
+
+
+@pytest.mark.parametrize("reason", ["closed", "failed"])
+def test_what_an_unfinished_answer_cost_is_counted(
+    metrics: LanguageMetrics, registry: CollectorRegistry, reason: Literal["closed", "failed"]
+) -> None:
+    metrics.count_unfinished(SUMMARY, reason)
+    assert value(registry, "unfinished_answers_total", arm="verify", reason=reason) == 1
+    assert value(registry, "answers_total", arm="verify", degraded="true") == 0
+    assert value(registry, "draft_tokens_total", result="rejected") == 3
+    assert value(registry, "language_bytes_total", direction="up") == 100
 
 
 def test_an_error_is_passed_through(metrics: LanguageMetrics) -> None:
