@@ -128,8 +128,8 @@ class LanguageAgent:
             except BaseException as error:  # closed by whoever reads it, or failed
                 generation.close()
                 if self._metrics:
-                    reason = "closed" if isinstance(error, GeneratorExit) else "failed"
-                    self._metrics.count_unfinished(generation.stats.summary(generation.sequence), reason)
+                    summary = generation.stats.summary(generation.sequence)
+                    self._metrics.count_unfinished(summary, "closed" if isinstance(error, GeneratorExit) else "failed")
                 raise
             generation.close()  # counts what the streams carried
             yield generation.stats.summary(generation.sequence)
