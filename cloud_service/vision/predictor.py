@@ -15,6 +15,9 @@ from isthmus.models.vision.images import open_image, preprocess
 from isthmus.models.vision.tail import open_tail
 
 Floats = NDArray[np.float32]
+MIN_IMAGE_PIXELS = 1 << 20  # the pixel cap of a bundle with a small input; a megapixel decodes in about 10 ms
+MAX_ASPECT = 16  # a device sends the shorter side at the network's size, so the cap is 16 squares of it
+
 Probabilities = tuple[tuple[float, ...], ...]  # of each task asked for, in the bundle's order
 
 
@@ -48,6 +51,7 @@ class Predictor:
         )
         self._codecs = [bundle.codec(tap) for tap in range(len(self.manifest.taps))]
         self._tail = open_tail(bundle)
+        self._max_pixels = max(MIN_IMAGE_PIXELS, MAX_ASPECT * self.manifest.preprocessing.resize**2)
 
     def check(self, request: CloudRequest) -> None:
         """Raises InvalidInput or PayloadTooLarge when the request's fields show that this bundle cannot answer it."""
@@ -85,11 +89,13 @@ class Predictor:
     def _decode(self, payload: Payload) -> Decoded | IsthmusError:
         try:
             if payload.codec is Codec.IMAGE:
-                return Decoded(preprocess(open_image(payload.data), self.manifest.preprocessing), 0)
+                image = open_image(payload.data, self._max_pixels)
+                return Decoded(preprocess(image, self.manifest.preprocessing), 0)
             codec = self._codecs[payload.tap]
             return Decoded(codec.dequantise(codec.decode(payload.data, payload.rate), payload.rate), payload.rate)
         except IsthmusError as error:
-            return error
+            error.__cause__ = error.__context__ = None  # they and the traceback keep the arrays of their frames alive
+            return error.with_traceback(None)
         except MemoryError:
             return Overloaded("not enough memory for this input")
 

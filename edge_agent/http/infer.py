@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,13 @@ from starlette.routing import Route
 
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
-from isthmus.models.errors import InvalidInput
+from isthmus.models.errors import InvalidInput, Overloaded
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 MAX_ADMITTED = 32  # requests at once; above it 503, because a queue on a device only makes answers late
 MAX_COMPUTING = 4  # of them in threads; ONNX Runtime uses every core for each
 MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES  # an original from a camera; it is made smaller before it is sent on
+MIN_DEADLINE_S = 0.001  # left for a request whose deadline passes before it is computed: the device answers alone
 
 
 class InferApi:
@@ -48,10 +50,14 @@ class InferApi:
         if self._admitted >= MAX_ADMITTED:
             return problem(503, f"{MAX_ADMITTED} photos are being answered already", {"Retry-After": "1"})
         self._admitted += 1
+        received_s = time.monotonic()
         try:
             arguments = query(request)
             photo = await body(request)
             async with self._computing:
+                if "deadline_s" in arguments:  # the upload and the wait for a thread count
+                    left_s = arguments["deadline_s"] - (time.monotonic() - received_s)
+                    arguments["deadline_s"] = max(left_s, MIN_DEADLINE_S)
                 answer = await run_in_threadpool(partial(self._agent.infer, photo, **arguments))
             return JSONResponse(answer.as_dict())
         except TooLarge as error:
@@ -59,6 +65,8 @@ class InferApi:
         except InvalidInput as error:
             self._metrics.refused()
             return problem(400, str(error))
+        except Overloaded as error:
+            return problem(503, str(error), {"Retry-After": "1"})
         except ClientDisconnect:
             return Response(status_code=499)
         finally:

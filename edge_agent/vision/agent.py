@@ -83,7 +83,7 @@ class EdgeAgent:
         width: float | None = None,
         rate: int | None = None,
     ) -> Answer:
-        """Answer one photo: a PIL image, the bytes of a JPEG, PNG or WebP file, or a path to one.
+        """Answer one photo: a JPEG, PNG or WebP file (path, bytes or file object), a PIL image, or an array of pixels.
 
         `tasks` are names, all answered from one upload; the agent's own tasks if there are none. With `tap` (a name),
         `width` (the share of its encoder's channels) or `rate` the photo is encoded at that operating point and sent;

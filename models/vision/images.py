@@ -2,42 +2,184 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from isthmus.models.errors import InvalidInput
+from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded
+from isthmus.models.vision.image_files import (
+    Form,
+    check_png_chunks,
+    form_of,
+    is_truncated,
+    jpeg_scans,
+    name_of,
+    webp_size,
+)
 from isthmus.models.vision.manifest import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 50_000_000  # a 50-megapixel camera; 150 MB once decoded; checked before decompression
+MAX_DECODE_BYTES = 512 << 20  # held at once while a photo is decoded
+BYTES_PER_PIXEL = {  # held while decoding, with Pillow's four bytes a pixel and the conversions that follow
+    "JPEG": 2,  # a large one is decoded at reduced scale, so a 200-megapixel phone's is read
+    "progressive JPEG": 8,  # coefficients of all scans are kept at full size
+    "PNG": 8,
+    "WEBP": 18,  # libwebp keeps two canvases besides the frame
+}
+FULL_SCALE_PIXELS = 16_000_000  # a larger photo is reduced by a whole factor before anything else is done with it
+MAX_SCANS = 32  # of a JPEG; progressive encoders write about ten, and each costs a pass over all pixels
+BACKGROUND = (255, 255, 255)  # shows through transparent pixels
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file into RGB, turned upright by its EXIF orientation.
+def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file into RGB as `to_rgb` does, with at most MAX_DECODE_BYTES of memory.
 
-    Raises InvalidInput when it is of another format, broken, or larger than MAX_PIXELS.
+    A JPEG of more than FULL_SCALE_PIXELS is decoded at 1/2, 1/4 or 1/8. A JPEG of which only the end mark is missing is
+    read. `max_pixels` caps width x height further. Pixels, frames and scans are checked before pixels are decoded.
+
+    Raises InvalidInput when the file is of another format (which is named), truncated, broken, animated or too large,
+    and Overloaded when memory is exhausted.
     """
+    form = form_of(data)
+    if form is None:
+        raise InvalidInput(f"not a readable {', '.join(FORMATS)} image: {name_of(data)} ({len(data)} bytes)")
+    return guarded(lambda: decode(data, form, max_pixels), lambda: defect(data, form))
+
+
+def guarded(read: Callable[[], Image.Image], defect: Callable[[], str]) -> Image.Image:
+    """`read()`, with Pillow's exceptions translated: InvalidInput with the words of `defect()`, or Overloaded.
+
+    An error raised here refers to no frame of `read`, so the pixels decoded so far are freed at once.
+    """
+    failure: IsthmusError
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InvalidInput(f"image has {width}x{height} pixels, at most {MAX_PIXELS} are accepted")
-            return eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    except InvalidInput:
-        raise
+        return read()
+    except IsthmusError as error:
+        failure = error.with_traceback(None)
+    except MemoryError:
+        failure = Overloaded("not enough memory to decode this image")
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error …
-        raise InvalidInput(f"not a readable {', '.join(FORMATS)} image of {len(data)} bytes") from error
+        out_of_memory = "out of memory" in str(error)
+        failure = Overloaded("not enough memory to decode this image") if out_of_memory else InvalidInput(defect())
+    raise failure
+
+
+def defect(data: bytes, form: Form) -> str:
+    """Why a file of a known format cannot be decoded."""
+    state = "is truncated" if is_truncated(data, form) else "is broken"
+    return f"not a readable {', '.join(FORMATS)} image: this {form} file {state} ({len(data)} bytes)"
+
+
+def decode(data: bytes, form: Form, max_pixels: int | None) -> Image.Image:
+    """The file as an upright RGB image. Raises InvalidInput for what the limits exclude, else what Pillow raises."""
+    if form == "JPEG":
+        return decode_jpeg(data, max_pixels)
+    if form == "WEBP":
+        check_pixels(webp_size(data) or (0, 0), form, max_pixels)
+    else:
+        check_png_chunks(data)
+    with PngImageFile(io.BytesIO(data)) if form == "PNG" else WebPImageFile(io.BytesIO(data)) as image:
+        check_pixels(image.size, form, max_pixels)
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise InvalidInput(f"this {form} file is an animation of {frames} frames, expected a single image")
+        return to_rgb(image)
+
+
+def decode_jpeg(data: bytes, max_pixels: int | None) -> Image.Image:
+    """As `decode`. Raises OSError for a truncated file."""
+    scans = jpeg_scans(data, MAX_SCANS)
+    if scans.count > MAX_SCANS:
+        raise InvalidInput(f"this JPEG file has more than {MAX_SCANS} scans")
+    if scans.ended:
+        return decode_scans(data, scans.count, max_pixels)
+    # libjpeg makes up what is missing before an end mark. Pixels that depend on what follows the data are missing ones.
+    image = decode_scans(data + b"\xff\xd9", scans.count, max_pixels)
+    digest = hashlib.sha256(image.tobytes()).digest()
+    other = decode_scans(data + b"\x5a\xc3" * 64 + b"\xff\xd9", scans.count, max_pixels)
+    if hashlib.sha256(other.tobytes()).digest() != digest:
+        raise OSError("truncated")
+    return image
+
+
+def decode_scans(data: bytes, scans: int, max_pixels: int | None) -> Image.Image:
+    """A complete JPEG as an upright RGB image, at reduced scale if it is large."""
+    with JpegImageFile(io.BytesIO(data)) as image:
+        buffered = scans > 1 or "progressive" in image.info
+        check_pixels(image.size, "progressive JPEG" if buffered else "JPEG", max_pixels)
+        factor = next(
+            (factor for factor in (1, 2, 4) if image.width * image.height <= FULL_SCALE_PIXELS * factor**2), 8
+        )
+        if factor > 1:
+            image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+        return to_rgb(image)
+
+
+def check_pixels(size: tuple[int, int], kind: str, max_pixels: int | None) -> None:
+    """Raises InvalidInput when an image of this size needs more than MAX_DECODE_BYTES or has more than `max_pixels`."""
+    width, height = size
+    most = MAX_DECODE_BYTES // BYTES_PER_PIXEL[kind]
+    if max_pixels is not None:
+        most = min(most, max_pixels)
+    if not width or not height:
+        raise InvalidInput(f"image has {width}x{height} pixels")
+    if width * height > most:
+        raise InvalidInput(f"image has {width}x{height} pixels, at most {most} are accepted of a {kind} file")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A new RGB image: 8 bits a channel, transparency composited on BACKGROUND, turned upright by its EXIF orientation.
+
+    An image of more than FULL_SCALE_PIXELS is reduced. Raises InvalidInput for floating-point pixels.
+    """
+    image.load()
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    eight = eight_bits(image)
+    if eight.has_transparency_data:
+        eight = eight.convert("RGBA")
+    elif eight.mode != "RGB":
+        eight = eight.convert("RGB")
+    if (factor := math.ceil(math.sqrt(eight.width * eight.height / FULL_SCALE_PIXELS))) > 1:
+        eight = eight.reduce(factor)
+    if eight.mode == "RGBA":
+        opaque = Image.new("RGB", eight.size, BACKGROUND)
+        opaque.paste(eight, mask=eight.getchannel("A"))
+        eight = opaque
+    if turn is not None:
+        return eight.transpose(turn)
+    return eight.copy() if eight is image else eight
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """An image of at most 8 bits a channel. Of 16-bit greys the upper 8 are kept; Pillow's conversion clips at 255."""
+    """An image of 8 bits a channel. Greys of more bits keep the upper 8 of the 8, 10, 12, 14 or 16 that they use."""
+    if image.mode == "F":
+        raise InvalidInput("image has floating-point pixels, expected 8 or 16 bits a channel")
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    grey_HW = np.asarray(image)
+    if grey_HW.dtype.itemsize > 2:
+        grey_HW = grey_HW.clip(0, 0xFFFF).astype(np.uint16)
+    bits = int(grey_HW.max()).bit_length()
+    shift = max(0, bits + bits % 2 - 8)
+    return Image.fromarray((grey_HW >> shift).astype(np.uint8))
 
 
 def encode_image(image: Image.Image, form: Literal["jpeg", "png", "webp"], quality: int) -> bytes:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from isthmus.cloud_service.vision.predictor import Kind, Predictor
-from isthmus.models.errors import InvalidInput, Overloaded, PayloadCorrupt, PayloadTooLarge, ServiceError
+from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, PayloadCorrupt, PayloadTooLarge, ServiceError
 from isthmus.models.messages import CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.vision import images
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.tail import Tail
@@ -173,3 +175,34 @@ def test_a_failing_tail_is_tried_with_each_input_alone(
     predictor._tail = BrokenTail(error, alone_too)  # type: ignore[assignment]
     results = predictor.predict(LATENTS, [latent_payload(tiny_bundle, seed, 0) for seed in range(3)])
     assert [type(result) for result in results] == [outcome] * 3
+
+
+def test_an_image_far_larger_than_the_network_s_input_is_refused(predictor: Predictor) -> None:
+    """The cap is a megapixel, or 16 squares of the network's input. The device sends one at the network's size."""
+    for size in ((1024, 1024), (65_535, 16)):
+        (answer,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(Image.new("L", size)))])
+        assert isinstance(answer, tuple)
+    (answer,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(Image.new("L", (1024, 1025))))])
+    assert isinstance(answer, InvalidInput) and "at most 1048576" in str(answer)
+
+
+def test_refusals_keep_no_frames_alive(predictor: Predictor, tiny_bundle: Bundle, photo: Image.Image) -> None:
+    damaged = latent_payload(tiny_bundle, 1, 1)
+    refusals = [
+        *predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo)[:1000])]),
+        *predictor.predict(LATENTS, [replace(damaged, data=damaged.data[:-1])]),
+    ]
+    for refusal in refusals:
+        assert isinstance(refusal, IsthmusError)
+        assert (refusal.__traceback__, refusal.__cause__, refusal.__context__) == (None, None, None)
+
+
+def test_exhausted_memory_is_not_the_device_s_fault(
+    predictor: Predictor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "to_rgb", exhausted)
+    (answer,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo))])
+    assert isinstance(answer, Overloaded)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import io
+import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.http import infer as api
 from isthmus.edge_agent.http.app import create_app
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
+from isthmus.models.vision import images
 from isthmus.models.vision.bundle import Bundle
 
 
@@ -51,6 +55,7 @@ def test_the_query_becomes_arguments_of_the_agent(
         return infer(agent, photo, **arguments)
 
     monkeypatch.setattr(EdgeAgent, "infer", recording)
+    monkeypatch.setattr(api, "time", SimpleNamespace(monotonic=lambda: 7.0))  # no time passes before the answer
     query = "tap=light&width=0.5&rate=2&task=defect&task=colour&deadline_ms=1500"
     reply = client.post(f"/v1/infer?{query}", content=png)
     arguments = {"tap": "light", "width": 0.5, "rate": 2, "tasks": ["defect", "colour"], "deadline_s": 1.5}
@@ -131,3 +136,35 @@ def test_status_has_bundle_and_link(client: TestClient, tiny_bundle: Bundle) -> 
     }
     assert status["cloud"] is None
     assert client.get("/healthz").status_code == 200
+
+
+def test_waiting_counts_against_the_deadline(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upload and the wait for a thread take 2 s: the agent gets what is left, and never less than a millisecond."""
+    infer, deadlines = EdgeAgent.infer, []
+
+    def recording(agent: EdgeAgent, photo: bytes, deadline_s: float, **arguments: Any) -> Any:
+        deadlines.append(deadline_s)
+        return infer(agent, photo, deadline_s, **arguments)
+
+    monkeypatch.setattr(EdgeAgent, "infer", recording)
+    monkeypatch.setattr(api, "time", SimpleNamespace(monotonic=itertools.count(0.0, 2.0).__next__))
+    for deadline_ms in (5000, 1000):
+        assert client.post(f"/v1/infer?deadline_ms={deadline_ms}", content=png).status_code == 200
+    assert deadlines == [3.0, api.MIN_DEADLINE_S]
+
+
+def test_exhausted_memory_is_overload(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "to_rgb", exhausted)
+    reply = client.post("/v1/infer", content=png)
+    assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
+    assert "not enough memory" in reply.json()["error"]["message"]
+
+
+def test_a_body_that_is_no_image_file_is_named(client: TestClient, png: bytes) -> None:
+    replies = [client.post("/v1/infer", files={"file": png}), client.post("/v1/infer", content=gzip.compress(png))]
+    for reply, words in zip(replies, ("this is a multipart form", "this is gzip data"), strict=True):
+        assert reply.status_code == 400
+        assert words in reply.json()["error"]["message"]
