@@ -82,6 +82,7 @@ def main(check: str | None, show_config: bool, as_json: bool, **check_tls: Any) 
 def check_health(
     check: str,
     as_json: bool,
+    *,
     check_ca: Path | None,
     check_certificate: Path | None,
     check_key: Path | None,
