@@ -35,7 +35,7 @@ async def serve(config: CloudConfig) -> None:
     server = Server(Servicer(vision, language, vision.metrics), vision, language)
     ports = await server.start(config, registry)
     names = ", ".join(held(vision, language))
-    log.info("serving %s on port %d, metrics on port %s", names, ports.grpc, ports.metrics)
+    log.info("serving %s on %s", names, ports.describe(config))
     await server.stopping.wait()
     log.info("draining, at most %.0f s", config.drain_s)
     await server.drain(config.drain_s)

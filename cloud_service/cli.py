@@ -7,15 +7,20 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import click
 
 from isthmus.cloud_service.config import PREFIX, CloudConfig
+from isthmus.models.address import parse_address
 from isthmus.models.bundle.installed import missing
-from isthmus.models.errors import IsthmusError
+from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.fail import fail, needing
 from isthmus.models.options import WIDE, Command, describe, known_settings, options, read
 
+PEM = click.Path(path_type=Path, exists=True, dir_okay=False)
 SECTIONS = {"Settings": CloudConfig}
 EXAMPLES = """\b
 Examples:
@@ -27,6 +32,16 @@ Examples:
 
 @click.command(cls=Command, epilog=EXAMPLES, context_settings=WIDE)
 @click.option("--check", metavar="HOST:PORT", help="Ask a running service for its health and exit.")
+@click.option(
+    "--check-ca", envvar=f"{PREFIX}_CHECK_CA", type=PEM, help="PEM file of the authority, for --check with TLS."
+)
+@click.option(
+    "--check-certificate", envvar=f"{PREFIX}_CHECK_CERTIFICATE", type=PEM, help="With --check-key: for mutual TLS."
+)
+@click.option("--check-key", envvar=f"{PREFIX}_CHECK_KEY", type=PEM, help="Key of --check-certificate.")
+@click.option(
+    "--check-name", envvar=f"{PREFIX}_CHECK_NAME", help="Name in the service's certificate, where it is not HOST."
+)
 @click.option("--show-config", is_flag=True, help="Print each setting, its value and where that comes from, and exit.")
 @click.option(
     "--json",
@@ -37,10 +52,10 @@ Examples:
 )
 @click.version_option(package_name="isthmus", prog_name="cloud-service")
 @options(PREFIX, known_settings(CloudConfig), SECTIONS)
-def main(check: str | None, show_config: bool, as_json: bool) -> None:
+def main(check: str | None, show_config: bool, as_json: bool, **check_tls: Any) -> None:
     """The cloud half of Isthmus: serves bundles for photos, and language models, to devices."""
     if check:
-        sys.exit(print_health(check, as_json))
+        sys.exit(check_health(check, as_json, **check_tls))
     config = read(CloudConfig)
     if show_config:
         click.echo(describe(as_json))
@@ -64,20 +79,48 @@ def main(check: str | None, show_config: bool, as_json: bool) -> None:
         fail(error)
 
 
-def print_health(address: str, as_json: bool) -> int:
-    """0 when the service at `address` says SERVING, else 1."""
+def check_health(
+    check: str,
+    as_json: bool,
+    *,
+    check_ca: Path | None,
+    check_certificate: Path | None,
+    check_key: Path | None,
+    check_name: str | None,
+) -> int:
+    """Print the health of a service: 0 when it is SERVING, else 1. Raises click.UsageError."""
+    try:
+        address = str(parse_address(check))
+    except InvalidInput as error:
+        raise click.UsageError(f"--check {error}") from error
+    if (check_certificate is None) != (check_key is None):
+        raise click.UsageError("--check-certificate and --check-key need each other")
+    if check_ca is None and (check_certificate or check_name):
+        raise click.UsageError("--check-certificate and --check-name need --check-ca")
+    pems = [None if path is None else path.read_bytes() for path in (check_ca, check_key, check_certificate)]
+    state = health_of(address, pems if check_ca else None, check_name)
+    click.echo(json.dumps({"address": address, "health": state}) if as_json else state)
+    return 0 if state == "SERVING" else 1
+
+
+def health_of(address: str, pems: Sequence[bytes | None] | None, name: str | None) -> str:
+    """The health status of a service, or the name of gRPC's error. `pems`: authority, key and certificate, for TLS."""
     with needing("cloud"):
         import grpc
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    options: list[tuple[str, str | int]] = [
+        ("grpc.enable_http_proxy", 0)
+    ]  # a proxy does not reach an address of this machine
+    if name:
+        options.append(("grpc.ssl_target_name_override", name))
+    credentials = grpc.ssl_channel_credentials(*pems) if pems else grpc.experimental.insecure_channel_credentials()
+    with grpc.secure_channel(address, credentials, options) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
-            state = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
         except grpc.RpcError as error:
-            state = error.code().name
-    click.echo(json.dumps({"address": address, "health": state}) if as_json else state)
-    return 0 if state == "SERVING" else 1
+            return str(error.code().name)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 class JsonLines(logging.Formatter):

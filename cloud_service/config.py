@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from isthmus.cloud_service.vision.batching import BatchLimits
+from isthmus.models.address import ListenAddress
 from isthmus.models.bundle.installed import find_all
 from isthmus.models.settings import Flag, Settings
 
@@ -70,10 +71,14 @@ class CloudConfig(Settings):
         Flag("context_mb", 1 / (1 << 20)),
     ] = 2 << 30
     listen: Annotated[
-        str, Field(description="Address of the gRPC service; port 0 picks a free one."), Flag(metavar="HOST:PORT")
+        ListenAddress,
+        Field(description="Address of the gRPC service; port 0 picks a free one."),
+        Flag(metavar="HOST:PORT"),
     ] = "127.0.0.1:50051"
     metrics: Annotated[
-        str | None, Field(description="Address of /metrics for Prometheus; empty for none."), Flag(metavar="HOST:PORT")
+        ListenAddress | None,
+        Field(description="Address of /metrics for Prometheus; empty for none."),
+        Flag(metavar="HOST:PORT"),
     ] = "127.0.0.1:9101"
     threads: Annotated[int, Field(ge=0, le=1024, description="Threads of PyTorch; 0 for one a core.")] = 0
     batch: BatchLimits = BatchLimits()

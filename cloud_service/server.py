@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from isthmus.cloud_service.config import CloudConfig, Tls
 from isthmus.cloud_service.servicer import SERVICE_NAME, Servicer, attach
+from isthmus.models.address import Address, parse_address
 from isthmus.models.errors import InvalidInput
 from isthmus.protos import limits
 
@@ -30,6 +31,13 @@ class Ports:
 
     grpc: int
     metrics: int | None
+
+    def describe(self, config: CloudConfig) -> str:
+        """Bound addresses, for the log."""
+        grpc_address = Address(parse_address(config.listen).host, self.grpc)
+        if config.metrics is None or self.metrics is None:
+            return f"{grpc_address}, no metrics"
+        return f"{grpc_address}, metrics on http://{Address(parse_address(config.metrics).host, self.metrics)}/metrics"
 
 
 class Runner(Protocol):
@@ -101,9 +109,9 @@ def serve_metrics(address: str | None, registry: CollectorRegistry) -> int | Non
     """Serve /metrics over HTTP in a thread of its own and return the port. Raises InvalidInput when it is taken."""
     if address is None:
         return None
-    host, _, port = address.rpartition(":")
     try:
-        server, _ = start_http_server(int(port), host, registry)
-    except (OSError, ValueError, OverflowError) as error:
+        parsed = parse_address(address)
+        server, _ = start_http_server(parsed.port, parsed.host, registry)
+    except (InvalidInput, OSError) as error:
         raise InvalidInput(f"cannot serve metrics on {address}: {error}") from error
     return int(server.server_port)

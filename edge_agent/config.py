@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.prices import Objective, Prices
+from isthmus.models.address import ListenAddress, PeerAddress
 from isthmus.models.bundle.installed import find
 from isthmus.models.settings import Flag, Settings
 from isthmus.models.vision.manifest import Precision
@@ -21,6 +22,7 @@ from isthmus.models.vision.manifest import Precision
 PREFIX = "ISTHMUS_EDGE"  # of names in the environment
 Mode = Literal["auto", "edge", "split", "offload"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+MIN_DEADLINE_S, MAX_DEADLINE_S = 0.001, 600
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ConnectSeconds = Annotated[
@@ -80,7 +82,7 @@ class EdgeConfig(Settings):
         Field(description="Vision bundle: a folder, or the name of an installed one.", validate_default=True),
     ] = Path("photos")
     cloud: Annotated[
-        str | None,
+        PeerAddress | None,
         Field(description="The cloud service; without it the device answers alone."),
         Flag(metavar="HOST:PORT"),
     ] = None
@@ -108,7 +110,7 @@ class EdgeConfig(Settings):
     ] = ()
     deadline_s: Annotated[
         float,
-        Field(ge=0.001, le=600, description="Milliseconds in which a photo is to be answered."),
+        Field(ge=MIN_DEADLINE_S, le=MAX_DEADLINE_S, description="Milliseconds in which a photo is to be answered."),
         Flag("deadline_ms", 1000),
     ] = 1.0
     connect_s: ConnectSeconds = 2.0
@@ -128,7 +130,7 @@ class LanguageConfig(Settings):
         Field(description="Language model: a GGUF file, a Hugging Face folder, or smollm2."),
     ]
     clouds: Annotated[
-        tuple[str, ...],
+        tuple[PeerAddress, ...],
         Field(description="Cloud services, in order of preference."),
         Flag("cloud", separator=",", metavar="HOST:PORT"),
     ] = ()
@@ -201,6 +203,13 @@ class ChatConfig(Settings):
 
 @dataclass(frozen=True)
 class HttpConfig(Settings):
-    """Where the local HTTP API listens."""
+    """Where the local HTTP API listens, and how it ends."""
 
-    listen: Annotated[str, Field(description="Address of the HTTP API."), Flag(metavar="HOST:PORT")] = "127.0.0.1:8080"
+    listen: Annotated[
+        ListenAddress,
+        Field(description="Address of the HTTP API; port 0 picks a free one."),
+        Flag(metavar="HOST:PORT"),
+    ] = "127.0.0.1:8080"
+    drain_s: Annotated[
+        float, Field(ge=0, le=600, description="Seconds to answer the requests in flight after SIGTERM.")
+    ] = 20.0

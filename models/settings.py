@@ -132,7 +132,8 @@ def problem(model: type[Any], error: ValidationError) -> str:
         return f"{model.__name__} has no field {where!r}{nearest(where, [field.name for field in fields(model)])}"
     if first["type"] == "missing":
         return f"{where} is missing"
-    return f"{where} is {ascii(first['input'])[:MAX_SHOWN]}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    message = first["msg"].removeprefix("Value error, ")  # of a validator of ours
+    return f"{where} is {ascii(first['input'])[:MAX_SHOWN]}: {message[0].lower()}{message[1:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

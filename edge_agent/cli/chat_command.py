@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from isthmus.edge_agent.cli.clouds import describe_clouds
 from isthmus.edge_agent.cli.prompts import open_prompts
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import ChatConfig, LanguageConfig
@@ -42,6 +43,8 @@ def chat(as_json: bool) -> None:
         from isthmus.edge_agent.cli.chat import ChatSettings
         from isthmus.edge_agent.cli.chat import chat as start
     with open_prompts(config) as agent:
+        if source is None and not as_json:
+            click.echo(f"{agent.name}, {describe_clouds(agent.replicas)}")
         details = ChatSettings(chosen.system, chosen.max_tokens, sampling, config.prices, as_json)
         failed = start(agent, chosen.arm, Console(highlight=False), details, source)
     sys.exit(1 if failed else 0)

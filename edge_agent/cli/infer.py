@@ -33,7 +33,8 @@ def infer(files: tuple[Path, ...], as_json: bool, tap: str | None, width: float 
     """Answer photos from files.
 
     FILES are JPEG, PNG or WebP. Each answer says its label, where it was made, how long that took, and why. Without
-    --cloud the device answers alone; an answer of which it is not sure is marked DEGRADED.
+    --cloud the device answers alone. An answer that it gives in place of a cloud that is late or unreachable is marked
+    DEGRADED.
     """
     agent = open_photos()
     from isthmus.edge_agent.vision.result import format_answer

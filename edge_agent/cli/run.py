@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import click
 
+from isthmus.edge_agent.cli.clouds import describe_clouds
 from isthmus.edge_agent.cli.photos import open_photos_with_metrics
 from isthmus.edge_agent.cli.prompts import open_prompts, open_routes
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import HttpConfig, LanguageConfig
+from isthmus.models.address import Address, parse_address
 from isthmus.models.fail import needing
 from isthmus.models.options import DEFAULT, Command, given, read
 
-MAX_PORT = 65_535
 EXAMPLES = """\b
 Examples:
   edge-agent run --cloud cloud:50051
@@ -42,39 +43,30 @@ def run(as_json: bool) -> None:
     from prometheus_client.process_collector import ProcessCollector
 
     with needing("edge"):  # the web server, which other commands do without
-        import uvicorn
-
+        from isthmus.edge_agent.cli.serve import serve
         from isthmus.edge_agent.http.app import create_app
 
-    host, port = address(read(HttpConfig).listen)
+    http = read(HttpConfig)
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    line: dict[str, Any] = {"listen": f"{host}:{port}"}
+    line: dict[str, Any] = {"listen": http.listen}
     with ExitStack() as stack:
         photos, prompts = None, list[Any]()
-        with_prompts = given()["model"].value is not None
-        if not with_prompts or given()["bundle"].source != DEFAULT:
+        config = read(LanguageConfig) if given()["model"].value is not None else None
+        if config is None or given()["bundle"].source != DEFAULT:
             photos = open_photos_with_metrics(registry)
             agent = stack.enter_context(photos[0])
-            line |= {"bundle": agent.manifest.name, "cloud": describe([agent.link] if agent.link else [])}
-        if with_prompts:
-            language = stack.enter_context(open_prompts(read(LanguageConfig), registry))
+            line |= {"bundle": agent.manifest.name, "cloud": describe_clouds([agent.link] if agent.link else [])}
+        if config is not None:
+            language = stack.enter_context(open_prompts(config, registry))
             prompts = open_routes(language)
-            line |= {"model": language.name, "cloud": describe(list(language.replicas))}
-        names = " and ".join(line[key] for key in ("bundle", "model") if key in line)
-        click.echo(json.dumps(line) if as_json else f"{names} on http://{line['listen']}, {line['cloud']}")
+            line |= {"model": language.name, "cloud": describe_clouds(language.replicas)}
         app = create_app(registry, photos, prompts)
-        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=30)
+        serve(app, parse_address(http.listen), http.drain_s, partial(announce, line, as_json))
 
 
-def address(listen: str) -> tuple[str, int]:
-    """Raises click.UsageError unless it is HOST:PORT."""
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > MAX_PORT:
-        raise click.UsageError(f"--listen {listen!r} is not HOST:PORT")
-    return host, int(port)
-
-
-def describe(links: Sequence[Any]) -> str:
-    """Clouds and their state, for the start-up line."""
-    return ", ".join(f"cloud {link.target} {link.state}" for link in links) or "no cloud"
+def announce(line: dict[str, Any], as_json: bool, bound: Address) -> None:
+    """The start-up line, printed when the port is open."""
+    names = " and ".join(line[key] for key in ("bundle", "model") if key in line)
+    line = {**line, "listen": str(bound)}
+    click.echo(json.dumps(line) if as_json else f"{names} on http://{bound}, {line['cloud']}")

@@ -18,15 +18,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.errors import InvalidInput, Overloaded
+from isthmus.models.settings import MAX_SHOWN, nearest
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 MAX_ADMITTED = 32  # requests at once; above it 503, because a queue on a device only makes answers late
 MAX_COMPUTING = 4  # of them in threads; ONNX Runtime uses every core for each
+PARAMETERS = ("deadline_ms", "task", "tap", "width", "rate")
 MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES  # an original from a camera; it is made smaller before it is sent on
-MIN_DEADLINE_S = 0.001  # left for a request whose deadline passes before it is computed: the device answers alone
 
 
 class InferApi:
@@ -116,9 +118,14 @@ async def body(request: Request) -> bytes:
 def query(request: Request) -> dict[str, Any]:
     """The query as arguments of `EdgeAgent.infer`, which checks names itself. Raises InvalidInput."""
     given = request.query_params
+    for name in given:
+        if name not in PARAMETERS:
+            raise InvalidInput(f"unknown query parameter {ascii(name)[:MAX_SHOWN]}{nearest(name, PARAMETERS)}")
     arguments: dict[str, Any] = {"tasks": given.getlist("task") or None, "tap": given.get("tap")}
     if "deadline_ms" in given:
-        arguments["deadline_s"] = number(given["deadline_ms"], "deadline_ms", 1, 600_000) / 1000
+        arguments["deadline_s"] = (
+            number(given["deadline_ms"], "deadline_ms", 1000 * MIN_DEADLINE_S, 1000 * MAX_DEADLINE_S) / 1000
+        )
     if "width" in given:
         arguments["width"] = number(given["width"], "width", 0, 1)
     if "rate" in given:
@@ -135,7 +142,7 @@ def number(text: str, name: str, least: float, most: float) -> float:
     except ValueError:
         value = math.nan
     if not least <= value <= most:
-        raise InvalidInput(f"{name} is {text[:20]!r}, expected {least} to {most}")
+        raise InvalidInput(f"{name} is {text[:20]!r}, expected {least:g} to {most:g}")
     return value
 
 

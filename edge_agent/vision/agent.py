@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from isthmus.edge_agent.config import MODES, EdgeConfig
+from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, MODES, EdgeConfig
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan, Situation, plan
 from isthmus.edge_agent.transport.link import Link
 from isthmus.edge_agent.vision.costs import Costs
@@ -89,11 +89,14 @@ class EdgeAgent:
         `width` (the share of its encoder's channels) or `rate` the photo is encoded at that operating point and sent;
         the router chooses what is left open.
 
-        Without a cloud the best exit answers, and the answer is marked degraded; tasks without an exit are listed as
-        missing. Raises InvalidInput if the photo cannot be read, or a task, tap, width or rate does not exist.
+        Where the cloud is configured and does not answer, the best exit does, and the answer is marked degraded. Where
+        none is configured, the answer of the exits is not. Tasks without an exit are listed as missing.
+
+        Raises InvalidInput if the photo cannot be read, if a task, tap, width or rate does not exist, or for a deadline
+        out of range.
         """
         request = resolve_request(self.costs.points, self.manifest, self.config, tasks, Overrides(tap, width, rate))
-        state = RequestState(request, deadline_s or self.config.deadline_s)
+        state = RequestState(request, self._deadline_s(deadline_s))
         with state.stage("decode"):
             image = as_image(photo)
             pixels_CHW = preprocess(image, self.manifest.preprocessing)
@@ -106,6 +109,14 @@ class EdgeAgent:
             self.metrics.answered(answer)
             self.metrics.link(self.link)
         return answer
+
+    def _deadline_s(self, requested_s: float | None) -> float:
+        """Of one request. Raises InvalidInput for one that the settings would refuse."""
+        if requested_s is None:
+            return self.config.deadline_s
+        if not MIN_DEADLINE_S <= requested_s <= MAX_DEADLINE_S:
+            raise InvalidInput(f"deadline_s is {requested_s}, expected {MIN_DEADLINE_S} to {MAX_DEADLINE_S}")
+        return requested_s
 
     def _connect(self, fingerprint: bytes) -> Link | None:
         config = self.config
@@ -216,6 +227,8 @@ class EdgeAgent:
         """The answer of the deepest exit that has run; runs the first one if none has."""
         if not state.exits:
             self._run_segment(state, pixels_CHW)
+        if self.link is None:
+            degraded = None  # the owner chose the device alone
         if degraded and self.metrics:
             self.metrics.degraded(degraded)
         route: AnswerRoute = "fallback" if degraded else "exit"

@@ -32,7 +32,8 @@ class Answer:
     answers: by name of the task. missing: requested tasks that have no exit, when the cloud did not answer.
     tap, width, rate: of the bottleneck that was sent, None if none was.
     bytes_up, bytes_down: our messages with gRPC's 5-byte prefix, without HTTP/2. stage_ms: decode, head, encode, cloud
-    (which includes cloud_queue and cloud_compute), total. degraded: the answer is below the owner's quality.
+    (which includes cloud_queue and cloud_compute), total. degraded: a cloud is configured and should have answered,
+    but was late or unreachable.
     cost_usd: at the configured prices.
     """
 

@@ -18,7 +18,7 @@ from isthmus.edge_agent.language.request import GenerationBackend
 from isthmus.edge_agent.policy.arms import Arm
 
 WITH_QUALITY = re.compile(r"(.+)-q(0(?:\.[0-9]{1,6})?|1(?:\.0{1,6})?)")
-CLOUD_ARMS = ("cloud", "verify", "handoff")  # always send the prompt, or what is computed from it
+CLOUD_ARMS: tuple[Arm, ...] = ("cloud", "verify", "handoff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,11 @@ def available_models(backend: GenerationBackend) -> dict[str, Arm]:
 
 
 def select_model(request: BaseRequest, private: bool, backend: GenerationBackend) -> SelectedModel:
-    """Raises ApiError 404 for an unknown name, and 400 where the request is private and the arm needs the cloud."""
+    """A private request is answered by `edge`, whatever arm it names. Raises ApiError 404 for an unknown name."""
     name, quality = request.model, request.quality
-    if private and name.removeprefix(f"{backend.name}:") in CLOUD_ARMS:
-        message = f"model {name} sends data to the cloud, but the request is private"
-        raise ApiError(400, message, param="model")
     available = available_models(backend)
+    if private:  # arms that need a cloud are names also where there is none now
+        available |= {prefix + arm: arm for arm in CLOUD_ARMS for prefix in ("", f"{backend.name}:")}
     if match := WITH_QUALITY.fullmatch(name):
         name, quality = match[1], float(match[2])
     if name not in available or (match and available[name] != "auto"):

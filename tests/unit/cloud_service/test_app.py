@@ -37,11 +37,11 @@ def test_a_bundle_that_is_none_is_refused(tmp_path: Path) -> None:
 
 async def listening(serving: asyncio.Task[None], caplog: pytest.LogCaptureFixture) -> str:
     """The service's address, from its log."""
-    while not (ports := [record.args[1] for record in caplog.records if record.msg.startswith("serving")]):  # type: ignore[index]
+    while not (bound := [str(record.args[1]) for record in caplog.records if record.msg.startswith("serving")]):  # type: ignore[index]
         if serving.done():
             serving.result()
         await asyncio.sleep(0.01)
-    return f"127.0.0.1:{ports[0]}"
+    return bound[0].partition(",")[0]
 
 
 def request(bundle: Bundle, request_id: int) -> pb.InferRequest:

@@ -24,6 +24,11 @@ def invoke(*arguments: str, **environment: str) -> Any:
         (("infer",), "FILES"),
         (("run", "--listen", "8080"), "HOST:PORT"),
         (("run", "--listen", "localhost:99999"), "HOST:PORT"),
+        (("run", "--listen", "http://localhost:80"), "leave out 'http://'"),
+        (("infer", "x.png", "--cloud", "http://cloud:50051"), "leave out 'http://'"),
+        (("infer", "x.png", "--cloud", "cloud"), "the port is missing"),
+        (("chat", "--cloud", "cloud:1,::1:50051"), "brackets"),
+        (("config", "--cloud", "cloud:115587"), "the port is above 65535"),
         (("run", "--bundle", "/nowhere"), "no such bundle folder"),
     ],
 )

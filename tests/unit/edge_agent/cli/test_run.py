@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from starlette.testclient import TestClient
 
 from isthmus.edge_agent.cli.main import main
+from isthmus.models.address import Address
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.tiny_llama import write_tiny_llama
 
@@ -24,17 +25,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_run_serves_prompts_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
 
-    def serve(app: Any, **settings: Any) -> None:
+    def serve(app: Any, address: Address, drain_s: float, announce: Any) -> None:
+        announce(Address(address.host, 12345))
         client = TestClient(app)
         served.append(client.get("/v1/models").json())
         body = {"model": "auto", "prompt": "hi", "max_tokens": 2}
         served.append(client.post("/v1/completions", json=body).json())
         served.append(client.get("/metrics").text)
 
-    monkeypatch.setattr("uvicorn.run", serve)
+    monkeypatch.setattr("isthmus.edge_agent.cli.serve.serve", serve)
     result = invoke("run", "--model", model, "--json", "--threads", "1", "--listen", "127.0.0.1:0")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) == {"listen": "127.0.0.1:0", "model": "tiny", "cloud": "no cloud"}
+    assert json.loads(result.stdout) == {"listen": "127.0.0.1:12345", "model": "tiny", "cloud": "no cloud"}
     assert any(entry["id"].startswith("tiny") for entry in served[0]["data"])
     tokens = served[1]["usage"]["completion_tokens"]
     assert 1 <= tokens <= 2
@@ -45,7 +47,12 @@ def test_run_serves_photos_and_prompts_when_both_are_asked_for(
     model: str, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apps: list[Any] = []
-    monkeypatch.setattr("uvicorn.run", lambda app, **settings: apps.append(app))
+
+    def serve(app: Any, address: Address, drain_s: float, announce: Any) -> None:
+        apps.append(app)
+        announce(address)
+
+    monkeypatch.setattr("isthmus.edge_agent.cli.serve.serve", serve)
     both = ("run", "--model", model, "--json", "--threads", "1", "--bundle", str(tiny_bundle.folder))
     line = json.loads(invoke(*both).stdout)
     assert (line["model"], line["bundle"]) == ("tiny", tiny_bundle.manifest.name)

@@ -61,7 +61,7 @@ def test_the_query_becomes_arguments_of_the_agent(
     arguments = {"tap": "light", "width": 0.5, "rate": 2, "tasks": ["defect", "colour"], "deadline_s": 1.5}
     assert calls == [arguments]
     answer = reply.json()
-    assert (answer["degraded"], answer["missing"], list(answer["answers"])) == (True, ["colour"], ["defect"])
+    assert (answer["degraded"], answer["missing"], list(answer["answers"])) == (False, ["colour"], ["defect"])
     assert answer["why"].startswith("tap light, width 0.5, rate 2 requested; no cloud is configured")
     client.post("/v1/infer", content=png)
     assert calls[1] == {"tap": None, "tasks": None}
@@ -80,6 +80,9 @@ def test_the_query_becomes_arguments_of_the_agent(
         ("/v1/infer?tap=deep&width=0.5", b"x", 400, "width 0.5 does not exist at tap deep, there are 1"),
         ("/v1/infer?width=wide", b"x", 400, "width is 'wide', expected 0 to 1"),
         ("/v1/infer?width=nan", b"x", 400, "width is 'nan', expected 0 to 1"),
+        ("/v1/infer?deadline=5", b"x", 400, "unknown query parameter 'deadline', did you mean 'deadline_ms'?"),
+        ("/v1/infer?Rate=1", b"x", 400, "unknown query parameter 'Rate', did you mean 'rate'?"),
+        ("/v1/infer?xyz", b"x", 400, "unknown query parameter 'xyz'"),
         ("/v1/infer?rate=7", b"x", 400, "rate 7 does not exist, there are 0 to 2"),
         ("/v1/infer?rate=-1", b"x", 400, "rate is '-1', expected a whole number"),
         ("/v1/infer?rate=1.5", b"x", 400, "rate is '1.5', expected a whole number"),

@@ -23,7 +23,7 @@ from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.transport.link import Exchange
 from isthmus.edge_agent.vision.agent import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
 from isthmus.edge_agent.vision.costs import Costs
-from isthmus.edge_agent.vision.metrics import EdgeMetrics
+from isthmus.edge_agent.vision.metrics import REASONS, EdgeMetrics
 from isthmus.edge_agent.vision.result import TaskAnswer
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
 from isthmus.models.messages import CloudReply, Codec, Payload
@@ -195,8 +195,27 @@ def test_a_forced_split_without_a_cloud_is_answered_by_the_deepest_exit(case: Ca
     assert (answer.route, answer.exit, answer.tap, answer.rate) == ("fallback", "exit1", None, None)
     assert answer.why == "tap light, rate 2 requested; the cloud is down; exit1 is the best answer available"
     assert case.link.payloads == []
+
+
+@pytest.mark.parametrize("arguments", [{}, {"tap": "light"}, {"tasks": ["colour"]}, {"deadline_s": 0.001}])
+@pytest.mark.parametrize("confidence", [0.0, 2.0])
+def test_a_device_without_a_configured_cloud_is_not_degraded(
+    case: Case, photo: Image.Image, arguments: dict[str, Any], confidence: float
+) -> None:
     case.agent.link = None
-    assert "no cloud is configured" in case.agent.infer(photo, tap="light").why
+    case.agent.goal = replace(case.agent.goal, exit_confidence=confidence)
+    answer = case.agent.infer(photo, **arguments)
+    assert (answer.route, answer.degraded) == ("exit", False)
+    assert confidence < 2 or "no cloud is configured" in answer.why
+    assert all(not case.degraded(reason) for reason in REASONS)
+
+
+@pytest.mark.parametrize("deadline_s", [0, 0.0009, -1, 600.5, float("nan"), float("inf")])
+def test_a_deadline_out_of_range_is_refused_as_on_the_command_line(
+    case: Case, photo: Image.Image, deadline_s: float
+) -> None:
+    with pytest.raises(InvalidInput, match=r"deadline_s is .*, expected 0\.001 to 600"):
+        case.agent.infer(photo, deadline_s)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +461,7 @@ def test_a_wrong_estimate_of_the_head_does_not_last(case: Case, photo: Image.Ima
     for segment in case.agent.costs.segment_s:
         segment.calibrate(30.0)
     before_s = case.agent.costs.segment_s[0]._idle.value
-    answers = [case.agent.infer(photo, deadline_s=1000.0) for _ in range(HEAD_IDLE_AT_MOST)]
+    answers = [case.agent.infer(photo, deadline_s=600.0) for _ in range(HEAD_IDLE_AT_MOST)]
     assert {answer.route for answer in answers[:-1]} <= {"offload", "split"}
     assert ["head" in answer.stage_ms for answer in answers] == [False] * (HEAD_IDLE_AT_MOST - 1) + [True]
     assert case.agent.costs.segment_s[0]._idle.value < before_s

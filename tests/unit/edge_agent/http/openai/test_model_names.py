@@ -75,9 +75,15 @@ def test_a_private_request_stays_on_the_device(name: str) -> None:
     assert chat_job(json.dumps(body).encode(), False, BACKEND).arm == "edge"
 
 
-@pytest.mark.parametrize("name", ["cloud", "verify", "tiny:cloud", "tiny:verify"])
+@pytest.mark.parametrize("name", ["cloud", "verify", "handoff", "tiny:cloud", "tiny:verify", "tiny:handoff"])
 @pytest.mark.parametrize("cloud", [True, False])
-def test_a_private_request_cannot_select_the_cloud(name: str, cloud: bool) -> None:
+def test_a_private_request_that_names_an_arm_of_the_cloud_is_answered_by_edge(name: str, cloud: bool) -> None:
+    job = chat(True, ScriptedBackend(cloud=cloud), model=name)
+    assert (job.arm, job.requests[0].arm, job.model) == ("edge", "edge", "tiny:edge")
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "cloud-q0.9", "tiny:cloudy"])
+def test_a_private_request_for_an_unknown_model_is_a_404_as_any_other(name: str) -> None:
     with pytest.raises(ApiError) as caught:
-        chat(True, ScriptedBackend(cloud=cloud), model=name)
-    assert (caught.value.status, caught.value.error["param"]) == (400, "model")
+        chat(True, model=name)
+    assert caught.value.status == 404
