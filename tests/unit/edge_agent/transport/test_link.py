@@ -456,19 +456,3 @@ def test_a_refusal_that_would_repeat_closes_the_way_until_describe_says_otherwis
     cloud.servicer.fingerprint, cloud.servicer.react = FINGERPRINT, good
     until(lambda: link.state == "half_open")
     assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
-
-
-def test_a_peer_that_counts_pings_costs_an_idle_device_no_request(
-    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The server here has gRPC's own limits. Its goodbye comes while the stream is idle, or while a request is sent."""
-    monkeypatch.setattr(limits, "KEEPALIVE_MS", 50)
-    link = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, (2, 3), breaker=FAST)
-    try:
-        assert link.wait_probed(10)
-        for pause_s in (0.0, 0.1, 0.3, 1.0, 0.2):
-            time.sleep(pause_s)
-            assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
-        assert link.state == "closed"
-    finally:
-        link.close()
