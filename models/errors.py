@@ -4,17 +4,21 @@
     ├── CallerError             the input or the request is wrong; trying again unchanged cannot help
     │   ├── InvalidInput        an image, argument or message that cannot be used
     │   ├── BundleError         a bundle on disk is missing, changed, of another version or inconsistent
-    │   ├── UnknownBundle       the other side does not hold this fingerprint
     │   ├── ContextGone         the service no longer holds this session's KV cache: open it again
-    │   ├── UnsupportedVersion  the other side speaks another wire version
     │   ├── PayloadCorrupt      checksum, truncation or symbols that the tables cannot produce
-    │   └── PayloadTooLarge     over a cap, whether met when encoding or when receiving
+    │   ├── PayloadTooLarge     over a cap, whether met when encoding or when receiving
+    │   └── AgentClosed         a request after `close()`
     ├── LinkError               the link failed; trying again later can help
     │   ├── LinkDown            no connection, or it broke
     │   └── DeadlineExceeded    the reply did not arrive, or could not have arrived, in time
     └── ServiceError            the service failed
         ├── Overloaded          a bounded queue or memory is full
-        └── Draining            the service is shutting down
+        ├── Draining            the service is shutting down
+        └── PeerError           this service cannot serve this device; another replica may
+            ├── InvalidReply    it sent a reply that cannot be right
+            └── Refused         it refuses every request of this device, until Describe says otherwise
+                ├── UnknownBundle       it does not hold this fingerprint
+                └── UnsupportedVersion  it speaks another wire version
 
 Each message states what was wrong, what was expected and where; none contains a path of the server or a secret.
 """
@@ -38,16 +42,8 @@ class BundleError(CallerError):
     """A bundle on disk is missing, changed, of another version or inconsistent."""
 
 
-class UnknownBundle(CallerError):
-    """The service does not hold the bundle of this fingerprint."""
-
-
 class ContextGone(CallerError):
     """The service does not hold the KV cache of this session, or not of these tokens: open it again from token 0."""
-
-
-class UnsupportedVersion(CallerError):
-    """The message was written for another wire version."""
 
 
 class PayloadCorrupt(CallerError):
@@ -56,6 +52,10 @@ class PayloadCorrupt(CallerError):
 
 class PayloadTooLarge(CallerError):
     """A payload over its cap."""
+
+
+class AgentClosed(CallerError):
+    """The agent, or its link to the cloud, was closed before this request."""
 
 
 class LinkError(IsthmusError):
@@ -80,3 +80,23 @@ class Overloaded(ServiceError):
 
 class Draining(ServiceError):
     """The service is shutting down and accepts no new work."""
+
+
+class PeerError(ServiceError):
+    """This service cannot serve this device; another replica may."""
+
+
+class InvalidReply(PeerError):
+    """A reply that cannot be right: wrong counts, values that are not probabilities, ids outside the vocabulary."""
+
+
+class Refused(PeerError):
+    """The service refuses every request of this device, so that none is sent until Describe says otherwise."""
+
+
+class UnknownBundle(Refused):
+    """The service does not hold the bundle of this fingerprint."""
+
+
+class UnsupportedVersion(Refused):
+    """The message was written for another wire version."""

@@ -31,9 +31,11 @@ MAX_STREAM_INFLIGHT = 64  # outstanding requests of one stream; above this the s
 
 # Half-open links: gRPC detects a lost peer after the keepalive time plus the HTTP/2 ping timeout. In the C core
 # `keepalive_timeout_ms` has no effect; `http2.ping_timeout_ms` has. The service must accept pings as often as
-# devices send them.
+# devices send them. A proxy may not: by default gRPC says goodbye after a few pings on a stream without data. A device
+# half-closes its stream before that; without a call it sends no pings, and the service's keep the connection open.
 KEEPALIVE_MS = 5_000
 PING_TIMEOUT_MS = 2_000
+IDLE_STREAM_S = 7.5  # at most two pings, checked at most this late
 HANDSHAKE_TIMEOUT_MS = 5_000  # for a client that connects and sends nothing
 
 ChannelOptions = list[tuple[str, int | str]]
@@ -61,7 +63,7 @@ def server_options() -> ChannelOptions:
         ("grpc.max_metadata_size", 8 << 10),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.so_reuseport", 0),  # a second service on the same port must fail instead of sharing it

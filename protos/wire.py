@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from isthmus.models.errors import (
     DeadlineExceeded,
     InvalidInput,
+    InvalidReply,
     PayloadCorrupt,
     PayloadTooLarge,
     UnsupportedVersion,
@@ -132,18 +133,18 @@ def pack_error(request_id: int, error: Exception) -> pb.InferResponse:
 def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudReply:
     """`labels`: the number of classes of each requested task, in the bundle's order.
 
-    Raises the error that the response carries, or InvalidInput unless it holds that many probabilities and those of
+    Raises the error that the response carries, or InvalidReply unless it holds that many probabilities and those of
     each task sum to 1.
     """
     if message.HasField("error"):
         raise status.to_error(status.code_of(message.error.code), message.error.message)
     if len(message.probabilities) != sum(labels):
-        raise InvalidInput(f"the cloud sent {len(message.probabilities)} probabilities, expected {sum(labels)}")
+        raise InvalidReply(f"the cloud sent {len(message.probabilities)} probabilities, expected {sum(labels)}")
     rest = iter(message.probabilities)
     answers = tuple(tuple(itertools.islice(rest, count)) for count in labels)
     for answer in answers:
         if not all(0 <= p <= 1 for p in answer) or not math.isclose(sum(answer), 1, abs_tol=1e-3):
-            raise InvalidInput("the cloud sent values that are not probabilities")
+            raise InvalidReply("the cloud sent values that are not probabilities")
     return CloudReply(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
 
 
@@ -172,18 +173,18 @@ def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
 
 
 def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
-    """Raises UnsupportedVersion for another wire version, InvalidInput for values out of range."""
+    """Raises UnsupportedVersion for another wire version, InvalidReply for values out of range."""
     if message.wire_version != limits.WIRE_VERSION:
         raise UnsupportedVersion(
             f"the service reads wire version {message.wire_version}, this device writes {limits.WIRE_VERSION}"
         )
     if len(message.bundles) + len(message.models) > limits.MAX_BUNDLES:
-        raise InvalidInput(f"the service lists {len(message.bundles)} bundles, at most {limits.MAX_BUNDLES} are read")
+        raise InvalidReply(f"the service lists {len(message.bundles)} bundles, at most {limits.MAX_BUNDLES} are read")
     for m in message.models:
         if len(m.fingerprint) != limits.FINGERPRINT_BYTES or not m.vocab or not m.context:
-            raise InvalidInput("the service lists a model with an invalid fingerprint, vocabulary or context")
+            raise InvalidReply("the service lists a model with an invalid fingerprint, vocabulary or context")
         if len(m.handoffs) > limits.MAX_BUNDLES or {*map(len, m.handoffs)} - {limits.FINGERPRINT_BYTES}:
-            raise InvalidInput("the service lists a model with invalid fingerprints of handoff bundles")
+            raise InvalidReply("the service lists a model with invalid fingerprints of handoff bundles")
     bundles = tuple(unpack_bundle(bundle) for bundle in message.bundles)
     models = tuple(
         ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics, tuple(m.handoffs)) for m in message.models
@@ -192,7 +193,7 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
 
 
 def unpack_bundle(message: pb.Bundle) -> BundleInfo:
-    """Raises InvalidInput for values out of range."""
+    """Raises InvalidReply for values out of range."""
     valid = (
         len(message.fingerprint) == limits.FINGERPRINT_BYTES
         and 1 <= len(message.tasks) <= limits.MAX_TASKS
@@ -201,7 +202,7 @@ def unpack_bundle(message: pb.Bundle) -> BundleInfo:
         and all(1 <= tap.rates <= limits.MAX_RATES for tap in message.taps)
     )
     if not valid:
-        raise InvalidInput(
+        raise InvalidReply(
             "the service lists a bundle with an invalid fingerprint, number of labels or number of rates"
         )
     tasks = tuple(TaskInfo(task.name, task.labels) for task in message.tasks)

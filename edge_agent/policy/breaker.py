@@ -2,6 +2,8 @@
 
 closed --failures in a row--> open --probe answered--> half open --request answered--> closed
                                ^------------------------------------request failed------'
+
+A refusal that every request would meet, or a check without an answer, opens it at once.
 """
 
 from __future__ import annotations
@@ -50,6 +52,15 @@ class Breaker:
         """A request failed because the cloud is down, late or overloaded."""
         self._failed += 1
         if self.state == "half_open" or (self.state == "closed" and self._failed >= self._limits.failures):
+            self._open(now_s)
+
+    def record_nothing(self) -> None:
+        """An admitted request says nothing about the cloud: it was not sent, or had too little time to be answered."""
+        self._trial = False
+
+    def trip(self, now_s: float) -> None:
+        """The cloud refuses every request, or is lost: open at once. Ignored if open."""
+        if self.state != "open":
             self._open(now_s)
 
     def record_probe(self, answered: bool, now_s: float) -> None:

@@ -1,12 +1,22 @@
-"""Estimates of the link and of the latency of graphs, updated by measurements."""
+"""Estimates of the link and of the latency of graphs, updated by measurements.
+
+What can exclude a route is guarded three times: one outlier moves it little, two quick measurements end an estimate
+that is far too slow, and an excluded route is explored now and then, since without requests nothing is measured.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from statistics import median_low
 
 FORGET = 0.98  # the weight of an observation halves after 34 others
 MEMORY_BYTES2 = 1000.0**2  # variance of sizes below which the old bandwidth counts more than new observations
 OUTLIER = 4.0  # an observation is clipped to this many predictions: one stall is no slow link or busy device
+GUARDED_WEIGHT = 1.5  # of observations, from which the link's outliers are clipped: after a small and a large probe
+QUICK = 2  # observations in a row, each below 1 / OUTLIER of the prediction, that replace the estimate
+EXPLORE_EVERY, EXPLORE_AT_MOST = 5, 80  # excluded requests before one is sent; the interval doubles up to the second
+EXPLORE_AGE_S = 30.0  # after this long without exploration the next excluded request is sent
 LOAD_WEIGHT = 0.2  # of one run of a graph in the device's load
 IDLE_WEIGHT = 0.01  # of one run in the graph's idle latency: nearly all change is a change of load
 
@@ -34,12 +44,21 @@ class LinkEstimator:
         self._prior_rtt_s = prior.rtt_s
         self._weight = self._bytes = self._seconds = 0.0  # decayed weight and means
         self._bytes2 = self._bytes_seconds = 0.0  # decayed central sums
+        self._quick = 0  # observations in a row far below the prediction
 
     def observe(self, up_bytes: int, seconds: float) -> None:
-        """One exchange: bytes sent, and seconds until the reply less the cloud's own time."""
-        seconds = max(seconds, 0.0)
-        if self._weight >= 3:
-            seconds = min(seconds, OUTLIER * self.estimate.transfer_s(up_bytes))
+        """One exchange: bytes sent, and seconds until the reply less the cloud's own time.
+
+        Ignored unless `seconds` are positive: the cloud then claims more time than there was.
+        """
+        if not seconds > 0:
+            return
+        predicted_s = self.estimate.transfer_s(up_bytes)
+        if self._weight >= GUARDED_WEIGHT:
+            seconds = min(seconds, OUTLIER * predicted_s)
+        self._quick = self._quick + 1 if self._weight and seconds < predicted_s / OUTLIER else 0
+        if self._quick >= QUICK:
+            self._restart(seconds / max(up_bytes, 1))
         self._weight = FORGET * self._weight + 1
         step_bytes = up_bytes - self._bytes
         self._bytes += step_bytes / self._weight
@@ -49,6 +68,11 @@ class LinkEstimator:
         self._bytes_seconds = FORGET * self._bytes_seconds + step_bytes * (seconds - self._seconds)
         slope = (self._bytes_seconds + MEMORY_BYTES2 * self._slope) / (self._bytes2 + MEMORY_BYTES2)
         self._slope = max(slope, 1e-10)
+
+    def _restart(self, slope: float) -> None:
+        """Forget what was observed. `slope`: seconds a byte that the link is known to reach."""
+        self._weight = self._bytes = self._seconds = self._bytes2 = self._bytes_seconds = 0.0
+        self._slope, self._quick = min(self._slope, slope), 0
 
     @property
     def estimate(self) -> LinkEstimate:
@@ -69,6 +93,50 @@ class Average:
     def observe(self, value: float) -> None:
         self._count += 1
         self.value += (value - self.value) * max(self._weight, 1 / self._count)
+
+
+class GuardedAverage(Average):
+    """An average that a single outlier does not move, and that two low observations of three end if it is far too high.
+
+    It averages the median of the last three observations; of two, the lower one.
+    """
+
+    def __init__(self, prior: float, weight: float = 0.1) -> None:
+        super().__init__(prior, weight)
+        self._last: deque[float] = deque(maxlen=3)
+
+    def observe(self, value: float) -> None:
+        self._last.append(value)
+        filtered = median_low(self._last)
+        if filtered < self.value / OUTLIER or len(self._last) < 3:
+            self._count, self.value = 1, filtered
+        else:
+            super().observe(filtered)
+
+
+class Exploration:
+    """Which of the requests that the estimates exclude from the cloud are sent all the same.
+
+    Every fifth at first; each one without a reply in time doubles the interval. After a pause the first one is sent.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self._every = EXPLORE_EVERY
+        self._excluded = 0
+        self._explored_s = now_s
+
+    def due(self, now_s: float) -> bool:
+        """Count one excluded request. Returns whether to send it, which counts as without a reply until `replied`."""
+        self._excluded += 1
+        if self._excluded < self._every and now_s - self._explored_s < EXPLORE_AGE_S:
+            return False
+        self._excluded, self._explored_s = 0, now_s
+        self._every = min(2 * self._every, EXPLORE_AT_MOST)
+        return True
+
+    def replied(self) -> None:
+        """A request was answered in time."""
+        self._every = EXPLORE_EVERY
 
 
 class DeviceLoad:

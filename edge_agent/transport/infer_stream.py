@@ -6,6 +6,7 @@ Knows nothing about payloads, estimates or the circuit breaker.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -31,6 +32,7 @@ class InferStream:
         self._pending: dict[int, Future[pb.InferResponse]] = {}
         self._lock = threading.Lock()
         self._late = late
+        self._active_s = time.monotonic()  # when the last request was sent or response received
         self.ended: IsthmusError | None = None
         self._call: Any = stub.InferStream(self._requests())
         threading.Thread(target=self._read, name="isthmus-infer-stream", daemon=True).start()
@@ -41,9 +43,16 @@ class InferStream:
         with self._lock:  # covers the queue too: no message may follow the end marker that `retire` puts there
             if self.ended:
                 return None
+            self._active_s = time.monotonic()
             self._pending[message.request_id] = future
             self._outgoing.put(message)
         return future
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds without a request or response; 0 while a request is outstanding."""
+        with self._lock:
+            return 0.0 if self._pending else time.monotonic() - self._active_s
 
     def give_up(self, request_id: int) -> None:
         """Forget a request. A response that still comes counts as late."""
@@ -83,6 +92,7 @@ class InferStream:
 
     def _deliver(self, response: pb.InferResponse) -> None:
         with self._lock:
+            self._active_s = time.monotonic()
             future = self._pending.pop(response.request_id, None)
         if future is None:
             self._late()

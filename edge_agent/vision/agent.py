@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, MODES, EdgeConfig
-from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan, Situation, plan
+from isthmus.edge_agent.policy.estimates import Exploration
+from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan, Situation, describe, plan
 from isthmus.edge_agent.transport.link import Link
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.image_input import Photo, as_image
@@ -21,7 +22,7 @@ from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_request, task_indices
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
+from isthmus.models.errors import AgentClosed, InvalidInput, IsthmusError, LinkDown
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
@@ -29,6 +30,7 @@ from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Threshold
 
 FALLBACK_RESERVE_S = 0.02  # of the deadline, reserved for the device's own answer after a late cloud
+EXPLORE_LEFT_S = 0.05  # with less time left no excluded route is explored: hardly any link replies so soon
 NEVER = 2.0  # a confidence that no exit reaches
 HEAD_IDLE_AT_MOST = 20  # photos; then the head runs once, so that a wrong estimate of its latency is corrected
 
@@ -58,6 +60,8 @@ class EdgeAgent:
         self._exits = [exit_.name for exit_ in described.exits]
         self.goal = Goal(config.objective, exit_confidence(described.thresholds, config.epsilon))
         self._head_idle = 0  # photos since the head last ran
+        self._closed = False
+        self._exploration = Exploration(time.monotonic())
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
         warm_up(self._head, self._codecs, self.costs, blank_CHW)
         self.link = self._connect(bundle.fingerprint)
@@ -69,7 +73,8 @@ class EdgeAgent:
         self.close()
 
     def close(self) -> None:
-        """Close the connection to the cloud."""
+        """Close the connection to the cloud. Later requests raise AgentClosed."""
+        self._closed = True
         if self.link is not None:
             self.link.close()
 
@@ -93,8 +98,10 @@ class EdgeAgent:
         none is configured, the answer of the exits is not. Tasks without an exit are listed as missing.
 
         Raises InvalidInput if the photo cannot be read, if a task, tap, width or rate does not exist, or for a deadline
-        out of range.
+        out of range; AgentClosed after `close`.
         """
+        if self._closed:
+            raise AgentClosed("the agent was closed before this request")
         request = resolve_request(self.costs.points, self.manifest, self.config, tasks, Overrides(tap, width, rate))
         state = RequestState(request, self._deadline_s(deadline_s))
         with state.stage("decode"):
@@ -132,7 +139,10 @@ class EdgeAgent:
         """The next step: fixed by the mode, or else planned by the policy."""
         if (step := self._fixed_by_mode(state)) is not None:
             return step
-        passed, step = len(state.exits), plan(self._situation(state), self.goal)
+        passed, situation = len(state.exits), self._situation(state)
+        step = plan(situation, self.goal)
+        if step.route == "fallback" and not situation.cloud_refused and situation.left_s >= EXPLORE_LEFT_S:
+            step = self._explored(step, situation)
         if state.request.no_exit is not None:
             return step
         if passed:
@@ -142,6 +152,14 @@ class EdgeAgent:
             if self._head_idle >= HEAD_IDLE_AT_MOST:
                 return RoutePlan("continue", f"{step.why}; but the head did not run for {self._head_idle} photos")
         return step
+
+    def _explored(self, step: RoutePlan, situation: Situation) -> RoutePlan:
+        """`step`, which is to fall back, or now and then the quickest route in spite of its estimate."""
+        sendable = [route for route in situation.routes if route.route != "continue"]
+        if not sendable or not self._exploration.due(time.monotonic()):
+            return step
+        best = min(sendable, key=lambda route: route.seconds)
+        return RoutePlan(best.route, f"{step.why}; sent all the same, to measure: {describe(best)}", best.point)
 
     def _fixed_by_mode(self, state: RequestState) -> RoutePlan | None:
         """The next step where the mode leaves no choice, else None."""
@@ -215,12 +233,13 @@ class EdgeAgent:
         if self.link is None:
             raise LinkDown("no cloud is configured")
         with state.stage("cloud"):
-            exchange = self.link.infer(payload, self._cloud_left_s(state), tasks)
+            exchange = self.link.infer(payload, self._cloud_left_s(state), tasks, state.add_up_bytes)
+        self._exploration.replied()
         reply = exchange.reply
-        state.up_bytes, state.down_bytes = exchange.up_bytes, exchange.down_bytes
+        state.down_bytes = exchange.down_bytes
         state.stage_ms["cloud_queue"] = 1000 * reply.queue_s
         state.stage_ms["cloud_compute"] = 1000 * reply.compute_s
-        self.costs.record_cloud(payload, reply.queue_s + reply.compute_s)
+        self.costs.record_cloud(payload, min(reply.queue_s + reply.compute_s, exchange.elapsed_s))
         return reply
 
     def _answer_locally(self, why: str, state: RequestState, pixels_CHW: Floats, degraded: str | None) -> Answer:

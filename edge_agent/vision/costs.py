@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, LinkEstimate
+from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
 from isthmus.edge_agent.policy.exits import OperatingPoint, RouteEstimate
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
@@ -32,11 +32,11 @@ class Costs:
             [GraphLatency(width.encoder_macs / DEVICE_MACS_PER_S, load) for width in tap.widths]
             for tap in manifest.taps
         ]
-        self.image_encode_s = Average(IMAGE_ENCODE_S)
-        self.image_bytes = Average(height * width * IMAGE_BYTES_PER_PIXEL)
+        self.image_encode_s = GuardedAverage(IMAGE_ENCODE_S)
+        self.image_bytes = GuardedAverage(height * width * IMAGE_BYTES_PER_PIXEL)
         self.points = OperatingPoints(manifest)
-        self.point_bytes = {point: Average(rate.mean_bytes) for point, rate in self.points.figures.items()}
-        self.cloud_s_per_mac = Average(1 / CLOUD_MACS_PER_S)
+        self.point_bytes = {point: GuardedAverage(rate.mean_bytes) for point, rate in self.points.figures.items()}
+        self.cloud_s_per_mac = GuardedAverage(1 / CLOUD_MACS_PER_S)
         self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
 
     def cloud_s(self, macs: int) -> float:

@@ -74,6 +74,10 @@ class RequestState:
         """Seconds that the cloud has computed for this request."""
         return self.stage_ms.get("cloud_compute", 0.0) / 1000
 
+    def add_up_bytes(self, size: int) -> None:
+        """Count a message that was sent."""
+        self.up_bytes += size
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time of the block to `stage_ms[name]`, in milliseconds."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from isthmus.edge_agent import Answer, EdgeAgent
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
+from tests.tiny_bundle import random_split, write_tiny_bundle
 
 NewAgent = Callable[..., EdgeAgent]
 DEADLINE_S = 1.0
@@ -103,6 +107,25 @@ def test_repeated_signals_end_in_a_clean_exit(tiny_bundle: Bundle) -> None:
             cloud.process.terminate()
             time.sleep(0.002)
         assert cloud.process.returncode == 0
+
+
+def test_a_cloud_restarted_with_another_bundle_costs_one_upload(
+    tiny_bundle: Bundle, tmp_path: Path, new_agent: NewAgent, photo: Image.Image
+) -> None:
+    other = random_split()
+    with torch.no_grad():
+        next(other.parameters()).add_(0.01)
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "held"))
+    with CloudProcess(folder, arguments=("--threads", "1")) as cloud:
+        agent = new_agent(cloud.target, mode="split", deadline_s=5.0)
+        assert agent.infer(photo).route == "split"
+        cloud.kill()
+        shutil.rmtree(folder)
+        write_tiny_bundle(folder, other)
+        cloud.start()
+        refused = [agent.infer(photo) for _ in range(20)]
+        assert sum(answer.bytes_up > 0 for answer in refused) <= 1
+    assert all(answer.degraded for answer in refused)
 
 
 def test_nothing_is_sent_to_a_dead_cloud(new_agent: NewAgent, photo: Image.Image) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,7 +54,7 @@ class Recorder:
     def unavailable_reason(self) -> str | None:
         return None
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...]) -> Exchange:
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...], sent: Callable[[int], None]) -> Exchange:
         self.payloads.append(payload)
         return Exchange(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
 

@@ -15,6 +15,7 @@ from isthmus.models import errors
 from isthmus.models.errors import (
     DeadlineExceeded,
     InvalidInput,
+    InvalidReply,
     IsthmusError,
     PayloadCorrupt,
     PayloadTooLarge,
@@ -168,7 +169,12 @@ def leaves(kind: type[IsthmusError]) -> set[type[IsthmusError]]:
 def test_an_error_arrives_as_an_error(kind: type[IsthmusError]) -> None:
     with pytest.raises(IsthmusError) as caught:
         wire.unpack_answer(sent(wire.pack_error(7, kind("what was wrong"))), [2])
-    same_or_known = {errors.BundleError: errors.ServiceError, errors.Draining: errors.LinkDown}
+    same_or_known = {
+        errors.BundleError: errors.ServiceError,
+        errors.Draining: errors.LinkDown,
+        errors.AgentClosed: errors.InvalidInput,  # these two are raised on the device only
+        errors.InvalidReply: errors.ServiceError,
+    }
     assert type(caught.value) is same_or_known.get(kind, kind)
 
 
@@ -279,7 +285,7 @@ BAD_ANSWERS: dict[str, tuple[list[float], str]] = {
 
 @pytest.mark.parametrize(("probabilities", "words"), BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
 def test_an_answer_that_cannot_be_true_is_refused(probabilities: list[float], words: str) -> None:
-    with pytest.raises(InvalidInput, match=words):
+    with pytest.raises(InvalidReply, match=words):
         wire.unpack_answer(pb.InferResponse(probabilities=probabilities), [2, 3])
 
 
@@ -309,22 +315,22 @@ def many(entries: dict[str, list[Any]]) -> pb.DescribeResponse:
 
 BAD_SERVICES: dict[str, tuple[pb.DescribeResponse, type[IsthmusError]]] = {
     "other version": (pb.DescribeResponse(wire_version=1), UnsupportedVersion),
-    "short fingerprint": (described(fingerprint=bytes(8)), InvalidInput),
-    "no tasks": (described(tasks=[]), InvalidInput),
-    "nine tasks": (described(tasks=[pb.Task(labels=2)] * 9), InvalidInput),
-    "one label": (described(tasks=[pb.Task(labels=2), pb.Task(labels=1)]), InvalidInput),
-    "wild number of labels": (described(tasks=[pb.Task(labels=limits.MAX_LABELS + 1)]), InvalidInput),
-    "no taps": (described(taps=[]), InvalidInput),
-    "nine taps": (described(taps=[pb.Tap(rates=1)] * 9), InvalidInput),
-    "no rates": (described(taps=[pb.Tap(rates=0)]), InvalidInput),
-    "65 rates": (described(taps=[pb.Tap(rates=65)]), InvalidInput),
-    "too many bundles": (many({"bundles": list(described().bundles)}), InvalidInput),
-    "short fingerprint of a model": (described_model(fingerprint=bytes(8)), InvalidInput),
-    "short fingerprint of a handoff": (described_model(handoffs=[bytes(8)]), InvalidInput),
-    "too many handoffs": (described_model(handoffs=[bytes(32)] * (limits.MAX_BUNDLES + 1)), InvalidInput),
-    "model without tokens": (described_model(vocab=0), InvalidInput),
-    "model without context": (described_model(context=0), InvalidInput),
-    "too many models": (many({"models": list(described_model().models)}), InvalidInput),
+    "short fingerprint": (described(fingerprint=bytes(8)), InvalidReply),
+    "no tasks": (described(tasks=[]), InvalidReply),
+    "nine tasks": (described(tasks=[pb.Task(labels=2)] * 9), InvalidReply),
+    "one label": (described(tasks=[pb.Task(labels=2), pb.Task(labels=1)]), InvalidReply),
+    "wild number of labels": (described(tasks=[pb.Task(labels=limits.MAX_LABELS + 1)]), InvalidReply),
+    "no taps": (described(taps=[]), InvalidReply),
+    "nine taps": (described(taps=[pb.Tap(rates=1)] * 9), InvalidReply),
+    "no rates": (described(taps=[pb.Tap(rates=0)]), InvalidReply),
+    "65 rates": (described(taps=[pb.Tap(rates=65)]), InvalidReply),
+    "too many bundles": (many({"bundles": list(described().bundles)}), InvalidReply),
+    "short fingerprint of a model": (described_model(fingerprint=bytes(8)), InvalidReply),
+    "short fingerprint of a handoff": (described_model(handoffs=[bytes(8)]), InvalidReply),
+    "too many handoffs": (described_model(handoffs=[bytes(32)] * (limits.MAX_BUNDLES + 1)), InvalidReply),
+    "model without tokens": (described_model(vocab=0), InvalidReply),
+    "model without context": (described_model(context=0), InvalidReply),
+    "too many models": (many({"models": list(described_model().models)}), InvalidReply),
 }
 
 

@@ -131,3 +131,26 @@ def test_every_history_is_the_models(events: list[str]) -> None:
             case _:
                 breaker.record_probe(event == "probe ok", now_s)
         assert (breaker.state, breaker.probe_at_s) == (model.state, model.probe_at_s)
+
+
+def test_a_request_that_says_nothing_gives_the_trial_back() -> None:
+    breaker = Breaker(LIMITS)
+    breaker.record_probe(True, 0.0)
+    assert breaker.allow_request() and not breaker.allow_request()
+    breaker.record_nothing()
+    assert breaker.state == "half_open" and breaker.allow_request()
+
+
+def test_a_request_that_says_nothing_is_no_success_in_a_row_of_failures() -> None:
+    breaker = closed()
+    for _ in range(3):
+        breaker.record_nothing()
+        breaker.record_failure(0.0)
+    assert breaker.state == "open"
+
+
+def test_a_trip_opens_at_once_and_a_second_one_changes_nothing() -> None:
+    breaker = closed()
+    breaker.trip(5.0)
+    breaker.trip(5.5)
+    assert (breaker.state, breaker.probe_at_s) == ("open", 6.0)

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, LinkEstimate, LinkEstimator
+from isthmus.edge_agent.policy.estimates import (
+    EXPLORE_AGE_S,
+    EXPLORE_AT_MOST,
+    EXPLORE_EVERY,
+    Average,
+    DeviceLoad,
+    Exploration,
+    GraphLatency,
+    GuardedAverage,
+    LinkEstimate,
+    LinkEstimator,
+)
 
 TRUE = LinkEstimate(rtt_s=0.040, bytes_per_s=250_000)
 
@@ -137,3 +148,63 @@ def test_estimates_stay_finite_and_not_negative(runs: list[tuple[int, float]]) -
     for index, seconds in runs:
         made[index].observe(seconds)
     assert all(0 <= graph.value < 1e4 for graph in made)
+
+
+@pytest.mark.parametrize("before", [2, 3, 10])
+def test_a_stall_soon_after_the_first_probes_does_not_make_a_slow_link(before: int) -> None:
+    estimator = taught([10, 8192, *[300] * 8][:before])
+    estimator.observe(300, 10.0)
+    assert estimator.estimate.transfer_s(300) < 3 * TRUE.transfer_s(300)
+
+
+def test_two_quick_exchanges_end_an_estimate_that_is_far_too_slow() -> None:
+    estimator = taught([10, 8192] * 20, LinkEstimate(rtt_s=5.0, bytes_per_s=1_000))
+    for _ in range(2):
+        estimator.observe(300, TRUE.transfer_s(300))
+    assert estimator.estimate.transfer_s(300) == pytest.approx(TRUE.transfer_s(300))
+    assert estimator.estimate.transfer_s(8192) < 2.0
+
+
+def test_an_exchange_of_which_the_cloud_claims_more_than_all_says_nothing() -> None:
+    estimator = taught([10, 8192] * 3)
+    before = estimator.estimate
+    estimator.observe(300, -4294.0)
+    estimator.observe(300, 0.0)
+    assert estimator.estimate == before
+
+
+def guarded(*values: float) -> float:
+    average = GuardedAverage(prior=5.0)
+    for value in values:
+        average.observe(value)
+    return average.value
+
+
+def test_a_guarded_average_is_moved_by_no_single_outlier() -> None:
+    assert guarded() == 5.0
+    assert guarded(1.0) == 1.0
+    assert guarded(1e6, 1.0) == guarded(1.0, 1e6) == guarded(1.0, 1.0, 1e6) == guarded(1.0, 1e6, 1.0) == 1.0
+    assert guarded(*[1.0] * 20, 1e6) == guarded(*[1.0] * 20, 0.0) == 1.0
+
+
+def test_a_guarded_average_falls_at_once_and_rises_slowly() -> None:
+    assert guarded(*[100.0] * 20, 1.0, 1.0) == 1.0
+    assert 1.0 < guarded(*[1.0] * 20, 2.0, 2.0) < 1.2
+    assert guarded(*[1.0] * 20, *[2.0] * 60) == pytest.approx(2.0, rel=0.01)
+
+
+def test_exploration_becomes_rarer_without_replies_and_starts_over_with_one() -> None:
+    exploration = Exploration(0.0)
+    sent = [index for index in range(1, 1000) if exploration.due(0.0)]
+    gaps = [after - before for before, after in zip([0, *sent], sent, strict=False)]
+    assert gaps[:5] == [EXPLORE_EVERY * 2**k for k in range(4)] + [EXPLORE_AT_MOST]
+    assert set(gaps[4:]) == {EXPLORE_AT_MOST}
+    exploration.replied()
+    assert any([exploration.due(0.0) for _ in range(EXPLORE_EVERY)])
+
+
+def test_exploration_is_due_after_a_pause() -> None:
+    exploration = Exploration(0.0)
+    assert not exploration.due(EXPLORE_AGE_S - 1)
+    assert exploration.due(EXPLORE_AGE_S)
+    assert not exploration.due(EXPLORE_AGE_S + 1)

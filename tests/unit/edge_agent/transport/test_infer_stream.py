@@ -155,3 +155,16 @@ def test_a_request_that_is_being_sent_leaves_before_the_stream_half_closes(
     send(stream, 1)
     assert call.half_closed.wait(WAIT_S)
     assert call.requests == [1]
+
+
+def test_a_stream_is_idle_while_nothing_is_outstanding(open_stream: Any) -> None:
+    stream, call = open_stream()
+    assert stream.idle_s > 0
+    future = send(stream, 1)
+    assert stream.idle_s == 0
+    call.respond(1)
+    future.result(WAIT_S)
+    assert stream.idle_s > 0
+    send(stream, 2)
+    stream.give_up(2)
+    assert stream.idle_s > 0

@@ -12,16 +12,21 @@ import grpc
 import pytest
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.transport import link as module
 from isthmus.edge_agent.transport.infer_stream import InferStream
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import (
+    AgentClosed,
     DeadlineExceeded,
     Draining,
-    InvalidInput,
+    InvalidReply,
     IsthmusError,
     LinkDown,
     Overloaded,
     PayloadCorrupt,
+    PayloadTooLarge,
+    UnknownBundle,
+    UnsupportedVersion,
 )
 from isthmus.models.messages import BundleInfo, CloudReply, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
 from isthmus.protos import limits, wire
@@ -47,15 +52,23 @@ class Servicer(pb_grpc.IsthmusServicer):
         self.react: Reaction = good
         self.fingerprint = FINGERPRINT
         self.requests: list[pb.InferRequest] = []
-        self.streams = 0
+        self.streams = self.ended = 0
+        self.goodbyes = 0  # requests to answer with the end of their stream
+        self.described = threading.Event()
+        self.described.set()
 
     def InferStream(self, requests: Iterator[pb.InferRequest], context: Any) -> Iterator[pb.InferResponse]:
         self.streams += 1
         for request in requests:
             self.requests.append(request)
+            if self.goodbyes:
+                self.goodbyes -= 1
+                context.abort(grpc.StatusCode.UNAVAILABLE, "GOAWAY received; too_many_pings")
             yield from self.react(request)
+        self.ended += 1
 
     def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
+        self.described.wait(10)
         info = BundleInfo(
             self.fingerprint, "fake", (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 1),)
         )
@@ -75,6 +88,7 @@ class Cloud:
 def cloud() -> Iterator[Cloud]:
     made = Cloud()
     yield made
+    made.servicer.described.set()
     made.server.stop(None).wait()
 
 
@@ -133,7 +147,7 @@ def test_answers_to_other_tasks_than_requested_are_refused(
     cloud: Cloud, link: Link, probabilities: tuple[tuple[float, ...], ...]
 ) -> None:
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(probabilities, 0, 0))]
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidReply):
         link.infer(PAYLOAD, 5.0, (0, 1))
 
 
@@ -303,5 +317,142 @@ def test_an_interrupted_request_does_not_keep_the_trial(
         patch.setattr(link, "_exchange", interrupted)
         with pytest.raises(KeyboardInterrupt):
             link.infer(PAYLOAD, 5.0)
+    until(lambda: link.state == "half_open")
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+
+
+def test_a_request_is_sent_once_more_after_a_goodbye_and_its_bytes_count_twice(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.goodbyes = 1
+    sent: list[int] = []
+    exchange = link.infer(PAYLOAD, 5.0, (0,), sent.append)
+    assert exchange.reply.probabilities == ((0.25, 0.75),)
+    assert len(sent) == 2 and sum(sent) >= 2 * exchange.up_bytes - 1
+    assert (cloud.servicer.streams, link.state) == (2, "closed")
+
+
+def test_a_second_goodbye_is_a_failure(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.goodbyes = 2
+    with pytest.raises(LinkDown, match="GOAWAY"):
+        link.infer(PAYLOAD, 5.0)
+    assert len(cloud.servicer.requests) == 3
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+
+
+def test_a_request_that_draining_refuses_is_sent_once_more(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    refusals = iter([True])
+
+    def draining(request: pb.InferRequest) -> list[pb.InferResponse]:
+        if not next(refusals, False):
+            return good(request)
+        return [wire.pack_error(0, Draining("bye")), wire.pack_error(request.request_id, Draining("bye"))]
+
+    cloud.servicer.react = draining
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+    assert cloud.servicer.streams == 2
+
+
+def test_an_idle_stream_is_half_closed_and_the_next_request_opens_another(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "IDLE_STREAM_S", 0.05)
+    link.infer(PAYLOAD, 5.0)
+    stream = link._stream
+    assert stream is not None
+    link._wake.set()
+    time.sleep(0.1)
+    link._wake.set()
+    until(lambda: link._stream is None)
+    until(lambda: cloud.servicer.ended == 1)
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+    assert (cloud.servicer.streams, link.state) == (2, "closed")
+
+
+def hanging(request: pb.InferRequest) -> list[pb.InferResponse]:
+    return []
+
+
+@pytest.mark.parametrize("budget_s", [0.0, 0.001, 0.02])
+def test_deadlines_too_short_for_any_cloud_open_no_breaker(cloud: Cloud, link: Link, budget_s: float) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.react = hanging
+    for _ in range(6):
+        with pytest.raises(DeadlineExceeded):
+            link.infer(PAYLOAD, budget_s)
+    cloud.servicer.react = good
+    assert link.state == "closed"
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+
+
+def test_deadlines_too_short_to_tell_let_a_check_find_a_lost_cloud(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROBE_TIMEOUT_S", 0.3)
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.react = hanging
+    cloud.servicer.described.clear()
+    with pytest.raises(DeadlineExceeded):
+        link.infer(PAYLOAD, 0.02)
+    until(lambda: link.state == "open")
+    cloud.servicer.described.set()
+    until(lambda: link.state == "half_open")
+
+
+def test_a_request_that_was_not_sent_keeps_no_trial_and_proves_nothing(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: object) -> None:
+        raise PayloadTooLarge("over the cap")
+
+    assert link.state == "half_open"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.wire, "pack_request", refuse)
+        with pytest.raises(PayloadTooLarge):
+            link.infer(PAYLOAD, 5.0)
+    assert link.state == "half_open"
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+
+
+def test_a_request_after_close_is_a_clear_error(cloud: Cloud) -> None:
+    link = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, (2, 3), breaker=FAST)
+    assert link.wait_probed(10)
+    link.infer(PAYLOAD, 5.0)
+    link.close()
+    for use in (lambda: link.infer(PAYLOAD, 5.0), link.open_generate_stream):
+        with pytest.raises(AgentClosed, match="was closed"):
+            use()
+    assert link.state == "closed"
+
+
+def test_malformed_replies_open_the_breaker(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, CloudReply(((0.9, 0.9),), 0, 0))]
+    cloud.servicer.fingerprint = bytes(32)
+    for _ in range(3):
+        assert link.state == "closed"
+        with pytest.raises(InvalidReply):
+            link.infer(PAYLOAD, 5.0)
+    assert link.state == "open"
+
+
+@pytest.mark.parametrize("error", [UnknownBundle, UnsupportedVersion])
+def test_a_refusal_that_would_repeat_closes_the_way_until_describe_says_otherwise(
+    cloud: Cloud, link: Link, error: type[IsthmusError]
+) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.fingerprint = bytes(32)
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, error("another one"))]
+    sent: list[int] = []
+    with pytest.raises(error):
+        link.infer(PAYLOAD, 5.0, (0,), sent.append)
+    assert len(sent) == 1
+    time.sleep(3 * FAST.last_s)
+    assert link.state == "open" and "bundle" in (link.unavailable_reason() or "")
+    with pytest.raises(LinkDown):
+        link.infer(PAYLOAD, 5.0, (0,), sent.append)
+    assert len(sent) == 1 and len(cloud.servicer.requests) == 2
+    cloud.servicer.fingerprint, cloud.servicer.react = FINGERPRINT, good
     until(lambda: link.state == "half_open")
     assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)

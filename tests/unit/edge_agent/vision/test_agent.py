@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,22 @@ from prometheus_client import CollectorRegistry
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
-from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.policy.estimates import EXPLORE_EVERY, LinkEstimate
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.transport.link import Exchange
 from isthmus.edge_agent.vision.agent import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.metrics import REASONS, EdgeMetrics
 from isthmus.edge_agent.vision.result import TaskAnswer
-from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
+from isthmus.models.errors import (
+    AgentClosed,
+    DeadlineExceeded,
+    InvalidInput,
+    IsthmusError,
+    LinkDown,
+    Overloaded,
+    PayloadTooLarge,
+)
 from isthmus.models.messages import CloudReply, Codec, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
@@ -50,8 +58,9 @@ class FakeLink:
     def unavailable_reason(self) -> str | None:
         return self.refusal
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...] = (0,)) -> Exchange:
+    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...], sent: Callable[[int], None]) -> Exchange:
         self.payloads.append(payload)
+        sent(len(payload.data) + 30)
         self.tasks.append(tasks)
         self.budgets_s.append(budget_s)
         if self.error is not None:
@@ -469,3 +478,39 @@ def test_a_wrong_estimate_of_the_head_does_not_last(case: Case, photo: Image.Ima
 
 def test_the_runtimes_telemetry_is_off() -> None:
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def test_a_request_after_close_is_a_clear_error(tiny_bundle: Bundle, photo: Image.Image) -> None:
+    agent = EdgeAgent(EdgeConfig(tiny_bundle.folder, threads=1))
+    agent.close()
+    with pytest.raises(AgentClosed, match="was closed"):
+        agent.infer(photo)
+
+
+def test_bytes_that_were_sent_count_even_without_a_reply(case: Case, photo: Image.Image) -> None:
+    case.link.error = DeadlineExceeded("late")
+    answer = case.agent.infer(photo, tap="light", rate=0)
+    (payload,) = case.link.payloads
+    assert (answer.degraded, answer.bytes_up) == (True, len(payload.data) + 30)
+
+
+def test_a_cloud_excluded_by_its_estimate_is_explored_now_and_then(case: Case, photo: Image.Image) -> None:
+    """A stalled estimate must not keep every photo on the device; a reply that does not come makes it rarer."""
+    case.link.estimate = LinkEstimate(10.0, 1e6)
+    routes = [case.agent.infer(photo, deadline_s=5.0).route for _ in range(2 * EXPLORE_EVERY)]
+    assert [route == "fallback" for route in routes] == [*[True] * (EXPLORE_EVERY - 1), False] * 2
+    case.link.error = DeadlineExceeded("late")
+    case.link.payloads.clear()
+    for _ in range(100):
+        case.agent.infer(photo, deadline_s=5.0)
+    assert len(case.link.payloads) == 4, "after 5, 10, 20 and 40 photos"
+
+
+def test_a_wild_time_claimed_by_the_cloud_is_bounded_by_the_time_that_passed(case: Case, photo: Image.Image) -> None:
+    costs = case.agent.costs
+    costs.record_cloud(Payload(Codec.IMAGE, 0, 0, b""), 0.01)
+    wild = CloudReply((PROBABILITIES[0],), 0.0, 4294.0)
+    case.link.infer = lambda *arguments: Exchange(wild, 100, 25, 0.02)  # type: ignore[method-assign]
+    for _ in range(5):
+        assert case.agent.infer(photo, rate=0).route == "split"
+    assert costs.cloud_s(min(costs.tail_macs)) <= 0.02
