@@ -34,7 +34,7 @@ def prompt_of(agent: LanguageAgent, text: str) -> tuple[int, ...]:
 
 
 class Answer:
-    """An answer with the time of every token, on the clock of `time.monotonic`."""
+    """An answer with its summary."""
 
     def __init__(
         self,
@@ -48,7 +48,6 @@ class Answer:
     ) -> None:
         """`meanwhile` is called after each token with their number."""
         self.tokens: list[Token] = []
-        self.at_s = [time.monotonic()]
         self.summary: Summary | None = None
         for event in agent.generate(GenerationRequest(tuple(prompt), tokens, arm, sampling, quality=quality)):
             assert self.summary is None, "a summary is the last event"
@@ -56,7 +55,6 @@ class Answer:
                 self.summary = event
                 continue
             self.tokens.append(event)
-            self.at_s.append(time.monotonic())
             meanwhile(len(self.tokens))
 
     @property
@@ -67,10 +65,6 @@ class Answer:
     def how(self) -> Summary:
         assert self.summary is not None
         return self.summary
-
-    @property
-    def longest_gap_s(self) -> float:
-        return max(later - sooner for sooner, later in zip(self.at_s, self.at_s[1:], strict=False))
 
 
 def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
