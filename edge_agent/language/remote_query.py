@@ -103,5 +103,4 @@ class RemoteQuery:
 
     def _count(self, committed: Committed) -> None:
         self._stats.count_reply(committed, first=True)
-        if committed.passes == 1:
-            self._speculation.step_s.observe(committed.queue_s + committed.compute_s)
+        self._speculation.observe_reply(committed)

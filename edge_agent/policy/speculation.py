@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from isthmus.edge_agent.policy.estimates import Average
+from isthmus.models.messages import Committed
 
 MIN_DRAFTS, MAX_DRAFTS = 4, 16  # of a round
 MAX_ROUNDS = 4  # in flight at once
@@ -174,6 +175,11 @@ class SpeculationStats:
         """What a token costs over a link of this round trip."""
         step_s, draft_s, acceptance = self.step_s.value, self.draft_s.value, self.acceptance.overall
         return LatencyModel(rtt_s, step_s, draft_s, acceptance, self.measured.value, self.measured.tokens)
+
+    def observe_reply(self, committed: Committed) -> None:
+        """A reply that took one forward pass says what a step of the cloud takes."""
+        if committed.passes == 1:
+            self.step_s.observe(committed.queue_s + committed.compute_s)
 
     def fade(self) -> None:
         """Another text may follow: what was learned of this one says less of that."""

@@ -142,5 +142,4 @@ class Rounds:
     def _count(self, committed: Committed) -> None:
         self._stats.count_reply(committed, self._first)
         self._first = False
-        if committed.passes == 1:
-            self._speculation.step_s.observe(committed.queue_s + committed.compute_s)
+        self._speculation.observe_reply(committed)

@@ -15,8 +15,10 @@ from isthmus.edge_agent.policy.speculation import (
     Acceptance,
     LatencyModel,
     MeasuredLatency,
+    SpeculationStats,
     next_action,
 )
+from isthmus.models.messages import Committed
 
 PAYS = LatencyModel(rtt_s=0.05, step_s=0.03, draft_s=0.005, acceptance=0.95)
 
@@ -171,3 +173,12 @@ def test_what_was_learnt_of_drafts_fades() -> None:
     for _ in range(3 * RETRY_ANSWERS):
         acceptance.fade()
     assert acceptance.overall > 0.8, "but not for ever"
+
+
+def test_only_a_reply_of_one_forward_pass_says_what_a_step_takes() -> None:
+    stats = SpeculationStats()
+    unknown_s = stats.step_s.value
+    stats.observe_reply(Committed(5, passes=3, queue_s=1.0, compute_s=9.0))
+    assert stats.step_s.value == unknown_s
+    stats.observe_reply(Committed(5, passes=1, queue_s=0.01, compute_s=0.02))
+    assert stats.step_s.value == pytest.approx(0.03)
