@@ -13,6 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.language import service as language_service
 from isthmus.cloud_service.language.service import LanguageService
@@ -30,7 +31,9 @@ async def serve(config: CloudConfig) -> None:
         torch.set_num_threads(config.threads)
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    queue = ByteBudget(config.queue_bytes)
     vision = vision_service.load(config, registry)
+    vision.metrics.watch(queue)
     language = language_service.load(config, registry)
     server = Server(Servicer(vision, language, vision.metrics), vision, language)
     ports = await server.start(config, registry)

@@ -85,6 +85,11 @@ class CloudConfig(Settings):
     queue_limit: Annotated[int, Field(ge=1, le=100_000, description="Photos that may wait; more are refused.")] = (
         256  # at 50 a second, five seconds of work, longer than most devices wait
     )
+    queue_bytes: Annotated[
+        int,
+        Field(ge=1 << 20, description="Mebibytes of payloads, answers and texts that may wait; more are refused."),
+        Flag("queue_mb", 1 / (1 << 20)),
+    ] = 256 << 20  # sixty of the largest photos; a queue of usual payloads takes a few
     drain_s: Annotated[float, Field(ge=0, le=600, description="Seconds to finish what is running after SIGTERM.")] = (
         20.0
     )

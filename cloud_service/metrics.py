@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.models.errors import IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
 from isthmus.models.messages import BundleInfo
 
@@ -44,6 +45,11 @@ class CloudMetrics:
             "isthmus_cloud_batch_size", "Inputs in each batch.", ["model"], buckets=BATCH_BUCKETS, registry=registry
         )
         self._depth = Gauge("isthmus_cloud_queue_depth", "Inputs waiting for a batch.", registry=registry)
+        self._queued = Gauge(
+            "isthmus_cloud_queued_bytes",
+            "Bytes of payloads, answers and texts of sessions that are held.",
+            registry=registry,
+        )
         self._inflight = Gauge("isthmus_cloud_inflight_requests", "Requests being answered.", registry=registry)
         self._rejected = counter(
             "requests_rejected",
@@ -86,6 +92,10 @@ class CloudMetrics:
 
     def queue_depth(self, depth: int) -> None:
         self._depth.set(depth)
+
+    def watch(self, queue: ByteBudget) -> None:
+        """Export the bytes that `queue` holds."""
+        self._queued.set_function(lambda: queue.held_bytes)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.metrics import IMAGE, METHODS, REJECTIONS, CloudMetrics
 from isthmus.models.errors import InvalidInput, IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
 from isthmus.models.messages import BundleInfo, TapInfo, TaskInfo
@@ -85,3 +86,12 @@ def test_inputs_are_counted_by_tap_and_by_each_task(metrics: CloudMetrics, regis
 def test_promtool_accepts_the_metrics(metrics: CloudMetrics, registry: CollectorRegistry) -> None:
     result = subprocess.run(["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
+
+
+def test_the_bytes_that_wait_are_read_when_they_are_asked_for(
+    metrics: CloudMetrics, registry: CollectorRegistry
+) -> None:
+    queue = ByteBudget(100)
+    metrics.watch(queue)
+    queue.take(30)
+    assert registry.get_sample_value("isthmus_cloud_queued_bytes") == 30
