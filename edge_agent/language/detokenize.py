@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from isthmus.edge_agent.language.request import Summary, Token
-from isthmus.models.language.checkpoint.tokenizer import TextStream
+from isthmus.models.language.checkpoint.token_text import TextStream
 
 if TYPE_CHECKING:
     from isthmus.models.language.checkpoint.tokenizer import Tokenizer
@@ -42,12 +42,15 @@ AnswerEvent = tuple[TextDelta, ...] | Outcome
 
 
 class Detokenizer:
-    """The text of one answer, token by token. `stopped` is true once a stop string is complete."""
+    """The text of one answer, token by token. `stopped` is true once a stop string is complete.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    `continues`: the answer goes on where the text of the prompt ends, so its first token keeps its leading space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stops if stop)
-        self._stream = TextStream()
+        self._stream = TextStream(0 if continues else tokenizer.leading_spaces)
         self._held: list[TextDelta] = []
         self.stopped = False
 

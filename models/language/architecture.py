@@ -20,6 +20,13 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Positions divided by `factor` (position interpolation, Chen et al., 2023; `rope_type: linear`)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class LlamaConfig:
     """Sizes in elements, `context` in tokens."""
 
@@ -36,7 +43,7 @@ class LlamaConfig:
     tied: bool  # the output head shares the embedding's weights
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Qwen 3: RMSNorm of each query and key head
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | None = None
 
 
 def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
@@ -46,6 +53,8 @@ def rope_frequencies(config: LlamaConfig) -> NDArray[np.float32]:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies.astype(np.float32)
+    if isinstance(scaling, LinearScaling):
+        return (frequencies / np.float32(scaling.factor)).astype(np.float32)
     turns = scaling.original_context * frequencies / (2 * math.pi)  # within the original context
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     share = np.clip(smooth, 0, 1)  # of the unscaled frequency

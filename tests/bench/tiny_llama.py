@@ -19,7 +19,7 @@ from isthmus.models.language.checkpoint.checkpoint import smollm2_path
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
 from isthmus.models.language.checkpoint.gguf_model import LAYER, TOP
 from isthmus.models.language.checkpoint.gguf_tokenizer import build
-from isthmus.models.language.checkpoint.tokenizer import BYTES
+from isthmus.models.language.checkpoint.token_text import BYTES
 from isthmus.models.language.checkpoint.weights import tensor_shapes
 
 Kind = Literal["llama", "qwen2", "qwen3"]

@@ -28,7 +28,8 @@ ChoiceEvent = tuple[int, AnswerEvent]  # index of the choice, event
 def generate_choices(backend: GenerationBackend, job: Job) -> Iterator[ChoiceEvent]:
     """The events of a job's choices, one choice after the other."""
     for index, request in enumerate(job.requests):
-        events = detokenize(backend.generate(request), Detokenizer(backend.tokenizer, job.stops))
+        detokenizer = Detokenizer(backend.tokenizer, job.stops, continues=job.kind == "completion")
+        events = detokenize(backend.generate(request), detokenizer)
         try:
             for event in events:
                 yield index, event

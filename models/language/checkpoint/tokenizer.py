@@ -1,14 +1,13 @@
-"""Convert text to token ids and back: byte-level BPE of the `tokenizers` library, special tokens, chat template.
+"""Convert text to token ids and back: BPE or unigram of the `tokenizers` library, special tokens, chat template.
 
     text ── encode ──> ids        messages ── chat ──> ids
-    text <── decode ── ids        bytes of one token <── token_bytes ── id ;  TextStream: bytes to whole characters
+    text <── decode ── ids        bytes of one token <── token_bytes ── id
 
-A token's bytes can be part of a character. SentencePiece (Llama 2) is not supported. Knows nothing about models.
+A token's bytes can be part of a character: `token_text.TextStream` makes text of them. Knows nothing about models.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -18,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import models
 
 from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.language.checkpoint import sentencepiece
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.huggingface import read_bytes, read_json
+from isthmus.models.language.checkpoint.token_text import TextStream, read_decoder
 
+JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 MAX_TOKENIZER_BYTES = 64 << 20  # Llama 3's tokenizer.json has 17 MB
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -40,7 +42,8 @@ class Message:
 class Tokenizer:
     """`size`: tokens in the vocabulary; a model's embedding may have more rows, which stand for no token.
 
-    `eos_ids`: every token that ends an answer.
+    `eos_ids`: every token that ends an answer. `leading_spaces`: at most as many at the start of a text's first token
+    are not part of the text.
     """
 
     def __init__(
@@ -50,11 +53,15 @@ class Tokenizer:
         merges: Sequence[str],
         eos_ids: Iterable[object],
         template: ChatTemplate | None,
+        bos: Sequence[int] | None = None,
         unused: Iterable[int] = (),
     ) -> None:
-        """`merges`: "left right" in order. `unused`: ids that stand for no text. Raises BundleError for invalid ids."""
-        if not (isinstance(backend.model, models.BPE) and isinstance(backend.decoder, decoders.ByteLevel)):
-            raise BundleError("tokenizer: not a byte-level BPE, the only supported kind")
+        """`merges`: the rules of the model, in order. `bos`: ids before every text, None: those that `backend` adds.
+        `unused`: ids that stand for no text. Raises BundleError for invalid ids.
+        """
+        if not isinstance(backend.model, models.BPE | models.Unigram):
+            raise BundleError(f"tokenizer: {type(backend.model).__name__}, this program reads BPE and Unigram")
+        self._text = read_decoder(backend)
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -63,26 +70,34 @@ class Tokenizer:
         self._added = {id: token.content for id, token in added.items()}
         self._special = frozenset(id for id, token in added.items() if token.special) | frozenset(unused)
         self._unused = frozenset(unused)
+        self._bos = first_ids(backend) if bos is None else list(bos)
         self._merges_digest = hashlib.sha256("\0".join(merges).encode()).digest()
         self._template = template
         self.size = max(self._vocabulary.values(), default=-1) + 1
         self.eos_ids = self._end_ids(eos_ids)
+        self.leading_spaces = self._text.leading_spaces
 
     @classmethod
     def open(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of a Hugging Face folder. Raises BundleError."""
-        raw = read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        """Read the tokenizer of a Hugging Face folder: tokenizer.json, or tokenizer.model. Raises BundleError."""
+        legacy = not (folder / JSON).exists() and (folder / SENTENCEPIECE).exists()
+        name = SENTENCEPIECE if legacy else JSON
+        raw = read_bytes(folder / name, MAX_TOKENIZER_BYTES)
         try:
-            backend = tokenizers.Tokenizer.from_str(raw.decode())
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(raw)["model"]["merges"]]
+            backend, merges = read_sentencepiece(folder, raw) if legacy else read_tokenizer_json(raw)
+        except BundleError:
+            raise
         except Exception as error:  # the library raises no narrower class
-            raise BundleError(f"tokenizer.json: {str(error)[:200]}") from error
-        names, source = _tokenizer_config(folder)
+            raise BundleError(f"{name}: {str(error)[:200]}") from error
+        content = _tokenizer_config(folder)
+        names, source = _named_tokens(content), _template_source(folder, content)
+        bos, adds = backend.token_to_id(names.get("bos_token", "")), content.get("add_bos_token", legacy or None)
         return cls(
             backend,
             merges=merges,
             eos_ids=[*_configured_ends(folder), backend.token_to_id(names.get("eos_token", ""))],
             template=None if source is None else ChatTemplate(source, names),
+            bos=None if not isinstance(adds, bool) else [bos] if adds and bos is not None else [],
         )
 
     @cached_property
@@ -95,12 +110,14 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of `text`, with a beginning-of-text token if the model's settings ask for one.
 
+        Never with an end-of-text token, whatever the settings: a prompt is to be continued.
+
         `special`: text such as <|im_end|> becomes that token; False keeps it as ordinary text, for untrusted input.
         Bytes that are missing from the vocabulary are dropped (SmolLM2's lacks 21, all rare controls or part of no
         assigned character). Raises InvalidInput when `text` holds a lone surrogate.
         """
         backend = self._backend if special else self._literal
-        return backend.encode(_encodable(text), add_special_tokens=True).ids
+        return self._bos + backend.encode(_encodable(text), add_special_tokens=False).ids
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation up to where the assistant's answer begins.
@@ -120,17 +137,19 @@ class Tokenizer:
         """
         if self.special(id):
             return b""
-        if id in self._added:
+        if self._text.byte_level and id in self._added:
             return self._added[id].encode()
-        token = self._backend.id_to_token(id) or ""  # "": a gap between ids
-        try:
-            return bytes(BYTES[character] for character in token)
-        except KeyError:
-            return token.encode()
+        return self._text.bytes_of(self._backend.id_to_token(id) or "")  # "": a gap between ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens; invalid UTF-8 becomes U+FFFD. Raises InvalidInput."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        stream = TextStream(self.leading_spaces)
+        return "".join(stream.push(self.token_bytes(id)) for id in ids) + stream.finish()
+
+    @property
+    def has_template(self) -> bool:
+        """Whether `chat` can render a conversation."""
+        return self._template is not None
 
     def special(self, id: int) -> bool:
         """Whether a token is a control token and not text. Raises InvalidInput for an id out of range."""
@@ -156,34 +175,6 @@ class Tokenizer:
         return frozenset(id for id in found if id is not None)
 
 
-class TextStream:
-    """Decodes the bytes of tokens incrementally, character by character; invalid UTF-8 becomes U+FFFD."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: bytes) -> str:
-        """The characters that `token` completes, possibly none."""
-        return self._decoder.decode(token)
-
-    def finish(self) -> str:
-        """Decode an incomplete last character as U+FFFD and reset for the next text."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Characters of byte-level BPE and the bytes that they stand for (GPT-2, `bytes_to_unicode`)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    shifted = {chr(256 + index): byte for index, byte in enumerate(others)}
-    return {**{chr(byte): byte for byte in printable}, **shifted}
-
-
-BYTES = byte_alphabet()
-
-
 def _encodable(text: str) -> str:
     try:
         text.encode()
@@ -192,21 +183,65 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _tokenizer_config(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Named special tokens with their text, and the source of the chat template, if there is one."""
-    content: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").exists():
-        content = read_json(folder / "tokenizer_config.json")
+def read_tokenizer_json(raw: bytes) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """A tokenizer and the rules of its model. Raises any error for broken content."""
+    model = json.loads(raw)["model"]
+    if "merges" not in model:
+        rules = sentencepiece.unigram_rules((str(token), float(score)) for token, score in model["vocab"])
+    else:
+        pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        rules = sentencepiece.merge_rules(pairs) if model.get("byte_fallback") else list(map(" ".join, pairs))
+    return tokenizers.Tokenizer.from_str(raw.decode()), rules
+
+
+def read_sentencepiece(folder: Path, raw: bytes) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """The same from a tokenizer.model, with the tokens that tokenizer_config.json or added_tokens.json add."""
+    pieces = sentencepiece.parse(raw)
+    backend = sentencepiece.build(pieces)
+    for id, token in sorted(_added_tokens(folder).items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != id:
+            raise BundleError(f"{folder.name}: added token {token.content[:40]!a} does not get its id {id}")
+    return backend, pieces.rules()
+
+
+def first_ids(backend: tokenizers.Tokenizer) -> list[int]:
+    """What a tokenizer's post-processor puts before a text."""
+    encoding = backend.encode("a")
+    count = next((at for at, part in enumerate(encoding.sequence_ids) if part is not None), 0)
+    return encoding.ids[:count]
+
+
+def _added_tokens(folder: Path) -> dict[int, tokenizers.AddedToken]:
+    plain = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
+    found = {id: tokenizers.AddedToken(text, special=True, normalized=False) for text, id in plain.items()}
+    for id, token in (_tokenizer_config(folder).get("added_tokens_decoder") or {}).items():
+        settings = {key: token[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in token}
+        found[int(id)] = tokenizers.AddedToken(token["content"], normalized=False, **settings)
+    return found
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _named_tokens(content: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens with their text."""
     tokens = {name: content.get(name) for name in NAMED_TOKENS}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    names = {name: text for name, text in texts.items() if isinstance(text, str)}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _template_source(folder: Path, content: dict[str, Any]) -> str | None:
+    """The source of the chat template, if there is one."""
     template = content.get("chat_template")
     if (path := folder / "chat_template.jinja").exists():
         template = read_bytes(path, MAX_TOKENIZER_BYTES).decode("utf-8", errors="replace")
     if isinstance(template, list):  # several named templates, in older checkpoints
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
-    return names, template if isinstance(template, str) else None
+    return template if isinstance(template, str) else None
 
 
 def _configured_ends(folder: Path) -> list[object]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.errors import BundleError
-from isthmus.models.language.architecture import LlamaConfig
+from isthmus.models.language.architecture import LlamaConfig, RopeScaling
 
 Shape = tuple[int, ...]
 MAX_LAYERS = 512  # four times Llama 3.1 405B; each takes a dozen entries before a tensor is read
@@ -106,7 +106,7 @@ def check_config(config: LlamaConfig, where: str) -> LlamaConfig:
     if config.head_dim % 2:
         raise BundleError(f"{where}: head size is {config.head_dim}, rotary embeddings need it even")
     scaling = config.rope_scaling
-    if scaling and not scaling.low_freq_factor < scaling.high_freq_factor:
+    if isinstance(scaling, RopeScaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
         raise BundleError(f"{where}: Llama 3 rope scaling needs low_freq_factor below high_freq_factor")
     return config
 

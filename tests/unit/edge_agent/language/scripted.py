@@ -14,7 +14,8 @@ from tokenizers import AddedToken, decoders, models
 from isthmus.edge_agent.language.request import GenerationRequest, Source, Summary, Token
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
-from isthmus.models.language.checkpoint.tokenizer import BYTES, Tokenizer
+from isthmus.models.language.checkpoint.token_text import BYTES
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 
 END = 256
 TEMPLATE = (

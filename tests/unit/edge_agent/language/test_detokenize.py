@@ -3,11 +3,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, TextDelta, detokenize, overlap
 from isthmus.edge_agent.language.request import Summary, Token
+from isthmus.models.language.checkpoint import gguf_tokenizer
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from tests.bench.tiny_sentencepiece import gguf_fields, tiny_pieces, tokenizer_json
 
 END = 1_000_000
 
@@ -16,6 +19,7 @@ class Table:
     """A tokenizer whose tokens are these pieces."""
 
     eos_ids = frozenset({END})
+    leading_spaces = 0
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
@@ -119,6 +123,38 @@ def test_nothing_is_released_after_a_stop_string() -> None:
 )
 def test_overlap(text: str, stop: str, length: int) -> None:
     assert overlap(text, stop) == length
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    return gguf_tokenizer.read(gguf_fields())
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], continues: bool = False) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, continues=continues)
+    steps = [detokenizer.push(Token(id, "edge")) for id in ids]
+    return ["".join(delta.text for delta in step) for step in [*steps, detokenizer.finish()]]
+
+
+@given(ids=st.lists(st.integers(3, len(tiny_pieces().tokens) - 1) | st.sampled_from([0, 1]), max_size=20))
+@settings(max_examples=300)
+def test_a_stream_of_sentencepiece_is_what_decode_gives(sentencepiece: Tokenizer, ids: list[int]) -> None:
+    assert "".join(streamed(sentencepiece, ids)) == sentencepiece.decode(ids)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁<"), max_size=30))
+def test_a_stream_of_sentencepiece_is_the_text_and_what_the_library_gives(sentencepiece: Tokenizer, text: str) -> None:
+    ids = sentencepiece.encode(text)
+    pieces = streamed(sentencepiece, ids)
+    assert "".join(pieces) == tokenizer_json().decode(ids) == text
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_an_answer_begins_without_a_space_and_a_continuation_with_it(sentencepiece: Tokenizer) -> None:
+    ids = sentencepiece.encode("the fox 🎉")[1:]
+    assert "".join(streamed(sentencepiece, ids)) == "the fox 🎉"
+    assert "".join(streamed(sentencepiece, ids, continues=True)) == " the fox 🎉"
+    assert "".join(streamed(sentencepiece, [1, *ids])) == "the fox 🎉", "a special token is not the first"
 
 
 class Events:

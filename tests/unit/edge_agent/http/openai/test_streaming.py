@@ -18,7 +18,9 @@ from isthmus.edge_agent.http.openai.streaming import (
 )
 from isthmus.edge_agent.language.detokenize import Outcome, TextDelta
 from isthmus.edge_agent.language.request import Token
-from tests.unit.edge_agent.http.openai.bodies import BACKEND, chat
+from isthmus.models.language.checkpoint import gguf_tokenizer
+from tests.bench.tiny_sentencepiece import gguf_fields
+from tests.unit.edge_agent.http.openai.bodies import BACKEND, chat, completion
 from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
 HELLO = (TextDelta(Token(104, "edge"), "h"),)
@@ -53,6 +55,17 @@ async def from_list(events: Sequence[ChoiceEvent]) -> AsyncGenerator[ChoiceEvent
 
 async def collect(chunks: AsyncIterator[bytes]) -> list[bytes]:
     return [chunk async for chunk in chunks]
+
+
+def test_a_chat_begins_without_sentencepieces_space_and_a_completion_with_it() -> None:
+    fields = {**gguf_fields(), "tokenizer.chat_template": "{{ messages[0].content }}"}
+    backend = ScriptedBackend("#d", tokenizer=gguf_tokenizer.read(fields))  # <0x20>, <0x61>
+    texts = {}
+    for make in (chat, completion):
+        events = generate_choices(backend, make(backend=backend, max_tokens=2))
+        deltas = [event for _, event in events if not isinstance(event, Outcome)]
+        texts[make] = "".join(delta.text for each in deltas for delta in each)
+    assert texts == {chat: "a", completion: " a"}
 
 
 def test_the_choices_follow_one_another() -> None:

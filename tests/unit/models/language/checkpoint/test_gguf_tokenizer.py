@@ -8,7 +8,7 @@ import pytest
 
 from isthmus.models.errors import BundleError
 from isthmus.models.language.checkpoint import gguf_tokenizer
-from isthmus.models.language.checkpoint.tokenizer import BYTES
+from isthmus.models.language.checkpoint.token_text import BYTES
 
 
 def little(**changes: Any) -> dict[str, Any]:
@@ -33,14 +33,14 @@ def little(**changes: Any) -> dict[str, Any]:
     ("pre", "words"),
     [
         ("gpt-2", ["Ġ1", "2", "3", "ab"]),
-        ("default", ["Ġ1", "2", "3", "ab"]),
-        (None, ["Ġ1", "2", "3", "ab"]),
         ("smollm", ["Ġ", "1", "2", "3", "ab"]),
         ("llama-bpe", ["Ġ", "123", "ab"]),
+        ("llama3", ["Ġ", "123", "ab"]),
+        ("llama-v3", ["Ġ", "123", "ab"]),
         ("qwen2", ["Ġ", "1", "2", "3", "ab"]),
     ],
 )
-def test_where_text_is_cut(pre: str | None, words: list[str]) -> None:
+def test_where_text_is_cut(pre: str, words: list[str]) -> None:
     fields = little(pre=pre)
     tokens = fields["tokenizer.ggml.tokens"]
     ids = gguf_tokenizer.read({**fields, "tokenizer.ggml.add_bos_token": False}).encode(" 123ab")
@@ -81,8 +81,10 @@ def test_qwen_composes_characters() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, r"model is llama, this program reads gpt2"),
+        ({"model": "bert"}, r"model is bert, this program reads gpt2"),
         ({"pre": "tekken"}, r"pre is tekken, this program reads smollm"),
+        ({"pre": "default"}, r"ggml\.pre is missing or default.*expected smollm, gpt-2, llama-bpe.*--pre-tokenizer"),
+        ({"pre": None}, r"ggml\.pre is missing or default.*expected smollm, gpt-2, llama-bpe.*--pre-tokenizer"),
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": [1, 2]}, "tokens is missing or not an array of str"),
         ({"tokens": ["a"] * 264}, "no duplicates"),
@@ -91,6 +93,7 @@ def test_qwen_composes_characters() -> None:
         ({"merges": None}, "merges is missing"),
         ({"merges": ["nothing"]}, "GGUF tokenizer"),
         ({"merges": ["xx yy"]}, "GGUF tokenizer"),
+        ({"eom_token_id": 264}, "end-of-text id 264"),
         ({"eot_token_id": 264}, "end-of-text id 264"),
         ({"eot_token_id": "x"}, "end-of-text id x"),
     ],

@@ -17,7 +17,8 @@ from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint import gguf_tokenizer
 from isthmus.models.language.checkpoint.checkpoint import smollm2_path
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
-from isthmus.models.language.checkpoint.tokenizer import Message, TextStream, Tokenizer
+from isthmus.models.language.checkpoint.token_text import TextStream
+from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from tests.bench.tiny_llama import byte_tokenizer, write_tiny_llama
 
 TEXTS = [
