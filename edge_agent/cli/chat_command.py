@@ -10,7 +10,7 @@ from isthmus.edge_agent.cli.clouds import describe_clouds
 from isthmus.edge_agent.cli.prompts import open_prompts
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import ChatConfig, LanguageConfig
-from isthmus.models.fail import needing
+from isthmus.models.fail import fail, needing
 from isthmus.models.messages import Sampling
 from isthmus.models.options import Command, read
 
@@ -43,6 +43,8 @@ def chat(as_json: bool) -> None:
         from isthmus.edge_agent.cli.chat import ChatSettings
         from isthmus.edge_agent.cli.chat import chat as start
     with open_prompts(config) as agent:
+        if not agent.tokenizer.has_template:
+            fail(f"{agent.name} has no chat template, so it cannot chat; edge-agent run serves it at /v1/completions")
         if source is None and not as_json:
             click.echo(f"{agent.name}, {describe_clouds(agent.replicas)}")
         details = ChatSettings(chosen.system, chosen.max_tokens, sampling, config.prices, as_json)

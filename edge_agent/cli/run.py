@@ -60,6 +60,12 @@ def run(as_json: bool) -> None:
         if config is not None:
             language = stack.enter_context(open_prompts(config, registry))
             prompts = open_routes(language)
+            if not language.tokenizer.has_template:
+                click.echo(
+                    f"warning: {language.name} has no chat template: /v1/chat/completions is refused, "
+                    "/v1/completions continues a text",
+                    err=True,
+                )
             line |= {"model": language.name, "cloud": describe_clouds(language.replicas)}
         app = create_app(registry, photos, prompts)
         serve(app, parse_address(http.listen), http.drain_s, partial(announce, line, as_json))

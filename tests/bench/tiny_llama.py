@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +11,11 @@ import gguf
 import numpy as np
 import safetensors.numpy
 import tokenizers
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, RopeScalingType
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
+from isthmus.models.language.architecture import LinearScaling
 from isthmus.models.language.checkpoint import gguf_model, huggingface
 from isthmus.models.language.checkpoint.checkpoint import smollm2_path
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
@@ -21,9 +23,12 @@ from isthmus.models.language.checkpoint.gguf_model import LAYER, TOP
 from isthmus.models.language.checkpoint.gguf_tokenizer import build
 from isthmus.models.language.checkpoint.token_text import BYTES
 from isthmus.models.language.checkpoint.weights import tensor_shapes
+from tests.bench.tiny_sentencepiece import tiny_pieces, tokenizer_json
 
 Kind = Literal["llama", "qwen2", "qwen3"]
-Vocab = Literal["bytes", "smollm2"]
+NO_KEYS: Mapping[str, Any] = {}
+VALUE_TYPES = {str: GGUFValueType.STRING, float: GGUFValueType.FLOAT32, int: GGUFValueType.UINT32}
+Vocab = Literal["bytes", "smollm2", "pieces"]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2, as in SmolLM2
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 CHATML = (
@@ -50,10 +55,11 @@ def write_tiny_llama(
 ) -> Path:
     """A Hugging Face folder with float32 weights of standard deviation `scale`; `settings` go into config.json.
 
-    `vocab`: `bytes` has 3 special tokens, then one for each byte (259); `smollm2` is SmolLM2's (49,152).
+    `vocab`: `bytes` has 3 special tokens, then one for each byte (259); `smollm2` is SmolLM2's (49,152);
+    `pieces` is that of `tiny_sentencepiece`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    backend = byte_tokenizer() if vocab == "bytes" else smollm2_tokenizer()
+    backend = {"bytes": byte_tokenizer, "smollm2": smollm2_tokenizer, "pieces": tokenizer_json}[vocab]()
     config = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -81,6 +87,15 @@ def write_tiny_llama(
     return folder
 
 
+def without_template(folder: Path) -> Path:
+    """Takes the chat template out of a folder, as of a base model."""
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    del content["chat_template"]
+    _write_json(path, content)
+    return folder
+
+
 def random_weights(config: dict[str, Any], seed: int, scale: float) -> dict[str, NDArray[np.float32]]:
     """Every tensor that `config` (of config.json) calls for: normal, norms around 1."""
     rng = np.random.default_rng(seed)
@@ -91,14 +106,19 @@ def random_weights(config: dict[str, Any], seed: int, scale: float) -> dict[str,
     return tensors
 
 
-def write_tiny_gguf(path: Path, folder: Path, matrices: str = "Q4_1") -> Path:
-    """The model of `folder` (of `write_tiny_llama`, vocab `bytes`) as GGUF, as convert_hf_to_gguf.py writes it.
+def write_tiny_gguf(
+    path: Path, folder: Path, matrices: str = "Q4_1", keys: Mapping[str, Any] = NO_KEYS, part_tensors: int = 0
+) -> Path:
+    """The model of `folder` (of `write_tiny_llama`, vocab `bytes` or `pieces`) as GGUF, as the converter writes it.
 
-    Weight matrices of the layers as type `matrices`, the embedding as Q8_0 and the rest as float32.
+    Weight matrices of the layers as type `matrices`, the embedding as Q8_0 and the rest as float32. `keys`: numbers and
+    texts of the header beside the usual. `part_tensors` above 0: split into files of as many.
     """
     content = huggingface.read_json(folder / "config.json")
     config = huggingface.read_config(content)
-    writer = GGUFWriter(path, content["model_type"])
+    writer = GGUFWriter(path, content["model_type"], split_max_tensors=part_tensors)
+    for key, value in keys.items():
+        writer.add_key_value(key, value, VALUE_TYPES[type(value)])
     writer.add_block_count(config.layers)
     writer.add_embedding_length(config.hidden)
     writer.add_head_count(config.heads)
@@ -110,10 +130,13 @@ def write_tiny_gguf(path: Path, folder: Path, matrices: str = "Q4_1") -> Path:
     writer.add_vocab_size(config.vocab)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    if config.rope_scaling:
+    if isinstance(config.rope_scaling, LinearScaling):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+    elif config.rope_scaling:
         factors = gguf_model.llama3_factors(config, config.rope_scaling)
         writer.add_tensor(gguf_model.ROPE_FACTORS, factors.astype(np.float32))
-    _add_byte_vocabulary(writer)
+    (_add_byte_vocabulary if config.vocab == len(SPECIAL) + 256 else _add_pieces)(writer)
     interleaved = {"q_proj": config.heads, "k_proj": config.kv_heads} if content["model_type"] == "llama" else {}
     for name, values in safetensors.numpy.load_file(folder / huggingface.WEIGHTS).items():
         if (heads := interleaved.get(name.split(".")[-2])) is not None:
@@ -164,6 +187,16 @@ def _add_byte_vocabulary(writer: GGUFWriter) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHATML)
+
+
+def _add_pieces(writer: GGUFWriter) -> None:
+    pieces = tiny_pieces()
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(list(pieces.tokens))
+    writer.add_token_scores(list(pieces.scores))
+    writer.add_token_types(list(pieces.types))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

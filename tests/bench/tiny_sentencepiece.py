@@ -14,6 +14,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from isthmus.models.language.checkpoint.sentencepiece import Pieces
 
 Style = Literal["prepend", "metaspace"]  # of a tokenizer.json: Llama 2's, and that of transformers 5
+TokenizerFile = Literal["tokenizer.json", "tokenizer.model"]
 SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in Llama 2
 TEXT = """The quick brown fox jumps over the lazy dog. Then the other dogs jumped over the foxes; they were there.
   for x in range(10):
@@ -98,7 +99,7 @@ def field(number: int, data: bytes) -> bytes:
     return bytes([number << 3 | 2]) + size + bytes([length]) + data
 
 
-def write_tokenizer(folder: Path, kind: Literal["tokenizer.json", "tokenizer.model"]) -> Path:
+def write_tokenizer(folder: Path, kind: TokenizerFile) -> Path:
     """Replaces the tokenizer of a Hugging Face folder by this one."""
     (folder / "tokenizer.json").unlink(missing_ok=True)
     if kind == "tokenizer.json":

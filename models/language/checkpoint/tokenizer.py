@@ -126,7 +126,7 @@ class Tokenizer:
         when there is no template, when it rejects the messages, and for a lone surrogate.
         """
         if self._template is None:
-            raise InvalidInput("this model has no chat template")
+            raise InvalidInput("this model has no chat template: it continues texts and cannot chat")
         text = self._template.render([asdict(message) for message in messages])
         return self._backend.encode(_encodable(text), add_special_tokens=False).ids
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from isthmus.edge_agent.cli.main import main
-from tests.bench.tiny_llama import write_tiny_llama
+from tests.bench.tiny_llama import without_template, write_tiny_llama
 
 
 def invoke(*arguments: str, **environment: str) -> Any:
@@ -35,3 +36,10 @@ def test_a_chat_of_which_an_answer_failed_says_so(model: str) -> None:
     result = CliRunner().invoke(main, arguments, input="far too long " * 20 + "\nhi\n")
     assert result.exit_code == 1
     assert len(result.stdout.splitlines()) == 2
+
+
+def test_a_model_without_a_chat_template_is_refused_at_the_start(tmp_path: Path) -> None:
+    folder = without_template(write_tiny_llama(tmp_path / "plain"))
+    result = CliRunner().invoke(main, ["chat", "--model", str(folder), "--threads", "1"], input="hi\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: plain has no chat template") and result.stderr.count("\n") == 1

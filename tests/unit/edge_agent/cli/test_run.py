@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from starlette.testclient import TestClient
 from isthmus.edge_agent.cli.main import main
 from isthmus.models.address import Address
 from isthmus.models.vision.bundle import Bundle
-from tests.bench.tiny_llama import write_tiny_llama
+from tests.bench.tiny_llama import without_template, write_tiny_llama
 
 
 def invoke(*arguments: str, **environment: str) -> Any:
@@ -41,6 +42,25 @@ def test_run_serves_prompts_alone(model: str, monkeypatch: pytest.MonkeyPatch) -
     tokens = served[1]["usage"]["completion_tokens"]
     assert 1 <= tokens <= 2
     assert f'isthmus_edge_tokens_total{{source="edge"}} {float(tokens)}' in served[2]
+
+
+def test_run_says_that_a_model_has_no_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = without_template(write_tiny_llama(tmp_path / "plain"))
+    statuses: list[tuple[int, str]] = []
+
+    def serve(app: Any, address: Address, drain_s: float, announce: Any) -> None:
+        announce(address)
+        client = TestClient(app)
+        chat = {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        text = {"model": "auto", "prompt": "hi", "max_tokens": 2}
+        for path, body in (("chat/completions", chat), ("completions", text)):
+            answer = client.post(f"/v1/{path}", json=body)
+            statuses.append((answer.status_code, answer.text))
+
+    monkeypatch.setattr("isthmus.edge_agent.cli.serve.serve", serve)
+    result = invoke("run", "--model", str(folder), "--json", "--threads", "1", "--listen", "127.0.0.1:0")
+    assert result.stderr.startswith("warning: plain has no chat template") and result.stderr.count("\n") == 1
+    assert [status for status, _ in statuses] == [400, 200] and "no chat template" in statuses[0][1]
 
 
 def test_run_serves_photos_and_prompts_when_both_are_asked_for(

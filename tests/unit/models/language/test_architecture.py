@@ -8,25 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isthmus.models.language.architecture import LlamaConfig, RopeScaling, rope_frequencies
+from isthmus.models.language.architecture import LinearScaling, LlamaConfig, RopeScaling, rope_frequencies
 
 
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    pytest.importorskip(
-        "isthmus.models.recipes.vision.compressai_entropy"
-    )  # declares what torchvision lacks beside CPU PyTorch
-    return pytest.importorskip("transformers")
-
-
-def config(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> LlamaConfig:
+def config(head_dim: int, theta: float, scaling: RopeScaling | LinearScaling | None = None) -> LlamaConfig:
     return LlamaConfig(2, 64, 4, 2, head_dim, 128, 259, 131_072, theta, 1e-5, tied=True, rope_scaling=scaling)
 
 
 def theirs(transformers: Any, ours: LlamaConfig) -> Any:
     """Frequencies that transformers computes for the same numbers."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": ours.rope_theta}
-    if scaling := ours.rope_scaling:
+    scaling = ours.rope_scaling
+    if isinstance(scaling, LinearScaling):
+        rope |= {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling:
         rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
         rope["high_freq_factor"] = scaling.high_freq_factor
         rope["original_max_position_embeddings"] = scaling.original_context
@@ -58,6 +53,14 @@ def test_llama3_scaling(transformers: Any, head_dim: int, scaling: RopeScaling) 
     found = rope_frequencies(ours)
     assert found.shape == (head_dim // 2,) and found.dtype == np.float32
     np.testing.assert_allclose(found, theirs(transformers, ours), rtol=2e-6)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 4.0, 2.5])
+def test_linear_scaling(transformers: Any, factor: float) -> None:
+    ours = config(64, 10_000.0, LinearScaling(factor))
+    found = rope_frequencies(ours)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, theirs(transformers, ours), rtol=1e-6)
 
 
 def test_llama3_scaling_by_hand() -> None:

@@ -16,26 +16,12 @@ import safetensors.numpy
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.architecture import RopeScaling
 from isthmus.models.language.checkpoint import huggingface
-from isthmus.models.language.checkpoint.checkpoint import Blocks, Checkpoint, smollm2_path
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint, smollm2_path
 from isthmus.models.language.checkpoint.weights import tensor_shapes
 from tests.bench.tiny_llama import Kind, write_tiny_llama
+from tests.unit.models.language.checkpoint.comparison import LLAMA3, expand, state_dict
 
 KINDS: tuple[Kind, ...] = ("llama", "qwen2", "qwen3")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    pytest.importorskip(
-        "isthmus.models.recipes.vision.compressai_entropy"
-    )  # declares what torchvision lacks beside CPU PyTorch
-    return pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +32,6 @@ def smollm2() -> Checkpoint:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny_llama(tmp_path / "tiny")
-
-
-def state_dict(transformers: Any, *place: Any, **options: Any) -> dict[str, np.ndarray[Any, Any]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(*place, **options)
-    return {name: values.float().numpy() for name, values in model.state_dict().items()}
-
-
-def expand(blocks: Blocks) -> np.ndarray[Any, Any]:
-    return blocks.codes_NK * blocks.scale_NG.repeat(32, axis=1) + blocks.minimum_NG.repeat(32, axis=1)
 
 
 # SmolLM2, the file that ships

@@ -14,47 +14,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isthmus.models.errors import BundleError
-from isthmus.models.language.architecture import RopeScaling
-from isthmus.models.language.checkpoint.checkpoint import Blocks, Checkpoint
+from isthmus.models.language.architecture import LinearScaling, RopeScaling
+from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.checkpoint.gguf_model import hugging_face_name
 from isthmus.models.language.checkpoint.weights import tensor_shapes
 from tests.bench.tiny_llama import Kind, write_tiny_gguf, write_tiny_llama
+from tests.bench.tiny_sentencepiece import TokenizerFile, tiny_pieces, write_tokenizer
+from tests.unit.models.language.checkpoint.comparison import LLAMA3, expand, refuses, state_dict
 
 KINDS: tuple[Kind, ...] = ("llama", "qwen2", "qwen3")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    pytest.importorskip(
-        "isthmus.models.recipes.vision.compressai_entropy"
-    )  # declares what torchvision lacks beside CPU PyTorch
-    return pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     return write_tiny_gguf(folder / "tiny.gguf", write_tiny_llama(folder / "tiny"))
-
-
-def state_dict(transformers: Any, *place: Any, **options: Any) -> dict[str, np.ndarray[Any, Any]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(*place, **options)
-    return {name: values.float().numpy() for name, values in model.state_dict().items()}
-
-
-def expand(blocks: Blocks) -> np.ndarray[Any, Any]:
-    return blocks.codes_NK * blocks.scale_NG.repeat(32, axis=1) + blocks.minimum_NG.repeat(32, axis=1)
-
-
-def refuses(source: Path, message: str) -> None:
-    with pytest.raises(BundleError, match=message):
-        Checkpoint.open(source)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,6 +76,99 @@ def test_gguf_with_other_rope_factors(tmp_path: Path) -> None:
     refuses(
         write_tiny_gguf(tmp_path / "a.gguf", write_tiny_llama(tmp_path / "tiny", rope_scaling=scaling)), "Llama 3's"
     )
+
+
+def test_gguf_with_linear_scaling(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "tiny", rope_scaling={"type": "linear", "factor": 4.0})
+    assert Checkpoint.open(write_tiny_gguf(tmp_path / "a.gguf", folder)).config.rope_scaling == LinearScaling(4.0)
+
+
+SCALING = "llama.rope.scaling"
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({}, None),
+        ({f"{SCALING}.factor": 4.0}, LinearScaling(4.0)),
+        ({"llama.rope.scale_linear": 4.0}, LinearScaling(4.0)),
+        ({f"{SCALING}.type": "linear"}, None),
+        ({f"{SCALING}.type": "linear", f"{SCALING}.factor": 0.0}, None),
+        ({f"{SCALING}.type": "none", f"{SCALING}.factor": 4.0}, None),
+        ({f"{SCALING}.attn_factor": 1.0, "llama.logit_scale": 0.0}, None),
+    ],
+)
+def test_rope_scaling_of_gguf_is_llama_cpps(
+    tmp_path: Path, keys: dict[str, Any], scaling: LinearScaling | None
+) -> None:
+    path = write_tiny_gguf(tmp_path / "a.gguf", write_tiny_llama(tmp_path / "tiny"), keys=keys)
+    assert Checkpoint.open(path).config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({f"{SCALING}.type": "yarn", f"{SCALING}.factor": 4.0}, "rope.scaling.type is yarn, expected none, linear"),
+        ({f"{SCALING}.type": "longrope"}, "rope.scaling.type is longrope"),
+        ({f"{SCALING}.factor": -1.0}, "rope.scaling.factor is -1.0"),
+        ({f"{SCALING}.factor": "x"}, "rope.scaling.factor is x"),
+        ({f"{SCALING}.attn_factor": 1.2}, r"rope.scaling.attn_factor is 1.2\d*, this program supports 1.0"),
+        ({"llama.logit_scale": 8.0}, "logit_scale is 8.0, this program supports 0.0"),
+        ({"llama.embedding_scale": 12.0}, "embedding_scale is 12.0"),
+        ({"llama.attention.clamp_kqv": 8.0}, "clamp_kqv is 8.0"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ],
+)
+def test_what_a_gguf_asks_for_and_is_not_supported_is_named(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    refuses(write_tiny_gguf(tmp_path / "a.gguf", write_tiny_llama(tmp_path / "tiny"), keys=keys), message)
+
+
+def test_linear_scaling_beside_factors(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "tiny", rope_theta=500_000.0, rope_scaling=LLAMA3)
+    refuses(write_tiny_gguf(tmp_path / "a.gguf", folder, keys={f"{SCALING}.factor": 2.0}), "expected one of them")
+
+
+def test_longrope_is_named() -> None:
+    with pytest.raises(BundleError, match="longrope"):
+        hugging_face_name("rope_factors_long.weight")
+
+
+@pytest.mark.parametrize(("window", "context"), [(64, 64), (0, 512), (4096, 512)])
+def test_sliding_window_of_gguf_ends_the_context(tmp_path: Path, window: int, context: int) -> None:
+    keys = {"llama.attention.sliding_window": window}
+    path = write_tiny_gguf(tmp_path / "a.gguf", write_tiny_llama(tmp_path / "tiny"), keys=keys)
+    assert Checkpoint.open(path).config.context == context
+
+
+def test_each_part_of_a_split_gguf_is_called_one(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "a.gguf", write_tiny_llama(tmp_path / "tiny"), part_tensors=8)
+    parts = sorted(tmp_path.glob("a-*-of-*.gguf"))
+    assert len(parts) >= 3
+    for number, part in enumerate(parts, 1):
+        refuses(part, f"part {number} of {len(parts)} of a split GGUF file.*llama-gguf-split --merge")
+
+
+@pytest.mark.parametrize(("name", "split"), [("a-00002-of-00003", True), ("a-00001-of-00001", False)])
+def test_a_split_gguf_without_keys_is_known_by_its_name(
+    tiny_gguf: Path, tmp_path: Path, name: str, split: bool
+) -> None:
+    path = tmp_path / f"{name}.gguf"
+    path.write_bytes(tiny_gguf.read_bytes())
+    if split:
+        refuses(path, "one part of a split GGUF file")
+    else:
+        assert Checkpoint.open(path).name == name
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_llama_2_from_a_folder_and_from_gguf(tmp_path: Path, kind: TokenizerFile) -> None:
+    """The device's file and the cloud's folder have one tokenizer."""
+    vocab = len(tiny_pieces().tokens)
+    folder = write_tokenizer(write_tiny_llama(tmp_path / "tiny", vocab="pieces", tied=False), kind)
+    whole, small = Checkpoint.open(folder), Checkpoint.open(write_tiny_gguf(tmp_path / "a.gguf", folder))
+    assert whole.config.vocab == small.config.vocab == whole.tokenizer.size == vocab
+    assert whole.tokenizer.fingerprint == small.tokenizer.fingerprint
+    assert whole.tokenizer.encode("the fox 🎉") == small.tokenizer.encode("the fox 🎉")
 
 
 def patched(path: Path, target: Path, old: bytes, new: bytes) -> Path:

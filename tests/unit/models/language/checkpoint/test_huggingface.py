@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -9,26 +10,26 @@ from typing import Any
 
 import pytest
 import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from isthmus.models.errors import BundleError
-from isthmus.models.language.architecture import RopeScaling
+from isthmus.models.language.architecture import LinearScaling, RopeScaling
 from isthmus.models.language.checkpoint import huggingface
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.checkpoint.weights import MAX_LAYERS
 from tests.bench.tiny_llama import write_tiny_llama
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from tests.unit.models.language.checkpoint.comparison import LLAMA3, refuses
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny_llama(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("shared") / "tiny")
 
 
 def edit(folder: Path, **changes: Any) -> Path:
@@ -37,11 +38,6 @@ def edit(folder: Path, **changes: Any) -> Path:
     kept = {key: value for key, value in content.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
     return folder
-
-
-def refuses(source: Path, message: str) -> None:
-    with pytest.raises(BundleError, match=message):
-        Checkpoint.open(source)
 
 
 def test_older_rope_settings(tiny: Path) -> None:
@@ -70,7 +66,17 @@ def test_older_rope_settings(tiny: Path) -> None:
         ({"rms_norm_eps": "small"}, "rms_norm_eps is small"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type yarn, expected default"),
+        *(
+            ({"rope_scaling": {key: kind, "factor": 4.0}}, f"rope type {kind}, expected default, linear or llama3")
+            for key in ("rope_type", "type")
+            for kind in ("yarn", "dynamic", "longrope", "su", "mrope", "proportional")
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope type yarn"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 1e4}}, "differ"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor below"),
         ({"rope_scaling": {**LLAMA3, "factor": float("nan")}}, "factor is nan"),
         ({"rope_parameters": {"full_attention": {}}}, "rope settings"),
@@ -79,7 +85,7 @@ def test_older_rope_settings(tiny: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, "sliding window of 64"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"architectures": ["Qwen2ForCausalLM"]}, r"q_proj.bias is missing"),
@@ -93,8 +99,61 @@ def test_hostile_configuration(tiny: Path, changes: dict[str, Any], message: str
     refuses(edit(tiny, **changes), message)
 
 
-def test_sliding_window_beyond_the_context_is_none(tiny: Path) -> None:
-    assert Checkpoint.open(edit(tiny, architectures=["MistralForCausalLM"])).config.context == 512
+@pytest.mark.parametrize(
+    ("changes", "context"), [({}, 512), ({"sliding_window": 64}, 64), ({"sliding_window": 600}, 512)]
+)
+def test_the_context_ends_where_a_sliding_window_would_begin_to_matter(
+    tiny: Path, changes: dict[str, Any], context: int
+) -> None:
+    assert Checkpoint.open(edit(tiny, architectures=["MistralForCausalLM"], **changes)).config.context == context
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}, "rope_theta": None},
+    ],
+)
+def test_linear_rope_scaling_in_each_spelling(tiny: Path, changes: dict[str, Any]) -> None:
+    config = Checkpoint.open(edit(tiny, **changes)).config
+    assert config.rope_scaling == LinearScaling(4.0) and config.rope_theta == 10_000.0
+
+
+def test_llama3s_original_context_is_the_context_where_none_is_given(tiny: Path) -> None:
+    scaling = {key: value for key, value in LLAMA3.items() if not key.startswith("original")}
+    assert Checkpoint.open(edit(tiny, rope_scaling=scaling)).config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 512)
+
+
+def test_a_folder_of_gguf_files_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    refuses(tmp_path, r"a folder of GGUF files, name one of them: a\.gguf")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "factor", "a"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.data(), file=st.sampled_from(["config.json", "tokenizer.json", "tokenizer_config.json"]))
+def test_any_value_in_a_configuration_opens_or_is_a_bundle_error(shared: Path, data: st.DataObject, file: str) -> None:
+    original = (shared / file).read_text()
+    content = json.loads(original)
+    part = content["model"] if file == "tokenizer.json" and data.draw(st.booleans()) else content
+    keys = [*part, "rope_scaling", "rope_parameters", "add_bos_token", "added_tokens_decoder", "decoder"]
+    part[data.draw(st.sampled_from(keys))] = data.draw(JSON)
+    try:
+        (shared / file).write_text(json.dumps(content))
+        with contextlib.suppress(BundleError):
+            Checkpoint.open(shared)
+    finally:
+        (shared / file).write_text(original)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe", b"null"])

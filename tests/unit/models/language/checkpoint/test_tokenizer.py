@@ -39,14 +39,6 @@ TALK = [Message("user", "What is 2 + 2?"), Message("assistant", "4 🎉"), Messa
 
 
 @pytest.fixture(scope="module")
-def transformers() -> Any:
-    pytest.importorskip(
-        "isthmus.models.recipes.vision.compressai_entropy"
-    )  # declares what torchvision lacks beside CPU PyTorch
-    return pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
 def fields() -> dict[str, Any]:
     return GgufFile(smollm2_path()).fields
 

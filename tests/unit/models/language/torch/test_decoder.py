@@ -41,7 +41,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama untied": {"tied": False, "kv_heads": 4},
     "llama of one key-value head": {"kv_heads": 1, "head_dim": 6},
     "llama3": {"rope_scaling": LLAMA3},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "mistral": MISTRAL,
+    "mistral with a window": {**MISTRAL, "sliding_window": 256},
     "qwen2": {"kind": "qwen2", "tied": False},
     "qwen3": {"kind": "qwen3", "head_dim": 32},
 }
@@ -62,14 +64,6 @@ SMOLLM2 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
 }
 COMMITTED = 2 * PAGE_TOKENS + 40  # tokens of a session in the tests of batch invariance
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    pytest.importorskip(
-        "isthmus.models.recipes.vision.compressai_entropy"
-    )  # declares what torchvision lacks beside CPU PyTorch
-    return pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

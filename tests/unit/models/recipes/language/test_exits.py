@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.recipes.language.corpus import Corpus
 from isthmus.models.recipes.language.exits import Exit, HeadLoss, batches, initialise, sample_vocab
 from isthmus.models.recipes.language.llama import Llama
-from isthmus.models.recipes.language.teacher import TeacherOutputs, run_teacher
-from tests.bench.tiny_llama import write_tiny_llama
-
-LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    folder = write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", layers=LAYERS)
-    return Llama.load(Checkpoint.open(folder), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    rng = np.random.default_rng(0)
-    lengths = (9, 30, 17, 30, 12, 25)
-    return Corpus.from_sequences([(rng.integers(3, 259, length).tolist(), length // 2) for length in lengths])
-
-
-@pytest.fixture(scope="module")
-def teacher(model: Llama, corpus: Corpus) -> TeacherOutputs:
-    return run_teacher(model, corpus, range(LAYERS + 1))
+from isthmus.models.recipes.language.teacher import TeacherOutputs
 
 
 def cross_entropy(states_MH: Tensor, head_VH: Tensor, top_MK: Tensor, weight_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,9 +78,11 @@ def test_an_exit_just_below_the_last_layers_is_initialised_as_the_model(
     model: Llama, teacher: TeacherOutputs, count: int
 ) -> None:
     """Its map is then the regression of the hidden states on themselves."""
-    exit_ = Exit(model.config, LAYERS - count, count)
+    exit_ = Exit(model.config, model.config.layers - count, count)
     initialise(exit_, model, teacher)
     first, last = teacher.bounds(3)
     with torch.no_grad():
-        logits_TV = F.linear(exit_(teacher.states[LAYERS - count][None, first:last].float())[0], model.embedding_VH)
+        logits_TV = F.linear(
+            exit_(teacher.states[model.config.layers - count][None, first:last].float())[0], model.embedding_VH
+        )
     assert (logits_TV.argmax(1) == teacher.top_NK[first:last, 0]).float().mean() > 0.7

@@ -6,36 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.hidden_states import StateCodec
 from isthmus.models.language.packing import packed
 from isthmus.models.recipes.language import suffix
-from isthmus.models.recipes.language.corpus import Corpus
 from isthmus.models.recipes.language.hidden_states import fit_states, inputs_at
 from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.suffix import ApproximateKV, CodedStates, next_logprobs, run_suffix
-from isthmus.models.recipes.language.teacher import TeacherOutputs, run_teacher
-from tests.bench.tiny_llama import write_tiny_llama
-
-LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    folder = write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", layers=LAYERS)
-    return Llama.load(Checkpoint.open(folder), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    rng = np.random.default_rng(0)
-    lengths = (9, 30, 17, 30, 12, 25)
-    return Corpus.from_sequences([(rng.integers(3, 259, length).tolist(), length // 2) for length in lengths])
-
-
-@pytest.fixture(scope="module")
-def teacher(model: Llama, corpus: Corpus) -> TeacherOutputs:
-    return run_teacher(model, corpus, range(LAYERS + 1))
+from isthmus.models.recipes.language.teacher import TeacherOutputs
 
 
 def test_the_upper_layers_choose_what_the_model_chooses(model: Llama, teacher: TeacherOutputs) -> None:

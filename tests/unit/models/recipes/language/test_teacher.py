@@ -6,31 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.recipes.language.corpus import Corpus
 from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.teacher import TeacherOutputs, length_batches, run_teacher
-from tests.bench.tiny_llama import write_tiny_llama
-
-LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    folder = write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", layers=LAYERS)
-    return Llama.load(Checkpoint.open(folder), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    rng = np.random.default_rng(0)
-    lengths = (9, 30, 17, 30, 12, 25)
-    return Corpus.from_sequences([(rng.integers(3, 259, length).tolist(), length // 2) for length in lengths])
-
-
-@pytest.fixture(scope="module")
-def teacher(model: Llama, corpus: Corpus) -> TeacherOutputs:
-    return run_teacher(model, corpus, range(LAYERS + 1))
 
 
 def test_outputs_are_the_models_sequence_by_sequence(model: Llama, corpus: Corpus, teacher: TeacherOutputs) -> None:
