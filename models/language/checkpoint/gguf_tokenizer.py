@@ -16,7 +16,8 @@ from isthmus.models.errors import BundleError
 from isthmus.models.language.checkpoint import sentencepiece
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.sentencepiece import NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces
-from isthmus.models.language.checkpoint.tokenizer import NAMED_TOKENS, Tokenizer
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.checkpoint.tokenizer_files import NAMED_TOKENS
 
 CONTROL = (sentencepiece.CONTROL, UNKNOWN)  # types of special tokens
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # of the same rule, by different versions of the converter

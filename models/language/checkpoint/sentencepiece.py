@@ -113,7 +113,7 @@ def parse(data: bytes) -> Pieces:
             if number == 1:  # a piece
                 piece = dict(fields(message(value)))
                 tokens.append(message(piece.get(1, b"")).decode())
-                scores.append(piece.get(2, 0.0))
+                scores.append(float(piece.get(2, 0.0)))
                 types.append(int(piece.get(3, NORMAL)))
             elif number == 2:  # of the training
                 kind = int(dict(fields(message(value))).get(3, UNIGRAM))

@@ -51,11 +51,13 @@ class TokenText:
 
 def read_decoder(backend: tokenizers.Tokenizer) -> TokenText:
     """What a tokenizer's decoder does. Raises BundleError naming a step of it that is not supported."""
-    config = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"}
-    steps = config["decoders"] if config["type"] == "Sequence" else [config]
+    config: dict[str, Any] = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"}
+    steps: list[dict[str, Any]] = config["decoders"] if config["type"] == "Sequence" else [config]
     kinds = [str(step["type"]) for step in steps]
     if kinds == ["ByteLevel"]:
         return TokenText(byte_level=True)
+    if backend.pre_tokenizer and b'"ByteLevel"' in backend.pre_tokenizer.__getstate__():
+        raise BundleError(f"tokenizer: decoder {', '.join(kinds)[:100]} after a pre-tokenizer of byte-level BPE")
     leading_spaces, unsupported = 0, set(kinds) - {"ByteFallback", "Fuse"}
     for index, step in enumerate(steps):
         if step == REPLACE:

@@ -9,26 +9,30 @@ A token's bytes can be part of a character: `token_text.TextStream` makes text o
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import models
 
 from isthmus.models.errors import BundleError, InvalidInput
-from isthmus.models.language.checkpoint import sentencepiece
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
-from isthmus.models.language.checkpoint.huggingface import read_bytes, read_json
+from isthmus.models.language.checkpoint.huggingface import read_bytes
 from isthmus.models.language.checkpoint.token_text import TextStream, read_decoder
+from isthmus.models.language.checkpoint.tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
+    configured_ends,
+    named_tokens,
+    read_sentencepiece,
+    read_tokenizer_json,
+    template_source,
+    tokenizer_config,
+)
 
 JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
-MAX_TOKENIZER_BYTES = 64 << 20  # Llama 3's tokenizer.json has 17 MB
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
-NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,13 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises no narrower class
             raise BundleError(f"{name}: {str(error)[:200]}") from error
-        content = _tokenizer_config(folder)
-        names, source = _named_tokens(content), _template_source(folder, content)
+        content = tokenizer_config(folder)
+        names, source = named_tokens(content), template_source(folder, content)
         bos, adds = backend.token_to_id(names.get("bos_token", "")), content.get("add_bos_token", legacy or None)
         return cls(
             backend,
             merges=merges,
-            eos_ids=[*_configured_ends(folder), backend.token_to_id(names.get("eos_token", ""))],
+            eos_ids=[*configured_ends(folder), backend.token_to_id(names.get("eos_token", ""))],
             template=None if source is None else ChatTemplate(source, names),
             bos=None if not isinstance(adds, bool) else [bos] if adds and bos is not None else [],
         )
@@ -183,71 +187,8 @@ def _encodable(text: str) -> str:
     return text
 
 
-def read_tokenizer_json(raw: bytes) -> tuple[tokenizers.Tokenizer, list[str]]:
-    """A tokenizer and the rules of its model. Raises any error for broken content."""
-    model = json.loads(raw)["model"]
-    if "merges" not in model:
-        rules = sentencepiece.unigram_rules((str(token), float(score)) for token, score in model["vocab"])
-    else:
-        pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        rules = sentencepiece.merge_rules(pairs) if model.get("byte_fallback") else list(map(" ".join, pairs))
-    return tokenizers.Tokenizer.from_str(raw.decode()), rules
-
-
-def read_sentencepiece(folder: Path, raw: bytes) -> tuple[tokenizers.Tokenizer, list[str]]:
-    """The same from a tokenizer.model, with the tokens that tokenizer_config.json or added_tokens.json add."""
-    pieces = sentencepiece.parse(raw)
-    backend = sentencepiece.build(pieces)
-    for id, token in sorted(_added_tokens(folder).items()):
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != id:
-            raise BundleError(f"{folder.name}: added token {token.content[:40]!a} does not get its id {id}")
-    return backend, pieces.rules()
-
-
 def first_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """What a tokenizer's post-processor puts before a text."""
     encoding = backend.encode("a")
     count = next((at for at, part in enumerate(encoding.sequence_ids) if part is not None), 0)
     return encoding.ids[:count]
-
-
-def _added_tokens(folder: Path) -> dict[int, tokenizers.AddedToken]:
-    plain = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
-    found = {id: tokenizers.AddedToken(text, special=True, normalized=False) for text, id in plain.items()}
-    for id, token in (_tokenizer_config(folder).get("added_tokens_decoder") or {}).items():
-        settings = {key: token[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in token}
-        found[int(id)] = tokenizers.AddedToken(token["content"], normalized=False, **settings)
-    return found
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.exists() else {}
-
-
-def _named_tokens(content: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens with their text."""
-    tokens = {name: content.get(name) for name in NAMED_TOKENS}
-    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _template_source(folder: Path, content: dict[str, Any]) -> str | None:
-    """The source of the chat template, if there is one."""
-    template = content.get("chat_template")
-    if (path := folder / "chat_template.jinja").exists():
-        template = read_bytes(path, MAX_TOKENIZER_BYTES).decode("utf-8", errors="replace")
-    if isinstance(template, list):  # several named templates, in older checkpoints
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    return template if isinstance(template, str) else None
-
-
-def _configured_ends(folder: Path) -> list[object]:
-    """The eos_token_id of config.json and generation_config.json: one id, several or none."""
-    ends: list[object] = []
-    for name in ("config.json", "generation_config.json"):
-        value = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
-        ends += value if isinstance(value, list) else [value]
-    return ends

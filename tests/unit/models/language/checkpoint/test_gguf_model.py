@@ -171,6 +171,20 @@ def test_llama_2_from_a_folder_and_from_gguf(tmp_path: Path, kind: TokenizerFile
     assert whole.tokenizer.encode("the fox 🎉") == small.tokenizer.encode("the fox 🎉")
 
 
+def test_sentencepiece_of_gguf_equals_transformers(transformers: Any, tmp_path: Path) -> None:
+    """Where a text begins with a space transformers puts no other in front, unlike llama.cpp and SentencePiece."""
+    folder = write_tokenizer(write_tiny_llama(tmp_path / "tiny", vocab="pieces", tied=False), "tokenizer.json")
+    path = write_tiny_gguf(tmp_path / "a.gguf", folder)
+    ours, theirs = (
+        Checkpoint.open(path).tokenizer,
+        transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name),
+    )
+    for text in ("The quick brown fox", "hello  world\n\n 世界 🎉 é", "\x00x</s>"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids, ascii(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ascii(text)
+
+
 def patched(path: Path, target: Path, old: bytes, new: bytes) -> Path:
     data = path.read_bytes()
     assert len(old) == len(new) and data.count(old) == 1

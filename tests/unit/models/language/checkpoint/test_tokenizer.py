@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint import gguf_tokenizer
@@ -235,6 +235,33 @@ def test_bos_where_the_model_asks_for_it_and_never_twice(tiny: Path) -> None:
     tokenizer = edit(tiny, "tokenizer.json", post_processor=processor)
     assert tokenizer.encode("a") == tokenizer.encode("a", special=False) == [1, 3 + ord("a")]
     assert tokenizer.chat(TALK).count(1) == len(TALK) + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({}, [1]),  # what the post-processor puts in front, without the end that it adds
+        ({"add_bos_token": True}, [1]),
+        ({"add_bos_token": False}, []),
+        ({"add_eos_token": True}, [1]),
+        ({"add_bos_token": True, "bos_token": None}, []),
+    ],
+)
+def test_a_prompt_begins_as_the_settings_say_and_is_never_ended(
+    tiny: Path, settings: dict[str, Any], first: list[int]
+) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    both = [(token, backend.token_to_id(token)) for token in ("<|im_start|>", "<|im_end|>")]
+    backend.post_processor = processors.TemplateProcessing(
+        single=["<|im_start|>", "$A", "<|im_end|>"], special_tokens=both
+    )
+    backend.save(str(tiny / "tokenizer.json"))
+    assert edit(tiny, "tokenizer_config.json", **settings).encode("a") == [*first, 3 + ord("a")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}])
+def test_a_beginning_that_only_the_settings_ask_for(tiny: Path, settings: dict[str, Any]) -> None:
+    assert edit(tiny, "tokenizer_config.json", **settings).encode("a") == [*[1] * len(settings), 3 + ord("a")]
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(tiny: Path) -> None:

@@ -32,6 +32,7 @@ LLAMA3 = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama untied": {"tied": False, "kv_heads": 4},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3": {"rope_scaling": LLAMA3, "kv_heads": 1},
     "qwen2": {"kind": "qwen2", "tied": False},
     "qwen3": {"kind": "qwen3", "head_dim": 32},
