@@ -26,7 +26,9 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 def read_tokenizer_json(raw: bytes) -> tuple[tokenizers.Tokenizer, list[str]]:
     """A tokenizer and the rules of its model. Raises any error for broken content."""
     model = json.loads(raw)["model"]
-    if "merges" not in model:
+    if (kind := model.get("type", "BPE")) not in ("BPE", "Unigram"):
+        raise BundleError(f"tokenizer.json: a model of type {str(kind)[:40]}, this program reads BPE and Unigram")
+    if kind == "Unigram":
         rules = sentencepiece.unigram_rules((str(token), float(score)) for token, score in model["vocab"])
     else:
         split = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])

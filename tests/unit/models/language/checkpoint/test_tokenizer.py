@@ -280,6 +280,11 @@ def test_fingerprint_follows_the_vocabulary(tiny: Path) -> None:
     assert edit(tiny, "tokenizer.json", model={**model, "vocab": vocabulary}).fingerprint != original
 
 
+def test_another_model_is_named(tiny: Path) -> None:
+    with pytest.raises(BundleError, match=r"a model of type WordLevel, this program reads BPE and Unigram"):
+        edit(tiny, "tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
