@@ -6,6 +6,7 @@ Imports neither wing: `VisionService` and `LanguageService` are all that it know
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 T = TypeVar("T")
+UNDECODABLE = "the stream carries bytes that are not a message"
 
 
 class VisionService(Protocol):
@@ -93,13 +95,15 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def InferStream(
         self, requests: AsyncIterator[pb.InferRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.InferResponse]:
-        ready: asyncio.Queue[pb.InferResponse | None] = asyncio.Queue()
+        ready: asyncio.Queue[pb.InferResponse | InvalidInput | None] = asyncio.Queue()
         feeder = asyncio.create_task(self._feed(requests, ready))
         notice = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
         drain_notice = asyncio.create_task(self._notify_drain(ready, notice))
         self._streams += 1
         try:
             while (response := await ready.get()) is not None:
+                if isinstance(response, InvalidInput):
+                    await context.abort(*status.of_error(response))
                 yield response
         finally:
             self._streams -= 1
@@ -140,10 +144,13 @@ class Servicer(pb_grpc.IsthmusServicer):
         return wire.pack_service(self._info)
 
     async def _feed(
-        self, requests: AsyncIterator[pb.InferRequest], ready: asyncio.Queue[pb.InferResponse | None]
+        self, requests: AsyncIterator[pb.InferRequest], ready: asyncio.Queue[pb.InferResponse | InvalidInput | None]
     ) -> None:
-        """Answer requests as they arrive, at most MAX_STREAM_INFLIGHT at once; None follows the last response."""
-        slots = asyncio.Semaphore(limits.MAX_STREAM_INFLIGHT)
+        """Answer requests as they arrive, at most MAX_STREAM_INFLIGHT at once; None follows the last response.
+
+        Bytes that are no message end the stream with an error, once what came before them is answered.
+        """
+        slots, undecodable = asyncio.Semaphore(limits.MAX_STREAM_INFLIGHT), True
 
         async def answer(message: pb.InferRequest) -> None:
             try:
@@ -153,9 +160,13 @@ class Servicer(pb_grpc.IsthmusServicer):
 
         try:
             async with asyncio.TaskGroup() as group:
-                async for message in requests:
-                    await slots.acquire()
-                    group.create_task(answer(message))
+                with contextlib.suppress(DecodeError):
+                    async for message in requests:
+                        await slots.acquire()
+                        group.create_task(answer(message))
+                    undecodable = False
+            if undecodable:
+                ready.put_nowait(InvalidInput(UNDECODABLE))
         finally:
             ready.put_nowait(None)
 
@@ -170,7 +181,7 @@ class Servicer(pb_grpc.IsthmusServicer):
                 while handler.events.qsize() >= limits.MAX_STREAM_INFLIGHT:  # the device sends without reading
                     await asyncio.sleep(0.02)
         except DecodeError:
-            handler.events.put_nowait(InvalidInput("the stream carries bytes that are not a message"))
+            handler.events.put_nowait(InvalidInput(UNDECODABLE))
         handler.end()
 
     async def _handle(self, message: pb.GenerateRequest, handler: StreamHandler) -> None:

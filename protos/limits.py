@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WIRE_VERSION = 2  # raised when an old reader would misunderstand a new message; new optional fields don't raise it
+WIRE_VERSION = 3  # raised when an old reader would misunderstand a new message; new optional fields don't raise it
 
 FINGERPRINT_BYTES = 32  # a full SHA-256
 BUNDLE_ID_BYTES = 8  # of the SHA-256: 64 bits suffice against accidental collision, and save 24 bytes an upload

@@ -15,6 +15,9 @@ import struct
 import zlib
 from collections.abc import Sequence
 
+import grpc
+import numpy as np
+
 from isthmus.models.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -117,25 +120,31 @@ def unpack_tasks(bits: int) -> tuple[int, ...]:
 
 
 def pack_answer(request_id: int, answer: CloudReply) -> pb.InferResponse:
-    return pb.InferResponse(
+    message = pb.InferResponse(
         request_id=request_id,
         probabilities=itertools.chain.from_iterable(answer.probabilities),
         queue_us=microseconds(answer.queue_s),
         compute_us=microseconds(answer.compute_s),
     )
+    message.crc32 = answer_checksum(message)
+    return message
 
 
 def pack_error(request_id: int, error: Exception) -> pb.InferResponse:
     code, text = status.of_error(error)
-    return pb.InferResponse(request_id=request_id, error=pb.Error(code=code.value[0], message=text))
+    message = pb.InferResponse(request_id=request_id, error=pb.Error(code=code.value[0], message=text))
+    message.crc32 = answer_checksum(message)
+    return message
 
 
 def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudReply:
     """`labels`: the number of classes of each requested task, in the bundle's order.
 
-    Raises the error that the response carries, or InvalidReply unless it holds that many probabilities and those of
-    each task sum to 1.
+    Raises the error that the response carries, or InvalidReply unless its checksum is right, it holds that many
+    probabilities and those of each task sum to 1.
     """
+    if (found := answer_checksum(message)) != message.crc32:
+        raise InvalidReply(f"CRC-32 of the answer is {found:08x}, the answer says {message.crc32:08x}")
     if message.HasField("error"):
         raise status.to_error(status.code_of(message.error.code), message.error.message)
     if len(message.probabilities) != sum(labels):
@@ -215,6 +224,19 @@ def checksum(message: pb.InferRequest) -> int:
     """CRC-32 over the payload and every field that determines how it is decoded and which tasks are answered."""
     head = struct.pack("<QiII", message.bundle, message.codec, message.point, message.tasks)
     return zlib.crc32(message.payload, zlib.crc32(head))
+
+
+def answer_checksum(message: pb.InferResponse) -> int:
+    """CRC-32 over the request that is answered and every field of the answer."""
+    head = struct.pack("<4I", message.request_id, message.queue_us, message.compute_us, message.error.code)
+    probabilities = np.asarray(message.probabilities, "<f4").tobytes()
+    return zlib.crc32(message.error.message.encode(), zlib.crc32(probabilities, zlib.crc32(head)))
+
+
+def is_drain_notice(message: pb.InferResponse) -> bool:
+    """Whether the service says that it is shutting down. Such a response answers no request."""
+    unavailable = message.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    return not message.request_id and unavailable and answer_checksum(message) == message.crc32
 
 
 def microseconds(seconds: float) -> int:

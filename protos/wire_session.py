@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from isthmus.models.errors import InvalidInput, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
+from isthmus.models.errors import InvalidInput, InvalidReply, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
 from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
 from isthmus.protos import limits, status
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
@@ -144,7 +144,7 @@ def pack_committed(committed: Committed) -> pb.GenerateResponse:
         pb.Logprobs(own=row.own, tokens=[id_ for id_, _ in row.top], values=[value for _, value in row.top])
         for row in committed.logprobs
     ]
-    return pb.GenerateResponse(
+    message = pb.GenerateResponse(
         base=committed.base,
         accepted=committed.accepted,
         tokens=committed.tokens,
@@ -155,15 +155,21 @@ def pack_committed(committed: Committed) -> pb.GenerateResponse:
         held=committed.held,
         logprobs=rows,
     )
+    message.crc32 = reply_checksum(message)
+    return message
 
 
 def pack_generate_error(error: Exception) -> pb.GenerateResponse:
     code, text = status.of_error(error)
-    return pb.GenerateResponse(error=pb.Error(code=code.value[0], message=text))
+    message = pb.GenerateResponse(error=pb.Error(code=code.value[0], message=text))
+    message.crc32 = reply_checksum(message)
+    return message
 
 
 def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
     """Raises the error that the response carries, or InvalidInput for tokens that the model does not have."""
+    if (found := reply_checksum(message)) != message.crc32:
+        raise InvalidReply(f"CRC-32 of the reply is {found:08x}, the reply says {message.crc32:08x}")
     if message.HasField("error"):
         raise status.to_error(status.code_of(message.error.code), message.error.message)
     if message.accepted > limits.MAX_DRAFT or len(message.tokens) > limits.MAX_TOKENS:
@@ -197,6 +203,18 @@ def unpack_logprobs(row: pb.Logprobs, vocab: int) -> Logprobs:
 def checksum(tokens: Sequence[int]) -> int:
     """CRC-32 of token ids, each as little-endian uint32."""
     return zlib.crc32(np.asarray(tokens, "<u4").tobytes())
+
+
+def reply_checksum(message: pb.GenerateResponse) -> int:
+    """CRC-32 over every field of a reply."""
+    numbers = [message.base, message.accepted, message.extension, message.queue_us, message.compute_us, message.passes]
+    numbers += [message.held, message.error.code, len(message.tokens), *message.tokens]
+    values: list[float] = []
+    for row in message.logprobs:
+        numbers += [len(row.tokens), *row.tokens]
+        values += [row.own, *row.values]
+    crc = zlib.crc32(np.asarray(values, "<f4").tobytes(), checksum(numbers))
+    return zlib.crc32(message.error.message.encode(), crc)
 
 
 def states_checksum(message: pb.Round) -> int:

@@ -16,6 +16,7 @@ import grpc
 
 from isthmus.edge_agent.transport.channel import rpc_error
 from isthmus.models.errors import Draining, IsthmusError, LinkDown
+from isthmus.protos import wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
@@ -78,7 +79,7 @@ class InferStream:
         error: IsthmusError = LinkDown("the cloud ended the stream")
         try:
             for response in self._call:
-                if response.request_id == 0:
+                if wire.is_drain_notice(response):
                     self.retire(Draining("the cloud is shutting down"))
                 else:
                     self._deliver(response)

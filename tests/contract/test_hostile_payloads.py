@@ -145,7 +145,7 @@ CASES = [
     (bit_flipped, Status.DATA_LOSS, "CRC-32"),
     (oversized, Status.RESOURCE_EXHAUSTED, "larger than max"),
     (over_the_bundles_cap, Status.OUT_OF_RANGE, "cap"),
-    (wrong_version, Status.FAILED_PRECONDITION, "wire version 3, this service reads 2"),
+    (wrong_version, Status.FAILED_PRECONDITION, "wire version 4, this service reads 3"),
     (wrong_bundle, Status.NOT_FOUND, "0000000000000000"),
     (wrong_rate, Status.INVALID_ARGUMENT, "rate 2 does not exist, the bundle has rates 0 to 1"),
     (wrong_tap, Status.INVALID_ARGUMENT, "tap 7 does not exist, the bundle has 0 light, 1 deep"),

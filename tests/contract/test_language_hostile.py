@@ -83,7 +83,7 @@ def garbage(count: int) -> tuple[int, ...]:
 
 
 OPENINGS: dict[str, tuple[Spoil, Status, str]] = {
-    "wrong version": (changed(wire_version=3), Status.FAILED_PRECONDITION, "wire version 3, this service reads 2"),
+    "wrong version": (changed(wire_version=4), Status.FAILED_PRECONDITION, "wire version 4, this service reads 3"),
     "wrong model": (changed(model=bytes(8)), Status.NOT_FOUND, "0000000000000000"),
     "cut model": (changed(model=b"abc"), Status.INVALID_ARGUMENT, "model has 3 bytes, expected 8"),
     "cut session": (changed(session=b"abc"), Status.INVALID_ARGUMENT, "session has 3 bytes, expected 16"),

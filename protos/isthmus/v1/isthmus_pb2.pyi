@@ -101,6 +101,7 @@ class InferResponse(_message.Message):
     QUEUE_US_FIELD_NUMBER: _builtins.int
     COMPUTE_US_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """of the request"""
     queue_us: _builtins.int
@@ -109,6 +110,8 @@ class InferResponse(_message.Message):
     """
     compute_us: _builtins.int
     """microseconds of the batch's computation, decoding included"""
+    crc32: _builtins.int
+    """CRC-32 (zlib) of: request_id, queue_us, compute_us and error.code as little-endian"""
     @_builtins.property
     def probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """of the requested tasks, in the bundle's order, one task after another; each"""
@@ -123,10 +126,11 @@ class InferResponse(_message.Message):
         queue_us: _builtins.int = ...,
         compute_us: _builtins.int = ...,
         error: Global___Error | None = ...,
+        crc32: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "error", b"error", "probabilities", b"probabilities", "queue_us", b"queue_us", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "crc32", b"crc32", "error", b"error", "probabilities", b"probabilities", "queue_us", b"queue_us", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -343,6 +347,7 @@ class GenerateResponse(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
     base: _builtins.int
     """from this position the text is the first `accepted` of the draft, then `tokens`"""
     accepted: _builtins.int
@@ -357,6 +362,8 @@ class GenerateResponse(_message.Message):
     """number of forward passes that included this session"""
     held: _builtins.int
     """in the first response after Open: number of its tokens whose state was already held"""
+    crc32: _builtins.int
+    """CRC-32 (zlib) of: base, accepted, extension, queue_us, compute_us, passes, held,"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the service's own tokens, including those committed before the draft arrived"""
@@ -380,10 +387,11 @@ class GenerateResponse(_message.Message):
         held: _builtins.int = ...,
         logprobs: _abc.Iterable[Global___Logprobs] | None = ...,
         error: Global___Error | None = ...,
+        crc32: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base", b"base", "compute_us", b"compute_us", "error", b"error", "extension", b"extension", "held", b"held", "logprobs", b"logprobs", "passes", b"passes", "queue_us", b"queue_us", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base", b"base", "compute_us", b"compute_us", "crc32", b"crc32", "error", b"error", "extension", b"extension", "held", b"held", "logprobs", b"logprobs", "passes", b"passes", "queue_us", b"queue_us", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,6 +57,7 @@ class ServicerHarness:
         metrics = CloudMetrics(self.registry, [INFO])
         self.servicer = Servicer(self.vision, LanguageService(), metrics)
         self.stub: Any = None
+        self.channel: Any = None
 
     def count(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -73,7 +74,7 @@ def scenario(play: Callable[[ServicerHarness], Coroutine[Any, Any, None]]) -> Se
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                harness.stub = pb_grpc.IsthmusStub(channel)
+                harness.channel, harness.stub = channel, pb_grpc.IsthmusStub(channel)
                 await asyncio.wait_for(play(harness), 30)
         finally:
             await server.stop(None)
@@ -285,3 +286,21 @@ def test_describe_lists_bundles_and_accepts_padding_up_to_its_cap() -> None:
     harness = scenario(play)
     codes = ("OK", "INVALID_ARGUMENT")
     assert [harness.count("isthmus_cloud_requests_total", method="Describe", code=code) for code in codes] == [1, 1]
+
+
+def test_what_came_before_undecodable_bytes_is_answered_and_the_fault_is_named() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        method = harness.channel.stream_stream(
+            "/isthmus.v1.Isthmus/InferStream",
+            request_serializer=bytes,
+            response_deserializer=pb.InferResponse.FromString,
+        )
+        call = method(iter([request(1).SerializeToString(), request(2).SerializeToString(), b"\xff" * 64]))
+        answers = []
+        with pytest.raises(grpc.aio.AioRpcError, match="not a message") as caught:
+            async for response in call:
+                answers.append(response.request_id)
+        assert sorted(answers) == [1, 2]
+        assert caught.value.code() is Status.INVALID_ARGUMENT
+
+    scenario(play)

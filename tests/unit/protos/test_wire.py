@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from isthmus.models import errors
 from isthmus.models.errors import (
     DeadlineExceeded,
+    Draining,
     InvalidInput,
     InvalidReply,
     IsthmusError,
@@ -51,38 +53,38 @@ T = TypeVar("T")
 
 
 def test_infer_request_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("infer_request_v2.bin", wire.pack_request(REQUEST).SerializeToString(deterministic=True))
+    golden("infer_request_v3.bin", wire.pack_request(REQUEST).SerializeToString(deterministic=True))
 
 
 def test_infer_response_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("infer_response_v2.bin", wire.pack_answer(300, ANSWER).SerializeToString(deterministic=True))
+    golden("infer_response_v3.bin", wire.pack_answer(300, ANSWER).SerializeToString(deterministic=True))
 
 
 def test_infer_error_is_golden(golden: Callable[[str, bytes], None]) -> None:
     message = wire.pack_error(300, UnknownBundle("no such bundle"))
-    golden("infer_error_v2.bin", message.SerializeToString(deterministic=True))
+    golden("infer_error_v3.bin", message.SerializeToString(deterministic=True))
 
 
 def test_describe_response_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("describe_response_v2.bin", wire.pack_service(SERVICE).SerializeToString(deterministic=True))
+    golden("describe_response_v3.bin", wire.pack_service(SERVICE).SerializeToString(deterministic=True))
 
 
 def test_describe_response_with_a_language_model_is_golden(golden: Callable[[str, bytes], None]) -> None:
     model = ModelInfo(FINGERPRINT, "SmolLM2", 49_152, 8192, "bfloat16/16")
     message = wire.pack_service(dataclasses.replace(SERVICE, models=(model,)))
-    golden("describe_models_v2.bin", message.SerializeToString(deterministic=True))
+    golden("describe_models_v3.bin", message.SerializeToString(deterministic=True))
 
 
 def test_describe_response_with_a_handoff_is_golden(golden: Callable[[str, bytes], None]) -> None:
     model = ModelInfo(FINGERPRINT, "SmolLM2", 49_152, 8192, "bfloat16/16", (bytes(range(32)),))
     info = dataclasses.replace(SERVICE, models=(model,))
     message = wire.pack_service(info)
-    golden("describe_handoff_v2.bin", message.SerializeToString(deterministic=True))
+    golden("describe_handoff_v3.bin", message.SerializeToString(deterministic=True))
     assert wire.unpack_service(message) == info
 
 
 def test_describe_request_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("describe_request_v2.bin", pb.DescribeRequest(padding=bytes(3)).SerializeToString(deterministic=True))
+    golden("describe_request_v3.bin", pb.DescribeRequest(padding=bytes(3)).SerializeToString(deterministic=True))
 
 
 indices = st.integers(0, limits.MAX_RATES - 1)
@@ -225,9 +227,9 @@ def test_the_first_task_may_be_spelt_out() -> None:
 
 
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
-    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 2"),
-    "version before": ({"wire_version": 1}, UnsupportedVersion, "wire version 1, this service reads 2"),
-    "next version": ({"wire_version": 3}, UnsupportedVersion, "wire version 3"),
+    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 3"),
+    "version before": ({"wire_version": 2}, UnsupportedVersion, "wire version 2, this service reads 3"),
+    "next version": ({"wire_version": 4}, UnsupportedVersion, "wire version 4"),
     "no bundle": ({"bundle": 0}, PayloadCorrupt, "CRC-32"),
     "other bundle": ({"bundle": 1}, PayloadCorrupt, "CRC-32"),
     "no request id": ({"request_id": 0}, InvalidInput, "request_id is 0"),
@@ -286,12 +288,42 @@ BAD_ANSWERS: dict[str, tuple[list[float], str]] = {
 @pytest.mark.parametrize(("probabilities", "words"), BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
 def test_an_answer_that_cannot_be_true_is_refused(probabilities: list[float], words: str) -> None:
     with pytest.raises(InvalidReply, match=words):
-        wire.unpack_answer(pb.InferResponse(probabilities=probabilities), [2, 3])
+        wire.unpack_answer(with_checksum(pb.InferResponse(probabilities=probabilities)), [2, 3])
 
 
 def test_an_error_of_code_ok_is_the_services_fault() -> None:
     with pytest.raises(errors.ServiceError):
-        wire.unpack_answer(pb.InferResponse(error=pb.Error(), probabilities=[0.5, 0.5]), [2])
+        wire.unpack_answer(with_checksum(pb.InferResponse(error=pb.Error(), probabilities=[0.5, 0.5])), [2])
+
+
+def with_checksum(message: pb.InferResponse) -> pb.InferResponse:
+    message.crc32 = wire.answer_checksum(message)
+    return message
+
+
+@given(st.sampled_from([wire.pack_answer(300, ANSWER), wire.pack_error(300, InvalidInput("no photo"))]), st.data())
+def test_no_flipped_bit_of_an_answer_is_believed(message: pb.InferResponse, data: st.DataObject) -> None:
+    flipped = bytearray(message.SerializeToString())
+    bit = data.draw(st.integers(0, 8 * len(flipped) - 1))
+    flipped[bit // 8] ^= 1 << bit % 8
+    with contextlib.suppress(DecodeError), pytest.raises(InvalidReply, match="CRC-32"):
+        wire.unpack_answer(pb.InferResponse.FromString(bytes(flipped)), [2, 3])
+
+
+def test_an_answer_under_another_id_is_refused() -> None:
+    message = wire.pack_answer(300, ANSWER)
+    message.request_id = 301
+    with pytest.raises(InvalidReply, match="CRC-32 of the answer is"):
+        wire.unpack_answer(message, [2, 3])
+
+
+def test_only_a_whole_drain_notice_is_one() -> None:
+    notice = wire.pack_error(0, Draining("bye"))
+    assert wire.is_drain_notice(sent(notice))
+    assert not wire.is_drain_notice(wire.pack_error(7, Draining("bye")))
+    assert not wire.is_drain_notice(wire.pack_error(0, InvalidInput("what?")))
+    notice.crc32 ^= 1
+    assert not wire.is_drain_notice(notice)
 
 
 def described_model(**fields: Any) -> pb.DescribeResponse:

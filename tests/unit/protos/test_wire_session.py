@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from isthmus.models.errors import (
     ContextGone,
     InvalidInput,
+    InvalidReply,
     IsthmusError,
     PayloadCorrupt,
     PayloadTooLarge,
@@ -70,26 +72,26 @@ def sent(message: M) -> M:
 
 
 def test_opening_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("generate_open_v2.bin", wire_session.pack_opening(OPENING).SerializeToString(deterministic=True))
+    golden("generate_open_v3.bin", wire_session.pack_opening(OPENING).SerializeToString(deterministic=True))
 
 
 def test_round_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("generate_round_v2.bin", wire_session.pack_round(ROUND).SerializeToString(deterministic=True))
+    golden("generate_round_v3.bin", wire_session.pack_round(ROUND).SerializeToString(deterministic=True))
 
 
 def test_a_handoff_is_golden(golden: Callable[[str, bytes], None]) -> None:
     opening, round_ = wire_session.pack_opening(HANDOFF_OPENING), wire_session.pack_round(HANDOFF_ROUND)
-    golden("generate_open_handoff_v2.bin", opening.SerializeToString(deterministic=True))
-    golden("generate_round_handoff_v2.bin", round_.SerializeToString(deterministic=True))
+    golden("generate_open_handoff_v3.bin", opening.SerializeToString(deterministic=True))
+    golden("generate_round_handoff_v3.bin", round_.SerializeToString(deterministic=True))
 
 
 def test_committed_is_golden(golden: Callable[[str, bytes], None]) -> None:
-    golden("generate_committed_v2.bin", wire_session.pack_committed(COMMITTED).SerializeToString(deterministic=True))
+    golden("generate_committed_v3.bin", wire_session.pack_committed(COMMITTED).SerializeToString(deterministic=True))
 
 
 def test_error_is_golden(golden: Callable[[str, bytes], None]) -> None:
     message = wire_session.pack_generate_error(ContextGone("the first 12 tokens are not held"))
-    golden("generate_error_v2.bin", message.SerializeToString(deterministic=True))
+    golden("generate_error_v3.bin", message.SerializeToString(deterministic=True))
 
 
 ids = st.integers(0, wire.UINT32)
@@ -219,8 +221,8 @@ def test_a_round_without_states_has_no_checksum() -> None:
 
 NAN, INF = math.nan, math.inf
 BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
-    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 2"),
-    "next version": ({"wire_version": 3}, UnsupportedVersion, "wire version 3, this service reads 2"),
+    "no version": ({"wire_version": 0}, UnsupportedVersion, "wire version 0, this service reads 3"),
+    "next version": ({"wire_version": 4}, UnsupportedVersion, "wire version 4, this service reads 3"),
     "no model": ({"model": b""}, InvalidInput, "model has 0 bytes, expected 8"),
     "whole fingerprint": ({"model": MODEL}, InvalidInput, "model has 32 bytes, expected 8"),
     "no session": ({"session": b""}, InvalidInput, "session has 0 bytes, expected 16"),
@@ -397,11 +399,28 @@ BAD_RESPONSES: dict[str, tuple[pb.GenerateResponse, str]] = {
 @pytest.mark.parametrize(("message", "words"), BAD_RESPONSES.values(), ids=BAD_RESPONSES.keys())
 def test_a_response_that_cannot_be_true_is_refused(message: pb.GenerateResponse, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
-        wire_session.unpack_committed(message, VOCAB)
+        wire_session.unpack_committed(with_checksum(message), VOCAB)
 
 
 def test_the_response_that_those_are_bent_from_is_good() -> None:
-    assert wire_session.unpack_committed(row(), VOCAB).logprobs == (Logprobs(-1.0, ((1, -1.0),)),)
+    assert wire_session.unpack_committed(with_checksum(row()), VOCAB).logprobs == (Logprobs(-1.0, ((1, -1.0),)),)
+
+
+def with_checksum(message: pb.GenerateResponse) -> pb.GenerateResponse:
+    message.crc32 = wire_session.reply_checksum(message)
+    return message
+
+
+REPLIES = [wire_session.pack_committed(COMMITTED), wire_session.pack_generate_error(ContextGone("12 are not held"))]
+
+
+@given(st.sampled_from(REPLIES), st.data())
+def test_no_flipped_bit_of_a_reply_is_believed(message: pb.GenerateResponse, data: st.DataObject) -> None:
+    flipped = bytearray(message.SerializeToString())
+    bit = data.draw(st.integers(0, 8 * len(flipped) - 1))
+    flipped[bit // 8] ^= 1 << bit % 8
+    with contextlib.suppress(DecodeError), pytest.raises(InvalidReply, match="CRC-32"):
+        wire_session.unpack_committed(pb.GenerateResponse.FromString(bytes(flipped)), VOCAB)
 
 
 @given(st.binary(max_size=120))

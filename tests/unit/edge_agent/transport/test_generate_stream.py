@@ -24,7 +24,7 @@ from isthmus.models.errors import (
     Overloaded,
     ServiceError,
 )
-from isthmus.models.messages import Committed, ModelInfo, Opening, Round, ServiceInfo
+from isthmus.models.messages import Committed, Logprobs, ModelInfo, Opening, Round, ServiceInfo
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -213,7 +213,7 @@ def test_an_error_in_a_reply_is_raised_and_the_stream_goes_on(
     [
         wire_session.pack_committed(Committed(3, 0, (VOCAB,))),
         wire_session.pack_committed(Committed(3, limits.MAX_DRAFT + 1)),
-        pb.GenerateResponse(base=3, tokens=[1], logprobs=[pb.Logprobs(own=float("nan"))]),
+        wire_session.pack_committed(Committed(3, 0, (1,), logprobs=(Logprobs(float("nan")),))),
     ],
     ids=["token", "accepted", "nan"],
 )

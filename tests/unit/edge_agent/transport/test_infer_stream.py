@@ -13,6 +13,8 @@ import pytest
 from isthmus.edge_agent.transport import infer_stream as module
 from isthmus.edge_agent.transport.infer_stream import InferStream
 from isthmus.models.errors import Draining, LinkDown, ServiceError
+from isthmus.models.messages import CloudReply
+from isthmus.protos import wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
 WAIT_S = 10.0  # for what comes at once
@@ -46,7 +48,8 @@ class Call:
 
     def respond(self, *ids: int) -> None:
         for id_ in ids:
-            self.responses.put(pb.InferResponse(request_id=id_))
+            answer = wire.pack_answer(id_, CloudReply(((0.5, 0.5),), 0, 0))
+            self.responses.put(answer if id_ else wire.pack_error(0, Draining("bye")))
 
     def _collect(self, requests: Iterator[pb.InferRequest]) -> None:
         self.requests.extend(request.request_id for request in requests)
