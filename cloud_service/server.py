@@ -11,9 +11,10 @@ from typing import Protocol
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.config import CloudConfig, Tls
+from isthmus.cloud_service.metrics_server import MetricsServer
 from isthmus.cloud_service.servicer import SERVICE_NAME, Servicer, attach
 from isthmus.models.address import Address, parse_address
 from isthmus.models.errors import InvalidInput
@@ -58,13 +59,17 @@ class Server:
         self._server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
         self._health = health.aio.HealthServicer()
         self._running: list[asyncio.Task[None]] = []
+        self._metrics: MetricsServer | None = None
         attach(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self, config: CloudConfig, registry: CollectorRegistry) -> Ports:
         """Bind, start both runners and report SERVING. Raises InvalidInput when a port cannot be had."""
-        ports = Ports(bind(self._server, config.listen, config.tls), serve_metrics(config.metrics, registry))
+        grpc_port = bind(self._server, config.listen, config.tls)
+        if config.metrics is not None:
+            self._metrics = MetricsServer(config.metrics, registry)
+            self._metrics_task = asyncio.create_task(self._metrics.run_until_exit())
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(self.stopping.set))
@@ -74,7 +79,7 @@ class Server:
         await self._server.start()
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return ports
+        return Ports(grpc_port, self._metrics.port if self._metrics else None)
 
     async def drain(self, grace_s: float) -> None:
         """Answer what is outstanding and stop. Raises what a runner raised."""
@@ -88,6 +93,9 @@ class Server:
         await self._server.stop(grace_s)  # calls that came in with the signal are still answered
         self._vision.drain()
         await asyncio.gather(*self._running)
+        if self._metrics is not None:
+            self._metrics.should_exit = True
+            await self._metrics_task
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # another one during interpreter shutdown would count as a crash
 
@@ -103,15 +111,3 @@ def bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
         return int(server.add_secure_port(address, credentials))
     except (RuntimeError, OSError) as error:
         raise InvalidInput(f"cannot listen on {address}: {str(error).splitlines()[0]}") from error
-
-
-def serve_metrics(address: str | None, registry: CollectorRegistry) -> int | None:
-    """Serve /metrics over HTTP in a thread of its own and return the port. Raises InvalidInput when it is taken."""
-    if address is None:
-        return None
-    try:
-        parsed = parse_address(address)
-        server, _ = start_http_server(parsed.port, parsed.host, registry)
-    except (InvalidInput, OSError) as error:
-        raise InvalidInput(f"cannot serve metrics on {address}: {error}") from error
-    return int(server.server_port)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from isthmus.cloud_service.config import CloudConfig, Tls
 from isthmus.cloud_service.language.service import LanguageService
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.cloud_service.server import Server, bind, serve_metrics
+from isthmus.cloud_service.server import Server, bind
 from isthmus.cloud_service.servicer import Servicer
 from isthmus.cloud_service.vision.batching import BatchLimits
 from isthmus.cloud_service.vision.worker import Worker
@@ -53,28 +52,6 @@ def test_files_that_are_no_certificates_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "junk.pem").write_bytes(b"no certificate")
     with pytest.raises(InvalidInput, match="cannot listen"):
         try_bind("127.0.0.1:0", Tls(tmp_path / "junk.pem", tmp_path / "junk.pem"))
-
-
-def test_metrics_are_served_over_http() -> None:
-    port = serve_metrics("127.0.0.1:0", CollectorRegistry())
-    assert port
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
-        assert reply.status == 200
-
-
-def test_metrics_can_be_left_out() -> None:
-    assert serve_metrics(None, CollectorRegistry()) is None
-
-
-@pytest.mark.parametrize("address", ["9101", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:70000"])
-def test_a_wrong_metrics_address_is_named(address: str) -> None:
-    with pytest.raises(InvalidInput, match=f"cannot serve metrics on {address}"):
-        serve_metrics(address, CollectorRegistry())
-
-
-def test_a_taken_metrics_port_is_named(taken: str) -> None:
-    with pytest.raises(InvalidInput, match=taken):
-        serve_metrics(taken, CollectorRegistry())
 
 
 class IdleRunner:
