@@ -104,7 +104,8 @@ class Servicer(pb_grpc.IsthmusServicer):
             while (response := await ready.get()) is not None:
                 if isinstance(response, InvalidInput):
                     await context.abort(*status.of_error(response))
-                yield response
+                else:
+                    yield response
         finally:
             self._streams -= 1
             drain_notice.cancel()
