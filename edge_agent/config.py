@@ -172,6 +172,15 @@ class LanguageConfig(Settings):
         Field(ge=0, le=512, description="Layers of the cloud's model that a prompt runs through; 0 for all, exact."),
     ] = 0
     context: Annotated[int, Field(ge=16, description="Tokens that the device's model holds.")] = 2048
+    max_answers: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="Prompts answered at once over HTTP by the device alone, and as many with a cloud; each keeps a"
+            " KV cache on the device.",
+        ),
+    ] = 4
     on_loss: Annotated[
         Literal["alone", "wait"],
         Field(description="When no cloud is left in mid-answer: the device goes on alone, or waits for one."),
@@ -203,13 +212,38 @@ class ChatConfig(Settings):
 
 @dataclass(frozen=True)
 class HttpConfig(Settings):
-    """Where the local HTTP API listens, and how it ends."""
+    """Where the local HTTP API listens, what it admits, and how it ends."""
 
     listen: Annotated[
         ListenAddress,
         Field(description="Address of the HTTP API; port 0 picks a free one."),
         Flag(metavar="HOST:PORT"),
     ] = "127.0.0.1:8080"
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Name by which clients may address the agent, beside IP addresses, localhost and the host of"
+            " --listen; repeatable. Without any, an agent that listens beyond loopback answers to every name."
+        ),
+        Flag("allowed_host"),
+    ] = ()
+    max_requests: Annotated[
+        int,
+        Field(ge=1, le=4096, description="Photos, and prompts, that are worked on or wait at once; above it 503."),
+    ] = 32
+    max_connections: Annotated[
+        int,
+        Field(ge=8, le=65536, description="Open connections, but at most a quarter of the file descriptors."),
+    ] = 256
+    client_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=3600,
+            description="Seconds for a client to send the head of a request, again for its body, and to read an answer"
+            " that fills the buffers.",
+        ),
+    ] = 30.0
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="Seconds to answer the requests in flight after SIGTERM.")
     ] = 20.0

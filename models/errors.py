@@ -3,11 +3,13 @@
     IsthmusError
     ├── CallerError             the input or the request is wrong; trying again unchanged cannot help
     │   ├── InvalidInput        an image, argument or message that cannot be used
+    │   │   └── ContextExceeded     a prompt that leaves no room for an answer in the model's context
     │   ├── BundleError         a bundle on disk is missing, changed, of another version or inconsistent
     │   ├── ContextGone         the service no longer holds this session's KV cache: open it again
     │   ├── PayloadCorrupt      checksum, truncation or symbols that the tables cannot produce
     │   ├── PayloadTooLarge     over a cap, whether met when encoding or when receiving
-    │   └── AgentClosed         a request after `close()`
+    │   ├── AgentClosed         a request after `close()`
+    │   └── AnswerCancelled     an answer that its caller gave up while it waited
     ├── LinkError               the link failed; trying again later can help
     │   ├── LinkDown            no connection, or it broke
     │   └── DeadlineExceeded    the reply did not arrive, or could not have arrived, in time
@@ -38,6 +40,10 @@ class InvalidInput(CallerError):
     """An image, argument or message that cannot be used."""
 
 
+class ContextExceeded(InvalidInput):
+    """A prompt that leaves no room for an answer in the model's context."""
+
+
 class BundleError(CallerError):
     """A bundle on disk is missing, changed, of another version or inconsistent."""
 
@@ -56,6 +62,10 @@ class PayloadTooLarge(CallerError):
 
 class AgentClosed(CallerError):
     """The agent, or its link to the cloud, was closed before this request."""
+
+
+class AnswerCancelled(CallerError):
+    """The caller gave an answer up while it waited for the device's model."""
 
 
 class LinkError(IsthmusError):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from isthmus.edge_agent.policy.breaker import State
-
-WORDS: dict[State, str] = {"closed": "connected", "half_open": "answering again", "open": "unreachable"}
+from isthmus.edge_agent.policy.breaker import WORDS, State
 
 
 class Cloud(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.config import HttpConfig, LanguageConfig
 from isthmus.models.errors import IsthmusError
 from isthmus.models.fail import fail, needing
 
@@ -24,8 +24,10 @@ def open_prompts(config: LanguageConfig, registry: CollectorRegistry | None = No
         fail(error)
 
 
-def open_routes(agent: Any) -> list[Any]:
+def open_routes(agent: LanguageAgent, http: HttpConfig) -> list[Any]:
     """HTTP routes of an agent for prompts."""
     from isthmus.edge_agent.http.openai.routes import routes
+    from isthmus.edge_agent.http.openai.state import Limits
 
-    return list(routes(agent))
+    limits = Limits(http.max_requests, agent.config.max_answers, client_timeout_s=http.client_timeout_s)
+    return list(routes(agent, limits))

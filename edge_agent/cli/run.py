@@ -14,7 +14,7 @@ from isthmus.edge_agent.cli.photos import open_photos_with_metrics
 from isthmus.edge_agent.cli.prompts import open_prompts, open_routes
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import HttpConfig, LanguageConfig
-from isthmus.models.address import Address, parse_address
+from isthmus.models.address import Address
 from isthmus.models.fail import needing
 from isthmus.models.options import DEFAULT, Command, given, read
 
@@ -59,7 +59,7 @@ def run(as_json: bool) -> None:
             line |= {"bundle": agent.manifest.name, "cloud": describe_clouds([agent.link] if agent.link else [])}
         if config is not None:
             language = stack.enter_context(open_prompts(config, registry))
-            prompts = open_routes(language)
+            prompts = open_routes(language, http)
             if not language.tokenizer.has_template:
                 click.echo(
                     f"warning: {language.name} has no chat template: /v1/chat/completions is refused, "
@@ -67,8 +67,8 @@ def run(as_json: bool) -> None:
                     err=True,
                 )
             line |= {"model": language.name, "cloud": describe_clouds(language.replicas)}
-        app = create_app(registry, photos, prompts)
-        serve(app, parse_address(http.listen), http.drain_s, partial(announce, line, as_json))
+        app = create_app(registry, photos, prompts, http)
+        serve(app, http, partial(announce, line, as_json))
 
 
 def announce(line: dict[str, Any], as_json: bool, bound: Address) -> None:

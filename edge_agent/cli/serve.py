@@ -1,5 +1,6 @@
 """The HTTP server of `edge-agent run`: announces its address once it is bound, and ends without cutting a request.
 
+    connections     -> at most so many, and slow ones are closed (http.connections)
     SIGTERM, SIGINT -> no connection is accepted any more; answers carry `Connection: close`
         QUIET_S     -> connections without a request are closed
         drain_s     -> requests that are still running are cancelled
@@ -15,11 +16,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from isthmus.models.address import Address
+from isthmus.edge_agent.config import HttpConfig
+from isthmus.edge_agent.http.connections import BACKLOG, Connections
+from isthmus.models.address import Address, parse_address
 
 KEEP_ALIVE_S = 30  # of a connection without a request
 QUIET_S = 1.0  # for requests that are on their way to an open connection when the signal comes
@@ -29,20 +33,26 @@ POLL_S = 0.05
 class Server(uvicorn.Server):
     """One application on one address. `announce` is called with the bound address."""
 
-    def __init__(self, app: ASGIApp, address: Address, drain_s: float, announce: Callable[[Address], None]) -> None:
-        self._app, self._address, self._drain_s, self._announce = app, address, drain_s, announce
+    def __init__(self, app: ASGIApp, http: HttpConfig, announce: Callable[[Address], None]) -> None:
+        self._app, self._announce = app, announce
+        self._address, self._drain_s = parse_address(http.listen), http.drain_s
+        self._connections = Connections(http.max_connections, http.client_timeout_s)
         config = uvicorn.Config(
             self._answer,
-            host=address.host,
-            port=address.port,
+            host=self._address.host,
+            port=self._address.port,
             interface="asgi3",
-            log_level="warning",
+            http=cast(type[asyncio.Protocol], self._connections.protocol),  # uvicorn only calls it
+            ws="none",
+            backlog=BACKLOG,
+            log_level="error",  # a client's nonsense is no event of ours, and might fill the disk
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=math.ceil(drain_s),
+            timeout_graceful_shutdown=math.ceil(http.drain_s),
         )
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._connections.on_loop_error)
         await super().startup(sockets)
         port = self.servers[0].sockets[0].getsockname()[1]
         self._announce(Address(self._address.host, port))
@@ -74,7 +84,7 @@ class Server(uvicorn.Server):
         await self._app(scope, receive, send_closing)
 
 
-def serve(app: ASGIApp, address: Address, drain_s: float, announce: Callable[[Address], None]) -> None:
+def serve(app: ASGIApp, http: HttpConfig, announce: Callable[[Address], None]) -> None:
     """Serve until SIGTERM or SIGINT. Raises SystemExit then, so that the caller's contexts are closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again when it has drained
-    Server(app, address, drain_s, announce).run()
+    Server(app, http, announce).run()

@@ -4,6 +4,8 @@
 /v1/chat/completions, /v1/completions, /v1/models   see openai.routes, with a language model
 GET /healthz                                        200 as long as the agent can answer, with or without a cloud
 GET /metrics                                        Prometheus
+
+Every request passes the guard first.
 """
 
 from __future__ import annotations
@@ -13,33 +15,45 @@ from collections.abc import Sequence
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from isthmus.edge_agent.http.infer import InferApi, problem
+from isthmus.edge_agent.config import HttpConfig
+from isthmus.edge_agent.http.guard import HEALTH, Guard, problem
+from isthmus.edge_agent.http.infer import InferApi
+from isthmus.edge_agent.http.metrics import HttpMetrics
+from isthmus.edge_agent.http.origins import OriginPolicy
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
+
+DEFAULTS = HttpConfig()
 
 
 def create_app(
     registry: CollectorRegistry,
     photos: tuple[EdgeAgent, EdgeMetrics] | None = None,
     language: Sequence[Route] = (),
+    http: HttpConfig = DEFAULTS,
 ) -> Starlette:
     """The ASGI application: for photos, for a language model, or for both."""
-    api = InferApi(*photos) if photos is not None else None
+    api = InferApi(*photos, http) if photos is not None else None
 
     async def export(request: Request) -> Response:
         if api is not None:
             api.update_metrics()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    routes = [Route("/healthz", health), *language, *(api.routes if api else ()), Route("/metrics", export)]
-    return Starlette(routes=routes, exception_handlers={HTTPException: http_problem})
+    routes = [Route(HEALTH, health), *language, *(api.routes if api else ()), Route("/metrics", export)]
+    metrics = HttpMetrics(registry, [route.path_format for route in routes])
+    origins = OriginPolicy(http.listen, http.allowed_hosts)
+    guard = Middleware(Guard, routes=routes, origins=origins, metrics=metrics)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: http_problem})
 
 
 async def health(request: Request) -> Response:
+    """For the list of routes; the guard answers before."""
     return JSONResponse({"status": "ok"})
 
 

@@ -18,26 +18,32 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S
+from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, HttpConfig
+from isthmus.edge_agent.http.admission import AdmissionSlots
+from isthmus.edge_agent.http.disconnect import while_connected
+from isthmus.edge_agent.http.guard import CLIENT_LEFT, problem
+from isthmus.edge_agent.http.uploads import UploadRefused, Uploads
+from isthmus.edge_agent.policy.breaker import WORDS
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.errors import InvalidInput, Overloaded
 from isthmus.models.settings import MAX_SHOWN, nearest
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
-MAX_ADMITTED = 32  # requests at once; above it 503, because a queue on a device only makes answers late
-MAX_COMPUTING = 4  # of them in threads; ONNX Runtime uses every core for each
+MAX_COMPUTING = 4  # requests in threads at once; ONNX Runtime uses every core for each
 PARAMETERS = ("deadline_ms", "task", "tap", "width", "rate")
 MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES  # an original from a camera; it is made smaller before it is sent on
+MAX_HELD_BYTES = 8 * MAX_BODY_BYTES  # of all bodies together, arriving, waiting and being answered
 
 
 class InferApi:
     """Handlers over one agent, with a limited number of admission slots."""
 
-    def __init__(self, agent: EdgeAgent, metrics: EdgeMetrics) -> None:
+    def __init__(self, agent: EdgeAgent, metrics: EdgeMetrics, http: HttpConfig) -> None:
         self._agent = agent
         self._metrics = metrics
-        self._admitted = 0
+        self._slots = AdmissionSlots(http.max_requests)
+        self._uploads = Uploads(MAX_BODY_BYTES, MAX_HELD_BYTES, http.client_timeout_s)
         self._computing = asyncio.Semaphore(MAX_COMPUTING)
 
     @property
@@ -49,30 +55,33 @@ class InferApi:
         self._metrics.link(self._agent.link)
 
     async def infer(self, request: Request) -> Response:
-        if self._admitted >= MAX_ADMITTED:
-            return problem(503, f"{MAX_ADMITTED} photos are being answered already", {"Retry-After": "1"})
-        self._admitted += 1
         received_s = time.monotonic()
         try:
             arguments = query(request)
-            photo = await body(request)
-            async with self._computing:
-                if "deadline_s" in arguments:  # the upload and the wait for a thread count
-                    left_s = arguments["deadline_s"] - (time.monotonic() - received_s)
-                    arguments["deadline_s"] = max(left_s, MIN_DEADLINE_S)
-                answer = await run_in_threadpool(partial(self._agent.infer, photo, **arguments))
-            return JSONResponse(answer.as_dict())
-        except TooLarge as error:
-            return problem(413, str(error))
+            self._slots.check()
+            async with self._uploads.body(request) as photo, while_connected(request.receive):
+                if not photo:
+                    raise InvalidInput("the body is empty, expected a JPEG, PNG or WebP file")
+                with self._slots.hold():
+                    return await self._answer(photo, arguments, received_s)
+        except UploadRefused as error:
+            return problem(error.status, str(error), {"Retry-After": "1"} if error.status == 503 else None)
         except InvalidInput as error:
             self._metrics.refused()
             return problem(400, str(error))
         except Overloaded as error:
             return problem(503, str(error), {"Retry-After": "1"})
         except ClientDisconnect:
-            return Response(status_code=499)
-        finally:
-            self._admitted -= 1
+            pass
+        return Response(status_code=CLIENT_LEFT)
+
+    async def _answer(self, photo: bytes, arguments: dict[str, Any], received_s: float) -> Response:
+        async with self._computing:
+            if "deadline_s" in arguments:  # the upload and the wait for a thread count
+                left_s = arguments["deadline_s"] - (time.monotonic() - received_s)
+                arguments["deadline_s"] = max(left_s, MIN_DEADLINE_S)
+            answer = await run_in_threadpool(partial(self._agent.infer, photo, **arguments))
+        return JSONResponse(answer.as_dict())
 
     async def status(self, request: Request) -> Response:
         manifest, link = self._agent.manifest, self._agent.link
@@ -92,27 +101,11 @@ class InferApi:
                 "mode": self._agent.config.mode,
                 "objective": self._agent.config.objective,
                 "exit_confidence": self._agent.goal.exit_confidence,
-                "cloud": link.state if link else None,
+                "cloud": WORDS[link.state] if link else None,
                 "cloud_problem": link.refusal if link else None,
                 "link": {"rtt_s": estimate.rtt_s, "bytes_per_s": estimate.bytes_per_s} if estimate else None,
             }
         )
-
-
-class TooLarge(Exception):
-    """The body is larger than MAX_BODY_BYTES."""
-
-
-async def body(request: Request) -> bytes:
-    """The body, read no further than the cap. Raises TooLarge, or InvalidInput if it is empty."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY_BYTES:
-            raise TooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
-    if not data:
-        raise InvalidInput("the body is empty, expected a JPEG, PNG or WebP file")
-    return bytes(data)
 
 
 def query(request: Request) -> dict[str, Any]:
@@ -144,8 +137,3 @@ def number(text: str, name: str, least: float, most: float) -> float:
     if not least <= value <= most:
         raise InvalidInput(f"{name} is {text[:20]!r}, expected {least:g} to {most:g}")
     return value
-
-
-def problem(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error response."""
-    return JSONResponse({"error": {"message": message, "code": code}}, status_code=code, headers=headers)

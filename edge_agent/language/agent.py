@@ -11,6 +11,7 @@ Knows nothing about text beyond the tokenizer that it hands on, and nothing abou
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -26,8 +27,8 @@ from isthmus.edge_agent.language.router import Router
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.transport.link import Link
-from isthmus.models.errors import BundleError, InvalidInput
-from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.errors import AnswerCancelled, BundleError, ContextExceeded, InvalidInput
+from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
@@ -46,6 +47,8 @@ class LanguageAgent:
         checkpoint = Checkpoint.open(config.model)
         small = open_local(config, checkpoint)
         self.name = checkpoint.name
+        self.aliases = (SMOLLM2,) if config.model == SMOLLM2 else ()
+        self.sampling = checkpoint.sampling
         self.tokenizer = checkpoint.tokenizer
         self.device_context = min(config.context, small.config.context)
         self.context = checkpoint.config.context if config.clouds else self.device_context
@@ -60,7 +63,7 @@ class LanguageAgent:
             small, self.device_context, config.device_bits, config.threads, handoff[0].depths if handoff else ()
         )
         exits = ExitingDecoder(handoff[0], small, decoder, config.threads) if handoff else None
-        local = LocalModel(decoder, exits, router.local)
+        local = LocalModel(decoder, exits, router.local, caches=2 * config.max_answers)
         local.warm_up(WARM_UP_TOKENS)
         links = [self._link(target, checkpoint) for target in config.clouds]
         self.replicas = Replicas(links, checkpoint.fingerprint, config.wait_s)
@@ -75,9 +78,18 @@ class LanguageAgent:
             return ("auto", "edge")
         return ("auto", "edge", "cloud", "verify", *(("handoff",) if self._resources.handoff else ()))
 
-    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
-        """Tokens as they are committed, and last a Summary. Closing it ends the cloud session. Raises IsthmusError."""
-        events = self._stream_events(self._checked(request))
+    def arm_context(self, arm: Arm) -> int:
+        """Tokens of prompt and answer together, by this arm."""
+        return self.device_context if arm in ("edge", "handoff") else self.context
+
+    def generate(
+        self, request: GenerationRequest, cancelled: threading.Event | None = None
+    ) -> Iterator[Token | Summary]:
+        """Tokens as they are committed, and last a Summary. Closing it ends the cloud session.
+
+        `cancelled`, set from another thread, ends a wait for the device's model. Raises IsthmusError.
+        """
+        events = self._stream_events(self._checked(request), cancelled)
         return events if self._metrics is None else self._metrics.watch(events)
 
     def close(self) -> None:
@@ -95,7 +107,7 @@ class LanguageAgent:
 
     def _checked(self, request: GenerationRequest) -> GenerationRequest:
         """The request, its answer no longer than the context leaves room for."""
-        context = self.device_context if request.arm in ("edge", "handoff") else self.context
+        context = self.arm_context(request.arm)
         if request.arm not in self.arms():
             needs = "a cloud" if not self.config.clouds else "a bundle of exits"
             raise InvalidInput(f"arm {request.arm} needs {needs}, and none is configured")
@@ -105,7 +117,7 @@ class LanguageAgent:
             raise InvalidInput(f"max_tokens is {request.max_tokens}, expected at least 1")
         room = context - len(request.prompt)
         if room < 1:
-            raise InvalidInput(
+            raise ContextExceeded(
                 f"the prompt has {len(request.prompt)} tokens, arm {request.arm} holds {context} with the answer"
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab:
@@ -114,12 +126,14 @@ class LanguageAgent:
             raise InvalidInput(f"quality is {request.quality}, expected 0 to 1")
         return replace(request, max_tokens=min(request.max_tokens, room))
 
-    def _stream_events(self, request: GenerationRequest) -> Generator[Token | Summary, None, None]:
+    def _stream_events(
+        self, request: GenerationRequest, cancelled: threading.Event | None
+    ) -> Generator[Token | Summary, None, None]:
         """An answer's tokens and last its summary; however it ends, its sessions are remembered."""
         alone = request.arm == "auto" and not self.config.clouds
         if alone:
             request = replace(request, arm="edge")
-        with closing(Generation(self._resources, request)) as generation:
+        with closing(Generation(self._resources, request, cancelled)) as generation:
             if alone:
                 generation.stats.reason = "no cloud is configured"
             try:
@@ -128,8 +142,9 @@ class LanguageAgent:
             except BaseException as error:  # closed by whoever reads it, or failed
                 generation.close()
                 if self._metrics:
+                    closed = isinstance(error, (GeneratorExit, AnswerCancelled))
                     summary = generation.stats.summary(generation.sequence)
-                    self._metrics.count_unfinished(summary, "closed" if isinstance(error, GeneratorExit) else "failed")
+                    self._metrics.count_unfinished(summary, "closed" if closed else "failed")
                 raise
             generation.close()  # counts what the streams carried
             yield generation.stats.summary(generation.sequence)

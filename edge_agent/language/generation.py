@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,11 +44,13 @@ class Resources:
 class Generation:
     """One answer's sequence and statistics, with sessions that are made when an arm needs them. Close it."""
 
-    def __init__(self, resources: Resources, request: GenerationRequest) -> None:
+    def __init__(
+        self, resources: Resources, request: GenerationRequest, cancelled: threading.Event | None = None
+    ) -> None:
         self.sequence = AnswerSequence(request, resources.eos_ids)
         self.stats = GenerationStats()
         self._resources = resources
-        self._local = resources.local.session()
+        self._local = resources.local.session(cancelled)
         self._sessions: dict[bytes, RemoteSession] = {}
 
     def arm(self, name: Arm) -> RunningArm:

@@ -3,7 +3,7 @@
     LocalModel: the weights, some KV caches, a lock      LocalSession: one answer's calls, each with the whole text
 
 There are several KV caches, so that answers that take turns do not read their texts again. Calls are served in order
-of arrival.
+of arrival, and a long text is read in several.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from isthmus.edge_agent.policy.speculation import SpeculationStats
+from isthmus.models.errors import AnswerCancelled
 from isthmus.models.language.drafts import ModelDraft, shared_length
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import Choice, ExitingDecoder
 from isthmus.models.language.packing import Floats
 from isthmus.models.messages import Sampling
 
-KV_CACHES = 4  # as many answers as the HTTP API generates at once
+KV_CACHES = 4  # as many answers as keep their own
+PIECE_TOKENS = 128  # of a text that are read in one call: others wait no longer than that
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -71,11 +76,14 @@ class FairLock:
 class LocalModel:
     """The model of the device, with exits where a handoff bundle is there. Safe to call from several threads."""
 
-    def __init__(self, decoder: OnnxDecoder, exits: ExitingDecoder | None, stats: SpeculationStats) -> None:
-        """`stats` learns what a single token takes."""
+    def __init__(
+        self, decoder: OnnxDecoder, exits: ExitingDecoder | None, stats: SpeculationStats, *, caches: int = KV_CACHES
+    ) -> None:
+        """`stats` learns what a single token takes. `caches`: KV caches at most, made when they are needed."""
         self.context = decoder.context
         self.lock = FairLock()
         self._stats = stats
+        self._most = caches
         self._caches = [Cache(decoder, ModelDraft(decoder), exits)]
         self._calls = 0
 
@@ -89,9 +97,9 @@ class LocalModel:
                 self._stats.draft_s.observe(time.monotonic() - started_s)
             decoder.truncate(0)
 
-    def session(self) -> LocalSession:
-        """One answer's use of the model; close it when the answer ends."""
-        return LocalSession(self)
+    def session(self, cancelled: threading.Event | None = None) -> LocalSession:
+        """One answer's use of the model; close it when the answer ends. Calls end early when `cancelled` is set."""
+        return LocalSession(self, cancelled)
 
     def cache_for(self, session: LocalSession, tokens: Sequence[int]) -> Cache:
         """The session's own KV cache, or the free one that shares most with `tokens`. Call it under the lock."""
@@ -118,7 +126,7 @@ class LocalModel:
         free = [cache for cache in self._caches if cache.owner is None]
         if free:
             return max(free, key=lambda cache: (shared_length(cache.decoder.ids, tokens), -cache.last_call))
-        if len(self._caches) < KV_CACHES:
+        if len(self._caches) < self._most:
             first = self._caches[0]
             decoder = first.decoder.fork()
             exits = first.exits.fork(decoder) if first.exits else None
@@ -130,37 +138,30 @@ class LocalModel:
 class LocalSession:
     """One answer's use of the device's model, which is held for single calls only.
 
-    Each call takes the whole text: another answer may have had the KV cache since the last one.
+    Each call takes the whole text: another answer may have had the KV cache since the last one. Calls raise
+    AnswerCancelled once the answer is given up.
     """
 
-    def __init__(self, model: LocalModel) -> None:
+    def __init__(self, model: LocalModel, cancelled: threading.Event | None) -> None:
         self.context = model.context
         self._model = model
+        self._cancelled = cancelled
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Logits (vocab,) after `tokens`. Raises InvalidInput when there are more than the context holds."""
-        with self._model.lock:
-            cache = self._model.cache_for(self, tokens)
-            started_s, known = time.monotonic(), cache.decoder.length
-            logits_V = cache.draft.logits(tokens)
-            if cache.decoder.length == known + 1:
-                self._model.record_latency(time.monotonic() - started_s)
-        return logits_V
+        return self._read(tokens, self._logits)
 
     def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
         """A draft token and its confidence; None where the context is full."""
-        with self._model.lock:
-            return self._model.cache_for(self, text).draft.next(text, sampling)
+        return self._read(text, lambda cache, part: cache.draft.next(part, sampling))
 
     def exit(self, tokens: Sequence[int], likely: float) -> Choice:
         """The choice of the first exit that is at least so likely right, or else of the last. Raises InvalidInput."""
-        with self._model.lock:
-            return self._exits(tokens).choose(tokens, likely)
+        return self._read(tokens, lambda cache, part: exits_of(cache).choose(part, likely))
 
     def hidden_states(self, tokens: Sequence[int], start: int) -> Floats:
         """Hidden states (N, hidden) at the cut of all `tokens` from position `start` on."""
-        with self._model.lock:
-            return self._exits(tokens).hidden_states(tokens, start)
+        return self._read(tokens, lambda cache, part: exits_of(cache).hidden_states(part, start))
 
     def embed(self, ids: Sequence[int]) -> Floats:
         """Embeddings (N, hidden) of tokens."""
@@ -171,7 +172,31 @@ class LocalSession:
         with self._model.lock:
             self._model.release(self)
 
-    def _exits(self, tokens: Sequence[int]) -> ExitingDecoder:
-        exits = self._model.cache_for(self, tokens).exits
-        assert exits is not None  # the arm handoff exists where there are exits
-        return exits
+    def _read(self, tokens: Sequence[int], read: Callable[[Cache, Sequence[int]], Result]) -> Result:
+        """`read` of the whole text, in pieces where much of it is new: between them others have their turn.
+
+        When another answer has taken the cache in between, the rest is read at once, so that it comes to an end.
+        """
+        reached = 0
+        while True:
+            with self._model.lock:
+                if self._cancelled is not None and self._cancelled.is_set():
+                    raise AnswerCancelled("the answer was given up")
+                cache = self._model.cache_for(self, tokens)
+                known = shared_length(cache.decoder.ids, tokens)
+                reached = known + PIECE_TOKENS if known >= reached else len(tokens)
+                if reached >= len(tokens) or len(tokens) > self.context:
+                    return read(cache, tokens)
+                read(cache, tokens[:reached])
+
+    def _logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
+        started_s, known = time.monotonic(), cache.decoder.length
+        logits_V = cache.draft.logits(tokens)
+        if cache.decoder.length == known + 1:
+            self._model.record_latency(time.monotonic() - started_s)
+        return logits_V
+
+
+def exits_of(cache: Cache) -> ExitingDecoder:
+    assert cache.exits is not None  # the arm handoff exists where there are exits
+    return cache.exits

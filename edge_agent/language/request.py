@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -99,14 +100,23 @@ class GenerationBackend(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     @property
-    def context(self) -> int:
-        """Tokens of prompt and answer together."""
+    def aliases(self) -> tuple[str, ...]:
+        """Other names of the model."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the model's makers recommend, where a request states nothing."""
+
+    def arm_context(self, arm: Arm) -> int:
+        """Tokens of prompt and answer together, by this arm."""
 
     def arms(self) -> tuple[Arm, ...]:
         """Those that can be requested now: without a cloud only edge, and auto, which then is edge."""
 
-    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
+    def generate(
+        self, request: GenerationRequest, cancelled: threading.Event | None = None
+    ) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. A generator that blocks; closing it ends the cloud session.
 
-        Raises IsthmusError.
+        `cancelled`, set from another thread, ends a wait for the device's model. Raises IsthmusError.
         """

@@ -13,6 +13,7 @@ from typing import Literal
 
 State = Literal["closed", "open", "half_open"]
 STATES: tuple[State, ...] = ("closed", "open", "half_open")
+WORDS: dict[State, str] = {"closed": "connected", "half_open": "answering again", "open": "unreachable"}  # for people
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,16 @@ Knows nothing about how requests are validated (jobs.py) or responses are format
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
-import anyio
 from anyio import to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from isthmus.edge_agent.http.disconnect import while_connected
 from isthmus.edge_agent.http.openai.errors import ApiError, translate
 from isthmus.edge_agent.http.openai.jobs import Job, JobParser
 from isthmus.edge_agent.http.openai.responses import response_formatter
@@ -25,10 +26,13 @@ from isthmus.edge_agent.http.openai.streaming import (
     server_sent_event,
     stream_chunks,
 )
+from isthmus.edge_agent.http.uploads import UploadRefused
+from isthmus.models.errors import Overloaded
 
 PRIVATE_HEADER = "x-isthmus-private"
 FALSE_VALUES = ("", "0", "false", "no")  # any other value of that header keeps the request on the device
 JSON = "application/json"
+HEADERS = {405: {"Allow": "POST"}, 503: {"Retry-After": "1"}}  # of error responses, by status
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -49,31 +53,32 @@ class Endpoint:
             if request.method != "POST":
                 raise ApiError(405, f"{request.method} is not supported here, expected POST")
             check_content_type(request)
-            with self._state.admit():
-                job = await self._read_job(request)
-                async with while_connected(receive):
-                    await self._respond(job, scope, receive, send)
-        except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            self._state.slots.check()
+            async with self._state.uploads.body(request) as data, while_connected(receive):
+                with self._state.slots.hold():
+                    await self._respond(await self._parse_job(request, data), scope, receive, send)
         except ClientDisconnect:
             return
+        except (ApiError, Overloaded, UploadRefused) as error:
+            await error_response(translate(error))(scope, receive, send)
 
-    async def _read_job(self, request: Request) -> Job:
+    async def _parse_job(self, request: Request, data: bytes) -> Job:
         """Raises ApiError. Parses in a thread, as the tokenizer needs a while for megabytes of prompt."""
-        data = await read_body(request, self._state.limits.body_bytes)
         values = request.headers.getlist(PRIVATE_HEADER)
         private = any(value.strip().lower() not in FALSE_VALUES for value in values)
         try:
-            return await to_thread.run_sync(self._parse, data, private, self._state.backend)
+            limiter = self._state.parsing(len(data))
+            return await to_thread.run_sync(self._parse, data, private, self._state.backend, limiter=limiter)
         except Exception as error:
             raise translate(error) from error
 
     async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
         """An error before the first byte is sent as a status, later as an event."""
-        backend, stream = self._state.backend, StreamWriter(send)
+        backend, stream, cancelled = self._state.backend, StreamWriter(send), threading.Event()
         formatter = response_formatter(job, backend.tokenizer)
         try:
-            async with self._state.running_slots, aclosing(in_thread(generate_choices(backend, job))) as events:
+            events = in_thread(generate_choices(backend, job, cancelled), cancelled)
+            async with self._state.running(job.arm), aclosing(events):
                 if job.stream:
                     await stream.write_all(stream_chunks(formatter, job, events))
                 else:
@@ -110,21 +115,6 @@ class StreamWriter:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-@asynccontextmanager
-async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the body of this context when the client disconnects. The body must not raise."""
-    async with anyio.create_task_group() as group:
-        group.start_soon(cancel_on_disconnect, receive, group.cancel_scope)
-        yield
-        group.cancel_scope.cancel()
-
-
-async def cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
-
-
 def check_content_type(request: Request) -> None:
     """Raises ApiError 415. A web page can post other types across origins without a CORS preflight."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -133,16 +123,5 @@ def check_content_type(request: Request) -> None:
         raise ApiError(415, message, code="unsupported_media_type")
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The body, read no further than the limit. Raises ApiError 413, ClientDisconnect."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit_bytes:
-            raise ApiError(413, f"the body is larger than {limit_bytes} bytes", code="request_too_large")
-    return bytes(data)
-
-
 def error_response(error: ApiError) -> Response:
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return JSONResponse({"error": error.error}, error.status, headers)
+    return JSONResponse({"error": error.error}, error.status, HEADERS.get(error.status))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 
-from isthmus.models.errors import DeadlineExceeded, InvalidInput, LinkError, ServiceError
+from isthmus.edge_agent.http.uploads import UploadRefused
+from isthmus.models.errors import ContextExceeded, DeadlineExceeded, InvalidInput, LinkError, ServiceError
 
 log = logging.getLogger("isthmus.edge")
 
@@ -34,6 +35,11 @@ def translate(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case UploadRefused():
+            kind = "overloaded" if error.status == 503 else "invalid_request_error"
+            return ApiError(error.status, str(error), code=error.code, type=kind)
+        case ContextExceeded():
+            return ApiError(400, str(error), code="context_length_exceeded")
         case InvalidInput():
             return ApiError(400, str(error))
         case DeadlineExceeded():

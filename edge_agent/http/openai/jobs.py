@@ -2,13 +2,14 @@
 
 Where OpenAI leaves it open: `seed` is taken modulo 2^63, and choice i of a prompt uses seed + i, as all choices would
 be equal otherwise; `max_tokens` is cut to what is left of the context; `private` (or the header X-Isthmus-Private)
-keeps a request on the device.
+keeps a request on the device; temperature and top_p are by default what the model's makers recommend.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from isthmus.edge_agent.http.openai.model_names import SelectedModel, select_mod
 from isthmus.edge_agent.http.openai.schema import BaseRequest, ChatRequest, CompletionRequest, parse_request
 from isthmus.edge_agent.language.request import GenerationBackend, GenerationRequest
 from isthmus.edge_agent.policy.arms import Arm
+from isthmus.models.errors import ContextExceeded
 from isthmus.models.language.checkpoint.tokenizer import Message
 from isthmus.models.messages import MAX_SEED, Sampling
 
@@ -44,12 +46,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceSettings:
-    """What all choices of a job share. `max_tokens` may exceed the context; `context` is in tokens."""
+    """What all choices of a job share. `max_tokens` may exceed `context`, in tokens; `sampling` is the default."""
 
     model: SelectedModel
     max_tokens: int
     top_logprobs: int | None
     context: int
+    sampling: Sampling
 
 
 JobParser = Callable[[bytes, bool, GenerationBackend], Job]
@@ -61,10 +64,13 @@ def chat_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     model = select_model(body, private or body.private, backend)
-    prompt = backend.tokenizer.chat([Message(message.role, message.content) for message in body.messages])
-    max_tokens = body.max_completion_tokens or body.max_tokens or backend.context
+    context = backend.arm_context(model.arm)
+    messages = [Message(message.role, message.content or "") for message in body.messages]
+    with naming("messages"):
+        prompt = backend.tokenizer.chat(messages, context)
+    max_tokens = body.max_completion_tokens or body.max_tokens or context
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    settings = ChoiceSettings(model, max_tokens, top_logprobs, backend.context)
+    settings = ChoiceSettings(model, max_tokens, top_logprobs, context, backend.sampling)
     requests = requests_for(body, tuple(prompt), settings, "messages")
     return build_job("chat", body, model, requests, ("",) * len(requests))
 
@@ -74,11 +80,12 @@ def completion_job(data: bytes, private: bool, backend: GenerationBackend) -> Jo
     body = parse_request(CompletionRequest, data)
     check_completion(body)
     model = select_model(body, private or body.private, backend)
-    settings = ChoiceSettings(model, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs, backend.context)
+    max_tokens, context = body.max_tokens or DEFAULT_COMPLETION_TOKENS, backend.arm_context(model.arm)
+    settings = ChoiceSettings(model, max_tokens, body.logprobs, context, backend.sampling)
     requests: list[GenerationRequest] = []
     echoed_prompts: list[str] = []
     for prompt in body.prompt:
-        ids = encode_prompt(prompt, backend)
+        ids = encode_prompt(prompt, backend, context)
         requests += requests_for(body, ids, settings, "prompt")
         text = prompt if isinstance(prompt, str) else backend.tokenizer.decode(ids)
         echoed_prompts += [text if body.echo else ""] * body.n
@@ -96,10 +103,12 @@ def check_completion(body: CompletionRequest) -> None:
         raise ApiError(400, message, param="prompt")
 
 
-def encode_prompt(prompt: str | Sequence[int], backend: GenerationBackend) -> tuple[int, ...]:
+def encode_prompt(prompt: str | Sequence[int], backend: GenerationBackend, context: int) -> tuple[int, ...]:
     """The ids of a prompt, which may be given as ids. Raises ApiError for an id outside of the vocabulary."""
     if isinstance(prompt, str):
-        return tuple(backend.tokenizer.encode(prompt))
+        with naming("prompt"):
+            backend.tokenizer.check_length(prompt, context)
+            return tuple(backend.tokenizer.encode(prompt))
     size = backend.tokenizer.size
     wrong = next((id for id in prompt if not 0 <= id < size), None)
     if wrong is not None:
@@ -123,15 +132,25 @@ def requests_for(
     max_tokens, model = min(settings.max_tokens, room), settings.model
     return [
         GenerationRequest(prompt, max_tokens, model.arm, sampling, settings.top_logprobs, model.quality)
-        for sampling in samplings(body)
+        for sampling in samplings(body, settings.sampling)
     ]
 
 
-def samplings(body: BaseRequest) -> list[Sampling]:
-    """One for each of the `n` choices."""
+def samplings(body: BaseRequest, recommended: Sampling) -> list[Sampling]:
+    """One for each of the `n` choices; what the request does not give is `recommended`."""
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    top_p = max(body.top_p, MIN_TOP_P)
-    return [Sampling(body.temperature, top_p, (seed + index) % (MAX_SEED + 1)) for index in range(body.n)]
+    temperature = recommended.temperature if body.temperature is None else body.temperature
+    top_p = recommended.top_p if body.top_p is None else max(body.top_p, MIN_TOP_P)
+    return [Sampling(temperature, top_p, (seed + index) % (MAX_SEED + 1)) for index in range(body.n)]
+
+
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """The field at fault, in the error of a prompt that is too long. Raises ApiError."""
+    try:
+        yield
+    except ContextExceeded as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
 
 
 def build_job(

@@ -1,6 +1,6 @@
 """Names of models: a model is the checkpoint by an arm, so that `model` selects the arm.
 
-tiny, auto, tiny:auto    the arm is chosen for each request, in mid-answer too
+tiny, auto, tiny:auto    the arm is chosen for each request, in mid-answer too; an alias such as smollm2 is like tiny
 edge, tiny:edge, …       this arm
 auto-q0.9                auto, with this quality: the share of tokens that are to equal the cloud model's choice
 """
@@ -18,6 +18,7 @@ from isthmus.edge_agent.language.request import GenerationBackend
 from isthmus.edge_agent.policy.arms import Arm
 
 WITH_QUALITY = re.compile(r"(.+)-q(0(?:\.[0-9]{1,6})?|1(?:\.0{1,6})?)")
+AUTO: Arm = "auto"
 CLOUD_ARMS: tuple[Arm, ...] = ("cloud", "verify", "handoff")
 
 
@@ -33,7 +34,9 @@ class SelectedModel:
 def available_models(backend: GenerationBackend) -> dict[str, Arm]:
     """Model names, with the arm that each selects now."""
     arms: dict[str, Arm] = {arm: arm for arm in backend.arms()}
-    return {backend.name: "auto", **arms, **{f"{backend.name}:{name}": arm for name, arm in arms.items()}}
+    names = (backend.name, *backend.aliases)
+    qualified = {f"{name}:{arm}": arm for name in names for arm in arms.values()}
+    return {**dict.fromkeys(names, AUTO), **arms, **qualified}
 
 
 def select_model(request: BaseRequest, private: bool, backend: GenerationBackend) -> SelectedModel:
@@ -41,7 +44,8 @@ def select_model(request: BaseRequest, private: bool, backend: GenerationBackend
     name, quality = request.model, request.quality
     available = available_models(backend)
     if private:  # arms that need a cloud are names also where there is none now
-        available |= {prefix + arm: arm for arm in CLOUD_ARMS for prefix in ("", f"{backend.name}:")}
+        prefixes = ("", *(f"{each}:" for each in (backend.name, *backend.aliases)))
+        available |= {prefix + arm: arm for arm in CLOUD_ARMS for prefix in prefixes}
     if match := WITH_QUALITY.fullmatch(name):
         name, quality = match[1], float(match[2])
     if name not in available or (match and available[name] != "auto"):

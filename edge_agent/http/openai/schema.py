@@ -9,13 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from isthmus.edge_agent.http.openai.errors import ApiError
 from isthmus.models.messages import MAX_SEED
 
 MAX_N = 8  # choices for each prompt
+MAX_MESSAGES = 10_000
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1000  # text is held back while a stop string may have begun, and compared at every token
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -91,9 +101,18 @@ class RequestModel(BaseModel):
 
 
 class ChatMessage(RequestModel):
+    """`content` null or missing is no text, which an assistant alone may have said."""
+
     role: Annotated[str, BeforeValidator(normalize_role)]
-    content: Annotated[str, BeforeValidator(join_text_parts)]
+    content: Annotated[str | None, BeforeValidator(join_text_parts)] = Field(None, validate_default=True)
     tool_calls: list[object] = Field([], max_length=0)
+
+    @field_validator("content")
+    @classmethod
+    def check_content(cls, content: str | None, info: ValidationInfo) -> str:
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError("expected a string or a list of text parts; only an assistant's may be null")
+        return content or ""
 
 
 class StreamOptions(RequestModel):
@@ -105,8 +124,8 @@ class BaseRequest(RequestModel):
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, ge=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
     n: int = Field(1, ge=1, le=MAX_N)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
@@ -123,7 +142,7 @@ class BaseRequest(RequestModel):
 class ChatRequest(BaseRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)

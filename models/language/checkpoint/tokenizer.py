@@ -17,7 +17,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.errors import BundleError, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.huggingface import read_bytes
 from isthmus.models.language.checkpoint.token_text import TextStream, read_decoder
@@ -111,6 +111,20 @@ class Tokenizer:
         lines = (f"{id} {id in self._special:d} {token}\0" for id, token in entries)
         return hashlib.sha256("".join(lines).encode() + self._merges_digest).digest()
 
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """Bytes of the longest token, so that a text of n bytes has at least n / `longest_token_bytes` tokens."""
+        sizes = [len(self.token_bytes(id)) for id in range(self.size)]
+        return max(1, *sizes, *(len(content.encode()) for content in self._added.values()))
+
+    def check_length(self, text: str, context: int) -> None:
+        """Raises ContextExceeded for a text that has more than `context` tokens, whichever they are."""
+        size = len(_encodable(text).encode())
+        if size > context * self.longest_token_bytes:
+            raise ContextExceeded(
+                f"the prompt has {size} bytes, more than any {context} tokens have, which is the context of this model"
+            )
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of `text`, with a beginning-of-text token if the model's settings ask for one.
 
@@ -121,18 +135,21 @@ class Tokenizer:
         assigned character). Raises InvalidInput when `text` holds a lone surrogate.
         """
         backend = self._backend if special else self._literal
-        return self._bos + backend.encode(_encodable(text), add_special_tokens=False).ids
+        return self._bos + _ids(backend, text)
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(self, messages: Sequence[Message], context: int | None = None) -> list[int]:
         """The ids of a conversation up to where the assistant's answer begins.
 
         Special tokens written in a message's content are encoded as such, as in transformers. Raises InvalidInput
-        when there is no template, when it rejects the messages, and for a lone surrogate.
+        when there is no template, when it rejects the messages, and for a lone surrogate; ContextExceeded, before the
+        text is encoded, where it cannot have as few as `context` tokens.
         """
         if self._template is None:
             raise InvalidInput("this model has no chat template: it continues texts and cannot chat")
         text = self._template.render([asdict(message) for message in messages])
-        return self._backend.encode(_encodable(text), add_special_tokens=False).ids
+        if context is not None:
+            self.check_length(text, context)
+        return _ids(self._backend, text)
 
     def token_bytes(self, id: int) -> bytes:
         """A token's bytes in UTF-8, which can be part of a character; b"" for special tokens.
@@ -177,6 +194,12 @@ class Tokenizer:
             elif id is not None:
                 raise BundleError(f"tokenizer: end-of-text id {str(id)[:40]}, expected 0 to {self.size - 1}")
         return frozenset(id for id in found if id is not None)
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """A batch of one: `encode` holds Python's lock for as long as it computes, a batch leaves it to other threads."""
+    ids: list[int] = backend.encode_batch_fast([_encodable(text)], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _encodable(text: str) -> str:

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from starlette.testclient import TestClient
 
 from isthmus.edge_agent.cli.main import main
-from isthmus.models.address import Address
+from isthmus.edge_agent.config import HttpConfig
+from isthmus.models.address import Address, parse_address
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.tiny_llama import without_template, write_tiny_llama
 
@@ -26,9 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_run_serves_prompts_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
 
-    def serve(app: Any, address: Address, drain_s: float, announce: Any) -> None:
-        announce(Address(address.host, 12345))
-        client = TestClient(app)
+    def serve(app: Any, http: HttpConfig, announce: Any) -> None:
+        announce(Address("127.0.0.1", 12345))
+        client = TestClient(app, base_url="http://localhost")
         served.append(client.get("/v1/models").json())
         body = {"model": "auto", "prompt": "hi", "max_tokens": 2}
         served.append(client.post("/v1/completions", json=body).json())
@@ -68,9 +69,9 @@ def test_run_serves_photos_and_prompts_when_both_are_asked_for(
 ) -> None:
     apps: list[Any] = []
 
-    def serve(app: Any, address: Address, drain_s: float, announce: Any) -> None:
+    def serve(app: Any, http: HttpConfig, announce: Any) -> None:
         apps.append(app)
-        announce(address)
+        announce(parse_address(http.listen))
 
     monkeypatch.setattr("isthmus.edge_agent.cli.serve.serve", serve)
     both = ("run", "--model", model, "--json", "--threads", "1", "--bundle", str(tiny_bundle.folder))

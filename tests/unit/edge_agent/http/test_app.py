@@ -17,13 +17,15 @@ from isthmus.edge_agent.http.app import create_app
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.vision.bundle import Bundle
 
+LOCAL = "http://localhost"
+
 
 @pytest.fixture
 def client(tiny_bundle: Bundle) -> Iterator[TestClient]:
     registry = CollectorRegistry()
     metrics = EdgeMetrics(registry, tiny_bundle.manifest)
     with EdgeAgent(EdgeConfig(tiny_bundle.folder, threads=1), metrics) as agent:
-        yield TestClient(create_app(registry, (agent, metrics)))
+        yield TestClient(create_app(registry, (agent, metrics)), base_url=LOCAL)
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_without_a_bundle_there_are_no_photos_and_routes_of_a_language_model_are
     async def models(request: Request) -> Response:
         return JSONResponse({"data": []})
 
-    client = TestClient(create_app(CollectorRegistry(), None, [Route("/v1/models", models)]))
+    client = TestClient(create_app(CollectorRegistry(), None, [Route("/v1/models", models)]), base_url=LOCAL)
     paths = ("/healthz", "/metrics", "/v1/models", "/v1/infer", "/v1/status")
     assert [client.get(path).status_code for path in paths] == [200, 200, 200, 404, 404]
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,19 +14,28 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
+from isthmus.edge_agent.config import HttpConfig
 from isthmus.edge_agent.http import infer as api
 from isthmus.edge_agent.http.app import create_app
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.vision import images
 from isthmus.models.vision.bundle import Bundle
 
+LOCAL = "http://localhost"
+
+
+@contextmanager
+def serving(bundle: Bundle, **http: Any) -> Iterator[TestClient]:
+    registry = CollectorRegistry()
+    metrics = EdgeMetrics(registry, bundle.manifest)
+    with EdgeAgent(EdgeConfig(bundle.folder, threads=1), metrics) as agent:
+        yield TestClient(create_app(registry, (agent, metrics), (), HttpConfig(**http)), base_url=LOCAL)
+
 
 @pytest.fixture
 def client(tiny_bundle: Bundle) -> Iterator[TestClient]:
-    registry = CollectorRegistry()
-    metrics = EdgeMetrics(registry, tiny_bundle.manifest)
-    with EdgeAgent(EdgeConfig(tiny_bundle.folder, threads=1), metrics) as agent:
-        yield TestClient(create_app(registry, (agent, metrics)))
+    with serving(tiny_bundle) as client:
+        yield client
 
 
 @pytest.fixture
@@ -99,7 +109,7 @@ def test_errors_have_one_shape(client: TestClient, path: str, body: bytes, code:
     assert words in error["message"]
 
 
-def test_a_body_over_the_cap_is_refused_while_it_arrives(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_over_the_cap_is_refused_while_it_arrives(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "MAX_BODY_BYTES", 1000)
     read = 0
 
@@ -109,23 +119,29 @@ def test_a_body_over_the_cap_is_refused_while_it_arrives(client: TestClient, mon
             read += 1
             yield bytes(100)
 
-    reply = client.post("/v1/infer", content=endless())
+    with serving(tiny_bundle) as client:
+        reply = client.post("/v1/infer", content=endless())
     assert reply.status_code == 413
     assert "1000 bytes" in reply.json()["error"]["message"]
 
 
 def test_without_a_free_admission_slot_a_request_is_refused(
-    client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Bundle, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "MAX_ADMITTED", 0)
-    reply = client.post("/v1/infer", content=png)
-    assert reply.status_code == 503
-    assert reply.headers["retry-after"] == "1"
+    def answer_late(agent: EdgeAgent, photo: bytes, **arguments: Any) -> Any:
+        refused.append(client.post("/v1/infer", content=png))  # while the first one is answered
+        return infer(agent, photo, **arguments)
+
+    infer, refused = EdgeAgent.infer, list[Any]()
+    monkeypatch.setattr(EdgeAgent, "infer", answer_late)
+    with serving(tiny_bundle, max_requests=1) as client, client:
+        assert client.post("/v1/infer", content=png).status_code == 200
+    assert (refused[0].status_code, refused[0].headers["retry-after"]) == (503, "1")
 
 
-def test_admission_slots_are_released(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "MAX_ADMITTED", 1)
-    codes = [client.post("/v1/infer", content=body).status_code for body in (png, b"junk", b"", png)]
+def test_admission_slots_are_released(tiny_bundle: Bundle, png: bytes) -> None:
+    with serving(tiny_bundle, max_requests=1) as client:
+        codes = [client.post("/v1/infer", content=body).status_code for body in (png, b"junk", b"", png)]
     assert codes == [200, 400, 400, 200]
 
 

@@ -14,8 +14,10 @@ from tokenizers import AddedToken, decoders, models
 from isthmus.edge_agent.language.request import GenerationRequest, Source, Summary, Token
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
+from isthmus.models.language.checkpoint.generation import UNSTATED
 from isthmus.models.language.checkpoint.token_text import BYTES
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.messages import Sampling
 
 END = 256
 TEMPLATE = (
@@ -44,7 +46,10 @@ class ScriptedBackend:
     pause_s: float = 0.0
     endless: bool = False
     name: str = "tiny"
+    aliases: tuple[str, ...] = ()
+    sampling: Sampling = UNSTATED
     context: int = 200
+    device_context: int = 200
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     requests: list[GenerationRequest] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
@@ -54,7 +59,12 @@ class ScriptedBackend:
     def arms(self) -> tuple[Arm, ...]:
         return ("auto", "edge", "cloud", "verify") if self.cloud else ("auto", "edge")
 
-    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
+    def arm_context(self, arm: Arm) -> int:
+        return self.device_context if arm == "edge" else self.context
+
+    def generate(
+        self, request: GenerationRequest, cancelled: threading.Event | None = None
+    ) -> Iterator[Token | Summary]:
         self.requests.append(request)
         self.closed.clear()
         try:

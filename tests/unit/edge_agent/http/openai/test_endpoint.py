@@ -24,7 +24,7 @@ JSON = {"content-type": "application/json"}
 class Failing(ScriptedBackend):
     """Fails before its first token."""
 
-    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
+    def generate(self, request: GenerationRequest, cancelled: object = None) -> Iterator[Token | Summary]:
         assert self.error
         raise self.error
         yield

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
@@ -10,8 +11,10 @@ from tests.unit.edge_agent.language.scripted import ScriptedBackend
 class Impossible(ScriptedBackend):
     """Gives every one of its tokens a probability of zero."""
 
-    def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
-        for event in super().generate(request):
+    def generate(
+        self, request: GenerationRequest, cancelled: threading.Event | None = None
+    ) -> Iterator[Token | Summary]:
+        for event in super().generate(request, cancelled):
             yield Token(event.id, event.source, float("-inf")) if isinstance(event, Token) else event
 
 

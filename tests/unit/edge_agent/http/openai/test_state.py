@@ -1,24 +1,15 @@
 from __future__ import annotations
 
-import pytest
-
-from isthmus.edge_agent.http.openai.errors import ApiError
-from isthmus.edge_agent.http.openai.state import ApiState, Limits
+from isthmus.edge_agent.http.openai.state import LARGE_BODY_BYTES, ApiState, Limits
 from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
 
-def test_admission_is_limited_and_slots_are_released() -> None:
-    state = ApiState(ScriptedBackend(), Limits(admitted=2))
-    with state.admit():
-        with state.admit(), pytest.raises(ApiError, match="limit of 2") as caught, state.admit():
-            raise AssertionError("a third request was admitted")
-        with state.admit():
-            pass
-    assert (caught.value.status, caught.value.error["code"]) == (503, "overloaded")
+def test_answers_with_a_cloud_leave_the_running_slots_of_the_device_alone() -> None:
+    state = ApiState(ScriptedBackend(), Limits(running=1))
+    assert state.running("auto") is state.running("cloud") is not state.running("edge")
 
 
-def test_a_slot_is_released_after_an_error() -> None:
-    state = ApiState(ScriptedBackend(), Limits(admitted=1))
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), state.admit():
-            raise ZeroDivisionError
+def test_large_bodies_are_parsed_one_at_a_time() -> None:
+    state = ApiState(ScriptedBackend(), Limits())
+    sizes = (10, LARGE_BODY_BYTES, LARGE_BODY_BYTES + 1)
+    assert [int(state.parsing(size).total_tokens) for size in sizes] == [4, 4, 1]

@@ -70,7 +70,7 @@ def test_a_chat_begins_without_sentencepieces_space_and_a_completion_with_it() -
 
 def test_the_choices_follow_one_another() -> None:
     backend = ScriptedBackend("a")
-    events = list(generate_choices(backend, chat(backend=backend, n=2)))
+    events = list(generate_choices(backend, chat(backend=backend, n=2), threading.Event()))
     assert [index for index, event in events if isinstance(event, Outcome)] == [0, 1]
     assert [index for index, _ in events] == sorted(index for index, _ in events)
     assert len(backend.requests) == 2
@@ -78,7 +78,7 @@ def test_the_choices_follow_one_another() -> None:
 
 def test_closing_the_choices_closes_the_backends_generator() -> None:
     backend = ScriptedBackend("ab", endless=True)
-    events = generate_choices(backend, chat(backend=backend))
+    events = generate_choices(backend, chat(backend=backend), threading.Event())
     next(events)
     assert not backend.closed.is_set()
     events.close()  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def test_closing_early_closes_the_events_in_their_one_worker_thread() -> None:
     events = Events()
 
     async def read_one() -> ChoiceEvent:
-        async with aclosing(in_thread(events())) as stream:
+        async with aclosing(in_thread(events(), threading.Event())) as stream:
             return await anext(stream)
 
     assert asyncio.run(read_one()) == (0, HELLO)
@@ -101,7 +101,7 @@ def test_an_error_of_the_events_is_raised_after_those_before_it() -> None:
     received = []
 
     async def read() -> None:
-        async for event in in_thread(Events(count=3)()):
+        async for event in in_thread(Events(count=3)(), threading.Event()):
             received.append(event)
 
     with pytest.raises(ZeroDivisionError):

@@ -1,0 +1,75 @@
+"""What every request passes before the application: the health check, the origin, the path, and the count at its end.
+
+/healthz is answered here, whatever else is refused or busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from isthmus.edge_agent.http.metrics import HttpMetrics
+from isthmus.edge_agent.http.origins import OriginPolicy
+
+HEALTH = "/healthz"
+OTHER = "other"  # label of paths without a route
+CLIENT_LEFT = 499  # as nginx calls it
+
+
+@dataclass
+class Exchange:
+    """One request's end of the connection, which sees how it ends."""
+
+    receive_: Receive
+    send_: Send
+    code: int = 500  # of a request that fails before its response begins
+    complete: bool = False
+
+    async def receive(self) -> Message:
+        message = await self.receive_()
+        if message["type"] == "http.disconnect" and not self.complete:
+            self.code = CLIENT_LEFT
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and self.code != CLIENT_LEFT:
+            self.code = message["status"]
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self.send_(message)
+
+
+class Guard:
+    """ASGI middleware around the application with these routes."""
+
+    def __init__(self, app: ASGIApp, routes: Iterable[Route], origins: OriginPolicy, metrics: HttpMetrics) -> None:
+        self._app, self._routes = app, tuple(routes)
+        self._origins, self._metrics = origins, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}  # with and without a slash at its end
+        exchange = Exchange(receive, send)
+        try:
+            await self._answer(scope)(scope, exchange.receive, exchange.send)
+        finally:
+            self._metrics.count(self._label(scope), exchange.code)
+
+    def _answer(self, scope: Scope) -> ASGIApp:
+        if scope["path"] == HEALTH and scope["method"] in ("GET", "HEAD"):
+            return JSONResponse({"status": "ok"})
+        refusal = self._origins.refusal(scope["method"], Headers(scope=scope))
+        return self._app if refusal is None else problem(403, refusal)
+
+    def _label(self, scope: Scope) -> str:
+        return next((route.path_format for route in self._routes if route.matches(scope)[0] != Match.NONE), OTHER)
+
+
+def problem(code: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """An error response."""
+    return JSONResponse({"error": {"message": message, "code": code}}, status_code=code, headers=headers)
