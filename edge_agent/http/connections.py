@@ -42,11 +42,12 @@ class Connections:
 
     def add(self, connection: Connection) -> None:
         """Keep a connection, and close another one if it is one too many."""
-        self._open[connection] = None
-        if len(self._open) > self.most:
+        if len(self._open) >= self.most:
             silent = next((each for each in self._open if each.between_requests), None)
-            unread = next((each for each in self._open if each.uploading), None)
-            (silent or unread or connection).abort()
+            uploading = next((each for each in self._open if each.uploading), None)
+            (silent or uploading or connection).abort()
+        if not connection.transport.is_closing():
+            self._open[connection] = None
 
     def discard(self, connection: Connection) -> None:
         self._open.pop(connection, None)
