@@ -48,7 +48,7 @@ def create_app(
     routes = [Route(HEALTH, health), *language, *(api.routes if api else ()), Route("/metrics", export)]
     metrics = HttpMetrics(registry, [route.path_format for route in routes])
     origins = OriginPolicy(http.listen, http.allowed_hosts)
-    guard = Middleware(Guard, routes=routes, origins=origins, metrics=metrics)
+    guard = Middleware(Guard, routes=routes, origins=origins, metrics=metrics, timeout_s=http.client_timeout_s)
     return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: http_problem})
 
 

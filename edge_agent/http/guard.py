@@ -1,11 +1,14 @@
 """What every request passes before the application: the health check, the origin, the path, and the count at its end.
 
-/healthz is answered here, whatever else is refused or busy.
+/healthz is answered here, whatever else is refused or busy. Before an error is sent, what still comes of the body is read
+and thrown away: closing a connection with unread bytes resets it, and the client never sees the error.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -18,7 +21,9 @@ from isthmus.edge_agent.http.origins import OriginPolicy
 
 HEALTH = "/healthz"
 OTHER = "other"  # label of paths without a route
+TOO_SLOW = 408
 CLIENT_LEFT = 499  # as nginx calls it
+DISCARDED_BYTES = 64 << 20  # of a body that is refused; a larger one may see its connection reset
 
 
 @dataclass
@@ -27,11 +32,14 @@ class Exchange:
 
     receive_: Receive
     send_: Send
+    timeout_s: float  # for the body of a request that is refused
+    unread: bool  # whether the body is not known to have been read
     code: int = 500  # of a request that fails before its response begins
     complete: bool = False
 
     async def receive(self) -> Message:
         message = await self.receive_()
+        self.unread = self.unread and message.get("more_body", False)
         if message["type"] == "http.disconnect" and not self.complete:
             self.code = CLIENT_LEFT
         return message
@@ -39,31 +47,45 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and self.code != CLIENT_LEFT:
             self.code = message["status"]
+            if self.code >= 400 and self.code != TOO_SLOW and self.unread:
+                await self._discard_body()
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self.send_(message)
+
+    async def _discard_body(self) -> None:
+        left = DISCARDED_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.timeout_s):
+                while self.unread and left > 0:
+                    left -= len((await self.receive()).get("body", b""))
 
 
 class Guard:
     """ASGI middleware around the application with these routes."""
 
-    def __init__(self, app: ASGIApp, routes: Iterable[Route], origins: OriginPolicy, metrics: HttpMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, routes: Iterable[Route], origins: OriginPolicy, metrics: HttpMetrics, timeout_s: float
+    ) -> None:
+        """`timeout_s`: for the body of a request that is refused."""
         self._app, self._routes = app, tuple(routes)
-        self._origins, self._metrics = origins, metrics
+        self._origins, self._metrics, self._timeout_s = origins, metrics, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         scope = {**scope, "path": scope["path"].rstrip("/") or "/"}  # with and without a slash at its end
-        exchange = Exchange(receive, send)
+        headers = Headers(scope=scope)
+        unread = "expect" not in headers  # a client that asks first sends nothing when it is refused
+        exchange = Exchange(receive, send, self._timeout_s, unread)
         try:
-            await self._answer(scope)(scope, exchange.receive, exchange.send)
+            await self._answer(scope, headers)(scope, exchange.receive, exchange.send)
         finally:
             self._metrics.count(self._label(scope), exchange.code)
 
-    def _answer(self, scope: Scope) -> ASGIApp:
+    def _answer(self, scope: Scope, headers: Headers) -> ASGIApp:
         if scope["path"] == HEALTH and scope["method"] in ("GET", "HEAD"):
             return JSONResponse({"status": "ok"})
-        refusal = self._origins.refusal(scope["method"], Headers(scope=scope))
+        refusal = self._origins.refusal(scope["method"], headers)
         return self._app if refusal is None else problem(403, refusal)
 
     def _label(self, scope: Scope) -> str:

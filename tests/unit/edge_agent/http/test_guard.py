@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from isthmus.edge_agent.http.guard import Guard
+from isthmus.edge_agent.http.guard import DISCARDED_BYTES, Guard
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.http.origins import OriginPolicy
 
@@ -24,7 +24,7 @@ class Guarded:
     def __init__(self, app: Any) -> None:
         self.registry = CollectorRegistry()
         metrics = HttpMetrics(self.registry, [route.path_format for route in ROUTES])
-        self.guard = Guard(app, ROUTES, OriginPolicy("127.0.0.1:80", ()), metrics)
+        self.guard = Guard(app, ROUTES, OriginPolicy("127.0.0.1:80", ()), metrics, timeout_s=0.05)
         self.client = TestClient(self.guard, base_url="http://localhost", raise_server_exceptions=False)
 
     def counted(self) -> dict[tuple[str, str], float]:
@@ -87,6 +87,38 @@ def test_a_client_that_leaves_before_the_end_is_counted() -> None:
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
     asyncio.run(guarded.guard(scope, receive, send))
     assert guarded.counted() == {("/v1/models", "499"): 1}
+
+
+@pytest.mark.parametrize(("parts", "read"), [(3, 4), (None, DISCARDED_BYTES >> 20)])
+def test_the_body_of_a_refused_request_is_read_to_its_end_or_so_far(parts: int | None, read: int) -> None:
+    events: list[Any] = []
+
+    async def receive() -> Any:
+        events.append("read")
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": len(events) != read or parts is None}
+
+    async def send(message: Any) -> None:
+        events.append(message["type"])
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/models", "headers": [(b"host", b"evil.example")]}
+    asyncio.run(Guarded(echo).guard(scope, receive, send))
+    assert events == ["read"] * read + ["http.response.start", "http.response.body"]
+
+
+def test_a_refused_client_that_sends_no_body_is_answered_after_the_timeout_and_one_that_asks_first_at_once() -> None:
+    async def receive() -> Any:
+        received.append(1)
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    received, sent = list[int](), list[Any]()
+    for more in ([], [(b"expect", b"100-continue")]):
+        headers = [(b"host", b"evil.example"), *more]
+        scope = {"type": "http", "method": "POST", "path": "/v1/models", "headers": headers}
+        asyncio.run(Guarded(echo).guard(scope, receive, send))
+    assert (len(received), len(sent)) == (1, 4)
 
 
 def test_a_disconnect_after_the_end_is_none() -> None:
