@@ -1,7 +1,7 @@
 """What every request passes before the application: the health check, the origin, the path, and the count at its end.
 
-/healthz is answered here, whatever else is refused or busy. Before an error is sent, what still comes of the body is read
-and thrown away: closing a connection with unread bytes resets it, and the client never sees the error.
+/healthz is answered here, whatever else is refused or busy. Before an error is sent, what still comes of the body is
+read and thrown away: closing a connection with unread bytes resets it, and the client never sees the error.
 """
 
 from __future__ import annotations

@@ -145,6 +145,14 @@ def test_admission_slots_are_released(tiny_bundle: Bundle, png: bytes) -> None:
     assert codes == [200, 400, 400, 200]
 
 
+def test_status_says_whether_the_cloud_is_connected(tiny_bundle: Bundle) -> None:
+    registry = CollectorRegistry()
+    config = EdgeConfig(tiny_bundle.folder, cloud="127.0.0.1:1", connect_s=0, threads=1)
+    with EdgeAgent(config, metrics := EdgeMetrics(registry, tiny_bundle.manifest)) as agent:
+        client = TestClient(create_app(registry, (agent, metrics)), base_url=LOCAL)
+        assert client.get("/v1/status").json()["cloud"] == "unreachable"
+
+
 def test_status_has_bundle_and_link(client: TestClient, tiny_bundle: Bundle) -> None:
     status = client.get("/v1/status").json()
     assert status["bundle"]["fingerprint"] == tiny_bundle.manifest.fingerprint

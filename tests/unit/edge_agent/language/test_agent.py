@@ -18,7 +18,7 @@ from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.agent import LanguageAgent
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
-from isthmus.models.errors import BundleError, InvalidInput, LinkDown
+from isthmus.models.errors import AnswerCancelled, BundleError, ContextExceeded, InvalidInput, LinkDown
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.sampling import choose, log_softmax
@@ -111,6 +111,26 @@ def test_what_cannot_be_asked_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(InvalidInput, match=words):
         agent.generate(ask)
+
+
+def test_a_prompt_that_leaves_no_room_is_told_from_other_errors(folder: Path, agent: LanguageAgent) -> None:
+    with lost_agent(folder) as lost:
+        assert [lost.arm_context(arm) for arm in ("edge", "cloud", "verify", "auto")] == [CONTEXT, 512, 512, 512]
+        for arm in ("edge", "cloud", "verify", "auto"):
+            with pytest.raises(ContextExceeded):
+                lost.generate(GenerationRequest((65,) * 512, 5, arm))  # type: ignore[arg-type]
+
+
+def test_an_answer_that_is_given_up_while_it_waits_counts_as_closed(folder: Path) -> None:
+    registry, cancelled = CollectorRegistry(), threading.Event()
+    with LanguageAgent(LanguageConfig(str(folder), threads=1), LanguageMetrics(registry)) as agent:
+        events = agent.generate(GenerationRequest((65, 66), 20, "edge"), cancelled)
+        next(events)
+        cancelled.set()
+        with pytest.raises(AnswerCancelled):
+            next(events)
+    labels = {"arm": "edge", "reason": "closed"}
+    assert registry.get_sample_value("isthmus_edge_unfinished_answers_total", labels) == 1
 
 
 def test_auto_without_a_cloud_is_the_device(agent: LanguageAgent) -> None:

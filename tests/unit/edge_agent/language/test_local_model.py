@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from isthmus.edge_agent.language.local_model import KV_CACHES, FairLock, LocalModel
+from isthmus.edge_agent.language import local_model as module
+from isthmus.edge_agent.language.local_model import KV_CACHES, Cache, FairLock, LocalModel
 from isthmus.edge_agent.policy.speculation import SpeculationStats
-from isthmus.models.errors import InvalidInput
+from isthmus.models.errors import AnswerCancelled, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
@@ -116,6 +118,65 @@ def test_warm_up_leaves_no_text_behind(checkpoint: Checkpoint) -> None:
     unknown_s = stats.draft_s.value
     model.warm_up(3)
     assert model.cache_for(model.session(), []).decoder.length == 0 and stats.draft_s.value != unknown_s
+
+
+def test_a_long_text_is_read_in_pieces_and_others_have_their_turn_between_them(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other answer arrives while the first piece is read."""
+    monkeypatch.setattr(module, "PIECE_TOKENS", 16)
+    model, order = local_model(checkpoint), list[tuple[str, int]]()
+    long, short = model.session(), model.session()
+    extend = OnnxDecoder.extend
+
+    def recording(decoder: OnnxDecoder, ids: list[int]) -> Floats:
+        order.append(("long" if ids[0] in text else "short", len(ids)))
+        if len(order) == 1:
+            other.append(threads.submit(short.logits, [200, 201]))
+            while not model.lock._waiting:
+                pass
+        return extend(decoder, ids)
+
+    text, other = list(range(60, 110)), list[Any]()
+    monkeypatch.setattr(OnnxDecoder, "extend", recording)
+    with ThreadPoolExecutor(1) as threads:
+        found_V = long.logits(text)
+        other[0].result(10)
+    assert order == [("long", 16), ("short", 2), ("long", 16), ("long", 16), ("long", 2)]
+    assert alike(found_V, extend(OnnxDecoder(checkpoint, CONTEXT, threads=1), text))
+
+
+def test_a_text_whose_cache_is_taken_between_pieces_is_read_to_its_end(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE_TOKENS", 16)
+    model = LocalModel(OnnxDecoder(checkpoint, CONTEXT, threads=1), None, SpeculationStats(), caches=1)
+    session, thief, sizes = model.session(), model.session(), list[int]()
+
+    def read(cache: Cache, part: list[int]) -> None:
+        sizes.append(len(part))
+        cache.draft.logits(part)
+        if len(part) < 50:  # between two pieces, another answer takes the only cache
+            model.cache_for(thief, [200]).draft.logits([200])
+
+    session._read(list(range(60, 110)), read)  # type: ignore[arg-type]
+    assert sizes == [16, 50]
+
+
+def test_an_answer_that_was_given_up_does_not_read_on(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_TOKENS", 16)
+    cancelled, model, sizes = threading.Event(), local_model(checkpoint), list[int]()
+    extend = OnnxDecoder.extend
+
+    def leaving(decoder: OnnxDecoder, ids: list[int]) -> Floats:
+        sizes.append(len(ids))
+        cancelled.set()
+        return extend(decoder, ids)
+
+    monkeypatch.setattr(OnnxDecoder, "extend", leaving)
+    with pytest.raises(AnswerCancelled):
+        model.session(cancelled).logits(list(range(60, 110)))
+    assert sizes == [16]
 
 
 def test_exits_follow_the_text_that_is_named(checkpoint: Checkpoint, bundle: Path) -> None:

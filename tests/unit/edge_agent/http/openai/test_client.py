@@ -102,6 +102,31 @@ def test_openai_maps_our_errors() -> None:
     assert missing.value.code == "model_not_found"
 
 
+def test_openai_tells_a_prompt_that_is_too_long_from_other_errors() -> None:
+    with Served(ScriptedBackend("ab")) as served, pytest.raises(openai.BadRequestError) as caught:
+        served.client.chat.completions.create(model="edge", messages=[{"role": "user", "content": "x" * 300}])
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_openai_sends_back_what_an_assistant_said_even_nothing() -> None:
+    with Served(ScriptedBackend("ab")) as served:
+        first = served.client.chat.completions.create(model="edge", messages=HI)
+        said = first.choices[0].message.to_dict()
+        for message in (said, {**said, "content": None}):
+            again = served.client.chat.completions.create(model="edge", messages=[*HI, message, *HI])  # type: ignore[list-item]
+            assert again.choices[0].message.content == "ab"
+
+
+def test_an_answer_that_waits_for_its_cloud_leaves_the_device_to_others() -> None:
+    slow = ScriptedBackend("ab", endless=True, pause_s=0.02, context=100_000)
+    with Served(slow, Limits(running=1)) as served:
+        stream = served.client.chat.completions.create(model="cloud", messages=HI, stream=True)
+        next(stream)
+        answer = served.client.chat.completions.create(model="edge", messages=HI, max_tokens=2)
+        assert answer.usage and answer.usage.completion_tokens == 2
+        stream.close()
+
+
 def test_a_client_that_closes_a_stream_early_closes_the_generator() -> None:
     with Served(ScriptedBackend("ab", endless=True, pause_s=0.02, context=100_000)) as served:
         stream = served.client.chat.completions.create(model="auto", messages=HI, stream=True)

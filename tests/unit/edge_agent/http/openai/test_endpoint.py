@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from isthmus.edge_agent.http.openai.state import Limits
+from isthmus.edge_agent.http.openai.state import LARGE_BODY_BYTES, Limits
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.models.errors import (
     BundleError,
@@ -82,6 +85,7 @@ def test_a_body_over_the_cap() -> None:
 def test_other_methods() -> None:
     assert_error(client(ScriptedBackend()).get(CHAT), 405)
     assert_error(client(ScriptedBackend()).put("/v1/completions", content=b"{}"), 405)
+    assert client(ScriptedBackend()).get(CHAT).headers["allow"] == "POST"
 
 
 def test_without_a_free_admission_slot_the_status_is_503_and_slots_are_released() -> None:
@@ -90,6 +94,29 @@ def test_without_a_free_admission_slot_the_status_is_503_and_slots_are_released(
     good = {"model": "auto", "messages": HI}
     codes = [api.post(CHAT, json=body).status_code for body in (good, {}, {**good, "stream": True}, good)]
     assert codes == [200, 400, 200, 200]
+
+
+def test_bodies_are_parsed_few_at_a_time_off_the_event_loop() -> None:
+    """While the tokenizer is busy with the first large prompt, the others wait, and the API answers."""
+
+    def encode(text: str, **_: Any) -> list[int]:
+        entered.append(text[:1])
+        started.set()
+        assert finish.wait(10)
+        return [65]
+
+    backend, entered, started, finish = ScriptedBackend(), list[str](), threading.Event(), threading.Event()
+    backend.tokenizer.encode = encode  # type: ignore[method-assign]
+    backend.context, backend.device_context = 100_000, 100_000
+    with client(backend) as api, ThreadPoolExecutor(3) as threads:
+        body = {"model": "edge", "prompt": "x" * (LARGE_BODY_BYTES + 1)}
+        replies = [threads.submit(api.post, "/v1/completions", json=body) for _ in range(3)]
+        assert started.wait(10)
+        assert api.get("/v1/models").status_code == 200
+        assert entered == ["x"]
+        finish.set()
+        assert [reply.result(10).status_code for reply in replies] == [200] * 3
+    assert entered == ["x"] * 3
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ import logging
 import pytest
 
 from isthmus.edge_agent.http.openai.errors import ApiError, translate
-from isthmus.models.errors import DeadlineExceeded, InvalidInput, LinkDown, Overloaded
+from isthmus.edge_agent.http.uploads import UploadRefused
+from isthmus.models.errors import ContextExceeded, DeadlineExceeded, InvalidInput, LinkDown, Overloaded
 
 
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
         (InvalidInput("the prompt has no tokens"), 400, None),
+        (ContextExceeded("the prompt has too many tokens"), 400, "context_length_exceeded"),
+        (UploadRefused(408, "request_timeout", "the body is late"), 408, "request_timeout"),
         (LinkDown("the cloud is gone"), 503, "cloud_unavailable"),
         (DeadlineExceeded("too late"), 504, "deadline_exceeded"),
         (Overloaded("the queue is full"), 503, "overloaded"),

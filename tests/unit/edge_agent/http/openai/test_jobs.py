@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from isthmus.edge_agent.http.openai.errors import ApiError
-from isthmus.models.messages import MAX_SEED
+from isthmus.models.language.checkpoint import tokenizer
+from isthmus.models.messages import MAX_SEED, Sampling
 from tests.unit.edge_agent.http.openai.bodies import BACKEND, HI, chat, completion
+from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
 
 def test_defaults_of_a_chat() -> None:
@@ -90,6 +94,62 @@ def test_a_prompt_must_leave_room_to_answer() -> None:
         with pytest.raises(ApiError) as caught:
             job(**fields)
         assert caught.value.error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("job", [chat, completion])
+def test_a_prompt_with_more_bytes_than_the_context_can_have_is_refused_before_it_is_encoded(
+    job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest token, <|im_end|>, has 10 bytes, so 200 tokens have at most 2,000."""
+
+    def count(*arguments: Any, **settings: Any) -> list[int]:
+        encoded.append(arguments)
+        return [65]
+
+    backend, encoded = ScriptedBackend(), list[Any]()
+    monkeypatch.setattr(tokenizer, "_ids", count)
+    for size, fits in ((1900, True), (2100, False), (4_000_000, False)):
+        fields = {"prompt": "7" * size} if job is completion else {"messages": [{**HI[0], "content": "7" * size}]}
+        if fits:
+            assert job(backend=backend, **fields)
+            continue
+        with pytest.raises(ApiError, match="bytes, more than any 200 tokens have") as caught:
+            job(backend=backend, **fields)
+        assert (caught.value.status, caught.value.error["code"]) == (400, "context_length_exceeded")
+        assert caught.value.error["param"] in ("prompt", "messages")
+    assert len(encoded) == 1
+
+
+@pytest.mark.parametrize(("model", "fits"), [("edge", False), ("auto", True), ("cloud", True), ("verify", True)])
+def test_each_arm_has_its_own_context(model: str, fits: bool) -> None:
+    backend = ScriptedBackend(device_context=50)
+    for job, fields in ((completion, {"prompt": "x" * 60}), (chat, {"messages": [{**HI[0], "content": "x" * 60}]})):
+        if fits:
+            assert job(backend=backend, model=model, **fields)
+        else:
+            with pytest.raises(ApiError, match="the context of this model is 50 tokens") as caught:
+                job(backend=backend, model=model, **fields)
+            assert caught.value.error["code"] == "context_length_exceeded"
+
+
+def test_sampling_is_the_models_own_where_the_request_states_none() -> None:
+    backend = ScriptedBackend(sampling=Sampling(0.2, 0.9))
+    for job in (chat, completion):
+        stated: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"top_p": 0.5}, {"temperature": 0, "top_p": 1}]
+        found = [job(backend=backend, **fields).requests[0].sampling for fields in stated]
+        assert [(each.temperature, each.top_p) for each in found] == [(0.2, 0.9), (0.7, 0.9), (0.2, 0.5), (0.0, 1.0)]
+
+
+def test_an_assistant_may_have_said_nothing() -> None:
+    said = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}
+    for message in (said, {"role": "assistant"}):
+        job = chat(messages=[HI[0], message, HI[0]])
+        assert bytes(job.requests[0].prompt) == b"[user]hi[assistant][user]hi[assistant]"
+    for role in ("user", "system"):
+        for message in ({"role": role, "content": None}, {"role": role}):
+            with pytest.raises(ApiError, match=r"messages\[0\].content: expected a string or a list") as caught:
+                chat(messages=[message])
+            assert caught.value.error["param"] == "messages[0].content"
 
 
 def test_seeds_of_either_sign() -> None:

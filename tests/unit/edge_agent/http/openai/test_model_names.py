@@ -27,6 +27,13 @@ def test_model_names() -> None:
     assert set(available_models(ScriptedBackend(cloud=False)).values()) == {"auto", "edge"}
 
 
+def test_an_alias_is_a_name_as_any_other() -> None:
+    backend = ScriptedBackend(aliases=("small",))
+    assert {"small": "auto", "small:edge": "edge", "tiny": "auto"}.items() <= available_models(backend).items()
+    assert [chat(backend=backend, model=name).model for name in ("small", "small:edge")] == ["tiny:auto", "tiny:edge"]
+    assert chat(True, backend, model="small:handoff").arm == "edge"
+
+
 @pytest.mark.parametrize(
     ("fields", "quality"),
     [

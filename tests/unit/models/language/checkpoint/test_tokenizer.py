@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 
-from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.errors import BundleError, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint import gguf_tokenizer
 from isthmus.models.language.checkpoint.checkpoint import smollm2_path
 from isthmus.models.language.checkpoint.gguf_file import GgufFile
@@ -299,3 +302,32 @@ def test_another_model_is_named(tiny: Path) -> None:
 def test_other_tokenizers(tiny: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="tokenizer"):
         edit(tiny, "tokenizer.json", **changes)
+
+
+def test_a_text_has_at_least_its_bytes_by_the_longest_token(smollm2: Tokenizer) -> None:
+    assert smollm2.longest_token_bytes == 81
+    smollm2.check_length("x" * 810, 10)
+    with pytest.raises(ContextExceeded, match="811 bytes, more than any 10 tokens have"):
+        smollm2.check_length("x" * 811, 10)
+    with pytest.raises(ContextExceeded):
+        smollm2.chat([Message("user", "é" * 500)], context=10)
+
+
+def test_encoding_leaves_other_threads_alone(smollm2: Tokenizer) -> None:
+    """A thread that only counts goes on counting while a long text is encoded."""
+    turns, done, begun = 0, threading.Event(), threading.Event()
+
+    def encode() -> int:
+        begun.set()
+        size = len(smollm2.encode("7" * 200_000))
+        done.set()
+        return size
+
+    with ThreadPoolExecutor(1) as threads:
+        size = threads.submit(encode)
+        begun.wait(10)
+        while not done.is_set():
+            time.sleep(0.001)
+            turns += 1
+        assert size.result(30) == 200_000
+    assert turns > 10
