@@ -11,11 +11,13 @@ from isthmus.protos.limits import MAX_ERROR_CHARACTERS
 CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
     errors.CallerError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ContextExceeded: grpc.StatusCode.INVALID_ARGUMENT,
     errors.BundleError: grpc.StatusCode.INTERNAL,  # of the service's own bundle, not the caller's fault
     errors.ContextGone: grpc.StatusCode.ABORTED,
     errors.PayloadCorrupt: grpc.StatusCode.DATA_LOSS,
     errors.PayloadTooLarge: grpc.StatusCode.OUT_OF_RANGE,
     errors.AgentClosed: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.AnswerCancelled: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LinkError: grpc.StatusCode.UNAVAILABLE,
     errors.LinkDown: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -2,7 +2,7 @@
 
 POST /v1/infer    body: a JPEG, PNG or WebP file -> the answer as JSON; ?deadline_ms=
                   ?task= names a task, repeatable; ?tap= ?width= ?rate= force a split at that operating point
-GET  /v1/status   bundle, circuit breaker, link estimates
+GET  /v1/status   bundle, whether the cloud answers, link estimates
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_a_request_that_does_not_end_is_cancelled_after_the_drain(tmp_path: Path
         with socket.create_connection((url.hostname, url.port), timeout=30) as stuck:
             head = (
                 b"POST /v1/completions HTTP/1.1",
-                b"Host: x",
+                b"Host: localhost",
                 b"Content-Type: application/json",
                 b"Content-Length: 99",
             )
