@@ -119,7 +119,7 @@ class ChatSession:
 
     def _request(self) -> GenerationRequest:
         """Drops the oldest messages to make room. Raises InvalidInput if the last question alone is too long."""
-        context, settings = self._backend.context, self._settings
+        context, settings = self._backend.arm_context(self._arm), self._settings
         system = [Message("system", settings.system)] if settings.system else []
         while True:
             prompt = tuple(self._backend.tokenizer.chat([*system, *self._messages]))

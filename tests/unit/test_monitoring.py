@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.messages import BundleInfo, TapInfo, TaskInfo
@@ -41,6 +42,7 @@ def registries(tiny_bundle: Bundle) -> tuple[CollectorRegistry, CollectorRegistr
     edge, cloud = CollectorRegistry(), CollectorRegistry()
     EdgeMetrics(edge, manifest)
     LanguageMetrics(edge)
+    HttpMetrics(edge, ["/v1/infer"])
     tasks, taps = (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 3), TapInfo("deep", 2))
     info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, tasks, taps)
     CloudMetrics(cloud, (info,))

@@ -7,7 +7,6 @@ own distribution (temperature 1), the default of OpenAI's API.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from isthmus.models.errors import BundleError, InvalidInput
@@ -34,7 +33,7 @@ def gguf_sampling(fields: Mapping[str, object]) -> Sampling:
 
 def sampling_of(stated: Mapping[str, object], temperature: str, top_p: str, where: str) -> Sampling:
     """From the values under these two keys. Raises BundleError for what is no number, or out of range."""
-    found: dict[str, float] = {}
+    found = {"temperature": UNSTATED.temperature, "top_p": UNSTATED.top_p}
     for name, key in (("temperature", temperature), ("top_p", top_p)):
         value = stated.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -42,6 +41,6 @@ def sampling_of(stated: Mapping[str, object], temperature: str, top_p: str, wher
         elif value is not None:
             raise BundleError(f"{where}: {key} is {str(value)[:40]}, expected a number")
     try:
-        return replace(UNSTATED, **found)
+        return Sampling(found["temperature"], found["top_p"])
     except InvalidInput as error:
         raise BundleError(f"{where}: {error}") from error

@@ -49,7 +49,7 @@ class ScriptedBackend:
     aliases: tuple[str, ...] = ()
     sampling: Sampling = UNSTATED
     context: int = 200
-    device_context: int = 200
+    device_context: int | None = None
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     requests: list[GenerationRequest] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
@@ -60,7 +60,7 @@ class ScriptedBackend:
         return ("auto", "edge", "cloud", "verify") if self.cloud else ("auto", "edge")
 
     def arm_context(self, arm: Arm) -> int:
-        return self.device_context if arm == "edge" else self.context
+        return self.device_context or self.context if arm == "edge" else self.context
 
     def generate(
         self, request: GenerationRequest, cancelled: threading.Event | None = None

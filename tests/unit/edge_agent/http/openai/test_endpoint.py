@@ -107,7 +107,7 @@ def test_bodies_are_parsed_few_at_a_time_off_the_event_loop() -> None:
 
     backend, entered, started, finish = ScriptedBackend(), list[str](), threading.Event(), threading.Event()
     backend.tokenizer.encode = encode  # type: ignore[method-assign]
-    backend.context, backend.device_context = 100_000, 100_000
+    backend.context = 100_000
     with client(backend) as api, ThreadPoolExecutor(3) as threads:
         body = {"model": "edge", "prompt": "x" * (LARGE_BODY_BYTES + 1)}
         replies = [threads.submit(api.post, "/v1/completions", json=body) for _ in range(3)]
