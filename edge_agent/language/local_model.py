@@ -3,7 +3,7 @@
     LocalModel: the weights, some KV caches, a lock      LocalSession: one answer's calls, each with the whole text
 
 There are several KV caches, so that answers that take turns do not read their texts again. Calls are served in order
-of arrival, and a long text is read in several.
+of arrival, except that a long text is read in several calls, and after each of them short calls go first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,7 +25,8 @@ from isthmus.models.language.packing import Floats
 from isthmus.models.messages import Sampling
 
 KV_CACHES = 4  # as many answers as keep their own
-PIECE_TOKENS = 128  # of a text that are read in one call: others wait no longer than that
+PIECE_TOKENS = 129  # of a text that are read in one call: two blocks of the decoder, and one token by itself
+SHORT_TOKENS = 32  # a call that reads no more than that is short
 
 Result = TypeVar("Result")
 
@@ -40,20 +42,44 @@ class Cache:
     last_call: int = 0
 
 
+class Turn(threading.Event):
+    """Set when the lock is granted. `long`: it will be held for long."""
+
+    def __init__(self, long: bool) -> None:
+        super().__init__()
+        self.long = long
+
+
 class FairLock:
-    """A lock that is granted in order of arrival: `threading.Lock` lets a busy thread take it again and again."""
+    """A lock that is granted in order of arrival: `threading.Lock` lets a busy thread take it again and again.
+
+    When a long turn ends, those short ones go first that wait then: so none waits for two long turns, and each round of
+    short turns is followed by a long one.
+    """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._held = False
-        self._waiting: deque[threading.Event] = deque()
+        self._held: Turn | None = None
+        self._waiting: deque[Turn] = deque()
 
     def __enter__(self) -> None:
+        self.acquire(long=False)
+
+    @contextmanager
+    def turn(self, long: bool) -> Iterator[None]:
+        """Hold the lock for a short time, or for a long one."""
+        self.acquire(long)
+        try:
+            yield
+        finally:
+            self.__exit__()
+
+    def acquire(self, long: bool) -> None:
+        turn = Turn(long)
         with self._mutex:
-            if not self._held:
-                self._held = True
+            if self._held is None:
+                self._held = turn
                 return
-            turn = threading.Event()
             self._waiting.append(turn)
         try:
             turn.wait()
@@ -67,10 +93,11 @@ class FairLock:
 
     def __exit__(self, *exception: object) -> None:
         with self._mutex:
-            if self._waiting:
-                self._waiting.popleft().set()
-            else:
-                self._held = False
+            if self._held is not None and self._held.long:
+                self._waiting = deque(sorted(self._waiting, key=lambda turn: turn.long))
+            self._held = self._waiting.popleft() if self._waiting else None
+            if self._held is not None:
+                self._held.set()
 
 
 class LocalModel:
@@ -146,6 +173,7 @@ class LocalSession:
         self.context = model.context
         self._model = model
         self._cancelled = cancelled
+        self._tokens = 0  # of the last text that was read
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Logits (vocab,) after `tokens`. Raises InvalidInput when there are more than the context holds."""
@@ -179,15 +207,17 @@ class LocalSession:
         """
         reached = 0
         while True:
-            with self._model.lock:
+            with self._model.lock.turn(long=len(tokens) - self._tokens > SHORT_TOKENS):
                 if self._cancelled is not None and self._cancelled.is_set():
                     raise AnswerCancelled("the answer was given up")
                 cache = self._model.cache_for(self, tokens)
                 known = shared_length(cache.decoder.ids, tokens)
                 reached = known + PIECE_TOKENS if known >= reached else len(tokens)
-                if reached >= len(tokens) or len(tokens) > self.context:
-                    return read(cache, tokens)
-                read(cache, tokens[:reached])
+                part = tokens[:reached] if len(tokens) <= self.context else tokens
+                result = read(cache, part)
+                self._tokens = len(part)
+                if len(part) == len(tokens):
+                    return result
 
     def _logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         started_s, known = time.monotonic(), cache.decoder.length

@@ -220,6 +220,32 @@ def test_a_lock_is_handed_over_in_order_of_arrival() -> None:
     assert order == ["a", "b", "c", "first again"]
 
 
+def test_short_turns_that_wait_for_a_long_one_go_before_the_next_long_one() -> None:
+    """Each round of them is followed by a long turn: the short one that comes again waits for it."""
+    lock, order = FairLock(), list[str]()
+
+    def take(name: str, again: bool = False) -> None:
+        with lock.turn(long=name.isupper()):
+            order.append(name)
+            if again:
+                arrive("z")
+
+    def arrive(name: str, again: bool = False) -> None:
+        expected = len(lock._waiting) + 1
+        turns.append(threads.submit(take, name, again))
+        while len(lock._waiting) < expected:
+            pass
+
+    turns: list[Any] = []
+    with ThreadPoolExecutor(8) as threads:
+        with lock.turn(long=True):
+            for name in "ABxCy":
+                arrive(name, again=name == "x")
+        for turn in turns:
+            turn.result(10)
+    assert order == ["x", "y", "A", "z", "B", "C"]
+
+
 def test_an_interrupted_wait_gives_its_turn_away(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = FairLock()
 
