@@ -25,7 +25,7 @@ from isthmus.models.language.packing import Floats
 from isthmus.models.messages import Sampling
 
 KV_CACHES = 4  # as many answers as keep their own
-PIECE_TOKENS = 129  # of a text that are read in one call: two blocks of the decoder, and one token by itself
+PIECE_TOKENS = 65  # of a text that are read in one call: a block of the decoder, and one token by itself
 SHORT_TOKENS = 32  # a call that reads no more than that is short
 
 Result = TypeVar("Result")

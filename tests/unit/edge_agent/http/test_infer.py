@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import itertools
@@ -143,6 +144,33 @@ def test_admission_slots_are_released(tiny_bundle: Bundle, png: bytes) -> None:
     with serving(tiny_bundle, max_requests=1) as client:
         codes = [client.post("/v1/infer", content=body).status_code for body in (png, b"junk", b"", png)]
     assert codes == [200, 400, 400, 200]
+
+
+def test_a_photo_whose_client_leaves_while_it_waits_is_never_answered(
+    tiny_bundle: Bundle, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no free thread; the client disconnects after its upload, and its slot is free again."""
+    monkeypatch.setattr(api, "MAX_COMPUTING", 0)
+    monkeypatch.setattr(EdgeAgent, "infer", lambda *_, **__: pytest.fail("it was answered"))
+    scope = {"type": "http", "method": "POST", "path": "/v1/infer", "query_string": b"", "headers": []}
+    sent = list[Any]()
+
+    async def leave(app: Any) -> None:
+        messages = iter([{"type": "http.request", "body": png}, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("status"))
+
+        await asyncio.wait_for(app(scope, receive, send), 10)
+
+    with serving(tiny_bundle, max_requests=1) as client:
+        for _ in range(2):
+            asyncio.run(leave(client.app))
+        assert 'http_requests_total{code="499",route="/v1/infer"} 2.0' in client.get("/metrics").text
+    assert sent == [499, None] * 2
 
 
 def test_status_says_whether_the_cloud_is_connected(tiny_bundle: Bundle) -> None:
