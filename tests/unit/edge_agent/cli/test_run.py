@@ -49,9 +49,9 @@ def test_run_says_that_a_model_has_no_chat_template(tmp_path: Path, monkeypatch:
     folder = without_template(write_tiny_llama(tmp_path / "plain"))
     statuses: list[tuple[int, str]] = []
 
-    def serve(app: Any, address: Address, drain_s: float, announce: Any) -> None:
-        announce(address)
-        client = TestClient(app)
+    def serve(app: Any, http: HttpConfig, announce: Any) -> None:
+        announce(parse_address(http.listen))
+        client = TestClient(app, base_url="http://localhost")
         chat = {"model": "auto", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
         text = {"model": "auto", "prompt": "hi", "max_tokens": 2}
         for path, body in (("chat/completions", chat), ("completions", text)):
