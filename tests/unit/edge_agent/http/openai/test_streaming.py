@@ -62,7 +62,7 @@ def test_a_chat_begins_without_sentencepieces_space_and_a_completion_with_it() -
     backend = ScriptedBackend("#d", tokenizer=gguf_tokenizer.read(fields))  # <0x20>, <0x61>
     texts = {}
     for make in (chat, completion):
-        events = generate_choices(backend, make(backend=backend, max_tokens=2))
+        events = generate_choices(backend, make(backend=backend, max_tokens=2), threading.Event())
         deltas = [event for _, event in events if not isinstance(event, Outcome)]
         texts[make] = "".join(delta.text for each in deltas for delta in each)
     assert texts == {chat: "a", completion: " a"}
