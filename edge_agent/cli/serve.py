@@ -1,6 +1,6 @@
 """The HTTP server of `edge-agent run`: announces its address once it is bound, and ends without cutting a request.
 
-    connections     -> at most so many, and slow ones are closed (http.connections)
+    connections     -> at most so many, and slow ones are closed (protos.connections)
     SIGTERM, SIGINT -> no connection is accepted any more; answers carry `Connection: close`
         QUIET_S     -> connections without a request are closed
         drain_s     -> requests that are still running are cancelled
@@ -22,8 +22,8 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isthmus.edge_agent.config import HttpConfig
-from isthmus.edge_agent.http.connections import BACKLOG, Connections
 from isthmus.models.address import Address, parse_address
+from isthmus.protos.connections import BACKLOG, Connections
 
 KEEP_ALIVE_S = 30  # of a connection without a request
 QUIET_S = 1.0  # for requests that are on their way to an open connection when the signal comes

@@ -41,7 +41,7 @@ from prometheus_client import CollectorRegistry
 from isthmus.edge_agent.cli.serve import serve
 from isthmus.edge_agent.config import HttpConfig
 from isthmus.edge_agent.http.app import create_app
-from isthmus.edge_agent.http.connections import Connections
+from isthmus.protos.connections import Connections
 import sys
 resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, {FILES}))
 config = HttpConfig(listen=sys.argv[1], max_connections=10_000)

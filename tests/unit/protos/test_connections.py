@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from isthmus.edge_agent.http.connections import DESCRIPTORS_EACH, Connection, Connections
+from isthmus.protos.connections import DESCRIPTORS_EACH, Connection, Connections
 
 HEAD = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 UPLOAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
