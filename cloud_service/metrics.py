@@ -53,10 +53,10 @@ class CloudMetrics:
         self._inflight = Gauge("isthmus_cloud_inflight_requests", "Requests being answered.", registry=registry)
         self._rejected = counter(
             "requests_rejected",
-            "Inputs refused before they were computed: queue full, deadline passed, or draining.",
+            "Inputs refused before they were computed: queue full or too long, deadline passed, or draining.",
             "reason",
         )
-        expired = "Inputs whose deadline passed: in the queue (not computed), or while they were computed."
+        expired = "Inputs with too little time left in the queue (not computed), or late after they were computed."
         self._expired = counter("expired_work", expired, "stage")
         self._decode = counter("decode_failures", "Payloads that could not be decoded.", "reason")
         self._inputs = counter("inputs", "Inputs computed, by tap.", "model", "tap")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
@@ -41,7 +41,7 @@ class VisionService(Protocol):
     @property
     def bundles(self) -> tuple[BundleInfo, ...]: ...
 
-    async def submit(self, request: CloudRequest) -> CloudReply: ...
+    async def submit(self, request: CloudRequest, peer: str) -> CloudReply: ...
 
 
 class StreamHandler(Protocol):
@@ -87,16 +87,18 @@ class Servicer(pb_grpc.IsthmusServicer):
             await asyncio.sleep(0.02)
 
     async def Infer(self, request: pb.InferRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.InferResponse:
-        response = await self._answer(request, "Infer", context.time_remaining())
+        response = await self._answer(request, "Infer", peer_of(context), context.time_remaining())
         if response.HasField("error"):
-            await context.abort(status.code_of(response.error.code), response.error.message)
+            error = response.error
+            pushback = ((limits.RETRY_PUSHBACK, str(error.retry_ms)),) if error.retry_ms else ()
+            await context.abort(status.code_of(error.code), error.message, pushback)
         return response
 
     async def InferStream(
         self, requests: AsyncIterator[pb.InferRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.InferResponse]:
         ready: asyncio.Queue[pb.InferResponse | InvalidInput | None] = asyncio.Queue()
-        feeder = asyncio.create_task(self._feed(requests, ready))
+        feeder = asyncio.create_task(self._feed(requests, ready, peer_of(context)))
         notice = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
         drain_notice = asyncio.create_task(self._notify_drain(ready, notice))
         self._streams += 1
@@ -145,7 +147,10 @@ class Servicer(pb_grpc.IsthmusServicer):
         return wire.pack_service(self._info)
 
     async def _feed(
-        self, requests: AsyncIterator[pb.InferRequest], ready: asyncio.Queue[pb.InferResponse | InvalidInput | None]
+        self,
+        requests: AsyncIterator[pb.InferRequest],
+        ready: asyncio.Queue[pb.InferResponse | InvalidInput | None],
+        peer: str,
     ) -> None:
         """Answer requests as they arrive, at most MAX_STREAM_INFLIGHT at once; None follows the last response.
 
@@ -155,7 +160,7 @@ class Servicer(pb_grpc.IsthmusServicer):
 
         async def answer(message: pb.InferRequest) -> None:
             try:
-                ready.put_nowait(await self._answer(message, "InferStream", None))
+                ready.put_nowait(await self._answer(message, "InferStream", peer, None))
             finally:
                 slots.release()
 
@@ -208,12 +213,14 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._metrics.answered("Generate", "OK", event.queue_s + event.compute_s)
         return wire_session.pack_committed(event)
 
-    async def _answer(self, message: pb.InferRequest, method: str, remaining_s: float | None) -> pb.InferResponse:
+    async def _answer(
+        self, message: pb.InferRequest, method: str, peer: str, remaining_s: float | None
+    ) -> pb.InferResponse:
         """The response to one message, errors included. `remaining_s`: until the call's own deadline, if it has one."""
         started_s = time.monotonic()
         self._metrics.started()
         try:
-            response = wire.pack_answer(message.request_id, await self._submit(message, remaining_s))
+            response = wire.pack_answer(message.request_id, await self._submit(message, peer, remaining_s))
             code = grpc.StatusCode.OK
         except IsthmusError as error:
             response, (code, _) = wire.pack_error(message.request_id, error), status.of_error(error)
@@ -225,7 +232,7 @@ class Servicer(pb_grpc.IsthmusServicer):
         self._metrics.answered(method, code.name, time.monotonic() - started_s)
         return response
 
-    async def _submit(self, message: pb.InferRequest, remaining_s: float | None) -> CloudReply:
+    async def _submit(self, message: pb.InferRequest, peer: str, remaining_s: float | None) -> CloudReply:
         try:
             request = wire.unpack_request(message)
         except IsthmusError as error:
@@ -235,10 +242,19 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._metrics.rejected("deadline")
             raise DeadlineExceeded("the call's deadline had passed on arrival")
         try:
-            return await self._vision.submit(request)
+            return await self._vision.submit(request, peer)
         except IsthmusError as error:
             self._metrics.unreadable(error, on_arrival=False)
             raise
+
+
+def peer_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Who takes turns with others: the name in the device's certificate, or else its connection.
+
+    Without certificates an address proves nothing, and all devices behind one router or proxy share it.
+    """
+    names: Sequence[bytes] = context.peer_identities() or ()
+    return b", ".join(names).decode(errors="replace") or context.peer()
 
 
 def attach(servicer: Servicer, server: grpc.aio.Server) -> None:

@@ -85,7 +85,11 @@ class ServiceError(IsthmusError):
 
 
 class Overloaded(ServiceError):
-    """A bounded queue or the memory is full."""
+    """A bounded queue or the memory is full. In `retry_s` seconds there may be room; 0 where that is not known."""
+
+    def __init__(self, message: str, retry_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class Draining(ServiceError):

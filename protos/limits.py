@@ -18,6 +18,7 @@ MAX_TAPS = 8  # of a bundle, as in its manifest
 MAX_RATES = 64  # of a tap; tap and rate share one number on the wire, which takes one byte for up to two taps
 MAX_BUNDLES = 1000
 MAX_ERROR_CHARACTERS = 500
+RETRY_PUSHBACK = "grpc-retry-pushback-ms"  # gRPC's own name (A6), in the trailing metadata of a call refused for load
 
 MAX_TOKENS = 1 << 18  # of a session: far above the context of supported models, small enough to allocate
 MAX_DRAFT = 64  # tokens of a round; longer drafts are rarely accepted, and all of a round's tokens are computed

@@ -22,6 +22,8 @@ from isthmus.models.errors import (
     DeadlineExceeded,
     InvalidInput,
     InvalidReply,
+    IsthmusError,
+    Overloaded,
     PayloadCorrupt,
     PayloadTooLarge,
     UnsupportedVersion,
@@ -131,10 +133,24 @@ def pack_answer(request_id: int, answer: CloudReply) -> pb.InferResponse:
 
 
 def pack_error(request_id: int, error: Exception) -> pb.InferResponse:
-    code, text = status.of_error(error)
-    message = pb.InferResponse(request_id=request_id, error=pb.Error(code=code.value[0], message=text))
+    message = pb.InferResponse(request_id=request_id, error=pack_failure(error))
     message.crc32 = answer_checksum(message)
     return message
+
+
+def pack_failure(error: Exception) -> pb.Error:
+    """What a peer is told of an error."""
+    code, text = status.of_error(error)
+    retry_ms = round(1000 * error.retry_s) if isinstance(error, Overloaded) else 0
+    return pb.Error(code=code.value[0], message=text, retry_ms=min(retry_ms, limits.MAX_BUDGET_MS))
+
+
+def unpack_failure(message: pb.Error) -> IsthmusError:
+    """The error that a peer told of."""
+    error = status.to_error(status.code_of(message.code), message.message)
+    if isinstance(error, Overloaded):
+        error.retry_s = min(message.retry_ms, limits.MAX_BUDGET_MS) / 1000
+    return error
 
 
 def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudReply:
@@ -146,7 +162,7 @@ def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudRepl
     if (found := answer_checksum(message)) != message.crc32:
         raise InvalidReply(f"CRC-32 of the answer is {found:08x}, the answer says {message.crc32:08x}")
     if message.HasField("error"):
-        raise status.to_error(status.code_of(message.error.code), message.error.message)
+        raise unpack_failure(message.error)
     if len(message.probabilities) != sum(labels):
         raise InvalidReply(f"the cloud sent {len(message.probabilities)} probabilities, expected {sum(labels)}")
     rest = iter(message.probabilities)
@@ -227,7 +243,7 @@ def checksum(message: pb.InferRequest) -> int:
 
 
 def answer_checksum(message: pb.InferResponse) -> int:
-    """CRC-32 over the request that is answered and every field of the answer."""
+    """CRC-32 over the request that is answered and every field of the answer but `retry_ms`, a hint."""
     head = struct.pack("<4I", message.request_id, message.queue_us, message.compute_us, message.error.code)
     probabilities = np.asarray(message.probabilities, "<f4").tobytes()
     return zlib.crc32(message.error.message.encode(), zlib.crc32(probabilities, zlib.crc32(head)))

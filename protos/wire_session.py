@@ -18,9 +18,9 @@ import numpy as np
 
 from isthmus.models.errors import InvalidInput, InvalidReply, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
 from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
-from isthmus.protos import limits, status
+from isthmus.protos import limits
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
-from isthmus.protos.wire import MICROSECONDS, microseconds
+from isthmus.protos.wire import MICROSECONDS, microseconds, pack_failure, unpack_failure
 
 
 def pack_opening(opening: Opening) -> pb.GenerateRequest:
@@ -160,8 +160,7 @@ def pack_committed(committed: Committed) -> pb.GenerateResponse:
 
 
 def pack_generate_error(error: Exception) -> pb.GenerateResponse:
-    code, text = status.of_error(error)
-    message = pb.GenerateResponse(error=pb.Error(code=code.value[0], message=text))
+    message = pb.GenerateResponse(error=pack_failure(error))
     message.crc32 = reply_checksum(message)
     return message
 
@@ -171,7 +170,7 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
     if (found := reply_checksum(message)) != message.crc32:
         raise InvalidReply(f"CRC-32 of the reply is {found:08x}, the reply says {message.crc32:08x}")
     if message.HasField("error"):
-        raise status.to_error(status.code_of(message.error.code), message.error.message)
+        raise unpack_failure(message.error)
     if message.accepted > limits.MAX_DRAFT or len(message.tokens) > limits.MAX_TOKENS:
         raise InvalidInput("the cloud committed more tokens than a round allows")
     if any(id_ >= vocab for id_ in message.tokens):
@@ -206,7 +205,7 @@ def checksum(tokens: Sequence[int]) -> int:
 
 
 def reply_checksum(message: pb.GenerateResponse) -> int:
-    """CRC-32 over every field of a reply."""
+    """CRC-32 over every field of a reply but `retry_ms`, a hint."""
     numbers = [message.base, message.accepted, message.extension, message.queue_us, message.compute_us, message.passes]
     numbers += [message.held, message.error.code, len(message.tokens), *message.tokens]
     values: list[float] = []

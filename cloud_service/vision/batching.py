@@ -1,17 +1,28 @@
-"""Which queued inputs are computed next. Pure: takes the queue and the time, returns a plan.
+"""Which queued inputs are computed next, and which are refused. Pure: takes the queue and the time, returns a plan.
+
+Peers take turns, so that one with many inputs delays the others little. Inputs of a peer are computed in order of
+arrival while all of them can be computed in time, else the newest first: they have the most time left.
 
 Knows nothing about payloads, networks or gRPC.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
 from isthmus.models.settings import Flag
+
+WAIT_SHARE = 0.5  # of an input's time that it may wait for a batch by the prediction; the rest is for what that misses
+
+LONGEST_BATCH_S = 0.1  # of several inputs: every arrival waits for it, and slow networks gain little from batches
+MAX_PEERS = 4096  # whose turns are remembered; one that was forgotten is served next
+
+Predict = Callable[[Hashable, int], float]  # seconds that a batch of this key and size takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +33,8 @@ class QueuedInput:
     key: Hashable
     arrived_s: float
     deadline_s: float
+    peer: str = ""
+    payload_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +56,127 @@ class BatchPlan:
     wait_s: float | None
 
 
-def next_batch(queue: Sequence[QueuedInput], now_s: float, limits: BatchLimits) -> BatchPlan:
-    """Plan the next batch of a queue in order of arrival.
+def at_once(key: Hashable, size: int) -> float:
+    """The prediction before anything was measured: no time."""
+    return 0.0
 
-    A full batch goes first; otherwise the group of the oldest input, once that has waited `max_wait_s`.
+
+def next_batch(
+    queue: Sequence[QueuedInput],
+    now_s: float,
+    limits: BatchLimits,
+    predict: Predict = at_once,
+    served: Mapping[str, int] = {},
+) -> BatchPlan:
+    """Plan the next batch of a queue in order of arrival. `served`: the numbers that `note_turns` gave to peers.
+
+    Inputs that cannot be computed in time are refused; if that is true of all, the one with the most time left is
+    computed alone, because the prediction may be wrong. Whose turn it is decides between the groups of equal key that
+    are full or whose oldest input has waited `max_wait_s`.
     """
-    expired = tuple(queued for queued in queue if queued.deadline_s <= now_s)
-    groups: dict[Hashable, list[QueuedInput]] = {}
-    for queued in queue:
-        if queued.deadline_s > now_s:
-            groups.setdefault(queued.key, []).append(queued)
-    if not groups:
+    timely = in_time(queue, now_s, predict)
+    kept = {queued.ticket for queued in timely}
+    expired = tuple(queued for queued in queue if queued.ticket not in kept)
+    if not timely:
         return BatchPlan((), expired, None)
-    full = (group for group in groups.values() if len(group) >= limits.max_size)
-    oldest = next(iter(groups.values()))
-    chosen = next(full, None)
-    if chosen is None:
-        left_s = oldest[0].arrived_s + limits.max_wait_s - now_s
-        if left_s > 0:
-            return BatchPlan((), expired, left_s)
-        chosen = oldest
-    return BatchPlan(tuple(chosen[: limits.max_size]), expired, None)
+    groups: dict[Hashable, list[QueuedInput]] = {}
+    for queued in timely:
+        groups.setdefault(queued.key, []).append(queued)
+    waits = {key: group[0].arrived_s + limits.max_wait_s - now_s for key, group in groups.items()}
+    ready = {key for key, group in groups.items() if waits[key] <= 0 or len(group) >= limits.max_size}
+    if not ready:
+        return BatchPlan((), expired, min(waits.values()))
+    ordered = in_order(timely, now_s, limits, predict, served)
+    key = next(queued.key for queued in ordered if queued.key in ready)
+    batch = fill((queued for queued in ordered if queued.key == key), now_s, limits.max_size, predict)
+    return BatchPlan(tuple(queued for queued in timely if queued.ticket in batch), expired, None)
+
+
+def in_time(queue: Sequence[QueuedInput], now_s: float, predict: Predict) -> list[QueuedInput]:
+    """The inputs that can be computed in time; if there is none, the one with the most time left."""
+    alive = [queued for queued in queue if queued.deadline_s > now_s]
+    timely = [queued for queued in alive if now_s + predict(queued.key, 1) <= queued.deadline_s]
+    return timely or sorted(alive, key=lambda queued: -queued.deadline_s)[:1]
+
+
+def in_order(
+    queue: Sequence[QueuedInput], now_s: float, limits: BatchLimits, predict: Predict, served: Mapping[str, int]
+) -> list[QueuedInput]:
+    """The queue in order of computation."""
+    ordered, ahead_s, crowded = in_turn(queue, served), 0.0, set()
+    for queued in ordered:
+        if now_s + ahead_s + predict(queued.key, 1) > queued.deadline_s:
+            crowded.add(queued.peer)
+        ahead_s += predict(queued.key, limits.max_size) / limits.max_size
+    return in_turn(queue, served, crowded) if crowded else ordered
+
+
+def in_turn(
+    queue: Sequence[QueuedInput], served: Mapping[str, int], newest_first: Collection[str] = ()
+) -> list[QueuedInput]:
+    """One input of each peer, the longest not served first, then a second one of each, and so on."""
+    lines: dict[str, list[QueuedInput]] = {}
+    for queued in queue:
+        lines.setdefault(queued.peer, []).append(queued)
+    ranked = []
+    for peer, line in lines.items():
+        for rank, queued in enumerate(reversed(line) if peer in newest_first else line):
+            ranked.append((rank, served.get(peer, -1), queued.arrived_s, len(ranked), queued))
+    return [queued for *_, queued in sorted(ranked, key=lambda entry: entry[:4])]
+
+
+def note_turns(served: dict[str, int], batch: Iterable[QueuedInput]) -> None:
+    """Number the peers of a batch anew, in `served`, so that all others come first; who had most in it comes last."""
+    number = next(reversed(served.values()), 0)
+    counts = Counter(queued.peer for queued in batch)
+    for peer in sorted(counts, key=lambda peer: counts[peer]):
+        number += 1
+        served.pop(peer, None)
+        served[peer] = number
+    while len(served) > MAX_PEERS:
+        del served[next(iter(served))]
+
+
+def fill(ordered: Iterable[QueuedInput], now_s: float, max_size: int, predict: Predict) -> set[int]:
+    """Tickets of a batch of the first inputs, at least one; as many as keep it short and all of them in time."""
+    batch: set[int] = set()
+    latest_s = now_s + LONGEST_BATCH_S
+    for queued in ordered:
+        done_s = now_s + predict(queued.key, len(batch) + 1)
+        if batch and (len(batch) == max_size or done_s > latest_s):
+            break
+        if batch and done_s > queued.deadline_s:
+            continue  # too late in a batch of this size
+        batch.add(queued.ticket)
+        latest_s = min(latest_s, queued.deadline_s)
+    return batch
+
+
+def wait_s(queue: Sequence[QueuedInput], peer: str, limits: BatchLimits, predict: Predict) -> float:
+    """Predicted seconds of the batches before that of a new input of `peer`, by its turn."""
+    own = sum(queued.peer == peer for queued in queue)
+    counts: Counter[str] = Counter()
+    ahead: Counter[Hashable] = Counter()
+    for queued in queue:
+        ahead[queued.key] += counts[queued.peer] <= own
+        counts[queued.peer] += 1
+    return sum(count * predict(key, limits.max_size) / limits.max_size for key, count in ahead.items())
+
+
+def most_wait_s(budget_s: float, key: Hashable, predict: Predict) -> float:
+    """How long an input may wait for its batch, by the prediction, to be accepted; no input is too late for no wait."""
+    return max(WAIT_SHARE * (budget_s - predict(key, 1)), 0.0)
+
+
+def least_entitled(queue: Sequence[QueuedInput], new: QueuedInput, *, by_bytes: bool) -> QueuedInput | None:
+    """The input that leaves a full queue for a new one; None when the new one is refused.
+
+    Of the peer with the most inputs or bytes waiting, the one with the least time left.
+    """
+    waiting: Counter[str] = Counter()
+    for queued in (new, *queue):
+        waiting[queued.peer] += queued.payload_bytes if by_bytes else 1
+    largest = max(waiting, key=lambda peer: waiting[peer])
+    if largest == new.peer:
+        return None
+    return min((queued for queued in queue if queued.peer == largest), key=lambda queued: queued.deadline_s)

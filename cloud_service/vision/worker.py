@@ -14,7 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.cloud_service.vision.batching import BatchLimits, QueuedInput, next_batch
+from isthmus.cloud_service.vision.batching import (
+    BatchLimits,
+    QueuedInput,
+    least_entitled,
+    most_wait_s,
+    next_batch,
+    note_turns,
+    wait_s,
+)
+from isthmus.cloud_service.vision.compute_time import ComputeTimes
 from isthmus.cloud_service.vision.predictor import Kind, Predictor, Probabilities
 from isthmus.models.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from isthmus.models.messages import CloudReply, CloudRequest, Codec
@@ -46,20 +55,26 @@ class Worker:
         self._queue_limit = queue_limit
         self._pending: dict[int, PendingRequest] = {}  # by ticket, in order of arrival
         self._tickets = itertools.count()
+        self._times = ComputeTimes()
+        self._served: dict[str, int] = {}  # whose turn it is: of `note_turns`
+        self._busy_until_s = 0.0  # by the prediction
         self._changed = asyncio.Event()
         self._draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tail")
 
-    async def submit(self, request: CloudRequest) -> CloudReply:
-        """Queue one input and wait for its reply.
+    async def submit(self, request: CloudRequest, peer: str = "") -> CloudReply:
+        """Queue one input and wait for its reply. Peers take turns, and the one with the most waiting is refused first.
 
-        Raises UnknownBundle, Overloaded (queue full), Draining, DeadlineExceeded, or what decoding and tail raise.
-        What the bundle cannot have written or cannot answer is refused before it is queued.
+        Raises UnknownBundle, Overloaded (the queue is full, or too long for the input's time), Draining,
+        DeadlineExceeded, or what decoding and tail raise. What the bundle cannot have written or cannot answer is
+        refused before it is queued.
         """
         self._check(request)
         now_s = time.monotonic()
         key = (request.fingerprint, kind_of(request))
-        queued = QueuedInput(next(self._tickets), key, now_s, now_s + request.budget_s)
+        size = len(request.payload.data)
+        queued = QueuedInput(next(self._tickets), key, now_s, now_s + request.budget_s, peer, size)
+        self._make_room(queued)
         pending = PendingRequest(queued, request, asyncio.get_running_loop().create_future())
         self._pending[queued.ticket] = pending
         self._report_depth()
@@ -72,11 +87,10 @@ class Worker:
     async def run(self) -> None:
         """Compute batches until drained and empty."""
         while self._pending or not self._draining:
-            queue = [pending.queued for pending in self._pending.values()]
-            plan = next_batch(queue, time.monotonic(), self._limits)
+            plan = next_batch(self._queue(), time.monotonic(), self._limits, self._times.predict, self._served)
             for queued in plan.expired:
                 self.metrics.expired("queue")
-                resolve(self._pending.pop(queued.ticket), DeadlineExceeded("expired before it was computed"))
+                resolve(self._pending.pop(queued.ticket), DeadlineExceeded("not enough time was left to compute it"))
             if plan.batch:
                 await self._compute([self._pending.pop(queued.ticket) for queued in plan.batch])
             elif self._pending or not self._draining:
@@ -97,10 +111,28 @@ class Worker:
             self.metrics.rejected("draining")
             raise Draining("the service is shutting down")
         self._predictors[request.fingerprint].check(request)
-        queued_bytes = sum(len(pending.request.payload.data) for pending in self._pending.values())
-        if len(self._pending) >= self._queue_limit or queued_bytes > MAX_QUEUED_BYTES:
-            self.metrics.rejected("queue")
-            raise Overloaded(f"{len(self._pending)} inputs of {queued_bytes} bytes are waiting already")
+
+    def _queue(self) -> list[QueuedInput]:
+        return [pending.queued for pending in self._pending.values()]
+
+    def _make_room(self, new: QueuedInput) -> None:
+        """Raises Overloaded unless `new` can be queued and computed in time; may refuse an input of another peer."""
+        queue = self._queue()
+        busy_s = max(self._busy_until_s - new.arrived_s, 0.0)
+        waits_s = busy_s + wait_s(queue, new.peer, self._limits, self._times.predict)
+        if waits_s > most_wait_s(new.deadline_s - new.arrived_s, new.key, self._times.predict):
+            raise self._overloaded(f"the inputs before this one take {1000 * waits_s:.0f} ms", waits_s)
+        while (long := len(queue) >= self._queue_limit) or queued_bytes(queue) > MAX_QUEUED_BYTES:
+            loser = least_entitled(queue, new, by_bytes=not long)
+            error = self._overloaded(f"{len(queue)} inputs of {queued_bytes(queue)} bytes are waiting already", waits_s)
+            if loser is None:
+                raise error
+            resolve(self._pending.pop(loser.ticket), error)
+            queue = self._queue()
+
+    def _overloaded(self, why: str, retry_s: float) -> Overloaded:
+        self.metrics.rejected("queue")
+        return Overloaded(f"{why}, try again in {1000 * retry_s:.0f} ms", retry_s)
 
     async def _arrival(self, wait_s: float | None) -> None:
         self._changed.clear()
@@ -109,9 +141,13 @@ class Worker:
 
     async def _compute(self, batch: list[PendingRequest]) -> None:
         predictor, kind = self._predictors[batch[0].request.fingerprint], kind_of(batch[0].request)
-        started_s = time.monotonic()
+        started_s, key = time.monotonic(), batch[0].queued.key
+        self._busy_until_s = started_s + self._times.predict(key, len(batch))
+        note_turns(self._served, [pending.queued for pending in batch])
         results = await self._predict(predictor, kind, batch)
         ended_s = time.monotonic()
+        self._busy_until_s = 0.0
+        self._times.observe(key, len(batch), ended_s - started_s)
         queued_s = [started_s - pending.queued.arrived_s for pending in batch]
         self.metrics.batch(predictor.info.name, queued_s, ended_s - started_s)
         self.metrics.computed(predictor.info, kind.tap, kind.tasks, len(batch))
@@ -147,6 +183,11 @@ def resolve(pending: PendingRequest, result: CloudReply | IsthmusError) -> None:
         pending.reply.set_exception(result)
     else:
         pending.reply.set_result(result)
+
+
+def queued_bytes(queue: Sequence[QueuedInput]) -> int:
+    """Bytes of the payloads that wait."""
+    return sum(queued.payload_bytes for queued in queue)
 
 
 def kind_of(request: CloudRequest) -> Kind:

@@ -34,9 +34,11 @@ class FakeVision:
         self.gate.set()
         self.failures: dict[bytes, Exception] = {}
         self.inside = self.most_inside = self.seen = 0
+        self.peers: set[str] = set()
 
-    async def submit(self, request: CloudRequest) -> CloudReply:
+    async def submit(self, request: CloudRequest, peer: str) -> CloudReply:
         self.seen += 1
+        self.peers.add(peer)
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
         try:
@@ -58,6 +60,7 @@ class ServicerHarness:
         self.servicer = Servicer(self.vision, LanguageService(), metrics)
         self.stub: Any = None
         self.channel: Any = None
+        self.target = ""
 
     def count(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -73,7 +76,8 @@ def scenario(play: Callable[[ServicerHarness], Coroutine[Any, Any, None]]) -> Se
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            harness.target = f"127.0.0.1:{port}"
+            async with grpc.aio.insecure_channel(harness.target) as channel:
                 harness.channel, harness.stub = channel, pb_grpc.IsthmusStub(channel)
                 await asyncio.wait_for(play(harness), 30)
         finally:
@@ -109,6 +113,32 @@ def test_unary_answers_with_what_the_cloud_spent() -> None:
     harness = scenario(play)
     assert harness.count("isthmus_cloud_requests_total", method="Infer", code="OK") == 1
     assert harness.count("isthmus_cloud_inflight_requests") == 0
+
+
+def test_devices_are_told_apart_by_their_connections() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        await harness.stub.Infer(request(1))
+        async for _ in harness.stub.InferStream(iter([request(2), request(3)])):
+            pass
+        (peer,) = harness.vision.peers
+        async with grpc.aio.insecure_channel(harness.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            await pb_grpc.IsthmusStub(channel).Infer(request(1))
+        assert len(harness.vision.peers) == 2 and all("127.0.0.1:" in name for name in (peer, *harness.vision.peers))
+
+    scenario(play)
+
+
+def test_a_service_with_too_much_to_do_says_when_to_try_again() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.failures[b"\1"] = errors.Overloaded("the inputs before this one take 1200 ms", 1.2)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await harness.stub.Infer(request(1, b"\1"))
+        assert refused.value.code() is Status.RESOURCE_EXHAUSTED
+        assert ("grpc-retry-pushback-ms", "1200") in tuple(refused.value.trailing_metadata() or ())
+        async for response in harness.stub.InferStream(iter([request(1, b"\1")])):
+            assert (response.error.code, response.error.retry_ms) == (Status.RESOURCE_EXHAUSTED.value[0], 1200)
+
+    scenario(play)
 
 
 def test_the_tasks_asked_for_are_answered_one_after_another() -> None:

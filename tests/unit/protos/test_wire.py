@@ -19,6 +19,7 @@ from isthmus.models.errors import (
     InvalidInput,
     InvalidReply,
     IsthmusError,
+    Overloaded,
     PayloadCorrupt,
     PayloadTooLarge,
     UnknownBundle,
@@ -178,6 +179,13 @@ def test_an_error_arrives_as_an_error(kind: type[IsthmusError]) -> None:
         errors.InvalidReply: errors.ServiceError,
     }
     assert type(caught.value) is same_or_known.get(kind, kind)
+
+
+@pytest.mark.parametrize(("retry_s", "expected_s"), [(0.0, 0.0), (1.25, 1.25), (1e9, 600.0)])
+def test_an_overloaded_service_s_hint_arrives(retry_s: float, expected_s: float) -> None:
+    with pytest.raises(Overloaded) as refused:
+        wire.unpack_answer(sent(wire.pack_error(7, Overloaded("full", retry_s))), [2])
+    assert refused.value.retry_s == expected_s
 
 
 @pytest.mark.parametrize("budget_s", [0.0009, 0.0, -1.0, float("nan"), float("-inf")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.metrics import IMAGE, CloudMetrics
 from isthmus.cloud_service.vision.batching import BatchLimits
+from isthmus.cloud_service.vision.compute_time import ComputeTimes
 from isthmus.cloud_service.vision.predictor import Kind, Probabilities
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.errors import (
@@ -58,13 +59,23 @@ class FakePredictor:
         ]
 
 
+class ScriptedTimes(ComputeTimes):
+    """Predicts `each_s` for each input of a batch."""
+
+    each_s = 0.0
+
+    def predict(self, key: Hashable, size: int) -> float:
+        return self.each_s * size
+
+
 class WorkerHarness:
-    """A running worker with its scripted predictor and its metrics."""
+    """A running worker with its scripted predictor and its metrics. Batches are expected to take no time."""
 
     def __init__(self, limits: BatchLimits, queue_limit: int) -> None:
         self.fake, self.registry = FakePredictor(), CollectorRegistry()
         metrics = CloudMetrics(self.registry, [INFO])
         self.worker = Worker([self.fake], limits, queue_limit, metrics)  # type: ignore[list-item]
+        self.worker._times = self.times = ScriptedTimes()
 
     def ask(
         self,
@@ -73,9 +84,10 @@ class WorkerHarness:
         codec: Codec = Codec.BOTTLENECK,
         tap: int = 0,
         tasks: tuple[int, ...] = (0,),
+        peer: str = "",
     ) -> asyncio.Task[CloudReply]:
         request = CloudRequest(1, FINGERPRINT[:8], budget_s, Payload(codec, tap, 0, data), tasks)
-        return asyncio.create_task(self.worker.submit(request))
+        return asyncio.create_task(self.worker.submit(request, peer))
 
     def count(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -272,5 +284,99 @@ def test_an_unknown_bundle_is_an_error_that_lists_the_bundles() -> None:
         request = CloudRequest(1, bytes(8), 1.0, Payload(Codec.BOTTLENECK, 0, 0, b"1"))
         with pytest.raises(UnknownBundle, match=f"{bytes(8).hex()}.*{FINGERPRINT[:8].hex()}"):
             await harness.worker.submit(request)
+
+    scenario(play)
+
+
+def test_peers_take_turns() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0", peer="greedy")
+        await asyncio.sleep(0.02)
+        rest = [harness.ask(bytes([value]), peer="greedy") for value in range(1, 7)]
+        rest += [harness.ask(b"a", peer="a"), harness.ask(b"b", peer="b"), harness.ask(b"c", peer="b")]
+        await queued(harness, 9)
+        harness.fake.gate.set()
+        await asyncio.gather(busy, *rest)
+
+    harness = scenario(play, queue_limit=9)
+    assert harness.fake.batches == [[b"0"], [b"\1", b"a", b"b", b"c"], [b"\2", b"\3", b"\4", b"\5"], [b"\6"]]
+
+
+def test_a_full_queue_refuses_the_peer_with_the_most_waiting() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
+        await asyncio.sleep(0.02)
+        greedy = [harness.ask(b"1", 10.0 - value, peer="greedy") for value in range(4)]
+        await queued(harness, 4)
+        other = harness.ask(b"\xff", peer="other")
+        with pytest.raises(Overloaded):
+            await greedy[3]
+        with pytest.raises(Overloaded):
+            await harness.ask(b"1", peer="greedy")
+        harness.fake.gate.set()
+        assert (await other).probabilities == ((1.0, 0.0),)
+        await asyncio.gather(busy, *greedy[:3])
+
+    assert scenario(play).count("isthmus_cloud_requests_rejected_total", reason="queue") == 2
+
+
+def test_an_input_that_would_wait_too_long_is_refused_with_a_hint() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.times.each_s = 0.2
+        harness.fake.gate.clear()
+        waiting = [harness.ask(b"1")]
+        await asyncio.sleep(0.02)
+        waiting += [harness.ask(b"1") for _ in range(2)]
+        await queued(harness, 2)
+        with pytest.raises(Overloaded, match=r"the inputs before this one take \d+ ms, try again in \d+ ms") as refused:
+            await harness.ask(b"2", budget_s=0.5)
+        assert 0.4 <= refused.value.retry_s <= 0.6
+        harness.fake.gate.set()
+        await asyncio.gather(*waiting)
+
+    harness = scenario(play)
+    assert harness.count("isthmus_cloud_requests_rejected_total", reason="queue") == 1
+    assert [data for batch in harness.fake.batches for data in batch] == [b"1"] * 3
+
+
+def test_what_cannot_be_computed_in_time_is_dropped() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
+        await asyncio.sleep(0.02)
+        hasty, other = harness.ask(b"1", budget_s=5.0), harness.ask(b"2", budget_s=100.0)
+        await queued(harness, 2)
+        harness.times.each_s = 20.0
+        harness.fake.gate.set()
+        with pytest.raises(DeadlineExceeded):
+            await hasty
+        await asyncio.gather(busy, other)
+
+    harness = scenario(play)
+    assert harness.fake.batches == [[b"0"], [b"2"]]
+    assert harness.count("isthmus_cloud_expired_work_total", stage="queue") == 1
+
+
+def test_an_idle_service_tries_an_input_that_seems_to_be_too_late() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.worker._times = times = ComputeTimes()
+        for _ in range(40):
+            times.observe((FINGERPRINT[:8], Kind(0, (0,))), 1, 60.0)
+        for _ in range(4):
+            await harness.ask(b"1", budget_s=1.0)
+        assert times.predict((FINGERPRINT[:8], Kind(0, (0,))), 1) < 1.0
+
+    scenario(play)
+
+
+def test_turns_of_a_bounded_number_of_peers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.cloud_service.vision.batching.MAX_PEERS", 2)
+
+    async def play(harness: WorkerHarness) -> None:
+        for peer in ("a", "b", "a", "c"):
+            await harness.ask(b"1", peer=peer)
+        assert list(harness.worker._served) == ["a", "c"]
 
     scenario(play)
