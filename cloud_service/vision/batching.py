@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Annotated
 
 from pydantic import Field
@@ -21,6 +22,8 @@ WAIT_SHARE = 0.5  # of an input's time that it may wait for a batch by the predi
 
 LONGEST_BATCH_S = 0.1  # of several inputs: every arrival waits for it, and slow networks gain little from batches
 MAX_PEERS = 4096  # whose turns are remembered; one that was forgotten is served next
+
+PEER, KEY = attrgetter("peer"), attrgetter("key")
 
 Predict = Callable[[Hashable, int], float]  # seconds that a batch of this key and size takes
 
@@ -95,7 +98,8 @@ def next_batch(
 def in_time(queue: Sequence[QueuedInput], now_s: float, predict: Predict) -> list[QueuedInput]:
     """The inputs that can be computed in time; if there is none, the one with the most time left."""
     alive = [queued for queued in queue if queued.deadline_s > now_s]
-    timely = [queued for queued in alive if now_s + predict(queued.key, 1) <= queued.deadline_s]
+    done_s = {key: now_s + predict(key, 1) for key in set(map(KEY, alive))}
+    timely = [queued for queued in alive if done_s[queued.key] <= queued.deadline_s]
     return timely or sorted(alive, key=lambda queued: -queued.deadline_s)[:1]
 
 
@@ -103,11 +107,13 @@ def in_order(
     queue: Sequence[QueuedInput], now_s: float, limits: BatchLimits, predict: Predict, served: Mapping[str, int]
 ) -> list[QueuedInput]:
     """The queue in order of computation."""
-    ordered, ahead_s, crowded = in_turn(queue, served), 0.0, set()
+    ordered, crowded = in_turn(queue, served), set()
+    alone_s = {key: predict(key, 1) for key in set(map(KEY, queue))}
+    each_s = {key: predict(key, limits.max_size) / limits.max_size for key in alone_s}
     for queued in ordered:
-        if now_s + ahead_s + predict(queued.key, 1) > queued.deadline_s:
+        if now_s + alone_s[queued.key] > queued.deadline_s:
             crowded.add(queued.peer)
-        ahead_s += predict(queued.key, limits.max_size) / limits.max_size
+        now_s += each_s[queued.key]
     return in_turn(queue, served, crowded) if crowded else ordered
 
 
@@ -120,9 +126,10 @@ def in_turn(
         lines.setdefault(queued.peer, []).append(queued)
     ranked = []
     for peer, line in lines.items():
+        number = served.get(peer, -1)
         for rank, queued in enumerate(reversed(line) if peer in newest_first else line):
-            ranked.append((rank, served.get(peer, -1), queued.arrived_s, len(ranked), queued))
-    return [queued for *_, queued in sorted(ranked, key=lambda entry: entry[:4])]
+            ranked.append((rank, number, queued.arrived_s, len(ranked), queued))
+    return [queued for *_, queued in sorted(ranked)]
 
 
 def note_turns(served: dict[str, int], batch: Iterable[QueuedInput]) -> None:
@@ -154,13 +161,12 @@ def fill(ordered: Iterable[QueuedInput], now_s: float, max_size: int, predict: P
 
 def wait_s(queue: Sequence[QueuedInput], peer: str, limits: BatchLimits, predict: Predict) -> float:
     """Predicted seconds of the batches before that of a new input of `peer`, by its turn."""
-    own = sum(queued.peer == peer for queued in queue)
-    counts: Counter[str] = Counter()
-    ahead: Counter[Hashable] = Counter()
-    for queued in queue:
-        ahead[queued.key] += counts[queued.peer] <= own
-        counts[queued.peer] += 1
-    return sum(count * predict(key, limits.max_size) / limits.max_size for key, count in ahead.items())
+    waiting = Counter(map(PEER, queue))
+    ahead = sum(min(count, waiting[peer] + 1) for count in waiting.values())
+    each_s = [
+        count * predict(key, limits.max_size) / limits.max_size for key, count in Counter(map(KEY, queue)).items()
+    ]
+    return ahead * sum(each_s) / max(len(queue), 1)
 
 
 def most_wait_s(budget_s: float, key: Hashable, predict: Predict) -> float:

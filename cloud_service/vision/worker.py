@@ -55,6 +55,7 @@ class Worker:
         self._queue_limit = queue_limit
         self._pending: dict[int, PendingRequest] = {}  # by ticket, in order of arrival
         self._tickets = itertools.count()
+        self._keys: dict[tuple[bytes, Kind], int] = {}  # a number for each: plans compare and hash it often
         self._times = ComputeTimes()
         self._served: dict[str, int] = {}  # whose turn it is: of `note_turns`
         self._busy_until_s = 0.0  # by the prediction
@@ -71,7 +72,7 @@ class Worker:
         """
         self._check(request)
         now_s = time.monotonic()
-        key = (request.fingerprint, kind_of(request))
+        key = self._keys.setdefault((request.fingerprint, kind_of(request)), len(self._keys))
         size = len(request.payload.data)
         queued = QueuedInput(next(self._tickets), key, now_s, now_s + request.budget_s, peer, size)
         self._make_room(queued)
