@@ -1,20 +1,31 @@
-"""ONNX Runtime sessions: the one place that opens graphs and checks what they take and give. CPU only."""
+"""ONNX Runtime sessions: the one place that opens graphs, checks what they take and give, and names its errors.
+
+CPU only.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from isthmus.models.errors import BundleError
+from isthmus.models.errors import BundleError, Overloaded
 
 # ONNX Runtime sends telemetry unless this is set before it is loaded; its own switch comes too late.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
+
+UNBOUNDED = (b"Loop", b"Scan")  # operators that repeat a part of the graph; `If` runs one of two parts once
+OP_TYPE = re.compile(
+    rb"(?:\x22|\xa2\x80{0,3}\x00)(?:\x04|\x84\x80{0,8}\x00)\Z"
+)  # field 4, 4 bytes; numbers may be padded
+OP_TYPE_BYTES = 16
 
 FLOAT, INT64 = "tensor(float)", "tensor(int64)"
 
@@ -42,12 +53,14 @@ def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = Fal
 
     With `spinning`, threads spin while they wait for work within a run, which is faster for many small operators.
     Between runs they never spin: it drains the battery and takes the cores from the next session's run.
-    Raises BundleError when `graph` is not a graph that ONNX Runtime can run.
+    Raises BundleError when `graph` is not a graph that ONNX Runtime can run, or holds one of UNBOUNDED.
     """
+    check_bounded(graph, label)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # ORT's own format hides the operators
     if spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     else:
@@ -57,6 +70,30 @@ def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = Fal
     except Exception as error:  # onnxruntime's own classes share no public base
         reason = str(error).splitlines()[0][:200]
         raise BundleError(f"{label}: not a usable ONNX graph: {reason}") from error
+
+
+def check_bounded(graph: bytes, label: str) -> None:
+    """Raise BundleError when a serialised graph holds an operator of UNBOUNDED: even opening it may never end."""
+    for name in UNBOUNDED:
+        at = -1
+        while (at := graph.find(name, at + 1)) >= 0:
+            if OP_TYPE.search(graph[max(at - OP_TYPE_BYTES, 0) : at]):
+                raise BundleError(f"{label}: the graph has the operator {name.decode()}, which may run for ever")
+
+
+@contextmanager
+def translated(label: str) -> Iterator[None]:
+    """Raise BundleError, or Overloaded when memory is exhausted, for whatever ONNX Runtime raises in a run.
+
+    Its classes share no public base.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if isinstance(error, MemoryError) or "memory" in reason or "bad_alloc" in reason:
+            raise Overloaded(f"{label}: not enough memory to run the graph") from error
+        raise BundleError(f"{label}: the graph failed: {reason}") from error
 
 
 def check_signature(session: Any, label: str, inputs: Mapping[str, TensorSpec], outputs: Sequence[TensorSpec]) -> None:

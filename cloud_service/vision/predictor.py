@@ -110,10 +110,11 @@ class Predictor:
             else:
                 rates = [decoded.rate for decoded in inputs]
                 answers = self._tail.latents_to_tasks(kind.tap, arrays, rates, kind.tasks)
-        except (RuntimeError, MemoryError) as error:  # PyTorch reports exhausted memory as RuntimeError
+        except (RuntimeError, MemoryError, IsthmusError) as error:  # PyTorch reports exhausted memory as RuntimeError
             if len(inputs) > 1:
                 return [answer for decoded in inputs for answer in self._compute(kind, [decoded])]
-            error_kind = Overloaded if isinstance(error, MemoryError) or "memory" in str(error) else ServiceError
+            exhausted = isinstance(error, MemoryError | Overloaded) or "memory" in str(error)
+            error_kind = Overloaded if exhausted else ServiceError
             return [error_kind("the tail failed on this input")]
         return [
             tuple(tuple(row.tolist()) for row in rows)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.errors import BundleError, InvalidInput
-from isthmus.models.onnx_session import INT64, TensorSpec
+from isthmus.models.onnx_session import INT64, TensorSpec, translated
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graphs import open_graph
 from isthmus.models.vision.head import softmax
@@ -55,11 +55,9 @@ class GraphTail:
 
 
 def run(graph: Any, inputs: Mapping[str, NDArray[Any]]) -> Floats:
-    """Logits. Raises RuntimeError when the graph fails, as PyTorch does: errors of onnxruntime share no base class."""
-    try:
+    """Logits. Raises BundleError when the graph fails, Overloaded when memory is exhausted."""
+    with translated("tail"):
         logits_BK: Floats = graph.run(None, inputs)[0]
-    except Exception as error:
-        raise RuntimeError(str(error)) from error
     return logits_BK
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.onnx_session import INT64, TensorSpec
+from isthmus.models.onnx_session import INT64, TensorSpec, translated
 from isthmus.models.vision.architecture import Shape
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graphs import open_graph
@@ -38,8 +38,12 @@ class Head:
         self._encoders = [self._encoder(bundle, index, threads) for index in range(len(manifest.taps))]
 
     def segment(self, index: int, x_CHW: Floats) -> tuple[Floats, Floats]:
-        """Image (index 0) or features of the segment before -> features_CHW, probabilities_K of exit `index`."""
-        features_1CHW, logits_1K = self._segments[index].run(None, {"x": x_CHW[None]})
+        """Image (index 0) or features of the segment before -> features_CHW, probabilities_K of exit `index`.
+
+        Raises BundleError when the graph fails, Overloaded when memory is exhausted; `encode` too.
+        """
+        with translated(f"segment {index} of the head"):
+            features_1CHW, logits_1K = self._segments[index].run(None, {"x": x_CHW[None]})
         return features_1CHW[0], softmax(logits_1K[0])
 
     def encode(self, tap: int, x_CHW: Floats, width: int) -> Floats:
@@ -52,7 +56,8 @@ class Head:
         inputs: dict[str, NDArray[Any]] = {"x": x_CHW[None]}
         if self._widths[tap] > 1:
             inputs["width"] = np.array(width, np.int64)
-        latent_CHW: Floats = self._encoders[tap].run(None, inputs)[0][0]
+        with translated(f"encoder of tap {tap}"):
+            latent_CHW: Floats = self._encoders[tap].run(None, inputs)[0][0]
         return latent_CHW
 
     def _encoder(self, bundle: Bundle, index: int, threads: int) -> Any:

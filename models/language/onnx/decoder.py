@@ -19,7 +19,7 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx.graph import head_graph, layers_graph
 from isthmus.models.language.packing import Floats, quantise8
-from isthmus.models.onnx_session import open_session, zeros
+from isthmus.models.onnx_session import open_session, translated, zeros
 
 PREFILL_TOKENS = 64  # of one run; more only increase the memory of intermediate results
 
@@ -66,7 +66,8 @@ class OnnxLayers:
         binding.bind_cpu_input("last", np.array([total - 1], np.int32))
         binding.bind_cpu_input("total", np.array(total, np.int32))
         binding.bind_output("out", "cpu")
-        self._session.run_with_iobinding(binding)
+        with translated("decoder layers"):
+            self._session.run_with_iobinding(binding)
         out_NH: Floats = binding.get_outputs()[-1].numpy()[0]
         return out_NH
 
@@ -167,7 +168,8 @@ class OnnxDecoder:
 
     def logits(self, states_NH: Floats) -> Floats:
         """Logits (N, vocab) of normed hidden states."""
-        logits_NV: Floats = self._head.run(None, {"hidden": states_NH})[0]
+        with translated("output head"):
+            logits_NV: Floats = self._head.run(None, {"hidden": states_NH})[0]
         return logits_NV
 
     def _enqueue(self, part: int, states_NH: Floats) -> None:

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from isthmus.models.errors import BundleError
-from isthmus.models.onnx_session import INT64, TensorSpec, check_signature, open_session, zeros
+from isthmus.models.errors import BundleError, Overloaded
+from isthmus.models.onnx_session import (
+    INT64,
+    TensorSpec,
+    check_bounded,
+    check_signature,
+    open_session,
+    translated,
+    zeros,
+)
 
 X, SCALE, Y = TensorSpec((None, 3)), TensorSpec((), INT64), TensorSpec((None, 3))
 
@@ -43,6 +51,48 @@ def test_what_is_no_graph_is_refused_in_one_line() -> None:
     with pytest.raises(BundleError, match=r"head0\.onnx: not a usable ONNX graph: ") as caught:
         open_session(b"no graph", "head0.onnx", 1)
     assert "\n" not in str(caught.value)
+
+
+def endless(operator: str) -> bytes:
+    """A graph whose loop never ends, one level down in a branch."""
+    flag = helper.make_tensor_value_info("on", TensorProto.BOOL, [])
+    step = helper.make_tensor_value_info("step", TensorProto.INT64, [])
+    end = helper.make_tensor_value_info("end", TensorProto.BOOL, [])
+    body = helper.make_graph([helper.make_node("Identity", ["on"], ["end"])], "body", [step, flag], [end])
+    loop = helper.make_node(operator, ["", "go"], [], body=body)
+    y = helper.make_tensor_value_info("y", TensorProto.BOOL, [])
+    branch = helper.make_graph([loop, helper.make_node("Identity", ["go"], ["y"])], "branch", [], [y])
+    choice = helper.make_node("If", ["go"], ["y"], then_branch=branch, else_branch=branch)
+    go = helper.make_tensor_value_info("go", TensorProto.BOOL, [])
+    made = helper.make_model(helper.make_graph([choice], "test", [go], [y]), ir_version=10)
+    data: bytes = made.SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize("operator", ["Loop", "Scan"])
+def test_a_graph_that_may_run_for_ever_is_refused(operator: str) -> None:
+    data = endless(operator)
+    with pytest.raises(BundleError, match=f"head0: the graph has the operator {operator}"):
+        open_session(data, "head0", 1)
+    padded = data.replace(b"\x22\x04" + operator.encode(), b"\xa2\x80\x00\x84\x80\x80\x00" + operator.encode())
+    assert padded != data
+    with pytest.raises(BundleError, match=operator):
+        check_bounded(padded, "head0")
+    check_bounded(data.replace(operator.encode(), b"Sqrt"), "head0")
+
+
+def test_names_with_the_words_are_no_operators() -> None:
+    check_bounded(graph().replace(b"factor", b"Loop_1"), "double")
+
+
+def test_errors_of_a_run_are_named() -> None:
+    session = open_session(graph(), "double", 1)
+    with pytest.raises(BundleError, match="double: the graph failed: ") as failed, translated("double"):
+        session.run(None, {"x": np.ones((2, 9), np.float32), "scale": np.array(2, np.int64)})
+    assert "\n" not in str(failed.value)
+    for error in (MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Failed to allocate memory for 9 GB")):
+        with pytest.raises(Overloaded, match="double: not enough memory"), translated("double"):
+            raise error
 
 
 def test_inputs_may_come_in_any_order() -> None:

@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from isthmus.cloud_service.vision.predictor import Kind, Predictor
-from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, PayloadCorrupt, PayloadTooLarge, ServiceError
+from isthmus.models.errors import (
+    BundleError,
+    InvalidInput,
+    IsthmusError,
+    Overloaded,
+    PayloadCorrupt,
+    PayloadTooLarge,
+    ServiceError,
+)
 from isthmus.models.messages import CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from isthmus.models.vision import images
 from isthmus.models.vision.bundle import Bundle
@@ -163,7 +171,10 @@ class BrokenTail:
     [
         (RuntimeError("a kernel failed"), False, tuple),
         (RuntimeError("a kernel failed"), True, ServiceError),
+        (BundleError("tail: the graph failed"), False, tuple),
+        (BundleError("tail: the graph failed"), True, ServiceError),
         (MemoryError(), True, Overloaded),
+        (Overloaded("full"), True, Overloaded),
         (RuntimeError("not enough memory: you tried to allocate 99 GB"), True, Overloaded),
         (None, True, ServiceError),
     ],
