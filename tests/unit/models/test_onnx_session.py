@@ -55,17 +55,18 @@ def test_what_is_no_graph_is_refused_in_one_line() -> None:
 
 def endless(operator: str) -> bytes:
     """A graph whose loop never ends, one level down in a branch."""
-    flag = helper.make_tensor_value_info("on", TensorProto.BOOL, [])
     step = helper.make_tensor_value_info("step", TensorProto.INT64, [])
-    end = helper.make_tensor_value_info("end", TensorProto.BOOL, [])
-    body = helper.make_graph([helper.make_node("Identity", ["on"], ["end"])], "body", [step, flag], [end])
-    loop = helper.make_node(operator, ["", "go"], [], body=body)
-    y = helper.make_tensor_value_info("y", TensorProto.BOOL, [])
-    branch = helper.make_graph([loop, helper.make_node("Identity", ["go"], ["y"])], "branch", [], [y])
-    choice = helper.make_node("If", ["go"], ["y"], then_branch=branch, else_branch=branch)
-    go = helper.make_tensor_value_info("go", TensorProto.BOOL, [])
-    made = helper.make_model(helper.make_graph([choice], "test", [go], [y]), ir_version=10)
-    data: bytes = made.SerializeToString()
+    on, end, x, y, z, go = (helper.make_tensor_value_info(n, TensorProto.BOOL, []) for n in ("on", "end", *"xyz", "go"))
+    again = [helper.make_node("Identity", ["on"], ["end"]), helper.make_node("Not", ["x"], ["y"])]
+    loop = helper.make_node(
+        operator, ["", "go", "go"], ["z"], body=helper.make_graph(again, "body", [step, on, x], [end, y])
+    )
+    branch = helper.make_graph([loop], "branch", [], [z])
+    choice = helper.make_node("If", ["go"], ["w"], then_branch=branch, else_branch=branch)
+    out = helper.make_tensor_value_info("w", TensorProto.BOOL, [])
+    made = helper.make_graph([choice], "test", [go], [out])
+    opsets = [helper.make_opsetid("", 21)]
+    data: bytes = helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
     return data
 
 
