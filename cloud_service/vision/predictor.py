@@ -1,4 +1,4 @@
-"""A loaded bundle predicts from payloads: decode, then run the tail. Synchronous; no queues, no gRPC."""
+"""A loaded bundle predicts from payloads and pixels: decode, then run the tail. Synchronous; no queues, no gRPC."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.cloud_service.vision.decode_process import ImageInput, Pixels
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
 from isthmus.models.messages import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.images import open_image, preprocess
+from isthmus.models.vision.images import normalise
 from isthmus.models.vision.tail import open_tail
 
 Floats = NDArray[np.float32]
@@ -51,7 +52,9 @@ class Predictor:
         )
         self._codecs = [bundle.codec(tap) for tap in range(len(self.manifest.taps))]
         self._tail = open_tail(bundle)
-        self._max_pixels = max(MIN_IMAGE_PIXELS, MAX_ASPECT * self.manifest.preprocessing.resize**2)
+        spec = self.manifest.preprocessing
+        max_pixels = max(MIN_IMAGE_PIXELS, MAX_ASPECT * spec.resize**2)
+        self.image_input = ImageInput(max_pixels, spec.resize, spec.crop)
 
     def check(self, request: CloudRequest) -> None:
         """Raises InvalidInput or PayloadTooLarge when the request's fields show that this bundle cannot answer it."""
@@ -66,12 +69,15 @@ class Predictor:
             raise InvalidInput(f"tap {payload.tap} does not exist, the bundle has {numbered(taps)}")
         self._codecs[payload.tap].check(len(payload.data), payload.rate)
 
-    def predict(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
-        """Probabilities or an error for each payload of one kind; a bad payload affects no other."""
+    def predict(self, kind: Kind, inputs: Sequence[Payload | Pixels]) -> list[Probabilities | IsthmusError]:
+        """Probabilities or an error for each input of one kind; a bad payload affects no other.
+
+        A whole image comes as the pixels (H, W, 3) of `image_input`.
+        """
         results: list[Probabilities | IsthmusError] = []
         decoded: dict[int, Decoded] = {}
-        for index, payload in enumerate(payloads):
-            outcome = self._decode(payload)
+        for index, given in enumerate(inputs):
+            outcome = self._decode(given) if isinstance(given, Payload) else self._normalise(given)
             if isinstance(outcome, Decoded):
                 decoded[index] = outcome
             results.append(InvalidInput("not computed") if isinstance(outcome, Decoded) else outcome)
@@ -86,11 +92,11 @@ class Predictor:
             self._tail.latents_to_tasks(index, [np.zeros(tap.latent, np.float32)], [0], tasks)
         self._tail.images_to_tasks([np.zeros((3, *self.manifest.preprocessing.crop), np.float32)], tasks)
 
+    def _normalise(self, pixels_HW3: Pixels) -> Decoded:
+        return Decoded(normalise(pixels_HW3, self.manifest.preprocessing), 0)
+
     def _decode(self, payload: Payload) -> Decoded | IsthmusError:
         try:
-            if payload.codec is Codec.IMAGE:
-                image = open_image(payload.data, self._max_pixels)
-                return Decoded(preprocess(image, self.manifest.preprocessing), 0)
             codec = self._codecs[payload.tap]
             return Decoded(codec.dequantise(codec.decode(payload.data, payload.rate), payload.rate), payload.rate)
         except IsthmusError as error:

@@ -6,9 +6,12 @@ from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.cloud_service.vision.decoding import ImageDecoder
 from isthmus.cloud_service.vision.predictor import Predictor
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.vision.bundle import Bundle
+
+DECODERS = 2  # processes of 50 MB each: while one is busy with an image made to take long, the other serves the rest
 
 
 def load(config: CloudConfig, registry: CollectorRegistry) -> Worker:
@@ -17,4 +20,5 @@ def load(config: CloudConfig, registry: CollectorRegistry) -> Worker:
     for predictor in predictors:
         predictor.warm_up()
     metrics = CloudMetrics(registry, [predictor.info for predictor in predictors])
-    return Worker(predictors, config.batch, config.queue_limit, metrics)
+    decoders = [ImageDecoder() for _ in range(DECODERS if predictors else 0)]
+    return Worker(predictors, decoders, config.batch, config.queue_limit, metrics)

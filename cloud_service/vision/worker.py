@@ -1,4 +1,7 @@
-"""A bounded queue of inputs and one compute thread, which runs the batches that `batching` plans.
+"""A bounded queue of inputs, processes that decode its images, and one thread that computes what `batching` plans.
+
+    bottleneck payload ----------------------> batch -> reply
+    image -> pixels, one by one on a decoder -> batch -> reply
 
 Everything here but `Predictor.predict` runs on the event loop's thread, so the queue needs no lock.
 """
@@ -9,9 +12,11 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
 
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.vision.batching import (
@@ -24,11 +29,16 @@ from isthmus.cloud_service.vision.batching import (
     wait_s,
 )
 from isthmus.cloud_service.vision.compute_time import ComputeTimes
+from isthmus.cloud_service.vision.decode_process import Pixels
+from isthmus.cloud_service.vision.decoding import ImageDecoder
 from isthmus.cloud_service.vision.predictor import Kind, Predictor, Probabilities
 from isthmus.models.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
-from isthmus.models.messages import CloudReply, CloudRequest, Codec
+from isthmus.models.messages import CloudReply, CloudRequest, Codec, Payload
 from isthmus.protos.limits import BUNDLE_ID_BYTES
 
+ONE = BatchLimits(1, 0.0)
+DECODING = -1  # the key of decoding times
+RESTART_S = 1.0  # between attempts to start a process
 MAX_QUEUED_BYTES = 128 << 20  # thirty of the largest photos: the queue is bounded in bytes too
 
 
@@ -39,18 +49,26 @@ class PendingRequest:
     queued: QueuedInput
     request: CloudRequest
     reply: asyncio.Future[CloudReply]
+    given: Payload | Pixels | None  # for the predictor; None for an image that is not decoded yet
+    decoding: bool = False
 
 
 class Worker:
     """Accepts inputs until drained and answers each exactly once."""
 
     def __init__(
-        self, predictors: Sequence[Predictor], limits: BatchLimits, queue_limit: int, metrics: CloudMetrics
+        self,
+        predictors: Sequence[Predictor],
+        decoders: Sequence[ImageDecoder],
+        limits: BatchLimits,
+        queue_limit: int,
+        metrics: CloudMetrics,
     ) -> None:
         """`queue_limit`: inputs that may wait. Requests name a bundle by the first 8 bytes of its fingerprint."""
         self.bundles = tuple(predictor.info for predictor in predictors)
         self.metrics = metrics
         self._predictors = {predictor.info.fingerprint[:BUNDLE_ID_BYTES]: predictor for predictor in predictors}
+        self._decoders = decoders
         self._limits = limits
         self._queue_limit = queue_limit
         self._pending: dict[int, PendingRequest] = {}  # by ticket, in order of arrival
@@ -58,6 +76,7 @@ class Worker:
         self._keys: dict[tuple[bytes, Kind], int] = {}  # a number for each: plans compare and hash it often
         self._times = ComputeTimes()
         self._served: dict[str, int] = {}  # whose turn it is: of `note_turns`
+        self._decoded_for: dict[str, int] = {}  # the same for images
         self._busy_until_s = 0.0  # by the prediction
         self._changed = asyncio.Event()
         self._draining = False
@@ -76,7 +95,8 @@ class Worker:
         size = len(request.payload.data)
         queued = QueuedInput(next(self._tickets), key, now_s, now_s + request.budget_s, peer, size)
         self._make_room(queued)
-        pending = PendingRequest(queued, request, asyncio.get_running_loop().create_future())
+        given = None if request.payload.codec is Codec.IMAGE else request.payload
+        pending = PendingRequest(queued, request, asyncio.get_running_loop().create_future(), given)
         self._pending[queued.ticket] = pending
         self._report_depth()
         self._changed.set()
@@ -86,18 +106,77 @@ class Worker:
             self._pending.pop(queued.ticket, None)
 
     async def run(self) -> None:
-        """Compute batches until drained and empty."""
+        """Decode and compute until drained and empty."""
+        async with asyncio.TaskGroup() as group:
+            lanes = [group.create_task(self._decode_images(decoder)) for decoder in self._decoders]
+            await self._compute_batches()
+            for lane in lanes:
+                lane.cancel()
+        self._thread.shutdown()
+
+    async def _compute_batches(self) -> None:
         while self._pending or not self._draining:
-            plan = next_batch(self._queue(), time.monotonic(), self._limits, self._times.predict, self._served)
-            for queued in plan.expired:
-                self.metrics.expired("queue")
-                resolve(self._pending.pop(queued.ticket), DeadlineExceeded("not enough time was left to compute it"))
+            ready = self._queue(lambda pending: pending.given is not None)
+            plan = next_batch(ready, time.monotonic(), self._limits, self._times.predict, self._served)
+            self._expire(plan.expired)
             if plan.batch:
+                self._changed.set()  # there is room for decoded images
                 await self._compute([self._pending.pop(queued.ticket) for queued in plan.batch])
             elif self._pending or not self._draining:
                 await self._arrival(plan.wait_s)
             self._report_depth()
-        self._thread.shutdown()
+
+    async def _decode_images(self, decoder: ImageDecoder) -> None:
+        """Decode one image after another, until cancelled; no more than a batch ahead."""
+        try:
+            while True:
+                await self._start(decoder)
+                decoded = sum(isinstance(pending.given, np.ndarray) for pending in self._pending.values())
+                waiting = self._queue(lambda pending: pending.given is None and not pending.decoding)
+                if decoded >= self._limits.max_size or not waiting:
+                    await self._arrival(None)
+                    continue
+                plan = next_batch(waiting, time.monotonic(), ONE, self._predict_decoded, self._decoded_for)
+                self._expire(plan.expired)
+                for queued in plan.batch:
+                    await self._decode(decoder, self._pending[queued.ticket])
+        finally:
+            await decoder.close()
+
+    async def _start(self, decoder: ImageDecoder) -> None:
+        try:
+            await decoder.start()
+        except IsthmusError:
+            self.metrics.log_failure("no process to decode images")
+            await asyncio.sleep(RESTART_S)
+
+    async def _decode(self, decoder: ImageDecoder, pending: PendingRequest) -> None:
+        """Decode an image, and refuse it if that fails."""
+        pending.decoding, started_s = True, time.monotonic()
+        note_turns(self._decoded_for, [pending.queued])
+        spec = self._predictors[pending.request.fingerprint].image_input
+        try:
+            pending.given = await decoder.decode(pending.request.payload.data, spec)
+            self._times.observe(DECODING, 1, time.monotonic() - started_s)
+        except IsthmusError as error:
+            self._refuse(pending, error)
+        except Exception:
+            self.metrics.log_failure("decoding failed")
+            self._refuse(pending, ServiceError("decoding failed"))
+        self._changed.set()
+
+    def _refuse(self, pending: PendingRequest, error: IsthmusError) -> None:
+        self._pending.pop(pending.queued.ticket, None)
+        resolve(pending, error)
+
+    def _predict_decoded(self, key: Hashable, size: int) -> float:
+        """Seconds of a batch and of decoding its images."""
+        return size * self._times.predict(DECODING, 1) + self._times.predict(key, size)
+
+    def _expire(self, expired: Sequence[QueuedInput]) -> None:
+        for queued in expired:
+            self.metrics.expired("queue")
+            self._refuse(self._pending[queued.ticket], DeadlineExceeded("not enough time was left to compute it"))
 
     def drain(self) -> None:
         """Refuse new inputs; `run` returns when the queue is empty."""
@@ -113,8 +192,8 @@ class Worker:
             raise Draining("the service is shutting down")
         self._predictors[request.fingerprint].check(request)
 
-    def _queue(self) -> list[QueuedInput]:
-        return [pending.queued for pending in self._pending.values()]
+    def _queue(self, chosen: Callable[[PendingRequest], bool] = lambda pending: True) -> list[QueuedInput]:
+        return [pending.queued for pending in self._pending.values() if chosen(pending)]
 
     def _make_room(self, new: QueuedInput) -> None:
         """Raises Overloaded unless `new` can be queued and computed in time; may refuse an input of another peer."""
@@ -128,7 +207,7 @@ class Worker:
             error = self._overloaded(f"{len(queue)} inputs of {queued_bytes(queue)} bytes are waiting already", waits_s)
             if loser is None:
                 raise error
-            resolve(self._pending.pop(loser.ticket), error)
+            self._refuse(self._pending[loser.ticket], error)
             queue = self._queue()
 
     def _overloaded(self, why: str, retry_s: float) -> Overloaded:
@@ -164,10 +243,10 @@ class Worker:
         self, predictor: Predictor, kind: Kind, batch: Sequence[PendingRequest]
     ) -> Sequence[Probabilities | IsthmusError]:
         """On the compute thread. Whatever fails, every caller gets a result and the worker lives on."""
-        payloads = [pending.request.payload for pending in batch]
+        inputs = [pending.given for pending in batch]
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._thread, predictor.predict, kind, payloads)
+            return await loop.run_in_executor(self._thread, predictor.predict, kind, inputs)
         except Exception:
             self.metrics.log_failure("batch failed")
             return [ServiceError("the batch failed") for _ in batch]

@@ -206,13 +206,24 @@ def shrink(image: Image.Image, pixels: int) -> Image.Image:
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.float32]:
     """RGB image -> float32 array of shape (3, crop height, crop width)."""
-    scale = spec.resize / min(image.size)
-    scaled_width, scaled_height = (max(spec.resize, round(side * scale)) for side in image.size)
-    height, width = spec.crop
+    return normalise(crop(image, spec.resize, spec.crop), spec)
+
+
+def crop(image: Image.Image, resize: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The middle of an RGB image whose shorter side is scaled to `resize`: (H, W, 3) of `size` (height, width)."""
+    scale = resize / min(image.size)
+    scaled_width, scaled_height = (max(resize, round(side * scale)) for side in image.size)
+    height, width = size
     left, top = (scaled_width - width) // 2, (scaled_height - height) // 2
     across, down = image.width / scaled_width, image.height / scaled_height
     # Only the crop is resized: a 1 x 65,535 photo would grow to gigabytes if it were scaled as a whole.
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
-    pixels_HW3 = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box), dtype=np.float32)
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
+
+
+def normalise(pixels_HW3: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np.float32]:
+    """Pixels of a crop -> the network's input (3, H, W)."""
     mean, deviation = np.array(spec.mean, np.float32), np.array(spec.deviation, np.float32)
-    return np.ascontiguousarray(((pixels_HW3 / np.float32(255) - mean) / deviation).transpose(2, 0, 1))
+    return np.ascontiguousarray(
+        ((pixels_HW3.astype(np.float32) / np.float32(255) - mean) / deviation).transpose(2, 0, 1)
+    )

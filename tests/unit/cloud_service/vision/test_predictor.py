@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from isthmus.cloud_service.vision.decode_process import Pixels, decode
 from isthmus.cloud_service.vision.predictor import Kind, Predictor
 from isthmus.models.errors import (
     BundleError,
@@ -20,7 +21,6 @@ from isthmus.models.errors import (
     ServiceError,
 )
 from isthmus.models.messages import CloudRequest, Codec, Payload, TapInfo, TaskInfo
-from isthmus.models.vision import images
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.tail import Tail
@@ -40,6 +40,11 @@ def latent_payload(bundle: Bundle, seed: int, rate: int, tap: int = 1) -> Payloa
     codec = bundle.codec(tap)
     latent_CHW = np.random.default_rng(seed).normal(size=codec.shape_CHW).astype(np.float32)
     return Payload(Codec.BOTTLENECK, tap, rate, codec.encode(codec.quantise(latent_CHW, rate), rate))
+
+
+def pixels(predictor: Predictor, photo: Image.Image) -> Pixels:
+    """As `ImageDecoder` gives them."""
+    return decode(png(photo), predictor.image_input)
 
 
 def png(photo: Image.Image) -> bytes:
@@ -70,7 +75,7 @@ def test_every_tap_answers_the_tasks_asked_for(
 
 
 def test_a_whole_image_answers_several_tasks(predictor: Predictor, photo: Image.Image) -> None:
-    (predict,) = predictor.predict(Kind(None, (0, 1)), [Payload(Codec.IMAGE, 0, 0, png(photo))])
+    (predict,) = predictor.predict(Kind(None, (0, 1)), [pixels(predictor, photo)])
     assert isinstance(predict, tuple)
     assert [(len(p), sum(p)) for p in predict] == [(2, pytest.approx(1)), (3, pytest.approx(1))]
 
@@ -83,7 +88,7 @@ def test_info_lists_tasks_and_taps(predictor: Predictor) -> None:
 def test_whole_images_go_through_the_unsplit_model(
     predictor: Predictor, tiny_bundle: Bundle, photo: Image.Image
 ) -> None:
-    (predict,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo))])
+    (predict,) = predictor.predict(IMAGES, [pixels(predictor, photo)])
     expected_BK = Tail(tiny_bundle).answer_images([preprocess(photo, tiny_bundle.manifest.preprocessing)])
     np.testing.assert_allclose(predict, expected_BK[:1], atol=1e-6)  # type: ignore[arg-type]
 
@@ -95,12 +100,6 @@ def test_a_corrupt_payload_affects_no_other_of_its_batch(predictor: Predictor, t
     assert isinstance(results[1], PayloadCorrupt)
     np.testing.assert_allclose(results[0], results[2])  # type: ignore[arg-type]
     np.testing.assert_allclose(results[0], predictor.predict(LATENTS, [good])[0], atol=1e-5)
-
-
-def test_a_broken_image_affects_no_other_of_its_batch(predictor: Predictor, photo: Image.Image) -> None:
-    payloads = [Payload(Codec.IMAGE, 0, 0, data) for data in (png(photo), b"broken", png(photo)[:200])]
-    results = predictor.predict(IMAGES, payloads)
-    assert [type(result) for result in results] == [tuple, InvalidInput, InvalidInput]
 
 
 def test_an_input_that_exhausts_the_memory_is_refused_alone(
@@ -191,29 +190,14 @@ def test_a_failing_tail_is_tried_with_each_input_alone(
 def test_an_image_far_larger_than_the_network_s_input_is_refused(predictor: Predictor) -> None:
     """The cap is a megapixel, or 16 squares of the network's input. The device sends one at the network's size."""
     for size in ((1024, 1024), (65_535, 16)):
-        (answer,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(Image.new("L", size)))])
+        (answer,) = predictor.predict(IMAGES, [pixels(predictor, Image.new("L", size))])
         assert isinstance(answer, tuple)
-    (answer,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(Image.new("L", (1024, 1025))))])
-    assert isinstance(answer, InvalidInput) and "at most 1048576" in str(answer)
+    with pytest.raises(InvalidInput, match="at most 1048576"):
+        pixels(predictor, Image.new("L", (1024, 1025)))
 
 
-def test_refusals_keep_no_frames_alive(predictor: Predictor, tiny_bundle: Bundle, photo: Image.Image) -> None:
+def test_refusals_keep_no_frames_alive(predictor: Predictor, tiny_bundle: Bundle) -> None:
     damaged = latent_payload(tiny_bundle, 1, 1)
-    refusals = [
-        *predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo)[:1000])]),
-        *predictor.predict(LATENTS, [replace(damaged, data=damaged.data[:-1])]),
-    ]
-    for refusal in refusals:
-        assert isinstance(refusal, IsthmusError)
-        assert (refusal.__traceback__, refusal.__cause__, refusal.__context__) == (None, None, None)
-
-
-def test_exhausted_memory_is_not_the_device_s_fault(
-    predictor: Predictor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def exhausted(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(images, "to_rgb", exhausted)
-    (answer,) = predictor.predict(IMAGES, [Payload(Codec.IMAGE, 0, 0, png(photo))])
-    assert isinstance(answer, Overloaded)
+    (refusal,) = predictor.predict(LATENTS, [replace(damaged, data=damaged.data[:-1])])
+    assert isinstance(refusal, IsthmusError)
+    assert (refusal.__traceback__, refusal.__cause__, refusal.__context__) == (None, None, None)

@@ -7,17 +7,20 @@ import threading
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.metrics import IMAGE, CloudMetrics
 from isthmus.cloud_service.vision.batching import BatchLimits
 from isthmus.cloud_service.vision.compute_time import ComputeTimes
+from isthmus.cloud_service.vision.decode_process import ImageInput, Pixels
 from isthmus.cloud_service.vision.predictor import Kind, Probabilities
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.errors import (
     DeadlineExceeded,
     Draining,
+    InvalidInput,
     IsthmusError,
     Overloaded,
     PayloadCorrupt,
@@ -36,6 +39,8 @@ INFO = BundleInfo(
 class FakePredictor:
     """Answers with the payload's first byte; `gate` holds the compute thread back until it is set."""
 
+    image_input = ImageInput(100, 1, (1, 1))
+
     def __init__(self) -> None:
         self.info = INFO
         self.gate = threading.Event()
@@ -48,15 +53,39 @@ class FakePredictor:
         if len(request.payload.data) > 8:
             raise PayloadTooLarge("9 bytes, the cap is 8")
 
-    def predict(self, kind: Kind, payloads: Sequence[Payload]) -> list[Probabilities | IsthmusError]:
+    def predict(self, kind: Kind, inputs: Sequence[Payload | Pixels]) -> list[Probabilities | IsthmusError]:
         self.gate.wait(10)
         self.kinds.append(kind)
-        self.batches.append([payload.data for payload in payloads])
+        found = [given.data if isinstance(given, Payload) else given.tobytes() for given in inputs]
+        self.batches.append(found)
         if self.failure is not None:
             raise self.failure
-        return [
-            PayloadCorrupt("bad") if p.data == b"bad" else ((p.data[0] / 255, 0.0),) * len(kind.tasks) for p in payloads
-        ]
+        return [PayloadCorrupt("bad") if d == b"bad" else ((d[0] / 255, 0.0),) * len(kind.tasks) for d in found]
+
+
+class FakeDecoder:
+    """An image's pixels are its bytes. `gate` holds it back; `failures` are raised."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures: dict[bytes, Exception] = {}
+        self.decoded: list[bytes] = []
+        self.starts = self.closed = 0
+
+    async def start(self) -> None:
+        self.starts += 1
+
+    async def decode(self, data: bytes, spec: ImageInput) -> Pixels:
+        assert spec == FakePredictor.image_input
+        self.decoded.append(data)
+        await self.gate.wait()
+        if data in self.failures:
+            raise self.failures[data]
+        return np.frombuffer(data, np.uint8)
+
+    async def close(self) -> None:
+        self.closed += 1
 
 
 class ScriptedTimes(ComputeTimes):
@@ -74,7 +103,8 @@ class WorkerHarness:
     def __init__(self, limits: BatchLimits, queue_limit: int) -> None:
         self.fake, self.registry = FakePredictor(), CollectorRegistry()
         metrics = CloudMetrics(self.registry, [INFO])
-        self.worker = Worker([self.fake], limits, queue_limit, metrics)  # type: ignore[list-item]
+        self.decoder = FakeDecoder()
+        self.worker = Worker([self.fake], [self.decoder], limits, queue_limit, metrics)  # type: ignore[list-item]
         self.worker._times = self.times = ScriptedTimes()
 
     def ask(
@@ -141,6 +171,7 @@ def test_waiting_inputs_share_a_batch_of_one_codec_tap_and_set_of_tasks() -> Non
         await asyncio.sleep(0.02)
         rest = [harness.ask(data, **fields) for data, fields in asked]
         await queued(harness, 6)
+        await asyncio.sleep(0.01)  # the image is decoded meanwhile
         harness.fake.gate.set()
         answers = await asyncio.gather(first, *rest)
         assert [len(predict.probabilities) for predict in answers] == [1, 1, 1, 1, 2, 1, 1]
@@ -380,3 +411,84 @@ def test_turns_of_a_bounded_number_of_peers_are_remembered(monkeypatch: pytest.M
         assert list(harness.worker._served) == ["a", "c"]
 
     scenario(play)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_an_image_that_is_decoded_keeps_nobody_waiting() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.decoder.gate.clear()
+        image = harness.ask(b"\x33", codec=Codec.IMAGE)
+        await until(lambda: harness.decoder.decoded == [b"\x33"])
+        assert (await harness.ask(b"\xff")).probabilities == ((1.0, 0.0),)
+        harness.decoder.gate.set()
+        assert (await image).probabilities == ((0.2, 0.0),)
+
+    harness = scenario(play)
+    assert harness.decoder.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"), [(InvalidInput("broken"), InvalidInput), (KeyError("a bug"), ServiceError)]
+)
+def test_an_image_that_cannot_be_decoded_is_refused_alone(failure: Exception, kind: type[IsthmusError]) -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.decoder.failures[b"bad"] = failure
+        bad, good = (harness.ask(data, codec=Codec.IMAGE) for data in (b"bad", b"\xff"))
+        with pytest.raises(kind):
+            await bad
+        assert (await good).probabilities == ((1.0, 0.0),)
+
+    harness = scenario(play)
+    assert harness.fake.batches == [[b"\xff"]]
+    assert harness.decoder.starts >= 2  # before each image, for one that was killed
+
+
+def test_images_are_decoded_no_more_than_a_batch_ahead_and_in_turn() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.fake.gate.clear()
+        busy = harness.ask(b"0")
+        await asyncio.sleep(0.02)
+        images = [harness.ask(b"1", codec=Codec.IMAGE, peer="greedy") for _ in range(6)]
+        images.append(harness.ask(b"2", codec=Codec.IMAGE, peer="other"))
+        await until(lambda: len(harness.decoder.decoded) >= 4)
+        await asyncio.sleep(0.02)
+        assert harness.decoder.decoded == [b"1", b"2", b"1", b"1"]
+        harness.fake.gate.set()
+        await asyncio.gather(busy, *images)
+
+    harness = scenario(play, queue_limit=8)
+    assert harness.fake.batches == [[b"0"], [b"1", b"1", b"1", b"2"], [b"1"] * 3]
+
+
+def test_the_image_of_a_cancelled_caller_is_not_computed() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.decoder.gate.clear()
+        gone = harness.ask(b"1", codec=Codec.IMAGE)
+        await until(lambda: harness.decoder.decoded == [b"1"])
+        gone.cancel()
+        await queued(harness, 0)
+        harness.decoder.gate.set()
+        await harness.ask(b"2")
+
+    assert scenario(play).fake.batches == [[b"2"]]
+
+
+def test_an_expired_image_is_never_decoded() -> None:
+    async def play(harness: WorkerHarness) -> None:
+        harness.decoder.gate.clear()
+        busy = harness.ask(b"1", codec=Codec.IMAGE)
+        await until(lambda: harness.decoder.decoded == [b"1"])
+        hasty = harness.ask(b"2", budget_s=0.01, codec=Codec.IMAGE)
+        await asyncio.sleep(0.03)
+        harness.decoder.gate.set()
+        await busy
+        with pytest.raises(DeadlineExceeded):
+            await hasty
+
+    harness = scenario(play)
+    assert harness.decoder.decoded == [b"1"]
+    assert harness.count("isthmus_cloud_expired_work_total", stage="queue") == 1

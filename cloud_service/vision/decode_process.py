@@ -1,0 +1,76 @@
+"""The process that decodes devices' images: files come in on stdin, pixels go out on stdout. Imports no PyTorch.
+
+    READY   REQUEST file -> REPLY pixels or words   REQUEST file -> ...
+
+`decoding` starts it, and kills it when an image takes too long. It ends when its stdin is closed.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.models.errors import InvalidInput, Overloaded
+from isthmus.models.vision.images import MAX_DECODE_BYTES, crop, open_image
+
+Pixels = NDArray[np.uint8]
+
+READY = b"R"
+REQUEST = struct.Struct("<5I")  # bytes of the file, then the fields of ImageInput
+REPLY = struct.Struct("<BI")  # index into OUTCOMES, bytes that follow
+OUTCOMES = (None, InvalidInput, Overloaded)  # None: the pixels follow, else the words of an error
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """What a network takes: the crop (height, width) of an image scaled to `resize`, of at most `max_pixels`."""
+
+    max_pixels: int
+    resize: int
+    crop: tuple[int, int]
+
+
+def decode(data: bytes, spec: ImageInput) -> Pixels:
+    """An image file as pixels (H, W, 3). Raises InvalidInput and Overloaded as `open_image` does."""
+    try:
+        return crop(open_image(data, spec.max_pixels), spec.resize, spec.crop)
+    except MemoryError:
+        raise Overloaded("not enough memory to decode this image") from None
+
+
+def main() -> None:
+    """Decode until stdin is closed, with MAX_DECODE_BYTES more memory than at the start."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # they are sent to the whole group; the service drains and closes stdin
+        signal.signal(number, signal.SIG_IGN)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MAX_DECODE_BYTES, resource.RLIM_INFINITY))
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sink.write(READY)
+    sink.flush()
+    while header := source.read(REQUEST.size):
+        size, max_pixels, resize, height, width = REQUEST.unpack(header)
+        outcome, body = answer(source.read(size), ImageInput(max_pixels, resize, (height, width)))
+        sink.write(REPLY.pack(outcome, len(body)) + body)
+        sink.flush()
+
+
+def answer(data: bytes, spec: ImageInput) -> tuple[int, bytes]:
+    """Outcome and bytes of a reply."""
+    try:
+        return 0, decode(data, spec).tobytes()
+    except (InvalidInput, Overloaded) as error:
+        return OUTCOMES.index(type(error)), str(error).encode()
+
+
+if __name__ == "__main__":
+    main()
