@@ -124,7 +124,7 @@ def in_turn(
     lines: dict[str, list[QueuedInput]] = {}
     for queued in queue:
         lines.setdefault(queued.peer, []).append(queued)
-    ranked = []
+    ranked: list[tuple[int, int, float, int, QueuedInput]] = []
     for peer, line in lines.items():
         number = served.get(peer, -1)
         for rank, queued in enumerate(reversed(line) if peer in newest_first else line):
