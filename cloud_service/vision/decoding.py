@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 
@@ -101,6 +103,9 @@ def pipes(process: Process) -> tuple[asyncio.StreamWriter, asyncio.StreamReader]
 
 async def end(process: Process) -> None:
     """Kill a process and wait for its end."""
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(
+                process.pid, signal.SIGKILL
+            )  # `process.kill` reaps a process that has ended, which asyncio waits for
     await process.wait()

@@ -243,7 +243,7 @@ class Worker:
         self, predictor: Predictor, kind: Kind, batch: Sequence[PendingRequest]
     ) -> Sequence[Probabilities | IsthmusError]:
         """On the compute thread. Whatever fails, every caller gets a result and the worker lives on."""
-        inputs = [pending.given for pending in batch]
+        inputs = [pending.given for pending in batch if pending.given is not None]  # all: that is how they were chosen
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, predictor.predict, kind, inputs)

@@ -78,7 +78,7 @@ def test_a_runner_that_fails_stops_the_server(wing: str) -> None:
     async def play() -> None:
         registry = CollectorRegistry()
         metrics = CloudMetrics(registry, [])
-        servicer = Servicer(Worker([], BatchLimits(), 1, metrics), LanguageService(), metrics)
+        servicer = Servicer(Worker([], [], BatchLimits(), 1, metrics), LanguageService(), metrics)
         runners = {"vision": IdleRunner(), "language": IdleRunner()}
         server = Server(servicer, **runners)
         ports = await server.start(CloudConfig(listen="127.0.0.1:0", metrics=None), registry)

@@ -41,7 +41,7 @@ class ServerHarness:
         )
         self.engine, self.decoder = self.harness.engine, self.harness.decoder
         self.metrics = CloudMetrics(self.registry, [])
-        vision = Worker([], BatchLimits(), 1, self.metrics)
+        vision = Worker([], [], BatchLimits(), 1, self.metrics)
         self.servicer = Servicer(vision, LanguageService([self.engine]), self.metrics)
         self.stub: Any = None
 
