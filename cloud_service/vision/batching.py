@@ -78,8 +78,8 @@ def next_batch(
     are full or whose oldest input has waited `max_wait_s`.
     """
     timely = in_time(queue, now_s, predict)
-    kept = {queued.ticket for queued in timely}
-    expired = tuple(queued for queued in queue if queued.ticket not in kept)
+    tickets = {queued.ticket for queued in timely}
+    expired = tuple(queued for queued in queue if queued.ticket not in tickets)
     if not timely:
         return BatchPlan((), expired, None)
     groups: dict[Hashable, list[QueuedInput]] = {}
