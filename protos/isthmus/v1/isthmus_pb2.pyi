@@ -106,10 +106,10 @@ class InferResponse(_message.Message):
     """of the request"""
     queue_us: _builtins.int
     """of shape (labels,) with sum 1; empty with an error
-    microseconds between arrival and start of the batch
+    microseconds between arrival and start of the batch; decoding of images included
     """
     compute_us: _builtins.int
-    """microseconds of the batch's computation, decoding included"""
+    """microseconds of the batch's computation, decoding of latents included"""
     crc32: _builtins.int
     """CRC-32 (zlib) of: request_id, queue_us, compute_us and error.code as little-endian"""
     @_builtins.property
