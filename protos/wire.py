@@ -243,10 +243,11 @@ def checksum(message: pb.InferRequest) -> int:
 
 
 def answer_checksum(message: pb.InferResponse) -> int:
-    """CRC-32 over the request that is answered and every field of the answer but `retry_ms`, a hint."""
-    head = struct.pack("<4I", message.request_id, message.queue_us, message.compute_us, message.error.code)
+    """CRC-32 over the request that is answered and every field of the answer."""
+    error = message.error
+    head = struct.pack("<5I", message.request_id, message.queue_us, message.compute_us, error.code, error.retry_ms)
     probabilities = np.asarray(message.probabilities, "<f4").tobytes()
-    return zlib.crc32(message.error.message.encode(), zlib.crc32(probabilities, zlib.crc32(head)))
+    return zlib.crc32(error.message.encode(), zlib.crc32(probabilities, zlib.crc32(head)))
 
 
 def is_drain_notice(message: pb.InferResponse) -> bool:

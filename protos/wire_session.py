@@ -205,15 +205,16 @@ def checksum(tokens: Sequence[int]) -> int:
 
 
 def reply_checksum(message: pb.GenerateResponse) -> int:
-    """CRC-32 over every field of a reply but `retry_ms`, a hint."""
+    """CRC-32 over every field of a reply."""
     numbers = [message.base, message.accepted, message.extension, message.queue_us, message.compute_us, message.passes]
-    numbers += [message.held, message.error.code, len(message.tokens), *message.tokens]
+    error = message.error
+    numbers += [message.held, error.code, error.retry_ms, len(message.tokens), *message.tokens]
     values: list[float] = []
     for row in message.logprobs:
         numbers += [len(row.tokens), *row.tokens]
         values += [row.own, *row.values]
     crc = zlib.crc32(np.asarray(values, "<f4").tobytes(), checksum(numbers))
-    return zlib.crc32(message.error.message.encode(), crc)
+    return zlib.crc32(error.message.encode(), crc)
 
 
 def states_checksum(message: pb.Round) -> int:

@@ -111,7 +111,7 @@ class InferResponse(_message.Message):
     compute_us: _builtins.int
     """microseconds of the batch's computation, decoding of latents included"""
     crc32: _builtins.int
-    """CRC-32 (zlib) of: request_id, queue_us, compute_us and error.code as little-endian"""
+    """CRC-32 (zlib) of: request_id, queue_us, compute_us, error.code, error.retry_ms as"""
     @_builtins.property
     def probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """of the requested tasks, in the bundle's order, one task after another; each"""
@@ -148,7 +148,7 @@ class Error(_message.Message):
     message: _builtins.str
     """one line, readable by people"""
     retry_ms: _builtins.int
-    """with RESOURCE_EXHAUSTED: milliseconds after which there may be room; 0: not known. A hint that"""
+    """with RESOURCE_EXHAUSTED: milliseconds after which there may be room; 0: not known"""
     def __init__(
         self,
         *,

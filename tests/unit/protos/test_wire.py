@@ -175,7 +175,9 @@ def test_an_error_arrives_as_an_error(kind: type[IsthmusError]) -> None:
     same_or_known = {
         errors.BundleError: errors.ServiceError,
         errors.Draining: errors.LinkDown,
-        errors.AgentClosed: errors.InvalidInput,  # these two are raised on the device only
+        errors.AgentClosed: errors.InvalidInput,  # these are raised on the device only
+        errors.AnswerCancelled: errors.InvalidInput,
+        errors.ContextExceeded: errors.InvalidInput,
         errors.InvalidReply: errors.ServiceError,
     }
     assert type(caught.value) is same_or_known.get(kind, kind)
@@ -309,7 +311,7 @@ def with_checksum(message: pb.InferResponse) -> pb.InferResponse:
     return message
 
 
-@given(st.sampled_from([wire.pack_answer(300, ANSWER), wire.pack_error(300, InvalidInput("no photo"))]), st.data())
+@given(st.sampled_from([wire.pack_answer(300, ANSWER), wire.pack_error(300, Overloaded("full", 1.5))]), st.data())
 def test_no_flipped_bit_of_an_answer_is_believed(message: pb.InferResponse, data: st.DataObject) -> None:
     flipped = bytearray(message.SerializeToString())
     bit = data.draw(st.integers(0, 8 * len(flipped) - 1))
