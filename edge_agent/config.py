@@ -5,6 +5,7 @@ A field with a description is also an option, a name in the environment and a ke
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -20,6 +21,7 @@ from isthmus.models.settings import Flag, Settings
 from isthmus.models.vision.manifest import Precision
 
 PREFIX = "ISTHMUS_EDGE"  # of names in the environment
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC obeys, in its order
 Mode = Literal["auto", "edge", "split", "offload"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MIN_DEADLINE_S, MAX_DEADLINE_S = 0.001, 600
@@ -247,3 +249,8 @@ class HttpConfig(Settings):
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="Seconds to answer the requests in flight after SIGTERM.")
     ] = 20.0
+
+
+def proxy_variable() -> str | None:
+    """The name in the environment whose proxy gRPC connects through; its value may hold a password."""
+    return next((name for name in PROXIES if os.environ.get(name)), None)

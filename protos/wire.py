@@ -159,8 +159,7 @@ def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudRepl
     Raises the error that the response carries, or InvalidReply unless its checksum is right, it holds that many
     probabilities and those of each task sum to 1.
     """
-    if (found := answer_checksum(message)) != message.crc32:
-        raise InvalidReply(f"CRC-32 of the answer is {found:08x}, the answer says {message.crc32:08x}")
+    check_answer(message)
     if message.HasField("error"):
         raise unpack_failure(message.error)
     if len(message.probabilities) != sum(labels):
@@ -248,6 +247,12 @@ def answer_checksum(message: pb.InferResponse) -> int:
     head = struct.pack("<5I", message.request_id, message.queue_us, message.compute_us, error.code, error.retry_ms)
     probabilities = np.asarray(message.probabilities, "<f4").tobytes()
     return zlib.crc32(error.message.encode(), zlib.crc32(probabilities, zlib.crc32(head)))
+
+
+def check_answer(message: pb.InferResponse) -> None:
+    """Raises InvalidReply unless the checksum is right: until then even its request id may be another's."""
+    if (found := answer_checksum(message)) != message.crc32:
+        raise InvalidReply(f"CRC-32 of the answer is {found:08x}, the answer says {message.crc32:08x}")
 
 
 def is_drain_notice(message: pb.InferResponse) -> bool:

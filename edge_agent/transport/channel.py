@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from isthmus.edge_agent.config import Tls
+from isthmus.edge_agent.config import Tls, proxy_variable
 from isthmus.models.errors import IsthmusError
 from isthmus.protos import limits, status
 
@@ -22,5 +22,8 @@ def open_channel(target: str, tls: Tls | None) -> grpc.Channel:
 
 
 def rpc_error(failure: grpc.RpcError) -> IsthmusError:
-    """The class of our error tree that a gRPC status stands for."""
-    return status.to_error(failure.code(), failure.details() or "")
+    """The class of our error tree that a gRPC status stands for. Where a proxy is set, a failed connection names it."""
+    text = failure.details() or ""
+    if failure.code() is grpc.StatusCode.UNAVAILABLE and (name := proxy_variable()):
+        text = f"{name} is set, so gRPC connects through that proxy unless no_proxy names the cloud's host; {text}"
+    return status.to_error(failure.code(), text)

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from isthmus.edge_agent.transport.channel import rpc_error
-from isthmus.models.errors import Draining, IsthmusError, LinkDown
+from isthmus.models.errors import Draining, InvalidReply, IsthmusError, LinkDown
 from isthmus.protos import wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -31,6 +31,7 @@ class InferStream:
         """`late` is called for each response that nobody waits for any more."""
         self._outgoing: SimpleQueue[pb.InferRequest | None] = SimpleQueue()
         self._pending: dict[int, Future[pb.InferResponse]] = {}
+        self._given_up: set[int] = set()  # ids whose response may still come
         self._lock = threading.Lock()
         self._late = late
         self._active_s = time.monotonic()  # when the last request was sent or response received
@@ -58,7 +59,8 @@ class InferStream:
     def give_up(self, request_id: int) -> None:
         """Forget a request. A response that still comes counts as late."""
         with self._lock:
-            self._pending.pop(request_id, None)
+            if self._pending.pop(request_id, None) is not None:
+                self._given_up.add(request_id)
 
     def retire(self, reason: IsthmusError) -> None:
         """Send nothing more. Outstanding responses are still delivered."""
@@ -79,12 +81,16 @@ class InferStream:
         error: IsthmusError = LinkDown("the cloud ended the stream")
         try:
             for response in self._call:
+                wire.check_answer(response)
                 if wire.is_drain_notice(response):
                     self.retire(Draining("the cloud is shutting down"))
                 else:
                     self._deliver(response)
         except grpc.RpcError as failure:
             error = rpc_error(failure)
+        except InvalidReply as failure:  # whose answer it was is not known: nothing of this stream is trusted
+            error = failure
+            self._call.cancel()
         self.retire(error)
         with self._lock:
             pending, self._pending = self._pending, {}
@@ -92,9 +98,13 @@ class InferStream:
             future.set_exception(error)
 
     def _deliver(self, response: pb.InferResponse) -> None:
+        """Raises InvalidReply for an id that was not sent, or was answered before."""
         with self._lock:
             self._active_s = time.monotonic()
             future = self._pending.pop(response.request_id, None)
+            if future is None and response.request_id not in self._given_up:
+                raise InvalidReply(f"the cloud answered request {response.request_id}, which is not outstanding")
+            self._given_up.discard(response.request_id)
         if future is None:
             self._late()
         else:

@@ -76,3 +76,36 @@ def test_without_tls_the_channel_is_plain() -> None:
         assert described(open_channel(f"127.0.0.1:{port}", None)) == "here"
     finally:
         server.stop(None).wait()
+
+
+@pytest.mark.parametrize("name", ["grpc_proxy", "https_proxy", "http_proxy"])
+def test_a_connection_that_fails_names_the_proxy_but_not_its_password(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for each in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.delenv(each, raising=False)
+    assert "proxy" not in str(rpc_error(Failure(grpc.StatusCode.UNAVAILABLE, "refused")))
+    monkeypatch.setenv(name, "http://user:secret@127.0.0.1:1")
+    told = str(rpc_error(Failure(grpc.StatusCode.UNAVAILABLE, "refused")))
+    assert f"{name} is set" in told and "refused" in told and "secret" not in told
+    assert "proxy" not in str(rpc_error(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")))
+
+
+def test_grpc_connects_through_the_proxy_of_the_environment_unless_no_proxy_names_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = grpc.server(ThreadPoolExecutor(2))
+    pb_grpc.add_IsthmusServicer_to_server(Servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # nobody listens there
+    for each in ("no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(each, raising=False)
+    try:
+        with pytest.raises(grpc.RpcError) as caught:
+            described(open_channel(f"127.0.0.1:{port}", None))
+        assert "http_proxy is set" in str(rpc_error(caught.value))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert described(open_channel(f"127.0.0.1:{port}", None)) == "here"
+    finally:
+        server.stop(None).wait()

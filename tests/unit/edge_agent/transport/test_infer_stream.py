@@ -12,7 +12,7 @@ import pytest
 
 from isthmus.edge_agent.transport import infer_stream as module
 from isthmus.edge_agent.transport.infer_stream import InferStream
-from isthmus.models.errors import Draining, LinkDown, ServiceError
+from isthmus.models.errors import Draining, InvalidReply, LinkDown, ServiceError
 from isthmus.models.messages import CloudReply
 from isthmus.protos import wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
@@ -171,3 +171,33 @@ def test_a_stream_is_idle_while_nothing_is_outstanding(open_stream: Any) -> None
     send(stream, 2)
     stream.give_up(2)
     assert stream.idle_s > 0
+
+
+def test_a_response_with_a_flipped_bit_is_given_to_nobody(open_stream: Any) -> None:
+    """The flip turns the answer to request 2 into one to request 3."""
+    stream, call = open_stream()
+    futures = [send(stream, id_) for id_ in (2, 3)]
+    flipped = wire.pack_answer(2, CloudReply(((0.5, 0.5),), 0.0, 0.0))
+    flipped.request_id = 3
+    call.responses.put(flipped)
+    assert [type(future.exception(WAIT_S)) for future in futures] == [InvalidReply] * 2
+    assert isinstance(stream.ended, InvalidReply)
+
+
+@pytest.mark.parametrize("ids", [(9,), (1, 1)], ids=["unknown", "twice"])
+def test_an_id_that_is_not_outstanding_ends_the_stream(open_stream: Any, late: list[int], ids: tuple[int, ...]) -> None:
+    stream, call = open_stream()
+    futures = [send(stream, id_) for id_ in (1, 2)]
+    call.respond(*ids)
+    assert isinstance(futures[1].exception(WAIT_S), InvalidReply)
+    assert late == []
+
+
+def test_a_late_response_is_late_once(open_stream: Any, late: list[int]) -> None:
+    stream, call = open_stream()
+    other = send(stream, 1)
+    send(stream, 2)
+    stream.give_up(2)
+    call.respond(2, 2)
+    assert isinstance(other.exception(WAIT_S), InvalidReply)
+    assert late == [1]
