@@ -5,7 +5,7 @@ An evicted cache loses no token: the device keeps the accepted ones and can send
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 SessionId = bytes
@@ -62,15 +62,22 @@ class KVBudget:
         detached = [(held.used_s, name) for name, held in self._held.items() if not held.attached]
         return min(detached)[1] if detached else None
 
-    def victims(self, session: SessionId, size_bytes: int, keep: Collection[SessionId]) -> list[SessionId] | None:
+    def victims(
+        self, session: SessionId, size_bytes: int, keep: Collection[SessionId], late: Sequence[SessionId] = ()
+    ) -> list[SessionId] | None:
         """Sessions to evict so that `session` can have `size_bytes`: those without a device first, then by last use.
 
-        Sessions in `keep` stay. None when there is no room even so.
+        Sessions in `keep` stay; those in `late` go after all others, the last of them first. None when there is no
+        room even so.
         """
         missing = self.held_bytes - self._size(session) + size_bytes - self.budget_bytes
         if missing <= 0:
             return []
-        order = sorted(self._held.items(), key=lambda item: (item[1].attached, item[1].used_s))
+        places = {name: -place for place, name in enumerate(late, start=1)}
+        order = sorted(
+            self._held.items(),
+            key=lambda item: (item[0] in places, places.get(item[0], 0), item[1].attached, item[1].used_s),
+        )
         chosen = []
         for name, held in order:
             if missing <= 0:

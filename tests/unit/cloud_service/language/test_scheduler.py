@@ -14,6 +14,8 @@ from isthmus.cloud_service.language.scheduler import (
     Candidate,
     Grant,
     MemoryRequest,
+    RestingCache,
+    equal_shares,
     plan_memory,
     plan_step,
 )
@@ -69,9 +71,66 @@ def test_waiting_sessions_are_first_come_first_served() -> None:
     assert granted(requests, 20) == {"b": "", "c": ""}
 
 
-def test_small_sessions_do_not_overtake_a_large_one_that_waits_longer() -> None:
-    requests = [running("a", 10), request("b", 30, last_step=1), request("c", 10, last_step=2)]
-    assert granted(requests, 35) == {"a": ""}
+def test_small_sessions_overtake_a_large_one_that_waits_for_memory_until_it_is_aged() -> None:
+    large = request("b", 30, last_step=1)
+    requests = [running("a", 10), large, request("c", 10, last_step=2)]
+    assert granted(requests, 35) == {"a": "", "c": ""}
+    assert granted([requests[0], replace(large, aged=True), requests[2]], 35) == {"a": ""}
+
+
+def test_an_aged_session_does_not_block_peers_that_hold_less() -> None:
+    aged = request("b", 30, last_step=1, aged=True, peer="B")
+    own, other = request("d", 5, last_step=2, peer="B"), request("c", 5, last_step=3, peer="C")
+    assert granted([running("a", 20, peer="B"), aged, own, other], 45) == {"a": "", "c": ""}
+    assert granted([running("a", 20, peer="A"), aged, own, other], 45) == {"a": ""}
+
+
+def test_the_next_to_get_memory_is_of_the_peer_that_was_granted_least() -> None:
+    many = [request(name, last_step=1, peer="many") for name in "abcd"]
+    assert list(granted([*many, request("x", last_step=9, peer="one")], 100)) == ["a", "x", "b", "c", "d"]
+    assert list(granted([running("e", peer="many"), *many, request("x", 10, last_step=9, peer="one")], 60)) == [
+        *"exabcd"
+    ]
+
+
+def test_a_peer_beyond_its_share_makes_room_for_one_within_its_own() -> None:
+    """Those of its sequences that were granted memory last; what the other leaves, it keeps."""
+    many = [running(name, 20, first_step=place, peer="many") for place, name in enumerate("abcde")]
+    assert granted([*many, request("x", 20, peer="one")], 100) == {"a": "", "b": "", "x": "e", "c": "", "d": ""}
+    assert granted([*many, request("x", 20, peer="many")], 100) == dict.fromkeys("abcde", "")
+    assert granted([*many, request("x", 60, peer="one")], 100) == dict.fromkeys("abcde", "")  # beyond its own share
+
+
+def test_a_session_between_two_rounds_keeps_its_cache_from_a_peer_beyond_its_share() -> None:
+    requests = [running("a", 60, peer="many"), request("b", 20, peer="many")]
+    budget = ledger([*requests, running("x", 30)], 100)
+    resting = [RestingCache(b"x", "one", 30)]
+    assert plan_memory(requests, budget, STEP, resting) == [Grant(b"a", ())]
+    alone = [RestingCache(b"x", "many", 30)]
+    assert plan_memory(requests, budget, STEP, alone) == [Grant(b"a", ()), Grant(b"b", (b"x",))]
+
+
+def test_a_large_sequence_is_not_starved_by_small_ones_that_keep_coming() -> None:
+    """Two small ones of other peers at a time, each for three steps; the large one ages after ten."""
+    budget, small = KVBudget(100, 10.0), [running("s", 40, peer="0"), running("t", 40, peer="1")]
+    for step in range(40):
+        large = request("L", 90, last_step=0, peer="L", aged=step >= 10)
+        for place, each in enumerate(small):
+            if step % 3 == place and each.cache_bytes is not None:  # its round ends, the next of its peer waits
+                budget.drop(each.session)
+                small[place] = request(each.session.decode(), 40, last_step=step, ticket=step, peer=each.peer)
+        grants = plan_memory([large, *small], budget, step)
+        if large.session in {grant.session for grant in grants}:
+            break
+        assert step < 10 or len(grants) < 2
+        names = {grant.session for grant in grants}
+        small = [
+            running(each.session.decode(), 40, peer=each.peer, first_step=step) if each.session in names else each
+            for each in small
+        ]
+        for each in small:
+            budget.record(each.session, each.cache_bytes or 0, step, attached=True)
+    assert 10 <= step < 14
 
 
 def test_a_session_between_rounds_is_protected_for_some_steps_after_its_cache_is_complete() -> None:
@@ -129,6 +188,8 @@ requests_of_some = st.lists(
         first_step=st.integers(50, STEP),
         last_step=st.integers(50, STEP),
         restartable=st.booleans(),
+        peer=st.sampled_from("ABC"),
+        aged=st.booleans(),
     ),
     max_size=6,
     unique_by=lambda each: each.session,
@@ -155,6 +216,19 @@ def test_invariants_of_every_memory_plan(requests: list[MemoryRequest], budget_b
     protected = [each for each in requests if each.is_protected(STEP)]
     if protected:  # each fits alone
         assert grants[0].session == min(protected, key=lambda each: (each.first_step, each.ticket)).session
+
+
+@given(requests_of_some, st.integers(90, 120))
+def test_a_peer_without_memory_gets_what_is_within_its_share(requests: list[MemoryRequest], budget_bytes: int) -> None:
+    """Whatever the others run or wait for, unless an aged sequence or the first of the running ones needs more."""
+    share = budget_bytes // max(len({each.peer for each in requests}), 1)
+    requests = [replace(each, aged=False, needs_bytes=min(each.needs_bytes, share)) for each in requests]
+    requests = [replace(each, cache_bytes=each.cache_bytes and each.needs_bytes) for each in requests]
+    grants = {grant.session for grant in plan_memory(requests, ledger(requests, budget_bytes), STEP)}
+    for peer in {each.peer for each in requests}:
+        own = [each for each in requests if each.peer == peer]
+        if all(each.cache_bytes is None for each in own):
+            assert min(own, key=lambda each: (each.last_step, each.ticket)).session in grants
 
 
 def test_a_step_without_candidates_is_empty() -> None:
@@ -187,19 +261,61 @@ def test_a_step_is_of_the_kind_that_waits_longest() -> None:
     assert plan_step([candidates[0], candidates[2]], 16) == [(3, 8), (1, 8)]
 
 
+def test_peers_have_equal_shares_of_a_step() -> None:
+    neighbour = [Candidate(ticket, 1, 0, peer="many") for ticket in range(64)]
+    assert dict(plan_step([*neighbour, Candidate(99, 1, 9, peer="one")], 16))[99] == 1
+    prompts = [Candidate(ticket, 500, 0, peer="many") for ticket in range(64)]
+    assert plan_step([*prompts, Candidate(99, 500, 9, peer="one")], 16) == [(0, 4), (1, 4), (99, 8)]
+    assert sum(dict(plan_step([*prompts, Candidate(99, 3, 9, peer="one")], 16)).values()) == 16
+
+
+def test_the_kind_of_a_step_is_that_of_the_peer_that_was_served_least_recently() -> None:
+    """Though its neighbour has sequences of another kind that have waited longer."""
+    candidates = [Candidate(ticket, 4, 0, "suffix", "many") for ticket in range(64)]
+    candidates.append(Candidate(99, 4, 9, "full", "one"))
+    assert plan_step(candidates, 16, {"many": 12, "one": 11}) == [(99, 4)]
+    assert 99 not in dict(plan_step(candidates, 16, {"many": 11, "one": 12}))
+
+
+def test_peers_take_turns_when_they_are_more_than_a_step_has_tokens() -> None:
+    candidates = [Candidate(ticket, 9, 0, peer=str(ticket)) for ticket in range(5)]
+    served: dict[str, int] = {}
+    turns = []
+    for step in range(6):
+        plan = plan_step(candidates, 2, served)
+        turns += [ticket for ticket, _ in plan]
+        served |= {str(ticket): step + 1 for ticket, _ in plan}
+    assert set(turns[:6]) == set(turns[6:]) == set(range(5))
+
+
+@given(st.lists(st.integers(0, 30), max_size=20), st.integers(0, 40))
+def test_equal_shares_are_equal_except_for_those_that_need_less(demands: list[int], total: int) -> None:
+    shares = equal_shares(demands, total)
+    assert sum(shares) == min(total, sum(demands))
+    assert all(share <= demand for share, demand in zip(shares, demands, strict=True))
+    unmet = [share for share, demand in zip(shares, demands, strict=True) if share < demand]
+    assert not unmet or max(shares) <= min(unmet) + 1
+
+
 def test_a_candidate_without_tokens_does_not_decide_the_kind() -> None:
     assert plan_step([Candidate(1, 0, 0, "suffix"), Candidate(2, 3, 5, "full")], 16) == [(2, 3)]
 
 
 kinds = st.sampled_from(["full", "suffix"])
+a_candidate = st.builds(
+    Candidate, ticket=st.integers(0, 99), tokens=st.integers(0, 40), last_step=st.integers(0, 9), kind=kinds
+)
+of_a_peer = st.builds(replace, a_candidate, peer=st.sampled_from("ABC"))
 all_candidates = st.lists(
-    st.builds(Candidate, ticket=st.integers(0, 99), tokens=st.integers(0, 40), last_step=st.integers(0, 9), kind=kinds),
+    a_candidate,
     max_size=20,
     unique_by=lambda each: each.ticket,
 )
 
+candidates_of_peers = st.lists(of_a_peer, max_size=20, unique_by=lambda each: each.ticket)
 
-@given(all_candidates, st.integers(1, 20))
+
+@given(candidates_of_peers, st.integers(1, 20))
 def test_invariants_of_every_step(candidates: list[Candidate], width: int) -> None:
     plan = plan_step(candidates, width)
     shares = dict(plan)
@@ -211,7 +327,7 @@ def test_invariants_of_every_step(candidates: list[Candidate], width: int) -> No
     assert sum(shares.values()) == min(width, sum(possible.values()))  # no row is left empty that somebody candidates
 
 
-@given(all_candidates, st.integers(1, 20), st.randoms())
+@given(candidates_of_peers, st.integers(1, 20), st.randoms())
 def test_a_step_does_not_depend_on_the_order_of_the_candidates(
     candidates: list[Candidate], width: int, random: Random
 ) -> None:
