@@ -34,7 +34,7 @@ async def serve(config: CloudConfig) -> None:
     queue = ByteBudget(config.queue_bytes)
     vision = vision_service.load(config, registry)
     vision.metrics.watch(queue)
-    language = language_service.load(config, registry)
+    language = language_service.load(config, registry, queue)
     server = Server(Servicer(vision, language, vision.metrics), vision, language)
     ports = await server.start(config, registry)
     names = ", ".join(held(vision, language))

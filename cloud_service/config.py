@@ -70,6 +70,12 @@ class CloudConfig(Settings):
         Field(ge=1 << 20, description="Mebibytes for the KV caches of all sessions of a language model."),
         Flag("context_mb", 1 / (1 << 20)),
     ] = 2 << 30
+    first_token_s: Annotated[
+        float,
+        Field(
+            gt=0, le=600, description="Seconds that a prompt may wait for others; what would wait longer is refused."
+        ),
+    ] = 30.0  # people wait no longer, and a device has other ways
     listen: Annotated[
         ListenAddress,
         Field(description="Address of the gRPC service; port 0 picks a free one."),

@@ -31,6 +31,8 @@ from isthmus.protos import limits, status, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
+LARGE_MESSAGE_BYTES = 16 << 10  # of a prompt or of hidden states: unpacking more takes up to 20 ms
+
 T = TypeVar("T")
 UNDECODABLE = "the stream carries bytes that are not a message"
 
@@ -47,7 +49,8 @@ class VisionService(Protocol):
 class StreamHandler(Protocol):
     """Handles the messages of one `Generate` stream. In `events` None follows the last one."""
 
-    events: asyncio.Queue[Committed | IsthmusError | None]
+    @property
+    def events(self) -> asyncio.Queue[Committed | IsthmusError | None]: ...
 
     def begin_opening(self) -> None: ...
 
@@ -64,7 +67,7 @@ class LanguageService(Protocol):
     @property
     def models(self) -> tuple[ModelInfo, ...]: ...
 
-    def new_handler(self) -> StreamHandler: ...
+    def new_handler(self, peer: str) -> StreamHandler: ...
 
 
 class Servicer(pb_grpc.IsthmusServicer):
@@ -116,7 +119,7 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def Generate(
         self, requests: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
-        handler = self._language.new_handler()
+        handler = self._language.new_handler(context.peer())
         listener = asyncio.create_task(self._listen(requests, handler))
         notice = Draining("the service is shutting down")
         drain_notice = asyncio.create_task(self._notify_drain(handler.events, notice))
@@ -194,7 +197,7 @@ class Servicer(pb_grpc.IsthmusServicer):
         try:
             if message.WhichOneof("kind") == "open":
                 handler.begin_opening()
-            await handler.handle(wire_session.unpack_generate(message))
+            await handler.handle(await unpack_generate(message))
         except IsthmusError as error:
             handler.events.put_nowait(error)
         except Exception:  # a fault of the service
@@ -255,6 +258,13 @@ def peer_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     """
     names: Sequence[bytes] = context.peer_identities() or ()
     return b", ".join(names).decode(errors="replace") or context.peer()
+
+
+async def unpack_generate(message: pb.GenerateRequest) -> Opening | Round:
+    """Raises what `wire_session.unpack_generate` raises; it takes a large message off the event loop."""
+    if message.ByteSize() <= LARGE_MESSAGE_BYTES:
+        return wire_session.unpack_generate(message)
+    return await asyncio.get_running_loop().run_in_executor(None, wire_session.unpack_generate, message)
 
 
 def attach(servicer: Servicer, server: grpc.aio.Server) -> None:

@@ -132,7 +132,7 @@ def unpack_states(message: pb.Round) -> Round:
         raise InvalidInput(f"the round ends at position {message.base + count}, expected at most {limits.MAX_TOKENS}")
     if message.extend > 1:
         raise InvalidInput(f"extend is {message.extend}, expected 0 or 1 with states")
-    if any(index >= after for index, after in pairwise([*message.decided, count])):
+    if len(message.decided) > count or any(index >= after for index, after in pairwise([*message.decided, count])):
         raise InvalidInput(f"decided has {len(message.decided)} indices, expected rising ones below {count}")
     if (found := states_checksum(message)) != message.crc32:
         raise PayloadCorrupt(f"CRC-32 of the states is {found:08x}, the round says {message.crc32:08x}")

@@ -11,13 +11,17 @@ import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
+from isthmus.cloud_service.byte_budget import ByteBudget
+from isthmus.cloud_service.language.admission import Backlog, StepTime
 from isthmus.cloud_service.language.metrics import EngineMetrics
 from isthmus.cloud_service.language.model_runner import FullRunner, StepResult, SuffixRunner
 from isthmus.cloud_service.language.scheduler import plan_memory, plan_step
-from isthmus.cloud_service.language.sessions import IDLE_S, EventQueue, Session, SessionEvent, Sessions
+from isthmus.cloud_service.language.session import MAX_UNREAD, EventQueue, Session, SessionEvent
+from isthmus.cloud_service.language.sessions import IDLE_S, Sessions
 from isthmus.models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -25,6 +29,10 @@ from isthmus.models.language.torch.batch_invariance import check_batch_invarianc
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.messages import ModelInfo, Opening, Round
 from isthmus.protos.limits import MAX_ROUNDS
+
+FIRST_TOKEN_S = 30.0
+MIN_RETRY_S = 1.0  # that a device is told to wait after a refusal
+LARGE_OPENING = 1024  # tokens; larger ones are checked off the event loop, which takes it some milliseconds
 
 
 class LanguageEngine:
@@ -37,8 +45,13 @@ class LanguageEngine:
         budget_bytes: int,
         metrics: EngineMetrics,
         handoffs: Sequence[HandoffBundle] = (),
+        *,
+        queue: ByteBudget,
+        first_token_s: float = FIRST_TOKEN_S,
     ) -> None:
-        """Raises BundleError when the KV fill of a handoff does not fit the model."""
+        """`queue`: for what sessions take beside their caches. `first_token_s`: how long a new prompt may wait.
+
+        Raises BundleError when the KV fill of a handoff does not fit the model."""
         config, dtype = checkpoint.config, str(decoder.dtype).removeprefix("torch.")
         numerics = f"{dtype}/{decoder.width}"
         self.handoffs = tuple(handoffs)
@@ -50,7 +63,8 @@ class LanguageEngine:
         self._full_runner = FullRunner(decoder, checkpoint.tokenizer.eos_ids, handoffs)
         self._suffix_runners = {each.name: each for each in (SuffixRunner(handoff, decoder) for handoff in handoffs)}
         self._metrics = metrics
-        self._sessions = Sessions(config, budget_bytes, metrics)
+        self._sessions = Sessions(config, budget_bytes, queue, metrics)
+        self._first_token_s, self._step_time = first_token_s, StepTime()
         self._step = 0  # steps computed so far
         self._changed = asyncio.Event()
         self._busy = asyncio.Lock()
@@ -71,14 +85,21 @@ class LanguageEngine:
             torch.set_num_threads(1)
             check_batch_invariance(self._decoder)
 
-    async def open(self, opening: Opening, events: EventQueue) -> Session:
+    async def open(self, opening: Opening, events: EventQueue, peer: str = "") -> Session:
         """A session with these tokens, which reuses the cache that is held for it. What follows goes to `events`.
 
         Raises InvalidInput, UnknownBundle, ContextGone, Overloaded or Draining.
         """
         async with self._busy:  # the cache that is reused may be part of the step under way
             self._check_open()
-            return self._sessions.open(opening, self._runner(opening), events, self._step)
+            runner, check = self._runner(opening), self._sessions.check
+            if opening.start + len(opening.tokens) > LARGE_OPENING:
+                checked = await asyncio.get_running_loop().run_in_executor(None, check, opening, runner)
+            else:
+                checked = check(opening, runner)
+            session = self._sessions.open(checked, events, peer, self._step)
+        events.on_read = partial(self._read, session)
+        return session
 
     def add(self, session: Session, round_: Round) -> None:
         """Queue a round. Raises InvalidInput for tokens that the model lacks, PayloadTooLarge, Overloaded, Draining.
@@ -92,7 +113,7 @@ class LanguageEngine:
         session.sequence.check(round_)
         if len(session.rounds) >= MAX_ROUNDS:
             raise Overloaded(f"{MAX_ROUNDS} rounds of this session are waiting already")
-        session.rounds.append((round_, time.monotonic()))
+        self._sessions.queue_round(session, round_)
         self._changed.set()
 
     def end(self, session: Session) -> None:
@@ -105,6 +126,7 @@ class LanguageEngine:
     def leave(self, session: Session) -> None:
         """The device has disconnected; the cache stays until the memory is needed."""
         self._sessions.leave(session)
+        session.events.on_read = lambda: None
         self._changed.set()
 
     def drain(self) -> None:
@@ -120,6 +142,7 @@ class LanguageEngine:
             async with self._busy:
                 for session in list(self._sessions):
                     self._begin(session)
+                self._refuse_late()
                 plan = self._plan()
                 if plan:
                     await self._compute(plan)
@@ -142,6 +165,12 @@ class LanguageEngine:
         if self._draining:
             raise Draining("the service is shutting down")
 
+    def _read(self, session: Session) -> None:
+        """The device has read an event."""
+        self._sessions.settle(session)
+        if session.events.qsize() == MAX_UNREAD - 1:
+            self._changed.set()  # its sequence goes on
+
     async def _arrival(self) -> None:
         self._sessions.forget_idle()
         self._changed.clear()
@@ -155,6 +184,7 @@ class LanguageEngine:
         if self._draining or not session.attached:
             session.rounds.clear()
             sequence.scheduled = None
+            self._sessions.settle(session)
         while sequence.scheduled is not None or session.rounds:
             if session.rounds and (sequence.scheduled is None or sequence.scheduled.extension):
                 sequence.scheduled = None  # a round ends the extension of the one before
@@ -170,13 +200,41 @@ class LanguageEngine:
         if session.ending:
             session.end()
 
+    def _refuse_late(self) -> None:
+        """Refuse first rounds of sessions that would wait for longer than they may, and those that have."""
+        waiting = [session for session in self._sessions if session.awaits_first_token]
+        if not waiting:
+            return
+        backlog, now_s = Backlog(self._decoder.width), time.monotonic()
+        for session in self._sessions:
+            if session.admitted and session.backlog:
+                backlog.add(session.peer, session.backlog)
+        for session in waiting:
+            wait_s = session.waited_s(now_s)
+            if not session.admitted:
+                wait_s = self._step_time.seconds * backlog.wait_steps(session.peer, session.backlog)
+            if wait_s > self._first_token_s:
+                self._refuse(session, wait_s)
+            elif not session.admitted:
+                session.admitted = True
+                backlog.add(session.peer, session.backlog)
+
+    def _refuse(self, session: Session, wait_s: float) -> None:
+        self._metrics.refused()
+        session.sequence.scheduled = None
+        limit_s = self._first_token_s
+        text = f"the first token would wait {wait_s:.1f} s for other prompts, the limit is {limit_s:.1f} s"
+        session.send(Overloaded(text, max(wait_s - limit_s, MIN_RETRY_S)))
+
     def _plan(self) -> list[tuple[Session, int]]:
         """Tokens of each session in the next step; all of them have the same runner. Grants memory on the way."""
-        requests = [request for session in self._sessions if (request := session.memory_request()) is not None]
-        grants = plan_memory(requests, self._sessions.budget, self._step)
+        requests = [request for session in self._sessions if (request := session.memory_request(self._step))]
+        resting = [cache for session in self._sessions if (cache := session.resting_cache(self._step))]
+        grants = plan_memory(requests, self._sessions.budget, self._step, resting)
         granted = [self._sessions.carry_out(grant, self._step) for grant in grants]
         by_ticket = {session.ticket: session for session in granted}
-        plan = plan_step([session.candidate() for session in granted], self._decoder.width)
+        candidates = [session.candidate() for session in granted]
+        plan = plan_step(candidates, self._decoder.width, self._sessions.served)
         return [(by_ticket[ticket], tokens) for ticket, tokens in plan]
 
     async def _compute(self, plan: Sequence[tuple[Session, int]]) -> None:
@@ -194,10 +252,11 @@ class LanguageEngine:
         self._step += 1
         now_s = time.monotonic()
         if result.tokens:
+            self._step_time.observe(now_s - started_s)
             self._metrics.step(result.tokens, self._decoder.width, now_s - started_s)
         self._metrics.states(result.tokens if isinstance(runner, SuffixRunner) else 0, result.filled)
         for (session, _), outcome in zip(plan, result.outcomes, strict=True):
-            session.last_step = self._step
+            session.last_step = self._sessions.served[session.peer] = self._step
             if outcome is not None:
                 self._finish(session, outcome, now_s)
         self._sessions.report()
@@ -217,7 +276,12 @@ class LanguageEngine:
         else:
             self._metrics.committed(work.matched, len(work.draft), own)
         session.sequence.next_extension(now_s)
+        session.answered = True
         session.send(outcome)
+        try:
+            self._sessions.settle(session, grow=True)
+        except Overloaded as error:
+            self._fail(session, error)
 
     def _fail(self, session: Session, error: IsthmusError) -> None:
         session.sequence.scheduled = None

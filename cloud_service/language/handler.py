@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 
 from isthmus.cloud_service.language.engine import LanguageEngine
-from isthmus.cloud_service.language.sessions import EventQueue, Session
+from isthmus.cloud_service.language.session import EventQueue, Session
 from isthmus.models.errors import InvalidInput, UnknownBundle
 from isthmus.models.messages import Opening, Round
 
@@ -14,13 +13,13 @@ from isthmus.models.messages import Opening, Round
 class GenerateHandler:
     """At most one session at a time. `events` holds what goes to the device; None follows the last event."""
 
-    def __init__(self, engines: Mapping[bytes, LanguageEngine]) -> None:
-        """`engines` by the first 8 bytes of their model's fingerprint."""
-        self._engines = engines
+    def __init__(self, engines: Mapping[bytes, LanguageEngine], peer: str) -> None:
+        """`engines` by the first 8 bytes of their model's fingerprint. `peer`: the connection of the stream."""
+        self._engines, self._peer = engines, peer
         self._engine: LanguageEngine | None = None
         self._session: Session | None = None
         self._opening_seen = False  # whether it succeeded or not
-        self.events: EventQueue = asyncio.Queue()
+        self.events = EventQueue()
 
     def begin_opening(self) -> None:
         """An opening has arrived, valid or not: the former session is left."""
@@ -37,7 +36,7 @@ class GenerateHandler:
             if self._engine is None:
                 held = ", ".join(sorted(key.hex() for key in self._engines)) or "none"
                 raise UnknownBundle(f"model {request.model.hex()} is not held here, there is {held}")
-            self._session = await self._engine.open(request, self.events)
+            self._session = await self._engine.open(request, self.events, self._peer)
         elif not self._opening_seen:
             raise InvalidInput("a round came before its session was opened")
         elif self._engine is not None and self._session is not None:

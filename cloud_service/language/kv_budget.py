@@ -57,9 +57,9 @@ class KVBudget:
         """Sessions that no device is connected to and that have not been used for `idle_s`."""
         return [name for name, held in self._held.items() if not held.attached and now_s - held.used_s >= self._idle_s]
 
-    def stalest(self) -> SessionId | None:
-        """The least recently used session that no device is connected to."""
-        detached = [(held.used_s, name) for name, held in self._held.items() if not held.attached]
+    def stalest(self, names: Collection[SessionId]) -> SessionId | None:
+        """Of `names` the least recently used session that no device is connected to."""
+        detached = [(held.used_s, name) for name in names if (held := self._held.get(name)) and not held.attached]
         return min(detached)[1] if detached else None
 
     def victims(

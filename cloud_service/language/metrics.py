@@ -39,6 +39,7 @@ class EngineMetricFamilies:
             "Positions whose upper layers were run, or approximated by a KV fill (of prompts too).",
             "kind",
         )
+        self.refused = counter("prompts_refused", "Prompts refused because their first token would have come too late.")
         self.evictions = counter("context_evictions", "KV caches of sessions evicted.", "reason")
         self.sessions = gauge("contexts_held", "KV caches of sessions in memory.")
         self.bytes = gauge("contexts_bytes", "Memory of KV caches, in bytes.")
@@ -61,6 +62,7 @@ class EngineMetrics:
         self._positions = {kind: families.positions.labels(model, kind) for kind in POSITIONS}
         self._evictions = {reason: families.evictions.labels(model, reason) for reason in EVICTIONS}
         self._tokens = families.tokens.labels(model)
+        self._refused = families.refused.labels(model)
         self._sessions = families.sessions.labels(model)
         self._bytes = families.bytes.labels(model)
         self._steps = families.steps.labels(model)
@@ -86,6 +88,10 @@ class EngineMetrics:
         """A step ran hidden states through layers, or filled in the KV cache of positions."""
         self._positions["run"].inc(run)
         self._positions["filled"].inc(filled)
+
+    def refused(self) -> None:
+        """A prompt was refused, since its first token would have come too late."""
+        self._refused.inc()
 
     def evicted(self, reason: str) -> None:
         """A KV cache was evicted: for others' memory, or because it was idle."""

@@ -20,6 +20,9 @@ from types import MappingProxyType
 
 from isthmus.cloud_service.language.kv_budget import KVBudget
 
+PEER_PROMPTS = (
+    2  # of a peer at a time, which fill its share of a step: with more, each would come later, and none sooner
+)
 PROTECTED_STEPS = 32  # how long a session keeps new memory while others wait: less would evict at every step
 
 StepPlan = list[tuple[int, int]]  # (ticket, tokens)
@@ -38,6 +41,7 @@ class MemoryRequest:
     last_step: int  # that computed tokens of the session
     restartable: bool  # an eviction does not lose the round
     peer: str = ""
+    prompt: bool = False  # it has computed nothing but its prompt so far
     aged: bool = False  # it has waited so long that others do not overtake it any more
 
     @property
@@ -83,13 +87,13 @@ def plan_memory(
     3. running sequences beyond the share: the last of them are evicted for those before
     4. the other waiting sequences, in the same turns
 
-    Nothing beyond a share evicts `resting` caches within their peer's. Small sequences overtake a large one that does
-    not fit, until it is aged: then it blocks the waiting ones of each peer that was granted as much as its own.
-    `budget` is not changed.
+    The third prompt of a peer waits until one of two has ended. Nothing beyond a share evicts `resting` caches within
+    their peer's. Small sequences overtake a large one that does not fit until it is aged: then it blocks the waiting
+    ones of each peer that was granted as much as its own. `budget` is not changed.
     """
     running = sorted((each for each in requests if each.is_protected(step)), key=lambda each: each.running_order)
     waiting = [each for each in requests if not each.is_protected(step)]
-    plan = MemoryPlan(budget.copy(), len({each.peer for each in (*requests, *resting)}))
+    plan = MemoryPlan(budget.copy(), len({each.peer for each in requests} | {each.peer for each in resting}))
     for place, request in enumerate(running):
         if not place or plan.within_share(request):
             plan.grant(request)
@@ -116,6 +120,7 @@ class MemoryPlan:
         self._share_bytes = ledger.budget_bytes // peers if peers > 1 else math.inf
         self._left_bytes = ledger.budget_bytes  # what is not granted, evictable or free
         self._peer_bytes: Counter[str] = Counter()
+        self._peer_prompts: Counter[str] = Counter()
         self._blocked_bytes = math.inf  # a peer that was granted as much gets nothing new
         self._evicted: set[bytes] = set()
 
@@ -147,6 +152,8 @@ class MemoryPlan:
 
     def admit(self, request: MemoryRequest, *, keep: Collection[bytes] = (), late: Sequence[bytes] = ()) -> None:
         """Grant a waiting sequence what it needs, unless an aged one blocks its peer. If it is aged it may block."""
+        if request.prompt and self._peer_prompts[request.peer] >= PEER_PROMPTS:
+            return
         granted = self._peer_bytes[request.peer]
         if granted < self._blocked_bytes and not self.grant(request, keep=keep, late=late) and request.aged:
             self._blocked_bytes = granted
@@ -173,6 +180,7 @@ class MemoryPlan:
         self._ledger.record(name, size_bytes, 0.0, attached=True)
         self._left_bytes -= size_bytes
         self._peer_bytes[request.peer] += size_bytes
+        self._peer_prompts[request.peer] += request.prompt
         self.grants[name] = Grant(name, tuple(victims))
         return True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.language.engine import LanguageEngine
 from isthmus.cloud_service.language.handler import GenerateHandler
@@ -30,9 +31,9 @@ class LanguageService:
         self._by_id = {engine.info.fingerprint[:BUNDLE_ID_BYTES]: engine for engine in engines}
         self._draining = asyncio.Event()
 
-    def new_handler(self) -> GenerateHandler:
-        """A handler for one `Generate` stream."""
-        return GenerateHandler(self._by_id)
+    def new_handler(self, peer: str) -> GenerateHandler:
+        """A handler for one `Generate` stream of a connection."""
+        return GenerateHandler(self._by_id, peer)
 
     async def run(self) -> None:
         """Run all engines until drained. Raises what an engine raises, at once."""
@@ -45,15 +46,17 @@ class LanguageService:
             engine.drain()
 
 
-def load(config: CloudConfig, registry: CollectorRegistry) -> LanguageService:
-    """All models of the configuration, warmed up.
+def load(config: CloudConfig, registry: CollectorRegistry, queue: ByteBudget) -> LanguageService:
+    """All models of the configuration, warmed up. `queue`: for what sessions take beside their caches.
 
     Raises BundleError, or ServiceError when a model's results would depend on the batch.
     """
     families = EngineMetricFamilies(registry)
     checkpoints = [Checkpoint.open(source) for source in config.models]
     handoffs = open_handoffs(config.handoffs, checkpoints)
-    return LanguageService([load_model(each, handoffs[each.fingerprint], config, families) for each in checkpoints])
+    return LanguageService(
+        [load_model(each, handoffs[each.fingerprint], config, families, queue) for each in checkpoints]
+    )
 
 
 def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, list[HandoffBundle]]:
@@ -73,11 +76,18 @@ def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) ->
 
 
 def load_model(
-    checkpoint: Checkpoint, handoffs: Sequence[HandoffBundle], config: CloudConfig, families: EngineMetricFamilies
+    checkpoint: Checkpoint,
+    handoffs: Sequence[HandoffBundle],
+    config: CloudConfig,
+    families: EngineMetricFamilies,
+    queue: ByteBudget,
 ) -> LanguageEngine:
     """One engine, warmed up. Raises BundleError, or ServiceError when results would depend on the batch."""
     decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
     metrics = EngineMetrics(families, checkpoint.name)
-    engine = LanguageEngine(checkpoint, decoder, config.context_bytes, metrics, handoffs)
+    budget_bytes, first_token_s = config.context_bytes, config.first_token_s
+    engine = LanguageEngine(
+        checkpoint, decoder, budget_bytes, metrics, handoffs, queue=queue, first_token_s=first_token_s
+    )
     engine.warm_up()
     return engine

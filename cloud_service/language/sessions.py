@@ -5,99 +5,54 @@ Knows nothing about steps or threads: the engine calls it between two steps.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.kv_budget import KVBudget
 from isthmus.cloud_service.language.metrics import EngineMetrics
-from isthmus.cloud_service.language.model_runner import AnySequence, FullRunner, PrefixRunner, SuffixRunner
-from isthmus.cloud_service.language.scheduler import Candidate, Grant, MemoryRequest
-from isthmus.models.errors import ContextGone, InvalidInput, IsthmusError, Overloaded
+from isthmus.cloud_service.language.model_runner import FullRunner, SuffixRunner
+from isthmus.cloud_service.language.scheduler import Grant
+from isthmus.cloud_service.language.session import EventQueue, Session, round_bytes
+from isthmus.models.errors import ContextGone, InvalidInput, Overloaded
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.drafts import shared_length
-from isthmus.models.messages import Committed, Opening, Round
+from isthmus.models.messages import Opening, Round
 from isthmus.protos.wire_session import checksum
 
-MAX_SESSIONS = 4096  # sequences kept, with or without a cache: a few kilobytes each
+MAX_SESSIONS = 4096  # with or without a cache
+MAX_PEER_SESSIONS = 256  # of one connection, which is one device or gateway
 IDLE_S = 600.0  # how long a cache is kept that no device is connected to
 
-SessionEvent = Committed | IsthmusError
-EventQueue = asyncio.Queue[SessionEvent | None]
 
+@dataclass(frozen=True, slots=True)
+class CheckedOpening:
+    """An opening, all tokens of its session, and how many of them its `former` session of this name shares."""
 
-@dataclass(eq=False)
-class Session:
-    """A sequence, the runner of its steps, its rounds in order of arrival, the queue of the connected device."""
-
-    name: bytes
-    ticket: int
+    opening: Opening
+    tokens: list[int]
     runner: FullRunner | SuffixRunner
-    sequence: AnySequence
-    events: EventQueue
-    prefill_layers: int = 0  # of the opening: an approximate cache is of no use to an exact session
-    rounds: deque[tuple[Round, float]] = field(default_factory=deque)
-    attached: bool = True
-    ending: bool = False  # the device has half-closed: None follows the last event
-    last_step: int = 0  # that computed tokens of it
-    first_step: int = 0  # before which it was granted memory, then the one that completed its cache
-    prefilling: bool = False  # its cache is not complete yet since it was granted memory
-    held: int = 0  # tokens whose cache was held when the session was opened; reported once
-
-    @property
-    def next_runner(self) -> FullRunner | PrefixRunner | SuffixRunner:
-        """The runner of its next tokens."""
-        return self.runner.next_runner(self.sequence)
-
-    @property
-    def needs_bytes(self) -> int:
-        """Size of its cache when the scheduled round has ended."""
-        return self.runner.empty_cache.bytes_for(self.sequence.final_length)
-
-    def memory_request(self) -> MemoryRequest | None:
-        """What the scheduler needs to know to grant memory; None without a scheduled round."""
-        sequence = self.sequence
-        if sequence.scheduled is None:
-            return None
-        return MemoryRequest(
-            session=self.name,
-            ticket=self.ticket,
-            needs_bytes=self.needs_bytes,
-            cache_bytes=None if sequence.cache is None else sequence.cache.bytes,
-            round_steps=sequence.scheduled.steps,
-            first_step=self.first_step,
-            last_step=self.last_step,
-            restartable=sequence.restartable,
-        )
-
-    def candidate(self) -> Candidate:
-        """What the scheduler needs to know to plan a step."""
-        return Candidate(self.ticket, self.sequence.pending_tokens, self.last_step, self.next_runner)
-
-    def send(self, event: SessionEvent) -> None:
-        """Queue an event. The first reply after an opening says how much was held. Without a device it is dropped."""
-        if isinstance(event, Committed) and self.held:
-            event, self.held = replace(event, held=self.held), 0
-        if self.attached:
-            self.events.put_nowait(event)
-
-    def end(self) -> None:
-        """All outstanding rounds are answered."""
-        self.ending = False
-        self.events.put_nowait(None)
+    former: Session | None
+    shared: int | None  # None: the cache of the former session is of no use
 
 
 class Sessions:
-    """Sessions by the name that their device chose, and the memory of their caches within a budget."""
+    """Sessions by the name that their device chose; their caches within a budget, what else they take within another.
 
-    def __init__(self, config: LlamaConfig, budget_bytes: int, metrics: EngineMetrics) -> None:
+    `served`: the last step that computed tokens of a peer.
+    """
+
+    def __init__(self, config: LlamaConfig, budget_bytes: int, queue: ByteBudget, metrics: EngineMetrics) -> None:
         self.budget = KVBudget(budget_bytes, IDLE_S)
+        self.served: dict[str, int] = {}
+        self._queue = queue
         self._config = config
         self._metrics = metrics
         self._by_name: dict[bytes, Session] = {}
+        self._of_peer: Counter[str] = Counter()
         self._tickets = itertools.count()
 
     def __iter__(self) -> Iterator[Session]:
@@ -107,23 +62,60 @@ class Sessions:
         """False also for a session that was opened again by another stream."""
         return self._by_name.get(session.name) is session
 
-    def open(self, opening: Opening, runner: FullRunner | SuffixRunner, events: EventQueue, step: int) -> Session:
-        """A session of these tokens, with its former cache. Raises InvalidInput, ContextGone, Overloaded."""
+    def check(self, opening: Opening, runner: FullRunner | SuffixRunner) -> CheckedOpening:
+        """Changes nothing, so that any thread may call it between two steps.
+
+        Raises InvalidInput, ContextGone, or Overloaded for a session that does not fit even alone.
+        """
         former = self._by_name.get(opening.session)
-        key = (runner, opening.prefill_layers)
-        compatible = former is not None and (former.runner, former.prefill_layers) == key
-        tokens = self._tokens(opening, former.sequence.tokens if former is not None and compatible else [])
+        compatible = former is not None and former.cache_kind == (runner, opening.prefill_layers)
+        known = former.sequence.tokens if former is not None and compatible else []
+        tokens = self._tokens(opening, known)
         if runner.empty_cache.bytes_for(len(tokens)) > self.budget.budget_bytes:
             raise self.too_large(len(tokens))
-        if former is None and len(self._by_name) >= MAX_SESSIONS:
-            self._forget_stalest()
-        sequence, ticket = runner.new_sequence(tokens, opening), next(self._tickets)
-        session = Session(opening.session, ticket, runner, sequence, events, opening.prefill_layers, last_step=step)
+        return CheckedOpening(opening, tokens, runner, former, shared_length(known, tokens) if compatible else None)
+
+    def open(self, checked: CheckedOpening, events: EventQueue, peer: str, step: int) -> Session:
+        """A session of these tokens, with its former cache. Raises InvalidInput or Overloaded."""
+        opening, former = checked.opening, checked.former
+        sequence = checked.runner.new_sequence(checked.tokens, opening)
+        session = Session(
+            name=opening.session,
+            ticket=next(self._tickets),
+            runner=checked.runner,
+            sequence=sequence,
+            events=events,
+            peer=peer,
+            prefill_layers=opening.prefill_layers,
+            last_step=step,
+        )
+        self._make_room(session, former)
         if former is not None:
-            replace_session(former, session, compatible)
+            replace_session(former, session, checked.shared)
+            self._remove(former)
         self._by_name[session.name] = session
+        self._of_peer[peer] += 1
         self._record(session)
+        self.report()
         return session
+
+    def queue_round(self, session: Session, round_: Round) -> None:
+        """Raises Overloaded when there is no room for what waits."""
+        size_bytes = round_bytes(round_)
+        self._queue.take(size_bytes)
+        session.counted_bytes += size_bytes
+        session.rounds.append((round_, time.monotonic()))
+
+    def settle(self, session: Session, *, grow: bool = False) -> None:
+        """Count what a session takes beside its cache. With `grow` it may have become more: raises Overloaded."""
+        size_bytes = session.own_bytes if session in self else 0
+        if size_bytes > session.counted_bytes and not grow:
+            return
+        if size_bytes > session.counted_bytes:
+            self._queue.take(size_bytes - session.counted_bytes)
+        else:
+            self._queue.give(session.counted_bytes - size_bytes)
+        session.counted_bytes = size_bytes
 
     def check_ids(self, ids: Collection[int]) -> None:
         """Raises InvalidInput for tokens that the model lacks."""
@@ -136,6 +128,7 @@ class Sessions:
         session.rounds.clear()
         if session in self:
             self.budget.detach(session.name, time.monotonic())
+            self.settle(session)
 
     def fits(self, session: Session) -> bool:
         """Whether its cache would fit alone."""
@@ -172,8 +165,8 @@ class Sessions:
         session.sequence.scheduled = None
         session.sequence.drop_cache()
         self.budget.drop(session.name)
+        self._remove(session)
         self.report()
-        del self._by_name[session.name]
 
     def forget_idle(self) -> None:
         """Evict what no device has been connected to for IDLE_S."""
@@ -186,24 +179,44 @@ class Sessions:
 
     def _tokens(self, opening: Opening, known: list[int]) -> list[int]:
         """All tokens of the session, which begin with some of `known`. Raises InvalidInput, ContextGone."""
+        total = opening.start + len(opening.tokens)
+        if total >= self._config.context:
+            raise InvalidInput(f"{total} tokens leave no room in the model's context of {self._config.context}")
         self.check_ids(opening.tokens)
         held = known[: opening.start]
         tokens = [*held, *opening.tokens]
         if len(held) < opening.start or checksum(tokens) != opening.crc32:
             raise ContextGone(f"the first {opening.start} tokens of this session are not held here")
-        if len(tokens) >= self._config.context:
-            raise InvalidInput(f"{len(tokens)} tokens leave no room in the model's context of {self._config.context}")
         return tokens
 
     def _record(self, session: Session) -> None:
         size_bytes = session.sequence.cache.bytes if session.sequence.cache else 0
         self.budget.record(session.name, size_bytes, time.monotonic(), attached=session.attached)
 
-    def _forget_stalest(self) -> None:
-        name = self.budget.stalest()
-        if name is None:
+    def _make_room(self, session: Session, former: Session | None) -> None:
+        """Count a new session; the stalest ones without a device go where they are too many. Raises Overloaded."""
+        if (former is None or former.peer != session.peer) and self._of_peer[session.peer] >= MAX_PEER_SESSIONS:
+            own = [each.name for each in self if each.peer == session.peer]
+            if not self._forget_stalest(own):
+                raise Overloaded(f"{MAX_PEER_SESSIONS} sessions of this connection are open already")
+        if former is None and len(self._by_name) >= MAX_SESSIONS and not self._forget_stalest(self._by_name):
             raise Overloaded(f"{MAX_SESSIONS} sessions are open already")
-        self._evict(name, "budget")
+        while True:
+            try:
+                self._queue.take(session.own_bytes)
+            except Overloaded:
+                if not self._forget_stalest(self._by_name.keys() - {session.name}):
+                    raise
+            else:
+                session.counted_bytes = session.own_bytes
+                return
+
+    def _forget_stalest(self, names: Collection[bytes]) -> bool:
+        """Of these the session without a device that is longest unused; False where each has one."""
+        name = self.budget.stalest(names)
+        if name is not None:
+            self._evict(name, "budget")
+        return name is not None
 
     def _evict(self, name: bytes, reason: str) -> None:
         """Drop a session's cache, and the session too when no device is connected to it."""
@@ -211,18 +224,26 @@ class Sessions:
         session.sequence.drop_cache()
         self.budget.drop(name)
         self._metrics.evicted(reason)
-        self.report()
         if not session.attached:
-            del self._by_name[name]
+            self._remove(session)
+        self.report()
+
+    def _remove(self, session: Session) -> None:
+        """It is held no more: by its name another may be opened."""
+        del self._by_name[session.name]
+        self.settle(session)
+        self._of_peer[session.peer] -= 1
+        if not self._of_peer[session.peer]:
+            del self._of_peer[session.peer]
+            self.served.pop(session.peer, None)
 
 
-def replace_session(former: Session, session: Session, compatible: bool) -> None:
-    """End `former` with an error; `session`, if compatible, reuses the cache of the tokens that both share."""
+def replace_session(former: Session, session: Session, shared: int | None) -> None:
+    """End `former` with an error; `session` reuses the cache of the `shared` first tokens, unless that is None."""
     former.send(ContextGone("this session was opened again elsewhere"))
     if former.ending:
         former.end()
     cache, former.sequence.cache = former.sequence.cache, None
-    if cache is not None and compatible:
-        shared = shared_length(former.sequence.tokens, session.sequence.tokens)
+    if cache is not None and shared is not None:
         cache.truncate(min(cache.length, shared, session.sequence.reusable_length))
-        session.sequence.cache, session.held = cache, cache.length
+        session.sequence.cache, session.held, session.admitted = cache, cache.length, cache.length > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service import servicer
 from isthmus.cloud_service.language import model_runner
 from isthmus.cloud_service.language.handler import GenerateHandler
 from isthmus.cloud_service.language.service import LanguageService
@@ -322,7 +324,7 @@ def test_a_device_that_sends_and_does_not_read_is_not_read_either(checkpoint: Ch
             yield pb.GenerateRequest()
 
     async def play() -> None:
-        handler = GenerateHandler({})
+        handler = GenerateHandler({}, "peer")
         listening = asyncio.create_task(ServerHarness(checkpoint, decoder).servicer._listen(flood(), handler))
         await asyncio.sleep(0.1)
         assert handler.events.qsize() == limits.MAX_STREAM_INFLIGHT
@@ -341,3 +343,17 @@ def test_describe_names_the_model(scene: Scene) -> None:
         assert wire.unpack_service(response).models == (server.engine.info,)
 
     scene(play)
+
+
+def test_a_large_message_is_unpacked_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    unpack = wire_session.unpack_generate
+    monkeypatch.setattr(
+        wire_session, "unpack_generate", lambda message: threads.append(threading.current_thread()) or unpack(message)
+    )
+    for tokens in ([5] * 10, [200] * 20_000):
+        opening = Opening(bytes(8), bytes(16), 0, tuple(tokens), wire_session.checksum(tokens))
+        unpacked = asyncio.run(servicer.unpack_generate(wire_session.pack_opening(opening)))
+        assert isinstance(unpacked, Opening)
+        assert unpacked.tokens == tuple(tokens)
+    assert [each is threading.main_thread() for each in threads] == [True, False]

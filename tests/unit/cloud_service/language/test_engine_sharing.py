@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from isthmus.cloud_service.language import scheduler
+from isthmus.cloud_service.language import scheduler, session
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.messages import GREEDY, Sampling
 from tests.unit.cloud_service.language.tiny import (
@@ -136,6 +136,7 @@ def test_a_large_session_is_not_overtaken_for_ever_by_small_ones(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "PROTECTED_STEPS", 5)
+    monkeypatch.setattr(session, "AGED_STEPS", 5)
 
     async def play(harness: EngineHarness) -> None:
         devices = [Device(harness, number, [7, 8, 9]) for number in range(6)]

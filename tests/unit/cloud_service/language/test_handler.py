@@ -23,7 +23,7 @@ class ScriptedEngine:
         self.failure: Exception | None = None
         self._opened = 0
 
-    async def open(self, opening: Opening, events: asyncio.Queue[Any]) -> int:
+    async def open(self, opening: Opening, events: asyncio.Queue[Any], peer: str) -> int:
         if self.failure is not None:
             raise self.failure
         self._opened += 1
@@ -53,7 +53,7 @@ def run(play: Callable[[GenerateHandler, ScriptedEngine], Coroutine[Any, Any, No
 
     async def both() -> list[tuple[Any, ...]]:
         engine = ScriptedEngine()
-        await play(GenerateHandler({MODEL: engine}), engine)  # type: ignore[dict-item]
+        await play(GenerateHandler({MODEL: engine}, "peer"), engine)  # type: ignore[dict-item]
         return engine.calls
 
     return asyncio.run(both())
@@ -83,7 +83,7 @@ def test_an_unknown_model_is_an_error_that_lists_the_models() -> None:
         with pytest.raises(UnknownBundle, match=f"{b'another8'.hex()} is not held here, there is {MODEL.hex()}"):
             await open_session(handler, opening(b"another8"))
         with pytest.raises(UnknownBundle, match="there is none"):
-            await open_session(GenerateHandler({}), opening())
+            await open_session(GenerateHandler({}, "peer"), opening())
 
     run(play)
 

@@ -70,8 +70,10 @@ def test_a_device_that_leaves_starts_the_clock_and_keeps_its_state() -> None:
 
 
 def test_the_stalest_is_the_longest_unused_without_a_device() -> None:
-    assert ledger((b"a", 1, 0.0, True)).stalest() is None
-    assert ledger((b"a", 1, 0.0, True), (b"b", 0, 5.0, False), (b"c", 1, 4.0, False)).stalest() == b"c"
+    assert ledger((b"a", 1, 0.0, True)).stalest([b"a"]) is None
+    budget = ledger((b"a", 1, 0.0, True), (b"b", 0, 5.0, False), (b"c", 1, 4.0, False))
+    assert budget.stalest([b"a", b"b", b"c"]) == b"c"
+    assert budget.stalest([b"a", b"b", b"x"]) == b"b"
 
 
 def test_dropping_twice_is_dropping_once() -> None:

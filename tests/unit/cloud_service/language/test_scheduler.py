@@ -93,6 +93,15 @@ def test_the_next_to_get_memory_is_of_the_peer_that_was_granted_least() -> None:
     ]
 
 
+def test_a_peer_has_two_prompts_at_a_time_and_others_wait_though_there_is_room() -> None:
+    prompts = [request(name, last_step=place, prompt=True, peer="many") for place, name in enumerate("abc")]
+    decoding, other = request("d", last_step=9, peer="many"), request("x", last_step=9, prompt=True, peer="one")
+    assert set(granted([*prompts, decoding, other], 100)) == set("abdx")
+    assert set(granted([running("e", prompt=True, peer="many"), *prompts], 100)) == set("ea")
+    large = replace(prompts[0], needs_bytes=90)
+    assert set(granted([running("e", 20, peer="one"), large, *prompts[1:]], 100)) == set("ebc")
+
+
 def test_a_peer_beyond_its_share_makes_room_for_one_within_its_own() -> None:
     """Those of its sequences that were granted memory last; what the other leaves, it keeps."""
     many = [running(name, 20, first_step=place, peer="many") for place, name in enumerate("abcde")]

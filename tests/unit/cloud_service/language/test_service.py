@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.language.service import LanguageService, load, open_handoffs
 from isthmus.models.errors import BundleError, UnknownBundle
@@ -81,7 +82,7 @@ def test_handlers_find_engines_by_the_first_bytes_of_their_fingerprint() -> None
     async def play() -> None:
         language = service(ScriptedEngine(bytes(range(32))))
         with pytest.raises(UnknownBundle, match=f"there is {bytes(range(8)).hex()}$"):
-            await language.new_handler().handle(Opening(bytes(8), bytes(16), 0, (), 0))
+            await language.new_handler("peer").handle(Opening(bytes(8), bytes(16), 0, (), 0))
 
     asyncio.run(play())
 
@@ -94,10 +95,10 @@ def test_models_are_loaded_with_their_handoffs(tmp_path: Path) -> None:
         dtype="float32",
         width=4,
     )
-    language = load(config, CollectorRegistry())
+    language = load(config, CollectorRegistry(), ByteBudget(1 << 20))
     found = [(info.name, info.fingerprint, info.numerics, len(info.handoffs)) for info in language.models]
     assert found == [("one", one.fingerprint, "float32/4", 0), ("two", two.fingerprint, "float32/4", 1)]
 
 
 def test_without_models_nothing_is_served() -> None:
-    assert load(CloudConfig(), CollectorRegistry()).models == ()
+    assert load(CloudConfig(), CollectorRegistry(), ByteBudget(1 << 20)).models == ()

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.engine import LanguageEngine
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
-from isthmus.cloud_service.language.sessions import EventQueue, Session
+from isthmus.cloud_service.language.session import EventQueue, Session
 from isthmus.models.errors import IsthmusError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -106,7 +107,8 @@ class EngineHarness:
         self.decoder.look = self.look
         metrics = EngineMetrics(EngineMetricFamilies(self.registry), "tiny")
         instrumented: Any = self.decoder
-        self.engine = LanguageEngine(checkpoint, instrumented, self.budget_bytes, metrics, handoffs)
+        self.queue = ByteBudget(64 << 20)
+        self.engine = LanguageEngine(checkpoint, instrumented, self.budget_bytes, metrics, handoffs, queue=self.queue)
 
     def look(self) -> None:
         caches = [session.sequence.cache for session in self.engine._sessions]
@@ -132,11 +134,12 @@ class Device:
         prompt: Sequence[int],
         sampling: Sampling = GREEDY,
         prefill_layers: int = 0,
+        peer: str = "",
     ) -> None:
-        self.prefill_layers = prefill_layers
+        self.prefill_layers, self.peer = prefill_layers, peer
         self.engine, self.name, self.sampling = harness.engine, name.to_bytes(16, "big"), sampling
         self.tokens = list(prompt)
-        self.events: EventQueue = asyncio.Queue()
+        self.events = EventQueue()
         self.session: Session | None = None
         self.last = Committed(0)
 
@@ -147,7 +150,7 @@ class Device:
         opening = Opening(
             model, self.name, start, tokens, crc32, self.sampling, logprobs, prefill_layers=self.prefill_layers
         )
-        self.session = await self.engine.open(opening, self.events)
+        self.session = await self.engine.open(opening, self.events, self.peer)
 
     def send(self, draft: Sequence[int] = (), extend: int = 0) -> None:
         assert self.session is not None
@@ -229,7 +232,7 @@ class StateDevice:
         self.handoff, self.rate, self.context_rate, self.fill = handoff, rate, context_rate, fill
         self.tokens = list(prompt)
         self.decided: set[int] = set()  # positions that a token was decoded from
-        self.events: EventQueue = asyncio.Queue()
+        self.events = EventQueue()
         self.session: Session | None = None
         self._decoder = decoder
 
