@@ -168,8 +168,8 @@ class MemoryPlan:
             return True
         if request.needs_bytes > self._left_bytes:
             return False
-        kept = {*self.grants, *keep} if keep else self.grants.keys()
-        victims = self._ledger.victims(name, request.needs_bytes, kept, late)
+        staying = {*self.grants, *keep} if keep else self.grants.keys()
+        victims = self._ledger.victims(name, request.needs_bytes, staying, late)
         if victims is None:
             return False
         for victim in victims:

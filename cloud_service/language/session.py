@@ -37,7 +37,7 @@ class EventQueue(asyncio.Queue[SessionEvent | None]):
 
     @property
     def unread(self) -> bool:
-        """Whether the device is so far behind that its sequence pauses."""
+        """Whether the device has left so many events unread that its sequence pauses."""
         return self.qsize() >= MAX_UNREAD
 
     def _put(self, item: SessionEvent | None) -> None:

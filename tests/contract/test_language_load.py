@@ -1,4 +1,4 @@
-"""Peers of one real service: a heavy neighbour, a device that does not read, one that is gone in its prompt."""
+"""Peers of one real service: a heavy neighbour, and a device that is gone before its prompt is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.messages import Opening, Round
-from isthmus.protos import limits, wire_session
+from isthmus.protos import wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.processes import CloudProcess
@@ -21,8 +21,7 @@ from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import until
 
 LONG = (5,) * 500
-STEPS = "isthmus_cloud_decoder_pass_seconds_count"
-UNREAD = limits.MAX_STREAM_INFLIGHT
+STEPS = "decoder_pass_seconds_count"
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +37,11 @@ def model(endless_llama: Path) -> bytes:
 
 
 class Stream:
-    """One session; its messages arrive in `replies` when somebody reads."""
+    """A stream with one session."""
 
-    def __init__(self, channel: grpc.Channel, model: bytes, tokens: tuple[int, ...]) -> None:
+    def __init__(
+        self, channel: grpc.Channel, model: bytes, tokens: tuple[int, ...], logprobs: int | None = None
+    ) -> None:
         self.outgoing: Queue[pb.GenerateRequest | None] = Queue()
         self.call = pb_grpc.IsthmusStub(channel).Generate(iter(self.outgoing.get, None))  # type: ignore[no-untyped-call]
         opening = Opening(model, os.urandom(16), 0, tokens, wire_session.checksum(tokens))
@@ -60,6 +61,18 @@ def peer(cloud: CloudProcess) -> grpc.Channel:
     return grpc.insecure_channel(cloud.target, [("grpc.use_local_subchannel_pool", 1)])
 
 
+def until_steady(cloud: CloudProcess) -> None:
+    """No step follows the last one."""
+    steps = -1.0
+
+    def steady() -> bool:
+        nonlocal steps
+        former, steps = steps, cloud.metric(STEPS)
+        return steps == former
+
+    until(steady)
+
+
 def test_a_neighbour_with_many_prompts_does_not_delay_another_peer(cloud: CloudProcess, model: bytes) -> None:
     answered: list[str] = []
 
@@ -69,7 +82,7 @@ def test_a_neighbour_with_many_prompts_does_not_delay_another_peer(cloud: CloudP
 
     with peer(cloud) as neighbour, peer(cloud) as other:
         started = cloud.metric(STEPS)
-        streams = [Stream(neighbour, model, LONG) for _ in range(16)]
+        streams = [Stream(neighbour, model, LONG) for _ in range(8)]
         for stream in streams:
             stream.ask()
         until(lambda: cloud.metric(STEPS) > started + 10)
@@ -81,7 +94,7 @@ def test_a_neighbour_with_many_prompts_does_not_delay_another_peer(cloud: CloudP
             reader.start()
         for reader in readers:
             reader.join(60)
-        assert len(answered) == 17
+        assert len(answered) == 9
         assert answered.index("one") <= 2
         for stream in (*streams, one):
             stream.close()
@@ -94,26 +107,5 @@ def test_the_prompt_of_a_device_that_is_gone_ends(cloud: CloudProcess, model: by
         for stream in streams:
             stream.ask(extend=10)
         until(lambda: cloud.metric(STEPS) > before + 10)
-    steps = -1.0
-
-    def ended() -> bool:
-        nonlocal steps
-        steps, former = cloud.metric(STEPS), steps
-        return steps == former
-
-    until(ended)
-    assert steps - before < 16 * len(LONG) / 2
-
-
-def test_a_sequence_whose_device_does_not_read_pauses(cloud: CloudProcess, model: bytes) -> None:
-    """What the service keeps for it is bounded, and it is given back when the device leaves."""
-    with peer(cloud) as channel:
-        held = cloud.metric("isthmus_cloud_queued_bytes")
-        stream = Stream(channel, model, (7,) * 5)
-        stream.ask(extend=400)
-        first = next(stream.call)
-        assert first.base == 5
-        until(lambda: cloud.metric("isthmus_cloud_queued_bytes") > held)
-        replies = [next(stream.call) for _ in range(400)]
-        assert [reply.base for reply in replies] == list(range(6, 406))
-        stream.close()
+    until_steady(cloud)
+    assert cloud.metric(STEPS) - before < 16 * len(LONG) / 2
