@@ -26,8 +26,10 @@ STEPS = "decoder_pass_seconds_count"
 
 @pytest.fixture(scope="module")
 def cloud(endless_llama: Path) -> Iterator[CloudProcess]:
-    """Steps of two tokens, so that a prompt takes 250."""
-    with CloudProcess(arguments=("--model", str(endless_llama), *LANGUAGE, "--width", "2")) as process:
+    """Steps of two tokens, so that a prompt takes 250, and memory for four such prompts."""
+    with CloudProcess(
+        arguments=("--model", str(endless_llama), *LANGUAGE, "--width", "2", "--context-mb", "1")
+    ) as process:
         yield process
 
 
@@ -82,7 +84,7 @@ def test_a_neighbour_with_many_prompts_does_not_delay_another_peer(cloud: CloudP
 
     with peer(cloud) as neighbour, peer(cloud) as other:
         started = cloud.metric(STEPS)
-        streams = [Stream(neighbour, model, LONG) for _ in range(8)]
+        streams = [Stream(neighbour, model, LONG) for _ in range(12)]
         for stream in streams:
             stream.ask()
         until(lambda: cloud.metric(STEPS) > started + 10)
@@ -94,18 +96,21 @@ def test_a_neighbour_with_many_prompts_does_not_delay_another_peer(cloud: CloudP
             reader.start()
         for reader in readers:
             reader.join(60)
-        assert len(answered) == 9
+        assert len(answered) == 13
         assert answered.index("one") <= 2
         for stream in (*streams, one):
             stream.close()
 
 
-def test_the_prompt_of_a_device_that_is_gone_ends(cloud: CloudProcess, model: bytes) -> None:
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_the_prompt_of_a_device_that_is_gone_ends(cloud: CloudProcess, model: bytes, half_closed: bool) -> None:
     with peer(cloud) as channel:
         before = cloud.metric(STEPS)
         streams = [Stream(channel, model, LONG) for _ in range(16)]
         for stream in streams:
             stream.ask(extend=10)
+            if half_closed:
+                stream.outgoing.put(None)
         until(lambda: cloud.metric(STEPS) > before + 10)
     until_steady(cloud)
     assert cloud.metric(STEPS) - before < 16 * len(LONG) / 2
