@@ -20,8 +20,8 @@ from isthmus.cloud_service.language.admission import Backlog, StepTime
 from isthmus.cloud_service.language.metrics import EngineMetrics
 from isthmus.cloud_service.language.model_runner import FullRunner, StepResult, SuffixRunner
 from isthmus.cloud_service.language.scheduler import plan_memory, plan_step
-from isthmus.cloud_service.language.session import MAX_UNREAD, EventQueue, Session, SessionEvent
-from isthmus.cloud_service.language.sessions import IDLE_S, Sessions
+from isthmus.cloud_service.language.session import MAX_UNREAD, TOKEN_BYTES, EventQueue, Session, SessionEvent
+from isthmus.cloud_service.language.sessions import IDLE_S, CheckedOpening, Sessions
 from isthmus.models.errors import CallerError, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -63,7 +63,7 @@ class LanguageEngine:
         self._full_runner = FullRunner(decoder, checkpoint.tokenizer.eos_ids, handoffs)
         self._suffix_runners = {each.name: each for each in (SuffixRunner(handoff, decoder) for handoff in handoffs)}
         self._metrics = metrics
-        self._sessions = Sessions(config, budget_bytes, queue, metrics)
+        self._sessions, self._queue = Sessions(config, budget_bytes, queue, metrics), queue
         self._first_token_s, self._step_time = first_token_s, StepTime()
         self._step = 0  # steps computed so far
         self._changed = asyncio.Event()
@@ -90,14 +90,15 @@ class LanguageEngine:
 
         Raises InvalidInput, UnknownBundle, ContextGone, Overloaded or Draining.
         """
-        async with self._busy:  # the cache that is reused may be part of the step under way
-            self._check_open()
-            runner, check = self._runner(opening), self._sessions.check
-            if opening.start + len(opening.tokens) > LARGE_OPENING:
-                checked = await asyncio.get_running_loop().run_in_executor(None, check, opening, runner)
-            else:
-                checked = check(opening, runner)
-            session = self._sessions.open(checked, events, peer, self._step)
+        size_bytes = TOKEN_BYTES * len(opening.tokens)
+        self._queue.take(size_bytes)  # of the message, until its tokens are the session's
+        try:
+            async with self._busy:  # the cache that is reused may be part of the step under way
+                self._check_open()
+                checked = await self._check(opening)
+                session = self._sessions.open(checked, events, peer, self._step)
+        finally:
+            self._queue.give(size_bytes)
         events.on_read = partial(self._read, session)
         return session
 
@@ -152,6 +153,13 @@ class LanguageEngine:
                 await self._arrival()
         self._thread.shutdown()
 
+    async def _check(self, opening: Opening) -> CheckedOpening:
+        """A long one is checked in another thread, while no step changes any session."""
+        runner, check = self._runner(opening), self._sessions.check
+        if opening.start + len(opening.tokens) <= LARGE_OPENING:
+            return check(opening, runner)
+        return await asyncio.get_running_loop().run_in_executor(None, check, opening, runner)
+
     def _runner(self, opening: Opening) -> FullRunner | SuffixRunner:
         """Raises UnknownBundle for a handoff of another model."""
         if not opening.handoff:
@@ -181,7 +189,7 @@ class LanguageEngine:
     def _begin(self, session: Session) -> None:
         """Schedule the session's next round; rounds that need no step are answered at once."""
         sequence = session.sequence
-        if self._draining or not session.attached:
+        if (self._draining or not session.attached) and (session.rounds or sequence.scheduled is not None):
             session.rounds.clear()
             sequence.scheduled = None
             self._sessions.settle(session)
@@ -202,11 +210,11 @@ class LanguageEngine:
 
     def _refuse_late(self) -> None:
         """Refuse first rounds of sessions that would wait for longer than they may, and those that have."""
-        waiting = [session for session in self._sessions if session.awaits_first_token]
+        waiting = [session for session in self._sessions.attached if session.awaits_first_token]
         if not waiting:
             return
         backlog, now_s = Backlog(self._decoder.width), time.monotonic()
-        for session in self._sessions:
+        for session in self._sessions.attached:
             if session.admitted and session.backlog:
                 backlog.add(session.peer, session.backlog)
         for session in waiting:
@@ -228,8 +236,9 @@ class LanguageEngine:
 
     def _plan(self) -> list[tuple[Session, int]]:
         """Tokens of each session in the next step; all of them have the same runner. Grants memory on the way."""
-        requests = [request for session in self._sessions if (request := session.memory_request(self._step))]
-        resting = [cache for session in self._sessions if (cache := session.resting_cache(self._step))]
+        attached = self._sessions.attached
+        requests = [request for session in attached if (request := session.memory_request(self._step))]
+        resting = [cache for session in attached if (cache := session.resting_cache(self._step))]
         grants = plan_memory(requests, self._sessions.budget, self._step, resting)
         granted = [self._sessions.carry_out(grant, self._step) for grant in grants]
         by_ticket = {session.ticket: session for session in granted}

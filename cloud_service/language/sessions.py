@@ -62,6 +62,11 @@ class Sessions:
         """False also for a session that was opened again by another stream."""
         return self._by_name.get(session.name) is session
 
+    @property
+    def attached(self) -> list[Session]:
+        """Those that a device is connected to."""
+        return [session for session in self if session.attached]
+
     def check(self, opening: Opening, runner: FullRunner | SuffixRunner) -> CheckedOpening:
         """Changes nothing, so that any thread may call it between two steps.
 

@@ -228,6 +228,24 @@ def test_the_sessions_of_a_connection_are_bounded(scenario: Scenario, monkeypatc
     scenario(play)
 
 
+def test_an_opening_that_waits_for_a_step_is_counted(scenario: Scenario) -> None:
+    async def play(harness: EngineHarness) -> None:
+        (running,) = await opened(harness, range(1), [5, 6, 7], "peer")
+        harness.decoder.gate.clear()
+        running.send()
+        await until(lambda: harness.decoder.inside)
+        before = harness.queue.held_bytes
+        opening = asyncio.create_task(Device(harness, 1, LONG).open())
+        await until(lambda: harness.queue.held_bytes > before)
+        assert harness.queue.held_bytes == before + TOKEN_BYTES * len(LONG)
+        opening.cancel()
+        await asyncio.wait([opening])
+        assert harness.queue.held_bytes == before
+        harness.decoder.gate.set()
+
+    scenario(play)
+
+
 class Unread(tuple[int, ...]):
     """Tokens of which there are too many to be looked at."""
 

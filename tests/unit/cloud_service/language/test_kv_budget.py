@@ -38,6 +38,12 @@ def test_the_unconnected_go_first_then_the_least_recently_used() -> None:
     assert contexts.victims(b"f", 50, keep=(b"c",)) == [b"d", b"b", b"e"]
 
 
+def test_late_ones_are_evicted_after_all_others_the_last_of_them_first() -> None:
+    contexts = ledger((b"a", 25, 1.0, False), (b"b", 25, 2.0, True), (b"c", 25, 9.0, True), (b"d", 25, 8.0, True))
+    assert contexts.victims(b"e", 25, keep=(), late=(b"a", b"b")) == [b"d"]
+    assert contexts.victims(b"e", 100, keep=(), late=(b"a", b"b")) == [b"d", b"c", b"b", b"a"]
+
+
 def test_no_more_are_evicted_than_needed() -> None:
     contexts = ledger((b"a", 50, 1.0, False), (b"b", 50, 2.0, False))
     assert contexts.victims(b"c", 50, keep=()) == [b"a"]
