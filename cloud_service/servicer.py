@@ -119,7 +119,7 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def Generate(
         self, requests: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
-        handler = self._language.new_handler(context.peer())
+        handler = self._language.new_handler(peer_of(context))
         listener = asyncio.create_task(self._listen(requests, handler))
         notice = Draining("the service is shutting down")
         drain_notice = asyncio.create_task(self._notify_drain(handler.events, notice))
