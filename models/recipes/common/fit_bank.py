@@ -73,17 +73,21 @@ def graded(counts_nB: Floats, bank: int) -> Indexes:
 
 def merge(counts_nB: Floats, bank: int) -> Indexes:
     """Labels 0 .. bank - 1 by agglomerative clustering: merges the two groups whose union adds the fewest bits."""
-    sums_nB, bits_n, label_n = counts_nB.copy(), code_length(counts_nB), np.arange(len(counts_nB))
-    extra_nn = np.stack([code_length(row_B + sums_nB) - bits_n for row_B in sums_nB]) - bits_n[:, None]
-    np.fill_diagonal(extra_nn, np.inf)
+    sums_nB = counts_nB[:, counts_nB.any(0)]  # most columns are empty, and cost as much as the others
+    bits_n, label_n = code_length(sums_nB), np.arange(len(sums_nB))
+    extra_nn = np.full((len(sums_nB), len(sums_nB)), np.inf)
+    for row in range(len(sums_nB)):
+        later = slice(row + 1, None)
+        extra_nn[row, later] = code_length(sums_nB[row] + sums_nB[later]) - bits_n[later] - bits_n[row]
+        extra_nn[later, row] = extra_nn[row, later]
     for _ in range(len(sums_nB) - bank):
         retained, gone = divmod(int(extra_nn.argmin()), len(sums_nB))
         sums_nB[retained] += sums_nB[gone]
         bits_n[retained] = code_length(sums_nB[retained])
         label_n[label_n == gone] = retained
-        dead = np.isinf(extra_nn[retained])
-        extra_nn[retained] = extra_nn[:, retained] = np.where(
-            dead, np.inf, code_length(sums_nB[retained] + sums_nB) - bits_n - bits_n[retained]
+        others_n = np.flatnonzero(np.isfinite(extra_nn[retained]))
+        extra_nn[retained, others_n] = extra_nn[others_n, retained] = (
+            code_length(sums_nB[retained] + sums_nB[others_n]) - bits_n[others_n] - bits_n[retained]
         )
         extra_nn[gone] = extra_nn[:, gone] = np.inf
     found: Indexes = np.unique(label_n, return_inverse=True)[1]
