@@ -3,11 +3,13 @@
 closed --failures in a row--> open --probe answered--> half open --request answered--> closed
                                ^------------------------------------request failed------'
 
-A refusal that every request would meet, or a check without an answer, opens it at once.
+A refusal that every request would meet, or a check without an answer, opens it at once. A cloud that is overloaded is
+not lost: that is for the window of requests in flight (`window`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +35,7 @@ class Breaker:
         self._failed = 0
         self._cooldown_s = limits.first_s
         self._trial = False
+        self._counted_s = float("-inf")  # when the last failure was counted
         self.state: State = "open"
         self.probe_at_s = float("-inf")
 
@@ -49,8 +52,14 @@ class Breaker:
             self.state, self._failed, self._trial = "closed", 0, False
             self._cooldown_s = self._limits.first_s
 
-    def record_failure(self, now_s: float) -> None:
-        """A request failed because the cloud is down, late or overloaded."""
+    def record_failure(self, now_s: float, sent_s: float = math.inf) -> None:
+        """A request, sent then, failed because the cloud is down or late.
+
+        Requests in flight together fail together: one that was sent before the last failure says nothing new.
+        """
+        if sent_s < self._counted_s:
+            return
+        self._counted_s = now_s
         self._failed += 1
         if self.state == "half_open" or (self.state == "closed" and self._failed >= self._limits.failures):
             self._open(now_s)
@@ -75,5 +84,6 @@ class Breaker:
 
     def _open(self, now_s: float) -> None:
         self.state, self._failed, self._trial = "open", 0, False
+        self._counted_s = now_s
         self.probe_at_s = now_s + self._cooldown_s
         self._cooldown_s = min(2 * self._cooldown_s, self._limits.last_s)

@@ -35,6 +35,7 @@ class InferStream:
         self._lock = threading.Lock()
         self._late = late
         self._active_s = time.monotonic()  # when the last request was sent or response received
+        self._abandoned = False
         self.ended: IsthmusError | None = None
         self._call: Any = stub.InferStream(self._requests())
         threading.Thread(target=self._read, name="isthmus-infer-stream", daemon=True).start()
@@ -61,6 +62,7 @@ class InferStream:
         with self._lock:
             if self._pending.pop(request_id, None) is not None:
                 self._given_up.add(request_id)
+        self._end_if_abandoned()
 
     def retire(self, reason: IsthmusError) -> None:
         """Send nothing more. Outstanding responses are still delivered."""
@@ -68,10 +70,22 @@ class InferStream:
             self.ended = self.ended or reason
             self._outgoing.put(None)
 
+    def abandon(self) -> None:
+        """Send nothing more, and abort the call when nobody waits for a response any more: it may hang."""
+        self.retire(LinkDown("the stream was given up"))
+        self._abandoned = True
+        self._end_if_abandoned()
+
     def cancel(self) -> None:
         """Abort the call. Every outstanding future fails with LinkDown."""
         self.retire(LinkDown("the stream was cancelled"))
         self._call.cancel()
+
+    def _end_if_abandoned(self) -> None:
+        with self._lock:
+            unused = self._abandoned and not self._pending
+        if unused:
+            self._call.cancel()
 
     def _requests(self) -> Iterator[pb.InferRequest]:
         while (message := self._outgoing.get()) is not None:

@@ -1,10 +1,17 @@
-"""The agent for photos: image -> head -> exit, or codec -> link -> answer, top to bottom."""
+"""The agent for photos: image -> head -> exit, or codec -> link -> answer, top to bottom.
+
+What computes holds one of the device's slots, granted in order of arrival; waiting for the cloud holds none.
+"""
 
 from __future__ import annotations
 
-import math
+import asyncio
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,31 +19,37 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, MODES, EdgeConfig
-from isthmus.edge_agent.policy.estimates import Exploration
-from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan, Situation, describe, plan
+from isthmus.edge_agent.lifetime import Lifetime
+from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan
+from isthmus.edge_agent.slots import FairSlots
 from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.vision.batch import in_order
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_request, task_indices
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
+from isthmus.edge_agent.vision.router import Router
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import AgentClosed, InvalidInput, IsthmusError, LinkDown
+from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Threshold
 
-FALLBACK_RESERVE_S = 0.02  # of the deadline, reserved for the device's own answer after a late cloud
-EXPLORE_LEFT_S = 0.05  # with less time left no excluded route is explored: hardly any link replies so soon
 NEVER = 2.0  # a confidence that no exit reaches
-HEAD_IDLE_AT_MOST = 20  # photos; then the head runs once, so that a wrong estimate of its latency is corrected
+MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
+BATCH_SENT = 4  # photos of a batch under way beside those that are computed, so that the link is used as well
 
 
 class EdgeAgent:
-    """One device's agent for one vision bundle. Safe to call from several threads. Close it, or use it in `with`."""
+    """One device's agent for one vision bundle. Close it, or use it in `with`.
+
+    Safe to call from several threads, in the process that made it: after a fork it raises AgentClosed, and the child
+    makes an agent of its own. Photos beyond what the device computes at once wait for their turn within their deadline.
+    """
 
     def __init__(self, config: EdgeConfig, metrics: EdgeMetrics | None = None) -> None:
         """Open and verify the bundle, warm up the head, and wait up to `connect_s` for the cloud.
@@ -59,9 +72,11 @@ class EdgeAgent:
         described = bundle.manifest.heads[config.precision]
         self._exits = [exit_.name for exit_ in described.exits]
         self.goal = Goal(config.objective, exit_confidence(described.thresholds, config.epsilon))
-        self._head_idle = 0  # photos since the head last ran
-        self._closed = False
-        self._exploration = Exploration(time.monotonic())
+        self._router = Router(self.costs, self._exits)
+        self._slots = FairSlots(compute_slots(config.threads))
+        self._batch = compute_slots(config.threads) + BATCH_SENT
+        self._threads = ThreadPoolExecutor(MAX_THREADS, "isthmus-photo")
+        self._lifetime = Lifetime()
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
         warm_up(self._head, self._codecs, self.costs, blank_CHW)
         self.link = self._connect(bundle.fingerprint)
@@ -74,7 +89,9 @@ class EdgeAgent:
 
     def close(self) -> None:
         """Close the connection to the cloud. Later requests raise AgentClosed."""
-        self._closed = True
+        inherited, self._lifetime.closed = self._lifetime.inherited, True
+        if not inherited:
+            self._threads.shutdown(wait=False, cancel_futures=True)
         if self.link is not None:
             self.link.close()
 
@@ -100,22 +117,84 @@ class EdgeAgent:
         Raises InvalidInput if the photo cannot be read, if a task, tap, width or rate does not exist, or for a deadline
         out of range; AgentClosed after `close`.
         """
-        if self._closed:
-            raise AgentClosed("the agent was closed before this request")
-        request = resolve_request(self.costs.points, self.manifest, self.config, tasks, Overrides(tap, width, rate))
-        state = RequestState(request, self._deadline_s(deadline_s))
-        with state.stage("decode"):
-            image = as_image(photo)
-            pixels_CHW = preprocess(image, self.manifest.preprocessing)
-        step = self._next(state)
-        while step.route == "continue":
-            self._run_segment(state, pixels_CHW)
+        return self._answer_photo(photo, self._begin(deadline_s, tasks, Overrides(tap, width, rate)))
+
+    async def ainfer(
+        self,
+        photo: Photo,
+        deadline_s: float | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        tap: str | None = None,
+        width: float | None = None,
+        rate: int | None = None,
+    ) -> Answer:
+        """As `infer`, for asyncio: the event loop goes on meanwhile.
+
+        A task that is cancelled ends at once; its photo is computed no further, and nothing more is sent for it.
+        """
+        state = self._begin(deadline_s, tasks, Overrides(tap, width, rate))
+        work = partial(self._answer_photo, photo, state)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except asyncio.CancelledError:
+            state.cancelled = True
+            raise
+
+    def infer_many(
+        self,
+        photos: Iterable[Photo],
+        deadline_s: float | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        tap: str | None = None,
+        width: float | None = None,
+        rate: int | None = None,
+    ) -> Iterator[Answer]:
+        """Answers in the order of `photos`, some of which are under way at once, each with a deadline of its own.
+
+        Photos are taken from the iterable as they are needed. Arguments and errors are those of `infer`; an error ends
+        the iteration, with a note that names the photo by its index.
+        """
+        begin = partial(self._begin, deadline_s, tasks, Overrides(tap, width, rate))
+        begin()  # what is wrong for every photo is raised at once
+        return in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
+
+    def _begin(self, deadline_s: float | None, tasks: Sequence[str] | None, overrides: Overrides) -> RequestState:
+        """A request, whose deadline counts from now. Raises AgentClosed, InvalidInput."""
+        self._lifetime.check()
+        request = resolve_request(self.costs.points, self.manifest, self.config, tasks, overrides)
+        return RequestState(request, self._deadline_s(deadline_s))
+
+    def _answer_photo(self, photo: Photo, state: RequestState) -> Answer:
+        """Compute on the device, then send if the route says so. Raises InvalidInput, CancelledError."""
+        with self._computing(state):
+            with state.stage("decode"):
+                image = as_image(photo)
+                pixels_CHW = preprocess(image, self.manifest.preprocessing)
             step = self._next(state)
-        answer = self._execute(step, state, image, pixels_CHW)
+            while step.route == "continue":
+                state.raise_if_cancelled()
+                self._run_segment(state, pixels_CHW)
+                step = self._next(state)
+            done = self._compute_step(step, state, image, pixels_CHW)
+        answer = self._send(done, step, state, pixels_CHW) if isinstance(done, tuple) else done
         if self.metrics:
             self.metrics.answered(answer)
             self.metrics.link(self.link)
         return answer
+
+    @contextmanager
+    def _computing(self, state: RequestState, urgent: bool = False) -> Iterator[None]:
+        """One of the device's slots, in order of arrival; `urgent` for a photo that had one before."""
+        if not self._slots.acquire(0):
+            with state.stage("wait"):
+                self._slots.acquire(urgent=urgent)
+        try:
+            state.raise_if_cancelled()
+            yield
+        finally:
+            self._slots.release()
 
     def _deadline_s(self, requested_s: float | None) -> float:
         """Of one request. Raises InvalidInput for one that the settings would refuse."""
@@ -136,70 +215,13 @@ class EdgeAgent:
         return link
 
     def _next(self, state: RequestState) -> RoutePlan:
-        """The next step: fixed by the mode, or else planned by the policy."""
-        if (step := self._fixed_by_mode(state)) is not None:
-            return step
-        passed, situation = len(state.exits), self._situation(state)
-        step = plan(situation, self.goal)
-        if step.route == "fallback" and not situation.cloud_refused and situation.left_s >= EXPLORE_LEFT_S:
-            step = self._explored(step, situation)
-        if state.request.no_exit is not None:
-            return step
-        if passed:
-            self.costs.exit_share[passed - 1].observe(step.route == "exit")
-        elif step.route in ("offload", "split"):
-            self._head_idle += 1
-            if self._head_idle >= HEAD_IDLE_AT_MOST:
-                return RoutePlan("continue", f"{step.why}; but the head did not run for {self._head_idle} photos")
-        return step
-
-    def _explored(self, step: RoutePlan, situation: Situation) -> RoutePlan:
-        """`step`, which is to fall back, or now and then the quickest route in spite of its estimate."""
-        sendable = [route for route in situation.routes if route.route != "continue"]
-        if not sendable or not self._exploration.due(time.monotonic()):
-            return step
-        best = min(sendable, key=lambda route: route.seconds)
-        return RoutePlan(best.route, f"{step.why}; sent all the same, to measure: {describe(best)}", best.point)
-
-    def _fixed_by_mode(self, state: RequestState) -> RoutePlan | None:
-        """The next step where the mode leaves no choice, else None."""
-        mode, request, passed = self.config.mode, state.request, len(state.exits)
-        if request.forced_split:
-            return None
-        if mode == "offload" and not passed:
-            return RoutePlan("offload", "mode offload")
-        if mode != "edge":
-            return None
-        if passed < self._head.exits:
-            return RoutePlan("continue", "mode edge")
-        return (
-            RoutePlan("fallback", f"mode edge; {request.no_exit}")
-            if request.no_exit
-            else RoutePlan("exit", "mode edge")
-        )
-
-    def _situation(self, state: RequestState) -> Situation:
-        passed, request = len(state.exits), state.request
         refused = "no cloud is configured" if self.link is None else self.link.unavailable_reason()
-        estimate = self.link.estimate if self.link and refused is None else None
-        return Situation(
-            exit_name=self._exits[passed - 1] if passed else None,
-            confidence=float(state.exits[-1].max()) if passed else None,
-            routes=self.costs.routes(passed, estimate, request),
-            left_s=math.inf if request.forced_split else self._cloud_left_s(state),
-            cloud_refused=refused,
-            no_exit=request.no_exit,
-        )
-
-    def _cloud_left_s(self, state: RequestState) -> float:
-        """Seconds that the cloud has: up to the deadline, less what the device needs for its own answer afterwards."""
-        own_s = FALLBACK_RESERVE_S if state.exits else FALLBACK_RESERVE_S + self.costs.segment_s[0].value
-        return state.left_s - own_s
+        return self._router.next(state, self.config.mode, self.goal, self.link.estimate if self.link else None, refused)
 
     def _run_segment(self, state: RequestState, pixels_CHW: Floats) -> None:
         """Run the next segment of the head and its exit."""
         index = len(state.exits)
-        self._head_idle = 0
+        self._router.head_ran()
         before_ms = state.stage_ms.get("head", 0.0)
         with state.stage("head"):
             source_CHW = pixels_CHW if state.features is None else state.features
@@ -209,32 +231,44 @@ class EdgeAgent:
         if self.metrics:
             self.metrics.passed(self._exits[index], float(probabilities_K.max()))
 
-    def _execute(self, step: RoutePlan, state: RequestState, image: Image.Image, pixels_CHW: Floats) -> Answer:
-        """The answer that the last step leads to; the best exit's if the cloud fails."""
+    def _compute_step(
+        self, step: RoutePlan, state: RequestState, image: Image.Image, pixels_CHW: Floats
+    ) -> Answer | tuple[OperatingPoint | None, Payload]:
+        """The device's own answer, or the payload to send; of which operating point, None for a whole image."""
         if step.route == "exit":
             return self._answer_locally(step.why, state, pixels_CHW, None)
         if step.route == "fallback":
             cloud_out = self.link is None or self.link.unavailable_reason() is not None
             return self._answer_locally(step.why, state, pixels_CHW, "cloud_down" if cloud_out else "deadline")
-        tasks = tuple(sorted(state.request.tasks))
         try:
             if step.point is None:
-                point, payload = None, self._payloads.whole_image(state, image, self.config.whole_image)
-            else:
-                point, payload = self._payloads.bottleneck(state, step.point, pixels_CHW)
-            reply = self._send(payload, tasks, state)
+                return None, self._payloads.whole_image(state, image, self.config.whole_image)
+            return self._payloads.bottleneck(state, step.point, pixels_CHW)
         except IsthmusError as error:
             return self._answer_locally(f"{step.why}; but {error}", state, pixels_CHW, degraded_reason(error))
+
+    def _send(
+        self, encoded: tuple[OperatingPoint | None, Payload], step: RoutePlan, state: RequestState, pixels_CHW: Floats
+    ) -> Answer:
+        """The cloud's answer; the best exit's if the cloud fails or is late."""
+        point, payload = encoded
+        tasks = tuple(sorted(state.request.tasks))
+        state.raise_if_cancelled()
+        try:
+            reply = self._exchange(payload, tasks, state)
+        except IsthmusError as error:
+            with self._computing(state, urgent=True) if not state.exits else nullcontext():
+                return self._answer_locally(f"{step.why}; but {error}", state, pixels_CHW, degraded_reason(error))
         answers = dict(zip(tasks, map(np.array, reply.probabilities), strict=True))
         return self._answer("split" if point else "offload", answers, state, step.why, point)
 
-    def _send(self, payload: Payload, tasks: tuple[int, ...], state: RequestState) -> CloudReply:
+    def _exchange(self, payload: Payload, tasks: tuple[int, ...], state: RequestState) -> CloudReply:
         """The cloud's reply; its bytes and times go into `state` and the cost model."""
         if self.link is None:
             raise LinkDown("no cloud is configured")
         with state.stage("cloud"):
-            exchange = self.link.infer(payload, self._cloud_left_s(state), tasks, state.add_up_bytes)
-        self._exploration.replied()
+            exchange = self.link.infer(payload, self._router.cloud_left_s(state), tasks, state.add_up_bytes)
+        self._router.replied()
         reply = exchange.reply
         state.down_bytes = exchange.down_bytes
         state.stage_ms["cloud_queue"] = 1000 * reply.queue_s
@@ -273,6 +307,12 @@ class EdgeAgent:
             cost_usd=self.config.prices.usd(state.up_bytes, state.cloud_s, state.device_s),
             why=why,
         )
+
+
+def compute_slots(threads: int) -> int:
+    """Photos that are computed at once: as many as fill the cores and one more, since decoding uses one core only."""
+    cores = os.cpu_count() or 1
+    return 1 + cores // (min(threads, cores) or cores)
 
 
 def exit_confidence(thresholds: Sequence[Threshold], epsilon: float) -> float:

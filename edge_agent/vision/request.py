@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,11 +59,17 @@ class RequestState:
         self.features: Floats | None = None
         self.up_bytes = 0
         self.down_bytes = 0
+        self.cancelled = False  # nobody waits for the answer any more
 
     @property
     def left_s(self) -> float:
         """Seconds until the deadline."""
         return self.deadline_s - time.monotonic()
+
+    @property
+    def waited(self) -> bool:
+        """Whether other photos of this device were served first."""
+        return "wait" in self.stage_ms
 
     @property
     def device_s(self) -> float:
@@ -73,6 +80,11 @@ class RequestState:
     def cloud_s(self) -> float:
         """Seconds that the cloud has computed for this request."""
         return self.stage_ms.get("cloud_compute", 0.0) / 1000
+
+    def raise_if_cancelled(self) -> None:
+        """Raises CancelledError if nobody waits for the answer any more."""
+        if self.cancelled:
+            raise CancelledError
 
     def add_up_bytes(self, size: int) -> None:
         """Count a message that was sent."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.transport.link import Exchange
+from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.models.bundle.files import write_bundle
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle

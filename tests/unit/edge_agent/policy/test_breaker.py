@@ -154,3 +154,16 @@ def test_a_trip_opens_at_once_and_a_second_one_changes_nothing() -> None:
     breaker.trip(5.0)
     breaker.trip(5.5)
     assert (breaker.state, breaker.probe_at_s) == ("open", 6.0)
+
+
+def test_requests_in_flight_together_fail_together_and_count_once() -> None:
+    breaker = closed()
+    for now_s in (5.0, 5.1, 5.2, 5.3):
+        breaker.record_failure(now_s, sent_s=4.0)
+    assert breaker.state == "closed"
+    breaker.record_failure(6.0, sent_s=5.5)
+    breaker.record_failure(7.0, sent_s=6.5)
+    assert breaker.state == "open"
+    breaker.record_probe(True, 8.0)
+    breaker.record_failure(8.5, sent_s=6.9)
+    assert breaker.state == "half_open", "it was sent before the breaker opened"

@@ -356,7 +356,7 @@ def test_a_recorded_failure_opens_the_breaker_until_a_probe(cloud: Cloud, link: 
 
 def test_a_stream_updates_the_estimate_of_its_link(link: Link, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(link._estimator, "observe", lambda up_bytes, seconds: sizes.append(up_bytes))
+    monkeypatch.setattr(link._health._estimator, "observe", lambda up_bytes, seconds: sizes.append(up_bytes))
     opened = link.open_generate_stream()
     opened.open(OPENING)
     opened.send(Round(3))

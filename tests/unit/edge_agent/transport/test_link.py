@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.edge_agent.transport import link as module
+from isthmus.edge_agent.transport import exchanges, health
 from isthmus.edge_agent.transport.infer_stream import InferStream
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import (
@@ -25,6 +25,7 @@ from isthmus.models.errors import (
     Overloaded,
     PayloadCorrupt,
     PayloadTooLarge,
+    ServiceError,
     UnknownBundle,
     UnsupportedVersion,
 )
@@ -123,7 +124,9 @@ def test_a_reply_comes_with_its_bytes_and_one_stream_is_kept(cloud: Cloud, link:
 
 def test_the_clouds_own_time_is_no_part_of_the_links(cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     observed: list[tuple[int, float]] = []
-    monkeypatch.setattr(link._estimator, "observe", lambda up_bytes, seconds: observed.append((up_bytes, seconds)))
+    monkeypatch.setattr(
+        link._health._estimator, "observe", lambda up_bytes, seconds: observed.append((up_bytes, seconds))
+    )
     reply = CloudReply(((0.25, 0.75),), queue_s=64.0, compute_s=32.0)
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, reply)]
     exchange = link.infer(PAYLOAD, 5.0)
@@ -152,7 +155,7 @@ def test_answers_to_other_tasks_than_requested_are_refused(
 
 
 def test_request_ids_wrap_around_before_they_cost_more_bytes(cloud: Cloud, link: Link) -> None:
-    link._next_id = limits.MAX_REQUEST_ID - 1
+    link._exchanges._next_id = limits.MAX_REQUEST_ID - 1
     for _ in range(2):
         link.infer(PAYLOAD, 5.0)
     assert [request.request_id for request in cloud.servicer.requests] == [limits.MAX_REQUEST_ID, 1]
@@ -244,9 +247,9 @@ def test_a_stream_that_ends_while_a_request_is_sent_loses_no_request(
 def test_after_failures_in_a_row_nothing_is_sent(cloud: Cloud, link: Link) -> None:
     link.infer(PAYLOAD, 5.0)
     cloud.servicer.fingerprint = bytes(32)  # so that the probes keep failing
-    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full"))]
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, ServiceError("broken"))]
     for _ in range(3):
-        with pytest.raises(Overloaded):
+        with pytest.raises(ServiceError):
             link.infer(PAYLOAD, 5.0)
     assert link.state == "open"
     sent = len(cloud.servicer.requests)
@@ -258,9 +261,9 @@ def test_after_failures_in_a_row_nothing_is_sent(cloud: Cloud, link: Link) -> No
 
 def test_a_probe_finds_the_cloud_again(cloud: Cloud, link: Link) -> None:
     link.infer(PAYLOAD, 5.0)
-    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full"))]
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, ServiceError("broken"))]
     for _ in range(3):
-        with pytest.raises(Overloaded):
+        with pytest.raises(ServiceError):
             link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = good
     until(lambda: link.state == "half_open")
@@ -314,7 +317,7 @@ def test_an_interrupted_request_does_not_keep_the_trial(
 
     assert link.state == "half_open"
     with monkeypatch.context() as patch:
-        patch.setattr(link, "_exchange", interrupted)
+        patch.setattr(link._exchanges, "_exchange", interrupted)
         with pytest.raises(KeyboardInterrupt):
             link.infer(PAYLOAD, 5.0)
     until(lambda: link.state == "half_open")
@@ -359,12 +362,12 @@ def test_an_idle_stream_is_half_closed_and_the_next_request_opens_another(
 ) -> None:
     monkeypatch.setattr(limits, "IDLE_STREAM_S", 0.05)
     link.infer(PAYLOAD, 5.0)
-    stream = link._stream
+    stream = link._exchanges._stream
     assert stream is not None
-    link._wake.set()
+    link._health.wake.set()
     time.sleep(0.1)
-    link._wake.set()
-    until(lambda: link._stream is None)
+    link._health.wake.set()
+    until(lambda: link._exchanges._stream is None)
     until(lambda: cloud.servicer.ended == 1)
     assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
     assert (cloud.servicer.streams, link.state) == (2, "closed")
@@ -389,7 +392,7 @@ def test_deadlines_too_short_for_any_cloud_open_no_breaker(cloud: Cloud, link: L
 def test_deadlines_too_short_to_tell_let_a_check_find_a_lost_cloud(
     cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PROBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 0.3)
     link.infer(PAYLOAD, 5.0)
     cloud.servicer.react = hanging
     cloud.servicer.described.clear()
@@ -408,7 +411,7 @@ def test_a_request_that_was_not_sent_keeps_no_trial_and_proves_nothing(
 
     assert link.state == "half_open"
     with monkeypatch.context() as patch:
-        patch.setattr(module.wire, "pack_request", refuse)
+        patch.setattr(exchanges.wire, "pack_request", refuse)
         with pytest.raises(PayloadTooLarge):
             link.infer(PAYLOAD, 5.0)
     assert link.state == "half_open"
@@ -456,3 +459,90 @@ def test_a_refusal_that_would_repeat_closes_the_way_until_describe_says_otherwis
     cloud.servicer.fingerprint, cloud.servicer.react = FINGERPRINT, good
     until(lambda: link.state == "half_open")
     assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+
+
+@pytest.mark.parametrize("error", [Overloaded, DeadlineExceeded])
+def test_a_cloud_that_says_it_has_too_much_to_do_is_not_lost(
+    cloud: Cloud, link: Link, error: type[IsthmusError]
+) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, error("full"))]
+    for _ in range(6):
+        with pytest.raises(error):
+            link.infer(PAYLOAD, 5.0)
+    assert (link.state, link._health._window.size) == ("closed", 1)
+
+
+def test_requests_that_are_late_beside_others_in_time_open_no_breaker(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    sent: list[int] = []
+
+    def last_in_time(request: pb.InferRequest) -> list[pb.InferResponse]:
+        sent.append(request.request_id)
+        return good(request) if len(sent) == 6 else []
+
+    cloud.servicer.react = last_in_time
+    with ThreadPoolExecutor(6) as threads:
+        calls = [threads.submit(link.infer, PAYLOAD, 0.5) for _ in range(5)]
+        until(lambda: len(sent) == 5)
+        link.infer(PAYLOAD, 5.0)
+        assert [type(call.exception(30)) for call in calls] == [DeadlineExceeded] * 5
+    assert (link.state, link._health._window.size) == ("closed", 4), "one decrease for all that were sent before it"
+
+
+def test_requests_that_fail_together_count_once(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.react = hanging
+    with ThreadPoolExecutor(6) as threads:
+        calls = [threads.submit(link.infer, PAYLOAD, 0.3) for _ in range(6)]
+        assert [type(call.exception(30)) for call in calls] == [DeadlineExceeded] * 6
+    assert link.state == "closed"
+    for _ in range(2):
+        assert link.state == "closed"
+        with pytest.raises(DeadlineExceeded):
+            link.infer(PAYLOAD, 0.3)
+    assert link.state == "open", "the third failure in a row"
+
+
+def test_work_under_way_is_not_cancelled_when_the_breaker_opens(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    stream = link._exchanges._stream
+    assert stream is not None
+    release, first = threading.Event(), threading.Event()
+
+    def slow(request: pb.InferRequest) -> list[pb.InferResponse]:
+        first.set()
+        release.wait(10)
+        return good(request)
+
+    cloud.servicer.react = slow
+    cloud.servicer.fingerprint = bytes(32)  # so that the probes keep failing
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(link.infer, PAYLOAD, 30.0)
+        assert first.wait(10)
+        for _ in range(3):
+            link.record_failure("another request failed")
+        assert link.state == "open"
+        release.set()
+        assert call.result(30).reply.probabilities == ((0.25, 0.75),)
+    until(lambda: not stream._call.is_active())  # and then the stream is given up
+
+
+def test_no_more_requests_are_in_flight_than_the_window_has_room_for(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    arrived: list[int] = []
+
+    def slow(request: pb.InferRequest) -> list[pb.InferResponse]:
+        arrived.append(request.request_id)
+        return []
+
+    cloud.servicer.react = slow
+    with ThreadPoolExecutor(8) as threads:
+        calls = [threads.submit(link.infer, PAYLOAD, 60.0) for _ in range(8)]
+        until(lambda: len(arrived) == 8)
+        for _ in range(3):
+            with pytest.raises(Overloaded, match="in flight"):
+                link.infer(PAYLOAD, 0.1)
+        assert (len(arrived), link.state) == (8, "closed")
+        link.close()
+        assert [type(call.exception(30)) for call in calls] == [LinkDown] * 8

@@ -20,11 +20,12 @@ from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.policy.estimates import EXPLORE_EVERY, LinkEstimate
 from isthmus.edge_agent.policy.prices import Prices
-from isthmus.edge_agent.transport.link import Exchange
-from isthmus.edge_agent.vision.agent import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
+from isthmus.edge_agent.transport.exchanges import Exchange
+from isthmus.edge_agent.vision.agent import NEVER, exit_confidence
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.metrics import REASONS, EdgeMetrics
 from isthmus.edge_agent.vision.result import TaskAnswer
+from isthmus.edge_agent.vision.router import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST
 from isthmus.models.errors import (
     AgentClosed,
     DeadlineExceeded,

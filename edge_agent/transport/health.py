@@ -1,0 +1,179 @@
+"""What replies, failures and probes say about one cloud: the circuit breaker, the link's estimate, the window.
+
+    lost      no reply, a broken stream, a reply that cannot be right -> the breaker, which opens after a few
+    overload  a refusal for want of room, late beside replies in time -> the window of requests in flight, halved
+    nothing   not sent, or too little time for any cloud              -> a check by the prober
+
+Safe to call from several threads. Knows nothing about gRPC.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from isthmus.edge_agent.policy.breaker import Breaker, BreakerLimits, State
+from isthmus.edge_agent.policy.estimates import LinkEstimate, LinkEstimator
+from isthmus.edge_agent.policy.window import Window
+from isthmus.edge_agent.slots import FairSlots
+from isthmus.models.errors import (
+    CallerError,
+    DeadlineExceeded,
+    LinkDown,
+    LinkError,
+    Overloaded,
+    Refused,
+    ServiceError,
+)
+
+PROBE_TIMEOUT_S = 2.0
+FAIR_WAIT_S = 0.1  # a shorter wait without a reply says nothing about the cloud, whatever the estimate of the link
+CHECK_INTERVAL_S = 2.0  # between checks of a cloud that did not reply within waits too short to count
+NOT_ANSWERING = "the cloud is not answering"
+
+
+class Attempt:
+    """One request: the seconds it may take, when it was first sent, what was sent, and whether the cloud replied."""
+
+    def __init__(self, budget_s: float, on_sent: Callable[[int], None] = lambda up_bytes: None) -> None:
+        """Begins now. `on_sent` is called with the bytes of each message sent."""
+        self.deadline_s = time.monotonic() + budget_s
+        self.budget_s = budget_s  # of the wait for a reply, from the moment when it may be sent
+        self.sent_s: float | None = None
+        self.up_bytes = 0
+        self.replied = False
+        self._on_sent = on_sent
+
+    def admitted(self) -> None:
+        """It has a slot: what is left of its time is for the exchange."""
+        self.budget_s = self.deadline_s - time.monotonic()
+
+    def sent(self, up_bytes: int) -> None:
+        """One message of it was sent."""
+        self.sent_s = time.monotonic() if self.sent_s is None else self.sent_s
+        self.up_bytes += up_bytes
+        self._on_sent(up_bytes)
+
+
+class CloudHealth:
+    """Starts without a cloud: the first probe decides whether it may be used."""
+
+    def __init__(self, breaker: BreakerLimits, opened: Callable[[], None] = lambda: None) -> None:
+        """`opened` is called when the breaker opens."""
+        self._lock = threading.Lock()
+        self._breaker = Breaker(breaker)
+        self._estimator = LinkEstimator()
+        self._window = Window()
+        self._opened = opened
+        self._answered_s = self._checked_s = float("-inf")  # when a request was last answered, the cloud checked
+        self._suspected = False  # of being lost: some replies did not come, within waits too short to count
+        self.slots = FairSlots(self._window.size)  # of requests in flight
+        self.wake = threading.Event()  # the prober may have something to do
+        self.refusal: str | None = "the cloud has not answered yet"
+
+    @property
+    def state(self) -> State:
+        return self._breaker.state
+
+    @property
+    def estimate(self) -> LinkEstimate:
+        with self._lock:
+            return self._estimator.estimate
+
+    def admit(self) -> None:
+        """Raises LinkDown unless a request may be sent now."""
+        with self._lock:
+            if not self._breaker.allow_request():
+                raise LinkDown(self.refusal or "the cloud is being tried with another request")
+
+    def record_answer(self, up_bytes: int = 0, elapsed_s: float | None = None) -> None:
+        """A request was answered after `elapsed_s` without the cloud's own time; None if that is not known."""
+        with self._lock:
+            self._breaker.record_success()
+            self._answered_s = time.monotonic()
+            self._window.answered(self.slots.full)
+            if elapsed_s is not None:
+                self._estimator.observe(up_bytes, elapsed_s)
+        self.slots.resize(self._window.size)
+
+    def record_error(self, error: BaseException, attempt: Attempt) -> None:
+        """What the error of a request says about the cloud, which may be nothing."""
+        if isinstance(error, Refused):
+            self.trip(str(error))
+        elif attempt.sent_s is None and not isinstance(error, LinkError | ServiceError):
+            self._record_nothing(suspected=False)
+        elif self._overloaded(error, attempt):
+            self._record_overload(attempt)
+        elif isinstance(error, DeadlineExceeded) and attempt.budget_s < self._fair_wait_s(attempt.up_bytes):
+            self._record_nothing(suspected=attempt.up_bytes > 0)
+        elif isinstance(error, CallerError):
+            with self._lock:
+                self._breaker.record_success()  # the cloud works, the request was at fault
+        else:
+            self.record_failure(str(error) or type(error).__name__, attempt.sent_s)
+
+    def record_failure(self, reason: str, sent_s: float | None = None) -> None:
+        """A request failed because the cloud is down, or late with everything."""
+        self._record(reason, lambda now_s: self._breaker.record_failure(now_s, now_s if sent_s is None else sent_s))
+
+    def trip(self, reason: str) -> None:
+        """Send nothing more until a probe finds that the cloud serves this device."""
+        self._record(reason, self._breaker.trip)
+
+    def record_probe(self, refusal: str | None, measured: Iterable[tuple[float, int]] = ()) -> None:
+        """A probe was answered, with seconds and bytes `measured`, or failed with `refusal`."""
+        with self._lock:
+            for seconds, size in measured:
+                self._estimator.observe(size, seconds)
+            self.refusal = refusal
+            self._breaker.record_probe(refusal is None, time.monotonic())
+
+    def probe_wait_s(self) -> float:
+        """Seconds until the next probe is due; infinite unless the breaker is open."""
+        with self._lock:
+            due_s = self._breaker.probe_at_s if self._breaker.state == "open" else float("inf")
+        return due_s - time.monotonic()
+
+    def take_check(self) -> bool:
+        """Whether a cloud that may be lost is to be checked now."""
+        with self._lock:
+            due = self._suspected and time.monotonic() - self._checked_s > CHECK_INTERVAL_S
+            if due:
+                self._suspected, self._checked_s = False, time.monotonic()
+            return due
+
+    def _overloaded(self, error: BaseException, attempt: Attempt) -> bool:
+        """Whether the cloud is alive and has too much to do: it says so, or others were answered meanwhile."""
+        if isinstance(error, Overloaded) or (isinstance(error, DeadlineExceeded) and attempt.replied):
+            return True
+        sent_s = attempt.sent_s
+        return isinstance(error, DeadlineExceeded) and sent_s is not None and self._answered_s > sent_s
+
+    def _record_overload(self, attempt: Attempt) -> None:
+        now_s = time.monotonic()
+        with self._lock:
+            self._breaker.record_success()
+            self._window.overloaded(now_s if attempt.sent_s is None else attempt.sent_s, now_s)
+        self.slots.resize(self._window.size)
+
+    def _record_nothing(self, suspected: bool) -> None:
+        with self._lock:
+            self._breaker.record_nothing()
+            self._suspected = self._suspected or suspected
+        self.wake.set()
+
+    def _fair_wait_s(self, up_bytes: int) -> float:
+        """A wait that a working cloud rarely exceeds; bounded, since the estimate may be wrong."""
+        return min(max(FAIR_WAIT_S, 2 * self.estimate.transfer_s(up_bytes)), PROBE_TIMEOUT_S)
+
+    def _record(self, reason: str, record: Callable[[float], None]) -> None:
+        """A failure. If it opens the breaker, `reason` is the refusal."""
+        with self._lock:
+            record(time.monotonic())
+            opened = self._breaker.state == "open"
+            if opened:
+                self.refusal = reason
+        if opened:
+            self._opened()
+        self.wake.set()

@@ -1,0 +1,100 @@
+"""A thread that asks a cloud for signs of life: probes while the circuit breaker is open, checks of a suspected one.
+
+It also half-closes streams that nobody uses.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+
+from isthmus.edge_agent.transport import health
+from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, rpc_error
+from isthmus.edge_agent.transport.health import CloudHealth
+from isthmus.models.errors import IsthmusError, UnknownBundle
+from isthmus.protos import limits, wire
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+
+IDLE_CHECK_S = limits.IDLE_STREAM_S / 2
+PROBE_BYTES = 8192  # enough to measure the bandwidth of a thin link: 33 ms at 2 Mbit/s
+
+
+class Prober:
+    """Starts at once."""
+
+    def __init__(
+        self, stub: pb_grpc.IsthmusStub, fingerprint: bytes, cloud: CloudHealth, retire_idle: Callable[[], None]
+    ) -> None:
+        """`fingerprint` is what the cloud must hold. `retire_idle` is called now and then."""
+        self._stub, self._fingerprint, self._cloud, self._retire_idle = stub, fingerprint, cloud, retire_idle
+        self._probed = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="isthmus-probe", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the first probe."""
+        self._probed.wait(timeout_s)
+
+    def alive(self, timeout_s: float) -> bool:
+        """Whether the cloud answers a Describe within `timeout_s`, which tells a slow cloud from a lost one."""
+        try:
+            self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed = True
+        self._cloud.wake.set()
+        self._thread.join(health.PROBE_TIMEOUT_S + 1)
+
+    def _run(self) -> None:
+        while not self._closed:
+            wait_s = self._cloud.probe_wait_s()
+            self._retire_idle()
+            if wait_s <= 0:
+                self._probe()
+            elif self._cloud.take_check():
+                self._check()
+            elif self._cloud.wake.wait(min(wait_s, IDLE_CHECK_S) * random.uniform(0.9, 1.1)):  # spread many devices'
+                self._cloud.wake.clear()
+
+    def _check(self) -> None:
+        """Ask a cloud that may be lost for a sign of life. Without one the breaker opens."""
+        try:
+            self._describe(0)
+        except IsthmusError as error:
+            self._cloud.trip(str(error))
+
+    def _probe(self) -> None:
+        try:
+            self._describe(0)  # connects: the set-up would count as round trip
+            measured = self._describe(0), self._describe(PROBE_BYTES)
+        except IsthmusError as error:
+            self._cloud.record_probe(str(error))
+        else:
+            self._cloud.record_probe(None, measured)
+        self._probed.set()
+
+    def _describe(self, padding: int) -> tuple[float, int]:
+        """Seconds and bytes of one Describe. Raises UnknownBundle unless the cloud holds the bundle or model."""
+        request = pb.DescribeRequest(padding=random.randbytes(padding))
+        started_s = time.monotonic()
+        try:
+            message = self._stub.Describe(request, timeout=health.PROBE_TIMEOUT_S)
+        except grpc.RpcError as failure:
+            raise rpc_error(failure) from failure
+        elapsed_s = time.monotonic() - started_s
+        info = wire.unpack_service(message)
+        offered = [*((b.name, b.fingerprint) for b in info.bundles), *((m.name, m.fingerprint) for m in info.models)]
+        if self._fingerprint not in {fingerprint for _, fingerprint in offered}:
+            held = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in offered)
+            raise UnknownBundle(f"the cloud does not hold bundle {self._fingerprint.hex()[:12]}, it holds {held}")
+        return elapsed_s, request.ByteSize() + GRPC_PREFIX_BYTES
