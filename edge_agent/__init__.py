@@ -3,28 +3,62 @@
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 with EdgeAgent(EdgeConfig(bundle="photos", cloud="cloud:50051")) as agent:
     print(agent.infer("photo.jpg").label)
+
+from isthmus.edge_agent import LanguageAgent, LanguageConfig
+with LanguageAgent(LanguageConfig(model="smollm2", clouds=("cloud:50051",))) as agent:
+    print(agent.answer("What is a suspension bridge?").text)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from isthmus.edge_agent.config import EdgeConfig
+    from isthmus.edge_agent.config import EdgeConfig, LanguageConfig
+    from isthmus.edge_agent.language.agent import LanguageAgent
+    from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
+    from isthmus.edge_agent.language.text import TextAnswer
     from isthmus.edge_agent.vision.agent import EdgeAgent
     from isthmus.edge_agent.vision.result import Answer, TaskAnswer
+    from isthmus.models.messages import Sampling
 
-__all__ = ["Answer", "EdgeAgent", "EdgeConfig", "TaskAnswer"]
+    __version__: str
+
+__all__ = [
+    "Answer",
+    "EdgeAgent",
+    "EdgeConfig",
+    "GenerationRequest",
+    "LanguageAgent",
+    "LanguageConfig",
+    "Sampling",
+    "Summary",
+    "TaskAnswer",
+    "TextAnswer",
+    "Token",
+    "__version__",
+]
 
 MODULES = {
-    "Answer": "vision.result",
-    "EdgeAgent": "vision.agent",
-    "EdgeConfig": "config",
-    "TaskAnswer": "vision.result",
+    "Answer": "edge_agent.vision.result",
+    "EdgeAgent": "edge_agent.vision.agent",
+    "EdgeConfig": "edge_agent.config",
+    "GenerationRequest": "edge_agent.language.request",
+    "LanguageAgent": "edge_agent.language.agent",
+    "LanguageConfig": "edge_agent.config",
+    "Sampling": "models.messages",
+    "Summary": "edge_agent.language.request",
+    "TaskAnswer": "edge_agent.vision.result",
+    "TextAnswer": "edge_agent.language.text",
+    "Token": "edge_agent.language.request",
 }
 
 
 def __getattr__(name: str) -> object:
     """Public names on first use: `edge-agent --help` and `isthmus pull` do without ONNX Runtime."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("isthmus")
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    return getattr(import_module(f"isthmus.{MODULES[name]}"), name)

@@ -16,7 +16,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from isthmus.models.errors import InvalidInput, InvalidReply, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
+from isthmus.models.errors import (
+    InvalidInput,
+    InvalidReply,
+    PayloadCorrupt,
+    PayloadTooLarge,
+    PeerError,
+    UnsupportedVersion,
+)
 from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
 from isthmus.protos import limits
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
@@ -166,17 +173,21 @@ def pack_generate_error(error: Exception) -> pb.GenerateResponse:
 
 
 def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
-    """Raises the error that the response carries, or InvalidInput for tokens that the model does not have."""
+    """Raises the error that the response carries, or InvalidReply for tokens that the model does not have.
+
+    What the device sent was whole: a service that found it corrupt is at fault, or the way there, and not the caller.
+    """
     if (found := reply_checksum(message)) != message.crc32:
         raise InvalidReply(f"CRC-32 of the reply is {found:08x}, the reply says {message.crc32:08x}")
     if message.HasField("error"):
-        raise unpack_failure(message.error)
+        error = unpack_failure(message.error)
+        raise PeerError(str(error)) if isinstance(error, PayloadCorrupt) else error
     if message.accepted > limits.MAX_DRAFT or len(message.tokens) > limits.MAX_TOKENS:
-        raise InvalidInput("the cloud committed more tokens than a round allows")
+        raise InvalidReply("the cloud committed more tokens than a round allows")
     if any(id_ >= vocab for id_ in message.tokens):
-        raise InvalidInput(f"the cloud sent a token outside the vocabulary of {vocab}")
+        raise InvalidReply(f"the cloud sent a token outside the vocabulary of {vocab}")
     if len(message.logprobs) > message.accepted + len(message.tokens):
-        raise InvalidInput("the cloud sent more log probabilities than committed tokens")
+        raise InvalidReply("the cloud sent more log probabilities than committed tokens")
     return Committed(
         base=message.base,
         accepted=message.accepted,
@@ -193,9 +204,9 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
 def unpack_logprobs(row: pb.Logprobs, vocab: int) -> Logprobs:
     values = [row.own, *row.values]
     if not len(row.tokens) == len(row.values) <= limits.MAX_LOGPROBS or any(id_ >= vocab for id_ in row.tokens):
-        raise InvalidInput("the cloud sent log probabilities of unknown tokens")
+        raise InvalidReply("the cloud sent log probabilities of unknown tokens")
     if not all(math.isfinite(value) and value <= 1e-3 for value in values):
-        raise InvalidInput("the cloud sent values that are not log probabilities")
+        raise InvalidReply("the cloud sent values that are not log probabilities")
     return Logprobs(row.own, tuple(zip(row.tokens, row.values, strict=True)))
 
 

@@ -24,7 +24,9 @@ from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.language.router import Router
-from isthmus.edge_agent.policy.arms import Arm
+from isthmus.edge_agent.language.text import TextInterface
+from isthmus.edge_agent.lifetime import Lifetime
+from isthmus.edge_agent.policy.arms import ARMS, Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.transport.link import Link
 from isthmus.models.errors import AnswerCancelled, BundleError, ContextExceeded, InvalidInput
@@ -38,12 +40,19 @@ BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
 WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
 
-class LanguageAgent:
-    """One model on the device, and the clouds that hold the large one. Answers from several threads at once."""
+class LanguageAgent(TextInterface):
+    """One model on the device, and the clouds that hold the large one. Close it, or use it in `with`.
+
+    Answers from several threads at once, in the process that made it: after a fork it raises AgentClosed, and the child
+    makes an agent of its own.
+    """
 
     def __init__(self, config: LanguageConfig, metrics: LanguageMetrics | None = None) -> None:
         """Raises BundleError, InvalidInput."""
+        if not isinstance(config, LanguageConfig):
+            raise InvalidInput(f"config is {type(config).__name__}, expected a LanguageConfig")
         self.config = config
+        self._lifetime = Lifetime()
         checkpoint = Checkpoint.open(config.model)
         small = open_local(config, checkpoint)
         self.name = checkpoint.name
@@ -89,11 +98,13 @@ class LanguageAgent:
 
         `cancelled`, set from another thread, ends a wait for the device's model. Raises IsthmusError.
         """
+        self._lifetime.check()
         events = self._stream_events(self._checked(request), cancelled)
         return events if self._metrics is None else self._metrics.watch(events)
 
     def close(self) -> None:
-        """End the links."""
+        """End the links. Later requests raise AgentClosed."""
+        self._lifetime.closed = True
         self.replicas.close()
 
     def __enter__(self) -> LanguageAgent:
@@ -107,14 +118,18 @@ class LanguageAgent:
 
     def _checked(self, request: GenerationRequest) -> GenerationRequest:
         """The request, its answer no longer than the context leaves room for."""
+        if not isinstance(request, GenerationRequest):
+            raise InvalidInput(f"a request is a GenerationRequest, got {type(request).__name__}; `answer` takes text")
+        if request.arm not in ARMS:
+            raise InvalidInput(f"arm {request.arm!r} does not exist, there are {', '.join(ARMS)}")
         context = self.arm_context(request.arm)
         if request.arm not in self.arms():
             needs = "a cloud" if not self.config.clouds else "a bundle of exits"
             raise InvalidInput(f"arm {request.arm} needs {needs}, and none is configured")
         if not request.prompt:
             raise InvalidInput("the prompt has no tokens, at least one is needed")
-        if request.max_tokens < 1:
-            raise InvalidInput(f"max_tokens is {request.max_tokens}, expected at least 1")
+        if not isinstance(request.max_tokens, int) or request.max_tokens < 1:
+            raise InvalidInput(f"max_tokens is {request.max_tokens!r}, expected a whole number, at least 1")
         room = context - len(request.prompt)
         if room < 1:
             raise ContextExceeded(
@@ -138,7 +153,7 @@ class LanguageAgent:
                 generation.stats.reason = "no cloud is configured"
             try:
                 with closing(generation.arm(request.arm).tokens()) as tokens:
-                    yield from tokens
+                    yield from generation.stats.clock.pausing(tokens)
             except BaseException as error:  # closed by whoever reads it, or failed
                 generation.close()
                 if self._metrics:

@@ -16,7 +16,7 @@ from isthmus.edge_agent.language.request import Token, cloud_token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
-from isthmus.models.errors import ContextGone, IsthmusError, LinkError, ServiceError
+from isthmus.models.errors import ContextGone, InvalidReply, IsthmusError, LinkError, ServiceError
 from isthmus.models.messages import Committed, Round
 
 
@@ -70,7 +70,7 @@ class RemoteQuery:
         self._asked = None
         self._count(committed)
         if committed.base != len(self._sequence) or len(committed.tokens) != 1:
-            raise ServiceError("the cloud answered what it was not asked")
+            raise InvalidReply("the cloud answered what it was not asked")
         self._sequence.append(committed.tokens[0])
         self._session.held = len(self._sequence)
         yield cloud_token(committed.tokens[0], "cloud", committed.logprobs[0] if committed.logprobs else None)

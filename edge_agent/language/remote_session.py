@@ -116,6 +116,7 @@ class RemoteSession:
 
     def open(self) -> None:
         """Name the session and bring the tokens that the replica lacks; a stream that is open is used again."""
+        self._leave_retired()
         if self._stream is None:
             self._reopened = None
             self._stream = self._used.open_generate_stream()
@@ -127,6 +128,8 @@ class RemoteSession:
         if self._reopened == self._sequence.generated:
             raise LinkDown("the cloud keeps losing this session")
         self._reopened = self._sequence.generated
+        if self._leave_retired():
+            self._stream = self._used.open_generate_stream()
         self._send_opening(0)
 
     @property
@@ -139,7 +142,7 @@ class RemoteSession:
         self._handle.held = tokens
 
     def send(self, round_: Round) -> None:
-        """Send a round over the open stream."""
+        """Send a round over the open stream. Raises ContextGone if that was closed for want of use."""
         self._open_stream.send(round_)
 
     def poll(self) -> Committed | None:
@@ -186,6 +189,13 @@ class RemoteSession:
     def _open_stream(self) -> GenerateStream:
         assert self._stream is not None  # rounds follow an opening
         return self._stream
+
+    def _leave_retired(self) -> bool:
+        """Disconnect from a stream that was closed for want of use. Returns whether it was."""
+        retired = self._stream is not None and self._stream.retired
+        if retired:
+            self.disconnect()
+        return retired
 
     def _send_opening(self, held: int) -> None:
         self._open_stream.open(self._make_opening(self._handle.session, held))

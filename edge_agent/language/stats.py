@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from isthmus.edge_agent.language.request import Span, Summary
+from isthmus.edge_agent.language.request import Span, Summary, Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.messages import Committed
 
 REQUESTED = "requested"
+
+
+class WorkClock:
+    """An answer's own time: it stands still while whoever reads the answer has not asked for the next token."""
+
+    def __init__(self) -> None:
+        self.paused_s = 0.0
+
+    def now_s(self) -> float:
+        """Monotonic seconds without the pauses."""
+        return time.monotonic() - self.paused_s
+
+    def pausing(self, tokens: Iterator[Token]) -> Iterator[Token]:
+        """`tokens`, with a pause from each token until the next one is asked for."""
+        for token in tokens:
+            since_s = time.monotonic()
+            yield token
+            self.paused_s += time.monotonic() - since_s
 
 
 @dataclass
@@ -36,6 +56,7 @@ class GenerationStats:
     reason: str = REQUESTED
     problem: str | None = None
     spans: list[Span] = field(default_factory=list)
+    clock: WorkClock = field(default_factory=WorkClock)
     _replied: bool = False
 
     @property

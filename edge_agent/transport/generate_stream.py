@@ -16,9 +16,9 @@ from typing import Any
 import grpc
 
 from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, rpc_error
-from isthmus.models.errors import ContextGone, DeadlineExceeded, IsthmusError, LinkDown
+from isthmus.models.errors import CallerError, ContextGone, DeadlineExceeded, IsthmusError, LinkDown, PeerError
 from isthmus.models.messages import Committed, Opening, Round
-from isthmus.protos import wire_session
+from isthmus.protos import limits, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
@@ -50,6 +50,9 @@ class GenerateStream:
         self._sent: deque[tuple[float, int]] = deque()  # time and bytes of each round without a reply
         self._unanswered = 0  # bytes of an opening, counted with the round that follows it
         self._failure: IsthmusError | None = None
+        self._rounds_due = self._tokens_due = 0  # replies to rounds, and tokens that the cloud decodes after a round
+        self._active_s = time.monotonic()  # when a message was last sent or received
+        self.retired = False
         self.bytes_up = self.bytes_down = self.opening_bytes = 0  # bytes_up includes openings
         self._call: Any = stub.Generate(self._requests())
         threading.Thread(target=self._read, name="isthmus-generate-stream", daemon=True).start()
@@ -60,10 +63,12 @@ class GenerateStream:
         self.opening_bytes += size
         self._unanswered = size
         self._sent.clear()
+        self._rounds_due = self._tokens_due = 0
 
     def send(self, round_: Round) -> None:
         """Send one round."""
         size = self._send(wire_session.pack_round(round_))
+        self._rounds_due, self._tokens_due = self._rounds_due + 1, round_.extend
         self._sent.append((time.monotonic(), size + self._unanswered))
         self._unanswered = 0
 
@@ -85,6 +90,16 @@ class GenerateStream:
         if committed is None:
             raise DeadlineExceeded(f"no answer from the cloud within {timeout_s:.1f} s")
         return committed
+
+    def retire_idle(self) -> None:
+        """Half-close a stream over which nothing is due, so that no pings go over it.
+
+        What is sent later raises ContextGone: the session is to be opened over another stream.
+        """
+        due = self._rounds_due > 0 or self._tokens_due > 0
+        if not due and time.monotonic() - self._active_s > limits.IDLE_STREAM_S:
+            self.retired = True
+            self._outgoing.put(None)
 
     def close(self) -> None:
         """Cancel the stream; the cloud stops its work for it."""
@@ -118,6 +133,9 @@ class GenerateStream:
     def _send(self, message: pb.GenerateRequest) -> int:
         if self._failure is not None:
             raise self._failure
+        if self.retired:
+            raise ContextGone("the stream was idle and is closed")
+        self._active_s = time.monotonic()
         self._outgoing.put(message)
         size = message.ByteSize() + GRPC_PREFIX_BYTES
         self.bytes_up += size
@@ -127,14 +145,27 @@ class GenerateStream:
         while (message := self._outgoing.get()) is not None:
             yield message
 
+    def _count(self, response: pb.GenerateResponse) -> None:
+        """What is due after a response."""
+        self._active_s = time.monotonic()
+        if response.HasField("error"):
+            self._rounds_due = self._tokens_due = 0
+        elif response.extension:
+            self._tokens_due -= len(response.tokens)
+        else:
+            self._rounds_due -= 1
+
     def _read(self) -> None:
         error: IsthmusError = LinkDown("the cloud ended the stream")
         try:
             for response in self._call:
+                self._count(response)
                 self._incoming.put((time.monotonic(), response))
         except grpc.RpcError as failure:
             error = rpc_error(failure)
             if isinstance(error, DeadlineExceeded | ContextGone):  # in a reply these mean that the stream goes on
                 error = LinkDown(str(error))
+            elif isinstance(error, CallerError):  # faults of a request are told in replies
+                error = PeerError(str(error))
         self._outgoing.put(None)
         self._incoming.put((time.monotonic(), error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.lifetime import Lifetime
@@ -49,7 +50,8 @@ class Link:
         self._vocab = labels[0]
         self._exchanges = Exchanges(self._stub, fingerprint, labels, late)
         self._health = CloudHealth(breaker, self._exchanges.abandon)
-        self._prober = Prober(self._stub, fingerprint, self._health, self._exchanges.retire_idle)
+        self._generating = WeakSet[GenerateStream]()
+        self._prober = Prober(self._stub, fingerprint, self._health, self._retire_idle)
 
     def wait_probed(self, timeout_s: float) -> bool:
         """Wait for the first probe. Returns whether the cloud holds the bundle or model."""
@@ -113,6 +115,11 @@ class Link:
         finally:
             self._health.slots.release()
 
+    def _retire_idle(self) -> None:
+        self._exchanges.retire_idle()
+        for stream in tuple(self._generating):
+            stream.retire_idle()
+
     def _may_send(self) -> bool:
         return not self._lifetime.closed and self.state != "open"
 
@@ -124,7 +131,9 @@ class Link:
         self._lifetime.check()
         if (reason := self.unavailable_reason()) is not None:
             raise LinkDown(reason)
-        return GenerateStream(self._stub, self._vocab, self._on_reply)
+        stream = GenerateStream(self._stub, self._vocab, self._on_reply)
+        self._generating.add(stream)
+        return stream
 
     def _on_reply(self, reply: StreamObservation | IsthmusError) -> None:
         """Record a reply, or the failure, of a `Generate` stream."""

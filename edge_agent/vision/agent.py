@@ -56,6 +56,8 @@ class EdgeAgent:
 
         Raises BundleError, or InvalidInput for settings that contradict each other or the bundle.
         """
+        if not isinstance(config, EdgeConfig):
+            raise InvalidInput(f"config is {type(config).__name__}, expected an EdgeConfig")
         if config.mode not in MODES or (config.mode in ("split", "offload") and config.cloud is None):
             raise InvalidInput(f"mode {config.mode!r} is unknown or needs a cloud, expected one of {', '.join(MODES)}")
         bundle = Bundle.open(config.bundle)
@@ -200,8 +202,9 @@ class EdgeAgent:
         """Of one request. Raises InvalidInput for one that the settings would refuse."""
         if requested_s is None:
             return self.config.deadline_s
-        if not MIN_DEADLINE_S <= requested_s <= MAX_DEADLINE_S:
-            raise InvalidInput(f"deadline_s is {requested_s}, expected {MIN_DEADLINE_S} to {MAX_DEADLINE_S}")
+        number = isinstance(requested_s, int | float | np.number)
+        if not number or not MIN_DEADLINE_S <= requested_s <= MAX_DEADLINE_S:
+            raise InvalidInput(f"deadline_s is {requested_s!r}, expected {MIN_DEADLINE_S} to {MAX_DEADLINE_S}")
         return requested_s
 
     def _connect(self, fingerprint: bytes) -> Link | None:

@@ -49,22 +49,20 @@ class OperatingPoints:
         if tap is not None:
             found = tuple(point for point in found if self._taps[point.tap].name == tap)
             if not found:
-                raise InvalidInput(
-                    f"tap {tap[:64]!r} does not exist, there are {', '.join(t.name for t in self._taps)}"
-                )
+                raise InvalidInput(f"tap {tap!r:.66} does not exist, there are {', '.join(t.name for t in self._taps)}")
         where = f" at tap {tap}" if tap is not None else ""
         if width is not None:
             widths = sorted({self._width(point) for point in found})
             found = tuple(point for point in found if self._width(point) == width)
             if not found:
                 raise InvalidInput(
-                    f"width {width:g} does not exist{where}, there are {', '.join(map('{:g}'.format, widths))}"
+                    f"width {width!r:.64} does not exist{where}, there are {', '.join(map('{:g}'.format, widths))}"
                 )
         if rate is not None:
             most = max(point.rate for point in found)
             found = tuple(point for point in found if point.rate == rate)
             if not found:
-                raise InvalidInput(f"rate {rate} does not exist{where}, there are 0 to {most}")
+                raise InvalidInput(f"rate {rate!r:.64} does not exist{where}, there are 0 to {most}")
         return found
 
     def _width(self, point: OperatingPoint) -> float:

@@ -125,6 +125,8 @@ def task_indices(manifest: Manifest, names: Sequence[str]) -> tuple[int, ...]:
     Raises InvalidInput for a name that does not exist.
     """
     names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise InvalidInput(f"tasks are {names!r:.64}, expected a list of names")
     known = {task.name: index for index, task in enumerate(manifest.tasks)}
     for name in names:
         if name not in known:

@@ -141,6 +141,13 @@ def test_python_snippet_runs(place_of: Callable[[str], Place]) -> None:
     assert result.stdout.split()[0] in ("functional", "defective")
 
 
+@pytest.mark.parametrize("snippet", [block for kind, block in blocks("docs/reference/python.md") if kind == "python"])
+def test_snippets_of_the_python_page_run(place_of: Callable[[str], Place], snippet: str) -> None:
+    result = place_of("README.md").run([sys.executable, "-c", snippet])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() and "True" not in result.stdout, "degraded"
+
+
 @pytest.mark.parametrize(("page", "command"), CASES)
 def test_command_runs(place_of: Callable[[str], Place], page: str, command: str) -> None:
     result = place_of(page).run(["bash", "-c", command])

@@ -90,7 +90,7 @@ class AutoArm:
     def _decode_span(self, plan: ArmPlan) -> Generator[Token, None, None]:
         """A few tokens of the local model, with remote queries in between."""
         until = min(len(self._sequence) + SPAN_TOKENS, self._local.model.context)
-        generated, started_s = self._sequence.generated, time.monotonic()
+        generated, started_s = self._sequence.generated, self._stats.clock.now_s()
         while len(self._sequence) < until and not self._sequence.finished:
             choice, likely = self._choose(self._sequence.tokens)
             self._observe(likely)
@@ -100,7 +100,7 @@ class AutoArm:
                 yield from self._ask_cloud(choice, likely, plan)
         if generated:  # the first span reads the prompt
             predicted_s = (self._sequence.generated - generated) * plan.predicted_s
-            self._local.stats.record_latency(time.monotonic() - started_s, predicted_s)
+            self._local.stats.record_latency(self._stats.clock.now_s() - started_s, predicted_s)
 
     def _choose(self, text: Sequence[int]) -> tuple[Token, float]:
         """The local model's next token, and how likely right that is."""

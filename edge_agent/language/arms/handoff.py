@@ -21,7 +21,7 @@ from isthmus.edge_agent.language.request import Token, cloud_token, local_token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import HandoffEstimate
-from isthmus.models.errors import ContextGone, InvalidInput, ServiceError
+from isthmus.models.errors import ContextGone, InvalidInput, InvalidReply
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest, StatePoint, least_likely
@@ -65,7 +65,7 @@ class HandoffArm:
         self._local, self._handoff, self._settings = local, handoff, settings
         self._sent = 0  # tokens whose hidden states are on their way, or there
         self._decoded_from: list[int] = []  # positions whose hidden states the cloud decoded a token from, rising
-        self._in_flight: deque[int] = deque()  # of each round, the tokens that it completes
+        self._in_flight: deque[tuple[int, int]] = deque()  # of each round, its position and the tokens it completes
 
     def tokens(self) -> Generator[Token, None, None]:
         """Committed tokens. Raises as RemoteSession.tokens."""
@@ -107,14 +107,14 @@ class HandoffArm:
         return token
 
     def _complete(self) -> Token:
-        """The token that the cloud completes. Raises ContextGone, and ServiceError for a reply that it cannot be."""
+        """The token that the cloud completes. Raises ContextGone, and InvalidReply for one that it cannot be."""
         self._sent = min(self._sent, len(self._sequence) - 1)  # the hidden state that decides goes with the query
         self._send_states(query=True)
         while len(self._in_flight) > 1:
             self._receive()
         committed = self._receive()
         if len(committed.tokens) != 1:
-            raise ServiceError("the cloud answered what it was not asked")
+            raise InvalidReply("the cloud answered what it was not asked")
         self._stats.rounds += 1
         self._stats.passes += 1
         self._stats.prefill_passes -= 1
@@ -132,8 +132,8 @@ class HandoffArm:
             ids, last = tokens[self._sent : self._sent + len(states)], start + MAX_STATES >= len(states_NH)
             again = tuple(place - self._sent for place in before if place - self._sent in range(len(states)))
             self._session.send(Round(self._sent, tuple(ids), int(query and last), tuple(states), again))
+            self._in_flight.append((self._sent, self._sent + len(states)))
             self._sent += len(states)
-            self._in_flight.append(self._sent)
             if not last:  # one at a time: a service holds few of them
                 self._receive()
 
@@ -151,9 +151,9 @@ class HandoffArm:
 
     def _receive(self) -> Committed:
         committed = self._session.receive()
-        if not self._in_flight:
-            raise ServiceError("the cloud answered what it was not asked")
-        self._session.held = self._in_flight.popleft()
+        if not self._in_flight or committed.base != self._in_flight[0][0]:
+            raise InvalidReply("the cloud answered what it was not asked")
+        _, self._session.held = self._in_flight.popleft()
         self._stats.count_cost(committed)
         self._stats.prefill_passes += committed.passes
         return committed

@@ -16,7 +16,7 @@ from isthmus.edge_agent.language.request import Source, Token, cloud_token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
-from isthmus.models.errors import ContextGone, ServiceError
+from isthmus.models.errors import ContextGone, InvalidReply
 from isthmus.models.messages import Committed, Round
 
 
@@ -72,7 +72,11 @@ class Rounds:
     def send(self, draft: tuple[int, ...] = ()) -> None:
         """Ask for a round, whose draft follows what was sent."""
         base = len(self._sequence) + self.sent
-        self._session.send(Round(base, draft, self._sequence.remaining - 1 if self.streaming else 0))
+        try:
+            self._session.send(Round(base, draft, self._sequence.remaining - 1 if self.streaming else 0))
+        except ContextGone:
+            self._reopen()
+            return
         self._in_flight.append(SentRound(base, draft))
 
     def poll(self) -> Committed | None:
@@ -92,14 +96,16 @@ class Rounds:
                 self._reopen()
 
     def commit(self, committed: Committed) -> Iterator[Token]:
-        """What a reply adds to the text. Raises ServiceError for one that no round of this text can have."""
+        """What a reply adds to the text. Raises InvalidReply for one that no round of this text can have."""
         if committed.base > len(self._sequence) or not (committed.extension or self._in_flight):
-            raise ServiceError("the cloud answered what it was not asked")
+            raise InvalidReply("the cloud answered what it was not asked")
         sent = SentRound(committed.base, ()) if committed.extension else self._in_flight.popleft()
+        if committed.accepted > len(sent.draft):
+            raise InvalidReply("the cloud accepted more tokens than were drafted")
         self._count(committed)
         if committed.base != sent.base or not (committed.accepted or committed.tokens):
             if sent.live:
-                raise ServiceError("the cloud holds another text than it committed")
+                raise InvalidReply("the cloud holds another text than it committed")
             return  # the draft was stale
         ids = [*sent.draft[: committed.accepted], *committed.tokens]
         known = len(self._sequence) - committed.base

@@ -13,7 +13,7 @@ from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.remote_session import Fallback, RemoteSession
 from isthmus.edge_agent.language.request import Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
-from isthmus.edge_agent.language.stats import GenerationStats
+from isthmus.edge_agent.language.stats import GenerationStats, WorkClock
 from isthmus.edge_agent.policy.speculation import (
     MAX_DRAFTS,
     LatencyModel,
@@ -27,6 +27,7 @@ from isthmus.protos.limits import MAX_DRAFT
 
 FREE_S = 0.001  # drafts that cost less are sent beside a stream, not instead of it
 FREE_DRAFTS = 3  # of them, at least, before a stream is interrupted
+PAUSE_SHARE = 0.1  # of the time between tokens, in which their reader has not asked; with more it is not measured
 LEAST_LIKELY = 0.3  # free drafts that are all right with less probability are not sent
 
 
@@ -46,7 +47,7 @@ class VerifyArm:
         self._sequence, self._session, self._stats, self._fallback = sequence, session, stats, fallback
         self._speculation, self._draft = speculation, draft
         self._rounds = Rounds(session, sequence, stats, speculation)
-        self._timer = TokenTimer(speculation.measured)
+        self._timer = TokenTimer(speculation.measured, stats.clock)
         self._exhausted = False  # the source has no further draft, until something is committed
 
     def tokens(self) -> Generator[Token, None, None]:
@@ -83,7 +84,7 @@ class VerifyArm:
             ids = self._look_ahead()
             if len(ids) >= FREE_DRAFTS:
                 self._rounds.send(ids)
-                self._rounds.sent = len(ids)
+                self._rounds.sent = len(self._rounds.drafts)
 
     def _look_ahead(self) -> tuple[int, ...]:
         """As many free drafts as are likely right and reach beyond what the cloud decodes meanwhile."""
@@ -164,22 +165,24 @@ class VerifyArm:
 class TokenTimer:
     """Times committed tokens from the first of an answer on: before it, the prompt is read."""
 
-    def __init__(self, measured: MeasuredLatency) -> None:
-        self._measured = measured
+    def __init__(self, measured: MeasuredLatency, clock: WorkClock) -> None:
+        self._measured, self._clock = measured, clock
         self._generated = 0
-        self._at_s = 0.0
+        self._at_s = self._paused_s = 0.0
 
     def restart(self) -> None:
         """The next token is not compared with what came before."""
         self._generated = 0
 
     def record(self, generated: int) -> None:
-        """So many tokens of the answer are there now."""
-        now_s = time.monotonic()
-        if self._generated and generated > self._generated:
-            self._measured.observe(now_s - self._at_s, generated - self._generated)
-        if generated > self._generated:
-            self._generated, self._at_s = generated, now_s
+        """So many tokens of the answer are there now. After a pause of the reader replies were there before."""
+        if generated <= self._generated:
+            return
+        now_s, paused_s = self._clock.now_s(), self._clock.paused_s
+        seconds = now_s - self._at_s
+        if self._generated and paused_s - self._paused_s <= PAUSE_SHARE * seconds:
+            self._measured.observe(seconds, generated - self._generated)
+        self._generated, self._at_s, self._paused_s = generated, now_s, paused_s
 
 
 def why_streaming(latency: LatencyModel) -> str:

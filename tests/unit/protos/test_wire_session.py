@@ -18,6 +18,7 @@ from isthmus.models.errors import (
     IsthmusError,
     PayloadCorrupt,
     PayloadTooLarge,
+    PeerError,
     UnsupportedVersion,
 )
 from isthmus.models.messages import MAX_SEED, SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
@@ -197,6 +198,11 @@ def test_an_error_arrives_as_an_error() -> None:
         wire_session.unpack_committed(
             sent(wire_session.pack_generate_error(ContextGone("12 tokens are not held"))), VOCAB
         )
+
+
+def test_corruption_on_the_way_up_is_no_fault_of_the_caller() -> None:
+    with pytest.raises(PeerError, match="CRC-32"):
+        wire_session.unpack_committed(sent(wire_session.pack_generate_error(PayloadCorrupt("CRC-32"))), VOCAB)
 
 
 def test_a_fault_of_the_service_keeps_its_secrets() -> None:
@@ -398,7 +404,7 @@ BAD_RESPONSES: dict[str, tuple[pb.GenerateResponse, str]] = {
 
 @pytest.mark.parametrize(("message", "words"), BAD_RESPONSES.values(), ids=BAD_RESPONSES.keys())
 def test_a_response_that_cannot_be_true_is_refused(message: pb.GenerateResponse, words: str) -> None:
-    with pytest.raises(InvalidInput, match=words):
+    with pytest.raises(InvalidReply, match=words):
         wire_session.unpack_committed(with_checksum(message), VOCAB)
 
 

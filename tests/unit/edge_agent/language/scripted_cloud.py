@@ -124,7 +124,7 @@ class Talk:
         self.truth: dict[int, Source] = {}
         self.openings: list[Opening] = []
         self.rounds: list[Round] = []
-        self.closed = False
+        self.closed = self.retired = False
         self.bytes_up = self.bytes_down = self.opening_bytes = 0
 
     def open(self, opening: Opening) -> None:
@@ -165,6 +165,8 @@ class Talk:
 
     def _put(self, message: Any) -> None:
         self._check()
+        if self.retired:
+            raise ContextGone("the stream was idle and is closed")
         self._messages.append(wire_session.unpack_generate(message))
         self.bytes_up += 1
 

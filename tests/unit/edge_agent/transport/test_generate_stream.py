@@ -19,9 +19,11 @@ from isthmus.models.errors import (
     ContextGone,
     DeadlineExceeded,
     InvalidInput,
+    InvalidReply,
     IsthmusError,
     LinkDown,
     Overloaded,
+    PeerError,
     ServiceError,
 )
 from isthmus.models.messages import Committed, Logprobs, ModelInfo, Opening, Round, ServiceInfo
@@ -222,7 +224,7 @@ def test_impossible_replies_are_refused(
 ) -> None:
     cloud.servicer.react = lambda request, context: [response]
     stream.open(OPENING)
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidReply):
         stream.receive(5)
     assert observed == []
 
@@ -237,6 +239,8 @@ def test_impossible_replies_are_refused(
             LinkDown,
         ),  # in a reply these mean that the stream goes on; as its end they do not
         (grpc.StatusCode.ABORTED, LinkDown),
+        (grpc.StatusCode.INVALID_ARGUMENT, PeerError),
+        (grpc.StatusCode.DATA_LOSS, PeerError),
     ],
 )
 def test_the_failure_of_a_stream_is_raised_by_every_call_and_reported_once(
@@ -373,3 +377,35 @@ def test_alive_asks_the_cloud_at_once(cloud: Cloud, link: Link) -> None:
     assert link.alive(5)
     cloud.server.stop(None).wait()
     assert not link.alive(5)
+
+
+def test_an_idle_stream_is_half_closed_and_what_is_sent_later_says_so(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = link.open_generate_stream()
+    opened.open(OPENING)
+    opened.send(Round(3))
+    monkeypatch.setattr(limits, "IDLE_STREAM_S", 0.0)
+    assert opened.receive(5) == ANSWER
+    link._retire_idle()
+    assert opened.retired and cloud.servicer.ended.wait(5)
+    with pytest.raises(ContextGone, match="was idle"):
+        opened.send(Round(4))
+    assert link.state == "closed"
+
+
+def test_a_stream_over_which_something_is_due_stays_open(cloud: Cloud, link: Link, monkeypatch: Any) -> None:
+    cloud.servicer.react = lambda request, context: []
+    monkeypatch.setattr(limits, "IDLE_STREAM_S", 0.0)
+    opened = link.open_generate_stream()
+    opened.open(OPENING)
+    opened.send(Round(3))
+    link._retire_idle()
+    assert not opened.retired
+    cloud.servicer.react = answers
+    opened.open(OPENING)
+    opened.send(Round(3, extend=2))
+    assert opened.receive(5) == ANSWER
+    link._retire_idle()
+    assert not opened.retired, "two more tokens are due"
+    opened.close()

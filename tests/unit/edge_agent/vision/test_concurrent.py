@@ -198,3 +198,24 @@ def test_what_is_wrong_is_said_in_the_task(agent: EdgeAgent) -> None:
         asyncio.run(agent.ainfer(3))  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="deadline_s is 0"):
         asyncio.run(agent.ainfer(b"", 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"deadline_s": "1"}, "deadline_s is '1', expected 0.001 to 600"),
+        ({"tasks": 3}, "tasks are 3, expected a list of names"),
+        ({"tasks": [3]}, "tasks are .3., expected a list of names"),
+        ({"tap": 3}, "tap 3 does not exist"),
+        ({"width": "wide"}, "width 'wide' does not exist"),
+        ({"rate": "high"}, "rate 'high' does not exist"),
+    ],
+)
+def test_wrong_types_are_named(agent: EdgeAgent, photo: Image.Image, arguments: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        agent.infer(photo, **arguments)
+
+
+def test_settings_of_another_kind_are_named() -> None:
+    with pytest.raises(InvalidInput, match="config is str, expected an EdgeConfig"):
+        EdgeAgent("photos")  # type: ignore[arg-type]

@@ -277,3 +277,19 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now_s
+
+
+def test_pauses_of_the_reader_are_no_latency_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, measured = [100.0], list[tuple[float, float]]()
+    monkeypatch.setattr("time.monotonic", lambda: now_s[0])
+
+    def logits(text: Sequence[int]) -> Floats:
+        now_s[0] += 0.01
+        return BRAIN.logits(text)
+
+    answer = auto(Cloud(BRAIN), always("edge"), every=1000, logits=logits)
+    monkeypatch.setattr(answer.confidence, "record_latency", lambda seconds, predicted_s: measured.append((seconds, 0)))
+    for _ in answer.stats.clock.pausing(answer.arm.tokens()):
+        now_s[0] += 0.02
+    answer.session.close()
+    assert [seconds for seconds, _ in measured] == pytest.approx([0.01 * SPAN_TOKENS] * 2 + [0.01 * 12])

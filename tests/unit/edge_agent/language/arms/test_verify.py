@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from isthmus.edge_agent.language.arms.remote import RemoteArm
 from isthmus.edge_agent.language.arms.rounds import Rounds
-from isthmus.edge_agent.language.arms.verify import VerifyArm
+from isthmus.edge_agent.language.arms.verify import TokenTimer, VerifyArm
 from isthmus.edge_agent.language.remote_session import ATTEMPTS, RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
-from isthmus.edge_agent.language.stats import GenerationStats
+from isthmus.edge_agent.language.stats import GenerationStats, WorkClock
 from isthmus.edge_agent.policy.estimates import Average
-from isthmus.edge_agent.policy.speculation import RETRY_ANSWERS, Acceptance, SpeculationStats
+from isthmus.edge_agent.policy.speculation import RETRY_ANSWERS, Acceptance, MeasuredLatency, SpeculationStats
 from isthmus.models.errors import ContextGone, DeadlineExceeded, InvalidInput, LinkDown, Overloaded, ServiceError
 from isthmus.models.language.drafts import LookupDraft
 from isthmus.models.language.sampling import log_softmax
@@ -543,3 +543,47 @@ def test_a_round_is_sent_while_others_are_under_way() -> None:
     assert len(rounds) > 2
     ends = [round_.base + len(round_.draft) for round_ in rounds]
     assert [round_.base for round_ in rounds[1:]] == ends[:-1]
+
+
+@pytest.mark.parametrize("draft_s", [None, 0.0, 0.005])
+def test_a_stream_closed_while_the_reader_paused_costs_an_opening_and_nothing_else(draft_s: float | None) -> None:
+    brain = Brain(31, ends=False)
+    cloud = Cloud(brain)
+    draft = None if draft_s is None else Source(brain, 0.8)
+    answer = Answer(cloud, count=30, draft=draft, latency=speculation(draft_s or 0.0))
+    for count, _ in enumerate(answer, 1):
+        if count == 7:
+            cloud.talks[-1].retired = True
+    assert answer.ids == brain.answer(PROMPT, 30)
+    assert cloud.failures == [] and not answer.stats.degraded
+    assert all(talk.closed for talk in cloud.talks)
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.02, 5.0])
+def test_pauses_of_the_reader_are_no_latency(pause_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, measured = Clock(), list[tuple[float, int]]()
+    monkeypatch.setattr("time.monotonic", clock.monotonic)
+    own = WorkClock()
+    timer = TokenTimer(MeasuredLatency(), own)
+    monkeypatch.setattr(timer._measured, "observe", lambda seconds, tokens: measured.append((seconds, tokens)))
+
+    def tokens() -> Iterator[Token]:
+        for count in range(1, 5):
+            clock.now_s += 0.05
+            timer.record(count)
+            yield Token(count, "cloud")
+
+    for _ in own.pausing(tokens()):
+        clock.now_s += pause_s
+    assert measured == ([] if pause_s else [(pytest.approx(0.05), 1)] * 3), "after a pause replies were there before"
+    assert own.paused_s == pytest.approx(4 * pause_s)
