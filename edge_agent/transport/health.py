@@ -68,7 +68,7 @@ class CloudHealth:
         self._opened = opened
         self._answered_s = self._checked_s = float("-inf")  # when a request was last answered, the cloud checked
         self._suspected = False  # of being lost: some replies did not come, within waits too short to count
-        self.slots = FairSlots(self._window.size)  # of requests in flight
+        self.slots = FairSlots(1)  # of requests in flight; one while the breaker tries the cloud, and the others wait
         self.wake = threading.Event()  # the prober may have something to do
         self.refusal: str | None = "the cloud has not answered yet"
 
@@ -95,7 +95,7 @@ class CloudHealth:
             self._window.answered(self.slots.full)
             if elapsed_s is not None:
                 self._estimator.observe(up_bytes, elapsed_s)
-        self.slots.resize(self._window.size)
+        self._resize()
 
     def record_error(self, error: BaseException, attempt: Attempt) -> None:
         """What the error of a request says about the cloud, which may be nothing."""
@@ -110,6 +110,7 @@ class CloudHealth:
         elif isinstance(error, CallerError):
             with self._lock:
                 self._breaker.record_success()  # the cloud works, the request was at fault
+            self._resize()
         else:
             self.record_failure(str(error) or type(error).__name__, attempt.sent_s)
 
@@ -128,6 +129,7 @@ class CloudHealth:
                 self._estimator.observe(size, seconds)
             self.refusal = refusal
             self._breaker.record_probe(refusal is None, time.monotonic())
+        self._resize()
 
     def probe_wait_s(self) -> float:
         """Seconds until the next probe is due; infinite unless the breaker is open."""
@@ -155,7 +157,10 @@ class CloudHealth:
         with self._lock:
             self._breaker.record_success()
             self._window.overloaded(now_s if attempt.sent_s is None else attempt.sent_s, now_s)
-        self.slots.resize(self._window.size)
+        self._resize()
+
+    def _resize(self) -> None:
+        self.slots.resize(self._window.size if self.state == "closed" else 1)
 
     def _record_nothing(self, suspected: bool) -> None:
         with self._lock:
@@ -174,6 +179,7 @@ class CloudHealth:
             opened = self._breaker.state == "open"
             if opened:
                 self.refusal = reason
+        self._resize()
         if opened:
             self._opened()
         self.wake.set()

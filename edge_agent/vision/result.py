@@ -31,9 +31,9 @@ class Answer:
     label, index, probabilities: of the first task requested; of the bundle's first task if that one is missing.
     answers: by name of the task. missing: requested tasks that have no exit, when the cloud did not answer.
     tap, width, rate: of the bottleneck that was sent, None if none was.
-    bytes_up, bytes_down: our messages with gRPC's 5-byte prefix, without HTTP/2. stage_ms: wait (for other
-    photos of the device, if it had to), decode, head, encode, cloud (which includes cloud_queue and cloud_compute), total. degraded: a cloud is configured and should have answered,
-    but was late or unreachable.
+    bytes_up, bytes_down: our messages with gRPC's 5-byte prefix, without HTTP/2. stage_ms: wait (for other photos of
+    the device, if it had to), decode, head, encode, cloud (which includes cloud_queue and cloud_compute), total.
+    degraded: a cloud is configured and should have answered, but was late or unreachable.
     cost_usd: at the configured prices.
     """
 
