@@ -35,7 +35,7 @@ async def serve(config: CloudConfig) -> None:
     vision = vision_service.load(config, registry)
     vision.metrics.watch(queue)
     language = language_service.load(config, registry, queue)
-    server = Server(Servicer(vision, language, vision.metrics), vision, language)
+    server = Server(Servicer(vision, language, vision.metrics, queue), vision, language)
     ports = await server.start(config, registry)
     names = ", ".join(held(vision, language))
     log.info("serving %s on %s", names, ports.describe(config))

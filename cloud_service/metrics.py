@@ -16,7 +16,7 @@ LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 METHODS = ("Infer", "InferStream", "Generate", "Describe")
 IMAGE = "(image)"  # in place of a tap's name, which has no brackets
-REJECTIONS = ("queue", "deadline", "draining")
+REJECTIONS = ("queue", "deadline", "draining", "calls")
 DECODE_FAILURES: dict[type[IsthmusError], str] = {
     PayloadCorrupt: "corrupt",
     PayloadTooLarge: "too_large",
@@ -53,7 +53,7 @@ class CloudMetrics:
         self._inflight = Gauge("isthmus_cloud_inflight_requests", "Requests being answered.", registry=registry)
         self._rejected = counter(
             "requests_rejected",
-            "Inputs refused before they were computed: queue full or too long, deadline passed, or draining.",
+            "Inputs refused before they were computed: queue full or too long, deadline passed, draining, many calls.",
             "reason",
         )
         expired = "Inputs with too little time left in the queue (not computed), or late after they were computed."

@@ -21,7 +21,7 @@ from isthmus.models.errors import InvalidInput
 from isthmus.protos import limits
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-MAX_CONCURRENT_CALLS = 1024  # open streams and calls; above it gRPC answers RESOURCE_EXHAUSTED at once
+ABORT_S = 1.0  # for what is aborted to end
 
 log = logging.getLogger("isthmus.cloud")
 
@@ -56,7 +56,7 @@ class Server:
         """Needs a running event loop."""
         self.stopping = asyncio.Event()
         self._servicer, self._vision, self._language = servicer, vision, language
-        self._server = grpc.aio.server(options=limits.server_options(), maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+        self._server = grpc.aio.server(options=limits.server_options())
         self._health = health.aio.HealthServicer()
         self._running: list[asyncio.Task[None]] = []
         self._metrics: MetricsServer | None = None
@@ -76,28 +76,51 @@ class Server:
         self._running = [asyncio.create_task(runner.run()) for runner in (self._vision, self._language)]
         for task in self._running:
             task.add_done_callback(lambda _: self.stopping.set())  # or the service would look healthy without it
+        self._ending_idle = asyncio.create_task(self._servicer.end_idle_streams())
         await self._server.start()
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return Ports(grpc_port, self._metrics.port if self._metrics else None)
 
     async def drain(self, grace_s: float) -> None:
-        """Answer what is outstanding and stop. Raises what a runner raised."""
+        """Answer what is outstanding and stop, all within `grace_s`; what takes longer is aborted.
+
+        Raises what a runner raised.
+        """
+        self._ending_idle.cancel()
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
         self._language.drain()
         try:
-            await asyncio.wait_for(self._servicer.drained(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._finish(grace_s)
         except TimeoutError:
-            log.warning("some streams did not half-close in time")
-        await self._server.stop(grace_s)  # calls that came in with the signal are still answered
-        self._vision.drain()
-        await asyncio.gather(*self._running)
+            log.warning("some calls were not answered within %.1f s and are aborted", grace_s)
+            await self._abort()
         if self._metrics is not None:
             self._metrics.should_exit = True
-            await self._metrics_task
+            await asyncio.wait([self._metrics_task], timeout=ABORT_S)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # another one during interpreter shutdown would count as a crash
+
+    async def _finish(self, grace_s: float) -> None:
+        await self._servicer.drained()
+        closing = asyncio.create_task(self._server.stop(grace_s))  # takes no more calls
+        await asyncio.wait([closing], timeout=limits.GOODBYE_S)  # those that came in with the signal are still answered
+        await self._servicer.drained()
+        await self._server.stop(None)  # what is left watches health
+        await closing
+        self._vision.drain()
+        await asyncio.gather(*self._running)
+
+    async def _abort(self) -> None:
+        await self._server.stop(None)
+        for task in self._running:
+            task.cancel()
+        await asyncio.wait(self._running, timeout=ABORT_S)
+        for task in self._running:
+            if task.done() and not task.cancelled():
+                task.result()
 
 
 def bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:

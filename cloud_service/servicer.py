@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, ServiceError
+from isthmus.cloud_service.open_calls import OpenCall, OpenCalls
+from isthmus.cloud_service.outbox import Outbox
+from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, Overloaded, ServiceError
 from isthmus.models.messages import (
     BundleInfo,
     CloudReply,
@@ -35,6 +38,9 @@ LARGE_MESSAGE_BYTES = 16 << 10  # of a prompt or of hidden states: unpacking mor
 
 T = TypeVar("T")
 UNDECODABLE = "the stream carries bytes that are not a message"
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+MAX_CALLS = 1024  # streams and requests; health, reflection and Describe are not among them
+DRAIN_POLL_S = 0.02
 
 
 class VisionService(Protocol):
@@ -51,6 +57,11 @@ class StreamHandler(Protocol):
 
     @property
     def events(self) -> asyncio.Queue[Committed | IsthmusError | None]: ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round has no reply yet."""
+        ...
 
     def begin_opening(self) -> None: ...
 
@@ -73,24 +84,36 @@ class LanguageService(Protocol):
 class Servicer(pb_grpc.IsthmusServicer):
     """isthmus.v1.Isthmus over both wings."""
 
-    def __init__(self, vision: VisionService, language: LanguageService, metrics: CloudMetrics) -> None:
+    def __init__(
+        self, vision: VisionService, language: LanguageService, metrics: CloudMetrics, queue: ByteBudget
+    ) -> None:
+        """`queue`: for payloads and answers that wait."""
         self._vision, self._language = vision, language
         self._info = ServiceInfo(version("isthmus"), limits.WIRE_VERSION, vision.bundles, language.models)
-        self._metrics = metrics
+        self._metrics, self._queue = metrics, queue
         self._draining = asyncio.Event()
-        self._streams = 0
+        self._calls = OpenCalls(MAX_CALLS)
 
     def drain(self) -> None:
         """Ask every stream to half-close; outstanding requests are still answered."""
         self._draining.set()
 
     async def drained(self) -> None:
-        """Return when no stream is open."""
-        while self._streams:
-            await asyncio.sleep(0.02)
+        """Return when no call is open. A stream that is idle for longer than a goodbye takes is ended."""
+        await asyncio.sleep(DRAIN_POLL_S)  # calls that came with the last one are open by then
+        while self._calls:
+            self._calls.end_idle(limits.GOODBYE_S)
+            await asyncio.sleep(DRAIN_POLL_S)
 
-    async def Infer(self, request: pb.InferRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.InferResponse:
-        response = await self._answer(request, "Infer", peer_of(context), context.time_remaining())
+    async def end_idle_streams(self) -> None:
+        """Until cancelled, end each stream over which nothing goes for too long."""
+        while True:
+            await asyncio.sleep(limits.IDLE_STREAM_S)
+            self._calls.end_idle(limits.MAX_IDLE_S)
+
+    async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
+        async with self._open(OpenCall(peer_of(context), lambda: True, lambda: None), context):
+            response = await self._answer(request, "Infer", peer_of(context), context.time_remaining())
         if response.HasField("error"):
             error = response.error
             pushback = ((limits.RETRY_PUSHBACK, str(error.retry_ms)),) if error.retry_ms else ()
@@ -98,46 +121,48 @@ class Servicer(pb_grpc.IsthmusServicer):
         return response
 
     async def InferStream(
-        self, requests: AsyncIterator[pb.InferRequest], context: grpc.aio.ServicerContext[Any, Any]
+        self, requests: AsyncIterator[pb.InferRequest], context: Context
     ) -> AsyncIterator[pb.InferResponse]:
-        ready: asyncio.Queue[pb.InferResponse | InvalidInput | None] = asyncio.Queue()
-        feeder = asyncio.create_task(self._feed(requests, ready, peer_of(context)))
+        outbox: Outbox[pb.InferResponse | InvalidInput] = Outbox(limits.MAX_STREAM_INFLIGHT, self._queue)
+        computing: set[asyncio.Task[None]] = set()
+        call = OpenCall(peer_of(context), lambda: bool(computing), lambda: outbox.notify(None))
         notice = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
-        drain_notice = asyncio.create_task(self._notify_drain(ready, notice))
-        self._streams += 1
-        try:
-            while (response := await ready.get()) is not None:
-                if isinstance(response, InvalidInput):
-                    await context.abort(*status.of_error(response))
-                else:
-                    yield response
-        finally:
-            self._streams -= 1
-            drain_notice.cancel()
-            feeder.cancel()
+        async with self._open(call, context):
+            feeder = asyncio.create_task(self._feed(call.reading(requests), outbox, computing, call.peer))
+            drain_notice = asyncio.create_task(self._notify_drain(outbox.notify, notice))
+            try:
+                async for response in outbox.messages():
+                    if isinstance(response, InvalidInput):
+                        await context.abort(*status.of_error(response))
+                    else:
+                        with call.writing():
+                            yield response
+            finally:
+                drain_notice.cancel()
+                feeder.cancel()
+                outbox.close()
 
     async def Generate(
-        self, requests: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext[Any, Any]
+        self, requests: AsyncIterator[pb.GenerateRequest], context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         handler = self._language.new_handler(peer_of(context))
-        listener = asyncio.create_task(self._listen(requests, handler))
+        call = OpenCall(peer_of(context), lambda: handler.busy, lambda: handler.events.put_nowait(None))
         notice = Draining("the service is shutting down")
-        drain_notice = asyncio.create_task(self._notify_drain(handler.events, notice))
-        self._streams += 1
-        try:
-            while (event := await handler.events.get()) is not None:
-                yield self._pack(event)
-                if isinstance(event, Draining):
-                    break
-        finally:
-            self._streams -= 1
-            drain_notice.cancel()
-            listener.cancel()
-            handler.leave()
+        async with self._open(call, context):
+            listener = asyncio.create_task(self._listen(call.reading(requests), handler))
+            drain_notice = asyncio.create_task(self._notify_drain(handler.events.put_nowait, notice))
+            try:
+                while (event := await handler.events.get()) is not None:
+                    with call.writing():
+                        yield self._pack(event)
+                    if isinstance(event, Draining):
+                        break
+            finally:
+                drain_notice.cancel()
+                listener.cancel()
+                handler.leave()
 
-    async def Describe(
-        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.DescribeResponse:
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         started_s = time.monotonic()
         if len(request.padding) > limits.MAX_PROBE_BYTES:
             error = InvalidInput(
@@ -149,35 +174,52 @@ class Servicer(pb_grpc.IsthmusServicer):
         self._metrics.answered("Describe", "OK", time.monotonic() - started_s)
         return wire.pack_service(self._info)
 
+    @contextlib.asynccontextmanager
+    async def _open(self, call: OpenCall, context: Context) -> AsyncIterator[None]:
+        """Count the call as open; with no place for it the call is aborted."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._calls.open(call))
+            except Overloaded as error:
+                self._metrics.rejected("calls")
+                await context.abort(*status.of_error(error))
+            yield
+
     async def _feed(
         self,
         requests: AsyncIterator[pb.InferRequest],
-        ready: asyncio.Queue[pb.InferResponse | InvalidInput | None],
+        outbox: Outbox[pb.InferResponse | InvalidInput],
+        computing: set[asyncio.Task[None]],
         peer: str,
     ) -> None:
-        """Answer requests as they arrive, at most MAX_STREAM_INFLIGHT at once; None follows the last response.
+        """Answer requests as they arrive; one is read when there is a place for it. None follows the last response.
 
         Bytes that are no message end the stream with an error, once what came before them is answered.
         """
-        slots, undecodable = asyncio.Semaphore(limits.MAX_STREAM_INFLIGHT), True
-
-        async def answer(message: pb.InferRequest) -> None:
-            try:
-                ready.put_nowait(await self._answer(message, "InferStream", peer, None))
-            finally:
-                slots.release()
-
+        undecodable = True
         try:
             async with asyncio.TaskGroup() as group:
                 with contextlib.suppress(DecodeError):
+                    await outbox.place()
                     async for message in requests:
-                        await slots.acquire()
-                        group.create_task(answer(message))
+                        computing.add(task := group.create_task(self._answer_into(outbox, message, peer)))
+                        task.add_done_callback(computing.discard)
+                        await outbox.place()
                     undecodable = False
             if undecodable:
-                ready.put_nowait(InvalidInput(UNDECODABLE))
+                outbox.notify(InvalidInput(UNDECODABLE))
         finally:
-            ready.put_nowait(None)
+            outbox.notify(None)
+
+    async def _answer_into(
+        self, outbox: Outbox[pb.InferResponse | InvalidInput], message: pb.InferRequest, peer: str
+    ) -> None:
+        response = await self._answer(message, "InferStream", peer, None)
+        try:
+            outbox.put(response, response.ByteSize())
+        except Overloaded as error:
+            self._metrics.rejected("queue")
+            outbox.put(wire.pack_error(message.request_id, error), 0)
 
     async def _listen(self, requests: AsyncIterator[pb.GenerateRequest], handler: StreamHandler) -> None:
         """Read messages until the device half-closes. An invalid one is answered with an error, and reading goes on.
@@ -204,9 +246,9 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._metrics.log_failure("message failed")
             handler.events.put_nowait(ServiceError("the message failed"))
 
-    async def _notify_drain(self, queue: asyncio.Queue[T], notice: T) -> None:
+    async def _notify_drain(self, notify: Callable[[T], None], notice: T) -> None:
         await self._draining.wait()
-        queue.put_nowait(notice)
+        notify(notice)
 
     def _pack(self, event: Committed | IsthmusError) -> pb.GenerateResponse:
         if isinstance(event, IsthmusError):
@@ -245,13 +287,27 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._metrics.rejected("deadline")
             raise DeadlineExceeded("the call's deadline had passed on arrival")
         try:
-            return await self._vision.submit(request, peer)
+            with self._waiting(len(request.payload.data)):
+                return await self._vision.submit(request, peer)
         except IsthmusError as error:
             self._metrics.unreadable(error, on_arrival=False)
             raise
 
+    @contextlib.contextmanager
+    def _waiting(self, size_bytes: int) -> Iterator[None]:
+        """Count a payload in the budget. Raises Overloaded where it does not fit."""
+        try:
+            self._queue.take(size_bytes)
+        except Overloaded:
+            self._metrics.rejected("queue")
+            raise
+        try:
+            yield
+        finally:
+            self._queue.give(size_bytes)
 
-def peer_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+
+def peer_of(context: Context) -> str:
     """Who takes turns with others: the name in the device's certificate, or else its connection.
 
     Without certificates an address proves nothing, and all devices behind one router or proxy share it.

@@ -37,6 +37,9 @@ MAX_STREAM_INFLIGHT = 64  # outstanding requests of one stream; above this the s
 KEEPALIVE_MS = 5_000
 PING_TIMEOUT_MS = 2_000
 IDLE_STREAM_S = 7.5  # at most two pings, checked at most this late
+MAX_IDLE_S = 120.0  # the service ends a stream that nothing goes over for so long; a device does long before
+GOODBYE_S = 2.0  # for the service's goodbye to arrive and the half-close to return, on the slowest link
+MAX_CONNECTION_STREAMS = 256  # a client waits with more, and a proxy opens another connection
 HANDSHAKE_TIMEOUT_MS = 5_000  # for a client that connects and sends nothing
 
 ChannelOptions = list[tuple[str, int | str]]
@@ -62,6 +65,7 @@ def server_options() -> ChannelOptions:
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_metadata_size", 8 << 10),
+        ("grpc.max_concurrent_streams", MAX_CONNECTION_STREAMS),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),

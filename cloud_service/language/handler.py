@@ -21,6 +21,12 @@ class GenerateHandler:
         self._opening_seen = False  # whether it succeeded or not
         self.events = EventQueue()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a round has no reply yet."""
+        session = self._session
+        return session is not None and (bool(session.rounds) or session.sequence.scheduled is not None)
+
     def begin_opening(self) -> None:
         """An opening has arrived, valid or not: the former session is left."""
         self.leave()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
+from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.cloud_service.metrics import CloudMetrics
+from isthmus.edge_agent.config import HttpConfig
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
@@ -177,3 +180,11 @@ def test_prometheus_scrapes_the_ports_that_compose_opens() -> None:
     assert "ISTHMUS_CLOUD_METRICS=0.0.0.0:9101" in cloud
     assert jobs["isthmus-edge"]["dns_sd_configs"][0]["port"] == 8080
     assert "ISTHMUS_EDGE_LISTEN=0.0.0.0:8080" in edge
+
+
+@pytest.mark.parametrize(("service", "config"), [("cloud", CloudConfig), ("edge", HttpConfig)])
+def test_a_container_has_longer_to_stop_than_its_drain_takes(service: str, config: type) -> None:
+    """The rest is for a batch that is being computed, and for the interpreter's end."""
+    grace = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"][service]["stop_grace_period"]
+    drain_s = next(field.default for field in fields(config) if field.name == "drain_s")
+    assert float(grace.removesuffix("s")) >= drain_s + 5

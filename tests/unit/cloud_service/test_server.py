@@ -1,23 +1,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig, Tls
 from isthmus.cloud_service.language.service import LanguageService
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.server import Server, bind
-from isthmus.cloud_service.servicer import Servicer
+from isthmus.cloud_service.servicer import MAX_CALLS, Servicer
 from isthmus.cloud_service.vision.batching import BatchLimits
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.errors import InvalidInput
 from isthmus.protos import limits
+from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 
 @pytest.fixture
@@ -71,23 +77,137 @@ class IdleRunner:
         self._drained.set()
 
 
+class ServerHarness:
+    """A server with idle runners on a free port."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        metrics = CloudMetrics(registry, [])
+        self.vision, self.language = IdleRunner(), IdleRunner()
+        self.servicer = Servicer(
+            Worker([], [], BatchLimits(), 1, metrics), LanguageService(), metrics, ByteBudget(1 << 20)
+        )
+        self.server = Server(self.servicer, self.vision, self.language)
+        self._registry = registry
+
+    async def start(self) -> str:
+        """Its address."""
+        ports = await self.server.start(CloudConfig(listen="127.0.0.1:0", metrics=None), self._registry)
+        assert ports.grpc > 0 and ports.metrics is None
+        return f"127.0.0.1:{ports.grpc}"
+
+
 @pytest.mark.parametrize("wing", ["vision", "language"])
 def test_a_runner_that_fails_stops_the_server(wing: str) -> None:
     """Or a service without its compute thread would look healthy."""
 
     async def play() -> None:
-        registry = CollectorRegistry()
-        metrics = CloudMetrics(registry, [])
-        servicer = Servicer(Worker([], [], BatchLimits(), 1, metrics), LanguageService(), metrics)
-        runners = {"vision": IdleRunner(), "language": IdleRunner()}
-        server = Server(servicer, **runners)
-        ports = await server.start(CloudConfig(listen="127.0.0.1:0", metrics=None), registry)
-        assert ports.grpc > 0 and ports.metrics is None
+        harness = ServerHarness()
+        await harness.start()
         await asyncio.sleep(0.02)
-        assert not server.stopping.is_set()
-        runners[wing].failure.set_exception(RuntimeError("a bug"))
-        await asyncio.wait_for(server.stopping.wait(), 10)
+        assert not harness.server.stopping.is_set()
+        getattr(harness, wing).failure.set_exception(RuntimeError("a bug"))
+        await asyncio.wait_for(harness.server.stopping.wait(), 10)
         with pytest.raises(RuntimeError, match="a bug"):
-            await server.drain(1.0)
+            await harness.server.drain(1.0)
 
     asyncio.run(play())
+
+
+async def open_streams(channels: list[grpc.aio.Channel], each: int, servicer: Servicer) -> list[Any]:
+    """Streams that send nothing, `each` of them over every channel."""
+    calls = [pb_grpc.IsthmusStub(channel).InferStream() for channel in channels for _ in range(each)]
+    while len(servicer._calls) < len(calls):
+        await asyncio.sleep(0.01)
+    return calls
+
+
+async def status_of(call: Any) -> grpc.StatusCode:
+    """How a stream ended; gRPC says so after its last message."""
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        async for _ in call:
+            pass
+    return await asyncio.wait_for(call.code(), 10)  # type: ignore[no-any-return]
+
+
+async def check(address: str, *, own_connection: str) -> int:
+    options = [("grpc.channel_id", own_connection)]  # or gRPC shares connections
+    async with grpc.aio.insecure_channel(address, options) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return int((await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)).status)
+
+
+def test_idle_streams_lock_nobody_out_and_hold_no_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there may be calls: health answers, another stream finds a place, and all end with the drain."""
+    monkeypatch.setattr("isthmus.cloud_service.open_calls.IDLE_STREAM_S", 0.0)
+    monkeypatch.setattr(limits, "GOODBYE_S", 0.2)
+
+    async def play() -> None:
+        harness = ServerHarness()
+        address = await harness.start()
+        async with contextlib.AsyncExitStack() as stack:
+            connections = [
+                grpc.aio.insecure_channel(address, [("grpc.channel_id", str(number))])
+                for number in range(MAX_CALLS // limits.MAX_CONNECTION_STREAMS)
+            ]
+            for channel in connections:
+                await stack.enter_async_context(channel)
+            calls = await open_streams(connections, limits.MAX_CONNECTION_STREAMS, harness.servicer)
+            assert len(calls) == MAX_CALLS
+            assert await check(address, own_connection="health") == health_pb2.HealthCheckResponse.SERVING
+            other = await stack.enter_async_context(grpc.aio.insecure_channel(address, [("grpc.channel_id", "other")]))
+            late = pb_grpc.IsthmusStub(other).InferStream()
+            await late.write(pb.InferRequest(request_id=1))
+            assert (await late.read()).request_id == 1
+            assert sum(call.done() for call in calls) <= 1  # the one that left its place
+            await asyncio.wait_for(harness.server.drain(60.0), 30)
+            assert {await status_of(call) for call in calls} <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+
+    asyncio.run(play())
+
+
+def test_one_connection_has_a_limited_number_of_streams() -> None:
+    async def play() -> None:
+        harness = ServerHarness()
+        address = await harness.start()
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = pb_grpc.IsthmusStub(channel)
+            calls = [stub.InferStream() for _ in range(limits.MAX_CONNECTION_STREAMS + 20)]
+            while len(harness.servicer._calls) < limits.MAX_CONNECTION_STREAMS:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert len(harness.servicer._calls) == limits.MAX_CONNECTION_STREAMS
+            assert not any(call.done() for call in calls)
+        await harness.server.drain(1.0)
+
+    asyncio.run(play())
+
+
+def test_a_client_that_watches_health_does_not_hold_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "GOODBYE_S", 0.0)
+
+    async def play() -> None:
+        harness = ServerHarness()
+        async with grpc.aio.insecure_channel(await harness.start()) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            await asyncio.wait_for(harness.server.drain(60.0), 30)
+
+    asyncio.run(play())
+
+
+def test_the_drain_has_one_deadline_for_streams_and_runners(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a stream with a message on the way nor a runner that goes on holds it any longer."""
+
+    async def play() -> None:
+        harness = ServerHarness()
+        harness.vision.drain = lambda: None  # type: ignore[method-assign]
+        async with grpc.aio.insecure_channel(await harness.start()) as channel:
+            (call,) = await open_streams([channel], 1, harness.servicer)
+            await asyncio.wait_for(harness.server.drain(0.2), 30)
+            assert await status_of(call) is grpc.StatusCode.UNAVAILABLE
+        assert len(harness.servicer._calls) == 0
+        assert harness.server._running[0].cancelled()
+
+    asyncio.run(play())
+    assert "not answered within 0.2 s" in caplog.text

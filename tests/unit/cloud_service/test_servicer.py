@@ -11,6 +11,8 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service import servicer as module
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.service import LanguageService
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.servicer import Servicer, attach
@@ -35,6 +37,7 @@ class FakeVision:
         self.failures: dict[bytes, Exception] = {}
         self.inside = self.most_inside = self.seen = 0
         self.peers: set[str] = set()
+        self.width = 1  # how many times each probability is repeated, which makes an answer large
 
     async def submit(self, request: CloudRequest, peer: str) -> CloudReply:
         self.seen += 1
@@ -46,7 +49,7 @@ class FakeVision:
             if (failure := self.failures.get(request.payload.data)) is not None:
                 raise failure
             share = request.payload.data[0] / 255
-            return CloudReply(tuple((share, 1 - share) for _ in request.tasks), 0.001, 0.002)
+            return CloudReply(tuple((share, 1 - share) * self.width for _ in request.tasks), 0.001, 0.002)
         finally:
             self.inside -= 1
 
@@ -57,7 +60,8 @@ class ServicerHarness:
     def __init__(self) -> None:
         self.vision, self.registry = FakeVision(), CollectorRegistry()
         metrics = CloudMetrics(self.registry, [INFO])
-        self.servicer = Servicer(self.vision, LanguageService(), metrics)
+        self.queue = ByteBudget(1 << 20)
+        self.servicer = Servicer(self.vision, LanguageService(), metrics, self.queue)
         self.stub: Any = None
         self.channel: Any = None
         self.target = ""
@@ -334,3 +338,87 @@ def test_what_came_before_undecodable_bytes_is_answered_and_the_fault_is_named()
         assert caught.value.code() is Status.INVALID_ARGUMENT
 
     scenario(play)
+
+
+LARGE = 8192  # repetitions: an answer takes 64 KiB
+
+
+def test_answers_that_a_device_does_not_read_are_bounded_and_counted() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.width = LARGE
+        harness.queue.limit_bytes = 1 << 30
+        count = 1000
+        call = harness.stub.InferStream(iter([request(number + 1) for number in range(count)]))
+        seen = -1
+        while seen < harness.vision.seen:
+            seen = harness.vision.seen
+            await asyncio.sleep(0.3)
+        assert limits.MAX_STREAM_INFLIGHT <= seen < count / 2  # the others wait in the device
+        assert 0 < harness.queue.held_bytes <= limits.MAX_STREAM_INFLIGHT * (LARGE * 8 + 64)
+        call.cancel()
+        await asyncio.wait_for(harness.servicer.drained(), 10)
+        assert harness.queue.held_bytes == 0
+
+    scenario(play)
+
+
+def test_a_device_that_does_not_read_is_cut_off_after_a_while() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.width = LARGE
+        harness.queue.limit_bytes = 1 << 30
+        harness.stub.InferStream(iter([request(number + 1) for number in range(1000)]))
+        await until(lambda: harness.queue.held_bytes > LARGE * 8 * limits.MAX_STREAM_INFLIGHT)
+        harness.servicer._calls.end_idle(1e-6)
+        await asyncio.wait_for(harness.servicer.drained(), 10)
+        assert harness.queue.held_bytes == 0
+
+    scenario(play)
+
+
+def test_answers_and_payloads_that_do_not_fit_into_the_budget_are_refused() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.width = LARGE
+        harness.queue.limit_bytes = LARGE * 8 - 1
+        messages = [request(1), request(2, bytes(LARGE * 8))]
+        answers = [response async for response in harness.stub.InferStream(iter(messages))]
+        assert [response.error.code for response in answers] == [Status.RESOURCE_EXHAUSTED.value[0]] * 2
+        assert {response.request_id for response in answers} == {1, 2}
+        assert harness.queue.held_bytes == 0
+
+    harness = scenario(play)
+    assert harness.count("isthmus_cloud_requests_rejected_total", reason="queue") == 2
+
+
+def test_an_idle_stream_is_ended_and_one_with_a_request_is_not() -> None:
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.gate.clear()
+        idle, busy = harness.stub.InferStream(), harness.stub.InferStream()
+        await busy.write(request(1))
+        await until(lambda: harness.vision.inside == 1 and len(harness.servicer._calls) == 2)
+        harness.servicer._calls.end_idle(1e-6)
+        assert await idle.read() is grpc.aio.EOF
+        assert await idle.code() is Status.OK
+        harness.vision.gate.set()
+        assert (await busy.read()).request_id == 1
+        await busy.done_writing()
+
+    scenario(play)
+
+
+def test_with_too_many_calls_open_the_next_is_refused_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_CALLS", 1)
+
+    async def play(harness: ServicerHarness) -> None:
+        harness.vision.gate.clear()
+        busy = harness.stub.InferStream()
+        await busy.write(request(1))
+        await until(lambda: harness.vision.inside == 1)
+        for call in (harness.stub.Infer(request(2)), harness.stub.InferStream(), harness.stub.Generate()):
+            assert await call.code() is Status.RESOURCE_EXHAUSTED
+            assert "1 calls are open" in await call.details()
+        await harness.stub.Describe(pb.DescribeRequest())
+        harness.vision.gate.set()
+        assert (await busy.read()).request_id == 1
+
+    harness = scenario(play)
+    assert harness.count("isthmus_cloud_requests_rejected_total", reason="calls") == 3

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service import servicer
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language import model_runner
 from isthmus.cloud_service.language.handler import GenerateHandler
 from isthmus.cloud_service.language.service import LanguageService
@@ -44,7 +45,7 @@ class ServerHarness:
         self.engine, self.decoder = self.harness.engine, self.harness.decoder
         self.metrics = CloudMetrics(self.registry, [])
         vision = Worker([], [], BatchLimits(), 1, self.metrics)
-        self.servicer = Servicer(vision, LanguageService([self.engine]), self.metrics)
+        self.servicer = Servicer(vision, LanguageService([self.engine]), self.metrics, ByteBudget(1 << 20))
         self.stub: Any = None
 
     def opening(self, tokens: Sequence[int] = PROMPT, start: int = 0, **fields: Any) -> pb.GenerateRequest:
@@ -357,3 +358,23 @@ def test_a_large_message_is_unpacked_off_the_event_loop(monkeypatch: pytest.Monk
         assert isinstance(unpacked, Opening)
         assert unpacked.tokens == tuple(tokens)
     assert [each is threading.main_thread() for each in threads] == [True, False]
+
+
+def test_an_idle_stream_is_ended_and_one_whose_round_is_computed_is_not(scene: Scene, decoder: Decoder) -> None:
+    async def play(server: ServerHarness) -> None:
+        idle, busy = server.stub.Generate(), server.stub.Generate()
+        server.decoder.gate.clear()
+        for message in (server.opening(), asked(3)):
+            await busy.write(message)
+        await until(
+            lambda: len(server.servicer._calls) == 2 and any(call._busy() for call in server.servicer._calls._open)
+        )
+        server.servicer._calls.end_idle(1e-6)
+        assert await idle.read() is grpc.aio.EOF
+        assert await idle.code() is Status.OK
+        server.decoder.gate.set()
+        assert (await read(busy)).tokens == tuple(plain(decoder, PROMPT, 1)[3:])
+        server.servicer._calls.end_idle(1e-6)
+        assert await busy.read() is grpc.aio.EOF
+
+    scene(play)

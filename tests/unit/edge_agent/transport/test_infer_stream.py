@@ -201,3 +201,17 @@ def test_a_late_response_is_late_once(open_stream: Any, late: list[int]) -> None
     call.respond(2, 2)
     assert isinstance(other.exception(WAIT_S), InvalidReply)
     assert late == [1]
+
+
+def test_an_end_while_nothing_is_outstanding_fails_nobody(
+    open_stream: Callable[[], tuple[InferStream, Call]], late: list[int]
+) -> None:
+    """So the service ends an idle stream; the link opens another for the next request."""
+    stream, call = open_stream()
+    future = stream.send(pb.InferRequest(request_id=1))
+    call.respond(1)
+    assert future is not None and future.result(WAIT_S).request_id == 1
+    call.responses.put(None)
+    assert call.half_closed.wait(WAIT_S)
+    assert stream.send(pb.InferRequest(request_id=2)) is None
+    assert (isinstance(stream.ended, LinkDown), late) == (True, [])

@@ -1,0 +1,94 @@
+"""Calls that are open: how many there may be at once, and which of them are idle. Knows nothing about gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeVar
+
+from isthmus.models.errors import Overloaded
+from isthmus.protos.limits import IDLE_STREAM_S
+
+T = TypeVar("T")
+
+
+class OpenCall:
+    """One call of a peer, answered by the task that makes this object."""
+
+    def __init__(self, peer: str, busy: Callable[[], bool], finish: Callable[[], None]) -> None:
+        """`busy`: whether something is computed for it. `finish`: ends it once all that waits is written."""
+        self.peer = peer
+        self.ended = False  # others may have its place
+        self._busy, self._finish = busy, finish
+        self._task = asyncio.current_task()
+        self._blocked = False  # the peer does not read what is written
+        self._active_s = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds without a message either way; 0 while something is computed, unless the peer does not read."""
+        return time.monotonic() - self._active_s if self._blocked or not self._busy() else 0.0
+
+    def end(self) -> None:
+        """Finish the call, or give it up if the peer does not read; others may have its place.
+
+        Of a call that was given up, gRPC keeps one message until the connection closes: it offers no way to reset it.
+        """
+        if self._blocked and self._task is not None:
+            self._task.cancel()
+        elif not self.ended:
+            self._finish()
+        self.ended = True
+
+    async def reading(self, messages: AsyncIterator[T]) -> AsyncIterator[T]:
+        """The messages that the peer sends."""
+        async for message in messages:
+            self._active_s = time.monotonic()
+            yield message
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the writing of one message, which waits until the peer reads."""
+        self._active_s, self._blocked = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._active_s, self._blocked = time.monotonic(), False
+
+
+class OpenCalls:
+    """At most `limit` calls. One more takes the place of an idle call of the peer that has the most."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: dict[OpenCall, None] = {}  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @contextlib.contextmanager
+    def open(self, call: OpenCall) -> Iterator[None]:
+        """Count `call` as open. Raises Overloaded when there is no place, and no idle call that could leave its own."""
+        if sum(not other.ended for other in self._open) >= self._limit:
+            self._end_one()
+        self._open[call] = None
+        try:
+            yield
+        finally:
+            self._open.pop(call, None)
+
+    def end_idle(self, idle_s: float) -> None:
+        """End every call that has been idle for `idle_s`."""
+        for call in self._open:
+            if call.idle_s >= idle_s:
+                call.end()
+
+    def _end_one(self) -> None:
+        count = Counter(call.peer for call in self._open if not call.ended)
+        idle = [call for call in self._open if not call.ended and call.idle_s >= IDLE_STREAM_S]  # a device's is not
+        if not idle:
+            raise Overloaded(f"{self._limit} calls are open, which is the limit, and none of them is idle")
+        max(idle, key=lambda call: (count[call.peer], call.idle_s)).end()
