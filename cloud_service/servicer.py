@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -19,13 +19,11 @@ from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.open_calls import OpenCall, OpenCalls
 from isthmus.cloud_service.outbox import Outbox
+from isthmus.cloud_service.services import LanguageService, StreamHandler, VisionService
 from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, Overloaded, ServiceError
 from isthmus.models.messages import (
-    BundleInfo,
     CloudReply,
-    CloudRequest,
     Committed,
-    ModelInfo,
     Opening,
     Round,
     ServiceInfo,
@@ -41,44 +39,6 @@ UNDECODABLE = "the stream carries bytes that are not a message"
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 MAX_CALLS = 1024  # streams and requests; health, reflection and Describe are not among them
 DRAIN_POLL_S = 0.02
-
-
-class VisionService(Protocol):
-    """Predicts from photos and latents."""
-
-    @property
-    def bundles(self) -> tuple[BundleInfo, ...]: ...
-
-    async def submit(self, request: CloudRequest, peer: str) -> CloudReply: ...
-
-
-class StreamHandler(Protocol):
-    """Handles the messages of one `Generate` stream. In `events` None follows the last one."""
-
-    @property
-    def events(self) -> asyncio.Queue[Committed | IsthmusError | None]: ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether a round has no reply yet."""
-        ...
-
-    def begin_opening(self) -> None: ...
-
-    async def handle(self, request: Opening | Round) -> None: ...
-
-    def end(self) -> None: ...
-
-    def leave(self) -> None: ...
-
-
-class LanguageService(Protocol):
-    """Generates tokens in sessions."""
-
-    @property
-    def models(self) -> tuple[ModelInfo, ...]: ...
-
-    def new_handler(self, peer: str) -> StreamHandler: ...
 
 
 class Servicer(pb_grpc.IsthmusServicer):
