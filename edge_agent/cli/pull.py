@@ -21,8 +21,10 @@ from isthmus.models.bundle.files import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     Files,
+    check_replaceable,
     fingerprint_of,
     first_problem,
+    put_in_place,
     read_json,
 )
 from isthmus.models.bundle.installed import user_folder
@@ -123,7 +125,8 @@ def install(source: Source, to: Path, force: bool, progress: Begin) -> Pulled:
             Files(partial, listing.files).check()
         except BundleError as error:
             raise BundleError(str(error).replace(f"{partial}/", "")) from error
-        place(partial, folder, Path(scratch.name) / "old")
+        with translated(str(folder)):
+            put_in_place(partial, folder, Path(scratch.name) / "old")
     return result
 
 
@@ -146,7 +149,10 @@ def read_listing(folder: Path) -> Listing:
 
 
 def is_there(folder: Path, listing: Listing, force: bool) -> bool:
-    """Whether this very bundle is in place, whole. Raises InvalidInput when another is, unless `force`."""
+    """Whether this very bundle is in place, whole.
+
+    Raises InvalidInput when another is, unless `force`, and when it is no bundle.
+    """
     if not folder.exists() and not folder.is_symlink():
         return False
     try:
@@ -158,20 +164,8 @@ def is_there(folder: Path, listing: Listing, force: bool) -> bool:
         same = False  # broken: it is replaced only when asked for, it may be somebody's work
     if not force:
         raise InvalidInput(f"{folder}: another bundle, or a changed one, is there; --force replaces it")
+    check_replaceable(folder)
     return False
-
-
-def place(partial: Path, folder: Path, old: Path) -> None:
-    """Rename into place; what was there goes to `old`, and comes back when the rename fails."""
-    with translated(str(folder)):
-        if folder.exists() or folder.is_symlink():
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
 
 
 def bars(stack: ExitStack) -> Begin:

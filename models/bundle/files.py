@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from isthmus.models.bundle.manifest import SCHEMA_VERSION, BundleManifest, FileEntry
-from isthmus.models.errors import BundleError
+from isthmus.models.errors import BundleError, InvalidInput
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 8 << 20  # 100,000 labels of 80 bytes
@@ -109,8 +110,9 @@ def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, 
     """Write a bundle atomically: to a temporary folder, which is verified, then renamed to `folder`. Returns `folder`.
 
     `manifest` lacks `schema_version`, `files` and `fingerprint`, which are added here. An existing bundle is replaced.
-    Raises BundleError when manifest or files are not valid.
+    Raises BundleError when manifest or files are not valid, InvalidInput when `folder` may not be replaced.
     """
+    check_replaceable(folder)
     listed = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -118,17 +120,50 @@ def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, 
         "files": {name: entry.model_dump() for name, entry in sorted(listed.items())},
     }
     content["fingerprint"] = fingerprint_of(content)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    entries = read_manifest(partial, schema).files  # validates file names before any is written to
-    for name, data in files.items():
-        (partial / name).write_bytes(data)
-    Files(partial, entries).check()
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    target = Path(os.path.abspath(folder))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        partial = Path(scratch) / "new"
+        partial.mkdir()
+        (partial / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        entries = read_manifest(partial, schema).files  # validates file names before any is written to
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        Files(partial, entries).check()
+        check_replaceable(folder)  # again: training took hours
+        put_in_place(partial, target, Path(scratch) / "old")
     return folder
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise InvalidInput unless `folder` is absent, empty, or a bundle: a manifest, and only what it lists."""
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise InvalidInput(f"{folder} is not a folder; nothing is written there")
+        return
+    found = {path.name for path in folder.iterdir()}
+    try:
+        listed = read_json(folder).get("files") if found else {}
+    except BundleError:
+        listed = {}
+    others = sorted(found - {MANIFEST} - set(listed if isinstance(listed, dict) else ()))
+    if others or (found and not listed):
+        raise InvalidInput(
+            f"{folder} is neither empty nor a bundle: it holds {', '.join(others[:3] or [MANIFEST])}"
+            f"{f' and {len(others) - 3} more' if len(others) > 3 else ''}; only a bundle is replaced"
+        )
+
+
+def put_in_place(partial: Path, folder: Path, old: Path) -> None:
+    """Rename `partial` to `folder`. What was there goes to `old`, and comes back when that fails or is interrupted."""
+    try:
+        if os.path.lexists(folder):
+            folder.rename(old)
+        partial.rename(folder)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(folder):
+            old.rename(folder)
+        raise
 
 
 def fingerprint_of(content: Mapping[str, Any]) -> str:

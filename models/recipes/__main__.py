@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.recipes.options import failing_clearly, manifest_as_json, report, training_options
+from isthmus.models.recipes.options import failing_clearly, manifest_as_json, out_option, report, training_options
 from isthmus.models.vision.manifest import Preprocessing
 
 
@@ -20,7 +20,7 @@ def main() -> None:
 
 
 @main.command(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv --seed 0")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
+@out_option("models/zoo/elpv")
 @training_options("runs/elpv")
 @manifest_as_json
 def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
@@ -36,7 +36,7 @@ def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
 @main.command(
     epilog="Example: python -m isthmus.models.recipes photos --labelled imagenet_sample --out models/zoo/photos"
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/photos"), show_default=True)
+@out_option("models/zoo/photos")
 @click.option(
     "--photos",
     type=click.Path(path_type=Path),
@@ -65,7 +65,7 @@ def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_js
 @main.command(
     epilog="Example: python -m isthmus.models.recipes language --prompts spec_bench.jsonl --out models/zoo/smollm2"
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/smollm2"), show_default=True)
+@out_option("models/zoo/smollm2")
 @click.option("--model", default="smollm2", show_default=True, help="GGUF file, Hugging Face folder, or smollm2.")
 @click.option(
     "--prompts",
@@ -104,7 +104,7 @@ def language(
 
 
 @main.command(epilog="Example: python -m isthmus.models.recipes fashion --out models/zoo/fashion")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("models/zoo/fashion"), show_default=True)
+@out_option("models/zoo/fashion")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -147,7 +147,7 @@ def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, as_
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="Images; sub-folders, sorted, are classes."
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@out_option()
 @click.option("--name", help="Of the bundle.  [default: the last part of --out]")
 @click.option("--licence", default="the owner's", show_default=True, help="Of the model, as the bundle states it.")
 @click.option("--size", default=224, show_default=True, type=click.IntRange(16, 1024), help="Pixels of a side.")

@@ -11,11 +11,33 @@ from typing import Any
 import click
 import torch
 
+from isthmus.models.bundle.files import check_replaceable
 from isthmus.models.errors import IsthmusError
 from isthmus.models.vision.bundle import Bundle
 
 Command = Callable[..., Any]
 manifest_as_json = click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
+
+
+def check_out(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    try:
+        check_replaceable(value)
+    except IsthmusError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
+def out_option(default: str | None = None) -> Callable[[Command], Command]:
+    """`--out`, the folder of the bundle; a folder that may not be replaced is refused before anything is trained."""
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=default,
+        required=default is None,
+        show_default=True,
+        callback=check_out,
+        help="Folder of the bundle: absent, empty, or a bundle, which is replaced.",
+    )
 
 
 def use_threads(context: click.Context, parameter: click.Parameter, value: int) -> None:

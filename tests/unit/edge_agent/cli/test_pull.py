@@ -163,6 +163,15 @@ def test_the_same_bundle_is_not_fetched_again_and_another_not_replaced(to: Path,
     assert [path.name for path in to.iterdir()] == [folder.name]
 
 
+def test_a_folder_that_is_no_bundle_is_not_replaced_even_by_force(to: Path, tiny_bundle: Bundle) -> None:
+    photo = to / tiny_bundle.manifest.name / "holiday.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"mine")
+    result = invoke(tiny_bundle.folder, "--to", to, "--force")
+    assert result.exit_code == 1 and "it holds holiday.jpg; only a bundle is replaced" in result.stderr
+    assert photo.read_bytes() == b"mine"
+
+
 def test_of_several_bundles_one_is_chosen(to: Path, tmp_path: Path, tiny_bundle: Bundle) -> None:
     path = zipped(tmp_path / "b.zip", tiny_bundle.folder, "zoo/one")
     with zipfile.ZipFile(path, "a") as archive:

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from isthmus.models.bundle.files import fingerprint_of
-from isthmus.models.errors import BundleError
+from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.vision.bundle import Bundle
 from tests.conftest import Parts
 
@@ -185,6 +185,75 @@ def test_writing_replaces_every_old_file(paper: Parts, tmp_path: Path) -> None:
     del paper.files["extra"]
     paper.write(tmp_path / "b")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", *sorted([*paper.files, "manifest.json"])]
+
+
+def photos(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        (folder / name).write_bytes(b"mine")
+    return folder
+
+
+def noted(folder: Path) -> Path:
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def app(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"name": "a web app"}')
+    return folder
+
+
+def listing(folder: Path) -> list[tuple[str, bytes]]:
+    found = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    return [(path.name, path.read_bytes()) for path in found]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda paper, folder: photos(folder), "it holds a.jpg, b.jpg, c.jpg and 1 more; only a bundle is replaced"),
+        (lambda paper, folder: noted(paper.write(folder)), "it holds notes.txt; only"),
+        (lambda paper, folder: app(folder), "it holds manifest.json; only"),
+        (lambda paper, folder: folder.write_text("mine"), "is not a folder"),
+    ],
+    ids=["photos", "a bundle with notes", "another manifest", "a file"],
+)
+def test_what_is_no_bundle_is_not_replaced(
+    paper: Parts, tmp_path: Path, make: Callable[[Parts, Path], object], words: str
+) -> None:
+    make(paper, tmp_path / "b")
+    before = listing(tmp_path / "b")
+    with pytest.raises(InvalidInput, match=words):
+        paper.write(tmp_path / "b")
+    assert listing(tmp_path / "b") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_empty_folder_and_a_damaged_bundle_are_replaced(paper: Parts, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (paper.write(tmp_path / "b") / "head0.onnx").write_bytes(b"damaged")
+    assert (paper.write(tmp_path / "b") / "head0.onnx").read_bytes() == paper.files["head0.onnx"]
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()])
+def test_an_old_bundle_comes_back_when_the_new_one_does_not_get_in_place(
+    paper: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = listing(paper.write(tmp_path / "b"))
+    rename = Path.rename
+
+    def broken(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    paper.files["extra"] = b"x"
+    with pytest.raises(type(error)):
+        paper.write(tmp_path / "b")
+    assert listing(tmp_path / "b") == before
 
 
 def test_writing_refuses_a_file_name_that_leaves_the_folder(paper: Parts, tmp_path: Path) -> None:

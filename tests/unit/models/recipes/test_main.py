@@ -18,6 +18,29 @@ def test_help_has_an_example(words: list[str]) -> None:
     assert "Example: python -m isthmus.models.recipes " in CliRunner().invoke(main, words).stdout
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["elpv"],
+        ["fashion"],
+        ["photos", "--labelled", "."],
+        ["language", "--prompts", "photos/a.jpg"],
+        ["split", "--model", "nets:make", "--data", "photos"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_recipe_refuses_to_replace_what_is_no_bundle_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
+    done = CliRunner().invoke(main, [*words, "--out", "photos"])
+    assert done.exit_code == 2
+    assert "photos is neither empty nor a bundle: it holds a.jpg; only a bundle is replaced" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos", "a.jpg"]
+
+
 def test_baselines_of_an_unknown_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(bundle: Path, run: Run, methods: tuple[str, ...]) -> None:
         settings_of(methods[0])
