@@ -23,13 +23,13 @@ def main() -> None:
 @out_option("models/zoo/elpv")
 @training_options("runs/elpv")
 @manifest_as_json
-def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
+def elpv(out: Path, run: Run, as_json: bool) -> None:
     """Solar cells: fine-tune the cloud model, distil exits and bottlenecks, calibrate. Three hours on two cores."""
     from isthmus.models.recipes.vision.elpv import make  # CompressAI alone takes seconds to import
 
-    command = f"python -m isthmus.models.recipes elpv --seed {seed} --out {shlex.quote(str(out))}"
-    with failing_clearly(work):
-        bundle = make(out, Run(work, seed), command)
+    command = f"python -m isthmus.models.recipes elpv --seed {run.seed} --out {shlex.quote(str(out))}"
+    with failing_clearly(run.folder):
+        bundle = make(out, run, command)
     report(out, bundle, as_json)
 
 
@@ -52,13 +52,13 @@ def elpv(out: Path, work: Path, seed: int, as_json: bool) -> None:
 )
 @training_options("runs/photos")
 @manifest_as_json
-def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_json: bool) -> None:
+def photos(out: Path, photos: Path, labelled: Path, run: Run, as_json: bool) -> None:
     """Any photo: EfficientNet-Lite2 with 1,000 classes, split and distilled without labels. An hour on two cores."""
     from isthmus.models.recipes.vision.photos import make
 
-    with failing_clearly(work):
-        command = f"python -m isthmus.models.recipes photos --seed {seed} --labelled FOLDER"
-        bundle = make(out, Run(work, seed), command, photos, labelled)
+    with failing_clearly(run.folder):
+        command = f"python -m isthmus.models.recipes photos --seed {run.seed} --labelled FOLDER"
+        bundle = make(out, run, command, photos, labelled)
     report(out, bundle, as_json)
 
 
@@ -86,20 +86,22 @@ def photos(out: Path, photos: Path, labelled: Path, work: Path, seed: int, as_js
 @training_options("runs/language")
 @manifest_as_json
 def language(
-    out: Path, model: str, prompts: Path, depths: tuple[int, ...], depth: int | None, work: Path, seed: int,
+    out: Path, model: str, prompts: Path, depths: tuple[int, ...], depth: int | None, run: Run,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Language model: exits, hidden-state codec and approximate KV for the handoff. An hour on two cores."""
     from isthmus.models.language.handoff.inspect import summary
     from isthmus.models.recipes.language.bundle import make, only_exit
 
-    with failing_clearly(work):
+    with failing_clearly(run.folder):
         if depth is not None:
-            only_exit(work, seed, model, depth, depths)
+            only_exit(run, model, depth, depths)
             return
-        command = f"python -m isthmus.models.recipes language --seed {seed} --model {shlex.quote(model)} --prompts FILE"
+        command = (
+            f"python -m isthmus.models.recipes language --seed {run.seed} --model {shlex.quote(model)} --prompts FILE"
+        )
         command += "".join(f" --depth {each}" for each in depths)
-        manifest = make(out, Run(work, seed), command, model, prompts, depths)
+        manifest = make(out, run, command, model, prompts, depths)
     click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(summary(manifest)))
 
 
@@ -114,29 +116,29 @@ def language(
 )
 @training_options("runs/fashion")
 @manifest_as_json
-def fashion(out: Path, data: Path, work: Path, seed: int, as_json: bool) -> None:
+def fashion(out: Path, data: Path, run: Run, as_json: bool) -> None:
     """Fashion-MNIST: train a small network and split it with three exits. An hour on two cores."""
     from isthmus.models.recipes.vision.fashion import make
 
-    with failing_clearly(work):
-        bundle = make(out, Run(work, seed), f"python -m isthmus.models.recipes fashion --seed {seed}", data)
+    with failing_clearly(run.folder):
+        bundle = make(out, run, f"python -m isthmus.models.recipes fashion --seed {run.seed}", data)
     report(out, bundle, as_json)
 
 
 @main.command(epilog="Example: python -m isthmus.models.recipes baselines n0 entropic-student --work runs/sc2")
 @click.argument("methods", nargs=-1)
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("models/zoo/elpv"), show_default=True)
-@training_options("runs/sc2")
+@training_options("runs/sc2", apart=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the last figures of every stage as JSON.")
-def baselines(methods: tuple[str, ...], bundle: Path, work: Path, seed: int, as_json: bool) -> None:
+def baselines(methods: tuple[str, ...], bundle: Path, run: Run, as_json: bool) -> None:
     """Bottlenecks of other papers, trained on ELPV for `tests.bench.sc2`. Default: all METHODS.
 
     About half an hour a method on one core; several can run in parallel.
     """
     from isthmus.models.recipes.vision.elpv import train_baselines
 
-    with failing_clearly(work):
-        log = train_baselines(bundle, Run(work, seed), methods)
+    with failing_clearly(run.folder):
+        log = train_baselines(bundle, run, methods)
     click.echo(json.dumps(log) if as_json else "\n".join(f"{name}: {figures}" for name, figures in log.items()))
 
 
@@ -172,8 +174,7 @@ def split(
     deviation: tuple[float, float, float],
     cuts: tuple[str, ...],
     table: bool,
-    work: Path,
-    seed: int,
+    run: Run,
     as_json: bool,
 ) -> None:
     """Your own classifier: split it, distil exits and a bottleneck, calibrate, and write a bundle.
@@ -184,7 +185,7 @@ def split(
     from isthmus.models.recipes.vision.cutting import capture, cut_indices
     from isthmus.models.vision.inspect import summary
 
-    with failing_clearly(work):
+    with failing_clearly(run.folder):
         found = own_data.find(data)
         sys.path.insert(0, "")
         captured = capture(own_model.load_model(model), (3, size, size))
@@ -196,7 +197,7 @@ def split(
         spec = Preprocessing(resize=max(size, resize or size), crop=(size, size), mean=mean, deviation=deviation)
         settings = own.Settings(name or out.name, licence, spec, chosen)
         command = shlex.join(["python", "-m", "isthmus.models.recipes", *sys.argv[1:]])
-        bundle, figures = own.make(out, Run(work, seed), command, captured, found, settings)
+        bundle, figures = own.make(out, run, command, captured, found, settings)
     if as_json:
         click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
         return

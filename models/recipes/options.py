@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from isthmus.models.bundle.files import check_replaceable
 from isthmus.models.errors import IsthmusError
+from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.vision.bundle import Bundle
 
 Command = Callable[..., Any]
@@ -45,12 +47,14 @@ def use_threads(context: click.Context, parameter: click.Parameter, value: int) 
         torch.set_num_threads(value)
 
 
-def training_options(work: str) -> Callable[[Command], Command]:
-    """Options of every recipe: folder of checkpoints (default `work`), seed, threads."""
+def training_options(work: str, *, apart: bool = True) -> Callable[[Command], Command]:
+    """Options of every recipe: the folder of checkpoints, seed and threads, of which the first two make its `run`.
+
+    apart: by default checkpoints are in a folder of `work` that is named after what they are made from.
+    """
+    folder, default = Path(work), f"{work}, a folder for each model, data and options" if apart else work
     options = (
-        click.option(
-            "--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help="Checkpoints."
-        ),
+        click.option("--work", type=click.Path(path_type=Path), help=f"Checkpoints.  [default: {default}]"),
         click.option("--seed", default=0, show_default=True),
         click.option(
             "--threads",
@@ -63,9 +67,15 @@ def training_options(work: str) -> Callable[[Command], Command]:
     )
 
     def add(command: Command) -> Command:
+        @wraps(command)
+        def with_run(*arguments: Any, work: Path | None, seed: int, **others: Any) -> Any:
+            run = Run(work or folder, seed, apart=apart and work is None)
+            return command(*arguments, run=run, **others)
+
+        decorated: Command = with_run
         for option in reversed(options):
-            command = option(command)
-        return command
+            decorated = option(decorated)
+        return decorated
 
     return add
 

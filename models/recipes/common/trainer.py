@@ -6,8 +6,10 @@ batch to a loss. Each epoch's randomness derives from (seed, stage, epoch), so a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -21,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from isthmus.models.errors import InvalidInput
+
+ORIGIN = "made-from.json"  # beside the checkpoints
 
 Batches = Callable[[int, torch.Generator], Iterable[Any]]  # one epoch: (epoch, randomness) -> batches
 Loss = Callable[[Any], tuple[Tensor, dict[str, float]]]
@@ -60,10 +64,35 @@ def progress_bar() -> Progress:
 
 @dataclass
 class Run:
-    """The folder of the stages' checkpoints and log, and the seed that all stages share."""
+    """The folder of the stages' checkpoints and log, and the seed that all stages share.
+
+    apart: every origin has a folder of its own, in `folder`.
+    """
 
     folder: Path
     seed: int
+    apart: bool = False
+
+    def of(self, **origin: str) -> Run:
+        """This run, tied to what it is made from: hashes and options by name. Nothing else resumes from its files.
+
+        Raises InvalidInput when its folder has files of another origin.
+        """
+        origin = {**origin, "seed": str(self.seed)}
+        name = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.folder / name if self.apart else self.folder
+        before = read_origin(folder)
+        if before is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"{ORIGIN}.{os.getpid()}"  # several processes may begin one run
+            partial.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+            partial.replace(folder / ORIGIN)
+        elif others := [key for key in origin if before.get(key) != origin[key]]:
+            raise InvalidInput(
+                f"{folder} holds checkpoints of another run ({', '.join(others)} differ):"
+                " give another --work, or remove that folder"
+            )
+        return Run(folder, self.seed)
 
     def fit(self, stage: str, module: nn.Module, batches: Batches, loss_of: Loss, schedule: Schedule) -> nn.Module:
         """Train `module` in place and return the moving average of it, in eval mode.
@@ -157,6 +186,18 @@ class Run:
     def _logged(self) -> list[dict[str, Any]]:
         lines = self.log.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+
+def read_origin(folder: Path) -> dict[str, str] | None:
+    """What the files of a folder were made from: None when it has none, nothing known when they do not say."""
+    try:
+        found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        used = folder.is_dir() and any(path.is_file() or path.name == "views" for path in folder.iterdir())
+        return {} if used else None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @torch.no_grad()

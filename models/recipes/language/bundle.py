@@ -69,9 +69,9 @@ class Trained:
     fill: Tensors
 
 
-def only_exit(work: Path, seed: int, source: str, depth: int, chosen: Sequence[int] = ()) -> None:
+def only_exit(run: Run, source: str, depth: int, chosen: Sequence[int] = ()) -> None:
     """Train one exit only, so that several can be trained in parallel. Raises InvalidInput, BundleError."""
-    run, checkpoint = Run(work, seed), open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     depths = exit_depths(checkpoint.config, chosen)
     if depth not in depths:
         raise InvalidInput(f"there is no exit at depth {depth}, exits are at {depths}")

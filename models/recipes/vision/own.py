@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from isthmus.models.errors import InvalidInput
+from isthmus.models.recipes.common import origin
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import export, own_data
@@ -72,13 +73,21 @@ def make(
 ) -> tuple[Bundle, dict[str, float]]:
     """The whole recipe: the bundle, and figures that are not in its manifest.
 
-    Raises InvalidInput when data and model do not match. An interrupted run resumes after its last epoch.
+    Raises InvalidInput when data and model do not match, or the run's folder has checkpoints of another model, data or
+    options. An interrupted run resumes after its last epoch.
     """
     if data.classes and len(data.classes) != captured.classes:
         raise InvalidInput(
             f"{data.root} has {len(data.classes)} sub-folders as classes, the model answers {captured.classes} classes"
         )
     parts = own_data.load(data, settings.preprocessing)
+    run = run.of(
+        recipe="split",
+        model=origin.of_graph(captured.graph),
+        data=origin.of_arrays(parts["train"].images_N3HW, parts["train"].labels_N),
+        preprocessing=settings.preprocessing.model_dump_json(),
+        cuts=" ".join(settings.cuts or proposed(captured)),
+    )
     names = data.classes or tuple(f"class {index}" for index in range(captured.classes))
     what = "labelled" if data.classes else "unlabelled: accuracy is agreement with the model"
     bundle = build(

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from isthmus.models.recipes.common import origin
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import export, photos_data
@@ -143,6 +144,11 @@ def make(folder: Path, run: Run, command: str, photos: Path, labelled_photos: Pa
     load_lite2(split.backbone)
     split.eval()
     sources = photos_data.find(photos, labelled(labelled_photos, "train").paths)
+    run = run.of(
+        recipe="photos",
+        model=origin.of_arrays(*split.backbone.state_dict().values()),
+        data=origin.of_files(dict.fromkeys(sources.rows)),
+    )
     photos_data.draw(run.folder / "views", sources, SIDE, run.seed)
     views = teach(run.folder / "views", split)
     bottleneck = train_bottleneck(run, views, split)

@@ -10,25 +10,30 @@ import torch
 from click.testing import CliRunner
 
 from isthmus.models.errors import InvalidInput
+from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.options import failing_clearly, report, training_options
 from isthmus.models.vision.bundle import Bundle
 
 
 @click.command()
 @training_options("runs/x")
-def command(**options: Any) -> None:
-    click.echo(json.dumps({name: str(value) for name, value in options.items()} | {"threads": torch.get_num_threads()}))
+def command(run: Run) -> None:
+    click.echo(json.dumps([str(run.folder), run.seed, run.apart, torch.get_num_threads()]))
+
+
+def found(*words: str) -> Any:
+    return json.loads(CliRunner().invoke(command, words).stdout)
 
 
 def test_every_recipe_has_work_and_seed() -> None:
-    found = json.loads(CliRunner().invoke(command, []).stdout)
-    assert (found["work"], found["seed"]) == ("runs/x", "0")
+    assert found()[:3] == ["runs/x", 0, True]  # a folder in there for each origin
+    assert found("--work", "mine", "--seed", "3")[:3] == ["mine", 3, False]
 
 
 def test_threads_are_pytorchs() -> None:
     before = torch.get_num_threads()
     try:
-        assert json.loads(CliRunner().invoke(command, ["--threads", "1"]).stdout)["threads"] == 1
+        assert found("--threads", "1")[3] == 1
     finally:
         torch.set_num_threads(before)
 

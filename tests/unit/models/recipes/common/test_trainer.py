@@ -119,6 +119,34 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
         Run(tmp_path, 1).fit("toy", module, batches, loss_of(module), SCHEDULE)
 
 
+def test_every_origin_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    runs = [Run(tmp_path, seed, apart=True).of(model=model) for seed in (0, 1) for model in ("a", "b")]
+    assert len({run.folder for run in runs}) == 4 and {run.folder.parent for run in runs} == {tmp_path}
+    assert Run(tmp_path, 0, apart=True).of(model="a").folder == runs[0].folder
+
+
+def test_a_folder_is_of_one_origin(tmp_path: Path) -> None:
+    run = Run(tmp_path, 0).of(model="a", cuts="first")
+    run.fit("toy", module := toy(), batches, loss_of(module), SCHEDULE)
+    assert Run(tmp_path, 0).of(cuts="first", model="a").folder == tmp_path
+    for seed, origin, words in (
+        (0, {"model": "b", "cuts": "first"}, "model differ"),
+        (0, {"model": "b", "cuts": "last"}, "model, cuts differ"),
+        (1, {"model": "a", "cuts": "first"}, "seed differ"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            Run(tmp_path, seed).of(**origin)
+
+
+@pytest.mark.parametrize("text", [None, "", "half a", "[]"])
+def test_checkpoints_that_do_not_say_what_they_are_made_from_are_refused(tmp_path: Path, text: str | None) -> None:
+    Run(tmp_path, 0).fit("toy", module := toy(), batches, loss_of(module), SCHEDULE)
+    if text is not None:
+        (tmp_path / "made-from.json").write_text(text)
+    with pytest.raises(InvalidInput, match=r"another run \(model, seed differ\): give another --work"):
+        Run(tmp_path, 0).of(model="a")
+
+
 def test_training_learns(tmp_path: Path) -> None:
     module, run = toy(), Run(tmp_path, 0)
     run.fit("toy", module, batches, loss_of(module), Schedule(epochs=12, steps=3, peak_lr=0.05))

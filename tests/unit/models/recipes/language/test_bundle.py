@@ -92,7 +92,7 @@ def test_an_unknown_exit_is_refused(folder: Path, work: Path, made: Path, monkey
         monkeypatch.setattr(corpus, name, value)
     monkeypatch.setattr(preparation, "FULL_PARTS", 1)
     with pytest.raises(InvalidInput, match=r"no exit at depth 5, exits are at \(3, 4\)"):
-        recipe.only_exit(work, 0, str(folder), 5)
+        recipe.only_exit(Run(work, 0), str(folder), 5)
 
 
 @pytest.mark.parametrize(

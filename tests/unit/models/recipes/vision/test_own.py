@@ -87,6 +87,35 @@ def test_the_model_is_not_changed(made: tuple[Bundle, dict[str, float]], capture
         assert torch.equal(ours, theirs)
 
 
+class Trained(Exception):
+    """Training was reached."""
+
+
+def test_a_retrained_model_does_not_resume_from_the_old_ones_checkpoints(
+    captured: Captured, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(folder: Path, run: Run, *_: object) -> Bundle:
+        (run.folder / "bottleneck.ckpt").write_bytes(b"")
+        raise Trained(str(run.folder))
+
+    monkeypatch.setattr(own, "build", build)
+    retrained = factory()
+    with torch.no_grad():
+        next(iter(retrained.parameters())).add_(0.01)
+    again, data = capture(retrained, (3, SIDE, SIDE)), own_data.find(folder)
+    folders = []
+    for each, cuts in ((captured, ()), (again, ()), (captured, ("second",)), (captured, ())):
+        with pytest.raises(Trained) as caught:
+            run = Run(tmp_path / "default", 0, apart=True)
+            own.make(tmp_path / "b", run, "test", each, data, own.Settings("own", "mine", SPEC, cuts))
+        folders.append(str(caught.value))
+    assert len(set(folders)) == 3 and folders[0] == folders[3]
+    with pytest.raises(Trained):
+        own.make(tmp_path / "b", Run(tmp_path / "w", 0), "test", captured, data, own.Settings("own", "mine", SPEC))
+    with pytest.raises(InvalidInput, match=r"another run \(model differ\): give another --work"):
+        own.make(tmp_path / "b", Run(tmp_path / "w", 0), "test", again, data, own.Settings("own", "mine", SPEC))
+
+
 def test_another_number_of_classes_is_refused(captured: Captured, folder: Path, tmp_path: Path) -> None:
     wrong = own_data.Folder(folder, own_data.find(folder).paths, ("a", "b", "c"))
     settings = own.Settings("own", "mine", SPEC)
