@@ -18,7 +18,7 @@ from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.models.address import ListenAddress, PeerAddress
 from isthmus.models.bundle.installed import find
 from isthmus.models.settings import Flag, Settings
-from isthmus.models.vision.manifest import Precision
+from isthmus.models.vision.manifest import DEFAULT_EPSILON, Precision
 
 PREFIX = "ISTHMUS_EDGE"  # of names in the environment
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC obeys, in its order
@@ -100,7 +100,7 @@ class EdgeConfig(Settings):
     epsilon: Annotated[
         Share,
         Field(description="Certified loss of accuracy at the exits: it picks the bundle's confidence threshold."),
-    ] = 0.005
+    ] = DEFAULT_EPSILON
     min_agreement: Annotated[
         Share,
         Field(description="Least agreement with the cloud model, on the calibration part, of an operating point."),

@@ -100,7 +100,7 @@ class InferApi:
                 },
                 "mode": self._agent.config.mode,
                 "objective": self._agent.config.objective,
-                "exit_confidence": self._agent.goal.exit_confidence,
+                "exit_confidence": threshold if (threshold := self._agent.goal.exit_confidence) <= 1 else None,
                 "cloud": WORDS[link.state] if link else None,
                 "cloud_problem": link.refusal if link else None,
                 "link": {"rtt_s": estimate.rtt_s, "bytes_per_s": estimate.bytes_per_s} if estimate else None,

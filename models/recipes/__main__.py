@@ -11,7 +11,7 @@ import click
 
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.options import failing_clearly, manifest_as_json, out_option, report, training_options
-from isthmus.models.vision.manifest import Preprocessing
+from isthmus.models.vision.manifest import DEFAULT_EPSILON, Preprocessing
 
 
 @click.group(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv")
@@ -183,10 +183,12 @@ def split(
     """
     from isthmus.models.recipes.vision import own, own_data, own_model
     from isthmus.models.recipes.vision.cutting import capture, cut_indices
-    from isthmus.models.vision.inspect import summary
+    from isthmus.models.vision.inspect import exits_note, summary
 
     with failing_clearly(run.folder):
         found = own_data.find(data)
+        for note in found.notes:
+            click.echo(note, err=True)
         sys.path.insert(0, "")
         captured = capture(own_model.load_model(model), (3, size, size))
         chosen = cuts or own_model.proposed(captured)
@@ -197,13 +199,18 @@ def split(
         spec = Preprocessing(resize=max(size, resize or size), crop=(size, size), mean=mean, deviation=deviation)
         settings = own.Settings(name or out.name, licence, spec, chosen)
         command = shlex.join(["python", "-m", "isthmus.models.recipes", *sys.argv[1:]])
-        bundle, figures = own.make(out, run, command, captured, found, settings)
+        bundle, whole = own.make(out, run, command, captured, found, settings)
     if as_json:
         click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
         return
     click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
-    for line in (*summary(bundle.manifest), f"a JPEG of quality 75 has {figures['jpeg75_bytes']:.0f} bytes"):
+    for line in summary(bundle.manifest):
         click.echo(line)
+    for sent in whole:
+        same = f"the model answers {sent.agreement:.1%} as the original"
+        click.echo(f"a whole image as {sent.name}: {sent.mean_bytes:.0f} bytes, {same}")
+    if note := exits_note(bundle.manifest.heads["fp32"], DEFAULT_EPSILON):
+        click.echo(f"warning: {note}", err=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from isthmus.models.vision.image_files import (
 )
 from isthmus.models.vision.manifest import Preprocessing
 
+FileFormat = Literal["jpeg", "png", "webp", "avif"]
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_DECODE_BYTES = 512 << 20  # held at once while a photo is decoded
 BYTES_PER_PIXEL = {  # held while decoding, with Pillow's four bytes a pixel and the conversions that follow
@@ -182,7 +183,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((grey_HW >> shift).astype(np.uint8))
 
 
-def encode_image(image: Image.Image, form: Literal["jpeg", "png", "webp"], quality: int) -> bytes:
+def encode_image(image: Image.Image, form: FileFormat, quality: int) -> bytes:
     """The image as a file of the given format."""
     buffer = io.BytesIO()
     image.save(buffer, form.upper(), quality=quality)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.manifest import Head, Manifest, Precision, Segment, Tap
+from isthmus.models.vision.manifest import Head, Manifest, Precision, Segment, Tap, Threshold
 
 SHOWN_LABELS = 10  # of a task
 
@@ -50,11 +51,33 @@ def head_table(precision: Precision, head: Head, segments: Sequence[Segment]) ->
             f" accuracy {exit_.accuracy:.3f}, agreement {exit_.agreement:.3f}"
         )
     for threshold in head.thresholds:
-        lines.append(
-            f"    exit from  {threshold.confidence:.3f}: loss <= {threshold.epsilon:.1%} with confidence"
-            f" {1 - threshold.delta:.0%} (n={threshold.samples}, coverage {threshold.coverage:.1%})"
-        )
+        promise = f"loss <= {threshold.epsilon:.1%} with confidence {1 - threshold.delta:.0%}"
+        if threshold.confidence > 1:
+            lines.append(f"    exit never:      {promise} {why_never(threshold)}")
+        else:
+            lines.append(
+                f"    exit from  {threshold.confidence:.3f}: {promise}"
+                f" (n={threshold.samples}, coverage {threshold.coverage:.1%})"
+            )
     return lines
+
+
+def why_never(threshold: Threshold) -> str:
+    """What the calibration part lacks for this certificate."""
+    needed = math.ceil(math.log(threshold.delta) / math.log1p(-threshold.epsilon)) if threshold.epsilon else math.inf
+    if threshold.samples < needed:
+        return f"takes {needed} calibration images without a loss, there are {threshold.samples}"
+    return f"takes fewer losses than the most confident of {threshold.samples} calibration images have"
+
+
+def exits_note(head: Head, epsilon: float) -> str:
+    """From which epsilon on exits answer, where they do not at `epsilon`; empty where they do."""
+    answering = [threshold.epsilon for threshold in head.thresholds if threshold.coverage > 0]
+    if any(each <= epsilon for each in answering):
+        return ""
+    never = next((why_never(each) for each in head.thresholds if each.epsilon == epsilon and each.confidence > 1), "")
+    reason = f"exits never answer at the default --epsilon {epsilon:g}" + (f": it {never}" if never else "")
+    return f"{reason}; " + (f"they do from --epsilon {min(answering):g} on" if answering else "nor at any other")
 
 
 def tap_table(tap: Tap, after: int) -> list[str]:

@@ -14,6 +14,8 @@ from isthmus.models.vision.architecture import Architecture, Shape, Side, TapArc
 
 Precision = Literal["fp32", "int8"]
 
+DEFAULT_EPSILON = 0.005  # half a point: the loss of accuracy that a device allows its exits by default
+
 
 class Preprocessing(Part):
     """Photo -> network input: RGB, shorter side to `resize` (bilinear), centre crop, (x / 255 - mean) / deviation."""

@@ -79,7 +79,7 @@ def table(result: Row) -> str:
     for row in result["thresholds"]:
         device, accuracy = row["on_device"], row["accuracy"]
         lines.append(
-            f"| {row['epsilon']:.1%} | {row['confidence']:.3f}"
+            f"| {row['epsilon']:.1%} | {'never' if row['confidence'] > 1 else format(row['confidence'], '.3f')}"
             f" | {device['value']:.1%} [{device['low']:.1%}, {device['high']:.1%}]"
             f" | {accuracy['value']:.2%} [{accuracy['low']:.2%}, {accuracy['high']:.2%}] | {100 * row['lost']:+.2f} |"
         )

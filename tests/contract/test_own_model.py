@@ -66,7 +66,7 @@ def address(folder: Path) -> Iterator[str]:
     table, split, inspect = (run(command, folder) for command in COMMANDS[:3])
     assert table.returncode == 0 and re.search(r"^> \w", table.stdout, re.MULTILINE), table.stderr[-2000:]
     assert split.returncode == 0 and "training takes about" in split.stderr, split.stderr[-2000:]
-    assert "a JPEG of quality 75 has" in split.stdout and "wrote my-bundle" in split.stdout
+    assert "a whole image as AVIF of quality 60: " in split.stdout and "wrote my-bundle" in split.stdout
     assert "0_functional, 1_defective" in inspect.stdout
     shutil.rmtree(folder / "cells")
     (folder / "mynet.py").unlink()  # neither side needs the code, nor the photographs

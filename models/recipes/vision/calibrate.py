@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,10 +28,21 @@ def first_exit(confidence_EN: Floats, threshold: float) -> NDArray[np.int64]:
     return np.where(confident_EN.any(0), confident_EN.argmax(0), len(confidence_EN))
 
 
+def epsilons_for(samples: int) -> tuple[float, ...]:
+    """EPSILONS, and the smallest, in steps of 0.1 %, that this many samples without a loss certify, if it is larger.
+
+    It depends on the number of samples alone: one chosen by the losses would void the certificate.
+    """
+    smallest = math.ceil(1000 * (1 - DELTA ** (1 / samples))) / 1000
+    return tuple(sorted({*EPSILONS, max(smallest, EPSILONS[0])}))
+
+
 def certify(
-    confidence_EN: Floats, exit_right_EN: Bools, cloud_right_N: Bools, epsilons: Sequence[float] = EPSILONS
+    confidence_EN: Floats, exit_right_EN: Bools, cloud_right_N: Bools, epsilons: Sequence[float] | None = None
 ) -> tuple[Threshold, ...]:
     """For each epsilon the most permissive threshold with P(loss of accuracy > epsilon) <= DELTA.
+
+    epsilons: by default `epsilons_for` the samples.
 
     Loss of one input: 1 when the exit it takes is wrong and the cloud model right, else 0. Learn-then-test
     (Angelopoulos et al., 2021): exact binomial p-values along GRID in fixed order, the last threshold accepted before
@@ -45,7 +57,7 @@ def certify(
         losses.append(int((exited_N & ~right_N & cloud_right_N).sum()))
         coverages.append(float(exited_N.mean()))
     certified = []
-    for epsilon in epsilons:
+    for epsilon in epsilons or epsilons_for(samples):
         accepted = -1
         while accepted + 1 < len(GRID) and binom.cdf(losses[accepted + 1], samples, epsilon) <= DELTA:
             accepted += 1

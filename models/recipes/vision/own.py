@@ -8,14 +8,11 @@ Both device and cloud get ONNX graphs, and need none of the model's code.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from isthmus.models.errors import InvalidInput
@@ -25,6 +22,7 @@ from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import export, own_data
 from isthmus.models.recipes.vision.cutting import Captured
 from isthmus.models.recipes.vision.distil import Distillation
+from isthmus.models.recipes.vision.own_checks import WholeImage, check_order, doubts, logits_of, whole_images
 from isthmus.models.recipes.vision.own_data import Images, normalise
 from isthmus.models.recipes.vision.own_model import PRICES, architecture, backbone, proposed
 from isthmus.models.recipes.vision.own_training import EPOCH_IMAGES, answers, normalised, seconds_left, start, train
@@ -39,7 +37,6 @@ LOG_GAINS = (-0.9, 0.5)  # initial, of the highest and the lowest price; a laten
 JPEG_IMAGES = 512  # of which the mean JPEG size is measured
 RANGE_IMAGES = 64  # for the scales of an int8 head
 MAX_PAYLOAD = 1 << 16
-ORDER_MARGIN = 0.3  # of the images: a larger gain in accuracy by another order of classes is no accident
 
 
 @dataclass(frozen=True)
@@ -53,25 +50,10 @@ class Settings:
     task: str = "class"
 
 
-def check_order(answers_N: NDArray[np.int64], labels_N: NDArray[np.int64], names: Sequence[str]) -> None:
-    """Raise InvalidInput when another order of the classes would give a much higher accuracy."""
-    counts_KK = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(counts_KK, (answers_N, labels_N), 1)
-    answered, meant = linear_sum_assignment(counts_KK, maximize=True)
-    right, best = counts_KK.trace() / len(labels_N), counts_KK[answered, meant].sum() / len(labels_N)
-    if best - right > ORDER_MARGIN:
-        order = ", ".join(names[index] for index in meant)[:200]
-        raise InvalidInput(
-            f"the model is right on {right:.0%} of the labelled images, and would be on {best:.0%} if its classes"
-            f" were {order}: classes are sub-folders in alphabetical order, so name them in"
-            " the order of the model's classes (01-cat, 02-dog, ...)"
-        )
-
-
 def make(
     folder: Path, run: Run, command: str, captured: Captured, data: own_data.Folder, settings: Settings
-) -> tuple[Bundle, dict[str, float]]:
-    """The whole recipe: the bundle, and figures that are not in its manifest.
+) -> tuple[Bundle, list[WholeImage]]:
+    """The whole recipe: the bundle, and what sending whole images would cost.
 
     Raises InvalidInput when data and model do not match, or the run's folder has checkpoints of another model, data or
     options. An interrupted run resumes after its last epoch.
@@ -88,12 +70,16 @@ def make(
         preprocessing=settings.preprocessing.model_dump_json(),
         cuts=" ".join(settings.cuts or proposed(captured)),
     )
+    calibration = parts["calibration"]
+    logits_NK = logits_of(captured.graph, calibration.images_N3HW, settings.preprocessing)
+    for doubt in doubts(logits_NK, calibration.labels_N):
+        print(f"warning: {doubt}", file=sys.stderr)
     names = data.classes or tuple(f"class {index}" for index in range(captured.classes))
     what = "labelled" if data.classes else "unlabelled: accuracy is agreement with the model"
     bundle = build(
         folder, run, command, captured, parts, names, f"{len(data.paths)} images of the user's, {what}", settings
     )
-    return bundle, {"jpeg75_bytes": own_data.jpeg_bytes(parts["test"].images_N3HW)}
+    return bundle, whole_images(captured.graph, parts["test"], settings.preprocessing)
 
 
 def build(

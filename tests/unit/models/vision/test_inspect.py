@@ -8,8 +8,8 @@ import safetensors.numpy
 from isthmus.models.bundle.files import write_bundle
 from isthmus.models.errors import BundleError
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.inspect import summary, verify
-from isthmus.models.vision.manifest import Manifest
+from isthmus.models.vision.inspect import exits_note, summary, verify
+from isthmus.models.vision.manifest import Head, Manifest
 from tests.conftest import Parts, paper_tables
 
 
@@ -23,6 +23,41 @@ def test_inspect_shows_what_a_person_asks_for(paper: Parts, tmp_path: Path) -> N
         assert words in shown
     assert "task defect: good, bäd" in shown
     assert "tap deep: after segment 0, latent 2x4x4, at most 64 B" in shown
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (400, "loss <= 0.5% with confidence 90% takes 460 calibration images without a loss, there are 400"),
+        (460, "takes fewer losses than the most confident of 460 calibration images have"),
+    ],
+)
+def test_an_exit_that_never_answers_is_said_to(paper: Parts, tmp_path: Path, samples: int, words: str) -> None:
+    never = {"epsilon": 0.005, "delta": 0.1, "confidence": 2.0, "coverage": 0.0, "loss": 0.0, "samples": samples}
+    for head in paper.manifest["heads"].values():
+        head["thresholds"] = [never]
+    manifest = verify(paper.write(tmp_path / "b"))
+    shown = "\n".join(summary(manifest))
+    assert "exit never: " in shown and words in shown and "2.000" not in shown
+    assert exits_note(manifest.heads["fp32"], 0.005).endswith(f"{words[words.index('takes') :]}; nor at any other")
+
+
+def test_the_epsilon_from_which_exits_answer_is_named() -> None:
+    def head(*confidences: float) -> Head:
+        return Head.model_validate(
+            {
+                "files": ["a"],
+                "exits": [{"name": "exit0", "accuracy": 1.0, "agreement": 1.0}],
+                "thresholds": [
+                    {"epsilon": epsilon, "delta": 0.1, "confidence": confidence, "coverage": float(confidence <= 1),
+                     "loss": 0.0, "samples": 400}
+                    for epsilon, confidence in zip((0.005, 0.006, 0.01), confidences, strict=True)
+                ],
+            }
+        )  # fmt: skip
+
+    assert exits_note(head(0.9, 0.8, 0.7), 0.005) == ""
+    assert exits_note(head(2, 2, 0.7), 0.005).endswith("there are 400; they do from --epsilon 0.01 on")
 
 
 def test_inspect_has_a_row_for_each_width_and_rate(tiny_bundle: Bundle) -> None:

@@ -61,6 +61,17 @@ def test_too_few_samples_certify_nothing() -> None:
     assert (found.confidence, found.coverage, found.loss, found.samples) == (NEVER, 0.0, 0.0, 10)
 
 
+@pytest.mark.parametrize(
+    ("samples", "smallest"), [(10_000, 0.005), (460, 0.005), (400, 0.006), (100, 0.023), (20, 0.109)]
+)
+def test_the_smallest_epsilon_that_so_few_samples_certify_is_among_them(samples: int, smallest: float) -> None:
+    ones = np.full((1, samples), 0.99, np.float32)
+    found = certify(ones, ones > 0, np.ones(samples, bool))
+    assert smallest in [threshold.epsilon for threshold in found]
+    for threshold in found:
+        assert (threshold.coverage == 1 and threshold.confidence <= 1) == (threshold.epsilon >= smallest)
+
+
 def test_an_exit_that_is_never_wrong_is_certified_all_the_way_down() -> None:
     confidence_EN = np.linspace(0.4, 1, 500, dtype=np.float32)[None]
     (found,) = certify(confidence_EN, np.ones((1, 500), bool), np.ones(500, bool), [0.01])
