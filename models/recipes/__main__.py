@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import click
 
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.recipes.options import failing_clearly, manifest_as_json, out_option, report, training_options
+from isthmus.models.recipes.options import Size, failing_clearly, manifest_as_json, out_option, report, training_options
 from isthmus.models.vision.manifest import DEFAULT_EPSILON, Preprocessing
 
 
@@ -152,9 +153,11 @@ def baselines(methods: tuple[str, ...], bundle: Path, run: Run, as_json: bool) -
 @out_option()
 @click.option("--name", help="Of the bundle.  [default: the last part of --out]")
 @click.option("--licence", default="the owner's", show_default=True, help="Of the model, as the bundle states it.")
-@click.option("--size", default=224, show_default=True, type=click.IntRange(16, 1024), help="Pixels of a side.")
+@click.option("--size", default="224", show_default=True, type=Size(), help="Pixels of a side, or HEIGHTxWIDTH.")
 @click.option(
-    "--resize", type=click.IntRange(16, 2048), help="Of the shorter side, before the crop.  [default: --size]"
+    "--resize",
+    type=click.IntRange(16, 2048),
+    help="Of the shorter side, before the crop.  [default: the longer of --size]",
 )
 @click.option("--mean", nargs=3, type=float, default=(0.485, 0.456, 0.406), show_default=True, help="Of values to 1.")
 @click.option("--deviation", nargs=3, type=float, default=(0.229, 0.224, 0.225), show_default=True)
@@ -168,7 +171,7 @@ def split(
     out: Path,
     name: str | None,
     licence: str,
-    size: int,
+    size: tuple[int, int],
     resize: int | None,
     mean: tuple[float, float, float],
     deviation: tuple[float, float, float],
@@ -190,13 +193,18 @@ def split(
         for note in found.notes:
             click.echo(note, err=True)
         sys.path.insert(0, "")
-        captured = capture(own_model.load_model(model), (3, size, size))
+        captured = capture(own_model.load_model(model), (3, *size))
+        if captured.removed:
+            click.echo(
+                f"the model's {captured.removed} is left out: answers are made of its logits, one for an image",
+                err=True,
+            )
         chosen = cuts or own_model.proposed(captured)
         cut_indices(captured, chosen)  # invalid cuts are refused before the images are read
-        click.echo("\n".join(own_model.table(captured, chosen, 3 * size * size)), err=as_json)
+        click.echo("\n".join(own_model.table(captured, chosen, 3 * math.prod(size))), err=as_json)
         if table:
             return
-        spec = Preprocessing(resize=max(size, resize or size), crop=(size, size), mean=mean, deviation=deviation)
+        spec = Preprocessing(resize=max(*size, resize or 0), crop=size, mean=mean, deviation=deviation)
         settings = own.Settings(name or out.name, licence, spec, chosen)
         command = shlex.join(["python", "-m", "isthmus.models.recipes", *sys.argv[1:]])
         bundle, whole = own.make(out, run, command, captured, found, settings)

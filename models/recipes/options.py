@@ -17,6 +17,8 @@ from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.vision.bundle import Bundle
 
+LEAST_SIDE, MOST_SIDE = 16, 1024  # pixels of a network's input
+
 Command = Callable[..., Any]
 manifest_as_json = click.option("--json", "as_json", is_flag=True, help="Print the finished manifest as JSON.")
 
@@ -40,6 +42,20 @@ def out_option(default: str | None = None) -> Callable[[Command], Command]:
         callback=check_out,
         help="Folder of the bundle: absent, empty, or a bundle, which is replaced.",
     )
+
+
+class Size(click.ParamType):
+    """Pixels of a square's side, or HEIGHTxWIDTH."""
+
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        sides = value.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and LEAST_SIDE <= int(side) <= MOST_SIDE for side in sides):
+            self.fail(f"{value!r}: expected pixels from {LEAST_SIDE} to {MOST_SIDE}, as 224, or 192x256 for H x W")
+        return int(sides[0]), int(sides[-1])
 
 
 def use_threads(context: click.Context, parameter: click.Parameter, value: int) -> None:

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.models.errors import InvalidInput
+from isthmus.models.recipes.vision.capturing import SIZE, captured_graph, operations
+from isthmus.models.recipes.vision.layout import channels_last
 
 REPEATS = 5
-MAX_BATCH = 1024
-SIZE = torch.ops.aten.sym_size.int
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # (B, C, H, W) -> (B, H, W, C), and back
 
 Shape = tuple[int, int, int]
 
@@ -56,36 +57,30 @@ class Captured:
     classes: int
     macs: int
     seconds: float
+    turned: frozenset[Node]  # of the ends, those whose channels are last: they cross a cut as (B, C, H, W)
+    removed: str | None = None  # softmax or sigmoid, behind the logits
 
 
 def capture(model: nn.Module, image_CHW: Shape) -> Captured:
     """The graph of a classifier in eval mode, and its cuts from the image to the logits.
 
-    Raises InvalidInput when `torch.export` fails, the output is not logits_BK, or there is no possible cut.
+    Raises InvalidInput when it cannot be captured (`capturing.captured_graph`), or there is no possible cut.
     """
     images_B3HW = torch.zeros(2, *image_CHW)
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    try:
-        program = torch.export.export(model.eval(), (images_B3HW,), dynamic_shapes=({0: batch},))
-        graph = without_mutation(program.module(check_guards=False))
-        with torch.inference_mode():
-            logits = graph(images_B3HW)
-    except Exception as error:  # any, from the user's code
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InvalidInput(f"the model's graph cannot be captured: {reason[:300]}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InvalidInput(f"the model's output for two images is {found}, expected logits of shape (2, classes)")
+    graph, removed = captured_graph(model, images_B3HW)
     profile = Profile(graph)
     with torch.inference_mode():
         for _ in range(REPEATS + 1):
             profile.run(images_B3HW[:1])
-    return cuts_of(graph, profile, logits.shape[1])
+    (output,) = graph.graph.find_nodes(op="output")
+    (last,) = output.all_input_nodes
+    return replace(cuts_of(graph, profile, int(last.meta["val"].shape[1])), removed=removed)
 
 
 def cuts_of(graph: GraphModule, profile: Profile, classes: int) -> Captured:
     """Every point that only one feature map passes, unless the next operation is its normalisation or activation."""
     nodes = operations(graph)
+    turned = channels_last(graph)
     cuts: list[Cut] = []
     ends: list[Node] = []
     macs, seconds = 0, 0.0
@@ -94,6 +89,8 @@ def cuts_of(graph: GraphModule, profile: Profile, classes: int) -> Captured:
         seconds += statistics.median(profile.seconds[node][1:])  # the first run allocates
         if after is not None and is_only_live(nodes, index) and not (profile.macs[after] == 0 and same(node, after)):
             channels, height, width = node.meta["val"].shape[1:]
+            if node in turned:
+                channels, height, width = width, channels, height
             name = name_of(node, after)
             taken = sum(cut.name.partition(":")[0] == name for cut in cuts)
             cuts.append(Cut(f"{name}:{taken + 1}" if taken else name, (channels, height, width), macs, seconds))
@@ -102,7 +99,7 @@ def cuts_of(graph: GraphModule, profile: Profile, classes: int) -> Captured:
         raise InvalidInput(
             "the model cannot be cut: no point of it is passed by a single feature map (B, C, H, W) only"
         )
-    return Captured(graph, tuple(cuts), tuple(ends), classes, macs, seconds)
+    return Captured(graph, tuple(cuts), tuple(ends), classes, macs, seconds, turned & set(ends))
 
 
 class Profile(Interpreter):
@@ -144,13 +141,15 @@ def blocks(captured: Captured, names: Sequence[str]) -> nn.Sequential:
     (output,) = (node for node in nodes if node.op == "output")
     (last,) = output.all_input_nodes
     crossing = [source, *ends, last]
-    return nn.Sequential(*(block(captured.graph, start, end) for start, end in itertools.pairwise(crossing)))
+    return nn.Sequential(*(block(captured, start, end) for start, end in itertools.pairwise(crossing)))
 
 
-def block(whole: GraphModule, start: Node, end: Node) -> GraphModule:
+def block(captured: Captured, start: Node, end: Node) -> GraphModule:
     """The part of a graph that computes `end` from `start`."""
-    graph, made = Graph(), {}
+    whole, graph, made = captured.graph, Graph(), {}
     made[start] = graph.placeholder("x")
+    if start in captured.turned:
+        made[start] = turn(graph, made[start], TO_LAST)
 
     def taken(node: Node) -> Node:
         if node not in made and node.op == "get_attr":
@@ -164,13 +163,14 @@ def block(whole: GraphModule, start: Node, end: Node) -> GraphModule:
         if inside and node.op == "call_function" and node.target is not SIZE:
             made[node] = graph.node_copy(node, taken)
         inside = (inside or node is start) and node is not end
-    graph.output(made[end])
+    graph.output(turn(graph, made[end], TO_FIRST) if end in captured.turned else made[end])
     return GraphModule(whole, graph)
 
 
-def operations(graph: GraphModule) -> list[Node]:
-    """The nodes that compute something, in order."""
-    return [node for node in graph.graph.nodes if node.op == "call_function" and node.target is not SIZE]
+def turn(graph: Graph, node: Node, order: Sequence[int]) -> Node:
+    """The node with its axes in another order, laid out anew: what follows may ask for a view."""
+    turned = graph.call_function(torch.ops.aten.permute.default, (node, list(order)))
+    return graph.call_function(torch.ops.aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
 
 
 def is_only_live(nodes: Sequence[Node], index: int) -> bool:
@@ -203,23 +203,3 @@ def path_of(node: Node) -> list[str]:
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     path: str = list(stack.values())[-1][0]
     return path.split(".") if path else []
-
-
-def without_mutation(graph: GraphModule) -> GraphModule:
-    """Replace in-place operations by functional ones: a block must not change its input."""
-    order = {node: index for index, node in enumerate(graph.graph.nodes)}
-    for node in operations(graph):
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        name = schema.name.removeprefix("aten::")
-        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        overload = getattr(packet, schema.overload_name or "default", None)
-        if not name.endswith("_") or overload is None:
-            raise InvalidInput(f"the operation {schema.name} changes its input, and its functional form is unknown")
-        for user in list(node.all_input_nodes[0].users):
-            if order[user] > order[node]:
-                user.replace_input_with(node.all_input_nodes[0], node)
-        node.target = overload
-    graph.recompile()
-    return graph

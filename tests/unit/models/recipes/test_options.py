@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.recipes.options import failing_clearly, report, training_options
+from isthmus.models.recipes.options import Size, failing_clearly, report, training_options
 from isthmus.models.vision.bundle import Bundle
 
 
@@ -69,3 +69,14 @@ def test_errors_end_with_one_line(
 def test_other_errors_are_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError), failing_clearly(Path("runs/x")):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("text", "size"), [("224", (224, 224)), ("192x256", (192, 256)), ("192X16", (192, 16))])
+def test_a_size_is_a_side_or_two(text: str, size: tuple[int, int]) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["", "15", "1025", "1x2x3", "224x", "-224", "2e2"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(click.UsageError, match="expected pixels from 16 to 1024, as 224, or 192x256"):
+        Size().convert(text, None, None)

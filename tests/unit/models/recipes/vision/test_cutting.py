@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.vision.cutting import blocks, capture
+from isthmus.models.recipes.vision.graphs import onnx_bytes
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite
 
 IMAGE = (3, 32, 32)
@@ -177,16 +178,154 @@ def test_a_module_that_is_called_again_has_its_number_in_the_name() -> None:
     assert [cut.name for cut in capture(Again(), IMAGE).cuts] == ["first", "pool", "second", "pool:2"]
 
 
+class Ending(nn.Module):
+    """Something behind the logits."""
+
+    def __init__(self, ending: Callable[[Tensor], Tensor], classes: int = 4) -> None:
+        super().__init__()
+        self.first, self.second, self.ending = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, classes, 3), ending
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.ending(self.drop(self.second(self.first(x_BCHW))).mean((2, 3)))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("ending", "removed"),
+    [
+        (nn.Softmax(1), "softmax"),
+        (lambda x_BK: F.softmax(x_BK, dim=-1), "softmax"),
+        (lambda x_BK: F.dropout(x_BK.softmax(1), training=False).clone(), "softmax"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.LogSoftmax(1), None),  # its softmax is that of the logits
+        (nn.Identity(), None),
+    ],
+    ids=["softmax", "function", "then nothing", "sigmoid", "log-softmax", "logits"],
+)
+def test_a_softmax_behind_the_logits_is_left_out(ending: Callable[[Tensor], Tensor], removed: str | None) -> None:
+    torch.manual_seed(0)
+    model = Ending(ending).eval()
+    captured = capture(model, IMAGE)
+    assert captured.removed == removed
+    images_B3HW = torch.randn(3, *IMAGE)
+    logits_BK = blocks(captured, ("first",))(images_B3HW)
+    wanted_BK = model(images_B3HW)
+    torch.testing.assert_close(ending(logits_BK) if removed else logits_BK, wanted_BK)
+
+
+class Tokens(nn.Module):
+    """A transformer whose class token fixes the batch's size when it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.patch = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 32, 4, 4)
+        self.start = nn.Parameter(torch.randn(1, 1, 32))
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BTC = self.patch(self.stem(x_BCHW)).flatten(2).transpose(1, 2)
+        x_BTC = self.encoder(torch.cat([self.start.expand(len(x_BTC), -1, -1), x_BTC], 1))
+        logits_BK: Tensor = self.head(x_BTC[:, 0])
+        return logits_BK
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_transformer_encoder_is_captured_without_pytorchs_fused_layer(frozen: bool) -> None:
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        model = Tokens().eval().requires_grad_(not frozen)
+        captured = capture(model, IMAGE)
+    assert [cut.name for cut in captured.cuts] == ["stem", "patch"]
+    assert not [node for node in captured.graph.graph.nodes if "_transformer" in str(node.target)]
+    assert torch.backends.mha.get_fastpath_enabled()
+    images_B3HW = torch.randn(3, *IMAGE)
+    split = blocks(captured, ("stem",))
+    torch.testing.assert_close(split(images_B3HW), model(images_B3HW), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode(False):
+        onnx_bytes(split[1], {"x": torch.zeros(2, 8, 16, 16)}, 1)
+
+
+class Last(nn.Module):
+    """As ConvNeXt: a linear layer over channels that are last, reshaped in windows as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.mix = nn.Conv2d(3, 6, 3, 2, 1), nn.LayerNorm(6), nn.Linear(6, 10)
+        self.windows, self.act, self.head = nn.Linear(10, 10), nn.GELU(), nn.Conv2d(10, 4, 3, 2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BHWC = self.mix(self.norm(self.stem(x_BCHW).permute(0, 2, 3, 1)))
+        count, height, width, channels = x_BHWC.shape
+        x_NTC = x_BHWC.reshape(count, height // 4, 4, width // 4, 4, channels).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
+        x_NTC = self.windows(x_NTC).unflatten(3, (4, 4)).permute(0, 1, 3, 2, 4, 5)
+        y_BHWC = self.act(x_NTC.reshape(count, height, width, channels))
+        return self.head(y_BHWC.permute(0, 3, 1, 2)).mean((2, 3))
+
+
+@torch.inference_mode()
+def test_maps_whose_channels_are_last_cross_a_cut_with_channels_first() -> None:
+    torch.manual_seed(0)
+    model = Last().eval()
+    captured = capture(model, (3, 32, 48))
+    assert [(cut.name, cut.shape) for cut in captured.cuts if cut.name in ("stem", "mix", "act", "head")] == [
+        ("stem", (6, 16, 24)),
+        ("mix", (10, 16, 24)),
+        ("act", (10, 16, 24)),
+        ("head", (4, 7, 11)),
+    ]
+    images_B3HW = torch.randn(3, 3, 32, 48)
+    for cuts in (("mix",), ("mix", "act")):
+        first, *_ = split = blocks(captured, cuts)
+        assert first(images_B3HW).shape == (3, 10, 16, 24)
+        torch.testing.assert_close(split(images_B3HW), model(images_B3HW))
+
+
+class Random(nn.Module):
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.dropout(x_BCHW, training=True).mean((2, 3))
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(3600, 2)
+    )
+
+
+def not_finite() -> nn.Module:
+    model = Ending(nn.Identity())
+    nn.init.constant_(model.second.weight, torch.nan)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (Branching, "the model's graph cannot be captured"),
+        (Branching, "the model's graph cannot be captured: its control flow or a size depends on the values"),
+        (lambda: Ending(nn.Identity(), 1), r"answers with one logit, .* torch.cat\(\[torch.zeros_like\(x\), x\], 1\)"),
+        (lambda: Ending(lambda x_BK: x_BK.exp() / x_BK.exp().sum(1, keepdim=True)), "probabilities, which add up to 1"),
+        (batch_norm, "depends on the others of its batch, .* batch norms without running statistics"),
+        (Random, "the model's answers to one image differ: they are random"),
+        (not_finite, "the model's answers to noise are not finite"),
         (Broken, "the model's graph cannot be captured: first line"),
         (Dense, "the model cannot be cut: no point of it is passed by a single feature map"),
         (lambda: nn.Conv2d(3, 4, 3), r"the model's output for two images is \(2, 4, 30, 30\), expected logits"),
         (lambda: nn.Conv2d(5, 4, 3), "the model's graph cannot be captured"),
     ],
-    ids=["control flow", "its own error", "no single map", "no logits", "five channels"],
+    ids=[
+        "control flow",
+        "one logit",
+        "probabilities",
+        "batch norm",
+        "random",
+        "not finite",
+        "its own error",
+        "no single map",
+        "no logits",
+        "five channels",
+    ],
 )
 def test_what_cannot_be_cut_is_one_clear_line(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
