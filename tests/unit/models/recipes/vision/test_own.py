@@ -15,15 +15,18 @@ from isthmus.models.recipes.vision.own_checks import WholeImage
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graph_tail import GraphTail
 from isthmus.models.vision.head import Head
+from isthmus.models.vision.manifest import Preprocessing
 from isthmus.models.vision.tail import open_tail
-from tests.unit.models.recipes.vision.own_nets import SIDE, SPEC, factory
+from tests.unit.models.recipes.vision.own_nets import SIDE, factory
 
+WIDE = (SIDE, 48)
+SPEC = Preprocessing(resize=48, crop=WIDE, mean=(0.5,) * 3, deviation=(0.5,) * 3)
 SHADES = {"bright": 200, "dark": 40}
 
 
 @pytest.fixture(scope="module")
 def captured() -> Captured:
-    return capture(factory(), (3, SIDE, SIDE))
+    return capture(factory(), (3, *WIDE))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_the_cloud_answers_whole_images_as_the_model_does(made: tuple[Bundle, li
     bundle, _ = made
     tail = open_tail(bundle)
     assert isinstance(tail, GraphTail)
-    images = list(np.random.default_rng(1).normal(size=(5, 3, SIDE, SIDE)).astype(np.float32))
+    images = list(np.random.default_rng(1).normal(size=(5, 3, *WIDE)).astype(np.float32))
     with torch.inference_mode():
         wanted_BK = factory()(torch.from_numpy(np.stack(images))).softmax(1)
     np.testing.assert_allclose(tail.answer_images(images), wanted_BK, atol=1e-5)
@@ -61,7 +64,7 @@ def test_the_cloud_answers_whole_images_as_the_model_does(made: tuple[Bundle, li
 def test_device_and_cloud_answer_through_real_bytes(made: tuple[Bundle, list[WholeImage]]) -> None:
     bundle, _ = made
     head, tail, codec = Head(bundle, 1), open_tail(bundle), bundle.codec(0)
-    x_CHW = np.random.default_rng(1).normal(size=(3, SIDE, SIDE)).astype(np.float32)
+    x_CHW = np.random.default_rng(1).normal(size=(3, *WIDE)).astype(np.float32)
     for index in range(head.exits):
         x_CHW, answer_K = head.segment(index, x_CHW)
         assert answer_K.shape == (2,)
@@ -103,7 +106,7 @@ def test_a_retrained_model_does_not_resume_from_the_old_ones_checkpoints(
     retrained = factory()
     with torch.no_grad():
         next(iter(retrained.parameters())).add_(0.01)
-    again, data = capture(retrained, (3, SIDE, SIDE)), own_data.find(folder)
+    again, data = capture(retrained, (3, *WIDE)), own_data.find(folder)
     folders = []
     for each, cuts in ((captured, ()), (again, ()), (captured, ("second",)), (captured, ())):
         with pytest.raises(Trained) as caught:
