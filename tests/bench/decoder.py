@@ -72,8 +72,6 @@ def transformers_model(model: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import isthmus.models.recipes.vision.compressai_entropy  # noqa: F401  # lets torchvision be imported
-
     path = source(model)
     folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
     return AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=file, dtype=getattr(torch, dtype))

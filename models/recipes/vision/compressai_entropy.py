@@ -1,27 +1,44 @@
-"""CompressAI's EntropyBottleneck, importable with CPU PyTorch.
+"""CompressAI's EntropyBottleneck, importable without torchvision. Import CompressAI through this module only.
 
-CompressAI imports torchvision, whose operators are missing with CPU PyTorch; only their schemas must exist. Import
-CompressAI through this module only.
+CompressAI asks for torchvision, of which PyPI has no build for PyTorch without CUDA; `make env` removes one that does
+not fit. CompressAI registers the names of `torchvision.transforms` and needs none of them here.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+
 import torch
+import torch_geometric.transforms  # noqa: F401  # CompressAI's; it imports transformers, which must not see the stand-in
 from torch import Tensor
 
 
-def declare_torchvision_schemas() -> None:
-    """Declare `nms` and `qnms` unless a real torchvision operator library has done so."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        for name in ("nms", "qnms"):
-            _SCHEMAS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+@contextmanager
+def torchvision_or_nothing() -> Iterator[None]:
+    """While CompressAI is imported, empty modules stand in for a torchvision that is absent or does not fit."""
+    try:
+        import torchvision.transforms  # noqa: F401
+    except (ImportError, RuntimeError):  # absent; its operators are built for another PyTorch
+        names = ("torchvision", "torchvision.transforms")
+    else:
+        names = ()
+    sys.modules.update({name: module_from_spec(ModuleSpec(name, None)) for name in names})
+    if names:
+        setattr(sys.modules[names[0]], "transforms", sys.modules[names[1]])  # noqa: B010
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
-_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-declare_torchvision_schemas()
-
-from compressai.entropy_models import EntropyBottleneck  # noqa: E402
-from compressai.layers import GDN1  # noqa: E402
+with torchvision_or_nothing():
+    from compressai.entropy_models import EntropyBottleneck
+    from compressai.layers import GDN1
 
 INIT_SCALE = 2.0  # integers; from CompressAI's 10 it takes a thousand steps to converge
 

@@ -9,7 +9,4 @@ import pytest
 
 @pytest.fixture(scope="session")
 def transformers() -> Any:
-    pytest.importorskip(
-        "isthmus.models.recipes.vision.compressai_entropy"
-    )  # declares what torchvision lacks beside CPU PyTorch
     return pytest.importorskip("transformers")

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +24,34 @@ def prior() -> EntropyBottleneck:
     return prior.eval()
 
 
-def test_imports_in_a_fresh_process_whose_torchvision_has_no_operators() -> None:
+def fresh(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="PyPI has no torchvision for this PyTorch")
+def test_torchvision_is_built_for_this_pytorch() -> None:
+    done = fresh("import torchvision")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", ["ModuleNotFoundError('none')", "RuntimeError('operator torchvision::nms does not exist')"]
+)
+def test_imports_where_torchvision_is_absent_or_does_not_fit(tmp_path: Path, error: str) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {error}", encoding="utf-8")
     module = "isthmus.models.recipes.vision.compressai_entropy"
-    line = f"import {module} as c; import torchvision; print(c.new_prior(2).channels)"
-    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+    line = f"import sys, {module} as c; print(c.new_prior(2).channels, 'torchvision' in sys.modules)"
+    done = fresh(line, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "2 False\n"), done.stderr
+
+
+def test_transformers_is_importable_after_it() -> None:
+    module = "isthmus.models.recipes.vision.compressai_entropy"
+    done = fresh(f"import {module}; from transformers import LlamaForCausalLM; print('yes')")
+    assert (done.returncode, done.stdout) == (0, "yes\n"), done.stderr
 
 
 def test_a_ready_prior_gives_back_what_it_compressed(prior: EntropyBottleneck) -> None:
