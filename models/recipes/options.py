@@ -44,7 +44,7 @@ def out_option(default: str | None = None) -> Callable[[Command], Command]:
     )
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # not generic in older versions of click
     """Pixels of a square's side, or HEIGHTxWIDTH."""
 
     name = "size"

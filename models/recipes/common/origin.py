@@ -22,9 +22,9 @@ def of_arrays(*arrays: NDArray[Any] | Tensor | None) -> str:
     for array in arrays:
         found.update(f"{None if array is None else (array.dtype, tuple(array.shape))}".encode())
         if isinstance(array, Tensor):
-            found.update(array.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(array.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif array is not None:
-            found.update(np.ascontiguousarray(array))
+            found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()[:SHOWN]
 
 

@@ -102,7 +102,7 @@ def check_answers(graph: GraphModule, images_B3HW: Tensor) -> None:
             "the model's answers to one image differ: they are random even in eval mode, as by a dropout"
         )
     try:
-        alone_BK = torch.cat([graph(noise_13HW) for noise_13HW in noise_B3HW.split(1)])
+        alone_BK = torch.cat([graph(noise_13HW) for noise_13HW in torch.split(noise_B3HW, 1)])
     except Exception:  # a batch of one has no statistics
         alone_BK = torch.full_like(logits_BK, torch.inf)
     if not close(alone_BK, logits_BK):

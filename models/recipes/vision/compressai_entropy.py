@@ -20,12 +20,11 @@ from torch import Tensor
 @contextmanager
 def torchvision_or_nothing() -> Iterator[None]:
     """While CompressAI is imported, empty modules stand in for a torchvision that is absent or does not fit."""
+    names: tuple[str, ...] = ()
     try:
         import torchvision.transforms  # noqa: F401
     except (ImportError, RuntimeError):  # absent; its operators are built for another PyTorch
         names = ("torchvision", "torchvision.transforms")
-    else:
-        names = ()
     sys.modules.update({name: module_from_spec(ModuleSpec(name, None)) for name in names})
     if names:
         setattr(sys.modules[names[0]], "transforms", sys.modules[names[1]])  # noqa: B010

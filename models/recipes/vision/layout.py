@@ -37,10 +37,12 @@ def axis_of(node: Node, value: Tensor, axes: dict[Node, int | None]) -> int | No
     axis, source = known[0]
     assert axis is not None
     if name == "permute":
-        return [dim % source.ndim for dim in node.args[1]].index(axis)  # type: ignore[union-attr]
+        dims: list[int] = [dim % source.ndim for dim in node.args[1]]  # type: ignore[union-attr]
+        return dims.index(axis)
     if name == "transpose":
         first, second = (int(dim) % source.ndim for dim in node.args[1:3])  # type: ignore[arg-type]
-        return {first: second, second: first}.get(axis, axis)
+        swapped: int = {first: second, second: first}.get(axis, axis)
+        return swapped
     if value.ndim == source.ndim and value.shape[axis] == source.shape[axis]:
         return axis
     if axis == source.ndim - 1 and value.shape[-1] == source.shape[-1]:
