@@ -17,7 +17,7 @@ ONE_ROW = 1e-3  # of 1, by which a row of probabilities may miss it
 
 
 def captured_graph(model: nn.Module, images_B3HW: Tensor) -> tuple[GraphModule, str | None]:
-    """The graph of a classifier in eval mode for any batch; and the activation that was removed behind its logits.
+    """The graph of a classifier in eval mode for any batch; and the activation that was removed after its logits.
 
     Raises InvalidInput when `torch.export` fails, the output is not logits_BK, or it depends on the batch or on chance.
     """
@@ -69,7 +69,7 @@ def reason_of(error: Exception) -> str:
 
 
 def without_activation(graph: GraphModule) -> str | None:
-    """Remove a softmax or sigmoid behind the logits, and name it: answers and confidences are made of logits."""
+    """Remove a softmax or sigmoid after the logits, and name it: answers and confidences are made of logits."""
     (output,) = graph.graph.find_nodes(op="output")
     (last,) = output.all_input_nodes
     node = last

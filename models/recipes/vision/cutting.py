@@ -58,7 +58,7 @@ class Captured:
     macs: int
     seconds: float
     turned: frozenset[Node]  # of the ends, those whose channels are last: they cross a cut as (B, C, H, W)
-    removed: str | None = None  # softmax or sigmoid, behind the logits
+    removed: str | None = None  # softmax or sigmoid, after the logits
 
 
 def capture(model: nn.Module, image_CHW: Shape) -> Captured:

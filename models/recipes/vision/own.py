@@ -22,7 +22,7 @@ from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import export, own_data
 from isthmus.models.recipes.vision.cutting import Captured
 from isthmus.models.recipes.vision.distil import Distillation
-from isthmus.models.recipes.vision.own_checks import WholeImage, check_order, doubts, logits_of, whole_images
+from isthmus.models.recipes.vision.own_checks import WholeImage, check_order, find_warnings, logits_of, whole_images
 from isthmus.models.recipes.vision.own_data import Images, normalise
 from isthmus.models.recipes.vision.own_model import PRICES, architecture, backbone, proposed
 from isthmus.models.recipes.vision.own_training import EPOCH_IMAGES, answers, normalised, seconds_left, start, train
@@ -72,8 +72,8 @@ def make(
     )
     calibration = parts["calibration"]
     logits_NK = logits_of(captured.graph, calibration.images_N3HW, settings.preprocessing)
-    for doubt in doubts(logits_NK, calibration.labels_N):
-        print(f"warning: {doubt}", file=sys.stderr)
+    for warning in find_warnings(logits_NK, calibration.labels_N):
+        print(f"warning: {warning}", file=sys.stderr)
     names = data.classes or tuple(f"class {index}" for index in range(captured.classes))
     what = "labelled" if data.classes else "unlabelled: accuracy is agreement with the model"
     bundle = build(

@@ -1,4 +1,4 @@
-"""What a user should know: doubts about the model or its images before training, and what whole images would cost."""
+"""What a user should know: warnings about the model or its images before training, and what whole images would cost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def logits_of(model: nn.Module, images_N3HW: NDArray[np.uint8], spec: Preprocess
         return torch.cat([model(torch.from_numpy(normalise(chunk_B3HW, spec))) for chunk_B3HW in chunks])
 
 
-def doubts(logits_NK: Tensor, labels_N: NDArray[np.int64] | None) -> list[str]:
+def find_warnings(logits_NK: Tensor, labels_N: NDArray[np.int64] | None) -> list[str]:
     """Warnings about a model: that it seems untrained, or that it seems to have been trained on these images."""
     confidence_N, answers_N = (each.numpy() for each in logits_NK.softmax(1).max(1))
     count, classes = logits_NK.shape

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.recipes.vision.own_checks import check_order, doubts, whole_images
+from isthmus.models.recipes.vision.own_checks import check_order, find_warnings, whole_images
 from isthmus.models.recipes.vision.own_data import Images
 from tests.unit.models.recipes.vision.own_nets import SIDE, SPEC, factory
 
@@ -33,17 +33,17 @@ def logits(right: int, sure: float) -> Tensor:
         (200, 0.9, None, None),
     ],
 )
-def test_a_model_that_has_seen_the_images_or_is_not_trained_is_doubted(
+def test_a_model_that_has_seen_the_images_or_is_not_trained_is_warned_of(
     right: int, sure: float, labels_N: NDArray[np.int64] | None, words: str | None
 ) -> None:
-    found = doubts(logits(right, sure), labels_N)
+    found = find_warnings(logits(right, sure), labels_N)
     assert len(found) == (words is not None)
     if words is not None:
         assert re.search(words, found[0])
 
 
-def test_a_model_that_always_answers_the_same_is_doubted() -> None:
-    assert "the same class" in doubts(torch.tensor([[0.0, 1.0]]).expand(50, 2), None)[0]
+def test_a_model_that_always_answers_the_same_is_warned_of() -> None:
+    assert "the same class" in find_warnings(torch.tensor([[0.0, 1.0]]).expand(50, 2), None)[0]
 
 
 def test_classes_in_another_order_are_found_before_training() -> None:
