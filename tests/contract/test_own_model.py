@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 from isthmus.models.recipes.vision.elpv_data import load
+from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.manifest import Preprocessing
 from tests.bench.processes import ROOT, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
 from tests.contract.test_readme import environment
@@ -24,8 +26,14 @@ PAGE = (ROOT / "docs" / "tutorials" / "own-model.md").read_text(encoding="utf-8"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 SIDE, PHOTOS = 64, 240
+# As `split` does by default.
+SEEN = Preprocessing(resize=SIDE, crop=(SIDE, SIDE), mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225))
 
 pytestmark = pytest.mark.timeout(1200)  # it trains
+
+
+def folder_of(label: int) -> str:
+    return "1_defective" if label else "0_functional"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (code,) = (block for kind, block in BLOCKS if kind == "python")
     (root / "mynet.py").write_text(code, encoding="utf-8")
     for name, path, label in zip(range(PHOTOS), cells.paths, cells.labels_N, strict=False):
-        target = root / "cells" / ("1_defective" if label else "0_functional")
+        target = root / "cells" / folder_of(label)
         target.mkdir(parents=True, exist_ok=True)
         with Image.open(path) as image:
             image.resize((SIDE, SIDE)).save(target / f"{name}.png")
@@ -43,9 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names: dict[str, Any] = {}
     exec(code, names)
     torch.manual_seed(0)
-    net, images_NHW = names["network"](), cells.images_NHW[:PHOTOS, ::4, ::4][:, :SIDE, :SIDE].astype(np.float32)
-    mean, deviation = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    images_N3HW = (torch.from_numpy(images_NHW / 255)[:, None] - mean) / deviation  # as `split` does by default
+    net, written = (
+        names["network"](),
+        [root / "cells" / folder_of(cells.labels_N[n]) / f"{n}.png" for n in range(PHOTOS)],
+    )
+    images_N3HW = torch.from_numpy(np.stack([preprocess(Image.open(path).convert("RGB"), SEEN) for path in written]))
     optimizer, labels_N = torch.optim.AdamW(net.parameters(), 1e-3), torch.from_numpy(cells.labels_N[:PHOTOS])
     for _ in range(30):
         optimizer.zero_grad()
