@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     images_N3HW = torch.from_numpy(np.stack([preprocess(Image.open(path).convert("RGB"), SEEN) for path in written]))
     optimizer, labels_N = torch.optim.AdamW(net.parameters(), 1e-3), torch.from_numpy(cells.labels_N[:PHOTOS])
-    for _ in range(30):
+    for _ in range(100):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(images_N3HW), labels_N).backward()
         optimizer.step()
