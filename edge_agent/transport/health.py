@@ -1,7 +1,8 @@
 """What replies, failures and probes say about one cloud: the circuit breaker, the link's estimate, the window.
 
     lost      no reply, a broken stream, a reply that cannot be right -> the breaker, which opens after a few
-    overload  a refusal for want of room, late beside replies in time -> the window of requests in flight, halved
+    overload  a refusal for want of room, late beside replies in time -> the window of requests in flight, halved;
+              where the refusal says when there may be room, nothing is sent before
     nothing   not sent, or too little time for any cloud              -> a check by the prober
 
 Safe to call from several threads. Knows nothing about gRPC.
@@ -9,6 +10,7 @@ Safe to call from several threads. Knows nothing about gRPC.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +32,7 @@ from isthmus.models.errors import (
 PROBE_TIMEOUT_S = 2.0
 FAIR_WAIT_S = 0.1  # a shorter wait without a reply says nothing about the cloud, whatever the estimate of the link
 CHECK_INTERVAL_S = 2.0  # between checks of a cloud that did not reply within waits too short to count
+MAX_HOLD_S = 2.0  # that a cloud without room can ask for: a wild hint must not keep a device away for long
 NOT_ANSWERING = "the cloud is not answering"
 
 
@@ -67,6 +70,7 @@ class CloudHealth:
         self._window = Window()
         self._opened = opened
         self._answered_s = self._checked_s = float("-inf")  # when a request was last answered, the cloud checked
+        self._hold_until_s = float("-inf")  # the cloud has said that it has no room before
         self._suspected = False  # of being lost: some replies did not come, within waits too short to count
         self.slots = FairSlots(1)  # of requests in flight; one while the breaker tries the cloud, and the others wait
         self.wake = threading.Event()  # the prober may have something to do
@@ -82,8 +86,10 @@ class CloudHealth:
             return self._estimator.estimate
 
     def admit(self) -> None:
-        """Raises LinkDown unless a request may be sent now."""
+        """Raises LinkDown unless a request may be sent now, Overloaded while the cloud has said that it has no room."""
         with self._lock:
+            if (left_s := self._hold_until_s - time.monotonic()) > 0:
+                raise Overloaded("the cloud has no room yet", left_s)
             if not self._breaker.allow_request():
                 raise LinkDown(self.refusal or "the cloud is being tried with another request")
 
@@ -104,7 +110,7 @@ class CloudHealth:
         elif attempt.sent_s is None and not isinstance(error, LinkError | ServiceError):
             self._record_nothing(suspected=False)
         elif self._overloaded(error, attempt):
-            self._record_overload(attempt)
+            self._record_overload(attempt, error.retry_s if isinstance(error, Overloaded) else 0.0)
         elif isinstance(error, DeadlineExceeded) and attempt.budget_s < self._fair_wait_s(attempt.up_bytes):
             self._record_nothing(suspected=attempt.up_bytes > 0)
         elif isinstance(error, CallerError):
@@ -152,11 +158,13 @@ class CloudHealth:
         sent_s = attempt.sent_s
         return isinstance(error, DeadlineExceeded) and sent_s is not None and self._answered_s > sent_s
 
-    def _record_overload(self, attempt: Attempt) -> None:
+    def _record_overload(self, attempt: Attempt, retry_s: float) -> None:
         now_s = time.monotonic()
+        hold_s = min(retry_s, MAX_HOLD_S) * random.uniform(0.5, 1.5)  # or all devices would come back together
         with self._lock:
             self._breaker.record_success()
             self._window.overloaded(now_s if attempt.sent_s is None else attempt.sent_s, now_s)
+            self._hold_until_s = max(self._hold_until_s, now_s + hold_s)
         self._resize()
 
     def _resize(self) -> None:

@@ -473,6 +473,20 @@ def test_a_cloud_that_says_it_has_too_much_to_do_is_not_lost(
     assert (link.state, link._health._window.size) == ("closed", 1)
 
 
+def test_nothing_is_sent_before_the_cloud_may_have_room(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    sent: list[int] = []
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full", 600.0))]
+    for _ in range(3):
+        with pytest.raises(Overloaded) as refused:
+            link.infer(PAYLOAD, 5.0, sent=sent.append)
+    assert len(sent) == 1 and "no room yet" in str(refused.value)
+    assert 0 < refused.value.retry_s <= 1.5 * health.MAX_HOLD_S, "a wild hint keeps nobody away for long"
+    cloud.servicer.react = good
+    link._health._hold_until_s = time.monotonic()
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+
+
 def test_requests_that_are_late_beside_others_in_time_open_no_breaker(cloud: Cloud, link: Link) -> None:
     link.infer(PAYLOAD, 5.0)
     sent: list[int] = []
