@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service import servicer as module
@@ -422,3 +423,29 @@ def test_with_too_many_calls_open_the_next_is_refused_and_counted(monkeypatch: p
 
     harness = scenario(play)
     assert harness.count("isthmus_cloud_requests_rejected_total", reason="calls") == 3
+
+
+def test_devices_with_certificates_are_told_apart_by_their_names() -> None:
+    """However many connections each of them opens."""
+    authority = trustme.CA()
+    roots = authority.cert_pem.bytes()
+    own = authority.issue_cert("localhost")
+
+    async def play() -> set[str]:
+        harness = ServicerHarness()
+        server = grpc.aio.server(options=limits.server_options())
+        attach(harness.servicer, server)
+        pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes())
+        port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair], roots, True))
+        await server.start()
+        for name in ("camera-1.example", "camera-2.example", "camera-1.example"):
+            device = authority.issue_cert(name)
+            credentials = grpc.ssl_channel_credentials(
+                roots, device.private_key_pem.bytes(), device.cert_chain_pems[0].bytes()
+            )
+            async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+                await pb_grpc.IsthmusStub(channel).Infer(request(1))
+        await server.stop(None)
+        return harness.vision.peers
+
+    assert asyncio.run(play()) == {"camera-1.example", "camera-2.example"}
