@@ -34,7 +34,7 @@ demo-language: env  ## a chat by every arm over an emulated link, each token in 
 	$(BIN)/python -m tests.bench.chat --handoff models/zoo/smollm2-25 --svg runs/chat.svg
 
 test: env  ## run every test
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -n 2 --dist loadfile
 
 lint: env  ## style, formatting, and who may import whom
 	$(BIN)/ruff check
