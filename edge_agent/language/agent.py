@@ -96,7 +96,7 @@ class LanguageAgent(TextInterface):
     ) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. Closing it ends the cloud session.
 
-        `cancelled`, set from another thread, ends a wait for the device's model. Raises IsthmusError.
+        `cancelled`, set from another thread, ends a wait for the device's model or the cloud. Raises IsthmusError.
         """
         self._lifetime.check()
         events = self._stream_events(self._checked(request), cancelled)

@@ -16,7 +16,7 @@ from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.arms.verify import VerifyArm
 from isthmus.edge_agent.language.local_model import LocalModel
 from isthmus.edge_agent.language.remote_query import RemoteQuery
-from isthmus.edge_agent.language.remote_session import Fallback, RemoteSession, token_opening
+from isthmus.edge_agent.language.remote_session import Fallback, MakeOpening, RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Token, local_token
 from isthmus.edge_agent.language.router import Router
@@ -50,6 +50,7 @@ class Generation:
         self.sequence = AnswerSequence(request, resources.eos_ids)
         self.stats = GenerationStats()
         self._resources = resources
+        self._cancelled = cancelled
         self._local = resources.local.session(cancelled)
         self._sessions: dict[bytes, RemoteSession] = {}
 
@@ -93,20 +94,21 @@ class Generation:
     def _handoff(self) -> HandoffArm:
         assert self._resources.handoff is not None  # checked before the answer begins
         handoff, settings = self._resources.handoff
-        kind = handoff.fingerprint
-        if kind not in self._sessions:
-            opening = handoff_opening(self._resources.replicas.fingerprint, self.sequence, handoff, settings)
-            self._sessions[kind] = RemoteSession(self._resources.replicas, self.sequence, self.stats, opening, kind)
-        return HandoffArm(
-            self.sequence, self._sessions[kind], self.stats, self._local, handoff, settings, self._fallback()
-        )
+        opening = handoff_opening(self._resources.replicas.fingerprint, self.sequence, handoff, settings)
+        session = self._session(handoff.fingerprint, opening)
+        return HandoffArm(self.sequence, session, self.stats, self._local, handoff, settings, self._fallback())
 
     def _token_session(self) -> RemoteSession:
-        if b"" not in self._sessions:
+        prefill_layers = self._resources.config.prefill_layers
+        return self._session(b"", token_opening(self._resources.replicas.fingerprint, self.sequence, prefill_layers))
+
+    def _session(self, kind: bytes, opening: MakeOpening) -> RemoteSession:
+        """The answer's session of a kind, which all its arms share."""
+        if kind not in self._sessions:
             replicas = self._resources.replicas
-            opening = token_opening(replicas.fingerprint, self.sequence, self._resources.config.prefill_layers)
-            self._sessions[b""] = RemoteSession(replicas, self.sequence, self.stats, opening)
-        return self._sessions[b""]
+            session = RemoteSession(replicas, self.sequence, self.stats, opening, kind, self._cancelled)
+            self._sessions[kind] = session
+        return self._sessions[kind]
 
     def _draft(self) -> Draft | None:
         if self._resources.config.draft == "lookup":

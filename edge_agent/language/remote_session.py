@@ -9,6 +9,7 @@ Knows nothing about drafts, exits or gRPC.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -18,7 +19,7 @@ from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.transport.generate_stream import GenerateStream
 from isthmus.edge_agent.transport.link import Link
-from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
+from isthmus.models.errors import AnswerCancelled, DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos.wire_session import checksum
 
@@ -60,11 +61,16 @@ class RemoteSession:
         stats: GenerationStats,
         make_opening: MakeOpening,
         kind: bytes = b"",
+        cancelled: threading.Event | None = None,
     ) -> None:
-        """`kind` tells sessions apart whose KV caches cannot be reused for each other."""
+        """`kind` tells sessions apart whose KV caches cannot be reused for each other.
+
+        A wait for the cloud ends with AnswerCancelled soon after `cancelled` is set.
+        """
         self._replicas, self._sequence, self._stats = replicas, sequence, stats
         self._make_opening = make_opening
         self._handle: SessionHandle = replicas.acquire(sequence.tokens, kind)
+        self._cancelled = cancelled or threading.Event()
         self._link: Link | None = None  # of the stream, or of the attempt that may open one
         self._stream: GenerateStream | None = None
         self._closed = False
@@ -156,6 +162,8 @@ class RemoteSession:
             try:
                 return self._open_stream.receive()
             except DeadlineExceeded:
+                if self._cancelled.is_set():
+                    raise AnswerCancelled("the answer was given up") from None
                 if not self._used.alive(ALIVE_S):
                     raise LinkDown("the cloud does not answer any more") from None
                 if time.monotonic() > until_s:
@@ -232,7 +240,7 @@ class RemoteSession:
                     raise failure
                 self._stalled.clear()  # there is no other way left than to be patient
                 self._patience_s = PATIENCE_S
-                self._replicas.wait()
+                self._replicas.wait(self._cancelled)
                 return
             self._stats.degrade("no cloud answers")
             self._stats.fell_back = True

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from isthmus.edge_agent.transport.link import Link
-from isthmus.models.errors import LinkDown
+from isthmus.models.errors import AnswerCancelled, LinkDown
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.messages import SESSION_BYTES
 
@@ -59,13 +59,14 @@ class Replicas:
         with self._lock:
             self._links = [*(other for other in self._links if other is not link), link]
 
-    def wait(self) -> Link:
-        """Wait for a replica. Raises LinkDown after `wait_s`."""
+    def wait(self, cancelled: threading.Event) -> Link:
+        """Wait for a replica. Raises LinkDown after `wait_s`, AnswerCancelled when `cancelled` is set."""
         until_s = time.monotonic() + self._wait_s
         while (link := self.best()) is None:
             if time.monotonic() > until_s:
                 raise LinkDown(f"no cloud answered within {self._wait_s:.0f} s")
-            time.sleep(POLL_S)
+            if cancelled.wait(POLL_S):
+                raise AnswerCancelled("the answer was given up")
         return link
 
     def acquire(self, prompt: Sequence[int], kind: bytes = b"") -> SessionHandle:

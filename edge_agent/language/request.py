@@ -118,5 +118,5 @@ class GenerationBackend(Protocol):
     ) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary. A generator that blocks; closing it ends the cloud session.
 
-        `cancelled`, set from another thread, ends a wait for the device's model. Raises IsthmusError.
+        `cancelled`, set from another thread, ends a wait for the device's model or the cloud. Raises IsthmusError.
         """

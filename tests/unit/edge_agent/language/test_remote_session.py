@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
-from isthmus.models.errors import DeadlineExceeded, LinkDown
+from isthmus.models.errors import AnswerCancelled, DeadlineExceeded, LinkDown
 from isthmus.models.messages import Committed, Round, Sampling
 from isthmus.protos.wire_session import checksum
 from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
@@ -49,6 +50,20 @@ def test_a_stream_that_is_open_is_used_again() -> None:
     assert [opening.start for opening in talk.openings] == [0, 41, 42]
     remote.close()
     assert talk.closed
+
+
+def test_a_wait_for_the_cloud_ends_when_the_answer_is_given_up() -> None:
+    cloud = Cloud(BRAIN, fault=lambda answer: DeadlineExceeded("no answer yet"))
+    cancelled = threading.Event()
+    sequence = AnswerSequence(GenerationRequest(PROMPT, 8, "cloud"), ENDS)
+    replicas, opening = Replicas([cloud], b"themodel", 0.05), token_opening(b"themodel", sequence, 3)  # type: ignore[list-item]
+    remote = RemoteSession(replicas, sequence, GenerationStats(), opening, b"", cancelled)
+    assert remote.prepare()
+    remote.open()
+    remote.send(Round(len(sequence)))
+    cancelled.set()
+    with pytest.raises(AnswerCancelled):
+        remote.receive()
 
 
 def test_without_a_replica_nothing_can_be_prepared() -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
 from isthmus.edge_agent.language.replicas import MAX_IDLE_SESSIONS, MIN_REUSED_TOKENS, Replicas, SessionHandle
-from isthmus.models.errors import LinkDown
+from isthmus.models.errors import AnswerCancelled, LinkDown
 
 TEXT = tuple(range(100))
 
@@ -56,24 +57,32 @@ def test_one_that_was_lost_is_told_and_goes_to_the_end_of_the_line() -> None:
     assert list(chosen) == [ways[1], ways[0], ways[2]]
 
 
-def test_waiting_ends_with_the_first_that_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_ends_with_the_first_that_is_back() -> None:
     ways = [Way("a", "open"), Way("b", "open")]
     chosen = replicas(*ways, wait_s=10.0)
     looks = 0
 
-    def sleep(seconds: float) -> None:
-        nonlocal looks
-        looks += 1
-        ways[1].state = "half_open" if looks == 3 else "open"
+    class NotCancelled(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal looks
+            looks += 1
+            ways[1].state = "half_open" if looks == 3 else "open"
+            return False
 
-    monkeypatch.setattr("isthmus.edge_agent.language.replicas.time.sleep", sleep)
-    assert chosen.wait() is ways[1]
+    assert chosen.wait(NotCancelled()) is ways[1]
     assert looks == 3, "it looks again until one is back, and no longer"
+
+
+def test_waiting_ends_when_the_answer_is_given_up() -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(AnswerCancelled):
+        replicas(Way("a", "open"), wait_s=3600.0).wait(cancelled)
 
 
 def test_waiting_has_an_end() -> None:
     with pytest.raises(LinkDown, match="no cloud answered"):
-        replicas(Way("a", "open")).wait()
+        replicas(Way("a", "open")).wait(threading.Event())
 
 
 def test_a_new_seat_has_a_name_of_its_own() -> None:
