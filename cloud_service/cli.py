@@ -114,8 +114,11 @@ def health_of(address: str, pems: Sequence[bytes | None] | None, name: str | Non
     ]  # a proxy does not reach an address of this machine
     if name:
         options.append(("grpc.ssl_target_name_override", name))
-    credentials = grpc.ssl_channel_credentials(*pems) if pems else grpc.experimental.insecure_channel_credentials()
-    with grpc.secure_channel(address, credentials, options) as channel:
+    if pems:
+        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(*pems), options)
+    else:
+        channel = grpc.insecure_channel(address, options)
+    with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
         except grpc.RpcError as error:
@@ -133,7 +136,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class FaultsOfPeers(logging.Filter):
+    """Leaves out the tracebacks that gRPC logs when a peer leaves, or sends bytes that are no message."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        return kind is None or kind.__name__ not in ("ExecuteBatchError", "DecodeError")
+
+
 def start_logging(as_json: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("grpc._cython.cygrpc").addFilter(FaultsOfPeers())

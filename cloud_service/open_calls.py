@@ -13,6 +13,7 @@ from isthmus.models.errors import Overloaded
 from isthmus.protos.limits import IDLE_STREAM_S
 
 T = TypeVar("T")
+SHORT_IDLE_S = 0.1  # between two messages of a busy device
 
 
 class OpenCall:
@@ -60,7 +61,10 @@ class OpenCall:
 
 
 class OpenCalls:
-    """At most `limit` calls. One more takes the place of an idle call of the peer that has the most."""
+    """At most `limit` calls. One more takes the place of a call of the peer that has the most.
+
+    That call has been idle for IDLE_STREAM_S, or is idle now and of a peer with more calls than the new one's.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -73,7 +77,7 @@ class OpenCalls:
     def open(self, call: OpenCall) -> Iterator[None]:
         """Count `call` as open. Raises Overloaded when there is no place, and no idle call that could leave its own."""
         if sum(not other.ended for other in self._open) >= self._limit:
-            self._end_one()
+            self._end_one(call.peer)
         self._open[call] = None
         try:
             yield
@@ -86,9 +90,14 @@ class OpenCalls:
             if call.idle_s >= idle_s:
                 call.end()
 
-    def _end_one(self) -> None:
+    def _end_one(self, new_peer: str) -> None:
         count = Counter(call.peer for call in self._open if not call.ended)
-        idle = [call for call in self._open if not call.ended and call.idle_s >= IDLE_STREAM_S]  # a device's is not
+        fewest = count[new_peer] + 1  # of a peer that gives nothing up before IDLE_STREAM_S: a device ends its own then
+        idle = [
+            call
+            for call in self._open
+            if not call.ended and call.idle_s >= (IDLE_STREAM_S if count[call.peer] <= fewest else SHORT_IDLE_S)
+        ]
         if not idle:
             raise Overloaded(f"{self._limit} calls are open, which is the limit, and none of them is idle")
         max(idle, key=lambda call: (count[call.peer], call.idle_s)).end()

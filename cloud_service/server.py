@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,9 +129,25 @@ def bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
     try:
         if tls is None:
             return int(server.add_insecure_port(address))
+        check_pems(tls)
         pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
         roots = tls.client_ca.read_bytes() if tls.client_ca else None
         credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
         return int(server.add_secure_port(address, credentials))
     except (RuntimeError, OSError) as error:
         raise InvalidInput(f"cannot listen on {address}: {str(error).splitlines()[0]}") from error
+
+
+def check_pems(tls: Tls) -> None:
+    """Raises OSError for files that gRPC would refuse with words about the address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    except ssl.SSLError as error:
+        why = (error.reason or "not readable").lower().replace("_", " ")
+        raise OSError(f"{tls.certificate} and {tls.key} are no certificate with its key ({why})") from error
+    if tls.client_ca is not None:
+        try:
+            context.load_verify_locations(tls.client_ca)
+        except ssl.SSLError as error:
+            raise OSError(f"{tls.client_ca} holds no certificate of an authority") from error

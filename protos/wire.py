@@ -236,8 +236,8 @@ def unpack_bundle(message: pb.Bundle) -> BundleInfo:
 
 
 def checksum(message: pb.InferRequest) -> int:
-    """CRC-32 over the payload and every field that determines how it is decoded and which tasks are answered."""
-    head = struct.pack("<QiII", message.bundle, message.codec, message.point, message.tasks)
+    """CRC-32 over the payload and every field that determines how it is decoded, and what is answered to whom."""
+    head = struct.pack("<IQiII", message.request_id, message.bundle, message.codec, message.point, message.tasks)
     return zlib.crc32(message.payload, zlib.crc32(head))
 
 

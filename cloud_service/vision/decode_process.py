@@ -52,8 +52,7 @@ def main() -> None:
         signal.SIGTERM,
     ):  # they are sent to the whole group; the service drains and closes stdin
         signal.signal(number, signal.SIG_IGN)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MAX_DECODE_BYTES, resource.RLIM_INFINITY))
+    limit_memory()
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sink.write(READY)
     sink.flush()
@@ -62,6 +61,14 @@ def main() -> None:
         outcome, body = answer(source.read(size), ImageInput(max_pixels, resize, (height, width)))
         sink.write(REPLY.pack(outcome, len(body)) + body)
         sink.flush()
+
+
+def limit_memory() -> None:
+    """Allow MAX_DECODE_BYTES more than is used now, within a hard limit, which only root can raise."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = used + MAX_DECODE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def answer(data: bytes, spec: ImageInput) -> tuple[int, bytes]:

@@ -15,7 +15,8 @@ import numpy as np
 from isthmus.cloud_service.vision.decode_process import OUTCOMES, READY, REPLY, REQUEST, ImageInput, Pixels
 from isthmus.models.errors import InvalidInput, IsthmusError, ServiceError
 
-COMMAND = (sys.executable, "-P", "-m", "isthmus.cloud_service.vision.decode_process")
+# Without warnings: Pillow quotes from the file in them, so a device could fill the log.
+COMMAND = (sys.executable, "-P", "-W", "ignore", "-m", "isthmus.cloud_service.vision.decode_process")
 START_S = 30.0  # of the process, on a machine with much to do
 DECODE_S = 2.0  # of one image; the largest that is accepted takes a third of a second
 MAX_WORDS = 1000  # bytes of an error
@@ -62,10 +63,12 @@ class ImageDecoder:
             await end(process)
 
     async def _started(self) -> Process:
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             return self._process
-        try:
-            process = await asyncio.create_subprocess_exec(*COMMAND, stdin=PIPE, stdout=PIPE, limit=PIPE_BYTES)
+        try:  # in a group of its own: Ctrl-C would end it before it ignores that
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND, stdin=PIPE, stdout=PIPE, limit=PIPE_BYTES, process_group=0
+            )
         except OSError as error:
             raise ServiceError("the process that decodes images cannot be started") from error
         ready = False

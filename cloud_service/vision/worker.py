@@ -79,6 +79,7 @@ class Worker:
         self._decoded_for: dict[str, int] = {}  # the same for images
         self._busy_until_s = 0.0  # by the prediction
         self._changed = asyncio.Event()
+        self._failing: set[ImageDecoder] = set()  # which do not start; that is logged once
         self._draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tail")
 
@@ -146,8 +147,11 @@ class Worker:
     async def _start(self, decoder: ImageDecoder) -> None:
         try:
             await decoder.start()
+            self._failing.discard(decoder)
         except IsthmusError:
-            self.metrics.log_failure("no process to decode images")
+            if decoder not in self._failing:
+                self.metrics.log_failure("no process to decode images")
+            self._failing.add(decoder)
             await asyncio.sleep(RESTART_S)
 
     async def _decode(self, decoder: ImageDecoder, pending: PendingRequest) -> None:

@@ -188,8 +188,8 @@ def test_one_bad_message_of_a_stream_harms_no_other(stub: pb_grpc.IsthmusStub, g
     for request_id, spoil in enumerate([None, truncated, None, wrong_version, not_an_image, None, noise], start=1):
         message = pb.InferRequest()
         message.CopyFrom(good)
-        message = spoil(message) if spoil else message
         message.request_id = request_id
+        message = spoil(resealed(message)) if spoil else resealed(message)
         messages.append(message)
     answers = {answer.request_id: answer for answer in stub.InferStream(iter(messages), timeout=20)}
     assert sorted(answers) == [1, 2, 3, 4, 5, 6, 7]

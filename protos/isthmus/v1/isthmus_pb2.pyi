@@ -64,8 +64,9 @@ class InferRequest(_message.Message):
     budget_ms: _builtins.int
     """milliseconds that the device waits, counted from sending; > 0"""
     crc32: _builtins.int
-    """CRC-32 (zlib) of: bundle; codec, point and tasks as little-endian uint32; payload"""
+    """CRC-32 (zlib) of: request_id as little-endian uint32; bundle; codec, point and tasks as"""
     codec: Global___Codec.ValueType
+    """little-endian uint32; payload"""
     point: _builtins.int
     """64 * tap + rate: indices into the bundle's taps and the tap's rates"""
     payload: _builtins.bytes

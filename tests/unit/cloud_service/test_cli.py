@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from importlib.metadata import version
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from google.protobuf.message import DecodeError
+from grpc._cython import cygrpc
 
-from isthmus.cloud_service.cli import main
+from isthmus.cloud_service.cli import main, start_logging
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import free_port
@@ -68,6 +71,23 @@ def test_health_check_of_nobody_fails() -> None:
     result = invoke("--check", address, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout) == {"address": address, "health": "UNAVAILABLE"}
+
+
+def test_a_health_check_needs_nothing_that_others_import() -> None:
+    command = [sys.executable, "-m", "isthmus.cloud_service", "--check", f"127.0.0.1:{free_port()}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "UNAVAILABLE\n", "")
+
+
+def test_what_peers_do_wrong_in_grpc_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    grpc_log = logging.getLogger("grpc._cython.cygrpc")
+    start_logging(as_json=False)
+    for error in (DecodeError("bytes"), cygrpc.ExecuteBatchError("left"), ValueError("ours")):
+        try:
+            raise error
+        except Exception:
+            grpc_log.exception("raised by servicer method")
+    assert [record.exc_info and record.exc_info[0] for record in caplog.records] == [ValueError]
 
 
 def test_a_handoff_of_no_model_here_ends_with_one_clear_line(tmp_path: Path) -> None:

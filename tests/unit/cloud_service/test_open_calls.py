@@ -114,6 +114,23 @@ def test_one_call_too_many_takes_the_place_of_the_longest_idle_one_of_the_peer_w
     asyncio.run(play())
 
 
+def test_a_peer_with_many_lively_streams_gives_one_up_to_a_peer_with_fewer(clock: Clock) -> None:
+    async def play() -> None:
+        calls = OpenCalls(4)
+        many = [Caller("many", busy=index == 0) for index in range(3)]
+        few = [Caller("few") for _ in range(3)]
+        with contextlib.ExitStack() as stack:
+            for caller in (*many, few[0]):
+                stack.enter_context(calls.open(caller.call))
+            clock.now_s += 1.0
+            stack.enter_context(calls.open(few[1].call))
+            assert [caller.ended for caller in (*many, *few)] == [0, 1, 0, 0, 0, 0]
+            with pytest.raises(Overloaded):  # both have as many
+                stack.enter_context(calls.open(few[2].call))
+
+    asyncio.run(play())
+
+
 def test_with_no_idle_call_the_next_is_refused_and_leaves_nothing(clock: Clock) -> None:
     async def play() -> None:
         calls, busy, recent = OpenCalls(2), Caller(busy=True), Caller()

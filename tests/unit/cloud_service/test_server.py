@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
@@ -52,6 +53,17 @@ def test_a_taken_port_is_an_error_that_names_it(taken: str) -> None:
 def test_certificates_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="No such file"):
         try_bind("127.0.0.1:0", Tls(tmp_path / "none.pem", tmp_path / "none.key"))
+
+
+def test_files_of_tls_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        certificate = trustme.CA().issue_cert("localhost")
+        certificate.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+        certificate.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+    with pytest.raises(InvalidInput, match=r"one\.pem and .*other\.key are no certificate with its key \(key values"):
+        try_bind("127.0.0.1:0", Tls(tmp_path / "one.pem", tmp_path / "other.key"))
+    with pytest.raises(InvalidInput, match=r"other\.key holds no certificate of an authority"):
+        try_bind("127.0.0.1:0", Tls(tmp_path / "one.pem", tmp_path / "one.key", tmp_path / "other.key"))
 
 
 def test_files_that_are_no_certificates_are_an_error(tmp_path: Path) -> None:

@@ -243,6 +243,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[IsthmusError], str]] = {
     "no bundle": ({"bundle": 0}, PayloadCorrupt, "CRC-32"),
     "other bundle": ({"bundle": 1}, PayloadCorrupt, "CRC-32"),
     "no request id": ({"request_id": 0}, InvalidInput, "request_id is 0"),
+    "request id of another": ({"request_id": 3}, PayloadCorrupt, "CRC-32"),
     "no budget": ({"budget_ms": 0}, InvalidInput, "budget_ms is 0, expected 1 to 600000"),
     "wild budget": ({"budget_ms": 600_001}, InvalidInput, "budget_ms is 600001"),
     "no codec": ({"codec": 0}, InvalidInput, "codec 0 is unknown, expected one of [1, 2]"),
@@ -420,7 +421,7 @@ def test_framing_stays_within_its_limit_at_the_largest_usual_values(
 
 
 def test_the_checksum_is_the_crc_that_the_contract_describes() -> None:
-    covered = FINGERPRINT[:8] + b"\1\0\0\0" + b"\x42\0\0\0" + b"\5\0\0\0" + b"payload bytes"
+    covered = b"\x2c\1\0\0" + FINGERPRINT[:8] + b"\1\0\0\0" + b"\x42\0\0\0" + b"\5\0\0\0" + b"payload bytes"
     assert wire.pack_request(REQUEST).crc32 == zlib.crc32(covered)
 
 

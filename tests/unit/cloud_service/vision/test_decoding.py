@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -173,3 +174,47 @@ def test_errors_are_told_apart(
     monkeypatch.setattr(decode_process, "open_image", failing)
     outcome, _ = decode_process.answer(b"x", SPEC)
     assert decode_process.OUTCOMES[outcome] is expected
+
+
+def test_a_process_that_ended_between_two_images_costs_none(photo: Image.Image) -> None:
+    async def play(decoder: ImageDecoder) -> None:
+        await decoder.start()
+        assert decoder._process is not None
+        os.kill(pid(decoder), signal.SIGKILL)
+        await decoder._process.wait()
+        assert (await decoder.decode(encoded(photo), SPEC)).shape == (32, 48, 3)
+
+    scenario(play)
+
+
+def test_a_signal_to_the_group_of_the_service_does_not_reach_a_process_that_starts() -> None:
+    async def play(decoder: ImageDecoder) -> None:
+        await decoder.start()
+        assert os.getpgid(pid(decoder)) != os.getpgid(0)
+
+    scenario(play)
+
+
+def test_an_image_that_pillow_warns_about_writes_nothing_into_the_log(
+    photo: Image.Image, capfd: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0" + b"\x12\x01\x03\0\1\0\0\0\1\0\0\0")
+
+    async def play(decoder: ImageDecoder) -> None:
+        await decoder.decode(buffer.getvalue(), SPEC)
+
+    scenario(play)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("already", [resource.RLIM_INFINITY, 1 << 50, 64 << 20])
+def test_an_operator_s_limit_of_memory_is_kept(monkeypatch: pytest.MonkeyPatch, already: int) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (already, already))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
+    decode_process.limit_memory()
+    ((soft, hard),) = limits
+    assert hard == already
+    assert soft > 0
+    assert already == resource.RLIM_INFINITY or soft <= already
