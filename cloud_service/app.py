@@ -7,6 +7,7 @@ photos that are still queued are answered last.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,9 @@ log = logging.getLogger("isthmus.cloud")
 
 async def serve(config: CloudConfig) -> None:
     """Run until SIGTERM or SIGINT, then drain. Raises BundleError or InvalidInput before the port opens."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # asyncio's would cancel the start of gRPC, which then hangs
     if config.threads:
         torch.set_num_threads(config.threads)
     registry = CollectorRegistry()

@@ -31,8 +31,7 @@ class KVBudget:
         self._held: dict[SessionId, HeldState] = {}
 
     def __len__(self) -> int:
-        """Caches that are held; a session without one is not counted."""
-        return sum(held.size_bytes > 0 for held in self._held.values())
+        return len(self._held)
 
     def copy(self) -> KVBudget:
         """A ledger with the same entries, to plan with."""

@@ -52,6 +52,7 @@ def main() -> None:
         signal.SIGTERM,
     ):  # they are sent to the whole group; the service drains and closes stdin
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of a service that was killed: end without a word
     limit_memory()
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sink.write(READY)

@@ -90,6 +90,23 @@ def test_what_peers_do_wrong_in_grpc_is_not_logged(caplog: pytest.LogCaptureFixt
     assert [record.exc_info and record.exc_info[0] for record in caplog.records] == [ValueError]
 
 
+INTERRUPTED = """
+import os, signal, sys
+from isthmus.cloud_service import cli
+from isthmus.cloud_service.vision import service
+load = service.load
+service.load = lambda *arguments: (os.kill(os.getpid(), signal.SIGINT), load(*arguments))[1]
+cli.main(sys.argv[1:])
+"""
+
+
+def test_an_interrupt_while_models_are_loaded_ends_the_service(tiny_bundle: Bundle) -> None:
+    arguments = ["--bundle", str(tiny_bundle.folder), "--listen", "127.0.0.1:0", "--metrics", ""]
+    command = [sys.executable, "-c", INTERRUPTED, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.strip()) == (1, "Aborted!")
+
+
 def test_a_handoff_of_no_model_here_ends_with_one_clear_line(tmp_path: Path) -> None:
     model = Checkpoint.open(write_tiny_llama(tmp_path / "one", context=64))
     handoff = write_tiny_handoff(tmp_path / "handoff", model)

@@ -25,10 +25,6 @@ def test_nobody_is_evicted_while_there_is_room() -> None:
     assert contexts.victims(b"b", 61, keep=()) == [b"a"]
 
 
-def test_a_session_without_a_cache_is_no_cache() -> None:
-    assert len(ledger((b"a", 0, 1.0, False), (b"b", 60, 2.0, False))) == 1
-
-
 def test_a_session_makes_room_for_itself_by_what_it_has() -> None:
     contexts = ledger((b"a", 60, 1.0, True), (b"b", 40, 2.0, True))
     assert contexts.victims(b"a", 60, keep=()) == []

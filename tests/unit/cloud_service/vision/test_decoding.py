@@ -7,6 +7,7 @@ import io
 import os
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from isthmus.cloud_service.vision import decode_process, decoding
-from isthmus.cloud_service.vision.decode_process import REPLY, ImageInput
+from isthmus.cloud_service.vision.decode_process import READY, REPLY, REQUEST, ImageInput
 from isthmus.cloud_service.vision.decoding import ImageDecoder
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
 from isthmus.models.vision.images import crop, open_image
@@ -218,3 +219,15 @@ def test_an_operator_s_limit_of_memory_is_kept(monkeypatch: pytest.MonkeyPatch, 
     assert hard == already
     assert soft > 0
     assert already == resource.RLIM_INFINITY or soft <= already
+
+
+def test_a_process_whose_service_was_killed_ends_without_a_word(photo: Image.Image) -> None:
+    process = subprocess.Popen(decoding.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1) == READY
+    process.stdout.close()
+    data = encoded(photo)
+    process.stdin.write(REQUEST.pack(len(data), SPEC.max_pixels, SPEC.resize, *SPEC.crop) + data)
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    assert process.wait(20) == -signal.SIGPIPE

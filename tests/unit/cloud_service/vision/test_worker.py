@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.metrics import IMAGE, CloudMetrics
+from isthmus.cloud_service.vision import worker
 from isthmus.cloud_service.vision.batching import BatchLimits
 from isthmus.cloud_service.vision.compute_time import ComputeTimes
 from isthmus.cloud_service.vision.decode_process import ImageInput, Pixels
@@ -72,9 +73,13 @@ class FakeDecoder:
         self.failures: dict[bytes, Exception] = {}
         self.decoded: list[bytes] = []
         self.starts = self.closed = 0
+        self.failed_starts = 0  # of the next ones
 
     async def start(self) -> None:
         self.starts += 1
+        if self.failed_starts:
+            self.failed_starts -= 1
+            raise ServiceError("no process")
 
     async def decode(self, data: bytes, spec: ImageInput) -> Pixels:
         assert spec == FakePredictor.image_input
@@ -492,3 +497,18 @@ def test_an_expired_image_is_never_decoded() -> None:
     harness = scenario(play)
     assert harness.decoder.decoded == [b"1"]
     assert harness.count("isthmus_cloud_expired_work_total", stage="queue") == 1
+
+
+def test_a_process_that_cannot_be_started_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "RESTART_S", 0.0)
+
+    async def play(harness: WorkerHarness) -> None:
+        harness.decoder.failed_starts = 5
+        assert (await harness.ask(b"a", codec=Codec.IMAGE)).probabilities
+        while harness.decoder.failed_starts:
+            await harness.ask(b"a", codec=Codec.IMAGE)
+
+    scenario(play)
+    assert [record.message for record in caplog.records] == ["no process to decode images"]
