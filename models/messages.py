@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral, Real
 
 from isthmus.models.errors import InvalidInput
 
@@ -91,12 +92,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 2:
-            raise InvalidInput(f"temperature is {self.temperature}, expected 0 to 2")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInput(f"top_p is {self.top_p}, expected above 0, at most 1")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise InvalidInput(f"seed is {self.seed}, expected 0 to {MAX_SEED}")
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature <= 2:
+            raise InvalidInput(f"temperature is {self.temperature!r}, expected 0 to 2")
+        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise InvalidInput(f"top_p is {self.top_p!r}, expected above 0, at most 1")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed <= MAX_SEED:
+            raise InvalidInput(f"seed is {self.seed!r}, expected 0 to {MAX_SEED}")
 
 
 GREEDY = Sampling()

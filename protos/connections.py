@@ -97,7 +97,8 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self.between_requests:
-            self._stop_timer()
+            if not self.flow.write_paused:  # what a client sends is no sign that it reads
+                self._stop_timer()
         elif self._timer is None:
             self._start_timer()
 

@@ -34,6 +34,7 @@ from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
+from isthmus.models.messages import Sampling
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
@@ -137,6 +138,8 @@ class LanguageAgent(TextInterface):
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab:
             raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {self._vocab}")
+        if not isinstance(request.sampling, Sampling):
+            raise InvalidInput(f"sampling is {type(request.sampling).__name__}, expected a Sampling")
         if request.quality is not None and not 0 <= request.quality <= 1:
             raise InvalidInput(f"quality is {request.quality}, expected 0 to 1")
         return replace(request, max_tokens=min(request.max_tokens, room))

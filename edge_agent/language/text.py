@@ -103,7 +103,8 @@ class TextInterface:
         return in_threads(pieces(self._events(self._request(prompt, max_tokens, arm, sampling), stop)))
 
     def _events(self, request: GenerationRequest, stop: Sequence[str]) -> Iterator[AnswerEvent]:
-        if isinstance(stop, str) or not all(isinstance(each, str) and each for each in stop):
+        listed = isinstance(stop, Sequence) and not isinstance(stop, str)
+        if not listed or not all(isinstance(each, str) and each for each in stop):
             raise InvalidInput("stop is a list of strings, none of them empty")
         return detokenize(self.generate(request), Detokenizer(self.tokenizer, stop))
 

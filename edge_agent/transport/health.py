@@ -85,11 +85,19 @@ class CloudHealth:
         with self._lock:
             return self._estimator.estimate
 
-    def admit(self) -> None:
-        """Raises LinkDown unless a request may be sent now, Overloaded while the cloud has said that it has no room."""
+    def admit(self, patience_s: float) -> None:
+        """Raises LinkDown unless a request may be sent now.
+
+        While the cloud has said that it has no room a request waits `patience_s` at most. Raises Overloaded where that
+        is too short.
+        """
         with self._lock:
-            if (left_s := self._hold_until_s - time.monotonic()) > 0:
-                raise Overloaded("the cloud has no room yet", left_s)
+            hold_s = self._hold_until_s - time.monotonic()
+        if hold_s > 0:
+            if hold_s > patience_s:
+                raise Overloaded("the cloud has no room yet", hold_s)
+            time.sleep(hold_s)
+        with self._lock:
             if not self._breaker.allow_request():
                 raise LinkDown(self.refusal or "the cloud is being tried with another request")
 

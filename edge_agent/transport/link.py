@@ -6,6 +6,7 @@ prober: finds a lost cloud again, looks for one that may be lost, half-closes an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -84,7 +85,7 @@ class Link:
     ) -> Exchange:
         """Send one payload and wait at most `budget_s` for answers to `tasks`: the bundle's indices, in rising order.
 
-        Waits within that time while as many requests are in flight as the cloud answers. Sends it once more if the
+        Waits within that time while as many requests are in flight as the cloud answers, or it has no room. Sends it once more if the
         stream ends with a goodbye before the reply. `sent` is called with the bytes of each message sent, whatever
         becomes of it. Raises LinkDown, DeadlineExceeded, Overloaded, AgentClosed after `close`, or the error that the
         cloud replied with.
@@ -92,7 +93,9 @@ class Link:
         self._lifetime.check()
         attempt = Attempt(budget_s, sent)
         with self._slot(attempt, len(payload.data)):
-            self._health.admit()
+            self._health.admit(attempt.deadline_s - time.monotonic() - self.estimate.transfer_s(len(payload.data)))
+            self._lifetime.check()
+            attempt.admitted()
             try:
                 exchange = self._exchanges.exchange(payload, tasks, attempt, self._may_send)
             except BaseException as error:  # an interrupt too: it may end the trial request of a half-open breaker
@@ -110,7 +113,6 @@ class Link:
             raise Overloaded("other requests of this device are in flight for as long as this one has time")
         try:
             self._lifetime.check()
-            attempt.admitted()
             yield
         finally:
             self._health.slots.release()

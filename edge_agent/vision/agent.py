@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -141,6 +141,8 @@ class EdgeAgent:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except asyncio.CancelledError:
             state.cancelled = True
+            if (task := asyncio.current_task()) is None or not task.cancelling():
+                self._lifetime.check()  # `close` has ended the photo, and nobody the task
             raise
 
     def infer_many(
@@ -158,9 +160,21 @@ class EdgeAgent:
         Photos are taken from the iterable as they are needed. Arguments and errors are those of `infer`; an error ends
         the iteration, with a note that names the photo by its index.
         """
+        if isinstance(photos, str | bytes) or not isinstance(photos, Iterable):
+            raise InvalidInput(f"photos is {type(photos).__name__}, expected a list or another iterable of photos")
         begin = partial(self._begin, deadline_s, tasks, Overrides(tap, width, rate))
         begin()  # what is wrong for every photo is raised at once
-        return in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
+        return self._until_closed(
+            in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
+        )
+
+    def _until_closed(self, answers: Iterator[Answer]) -> Iterator[Answer]:
+        """The answers. Raises AgentClosed for what the threads that `close` has ended say of it."""
+        try:
+            yield from answers
+        except (RuntimeError, CancelledError):
+            self._lifetime.check()
+            raise
 
     def _begin(self, deadline_s: float | None, tasks: Sequence[str] | None, overrides: Overrides) -> RequestState:
         """A request, whose deadline counts from now. Raises AgentClosed, InvalidInput."""

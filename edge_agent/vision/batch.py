@@ -17,10 +17,11 @@ def in_order(
 ) -> Iterator[Result]:
     """Results of `work`, with up to `at_once` items under way. Items are taken as they are needed.
 
-    The first error ends the iteration, with a note that names the item by its index; so does closing it.
+    The first error ends the iteration, with a note that names the item by its index; so does closing it. An error of
+    `items` itself comes after the results of the items before it.
     """
-    source = iter(items)
-    pending: deque[Future[Result]] = deque(threads.submit(work, item) for item in islice(source, at_once))
+    started = started_one_by_one(threads, work, items)
+    pending = deque(islice(started, at_once))
     try:
         for index in count():
             if not pending:
@@ -30,8 +31,21 @@ def in_order(
             except Exception as error:
                 error.add_note(f"at index {index} of the photos")
                 raise
-            pending.extend(threads.submit(work, item) for item in islice(source, 1))
+            pending.extend(islice(started, 1))
             yield result
     finally:
         for future in pending:
             future.cancel()
+
+
+def started_one_by_one(
+    threads: Executor, work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Future[Result]]:
+    """The work on each item, and last the error of `items` or of `threads`, if there is one."""
+    try:
+        for item in items:
+            yield threads.submit(work, item)
+    except Exception as error:
+        failed: Future[Result] = Future()
+        failed.set_exception(error)
+        yield failed

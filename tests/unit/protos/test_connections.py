@@ -122,6 +122,16 @@ def test_a_request_under_way_has_its_time() -> None:
     run(test)
 
 
+def test_what_a_client_sends_gives_it_no_time_to_read() -> None:
+    async def test() -> None:
+        connection = Opened(4, timeout_s=0.05).open(HEAD)
+        connection.pause_writing()
+        connection.data_received(b"G")
+        await asyncio.wait_for(connection.transport.aborted.wait(), 10)  # type: ignore[attr-defined]
+
+    run(test)
+
+
 def test_a_client_that_reads_again_in_time_is_answered() -> None:
     async def test() -> None:
         connection = Opened(4, timeout_s=0.05).open(HEAD)

@@ -92,13 +92,13 @@ def test_what_is_no_prompt_is_named(agent: LanguageAgent, prompt: Any, message: 
             use(prompt)
 
 
-@pytest.mark.parametrize("stop", ["word", [""], [3]])
+@pytest.mark.parametrize("stop", ["word", [""], [3], 3, None])
 def test_what_is_no_stop_is_named(agent: LanguageAgent, stop: Any) -> None:
     with pytest.raises(InvalidInput, match="stop is a list of strings"):
         agent.answer("Hello?", stop=stop)
 
 
-@pytest.mark.parametrize("arguments", [{"arm": "moon"}, {"max_tokens": 0}, {"max_tokens": "many"}])
+@pytest.mark.parametrize("arguments", [{"arm": "moon"}, {"max_tokens": 0}, {"max_tokens": "many"}, {"sampling": 0.7}])
 def test_wrong_arguments_are_named(agent: LanguageAgent, arguments: Any) -> None:
     with pytest.raises(InvalidInput, match=next(iter(arguments))):
         agent.answer("Hello?", **arguments)

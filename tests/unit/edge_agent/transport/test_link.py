@@ -479,12 +479,23 @@ def test_nothing_is_sent_before_the_cloud_may_have_room(cloud: Cloud, link: Link
     cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full", 600.0))]
     for _ in range(3):
         with pytest.raises(Overloaded) as refused:
-            link.infer(PAYLOAD, 5.0, sent=sent.append)
+            link.infer(PAYLOAD, 0.9, sent=sent.append)
     assert len(sent) == 1 and "no room yet" in str(refused.value)
     assert 0 < refused.value.retry_s <= 1.5 * health.MAX_HOLD_S, "a wild hint keeps nobody away for long"
     cloud.servicer.react = good
     link._health._hold_until_s = time.monotonic()
     assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+
+
+def test_a_request_with_time_to_spare_waits_until_the_cloud_may_have_room(cloud: Cloud, link: Link) -> None:
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.react = lambda request: [wire.pack_error(request.request_id, Overloaded("full", 0.2))]
+    with pytest.raises(Overloaded):
+        link.infer(PAYLOAD, 0.1)
+    cloud.servicer.react, held_until_s = good, link._health._hold_until_s
+    assert held_until_s > time.monotonic()
+    assert link.infer(PAYLOAD, 5.0).reply.probabilities == ((0.25, 0.75),)
+    assert time.monotonic() >= held_until_s
 
 
 def test_requests_that_are_late_beside_others_in_time_open_no_breaker(cloud: Cloud, link: Link) -> None:

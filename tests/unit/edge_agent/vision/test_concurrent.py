@@ -15,7 +15,7 @@ from PIL import Image
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.transport.exchanges import Exchange
-from isthmus.edge_agent.vision.agent import BATCH_SENT, compute_slots
+from isthmus.edge_agent.vision.agent import BATCH_SENT, MAX_THREADS, compute_slots
 from isthmus.edge_agent.vision.router import TIME_IS_UP
 from isthmus.models.errors import AgentClosed, InvalidInput
 from isthmus.models.messages import CloudReply, Payload
@@ -152,6 +152,46 @@ def test_an_error_in_a_batch_names_the_photo(agent: EdgeAgent, photo: Image.Imag
         next(answers)
     assert caught.value.__notes__ == ["at index 1 of the photos"]
     assert list(agent.infer_many([])) == []
+
+
+def test_photos_before_an_error_of_their_iterable_are_answered(agent: EdgeAgent, photo: Image.Image) -> None:
+    def photos() -> Iterator[Image.Image]:
+        yield from (photo, photo)
+        raise OSError("the camera is gone")
+
+    held(agent).release.set()
+    answers = agent.infer_many(photos())
+    assert next(answers).label and next(answers).label
+    with pytest.raises(OSError, match="the camera is gone"):
+        next(answers)
+
+
+@pytest.mark.parametrize("photos", ["photo.jpg", b"photo", 5, None])
+def test_one_photo_is_no_batch(agent: EdgeAgent, photos: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"photos is {type(photos).__name__}, expected a list"):
+        agent.infer_many(photos)
+
+
+def test_a_batch_under_way_ends_with_the_agent(agent: EdgeAgent, photo: Image.Image) -> None:
+    held(agent).release.set()
+    answers = agent.infer_many([photo] * 50)
+    next(answers)
+    agent.close()
+    with pytest.raises(AgentClosed, match="was closed"):
+        list(answers)
+
+
+def test_photos_that_wait_for_a_thread_end_with_the_agent(agent: EdgeAgent, photo: Image.Image) -> None:
+    async def test() -> None:
+        tasks = [asyncio.create_task(agent.ainfer(photo, tap="light", rate=2)) for _ in range(MAX_THREADS + 1)]
+        await asyncio.sleep(0)
+        agent.close()
+        held(agent).release.set()
+        with pytest.raises(AgentClosed, match="was closed"):
+            await tasks[-1]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(test())
 
 
 def test_what_is_wrong_for_every_photo_is_said_before_the_first(agent: EdgeAgent, photo: Image.Image) -> None:

@@ -66,6 +66,10 @@ def softmax(logits: NDArray[Any]) -> Probabilities:
         {"seed": -1},
         {"seed": MAX_SEED + 1},
         {"seed": math.nan},
+        {"temperature": "warm"},
+        {"top_p": None},
+        {"seed": "x"},
+        {"seed": 1.5},
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any]) -> None:
