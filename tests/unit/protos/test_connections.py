@@ -127,7 +127,10 @@ def test_what_a_client_sends_gives_it_no_time_to_read() -> None:
         connection = Opened(4, timeout_s=0.05).open(HEAD)
         connection.pause_writing()
         connection.data_received(b"G")
-        await asyncio.wait_for(connection.transport.aborted.wait(), 10)  # type: ignore[attr-defined]
+        try:
+            await asyncio.wait_for(connection.transport.aborted.wait(), 5)  # type: ignore[attr-defined]
+        finally:
+            connection.resume_writing()
 
     run(test)
 
