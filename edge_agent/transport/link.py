@@ -86,9 +86,9 @@ class Link:
         """Send one payload and wait at most `budget_s` for answers to `tasks`: the bundle's indices, in rising order.
 
         Waits within that time while as many requests are in flight as the cloud answers, and while the cloud has said
-        that it has no room. Sends it once more if the stream ends with a goodbye before the reply. `sent` is called with the bytes of each message sent, whatever
-        becomes of it. Raises LinkDown, DeadlineExceeded, Overloaded, AgentClosed after `close`, or the error that the
-        cloud replied with.
+        that it has no room. Sends it once more if the stream ends with a goodbye before the reply. `sent` is called
+        with the bytes of each message sent, whatever becomes of it. Raises LinkDown, DeadlineExceeded, Overloaded,
+        AgentClosed after `close`, or the error that the cloud replied with.
         """
         self._lifetime.check()
         attempt = Attempt(budget_s, sent)
