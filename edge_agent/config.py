@@ -225,7 +225,8 @@ class HttpConfig(Settings):
         tuple[str, ...],
         Field(
             description="Name by which clients may address the agent, beside IP addresses, localhost and the host of"
-            " --listen; repeatable. Without any, an agent that listens beyond loopback answers to every name."
+            " --listen; repeatable. Without any, an agent that listens beyond loopback answers to every name, but not"
+            " to web pages."
         ),
         Flag("allowed_host"),
     ] = ()

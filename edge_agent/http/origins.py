@@ -21,7 +21,10 @@ MAX_SHOWN = 60
 
 
 class OriginPolicy:
-    """The policy of an agent that listens on `listen`. With no `allowed` names any will do beyond loopback."""
+    """The policy of an agent that listens on `listen`.
+
+    With no `allowed` names any will do beyond loopback, for programs that are no browsers.
+    """
 
     def __init__(self, listen: str, allowed: Iterable[str]) -> None:
         host = parse_address(listen).host
@@ -31,8 +34,9 @@ class OriginPolicy:
 
     def refusal(self, method: str, headers: Headers) -> str | None:
         """Why a request is refused, or None."""
+        any_name = self._any and not from_browser(headers)
         for host in headers.getlist("host"):
-            if not self._is_ours(host):
+            if not (any_name or self._is_ours(host)):
                 return f"Host {ascii(host)[:MAX_SHOWN]} is not a name of this agent; --allowed-host adds one"
         if method in SAFE_METHODS or is_same_origin(headers):
             return None
@@ -40,7 +44,12 @@ class OriginPolicy:
 
     def _is_ours(self, host: str) -> bool:
         name = host_name(host)
-        return self._any or name in self._names or name.endswith(".localhost") or is_ip_address(name)
+        return name in self._names or name.endswith(".localhost") or is_ip_address(name)
+
+
+def from_browser(headers: Headers) -> bool:
+    """Whether a page sends the request; simple requests to read, which may lack both headers, are not recognised."""
+    return "origin" in headers or "sec-fetch-site" in headers
 
 
 def is_same_origin(headers: Headers) -> bool:

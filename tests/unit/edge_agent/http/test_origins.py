@@ -47,6 +47,12 @@ def test_names_can_be_allowed() -> None:
     assert OriginPolicy("box:8080", ("x",)).refusal("GET", Headers({"host": "box:8080"})) is None
 
 
+def test_a_page_whose_name_was_pointed_at_the_device_is_refused_without_allowed_names_too() -> None:
+    page = {"host": "evil.example", "origin": "http://evil.example"}
+    assert "is not a name of this agent" in str(OPEN.refusal("POST", Headers(page)))
+    assert OPEN.refusal("POST", Headers({"host": "10.0.0.7:8080", "origin": "http://10.0.0.7:8080"})) is None
+
+
 @pytest.mark.parametrize(
     ("headers", "fine"),
     [
