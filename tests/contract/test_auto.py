@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_without_the_cloud_the_device_goes_on_and_comes_back(agent: LanguageAgen
     assert answer.ids[:15] == expected[:15] and len(answer.ids) == TOKENS
     assert answer.how.degraded and {token.source for token in answer.tokens[17:]} == {"edge"}
     serving.start()
-    agent.replicas.wait()
+    agent.replicas.wait(threading.Event())
     assert not answered(agent, HALF).how.degraded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_without_the_cloud_the_device_goes_on_through_all_layers(
         prompt = (*prompt_of(agent, "Tell me a long story."), *answer.ids[:20])
         assert answer.ids[20:] == Answer(agent, prompt, TOKENS - 20, "edge", CHATTER).ids
         serving.start()
-        link = agent.replicas.best() or agent.replicas.wait()
+        link = agent.replicas.best() or agent.replicas.wait(threading.Event())
         assert link.target == serving.target and not answered(agent).how.degraded
 
 
