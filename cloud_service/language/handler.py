@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from isthmus.cloud_service.language.engine import LanguageEngine
+from isthmus.cloud_service.language.engines.native import LanguageEngine
 from isthmus.cloud_service.language.session import EventQueue, Session
 from isthmus.models.errors import InvalidInput, UnknownBundle
 from isthmus.models.messages import Opening, Round

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
-from isthmus.cloud_service.language.engine import LanguageEngine
+from isthmus.cloud_service.language.engines.native import LanguageEngine
 from isthmus.cloud_service.language.handler import GenerateHandler
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.models.bundle.files import read_manifest

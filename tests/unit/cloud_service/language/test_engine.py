@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.cloud_service.language import engine
+from isthmus.cloud_service.language.engines import native
 from isthmus.models.errors import Draining, InvalidInput, Overloaded, ServiceError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -378,7 +378,7 @@ def test_results_that_depend_on_threads_are_computed_by_one_thread(
         if torch.get_num_threads() > 1:
             raise ServiceError("other bits")
 
-    monkeypatch.setattr(engine, "check_batch_invariance", check)
+    monkeypatch.setattr(native, "check_batch_invariance", check)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -394,7 +394,7 @@ def test_results_that_depend_on_the_batch_with_one_thread_end_the_service(
     def check(decoder: Decoder) -> None:
         raise ServiceError("other bits")
 
-    monkeypatch.setattr(engine, "check_batch_invariance", check)
+    monkeypatch.setattr(native, "check_batch_invariance", check)
     threads = torch.get_num_threads()
     try:
         with pytest.raises(ServiceError, match="other bits"):

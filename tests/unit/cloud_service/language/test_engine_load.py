@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.cloud_service.language import engine, sessions
+from isthmus.cloud_service.language import sessions
+from isthmus.cloud_service.language.engines import native
 from isthmus.cloud_service.language.session import MAX_UNREAD, SESSION_BYTES, TOKEN_BYTES
 from isthmus.models.errors import InvalidInput, Overloaded
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -266,7 +267,7 @@ def test_the_number_of_tokens_is_checked_before_they_are_read(scenario: Scenario
 
 
 def test_a_long_opening_is_checked_off_the_event_loop(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "LARGE_OPENING", 100)
+    monkeypatch.setattr(native, "LARGE_OPENING", 100)
     threads: list[threading.Thread] = []
 
     async def play(harness: EngineHarness) -> None:

@@ -14,7 +14,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.byte_budget import ByteBudget
-from isthmus.cloud_service.language.engine import LanguageEngine
+from isthmus.cloud_service.language.engines.native import LanguageEngine
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.cloud_service.language.session import EventQueue, Session
 from isthmus.models.errors import IsthmusError
