@@ -28,7 +28,7 @@ from isthmus.models.messages import (
     Round,
     ServiceInfo,
 )
-from isthmus.protos import limits, status, wire, wire_session
+from isthmus.protos import limits, status, wire, wire_describe, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
@@ -49,7 +49,7 @@ class Servicer(pb_grpc.IsthmusServicer):
     ) -> None:
         """`queue`: for payloads and answers that wait."""
         self._vision, self._language = vision, language
-        self._info = ServiceInfo(version("isthmus"), limits.WIRE_VERSION, vision.bundles, language.models)
+        self._version = version("isthmus")
         self._metrics, self._queue = metrics, queue
         self._draining = asyncio.Event()
         self._calls = OpenCalls(MAX_CALLS)
@@ -132,7 +132,23 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._metrics.answered("Describe", code.name, time.monotonic() - started_s)
             await context.abort(code, text)
         self._metrics.answered("Describe", "OK", time.monotonic() - started_s)
-        return wire.pack_service(self._info)
+        info = ServiceInfo(self._version, limits.WIRE_VERSION, self._vision.bundles, self._language.models)
+        return wire_describe.pack_service(info)
+
+    async def Tokenizer(self, request: pb.TokenizerRequest, context: Context) -> AsyncIterator[pb.TokenizerPart]:
+        started_s = time.monotonic()
+        call = OpenCall(peer_of(context), lambda: True, lambda: None)
+        async with self._open(call, context):
+            raw = self._language.tokenizer(request.sha256)
+            if raw is None:
+                self._metrics.answered("Tokenizer", "NOT_FOUND", time.monotonic() - started_s)
+                text = f"no model here has the tokenizer {request.sha256[: limits.FINGERPRINT_BYTES].hex()[:12]}"
+                await context.abort(grpc.StatusCode.NOT_FOUND, text)
+            else:
+                for part in wire_describe.pack_tokenizer(raw):
+                    with call.writing():
+                        yield part
+                self._metrics.answered("Tokenizer", "OK", time.monotonic() - started_s)
 
     @contextlib.asynccontextmanager
     async def _open(self, call: OpenCall, context: Context) -> AsyncIterator[None]:

@@ -42,6 +42,12 @@ class LanguageService(Protocol):
     """Generates tokens in sessions."""
 
     @property
-    def models(self) -> tuple[ModelInfo, ...]: ...
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Those that can be used now."""
+        ...
+
+    def tokenizer(self, sha256: bytes) -> bytes | None:
+        """The tokenizer of this SHA-256; None where no model has it."""
+        ...
 
     def new_handler(self, peer: str) -> StreamHandler: ...

@@ -16,6 +16,7 @@
     └── ServiceError            the service failed
         ├── Overloaded          a bounded queue or memory is full
         ├── Draining            the service is shutting down
+        ├── EngineDown          the engine that computes for the service does not answer; another replica may
         └── PeerError           this service cannot serve this device; another replica may
             ├── InvalidReply    it sent a reply that cannot be right
             └── Refused         it refuses every request of this device, until Describe says otherwise
@@ -94,6 +95,10 @@ class Overloaded(ServiceError):
 
 class Draining(ServiceError):
     """The service is shutting down and accepts no new work."""
+
+
+class EngineDown(ServiceError):
+    """The engine that computes for the service does not answer, or has lost what it computed; another replica may."""
 
 
 class PeerError(ServiceError):

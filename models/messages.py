@@ -10,11 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from numbers import Integral, Real
+from typing import Literal
 
 from isthmus.models.errors import InvalidInput
 
 SESSION_BYTES = 16
 MAX_SEED = (1 << 63) - 1
+MAX_TOKENIZER_BYTES = 64 << 20  # Llama 3's tokenizer.json has 17 MB
+
+Numerics = Literal["bitwise", "engine"]
+CloudArm = Literal["cloud", "verify", "handoff"]
 
 
 class Codec(IntEnum):
@@ -173,15 +178,35 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """A model's tokenizer: SHA-256 and size of its serialised form. Where `vocabulary` is equal, ids mean the same."""
+
+    sha256: bytes
+    size_bytes: int
+    vocabulary: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A service's description of a language model it holds."""
+    """What a service declares of a language model that it can use.
+
+    `fingerprint`: of the weights where the service holds them, else of what it declares. `numerics`: "bitwise" where
+    verified and streamed tokens are equal by construction; "engine" for greedy choices of an engine, which differed at
+    `mismatched` of `compared` tokens.
+    """
 
     fingerprint: bytes
     name: str
     vocab: int
     context: int
-    numerics: str
+    numerics: Numerics
+    tokenizer: TokenizerInfo
+    end_ids: tuple[int, ...]
+    arms: tuple[CloudArm, ...]
+    precision: str = ""  # data type and rows of a forward pass
     handoffs: tuple[bytes, ...] = ()  # fingerprints of the handoff bundles whose hidden states it accepts
+    compared: int = 0
+    mismatched: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ MAX_TOKENS = 1 << 18  # of a session: far above the context of supported models,
 MAX_DRAFT = 64  # tokens of a round; longer drafts are rarely accepted, and all of a round's tokens are computed
 MAX_ROUNDS = 8  # of one session that may be queued in the cloud; a device that drafts ahead has two or three
 MAX_LOGPROBS = 20  # the limit of the OpenAI API
+MAX_END_IDS = 64  # that end an answer; models have one to five
+TOKENIZER_PART_BYTES = 1 << 20  # well below a message's limit
 MAX_STATES = 256  # hidden states of a round; at the largest size they fill a quarter of a message
 MAX_STATE_BYTES = 4096  # of one coded hidden state: 8192 values of four bits; a bundle's own limit is usually far lower
 

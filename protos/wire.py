@@ -29,15 +29,10 @@ from isthmus.models.errors import (
     UnsupportedVersion,
 )
 from isthmus.models.messages import (
-    BundleInfo,
     CloudReply,
     CloudRequest,
     Codec,
-    ModelInfo,
     Payload,
-    ServiceInfo,
-    TapInfo,
-    TaskInfo,
 )
 from isthmus.protos import limits, status
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
@@ -170,69 +165,6 @@ def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudRepl
         if not all(0 <= p <= 1 for p in answer) or not math.isclose(sum(answer), 1, abs_tol=1e-3):
             raise InvalidReply("the cloud sent values that are not probabilities")
     return CloudReply(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
-
-
-def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
-    bundles = [
-        pb.Bundle(
-            fingerprint=b.fingerprint,
-            name=b.name,
-            tasks=[pb.Task(name=task.name, labels=task.labels) for task in b.tasks],
-            taps=[pb.Tap(name=tap.name, rates=tap.rates) for tap in b.taps],
-        )
-        for b in info.bundles
-    ]
-    models = [
-        pb.Model(
-            fingerprint=m.fingerprint,
-            name=m.name,
-            vocab=m.vocab,
-            context=m.context,
-            numerics=m.numerics,
-            handoffs=m.handoffs,
-        )
-        for m in info.models
-    ]
-    return pb.DescribeResponse(version=info.version, wire_version=info.wire_version, bundles=bundles, models=models)
-
-
-def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
-    """Raises UnsupportedVersion for another wire version, InvalidReply for values out of range."""
-    if message.wire_version != limits.WIRE_VERSION:
-        raise UnsupportedVersion(
-            f"the service reads wire version {message.wire_version}, this device writes {limits.WIRE_VERSION}"
-        )
-    if len(message.bundles) + len(message.models) > limits.MAX_BUNDLES:
-        raise InvalidReply(f"the service lists {len(message.bundles)} bundles, at most {limits.MAX_BUNDLES} are read")
-    for m in message.models:
-        if len(m.fingerprint) != limits.FINGERPRINT_BYTES or not m.vocab or not m.context:
-            raise InvalidReply("the service lists a model with an invalid fingerprint, vocabulary or context")
-        if len(m.handoffs) > limits.MAX_BUNDLES or {*map(len, m.handoffs)} - {limits.FINGERPRINT_BYTES}:
-            raise InvalidReply("the service lists a model with invalid fingerprints of handoff bundles")
-    bundles = tuple(unpack_bundle(bundle) for bundle in message.bundles)
-    models = tuple(
-        ModelInfo(m.fingerprint, m.name, m.vocab, m.context, m.numerics, tuple(m.handoffs)) for m in message.models
-    )
-    return ServiceInfo(message.version, message.wire_version, bundles, models)
-
-
-def unpack_bundle(message: pb.Bundle) -> BundleInfo:
-    """Raises InvalidReply for values out of range."""
-    valid = (
-        len(message.fingerprint) == limits.FINGERPRINT_BYTES
-        and 1 <= len(message.tasks) <= limits.MAX_TASKS
-        and 1 <= len(message.taps) <= limits.MAX_TAPS
-        and all(2 <= task.labels <= limits.MAX_LABELS for task in message.tasks)
-        and all(1 <= tap.rates <= limits.MAX_RATES for tap in message.taps)
-    )
-    if not valid:
-        raise InvalidReply(
-            "the service lists a bundle with an invalid fingerprint, number of labels or number of rates"
-        )
-    tasks = tuple(TaskInfo(task.name, task.labels) for task in message.tasks)
-    return BundleInfo(
-        message.fingerprint, message.name, tasks, tuple(TapInfo(tap.name, tap.rates) for tap in message.taps)
-    )
 
 
 def checksum(message: pb.InferRequest) -> int:

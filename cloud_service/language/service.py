@@ -19,6 +19,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.torch.decoder import DTYPES, Decoder
+from isthmus.models.messages import ModelInfo
 from isthmus.protos.limits import BUNDLE_ID_BYTES
 
 
@@ -27,9 +28,18 @@ class LanguageService:
 
     def __init__(self, engines: Sequence[LanguageEngine] = ()) -> None:
         self.engines = tuple(engines)
-        self.models = tuple(engine.info for engine in engines)
         self._by_id = {engine.info.fingerprint[:BUNDLE_ID_BYTES]: engine for engine in engines}
         self._draining = asyncio.Event()
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Those that can be used now."""
+        return tuple(engine.info for engine in self.engines)
+
+    def tokenizer(self, sha256: bytes) -> bytes | None:
+        """The tokenizer of this SHA-256; None where no model has it."""
+        found = (engine.tokenizer for engine in self.engines if engine.info.tokenizer.sha256 == sha256)
+        return next((tokenizer.to_bytes() for tokenizer in found), None)
 
     def new_handler(self, peer: str) -> GenerateHandler:
         """A handler for one `Generate` stream of a connection."""

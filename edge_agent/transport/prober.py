@@ -16,7 +16,7 @@ from isthmus.edge_agent.transport import health
 from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, rpc_error
 from isthmus.edge_agent.transport.health import CloudHealth
 from isthmus.models.errors import IsthmusError, UnknownBundle
-from isthmus.protos import limits, wire
+from isthmus.protos import limits, wire_describe
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
@@ -92,7 +92,7 @@ class Prober:
         except grpc.RpcError as failure:
             raise rpc_error(failure) from failure
         elapsed_s = time.monotonic() - started_s
-        info = wire.unpack_service(message)
+        info = wire_describe.unpack_service(message)
         offered = [*((b.name, b.fingerprint) for b in info.bundles), *((m.name, m.fingerprint) for m in info.models)]
         if self._fingerprint not in {fingerprint for _, fingerprint in offered}:
             held = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in offered)

@@ -27,7 +27,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch.batch_invariance import check_batch_invariance
 from isthmus.models.language.torch.decoder import Decoder
-from isthmus.models.messages import ModelInfo, Opening, Round
+from isthmus.models.messages import ModelInfo, Opening, Round, TokenizerInfo
 from isthmus.protos.limits import MAX_ROUNDS
 
 FIRST_TOKEN_S = 30.0
@@ -52,13 +52,10 @@ class LanguageEngine:
         """`queue`: for what sessions take beside their caches. `first_token_s`: how long a new prompt may wait.
 
         Raises BundleError when the KV fill of a handoff does not fit the model."""
-        config, dtype = checkpoint.config, str(decoder.dtype).removeprefix("torch.")
-        numerics = f"{dtype}/{decoder.width}"
+        config = checkpoint.config
         self.handoffs = tuple(handoffs)
-        fingerprints = tuple(handoff.fingerprint for handoff in handoffs)
-        self.info = ModelInfo(
-            checkpoint.fingerprint, checkpoint.name, config.vocab, config.context, numerics, fingerprints
-        )
+        self.tokenizer = checkpoint.tokenizer
+        self.info = describe_model(checkpoint, decoder, handoffs)
         self._decoder = decoder
         self._full_runner = FullRunner(decoder, checkpoint.tokenizer.eos_ids, handoffs)
         self._suffix_runners = {each.name: each for each in (SuffixRunner(handoff, decoder) for handoff in handoffs)}
@@ -297,3 +294,20 @@ class LanguageEngine:
         if not isinstance(error, CallerError):
             self._sessions.drop_cache(session)
         session.send(error)
+
+
+def describe_model(checkpoint: Checkpoint, decoder: Decoder, handoffs: Sequence[HandoffBundle]) -> ModelInfo:
+    """What the service declares of a model that it holds."""
+    tokenizer, dtype = checkpoint.tokenizer, str(decoder.dtype).removeprefix("torch.")
+    return ModelInfo(
+        fingerprint=checkpoint.fingerprint,
+        name=checkpoint.name,
+        vocab=checkpoint.config.vocab,
+        context=checkpoint.config.context,
+        numerics="bitwise",
+        tokenizer=TokenizerInfo(tokenizer.fingerprint, len(tokenizer.to_bytes()), tokenizer.vocabulary),
+        end_ids=tuple(sorted(tokenizer.eos_ids)),
+        arms=("cloud", "verify", "handoff") if handoffs else ("cloud", "verify"),
+        precision=f"{dtype}/{decoder.width}",
+        handoffs=tuple(handoff.fingerprint for handoff in handoffs),
+    )

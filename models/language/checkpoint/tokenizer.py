@@ -22,7 +22,6 @@ from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.huggingface import read_bytes
 from isthmus.models.language.checkpoint.token_text import TextStream, read_decoder
 from isthmus.models.language.checkpoint.tokenizer_files import (
-    MAX_TOKENIZER_BYTES,
     configured_ends,
     named_tokens,
     read_sentencepiece,
@@ -30,6 +29,7 @@ from isthmus.models.language.checkpoint.tokenizer_files import (
     template_source,
     tokenizer_config,
 )
+from isthmus.models.messages import MAX_TOKENIZER_BYTES
 
 JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")

@@ -18,8 +18,8 @@ import tokenizers
 from isthmus.models.errors import BundleError
 from isthmus.models.language.checkpoint import sentencepiece
 from isthmus.models.language.checkpoint.huggingface import read_bytes, read_json
+from isthmus.models.messages import MAX_TOKENIZER_BYTES
 
-MAX_TOKENIZER_BYTES = 64 << 20  # Llama 3's tokenizer.json has 17 MB
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 

@@ -579,18 +579,43 @@ class Model(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     NUMERICS_FIELD_NUMBER: _builtins.int
     HANDOFFS_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    END_IDS_FIELD_NUMBER: _builtins.int
+    ARMS_FIELD_NUMBER: _builtins.int
+    COMPARED_FIELD_NUMBER: _builtins.int
+    MISMATCHED_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
-    """SHA-256 over weights, configuration and tokenizer, 32 bytes"""
+    """32 bytes; of weights that the service holds the SHA-256 over them, configuration and"""
     name: _builtins.str
+    """vocabulary, else over what the service declares: services that declare the same are alike"""
     vocab: _builtins.int
     """number of token ids"""
     context: _builtins.int
     """tokens of prompt and answer together"""
     numerics: _builtins.str
-    """data type and rows of a forward pass: equal answers need equal numerics"""
+    """"bitwise": verified and streamed tokens are equal by construction, checked at start."""
+    precision: _builtins.str
+    """data type and rows of a forward pass; empty where they are not known"""
+    compared: _builtins.int
+    """tokens that were both streamed and verified at start"""
+    mismatched: _builtins.int
+    """of `compared`: where the two chose another token"""
     @_builtins.property
     def handoffs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """SHA-256 fingerprints, 32 bytes each, of the handoff bundles it accepts"""
+        """"engine": greedy choices of an engine, see `mismatched`
+        SHA-256 fingerprints, 32 bytes each, of the handoff bundles it accepts
+        """
+
+    @_builtins.property
+    def tokenizer(self) -> Global___Tokenizer: ...
+    @_builtins.property
+    def end_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """token ids that end an answer, at most limits.MAX_END_IDS"""
+
+    @_builtins.property
+    def arms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what a device can ask for: "cloud", "verify", "handoff" """
 
     def __init__(
         self,
@@ -601,11 +626,85 @@ class Model(_message.Message):
         context: _builtins.int = ...,
         numerics: _builtins.str = ...,
         handoffs: _abc.Iterable[_builtins.bytes] | None = ...,
+        precision: _builtins.str = ...,
+        tokenizer: Global___Tokenizer | None = ...,
+        end_ids: _abc.Iterable[_builtins.int] | None = ...,
+        arms: _abc.Iterable[_builtins.str] | None = ...,
+        compared: _builtins.int = ...,
+        mismatched: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokenizer", b"tokenizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fingerprint", b"fingerprint", "handoffs", b"handoffs", "name", b"name", "numerics", b"numerics", "vocab", b"vocab"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arms", b"arms", "compared", b"compared", "context", b"context", "end_ids", b"end_ids", "fingerprint", b"fingerprint", "handoffs", b"handoffs", "mismatched", b"mismatched", "name", b"name", "numerics", b"numerics", "precision", b"precision", "tokenizer", b"tokenizer", "vocab", b"vocab"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Tokenizer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """32 bytes, of the whole tokenizer as the rpc of this name sends it"""
+    size: _builtins.int
+    """bytes, at most limits.MAX_TOKENIZER_BYTES"""
+    vocabulary: _builtins.bytes
+    """SHA-256 over tokens with their ids, and merges: where it is equal, ids mean the same"""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        vocabulary: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "size", b"size", "vocabulary", b"vocabulary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tokenizer: _TypeAlias = Tokenizer  # noqa: Y015
+
+@_typing.final
+class TokenizerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """32 bytes, as Describe says"""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizerRequest: _TypeAlias = TokenizerRequest  # noqa: Y015
+
+@_typing.final
+class TokenizerPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """at most limits.TOKENIZER_PART_BYTES"""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizerPart: _TypeAlias = TokenizerPart  # noqa: Y015

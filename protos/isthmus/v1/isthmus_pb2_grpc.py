@@ -54,6 +54,11 @@ class IsthmusStub:
                 request_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.Tokenizer = channel.unary_stream(
+                '/isthmus.v1.Isthmus/Tokenizer',
+                request_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.TokenizerRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.TokenizerPart.FromString,
+                _registered_method=True)
 
 
 class IsthmusServicer:
@@ -91,7 +96,14 @@ class IsthmusServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """The bundles and models that the service holds. Also probes round trip and bandwidth: padding is discarded.
+        """The bundles and models that the service can use now. Also probes round trip and bandwidth: padding is discarded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenizer(self, request, context):
+        """A tokenizer that Describe names, in parts. An error NOT_FOUND means that no model here has it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +131,11 @@ def add_IsthmusServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.FromString,
                     response_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.SerializeToString,
+            ),
+            'Tokenizer': grpc.unary_stream_rpc_method_handler(
+                    servicer.Tokenizer,
+                    request_deserializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.TokenizerRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.TokenizerPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -229,6 +246,33 @@ class Isthmus:
             '/isthmus.v1.Isthmus/Describe',
             isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeRequest.SerializeToString,
             isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/isthmus.v1.Isthmus/Tokenizer',
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.TokenizerRequest.SerializeToString,
+            isthmus_dot_protos_dot_isthmus_dot_v1_dot_isthmus__pb2.TokenizerPart.FromString,
             options,
             channel_credentials,
             insecure,

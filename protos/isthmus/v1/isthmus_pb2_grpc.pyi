@@ -52,7 +52,9 @@ class IsthmusStub:
     hidden states: ABORTED answers one round, and the rounds after it are dropped until the next opening.
     """
     Describe: _grpc.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]
-    """The bundles and models that the service holds. Also probes round trip and bandwidth: padding is discarded."""
+    """The bundles and models that the service can use now. Also probes round trip and bandwidth: padding is discarded."""
+    Tokenizer: _grpc.UnaryStreamMultiCallable[_isthmus_pb2.TokenizerRequest, _isthmus_pb2.TokenizerPart]
+    """A tokenizer that Describe names, in parts. An error NOT_FOUND means that no model here has it."""
 
 @_typing.type_check_only
 class IsthmusAsyncStub(IsthmusStub):
@@ -76,7 +78,9 @@ class IsthmusAsyncStub(IsthmusStub):
     hidden states: ABORTED answers one round, and the rounds after it are dropped until the next opening.
     """
     Describe: _aio.UnaryUnaryMultiCallable[_isthmus_pb2.DescribeRequest, _isthmus_pb2.DescribeResponse]  # type: ignore[assignment]
-    """The bundles and models that the service holds. Also probes round trip and bandwidth: padding is discarded."""
+    """The bundles and models that the service can use now. Also probes round trip and bandwidth: padding is discarded."""
+    Tokenizer: _aio.UnaryStreamMultiCallable[_isthmus_pb2.TokenizerRequest, _isthmus_pb2.TokenizerPart]  # type: ignore[assignment]
+    """A tokenizer that Describe names, in parts. An error NOT_FOUND means that no model here has it."""
 
 class IsthmusServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -121,6 +125,14 @@ class IsthmusServicer(metaclass=_abc_1.ABCMeta):
         request: _isthmus_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_isthmus_pb2.DescribeResponse, _abc.Awaitable[_isthmus_pb2.DescribeResponse]]:
-        """The bundles and models that the service holds. Also probes round trip and bandwidth: padding is discarded."""
+        """The bundles and models that the service can use now. Also probes round trip and bandwidth: padding is discarded."""
+
+    @_abc_1.abstractmethod
+    def Tokenizer(
+        self,
+        request: _isthmus_pb2.TokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_isthmus_pb2.TokenizerPart], _abc.AsyncIterator[_isthmus_pb2.TokenizerPart]]:
+        """A tokenizer that Describe names, in parts. An error NOT_FOUND means that no model here has it."""
 
 def add_IsthmusServicer_to_server(servicer: IsthmusServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,7 +22,7 @@ from isthmus.models.errors import BundleError
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.messages import CloudRequest, Codec, Opening, Payload, Round
 from isthmus.models.vision.bundle import Bundle
-from isthmus.protos import wire, wire_session
+from isthmus.protos import wire, wire_describe, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.tiny_llama import write_tiny_llama
@@ -114,8 +114,8 @@ def test_language_models_are_served_beside_each_other_and_drained(
         serving = asyncio.create_task(serve(config))
         async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
             stub = pb_grpc.IsthmusStub(channel)
-            infos = wire.unpack_service(await stub.Describe(pb.DescribeRequest())).models
-            assert [(info.name, info.context, info.numerics) for info in infos] == [
+            infos = wire_describe.unpack_service(await stub.Describe(pb.DescribeRequest())).models
+            assert [(info.name, info.context, info.precision) for info in infos] == [
                 (name, 64, "float32/4") for name in ("one", "two")
             ]
             calls = [stub.Generate() for _ in infos]
@@ -158,7 +158,7 @@ def test_a_handoff_is_served_and_drained(tmp_path: Path, caplog: pytest.LogCaptu
         serving = asyncio.create_task(serve(config))
         async with grpc.aio.insecure_channel(await listening(serving, caplog)) as channel:
             stub = pb_grpc.IsthmusStub(channel)
-            (info,) = wire.unpack_service(await stub.Describe(pb.DescribeRequest())).models
+            (info,) = wire_describe.unpack_service(await stub.Describe(pb.DescribeRequest())).models
             assert info.handoffs == (handoff.fingerprint,)
             call = stub.Generate()
             opening = Opening(

@@ -19,7 +19,7 @@ from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.servicer import Servicer, attach
 from isthmus.models import errors
 from isthmus.models.messages import BundleInfo, CloudReply, CloudRequest, Codec, Payload, TapInfo, TaskInfo
-from isthmus.protos import limits, wire
+from isthmus.protos import limits, wire, wire_describe
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
@@ -312,7 +312,7 @@ def test_draining_notifies_streams_and_answers_outstanding_requests() -> None:
 def test_describe_lists_bundles_and_accepts_padding_up_to_its_cap() -> None:
     async def play(harness: ServicerHarness) -> None:
         response = await harness.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES)))
-        assert wire.unpack_service(response).bundles == (INFO,)
+        assert wire_describe.unpack_service(response).bundles == (INFO,)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await harness.stub.Describe(pb.DescribeRequest(padding=bytes(limits.MAX_PROBE_BYTES + 1)))
         assert caught.value.code() is Status.INVALID_ARGUMENT

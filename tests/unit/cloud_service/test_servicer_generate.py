@@ -24,7 +24,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.messages import Committed, Opening, Round
-from isthmus.protos import limits, wire, wire_session
+from isthmus.protos import limits, wire_describe, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.unit.cloud_service.language.tiny import EngineHarness, plain, until
@@ -341,7 +341,26 @@ def test_a_device_that_sends_and_does_not_read_is_not_read_either(checkpoint: Ch
 def test_describe_names_the_model(scene: Scene) -> None:
     async def play(server: ServerHarness) -> None:
         response = await server.stub.Describe(pb.DescribeRequest())
-        assert wire.unpack_service(response).models == (server.engine.info,)
+        assert wire_describe.unpack_service(response).models == (server.engine.info,)
+
+    scene(play)
+
+
+def test_the_tokenizer_that_describe_names_can_be_fetched(scene: Scene) -> None:
+    async def play(server: ServerHarness) -> None:
+        info = server.engine.info.tokenizer
+        parts = [part async for part in server.stub.Tokenizer(pb.TokenizerRequest(sha256=info.sha256))]
+        assert wire_describe.unpack_tokenizer(parts, info) == server.engine.tokenizer.to_bytes()
+
+    scene(play)
+
+
+@pytest.mark.parametrize("sha256", [b"", bytes(32), bytes(1000)])
+def test_a_tokenizer_that_no_model_has_is_not_found(scene: Scene, sha256: bytes) -> None:
+    async def play(server: ServerHarness) -> None:
+        with pytest.raises(grpc.aio.AioRpcError, match="no model here has the tokenizer") as refused:
+            await server.stub.Tokenizer(pb.TokenizerRequest(sha256=sha256)).read()
+        assert refused.value.code() is Status.NOT_FOUND
 
     scene(play)
 

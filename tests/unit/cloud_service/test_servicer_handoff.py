@@ -12,7 +12,7 @@ import pytest
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch.decoder import Decoder
-from isthmus.protos import limits, wire, wire_session
+from isthmus.protos import limits, wire_describe, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from tests.unit.cloud_service.language.tiny import StateDevice
 from tests.unit.cloud_service.test_servicer_generate import ServerHarness, asked, read, read_error, serve
@@ -164,7 +164,7 @@ def test_what_is_lost_is_one_error_until_the_stream_opens_again(scene: HandoffSc
 
 def test_describe_names_the_handoff(scene: HandoffScene, handoff: HandoffBundle) -> None:
     async def play(server: ServerHarness, caller: Caller) -> None:
-        info = wire.unpack_service(await server.stub.Describe(pb.DescribeRequest()))
+        info = wire_describe.unpack_service(await server.stub.Describe(pb.DescribeRequest()))
         assert [model.handoffs for model in info.models] == [(handoff.fingerprint,)]
         await caller.call.done_writing()
 

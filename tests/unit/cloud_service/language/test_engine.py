@@ -16,7 +16,7 @@ from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import choose
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_fill import EXACT_FIRST, EXACT_LAST, KVFill
-from isthmus.models.messages import GREEDY, Committed, Round
+from isthmus.models.messages import GREEDY, Committed, Round, TokenizerInfo
 from isthmus.protos.limits import MAX_ROUNDS
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
@@ -268,8 +268,11 @@ def test_log_probabilities_come_with_each_token(scenario: Scenario, decoder: Dec
 def test_info_names_the_model_and_its_numerics(checkpoint: Checkpoint, decoder: Decoder) -> None:
     async def play() -> None:
         info = EngineHarness(checkpoint, decoder, 1).engine.info
-        assert (info.name, info.vocab, info.context, info.numerics) == ("tiny", 259, CONTEXT, f"float32/{WIDTH}")
-        assert info.fingerprint == checkpoint.fingerprint
+        assert (info.name, info.vocab, info.context, info.precision) == ("tiny", 259, CONTEXT, f"float32/{WIDTH}")
+        assert (info.fingerprint, info.numerics, info.arms) == (checkpoint.fingerprint, "bitwise", ("cloud", "verify"))
+        own = checkpoint.tokenizer
+        assert info.tokenizer == TokenizerInfo(own.fingerprint, len(own.to_bytes()), own.vocabulary)
+        assert set(info.end_ids) == own.eos_ids
 
     asyncio.run(play())
 

@@ -11,7 +11,7 @@ from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.language.service import LanguageService, load, open_handoffs
 from isthmus.models.errors import BundleError, UnknownBundle
-from isthmus.models.messages import ModelInfo, Opening
+from isthmus.models.messages import ModelInfo, Opening, TokenizerInfo
 from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.language.tiny import tiny_model
 
@@ -36,11 +36,14 @@ def test_handoffs_are_of_the_models_that_are_served(tmp_path: Path) -> None:
         open_handoffs([tmp_path / "nothing"], [one])
 
 
+TOKENIZER = TokenizerInfo(bytes(32), 1, bytes(32))
+
+
 class ScriptedEngine:
     """Runs until drained, or until `failure` is raised."""
 
     def __init__(self, fingerprint: bytes = bytes(32), failure: Exception | None = None) -> None:
-        self.info = ModelInfo(fingerprint, "scripted", 259, 64, "float32/4")
+        self.info = ModelInfo(fingerprint, "scripted", 259, 64, "bitwise", TOKENIZER, (0,), ("cloud",))
         self.failure = failure
         self._drained = asyncio.Event()
 
@@ -96,7 +99,7 @@ def test_models_are_loaded_with_their_handoffs(tmp_path: Path) -> None:
         width=4,
     )
     language = load(config, CollectorRegistry(), ByteBudget(1 << 20))
-    found = [(info.name, info.fingerprint, info.numerics, len(info.handoffs)) for info in language.models]
+    found = [(info.name, info.fingerprint, info.precision, len(info.handoffs)) for info in language.models]
     assert found == [("one", one.fingerprint, "float32/4", 0), ("two", two.fingerprint, "float32/4", 1)]
 
 

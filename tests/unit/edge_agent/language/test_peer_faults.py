@@ -19,8 +19,8 @@ from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.models.errors import InvalidReply, PayloadCorrupt, PeerError, UnknownBundle, UnsupportedVersion
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.messages import Committed, ModelInfo, ServiceInfo
-from isthmus.protos import limits, wire, wire_session
+from isthmus.models.messages import Committed, ModelInfo, ServiceInfo, TokenizerInfo
+from isthmus.protos import limits, wire_describe, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 from tests.bench.tiny_llama import write_tiny_llama
@@ -74,7 +74,7 @@ class Replica(pb_grpc.IsthmusServicer):
                 yield self.fault(request.round.base, context)
 
     def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
-        return wire.pack_service(self._info)
+        return wire_describe.pack_service(self._info)
 
     def stop(self) -> None:
         self._server.stop(None).wait()
@@ -88,7 +88,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def replicas(folder: Path) -> Iterator[tuple[Replica, Replica]]:
     checkpoint = Checkpoint.open(folder)
-    model = ModelInfo(checkpoint.fingerprint, "tiny", checkpoint.config.vocab, 512, "float32/16")
+    own = checkpoint.tokenizer
+    tokenizer = TokenizerInfo(own.fingerprint, len(own.to_bytes()), own.vocabulary)
+    arms, ends = ("cloud", "verify", "handoff"), tuple(own.eos_ids)
+    model = ModelInfo(checkpoint.fingerprint, "tiny", checkpoint.config.vocab, 512, "bitwise", tokenizer, ends, arms)
     made = Replica(info := ServiceInfo("0", limits.WIRE_VERSION, (), (model,))), Replica(info)
     yield made
     for replica in made:

@@ -26,13 +26,14 @@ from isthmus.models.errors import (
     PeerError,
     ServiceError,
 )
-from isthmus.models.messages import Committed, Logprobs, ModelInfo, Opening, Round, ServiceInfo
-from isthmus.protos import limits, wire, wire_session
+from isthmus.models.messages import Committed, Logprobs, ModelInfo, Opening, Round, ServiceInfo, TokenizerInfo
+from isthmus.protos import limits, wire_describe, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 FINGERPRINT = bytes(range(32))
 VOCAB = 100
+TOKENIZER = TokenizerInfo(FINGERPRINT, 1, FINGERPRINT)
 TOKENS = (5, 6, 7)
 OPENING = Opening(FINGERPRINT, bytes(16), 0, TOKENS, wire_session.checksum(TOKENS))
 ANSWER = Committed(3, 0, (9,), queue_s=0.001, compute_s=0.002, passes=1)
@@ -62,8 +63,8 @@ class Servicer(pb_grpc.IsthmusServicer):
 
     def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         self.described.wait(10)
-        info = ModelInfo(FINGERPRINT, "fake", VOCAB, 512, "float32/16")
-        return wire.pack_service(ServiceInfo("0", limits.WIRE_VERSION, (), (info,)))
+        info = ModelInfo(FINGERPRINT, "fake", VOCAB, 512, "bitwise", TOKENIZER, (0,), ("cloud", "verify"))
+        return wire_describe.pack_service(ServiceInfo("0", limits.WIRE_VERSION, (), (info,)))
 
 
 class Cloud:

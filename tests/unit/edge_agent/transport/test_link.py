@@ -30,7 +30,7 @@ from isthmus.models.errors import (
     UnsupportedVersion,
 )
 from isthmus.models.messages import BundleInfo, CloudReply, Codec, Payload, ServiceInfo, TapInfo, TaskInfo
-from isthmus.protos import limits, wire
+from isthmus.protos import limits, wire, wire_describe
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
@@ -73,7 +73,7 @@ class Servicer(pb_grpc.IsthmusServicer):
         info = BundleInfo(
             self.fingerprint, "fake", (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 1),)
         )
-        return wire.pack_service(ServiceInfo("0", limits.WIRE_VERSION, (info,)))
+        return wire_describe.pack_service(ServiceInfo("0", limits.WIRE_VERSION, (info,)))
 
 
 class Cloud:
