@@ -184,9 +184,9 @@ def read_plain(path: Path, limit: int) -> bytes:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first validation error of a manifest, in one line."""
+def first_problem(error: ValidationError, whole: str = "manifest") -> str:
+    """The first validation error of a manifest or another document, in one line."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ascii(".".join(str(step)[:50] for step in problem["loc"]))[1:-1] or "manifest"
+    where = ascii(".".join(str(step)[:50] for step in problem["loc"]))[1:-1] or whole
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}: {problem['msg']}{more}"

@@ -1,8 +1,8 @@
 """Render a conversation as text with the model's own chat template.
 
 Templates come with checkpoints and are Jinja programs. They run in Jinja's sandbox, which blocks access to Python's
-attributes but does not limit their run time, so a template is as trustworthy as its checkpoint. Knows nothing about
-tokens.
+attributes but does not limit their run time and memory, so a template is as trustworthy as its checkpoint. Opening one
+runs no part of it. Knows nothing about tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.models.errors import BundleError, InvalidInput
@@ -31,15 +32,16 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise BundleError(f"chat template: {len(source)} characters, at most {MAX_TEMPLATE_CHARACTERS}")
         try:
+            "".join([source, *variables.values()]).encode()
             self._template = environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+        except Exception as error:  # of Python's compiler too, which Jinja's output can be too deep for
             raise BundleError(f"chat template: {str(error)[:200]}") from error
-        self._variables = dict(variables)
+        self.source, self.variables = source, dict(variables)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text up to where the assistant's answer begins. Raises InvalidInput when the template raises an error."""
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
+            return self._template.render(messages=messages, add_generation_prompt=True, **self.variables)
         except Exception as error:  # a template is a program and can raise anything
             raise InvalidInput(f"the chat template rejects these messages: {str(error)[:200]}") from error
 
@@ -47,12 +49,22 @@ class ChatTemplate:
 def environment() -> ImmutableSandboxedEnvironment:
     """Configured as in transformers (`_cached_compile_jinja_template` in utils/chat_template_utils.py)."""
     sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, loopcontrols],
+        optimized=False,  # with `_unchanged`: opening a template evaluates no part of it
+        finalize=_unchanged,
     )
     sandbox.filters["tojson"] = tojson
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = strftime_now
     return sandbox
+
+
+@jinja2.pass_context
+def _unchanged(_context: Context, value: object) -> object:
+    """Of every output. It asks for the context, without which Jinja cannot compute constants when it compiles."""
+    return value
 
 
 class _Generation(Extension):

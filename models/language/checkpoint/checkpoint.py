@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint import generation, gguf_model, gguf_tokenizer, huggingface
-from isthmus.models.language.checkpoint.gguf_file import GgufFile
+from isthmus.models.language.checkpoint.gguf_file import GgufFile, read_fields
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.checkpoint.weights import Blocks, CheckpointWeights, check_shapes, tensor_shapes
 from isthmus.models.messages import Sampling
@@ -45,7 +45,6 @@ class Checkpoint:
         config: LlamaConfig,
         tokenizer: Tokenizer,
         weights: CheckpointWeights,
-        sampling: Sampling = generation.UNSTATED,
     ) -> None:
         """Raises BundleError when weights, configuration and tokenizer are inconsistent."""
         check_shapes(weights.shapes, config, name)
@@ -54,7 +53,7 @@ class Checkpoint:
         self.name = name
         self.config = config
         self.tokenizer = tokenizer
-        self.sampling = sampling
+        self.sampling = tokenizer.sampling
         self._weights = weights
 
     @classmethod
@@ -76,8 +75,7 @@ class Checkpoint:
         refuse_part(path, file)
         config = gguf_model.read_config(file)
         weights = gguf_model.GgufWeights(file, config)
-        sampling = sampling or generation.gguf_sampling(file.fields)
-        return cls(path.stem, config, gguf_tokenizer.read(file.fields), weights, sampling)
+        return cls(path.stem, config, gguf_tokenizer.read(file.fields, sampling), weights)
 
     @classmethod
     def _open_folder(cls, path: Path) -> Checkpoint:
@@ -85,7 +83,7 @@ class Checkpoint:
             raise BundleError(f"{path.name}: a folder of GGUF files, name one of them: {', '.join(files)[:200]}")
         config = huggingface.read_config(huggingface.read_json(path / "config.json"))
         weights = huggingface.SafetensorsWeights(path)
-        return cls(path.resolve().name, config, Tokenizer.open(path), weights, generation.folder_sampling(path))
+        return cls(path.resolve().name, config, Tokenizer.open(path), weights)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A new float32 array, by its Hugging Face name; in a tied model `lm_head.weight` is the embedding.
@@ -114,7 +112,7 @@ class Checkpoint:
         It does not depend on paths, the split into shards, or metadata in headers.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        digest.update(self.tokenizer.fingerprint)
+        digest.update(self.tokenizer.vocabulary)
         for name in tensor_shapes(self.config):
             kind, data = self._weights.stored(name)
             digest.update(f"{name} {kind} {data.nbytes}\n".encode())
@@ -126,6 +124,17 @@ class Checkpoint:
         if name not in self._weights.shapes:
             raise InvalidInput(f"{self.name} has no tensor {name[:100]}")
         return name
+
+
+def open_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint whose weights need not be there, nor be of a kind that this program runs.
+
+    `source`: a GGUF file, of which the header is enough, a Hugging Face folder, or `smollm2`. Raises BundleError.
+    """
+    path = smollm2_path() if source == SMOLLM2 else Path(source)
+    if path.is_dir():
+        return Tokenizer.open(path)
+    return gguf_tokenizer.read(read_fields(path), generation.SMOLLM2_SAMPLING if source == SMOLLM2 else None)
 
 
 def refuse_part(path: Path, file: GgufFile) -> None:

@@ -61,18 +61,7 @@ class GgufFile:
         """Raises BundleError."""
         self._data = map_file(path)
         cursor = _Cursor(self._data)
-        if cursor.read(4) != MAGIC:
-            raise BundleError(f"{path.name}: not a GGUF file, it does not begin with {MAGIC.decode()}")
-        if (version := cursor.scalar("I")) not in VERSIONS:
-            raise BundleError(f"{path.name}: GGUF version {version} or big-endian, this program reads {VERSIONS}")
-        tensors = cursor.count(MAX_TENSORS, 8, "tensors")
-        keys = cursor.count(MAX_KEYS, 8, "keys")
-        self.fields: dict[str, Any] = {}
-        for _ in range(keys):
-            key = cursor.text()
-            if key in self.fields:
-                raise BundleError(f"GGUF header: key {key[:100]} occurs twice")
-            self.fields[key] = cursor.value()
+        tensors, self.fields = _keys(cursor, path.name)
         headers = [_tensor_header(cursor) for _ in range(tensors)]
         self.tensors = _locate(headers, cursor.at, self._alignment(), len(self._data))
 
@@ -94,6 +83,11 @@ class GgufFile:
         if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             raise BundleError("GGUF header: general.alignment is not a power of two up to 2**20")
         return alignment
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The keys of a file that need not hold the tensors it names. Raises BundleError."""
+    return _keys(_Cursor(map_file(path)), path.name)[1]
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
@@ -146,6 +140,21 @@ class _Cursor:
         code = _code(kind)
         count = self.count(MAX_ELEMENTS, struct.calcsize("<" + code), "elements")
         return list(struct.unpack(f"<{count}{code}", self.read(count * struct.calcsize("<" + code))))
+
+
+def _keys(cursor: _Cursor, where: str) -> tuple[int, dict[str, Any]]:
+    """The number of tensors, and the values by key."""
+    if cursor.read(4) != MAGIC:
+        raise BundleError(f"{where}: not a GGUF file, it does not begin with {MAGIC.decode()}")
+    if (version := cursor.scalar("I")) not in VERSIONS:
+        raise BundleError(f"{where}: GGUF version {version} or big-endian, this program reads {VERSIONS}")
+    tensors, fields = cursor.count(MAX_TENSORS, 8, "tensors"), dict[str, Any]()
+    for _ in range(cursor.count(MAX_KEYS, 8, "keys")):
+        key = cursor.text()
+        if key in fields:
+            raise BundleError(f"GGUF header: key {key[:100]} occurs twice")
+        fields[key] = cursor.value()
+    return tensors, fields
 
 
 def _code(kind: int) -> str:

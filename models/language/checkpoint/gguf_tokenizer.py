@@ -13,11 +13,12 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from isthmus.models.errors import BundleError
-from isthmus.models.language.checkpoint import sentencepiece
+from isthmus.models.language.checkpoint import generation, sentencepiece
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.sentencepiece import NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
-from isthmus.models.language.checkpoint.tokenizer_files import NAMED_TOKENS
+from isthmus.models.language.checkpoint.tokenizer_files import NAMED_TOKENS, library_errors
+from isthmus.models.messages import Sampling
 
 CONTROL = (sentencepiece.CONTROL, UNKNOWN)  # types of special tokens
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # of the same rule, by different versions of the converter
@@ -31,8 +32,11 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
-def read(fields: Mapping[str, Any]) -> Tokenizer:
-    """`fields`: the keys of a GGUF header. Raises BundleError naming what is missing or unsupported."""
+def read(fields: Mapping[str, Any], sampling: Sampling | None = None) -> Tokenizer:
+    """`fields`: the keys of a GGUF header. `sampling`: in place of what they recommend.
+
+    Raises BundleError naming what is missing or unsupported.
+    """
     if (kind := fields.get("tokenizer.ggml.model")) not in ("gpt2", "llama"):
         raise BundleError(
             f"GGUF tokenizer: tokenizer.ggml.model is {str(kind)[:40]}, this program reads gpt2 (byte-level BPE) and "
@@ -44,12 +48,8 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
     types = _list(fields, "token_type", int)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise BundleError(f"GGUF tokenizer: {len(tokens)} tokens, {len(types)} types, expected as many, no duplicates")
-    try:
+    with library_errors("GGUF tokenizer"):
         backend, merges = sentencepiece_bpe(fields) if kind == "llama" else byte_level_bpe(fields)
-    except BundleError:
-        raise
-    except Exception as error:  # the library raises no narrower class
-        raise BundleError(f"GGUF tokenizer: {str(error)[:200]}") from error
     return Tokenizer(
         backend,
         merges=merges,
@@ -57,6 +57,7 @@ def read(fields: Mapping[str, Any]) -> Tokenizer:
         template=_template(fields, tokens),
         bos=bos_ids(tokens, fields),
         unused=[id for id, kind in enumerate(types) if kind == UNUSED],
+        sampling=generation.gguf_sampling(fields) if sampling is None else sampling,
     )
 
 

@@ -8,29 +8,34 @@ A token's bytes can be part of a character: `token_text.TextStream` makes text o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import tokenizers
 from tokenizers import models
 
 from isthmus.models.errors import BundleError, ContextExceeded, InvalidInput
+from isthmus.models.language.checkpoint import generation, tokenizer_format
 from isthmus.models.language.checkpoint.chat_template import ChatTemplate
 from isthmus.models.language.checkpoint.huggingface import read_bytes
 from isthmus.models.language.checkpoint.token_text import TextStream, read_decoder
 from isthmus.models.language.checkpoint.tokenizer_files import (
     configured_ends,
+    library_errors,
     named_tokens,
     read_sentencepiece,
     read_tokenizer_json,
     template_source,
     tokenizer_config,
 )
-from isthmus.models.messages import MAX_TOKENIZER_BYTES
+from isthmus.models.language.checkpoint.tokenizer_format import StoredSampling, StoredTemplate
+from isthmus.models.language.checkpoint.weights import MAX_VOCAB
+from isthmus.models.messages import MAX_TOKENIZER_BYTES, Sampling
 
+MAX_FIRST = 16  # published models put one token before every text
 JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
 
@@ -46,22 +51,23 @@ class Message:
 class Tokenizer:
     """`size`: tokens in the vocabulary; a model's embedding may have more rows, which stand for no token.
 
-    `eos_ids`: every token that ends an answer. `leading_spaces`: at most as many at the start of a text's first token
-    are not part of the text.
+    `eos_ids`: every token that ends an answer. `sampling`: what the model's makers recommend.
+    `leading_spaces`: at most as many at the start of a text's first token are not part of the text.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         *,
-        merges: Sequence[str],
+        merges: Sequence[str] | bytes,
         eos_ids: Iterable[object],
         template: ChatTemplate | None,
         bos: Sequence[int] | None = None,
         unused: Iterable[int] = (),
+        sampling: Sampling = generation.UNSTATED,
     ) -> None:
-        """`merges`: the rules of the model, in order. `bos`: ids before every text, None: those that `backend` adds.
-        `unused`: ids that stand for no text. Raises BundleError for invalid ids.
+        """`merges`: the rules of the model, in order, or their digest. `bos`: ids before every text, None: those that
+        `backend` adds. `unused`: ids that stand for no text. Raises BundleError for invalid ids.
         """
         if not isinstance(backend.model, models.BPE | models.Unigram):
             raise BundleError(f"tokenizer: {type(backend.model).__name__}, this program reads BPE and Unigram")
@@ -75,10 +81,15 @@ class Tokenizer:
         self._special = frozenset(id for id, token in added.items() if token.special) | frozenset(unused)
         self._unused = frozenset(unused)
         self._bos = first_ids(backend) if bos is None else list(bos)
-        self._merges_digest = hashlib.sha256("\0".join(merges).encode()).digest()
+        self._merges_digest = merges if isinstance(merges, bytes) else sha256("\0".join(merges).encode()).digest()
         self._template = template
         self.size = max(self._vocabulary.values(), default=-1) + 1
+        if len(self._bos) > MAX_FIRST:
+            raise BundleError(f"tokenizer: {len(self._bos)} tokens before every text, at most {MAX_FIRST}")
+        if self.size > MAX_VOCAB:
+            raise BundleError(f"tokenizer: token id {self.size - 1}, at most {MAX_VOCAB - 1}")
         self.eos_ids = self._end_ids(eos_ids)
+        self.sampling = sampling
         self.leading_spaces = self._text.leading_spaces
 
     @classmethod
@@ -87,12 +98,8 @@ class Tokenizer:
         legacy = not (folder / JSON).exists() and (folder / SENTENCEPIECE).exists()
         name = SENTENCEPIECE if legacy else JSON
         raw = read_bytes(folder / name, MAX_TOKENIZER_BYTES)
-        try:
+        with library_errors(name):
             backend, merges = read_sentencepiece(folder, raw) if legacy else read_tokenizer_json(raw)
-        except BundleError:
-            raise
-        except Exception as error:  # the library raises no narrower class
-            raise BundleError(f"{name}: {str(error)[:200]}") from error
         content = tokenizer_config(folder)
         names, source = named_tokens(content), template_source(folder, content)
         bos, adds = backend.token_to_id(names.get("bos_token", "")), content.get("add_bos_token", legacy or None)
@@ -102,14 +109,57 @@ class Tokenizer:
             eos_ids=[*configured_ends(folder), backend.token_to_id(names.get("eos_token", ""))],
             template=None if source is None else ChatTemplate(source, names),
             bos=None if not isinstance(adds, bool) else [bos] if adds and bos is not None else [],
+            sampling=generation.folder_sampling(folder),
         )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Tokenizer:
+        """The inverse of `to_bytes`; `raw` may come from anyone. Raises BundleError for anything else."""
+        header, backend = tokenizer_format.unpack(raw)
+        template = header.template
+        tokenizer = cls(
+            backend,
+            merges=bytes.fromhex(header.merges),
+            eos_ids=header.eos,
+            template=None if template is None else ChatTemplate(template.source, template.tokens),
+            bos=header.bos,
+            unused=header.unused,
+            sampling=generation.sampling_of(dict(header.sampling), "temperature", "top_p", "tokenizer"),
+        )
+        tokenizer.fingerprint = sha256(raw).digest()
+        return tokenizer
+
+    def to_bytes(self) -> bytes:
+        """Everything that `encode`, `chat` and `decode` go by, at most 64 MiB, in the format of `tokenizer_format`.
+
+        The same bytes for the same files. Raises BundleError for a tokenizer that is larger.
+        """
+        template = self._template
+        header = tokenizer_format.Header(
+            format=1,
+            bos=self._bos,
+            eos=sorted(self.eos_ids),
+            unused=sorted(self._unused),
+            merges=self._merges_digest.hex(),
+            sampling=StoredSampling(temperature=self.sampling.temperature, top_p=self.sampling.top_p),
+            template=None if template is None else StoredTemplate(source=template.source, tokens=template.variables),
+        )
+        return tokenizer_format.pack(header, self._backend)
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """SHA-256, 32 bytes, over tokens with their ids, and merges: the same for GGUF and Hugging Face files."""
+        """SHA-256, 32 bytes, of `to_bytes()`: equal where every text and conversation has the same ids."""
+        return sha256(self.to_bytes()).digest()
+
+    @cached_property
+    def vocabulary(self) -> bytes:
+        """SHA-256, 32 bytes, over tokens with their ids, and merges: equal where ids mean the same.
+
+        The same for GGUF and Hugging Face files of one model, whatever their chat template.
+        """
         entries = sorted((id, token) for token, id in self._vocabulary.items() if id not in self._unused)
         lines = (f"{id} {id in self._special:d} {token}\0" for id, token in entries)
-        return hashlib.sha256("".join(lines).encode() + self._merges_digest).digest()
+        return sha256("".join(lines).encode() + self._merges_digest).digest()
 
     @cached_property
     def longest_token_bytes(self) -> int:
@@ -198,7 +248,8 @@ class Tokenizer:
 
 def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     """A batch of one: `encode` holds Python's lock for as long as it computes, a batch leaves it to other threads."""
-    ids: list[int] = backend.encode_batch_fast([_encodable(text)], add_special_tokens=False)[0].ids
+    with library_errors("tokenizer"):
+        ids: list[int] = backend.encode_batch_fast([_encodable(text)], add_special_tokens=False)[0].ids
     return ids
 
 
@@ -212,6 +263,7 @@ def _encodable(text: str) -> str:
 
 def first_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """What a tokenizer's post-processor puts before a text."""
-    encoding = backend.encode("a")
+    with library_errors("tokenizer"):
+        encoding = backend.encode("a")
     count = next((at for at, part in enumerate(encoding.sequence_ids) if part is not None), 0)
     return encoding.ids[:count]

@@ -10,17 +10,34 @@ Knows nothing about how a text is encoded.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from isthmus.models.errors import BundleError
+from isthmus.models.errors import BundleError, IsthmusError
 from isthmus.models.language.checkpoint import sentencepiece
 from isthmus.models.language.checkpoint.huggingface import read_bytes, read_json
 from isthmus.models.messages import MAX_TOKENIZER_BYTES
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@contextmanager
+def library_errors(where: str) -> Iterator[None]:
+    """Raises BundleError for what the `tokenizers` library raises: no narrower class, and panics of its Rust code."""
+    try:
+        yield
+    except IsthmusError:
+        raise
+    except Exception as error:
+        raise BundleError(f"{where}: {str(error)[:200]}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a class that cannot be imported, below BaseException
+            raise
+        raise BundleError(f"{where}: the tokenizers library failed: {str(error)[:200]}") from error
 
 
 def read_tokenizer_json(raw: bytes) -> tuple[tokenizers.Tokenizer, list[str]]:

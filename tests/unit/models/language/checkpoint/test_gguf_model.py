@@ -38,7 +38,7 @@ def test_gguf_is_the_folder_quantised(tmp_path: Path, kind: Kind, matrices: str)
     folder = write_tiny_llama(tmp_path / "tiny", kind, tied=False)
     whole, small = Checkpoint.open(folder), Checkpoint.open(write_tiny_gguf(tmp_path / "a.gguf", folder, matrices))
     assert small.config.norm_eps == pytest.approx(whole.config.norm_eps)
-    assert small.tokenizer.fingerprint == whole.tokenizer.fingerprint
+    assert small.tokenizer.vocabulary == whole.tokenizer.vocabulary
     assert small.fingerprint != whole.fingerprint
     for name, shape in tensor_shapes(whole.config).items():
         values = small.tensor(name)
@@ -167,7 +167,7 @@ def test_llama_2_from_a_folder_and_from_gguf(tmp_path: Path, kind: TokenizerFile
     folder = write_tokenizer(write_tiny_llama(tmp_path / "tiny", vocab="pieces", tied=False), kind)
     whole, small = Checkpoint.open(folder), Checkpoint.open(write_tiny_gguf(tmp_path / "a.gguf", folder))
     assert whole.config.vocab == small.config.vocab == whole.tokenizer.size == vocab
-    assert whole.tokenizer.fingerprint == small.tokenizer.fingerprint
+    assert whole.tokenizer.vocabulary == small.tokenizer.vocabulary
     assert whole.tokenizer.encode("the fox 🎉") == small.tokenizer.encode("the fox 🎉")
 
 

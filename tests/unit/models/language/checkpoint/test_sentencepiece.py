@@ -133,9 +133,9 @@ def test_every_token_has_the_librarys_text(kinds: dict[str, Tokenizer]) -> None:
         assert kinds["gguf"].token_bytes(id) == kinds["json"].token_bytes(id) == kinds["model"].token_bytes(id)
 
 
-def test_one_fingerprint_for_every_kind_of_file(kinds: dict[str, Tokenizer], tmp_path: Path) -> None:
-    assert len({tokenizer.fingerprint for tokenizer in kinds.values()}) == 1
-    assert open_json(tokenizer_json(unigram=True), tmp_path).fingerprint != kinds["json"].fingerprint
+def test_one_vocabulary_for_every_kind_of_file(kinds: dict[str, Tokenizer], tmp_path: Path) -> None:
+    assert len({tokenizer.vocabulary for tokenizer in kinds.values()}) == 1
+    assert open_json(tokenizer_json(unigram=True), tmp_path).vocabulary != kinds["json"].vocabulary
 
 
 def test_chat_begins_once(kinds: dict[str, Tokenizer]) -> None:

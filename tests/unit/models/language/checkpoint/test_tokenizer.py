@@ -37,6 +37,7 @@ TEXTS = [
     " " * 300 + "x" + "\n" * 50 + "\t" * 9,
     "é e\u0301 ﬁ ǅ",
 ]
+VOCABULARY = "e0e8c5c14391f819a7dd4a4028859b5e4d0b17cbdf71c6957f1930eff11af4c7"  # handoff bundles bind to it
 SMOLLM2_LACKS = bytes.fromhex("0406131416 1d c0c1f1f2 f5f6f7f8f9fafbfcfdfeff")
 TALK = [Message("user", "What is 2 + 2?"), Message("assistant", "4 🎉"), Message("user", "  Why?\n")]
 
@@ -101,7 +102,7 @@ def test_chat_equals_transformers(smollm2: Tokenizer, reference: Any) -> None:
 
 
 def test_folder_of_transformers(transformers: Any, reference: Any, smollm2: Tokenizer, tmp_path: Path) -> None:
-    """`save_pretrained` of the same tokenizer: same ids, same chat, same fingerprint."""
+    """`save_pretrained` of the same tokenizer: same ids, same chat, same vocabulary."""
     write_tiny_llama(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
@@ -110,14 +111,14 @@ def test_folder_of_transformers(transformers: Any, reference: Any, smollm2: Toke
     for text in [*TEXTS, *random_texts(200)]:
         assert ours.encode(text) == theirs(text)["input_ids"] == smollm2.encode(text), ascii(text)
     assert ours.chat(TALK) == smollm2.chat(TALK)
-    assert ours.fingerprint == smollm2.fingerprint
+    assert ours.vocabulary == smollm2.vocabulary
     assert (ours.size, ours.eos_ids) == (smollm2.size, smollm2.eos_ids)
 
 
 def test_smollm2(smollm2: Tokenizer) -> None:
     assert smollm2.size == 49_152
     assert smollm2.eos_ids == {0, 2}
-    assert len(smollm2.fingerprint) == 32
+    assert smollm2.vocabulary.hex() == VOCABULARY
     assert [smollm2.special(id) for id in (0, 2, 16, 17, 49_151)] == [True, True, True, False, False]
     assert smollm2.encode("hi<|im_end|>")[-1] == 2
 
@@ -275,12 +276,12 @@ def test_truncation_and_padding_in_the_file_are_ignored(tiny: Path) -> None:
     assert len(Tokenizer.open(tiny).encode("abcd")) == 4
 
 
-def test_fingerprint_follows_the_vocabulary(tiny: Path) -> None:
-    original = Tokenizer.open(tiny).fingerprint
-    assert edit(tiny, "tokenizer_config.json", chat_template="other").fingerprint == original
+def test_vocabulary_is_tokens_with_ids_and_merges(tiny: Path) -> None:
+    original = Tokenizer.open(tiny).vocabulary
+    assert edit(tiny, "tokenizer_config.json", chat_template="other").vocabulary == original
     model = json.loads((tiny / "tokenizer.json").read_text())["model"]
     vocabulary = {**model["vocab"], "a": model["vocab"]["b"], "b": model["vocab"]["a"]}
-    assert edit(tiny, "tokenizer.json", model={**model, "vocab": vocabulary}).fingerprint != original
+    assert edit(tiny, "tokenizer.json", model={**model, "vocab": vocabulary}).vocabulary != original
 
 
 def test_another_model_is_named(tiny: Path) -> None:
