@@ -28,7 +28,8 @@ from isthmus.edge_agent.language.text import TextInterface
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.arms import ARMS, Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.transport.language_link import LanguageLink
+from isthmus.edge_agent.transport.link import HeldBundle
 from isthmus.models.errors import AnswerCancelled, BundleError, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -114,8 +115,9 @@ class LanguageAgent(TextInterface):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _link(self, target: str, checkpoint: Checkpoint) -> Link:
-        return Link(target, checkpoint.fingerprint, (checkpoint.config.vocab,), self.config.tls, BREAKER)
+    def _link(self, target: str, checkpoint: Checkpoint) -> LanguageLink:
+        match = HeldBundle(checkpoint.fingerprint)
+        return LanguageLink(target, match, checkpoint.config.vocab, self.config.tls, BREAKER)
 
     def _checked(self, request: GenerationRequest) -> GenerationRequest:
         """The request, its answer no longer than the context leaves room for."""

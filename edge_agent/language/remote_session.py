@@ -18,7 +18,7 @@ from isthmus.edge_agent.language.request import Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.transport.generate_stream import GenerateStream
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.transport.language_link import LanguageLink
 from isthmus.models.errors import AnswerCancelled, DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos.wire_session import checksum
@@ -71,11 +71,11 @@ class RemoteSession:
         self._make_opening = make_opening
         self._handle: SessionHandle = replicas.acquire(sequence.tokens, kind)
         self._cancelled = cancelled or threading.Event()
-        self._link: Link | None = None  # of the stream, or of the attempt that may open one
+        self._link: LanguageLink | None = None  # of the stream, or of the attempt that may open one
         self._stream: GenerateStream | None = None
         self._closed = False
         self._patience_s = PATIENCE_S
-        self._stalled: list[Link] = []  # alive, but without a reply in time: not tried again for this answer
+        self._stalled: list[LanguageLink] = []  # alive, but without a reply in time: not tried again for this answer
         self._reopened: int | None = None  # tokens generated when everything last had to be brought again
 
     @property
@@ -189,7 +189,7 @@ class RemoteSession:
             self._replicas.release(self._handle, self._sequence.tokens)
 
     @property
-    def _used(self) -> Link:
+    def _used(self) -> LanguageLink:
         assert self._link is not None  # set before anything is sent
         return self._link
 
@@ -210,7 +210,7 @@ class RemoteSession:
         self._handle.target, self._handle.held = self._used.target, held
 
     def _attempt(
-        self, link: Link, remote: Callable[[], Iterator[Token]]
+        self, link: LanguageLink, remote: Callable[[], Iterator[Token]]
     ) -> Generator[Token, None, LinkError | ServiceError | None]:
         """As many tokens as one replica gives; what ended it too early."""
         if not self.connected:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.transport.language_link import LanguageLink
 from isthmus.models.errors import AnswerCancelled, LinkDown
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.messages import SESSION_BYTES
@@ -35,7 +35,7 @@ class SessionHandle:
 class Replicas:
     """Links in order of preference; one that fails goes to the end."""
 
-    def __init__(self, links: Sequence[Link], fingerprint: bytes, wait_s: float) -> None:
+    def __init__(self, links: Sequence[LanguageLink], fingerprint: bytes, wait_s: float) -> None:
         """`wait_s`: how long to wait for a replica when nothing else can answer."""
         self.fingerprint = fingerprint
         self._links = list(links)
@@ -46,20 +46,20 @@ class Replicas:
     def __bool__(self) -> bool:
         return bool(self._links)
 
-    def __iter__(self) -> Iterator[Link]:
+    def __iter__(self) -> Iterator[LanguageLink]:
         return iter(self._links)
 
-    def best(self, besides: Collection[Link] = ()) -> Link | None:
+    def best(self, besides: Collection[LanguageLink] = ()) -> LanguageLink | None:
         """The first whose breaker is not open, and which is none of `besides`."""
         return next((link for link in self._links if link.state != "open" and link not in besides), None)
 
-    def record_failure(self, link: Link, error: Exception) -> None:
+    def record_failure(self, link: LanguageLink, error: Exception) -> None:
         """Prefer the others from now on, and this one only after it answers a probe."""
         link.record_failure(str(error))
         with self._lock:
             self._links = [*(other for other in self._links if other is not link), link]
 
-    def wait(self, cancelled: threading.Event) -> Link:
+    def wait(self, cancelled: threading.Event) -> LanguageLink:
         """Wait for a replica. Raises LinkDown after `wait_s`, AnswerCancelled when `cancelled` is set."""
         until_s = time.monotonic() + self._wait_s
         while (link := self.best()) is None:

@@ -1,7 +1,6 @@
-"""One cloud, as the agents see it: requests, streams, estimates, and whether it may be used.
+"""One cloud, as an agent for photos sees it.
 
 infer -> a slot of the window (health) -> the circuit breaker (health) -> sent, once more after a goodbye (exchanges)
-prober: finds a lost cloud again, looks for one that may be lost, half-closes an idle stream
 """
 
 from __future__ import annotations
@@ -9,27 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
 
 from isthmus.edge_agent.config import Tls
-from isthmus.edge_agent.lifetime import Lifetime
-from isthmus.edge_agent.policy.breaker import BreakerLimits, State
-from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.transport.channel import open_channel
+from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.transport.cloud_link import CloudLink
 from isthmus.edge_agent.transport.exchanges import Exchange, Exchanges
-from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation
-from isthmus.edge_agent.transport.health import NOT_ANSWERING, Attempt, CloudHealth
-from isthmus.edge_agent.transport.prober import Prober
-from isthmus.models.errors import IsthmusError, LinkDown, Overloaded, Refused
-from isthmus.models.messages import Payload
-from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.edge_agent.transport.health import Attempt
+from isthmus.edge_agent.transport.prober import FetchTokenizer
+from isthmus.models.errors import Overloaded, UnknownBundle
+from isthmus.models.messages import Payload, ServiceInfo
 
 
-class Link:
-    """Sends requests to a cloud, measures the connection, and sends nothing while the circuit breaker is open.
-
-    Safe to call from several threads.
-    """
+class Link(CloudLink):
+    """Sends photos to a cloud, and nothing while the circuit breaker is open. Safe to call from several threads."""
 
     def __init__(
         self,
@@ -40,41 +31,13 @@ class Link:
         breaker: BreakerLimits = BreakerLimits(),
         late: Callable[[], None] = lambda: None,
     ) -> None:
-        """`fingerprint` is of a bundle with `labels` classes per task, or of a language model with that many token ids.
+        """`fingerprint` is of a bundle with `labels` classes per task.
 
         `late` is called for each reply that came after its deadline. Does not wait for the cloud.
         """
-        self.target = target
-        self._lifetime = Lifetime()
-        self._channel = open_channel(target, tls)
-        self._stub = pb_grpc.IsthmusStub(self._channel)
-        self._vocab = labels[0]
+        super().__init__(target, tls, breaker, self._abandon)
         self._exchanges = Exchanges(self._stub, fingerprint, labels, late)
-        self._health = CloudHealth(breaker, self._exchanges.abandon)
-        self._generating = WeakSet[GenerateStream]()
-        self._prober = Prober(self._stub, fingerprint, self._health, self._retire_idle)
-
-    def wait_probed(self, timeout_s: float) -> bool:
-        """Wait for the first probe. Returns whether the cloud holds the bundle or model."""
-        self._prober.wait(timeout_s)
-        return self.refusal is None
-
-    @property
-    def state(self) -> State:
-        return self._health.state
-
-    @property
-    def refusal(self) -> str | None:
-        """What the last probe, or the failure that opened the breaker, found wrong with the cloud."""
-        return self._health.refusal
-
-    @property
-    def estimate(self) -> LinkEstimate:
-        return self._health.estimate
-
-    def unavailable_reason(self) -> str | None:
-        """Why no request may be sent now; None when one may."""
-        return None if self.state != "open" else (self.refusal or NOT_ANSWERING)
+        self._start(HeldBundle(fingerprint), self._exchanges.retire_idle)
 
     def infer(
         self,
@@ -117,48 +80,28 @@ class Link:
         finally:
             self._health.slots.release()
 
-    def _retire_idle(self) -> None:
-        self._exchanges.retire_idle()
-        for stream in tuple(self._generating):
-            stream.retire_idle()
-
     def _may_send(self) -> bool:
         return not self._lifetime.closed and self.state != "open"
 
-    def open_generate_stream(self) -> GenerateStream:
-        """Open a `Generate` stream for one answer of a language model.
+    def _abandon(self) -> None:
+        self._exchanges.abandon()
 
-        Raises LinkDown while the breaker is open, AgentClosed after `close`.
-        """
-        self._lifetime.check()
-        if (reason := self.unavailable_reason()) is not None:
-            raise LinkDown(reason)
-        stream = GenerateStream(self._stub, self._vocab, self._on_reply)
-        self._generating.add(stream)
-        return stream
-
-    def _on_reply(self, reply: StreamObservation | IsthmusError) -> None:
-        """Record a reply, or the failure, of a `Generate` stream."""
-        if isinstance(reply, Refused):
-            self._health.trip(str(reply))
-        elif isinstance(reply, IsthmusError):
-            self.record_failure(str(reply))
-        else:
-            self._health.record_answer(reply.up_bytes, reply.elapsed_s)
-
-    def alive(self, timeout_s: float) -> bool:
-        """Whether the cloud answers a Describe within `timeout_s`, which tells a slow cloud from a lost one."""
-        return self._prober.alive(timeout_s)
-
-    def record_failure(self, reason: str) -> None:
-        """Tell the breaker of a request that failed because the cloud is down or late."""
-        self._health.record_failure(reason)
-
-    def close(self) -> None:
-        """Cancel the stream and close the channel. Later requests raise AgentClosed."""
-        inherited, self._lifetime.closed = self._lifetime.inherited, True
-        if inherited:  # gRPC's threads are in the process that made it, which goes on using the connection
-            return
+    def _cancel(self) -> None:
         self._exchanges.cancel()
-        self._prober.close()
-        self._channel.close()
+
+
+class HeldBundle:
+    """What an agent for photos wants of a cloud: the bundle of this fingerprint."""
+
+    def __init__(self, fingerprint: bytes) -> None:
+        self._fingerprint = fingerprint
+
+    def check(self, info: ServiceInfo, fetch: FetchTokenizer) -> None:
+        """Raises UnknownBundle unless the cloud holds the bundle."""
+        offered = [*((b.name, b.fingerprint) for b in info.bundles), *((m.name, m.fingerprint) for m in info.models)]
+        if self._fingerprint not in {fingerprint for _, fingerprint in offered}:
+            held = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in offered)
+            raise UnknownBundle(f"the cloud does not hold bundle {self._fingerprint.hex()[:12]}, it holds {held}")
+
+    def lost(self) -> None:
+        """Nothing depends on it."""

@@ -9,29 +9,47 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import grpc
 
 from isthmus.edge_agent.transport import health
 from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, rpc_error
 from isthmus.edge_agent.transport.health import CloudHealth
-from isthmus.models.errors import IsthmusError, UnknownBundle
+from isthmus.models.errors import IsthmusError
+from isthmus.models.messages import ServiceInfo, TokenizerInfo
 from isthmus.protos import limits, wire_describe
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 IDLE_CHECK_S = limits.IDLE_STREAM_S / 2
 PROBE_BYTES = 8192  # enough to measure the bandwidth of a thin link: 33 ms at 2 Mbit/s
+FETCH_TIMEOUT_S = 300.0  # of a tokenizer: the largest that is usual, 17 MB, over half a megabit/s
+
+FetchTokenizer = Callable[[TokenizerInfo], bytes]
+
+
+class Match(Protocol):
+    """What an agent wants of a cloud. Called from the prober's thread, `lost` from any."""
+
+    def check(self, info: ServiceInfo, fetch: FetchTokenizer) -> None:
+        """Look at what the cloud holds. Raises IsthmusError where that does not serve this agent.
+
+        `fetch` gets a tokenizer that the cloud declares, verified. It raises LinkError, ServiceError.
+        """
+
+    def lost(self) -> None:
+        """The cloud cannot be used until it is checked again."""
 
 
 class Prober:
     """Starts at once."""
 
     def __init__(
-        self, stub: pb_grpc.IsthmusStub, fingerprint: bytes, cloud: CloudHealth, retire_idle: Callable[[], None]
+        self, stub: pb_grpc.IsthmusStub, match: Match, cloud: CloudHealth, retire_idle: Callable[[], None]
     ) -> None:
-        """`fingerprint` is what the cloud must hold. `retire_idle` is called now and then."""
-        self._stub, self._fingerprint, self._cloud, self._retire_idle = stub, fingerprint, cloud, retire_idle
+        """`match` says whether the cloud may be used. `retire_idle` is called now and then."""
+        self._stub, self._match, self._cloud, self._retire_idle = stub, match, cloud, retire_idle
         self._probed = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="isthmus-probe", daemon=True)
@@ -69,22 +87,24 @@ class Prober:
     def _check(self) -> None:
         """Ask a cloud that may be lost for a sign of life. Without one the breaker opens."""
         try:
-            self._describe(0)
+            self._match.check(self._describe(0)[0], self._fetch)
         except IsthmusError as error:
             self._cloud.trip(str(error))
 
     def _probe(self) -> None:
         try:
-            self._describe(0)  # connects: the set-up would count as round trip
-            measured = self._describe(0), self._describe(PROBE_BYTES)
+            info, _, _ = self._describe(0)  # connects: the set-up would count as round trip
+            self._match.check(info, self._fetch)
+            measured = [self._describe(padding)[1:] for padding in (0, PROBE_BYTES)]
         except IsthmusError as error:
+            self._match.lost()
             self._cloud.record_probe(str(error))
         else:
             self._cloud.record_probe(None, measured)
         self._probed.set()
 
-    def _describe(self, padding: int) -> tuple[float, int]:
-        """Seconds and bytes of one Describe. Raises UnknownBundle unless the cloud holds the bundle or model."""
+    def _describe(self, padding: int) -> tuple[ServiceInfo, float, int]:
+        """What the cloud says of itself, and seconds and bytes of asking it."""
         request = pb.DescribeRequest(padding=random.randbytes(padding))
         started_s = time.monotonic()
         try:
@@ -92,9 +112,14 @@ class Prober:
         except grpc.RpcError as failure:
             raise rpc_error(failure) from failure
         elapsed_s = time.monotonic() - started_s
-        info = wire_describe.unpack_service(message)
-        offered = [*((b.name, b.fingerprint) for b in info.bundles), *((m.name, m.fingerprint) for m in info.models)]
-        if self._fingerprint not in {fingerprint for _, fingerprint in offered}:
-            held = ", ".join(f"{name} {fingerprint.hex()[:12]}" for name, fingerprint in offered)
-            raise UnknownBundle(f"the cloud does not hold bundle {self._fingerprint.hex()[:12]}, it holds {held}")
-        return elapsed_s, request.ByteSize() + GRPC_PREFIX_BYTES
+        return wire_describe.unpack_service(message), elapsed_s, request.ByteSize() + GRPC_PREFIX_BYTES
+
+    def _fetch(self, info: TokenizerInfo) -> bytes:
+        """The tokenizer that the cloud declares, verified."""
+        parts = self._stub.Tokenizer(pb.TokenizerRequest(sha256=info.sha256), timeout=FETCH_TIMEOUT_S)
+        try:
+            return wire_describe.unpack_tokenizer(parts, info)
+        except grpc.RpcError as failure:
+            raise rpc_error(failure) from failure
+        finally:
+            parts.cancel()

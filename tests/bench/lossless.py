@@ -35,7 +35,8 @@ from isthmus.edge_agent.language.request import GenerationRequest
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.transport.language_link import LanguageLink
+from isthmus.edge_agent.transport.link import HeldBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import Draft, LookupDraft, ModelDraft
 from isthmus.models.language.onnx.decoder import OnnxDecoder
@@ -72,7 +73,7 @@ class Bench:
 
     def __init__(self, checkpoint: Checkpoint, target: str, tokens: int, sampling: Sampling) -> None:
         self.checkpoint, self.tokens, self.sampling = checkpoint, tokens, sampling
-        link = Link(target, checkpoint.fingerprint, (checkpoint.config.vocab,), None, BREAKER)
+        link = LanguageLink(target, HeldBundle(checkpoint.fingerprint), checkpoint.config.vocab, None, BREAKER)
         link.wait_probed(10.0)
         self.replicas = Replicas([link], checkpoint.fingerprint, WAIT_S)
         self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in MODELS.items()}

@@ -14,8 +14,10 @@ import pytest
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.transport import generate_stream as module
 from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.transport.language_link import LanguageLink
+from isthmus.edge_agent.transport.link import HeldBundle
 from isthmus.models.errors import (
+    AgentClosed,
     ContextGone,
     DeadlineExceeded,
     InvalidInput,
@@ -85,8 +87,8 @@ def cloud() -> Iterator[Cloud]:
 
 
 @pytest.fixture
-def link(cloud: Cloud) -> Iterator[Link]:
-    made = Link(f"127.0.0.1:{cloud.port}", FINGERPRINT, (VOCAB,), breaker=BreakerLimits(1, 0.05, 0.1))
+def link(cloud: Cloud) -> Iterator[LanguageLink]:
+    made = LanguageLink(f"127.0.0.1:{cloud.port}", HeldBundle(FINGERPRINT), VOCAB, None, BreakerLimits(1, 0.05, 0.1))
     assert made.wait_probed(10)
     yield made
     made.close()
@@ -98,7 +100,7 @@ def observed() -> list[StreamObservation | IsthmusError]:
 
 
 @pytest.fixture
-def stream(link: Link, observed: list[StreamObservation | IsthmusError]) -> Iterator[GenerateStream]:
+def stream(link: LanguageLink, observed: list[StreamObservation | IsthmusError]) -> Iterator[GenerateStream]:
     made = GenerateStream(link._stub, VOCAB, observed.append)
     yield made
     made.close()
@@ -292,7 +294,7 @@ def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
     pb_grpc.add_IsthmusServicer_to_server(Ending(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    other = Link(f"127.0.0.1:{port}", FINGERPRINT, (VOCAB,))
+    other = LanguageLink(f"127.0.0.1:{port}", HeldBundle(FINGERPRINT), VOCAB)
     stream = GenerateStream(other._stub, VOCAB, lambda reply: None)
     assert stream.receive(5) == ANSWER
     with pytest.raises(LinkDown, match="ended the stream"):
@@ -327,7 +329,7 @@ def test_closing_cancels_a_call_that_the_cloud_works_on(cloud: Cloud, stream: Ge
         release.set()
 
 
-def test_a_stream_updates_the_breaker_of_its_link(cloud: Cloud, link: Link) -> None:
+def test_a_stream_updates_the_breaker_of_its_link(cloud: Cloud, link: LanguageLink) -> None:
     assert link.state == "half_open"
     opened = link.open_generate_stream()
     opened.open(OPENING)
@@ -349,7 +351,7 @@ def test_a_stream_updates_the_breaker_of_its_link(cloud: Cloud, link: Link) -> N
     link.open_generate_stream().close()
 
 
-def test_a_recorded_failure_opens_the_breaker_until_a_probe(cloud: Cloud, link: Link) -> None:
+def test_a_recorded_failure_opens_the_breaker_until_a_probe(cloud: Cloud, link: LanguageLink) -> None:
     cloud.servicer.described.clear()
     link.record_failure("it is full")
     assert link.state == "open"
@@ -359,7 +361,9 @@ def test_a_recorded_failure_opens_the_breaker_until_a_probe(cloud: Cloud, link: 
     until(lambda: link.state == "half_open")
 
 
-def test_a_stream_updates_the_estimate_of_its_link(link: Link, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_a_stream_updates_the_estimate_of_its_link(
+    link: LanguageLink, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(link._health._estimator, "observe", lambda up_bytes, seconds: sizes.append(up_bytes))
     opened = link.open_generate_stream()
@@ -370,7 +374,7 @@ def test_a_stream_updates_the_estimate_of_its_link(link: Link, monkeypatch: pyte
     assert sizes == [opened.bytes_up]
 
 
-def test_alive_asks_the_cloud_at_once(cloud: Cloud, link: Link) -> None:
+def test_alive_asks_the_cloud_at_once(cloud: Cloud, link: LanguageLink) -> None:
     assert link.alive(5)
     cloud.servicer.described.clear()
     assert not link.alive(0.1)
@@ -381,7 +385,7 @@ def test_alive_asks_the_cloud_at_once(cloud: Cloud, link: Link) -> None:
 
 
 def test_an_idle_stream_is_half_closed_and_what_is_sent_later_says_so(
-    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+    cloud: Cloud, link: LanguageLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = link.open_generate_stream()
     opened.open(OPENING)
@@ -395,7 +399,7 @@ def test_an_idle_stream_is_half_closed_and_what_is_sent_later_says_so(
     assert link.state == "closed"
 
 
-def test_a_stream_over_which_something_is_due_stays_open(cloud: Cloud, link: Link, monkeypatch: Any) -> None:
+def test_a_stream_over_which_something_is_due_stays_open(cloud: Cloud, link: LanguageLink, monkeypatch: Any) -> None:
     cloud.servicer.react = lambda request, context: []
     monkeypatch.setattr(limits, "IDLE_STREAM_S", 0.0)
     opened = link.open_generate_stream()
@@ -410,3 +414,11 @@ def test_a_stream_over_which_something_is_due_stays_open(cloud: Cloud, link: Lin
     link._retire_idle()
     assert not opened.retired, "two more tokens are due"
     opened.close()
+
+
+def test_a_stream_after_close_is_a_clear_error(cloud: Cloud) -> None:
+    link = LanguageLink(f"127.0.0.1:{cloud.port}", HeldBundle(FINGERPRINT), VOCAB)
+    assert link.wait_probed(10)
+    link.close()
+    with pytest.raises(AgentClosed, match="was closed"):
+        link.open_generate_stream()
