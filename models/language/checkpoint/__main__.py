@@ -1,0 +1,5 @@
+"""`python -m isthmus.models.language.checkpoint`."""
+
+from isthmus.models.language.checkpoint.cli import main
+
+main()
