@@ -97,6 +97,11 @@ class CommittedTokens:
             self.scheduled = ScheduledWork(len(self.tokens), 0, (), work.extend - 1, True, now_s)
 
     @property
+    def room(self) -> int:
+        """Tokens that the context still has room for."""
+        return self._context - len(self.tokens)
+
+    @property
     def finished(self) -> bool:
         """Nothing can follow: an end-of-text token was committed, or the context is full."""
         return self._ended or len(self.tokens) >= self._context
