@@ -6,14 +6,16 @@ It also warms the engine up. Greedy choices of two ways of computing differ wher
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any, TypeVar
 
 from isthmus.cloud_service.language.engines.protocol import Engine
 from isthmus.models.errors import EngineDown
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.messages import GREEDY
 
+T = TypeVar("T")
 ANSWER = 128  # tokens that are streamed at most after each text
 AT_ONCE = 4
 TEXT = "The 3 quick brown føxes\n  jump over 漢字 — déjà vu 😀 {x: 1}!"
@@ -59,11 +61,20 @@ async def compare(engine: Engine, tokenizer: Tokenizer, tokens: int, context: in
     while texts and compared < tokens:
         answer = min(ANSWER, max(tokens - compared, 1))
         batch, texts = texts[:AT_ONCE], texts[AT_ONCE:]
-        async with asyncio.TaskGroup() as group:
-            found = [group.create_task(compare_one(engine, tokenizer.encode(text), answer, context)) for text in batch]
-        compared += sum(task.result()[0] for task in found)
-        mismatched += sum(task.result()[1] for task in found)
+        found = await at_once([compare_one(engine, tokenizer.encode(text), answer, context) for text in batch])
+        compared += sum(tokens for tokens, _ in found)
+        mismatched += sum(different for _, different in found)
     return compared, mismatched
+
+
+async def at_once(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of them return. The first that fails ends the others, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in parts]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return [task.result() for task in tasks]
 
 
 async def compare_one(engine: Engine, prompt: Sequence[int], answer: int, context: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from isthmus.cloud_service.language.session import EventQueue
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.messages import Logprobs, ModelInfo, Opening, Round, Sampling
 
 
@@ -87,6 +88,14 @@ class SessionHost(Protocol[S]):
     @property
     def info(self) -> ModelInfo | None:
         """The model, as it is described to devices; None while it cannot be used."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be used; empty while it can."""
         ...
 
     async def open(self, opening: Opening, events: EventQueue, peer: str) -> S: ...

@@ -35,6 +35,7 @@ from isthmus.models.errors import (
     ServiceError,
     UnknownBundle,
 )
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.messages import ModelInfo, Opening, Round
 from isthmus.protos.limits import MAX_ROUNDS
 
@@ -56,6 +57,20 @@ class RelayHost:
     def info(self) -> ModelInfo | None:
         """None while the engine cannot be used."""
         return self._watch.info
+
+    @property
+    def described(self) -> str:
+        """In words, for the log."""
+        return self._watch.described
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._watch.tokenizer
+
+    @property
+    def problem(self) -> str:
+        """Why the engine cannot be used; empty while it can."""
+        return self._watch.problem
 
     async def open(self, opening: Opening, events: EventQueue, peer: str = "") -> RelaySession:
         """A session with these tokens. What follows goes to `events`.

@@ -19,7 +19,7 @@ from isthmus.cloud_service.language.engines.metrics import RequestMetrics
 from isthmus.cloud_service.language.engines.protocol import Engine, EngineIdentity
 from isthmus.models.errors import EngineDown, EngineFault, Overloaded
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
-from isthmus.models.messages import CloudArm, ModelInfo, TokenizerInfo
+from isthmus.models.messages import CloudArm, ModelInfo, TokenizerInfo, describe_model
 from isthmus.protos.limits import MAX_TOKENS
 
 RETRY_S = 2.0  # between two tries to reach a lost engine
@@ -48,10 +48,16 @@ class Watch:
         self.problem = "the engine was not reached yet"
         self.logprobs = False
         self.on_lost: Callable[[str], None] = lambda problem: None
-        self._engine, self._tokenizer, self._metrics, self._settings = engine, tokenizer, metrics, settings
+        self.tokenizer = tokenizer
+        self._engine, self._metrics, self._settings = engine, metrics, settings
         self._suspected = asyncio.Event()
         self._known: tuple[EngineIdentity, ModelInfo] | None = None  # as it was declared last
         self._logged = ""
+
+    @property
+    def described(self) -> str:
+        """In words, for the log."""
+        return f"what the engine at {self._settings.where} holds"
 
     def suspect(self) -> None:
         """A request has not been answered: see whether the engine is lost."""
@@ -63,8 +69,8 @@ class Watch:
             try:
                 await self._bring_up()
                 await self._until_lost()
-            except* (EngineDown, EngineFault, Overloaded) as group:  # of concurrent requests of the check, too
-                self._lose(str(first(group)))
+            except (EngineDown, EngineFault, Overloaded) as error:
+                self._lose(str(error))
             await asyncio.sleep(self._settings.retry_s)
 
     async def _bring_up(self) -> None:
@@ -75,22 +81,22 @@ class Watch:
         self.info, self.logprobs, self.problem = self._known[1], identity.logprobs, ""
         self._suspected.clear()
         self._metrics.up(True)
-        self._log(f"the engine at {self._settings.where} is used: {described(self.info)}")
+        self._log(f"the engine at {self._settings.where} is used: {describe_model(self.info)}")
 
     async def _examine(self, identity: EngineIdentity) -> ModelInfo:
         """What is declared of the model. Raises EngineDown when the tokenizer or the context is not known."""
         context = min(self._settings.context or identity.context, MAX_TOKENS)
         if not context:
             raise EngineDown("the engine does not say how long a context it holds: give --engine-context")
-        await check_tokenizer(self._engine, self._tokenizer)
+        await check_tokenizer(self._engine, self.tokenizer)
         compared = mismatched = 0
         if identity.scores and self._settings.check_tokens:
             self._log(f"the engine at {self._settings.where} is checked over {self._settings.check_tokens} tokens")
             tokens = self._settings.check_tokens
-            compared, mismatched = await compare(self._engine, self._tokenizer, tokens, context)
+            compared, mismatched = await compare(self._engine, self.tokenizer, tokens, context)
         self._metrics.compared(compared, mismatched)
         verifies = identity.scores and mismatched <= MAX_MISMATCH * compared
-        return declare(identity.name, self._tokenizer, context, verifies, (compared, mismatched))
+        return declare(identity.name, self.tokenizer, context, verifies, (compared, mismatched))
 
     async def _until_lost(self) -> None:
         """Raises EngineDown when it is."""
@@ -122,15 +128,6 @@ class Watch:
             self._metrics.log_state(text, lost=lost)
 
 
-def first(group: BaseExceptionGroup[Exception]) -> Exception:
-    """Of errors in groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error
-
-
 def declare(name: str, tokenizer: Tokenizer, context: int, verifies: bool, check: tuple[int, int]) -> ModelInfo:
     """The model as devices see it. Engines that declare the same are replicas of each other."""
     shown = name.rstrip("/").rpartition("/")[2] if name.startswith("/") else name  # of a path only the folder's name
@@ -148,10 +145,3 @@ def declare(name: str, tokenizer: Tokenizer, context: int, verifies: bool, check
         compared=check[0],
         mismatched=check[1],
     )
-
-
-def described(info: ModelInfo) -> str:
-    """In words, for the log."""
-    found = f"{info.mismatched} of {info.compared} tokens differed between streaming and scoring"
-    verify = "verify" if "verify" in info.arms else "no verify"
-    return f"{info.name}, context {info.context}, {verify}, {found if info.compared else 'not compared'}"
