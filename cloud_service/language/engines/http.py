@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -235,7 +236,8 @@ def translate(error: Exception, silence_s: float) -> IsthmusError:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return EngineDown("the engine's host name is not known")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return EngineDown(f"the engine does not answer ({(error.os_error.strerror or 'no connection').lower()})")
+        why = os.strerror(error.os_error.errno) if error.os_error.errno else "no connection"
+        return EngineDown(f"the engine does not answer ({why.lower()})")
     if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | OSError):
         return EngineDown("the connection to the engine broke")
     return EngineFault(f"the engine does not speak HTTP as expected ({type(error).__name__})")
