@@ -53,6 +53,8 @@ def held(vision: Worker, language: LanguageService) -> Iterator[str]:
     """Names and fingerprints of everything that is served."""
     for bundle in vision.bundles:
         yield f"{bundle.name} {bundle.fingerprint.hex()[:12]}"
+    for host in language.remote:
+        yield host.described
     for engine in language.engines:
         yield f"{engine.info.name} {engine.info.fingerprint.hex()[:12]}"
         for handoff in engine.handoffs:

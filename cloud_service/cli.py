@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from isthmus.models.address import parse_address
 from isthmus.models.bundle.installed import missing
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.fail import fail, needing
+from isthmus.models.messages import describe_model
 from isthmus.models.options import WIDE, Command, describe, known_settings, options, read
 
 PEM = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -27,6 +29,7 @@ Examples:
   cloud-service --bundle photos
   cloud-service --bundle photos --bundle elpv --listen 0.0.0.0:50051 --metrics 0.0.0.0:9101
   cloud-service --model smollm2 --handoff smollm2
+  cloud-service --engine-url http://127.0.0.1:8000 --engine-tokenizer models/Qwen3-8B
   cloud-service --check 127.0.0.1:50051"""
 
 
@@ -60,8 +63,8 @@ def main(check: str | None, show_config: bool, as_json: bool, **check_tls: Any) 
     if show_config:
         click.echo(describe(as_json))
         return
-    if not config.bundles and not config.models:
-        raise click.UsageError("give at least one --bundle or --model")
+    if not config.bundles and not config.models and config.engine is None:
+        raise click.UsageError("give at least one --bundle, --model or --engine-url")
     for bundle in (*config.bundles, *config.handoffs):
         if problem := missing(bundle):
             fail(problem)
@@ -88,7 +91,7 @@ def check_health(
     check_key: Path | None,
     check_name: str | None,
 ) -> int:
-    """Print the health of a service: 0 when it is SERVING, else 1. Raises click.UsageError."""
+    """Print the health of a service and of its engine: 0 when both are well, else 1. Raises click.UsageError."""
     try:
         address = str(parse_address(check))
     except InvalidInput as error:
@@ -98,16 +101,22 @@ def check_health(
     if check_ca is None and (check_certificate or check_name):
         raise click.UsageError("--check-certificate and --check-name need --check-ca")
     pems = [None if path is None else path.read_bytes() for path in (check_ca, check_key, check_certificate)]
-    state = health_of(address, pems if check_ca else None, check_name)
-    click.echo(json.dumps({"address": address, "health": state}) if as_json else state)
-    return 0 if state == "SERVING" else 1
+    state, engines, problems = health_of(address, pems if check_ca else None, check_name)
+    found = {"address": address, "health": state, "engines": engines, "problems": problems}
+    click.echo(json.dumps(found) if as_json else "\n".join([state, *engines, *problems]))
+    return 0 if state == "SERVING" and not problems else 1
 
 
-def health_of(address: str, pems: Sequence[bytes | None] | None, name: str | None) -> str:
-    """The health status of a service, or the name of gRPC's error. `pems`: authority, key and certificate, for TLS."""
+def health_of(address: str, pems: Sequence[bytes | None] | None, name: str | None) -> tuple[str, list[str], list[str]]:
+    """The health status of a service, or the name of gRPC's error; its engines' models; what cannot be used, and why.
+
+    `pems`: authority, key and certificate, for TLS.
+    """
     with needing("cloud"):
         import grpc
         from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        from isthmus.protos.wire_describe import DESCRIBE, describe
 
     options: list[tuple[str, str | int]] = [
         ("grpc.enable_http_proxy", 0)
@@ -121,9 +130,14 @@ def health_of(address: str, pems: Sequence[bytes | None] | None, name: str | Non
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+            info = describe(partial(channel.unary_unary(DESCRIBE), timeout=3))
         except grpc.RpcError as error:
-            return str(error.code().name)
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+            return str(error.code().name), [], []
+        except IsthmusError as error:
+            return str(error), [], []
+    engines = [f"engine: {describe_model(model)}" for model in info.models if model.numerics == "engine"]
+    state = str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+    return state, engines, list(info.problems)
 
 
 class JsonLines(logging.Formatter):

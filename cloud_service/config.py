@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic.dataclasses import dataclass
 
 from isthmus.cloud_service.vision.batching import BatchLimits
 from isthmus.models.address import ListenAddress
 from isthmus.models.bundle.installed import find_all
+from isthmus.models.errors import InvalidInput
 from isthmus.models.settings import Flag, Settings
 
 PREFIX = "ISTHMUS_CLOUD"  # of names in the environment
+MAX_KEY_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,83 @@ class Tls(Settings):
         Field(description="PEM file of an authority; devices must show a certificate that it signed."),
         Flag("tls_client_ca", is_file=True),
     ] = None
+
+
+def base_url(text: str) -> str:
+    """Raises ValueError unless it is the address of a server; /v1 at its end, as other clients want it, is left out."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("expected http://HOST:PORT or https://HOST")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("it holds a user, give the key by --engine-key-file or ISTHMUS_CLOUD_ENGINE_KEY")
+    return text.rstrip("/").removesuffix("/v1")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Settings):
+    """A server that runs a language model for the service."""
+
+    url: Annotated[
+        str,
+        AfterValidator(base_url),
+        Field(description="Address of an engine that runs a language model: vLLM, SGLang, or OpenAI-compatible."),
+        Flag("engine_url", metavar="URL"),
+    ]
+    tokenizer: Annotated[
+        str,
+        Field(description="Tokenizer of the engine's model: a Hugging Face folder, a GGUF file, or smollm2."),
+        Flag("engine_tokenizer"),
+    ]
+    dialect: Annotated[
+        Literal["vllm", "sglang", "openai"],
+        Field(description="How the engine is spoken to; openai is for any compatible server."),
+        Flag("engine_dialect"),
+    ] = "vllm"
+    model: Annotated[
+        str | None,
+        Field(description="Name of the model at the engine, where it holds several."),
+        Flag("engine_model"),
+    ] = None
+    key_file: Annotated[
+        Path | None,
+        Field(description="File with the engine's API key."),
+        Flag("engine_key_file", is_file=True),
+    ] = None
+    key: Annotated[
+        SecretStr | None,
+        Field(description="The key itself; in the environment, since a command line can be seen by others."),
+        Flag("engine_key"),
+    ] = None
+    requests: Annotated[
+        int,
+        Field(ge=1, le=4096, description="Requests at the engine at once; more wait, shared fairly between devices."),
+        Flag("engine_requests"),
+    ] = 256  # what vLLM batches by default
+    context: Annotated[
+        int,
+        Field(ge=0, le=1 << 18, description="Tokens of prompt and answer together; 0 for what the engine says."),
+        Flag("engine_context"),
+    ] = 0
+    check_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=100_000,
+            description="Tokens that the engine both streams and verifies at start, to compare; 0 for none.",
+        ),
+        Flag("engine_check_tokens"),
+    ] = 2000
+
+    @property
+    def secret(self) -> str:
+        """The key, or an empty text. Raises InvalidInput for a file that holds none."""
+        if self.key_file is None:
+            return self.key.get_secret_value().strip() if self.key else ""
+        with self.key_file.open("rb") as file:
+            raw = file.read(MAX_KEY_BYTES + 1).strip()
+        if not raw or len(raw) > MAX_KEY_BYTES or not raw.isascii() or b"\n" in raw:
+            raise InvalidInput(f"{self.key_file}: expected one line with an API key")
+        return raw.decode()
 
 
 @dataclass(frozen=True)
@@ -100,3 +180,4 @@ class CloudConfig(Settings):
         20.0
     )
     tls: Tls | None = None
+    engine: EngineConfig | None = None

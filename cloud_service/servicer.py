@@ -132,7 +132,8 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._metrics.answered("Describe", code.name, time.monotonic() - started_s)
             await context.abort(code, text)
         self._metrics.answered("Describe", "OK", time.monotonic() - started_s)
-        info = ServiceInfo(self._version, limits.WIRE_VERSION, self._vision.bundles, self._language.models)
+        language = self._language
+        info = ServiceInfo(self._version, limits.WIRE_VERSION, self._vision.bundles, language.models, language.problems)
         return wire_describe.pack_service(info)
 
     async def Tokenizer(self, request: pb.TokenizerRequest, context: Context) -> AsyncIterator[pb.TokenizerPart]:

@@ -46,6 +46,11 @@ class LanguageService(Protocol):
         """Those that can be used now."""
         ...
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why models cannot be used, each in a line."""
+        ...
+
     def tokenizer(self, sha256: bytes) -> bytes | None:
         """The tokenizer of this SHA-256; None where no model has it."""
         ...

@@ -16,6 +16,7 @@
     └── ServiceError            the service failed
         ├── Overloaded          a bounded queue or memory is full
         ├── Draining            the service is shutting down
+        ├── EngineFault         the engine that computes for it failed, or answered what cannot be right
         ├── EngineDown          the engine that computes for the service does not answer; another replica may
         └── PeerError           this service cannot serve this device; another replica may
             ├── InvalidReply    it sent a reply that cannot be right
@@ -95,6 +96,10 @@ class Overloaded(ServiceError):
 
 class Draining(ServiceError):
     """The service is shutting down and accepts no new work."""
+
+
+class EngineFault(ServiceError):
+    """The engine that computes for the service failed on a request, or answered what cannot be right."""
 
 
 class EngineDown(ServiceError):

@@ -209,6 +209,15 @@ class ModelInfo:
     mismatched: int = 0
 
 
+def describe_model(info: ModelInfo) -> str:
+    """A model of an engine in words, for people who operate a service."""
+    arms = ", ".join(info.arms)
+    if not info.compared:
+        return f"{info.name}, context {info.context}, {arms}"
+    found = f"{info.mismatched} of {info.compared} tokens differed between streaming and verifying"
+    return f"{info.name}, context {info.context}, {arms}; {found}"
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceInfo:
     """A service's description of itself."""
@@ -217,3 +226,4 @@ class ServiceInfo:
     wire_version: int
     bundles: tuple[BundleInfo, ...]
     models: tuple[ModelInfo, ...] = ()
+    problems: tuple[str, ...] = ()  # why models that it should have cannot be used now

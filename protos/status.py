@@ -24,6 +24,7 @@ CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
     errors.ServiceError: grpc.StatusCode.INTERNAL,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.EngineFault: grpc.StatusCode.INTERNAL,
     errors.EngineDown: grpc.StatusCode.UNAVAILABLE,
     errors.PeerError: grpc.StatusCode.INTERNAL,
     errors.InvalidReply: grpc.StatusCode.INTERNAL,

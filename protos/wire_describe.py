@@ -9,8 +9,10 @@ Every message from outside is validated here, before anything is allocated for i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
+
+from google.protobuf.message import DecodeError
 
 from isthmus.models.errors import InvalidReply, UnsupportedVersion
 from isthmus.models.messages import (
@@ -27,6 +29,8 @@ from isthmus.models.messages import (
 from isthmus.protos import limits
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
+DESCRIBE = "/isthmus.v1.Isthmus/Describe"
+
 
 def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
     bundles = [
@@ -39,7 +43,13 @@ def pack_service(info: ServiceInfo) -> pb.DescribeResponse:
         for b in info.bundles
     ]
     models = [pack_model(model) for model in info.models]
-    return pb.DescribeResponse(version=info.version, wire_version=info.wire_version, bundles=bundles, models=models)
+    return pb.DescribeResponse(
+        version=info.version,
+        wire_version=info.wire_version,
+        bundles=bundles,
+        models=models,
+        problems=[problem[: limits.MAX_ERROR_CHARACTERS] for problem in info.problems],
+    )
 
 
 def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
@@ -51,7 +61,18 @@ def unpack_service(message: pb.DescribeResponse) -> ServiceInfo:
     if len(message.bundles) + len(message.models) > limits.MAX_BUNDLES:
         raise InvalidReply(f"the service lists {len(message.bundles)} bundles, at most {limits.MAX_BUNDLES} are read")
     bundles = tuple(unpack_bundle(bundle) for bundle in message.bundles)
-    return ServiceInfo(message.version, message.wire_version, bundles, tuple(map(unpack_model, message.models)))
+    models = tuple(map(unpack_model, message.models))
+    problems = tuple(text[: limits.MAX_ERROR_CHARACTERS] for text in message.problems[: limits.MAX_BUNDLES])
+    return ServiceInfo(message.version, message.wire_version, bundles, models, problems)
+
+
+def describe(call: Callable[[bytes], bytes]) -> ServiceInfo:
+    """What a service says over `call`, which sends a message to DESCRIBE. Raises as `unpack_service`."""
+    raw = call(pb.DescribeRequest().SerializeToString())
+    try:
+        return unpack_service(pb.DescribeResponse.FromString(raw))
+    except DecodeError as error:
+        raise InvalidReply("the service answered bytes that are no message") from error
 
 
 def pack_model(model: ModelInfo) -> pb.Model:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isthmus.cloud_service.language.sequence import ScheduledWork
+from isthmus.cloud_service.language.rounds import ScheduledWork
 from isthmus.models.errors import InvalidInput, PayloadTooLarge
 from isthmus.models.language.sampling import Floats, choose, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache

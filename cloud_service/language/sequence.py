@@ -1,97 +1,31 @@
-"""One session's tokens in the cloud, and how a round extends them. No queue, no thread, no network.
+"""One session's tokens and their KV cache in the native engine. No queue, no thread, no network.
 
-tokens (committed)  t0 t1 ... t(L-1)
-draft               from position `base`: the part that equals committed tokens is skipped; any other makes it stale
 fed to the model    tokens[cache.length:] + draft; the logits of position p decide the token of position p + 1
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from isthmus.models.errors import InvalidInput
+from isthmus.cloud_service.language.rounds import CommittedTokens, ScheduledWork
 from isthmus.models.language.sampling import Floats, choose, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.kv_fill import EXACT_FIRST, exact_last
-from isthmus.models.messages import Committed, Logprobs, Opening, Round
+from isthmus.models.messages import Committed, Logprobs, Opening
 
 
-@dataclass
-class ScheduledWork:
-    """A round that is being computed; `matched` tokens of its draft are confirmed so far."""
-
-    base: int
-    skipped: int  # tokens from `base` on that were sent, and committed already when the round began
-    draft: tuple[int, ...]  # the others
-    extend: int
-    extension: bool
-    arrived_s: float
-    started_s: float | None = None
-    matched: int = 0
-    compute_s: float = 0.0
-    steps: int = 0
-    logprobs: list[Logprobs] = field(default_factory=list)
-    states: tuple[bytes, ...] = ()  # of the draft, in a handoff
-    decoded_from: frozenset[int] = frozenset()  # indices of states that a token was decoded from before
-
-    def committed(self, tokens: tuple[int, ...], accepted: int = 0) -> Committed:
-        """The reply to the round, with its queue time, compute time and number of steps."""
-        return Committed(
-            base=self.base,
-            accepted=accepted,
-            tokens=tokens,
-            extension=self.extension,
-            queue_s=(self.started_s or self.arrived_s) - self.arrived_s,
-            compute_s=self.compute_s,
-            passes=self.steps,
-            logprobs=tuple(self.logprobs),
-        )
-
-
-class TokenSequence:
+class TokenSequence(CommittedTokens):
     """A session's committed tokens and their KV cache (None: evicted; it is computed again from the tokens)."""
 
     restartable = True  # an eviction costs time, and loses no round
 
     def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
-        self.tokens = list(tokens)
+        super().__init__(tokens, eos_ids, context)
         self.prefill_layers = opening.prefill_layers
         stop = len(tokens) - exact_last(len(tokens)) if opening.prefill_layers else 0
         self._approximated = range(EXACT_FIRST, max(stop, EXACT_FIRST))  # positions that may skip the upper layers
         self.cache: KVCache | None = None
-        self.scheduled: ScheduledWork | None = None
         self._sampling, self._logprobs = opening.sampling, opening.logprobs
-        self._eos_ids = eos_ids
-        self._context = context
-        self._ended = False
-
-    def check(self, round_: Round) -> None:
-        """Raises InvalidInput for a round that this session can never accept."""
-        if round_.states:
-            raise InvalidInput("a round of states in a session that was opened without a handoff")
-
-    def begin(self, round_: Round, arrived_s: float) -> Committed | None:
-        """Schedule a round. A stale one, or one with nothing left to decide, is answered at once.
-
-        After a stale round too the cloud may generate an extension.
-        """
-        length = len(self.tokens)
-        known = self.tokens[round_.base : round_.base + len(round_.draft)]
-        if round_.base > length or list(round_.draft[: len(known)]) != known:
-            if round_.extend and not self.finished:
-                self.scheduled = ScheduledWork(length, 0, (), round_.extend - 1, True, arrived_s)
-            return Committed(length)
-        if self.finished:
-            return Committed(round_.base, len(known), tuple(self.tokens[round_.base + len(known) :]))
-        draft = round_.draft[len(known) :][: self._context - length - 1]
-        self.scheduled = ScheduledWork(round_.base, len(known), draft, round_.extend, False, arrived_s)
-        return None
-
-    @property
-    def finished(self) -> bool:
-        """Nothing can follow: an end-of-text token was committed, or the context is full."""
-        return self._ended or len(self.tokens) >= self._context
 
     @property
     def lost(self) -> bool:
@@ -154,21 +88,9 @@ class TokenSequence:
                 continue
             token = choose(logits_NV[row], self._sampling, length + index)
             self._note(work, logits_NV[row], token)
-            if index < len(work.draft) and work.draft[index] == token:
-                work.matched += 1
-                if token in self._eos_ids:
-                    return self._commit(work, ())
-                continue
-            return self._commit(work, (token,))
+            if (committed := self.settle(token)) is not None:
+                return committed
         return None
-
-    def next_extension(self, now_s: float) -> None:
-        """End the scheduled round; schedule the next token of its extension, if it allows one."""
-        work = self.scheduled
-        assert work is not None
-        self.scheduled = None
-        if work.extend and not self.finished:
-            self.scheduled = ScheduledWork(len(self.tokens), 0, (), work.extend - 1, True, now_s)
 
     @property
     def _cached(self) -> int:
@@ -176,12 +98,8 @@ class TokenSequence:
 
     def _commit(self, work: ScheduledWork, own: tuple[int, ...]) -> Committed:
         assert self.cache is not None
-        length = len(self.tokens)
-        unsent = self.tokens[work.base + work.skipped :]  # the draft ended within the committed tokens
-        self.tokens += [*work.draft[: work.matched], *own]
-        self._ended = self.tokens[-1] in self._eos_ids
-        self.cache.truncate(min(self.cache.length, length + work.matched))
-        return work.committed((*unsent, *own), work.skipped + work.matched)
+        self.cache.truncate(min(self.cache.length, len(self.tokens) + work.matched))
+        return super()._commit(work, own)
 
     def _note(self, work: ScheduledWork, logits_V: Floats, token: int) -> None:
         if self._logprobs is not None:

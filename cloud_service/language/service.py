@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.language.engines.load import load_remote
 from isthmus.cloud_service.language.engines.native import LanguageEngine
+from isthmus.cloud_service.language.engines.protocol import SessionHost
+from isthmus.cloud_service.language.engines.relay import RelayHost
 from isthmus.cloud_service.language.handler import GenerateHandler
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.models.bundle.files import read_manifest
-from isthmus.models.errors import BundleError
+from isthmus.models.errors import BundleError, EngineDown, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest
@@ -24,36 +28,51 @@ from isthmus.protos.limits import BUNDLE_ID_BYTES
 
 
 class LanguageService:
-    """Any number of engines, one for each model."""
+    """Any number of models, each with the host of its sessions."""
 
-    def __init__(self, engines: Sequence[LanguageEngine] = ()) -> None:
-        self.engines = tuple(engines)
-        self._by_id = {engine.info.fingerprint[:BUNDLE_ID_BYTES]: engine for engine in engines}
+    def __init__(self, engines: Sequence[LanguageEngine] = (), remote: Sequence[RelayHost] = ()) -> None:
+        self.engines, self.remote = tuple(engines), tuple(remote)
+        self._hosts: tuple[SessionHost[Any], ...] = (*engines, *remote)
         self._draining = asyncio.Event()
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
         """Those that can be used now."""
-        return tuple(engine.info for engine in self.engines)
+        return tuple(host.info for host in self._hosts if host.info is not None)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why models cannot be used, each in a line."""
+        return tuple(host.problem for host in self._hosts if host.problem)
 
     def tokenizer(self, sha256: bytes) -> bytes | None:
         """The tokenizer of this SHA-256; None where no model has it."""
-        found = (engine.tokenizer for engine in self.engines if engine.info.tokenizer.sha256 == sha256)
+        found = (host.tokenizer for host in self._hosts if host.info and host.info.tokenizer.sha256 == sha256)
         return next((tokenizer.to_bytes() for tokenizer in found), None)
 
     def new_handler(self, peer: str) -> GenerateHandler:
         """A handler for one `Generate` stream of a connection."""
-        return GenerateHandler(self._by_id, peer)
+        return GenerateHandler(self._find, peer)
 
     async def run(self) -> None:
         """Run all engines until drained. Raises what an engine raises, at once."""
-        await asyncio.gather(self._draining.wait(), *(engine.run() for engine in self.engines))
+        await asyncio.gather(self._draining.wait(), *(host.run() for host in self._hosts))
 
     def drain(self) -> None:
         """Send every session to another replica; `run` returns after the step under way."""
         self._draining.set()
-        for engine in self.engines:
-            engine.drain()
+        for host in self._hosts:
+            host.drain()
+
+    def _find(self, model: bytes) -> SessionHost[Any]:
+        """Raises UnknownBundle; EngineDown where the model may be one that cannot be used now."""
+        for host in self._hosts:
+            if host.info is not None and host.info.fingerprint[:BUNDLE_ID_BYTES] == model:
+                return host
+        for problem in self.problems:
+            raise EngineDown(problem)
+        held = ", ".join(sorted(info.fingerprint[:BUNDLE_ID_BYTES].hex() for info in self.models)) or "none"
+        raise UnknownBundle(f"model {model.hex()} is not held here, there is {held}")
 
 
 def load(config: CloudConfig, registry: CollectorRegistry, queue: ByteBudget) -> LanguageService:
@@ -64,9 +83,8 @@ def load(config: CloudConfig, registry: CollectorRegistry, queue: ByteBudget) ->
     families = EngineMetricFamilies(registry)
     checkpoints = [Checkpoint.open(source) for source in config.models]
     handoffs = open_handoffs(config.handoffs, checkpoints)
-    return LanguageService(
-        [load_model(each, handoffs[each.fingerprint], config, families, queue) for each in checkpoints]
-    )
+    engines = [load_model(each, handoffs[each.fingerprint], config, families, queue) for each in checkpoints]
+    return LanguageService(engines, load_remote(config, registry, queue))
 
 
 def open_handoffs(folders: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> dict[bytes, list[HandoffBundle]]:

@@ -84,6 +84,11 @@ class Session:
         return self.runner, self.prefill_layers
 
     @property
+    def busy(self) -> bool:
+        """Whether a round has no reply yet."""
+        return bool(self.rounds) or self.sequence.scheduled is not None
+
+    @property
     def needs_bytes(self) -> int:
         """Size of its cache when the scheduled round has ended."""
         return self.runner.empty_cache.bytes_for(self.sequence.final_length)

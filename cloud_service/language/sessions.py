@@ -15,13 +15,13 @@ from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.kv_budget import KVBudget
 from isthmus.cloud_service.language.metrics import EngineMetrics
 from isthmus.cloud_service.language.model_runner import FullRunner, SuffixRunner
+from isthmus.cloud_service.language.opened import check_ids, opened_tokens
 from isthmus.cloud_service.language.scheduler import Grant
 from isthmus.cloud_service.language.session import EventQueue, Session, round_bytes
-from isthmus.models.errors import ContextGone, InvalidInput, Overloaded
+from isthmus.models.errors import ContextGone, Overloaded
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.messages import Opening, Round
-from isthmus.protos.wire_session import checksum
 
 MAX_SESSIONS = 4096  # with or without a cache
 MAX_PEER_SESSIONS = 256  # of one connection, which is one device or gateway
@@ -75,7 +75,7 @@ class Sessions:
         former = self._by_name.get(opening.session)
         compatible = former is not None and former.cache_kind == (runner, opening.prefill_layers)
         known = former.sequence.tokens if former is not None and compatible else []
-        tokens = self._tokens(opening, known)
+        tokens = opened_tokens(opening, known, self._config.vocab, self._config.context)
         if runner.empty_cache.bytes_for(len(tokens)) > self.budget.budget_bytes:
             raise self.too_large(len(tokens))
         return CheckedOpening(opening, tokens, runner, former, shared_length(known, tokens) if compatible else None)
@@ -124,8 +124,7 @@ class Sessions:
 
     def check_ids(self, ids: Collection[int]) -> None:
         """Raises InvalidInput for tokens that the model lacks."""
-        if ids and max(ids) >= self._config.vocab:
-            raise InvalidInput(f"token {max(ids)} is outside of the model's vocabulary of {self._config.vocab}")
+        check_ids(ids, self._config.vocab)
 
     def leave(self, session: Session) -> None:
         """The device has disconnected; its cache stays until the memory is needed. A step may be extending it now."""
@@ -181,18 +180,6 @@ class Sessions:
     def report(self) -> None:
         """Update the metrics."""
         self._metrics.caches(len(self.budget), self.budget.held_bytes)
-
-    def _tokens(self, opening: Opening, known: list[int]) -> list[int]:
-        """All tokens of the session, which begin with some of `known`. Raises InvalidInput, ContextGone."""
-        total = opening.start + len(opening.tokens)
-        if total >= self._config.context:
-            raise InvalidInput(f"{total} tokens leave no room in the model's context of {self._config.context}")
-        self.check_ids(opening.tokens)
-        held = known[: opening.start]
-        tokens = [*held, *opening.tokens]
-        if len(held) < opening.start or checksum(tokens) != opening.crc32:
-            raise ContextGone(f"the first {opening.start} tokens of this session are not held here")
-        return tokens
 
     def _record(self, session: Session) -> None:
         size_bytes = session.sequence.cache.bytes if session.sequence.cache else 0

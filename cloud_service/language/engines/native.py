@@ -68,6 +68,8 @@ class LanguageEngine:
         self._draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
+    problem = ""  # what cannot be used is not loaded
+
     def warm_up(self) -> None:
         """Compile kernels, and prove that results do not depend on the batch, if need be with a single thread.
 

@@ -217,6 +217,18 @@ class Tokenizer:
         stream = TextStream(self.leading_spaces)
         return "".join(stream.push(self.token_bytes(id)) for id in ids) + stream.finish()
 
+    def written(self, ids: Sequence[int]) -> bytes:
+        """UTF-8 of a prompt with its special tokens by name, which a server that reads text makes `ids` of again.
+
+        Without the beginning-of-text tokens that a server adds itself. Raises InvalidInput.
+        """
+        rest = list(ids[len(self._bos) :] if list(ids[: len(self._bos)]) == self._bos else ids)
+        parts = [
+            self._added[id].encode() if self.special(id) and id in self._added else self.token_bytes(id) for id in rest
+        ]
+        spaces = min(self.leading_spaces, len(parts[0]) - len(parts[0].lstrip(b" "))) if parts else 0
+        return b"".join(parts)[spaces:]
+
     @property
     def has_template(self) -> bool:
         """Whether `chat` can render a conversation."""

@@ -464,6 +464,7 @@ class DescribeResponse(_message.Message):
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
     BUNDLES_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """of the service's software"""
     wire_version: _builtins.int
@@ -472,6 +473,10 @@ class DescribeResponse(_message.Message):
     def bundles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bundle]: ...
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """why models that the service should have cannot be used now, each in a line"""
+
     def __init__(
         self,
         *,
@@ -479,10 +484,11 @@ class DescribeResponse(_message.Message):
         wire_version: _builtins.int = ...,
         bundles: _abc.Iterable[Global___Bundle] | None = ...,
         models: _abc.Iterable[Global___Model] | None = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "models", b"models", "version", b"version", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "models", b"models", "problems", b"problems", "version", b"version", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

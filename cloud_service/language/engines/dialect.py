@@ -1,0 +1,84 @@
+"""A dialect translates between choices and one server's HTTP requests and answers. Pure: it sends nothing.
+
+ids, sampling, limit ── stream_call ──> Call ··· events ── StreamReader.read ──> choices
+ids, start           ── score_call  ──> Call ··· answer ── read_scores       ──> choices
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from isthmus.cloud_service.language.engines.answers import listed, mapping
+from isthmus.cloud_service.language.engines.protocol import Choice, EngineIdentity
+from isthmus.models.errors import EngineDown
+from isthmus.models.messages import Sampling
+
+MODELS = "/v1/models"  # of vLLM, SGLang, and whatever calls itself compatible with OpenAI
+MIN_TOP = 2  # likeliest tokens of a scored position: equal ones are told apart by their ids
+MAX_NAMES = 200  # characters of a list of models
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request: POST of a JSON object, or GET without one."""
+
+    path: str
+    body: dict[str, Any] | None = None
+
+
+class StreamReader(Protocol):
+    """Reads the events of one stream. `finished`: the engine has said that nothing follows."""
+
+    finished: bool
+
+    def read(self, event: bytes) -> list[Choice]:
+        """The choices that an event brings, possibly none. Raises EngineFault."""
+        ...
+
+
+class Dialect(Protocol):
+    """Of one server. `scores`, `logprobs`: what it can be asked for."""
+
+    scores: bool
+    logprobs: bool
+    ping: Call
+
+    def tokens_call(self, model: str, text: str) -> Call | None:
+        """A request that makes it tokenize; None where there is none."""
+        ...
+
+    def read_tokens(self, answer: dict[str, Any]) -> list[int]: ...
+
+    def stream_call(
+        self, model: str, ids: Sequence[int], sampling: Sampling, limit: int, top: int | None
+    ) -> tuple[Call, StreamReader]: ...
+
+    def score_call(self, model: str, ids: Sequence[int], start: int, top: int | None) -> Call: ...
+
+    def read_scores(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int | None) -> list[Choice]: ...
+
+
+class Probe(Protocol):
+    """Finds out what a server of an unknown kind can do."""
+
+    def call(self, model: str) -> Call: ...
+
+    def dialect(self, answer: dict[str, Any] | None) -> Dialect:
+        """How to speak to a server that sent this answer; None: it refused."""
+        ...
+
+
+def read_models(answer: dict[str, Any], wanted: str | None) -> EngineIdentity:
+    """The model to use among those that a server lists. Raises EngineDown naming those where it is not clear."""
+    cards = [mapping(card, "model") for card in listed(answer.get("data"), "models")]
+    held = {card["id"]: card for card in cards if isinstance(card.get("id"), str)}
+    names = ", ".join(held)[:MAX_NAMES] or "none"
+    if wanted is not None and wanted not in held:
+        raise EngineDown(f"the engine does not hold the model {wanted}, it holds {names}")
+    if wanted is None and len(held) != 1:
+        raise EngineDown(f"the engine holds {names}: name the model with --engine-model")
+    name = wanted or next(iter(held))
+    context = held[name].get("max_model_len")
+    return EngineIdentity(name, context if type(context) is int and context > 0 else 0)
