@@ -21,8 +21,9 @@ from isthmus.models.bundle.files import first_problem
 from isthmus.models.bundle.manifest import Sha256
 from isthmus.models.errors import BundleError
 from isthmus.models.language.checkpoint.chat_template import MAX_TEMPLATE_CHARACTERS
-from isthmus.models.language.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES, library_errors
+from isthmus.models.language.checkpoint.tokenizer_files import library_errors
 from isthmus.models.language.checkpoint.weights import MAX_VOCAB
+from isthmus.models.messages import MAX_TOKENIZER_BYTES
 
 MAX_NAMED = 16  # tokens that a template can name
 MAX_COMMAS = 4 * MAX_VOCAB  # a token has one, a merge two; bounds what the library allocates before it checks
