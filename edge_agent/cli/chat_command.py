@@ -47,8 +47,9 @@ def chat(as_json: bool) -> None:
         from isthmus.edge_agent.cli.chat import ChatSettings
         from isthmus.edge_agent.cli.chat import chat as start
     with open_prompts(config) as agent:
+        tokenizer = tokenizer_of(agent, chosen.arm)
         warn(agent)
-        if not tokenizer_of(agent, chosen.arm).has_template:
+        if not tokenizer.has_template:
             fail(f"{agent.name} has no chat template, so it cannot chat; edge-agent run serves it at /v1/completions")
         if source is None and not as_json:
             click.echo(f"{describe_models(agent)}, {describe_clouds(agent.replicas)}")

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from isthmus.edge_agent.config import LanguageConfig
-from isthmus.edge_agent.language.available import Sides
+from isthmus.edge_agent.language.available import NO_CLOUD, Sides
 from isthmus.edge_agent.language.cloud_model import CloudModel, ReplicaMatch, label
 from isthmus.edge_agent.language.generation import Generation, Resources
 from isthmus.edge_agent.language.metrics import LanguageMetrics
@@ -222,6 +222,7 @@ class LanguageAgent(TextInterface):
         end_ids = self._sides.end_ids(request)
         with closing(Generation(self._resources, request, end_ids, cancelled)) as generation:
             generation.stats.reason = reason or generation.stats.reason
+            generation.stats.degraded = reason == NO_CLOUD
             try:
                 with closing(generation.arm(request.arm).tokens()) as tokens:
                     yield from generation.stats.clock.pausing(tokens)

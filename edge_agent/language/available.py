@@ -24,6 +24,8 @@ from isthmus.models.messages import ModelInfo, Sampling
 if TYPE_CHECKING:
     from isthmus.edge_agent.language.device_model import DeviceModel
 
+NO_CLOUD = "no cloud answers"
+
 
 @dataclass(frozen=True)
 class Sides:
@@ -58,7 +60,7 @@ class Sides:
             return "cloud", "the device has no model"
         if not self.one_vocabulary:
             if request.vocabulary == self.device.tokenizer.vocabulary:
-                return "edge", "no cloud answers"
+                return "edge", NO_CLOUD
             return "cloud", f"{self.device.name} on the device has another vocabulary"
         if self.sampling_refusal("verify", request.sampling):
             return "cloud", "the engine in the cloud samples by itself alone"

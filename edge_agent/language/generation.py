@@ -25,7 +25,7 @@ from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.drafts import Draft, LookupDraft
 from isthmus.models.language.sampling import Floats
 
-if TYPE_CHECKING:  # a device without a model does without ONNX Runtime
+if TYPE_CHECKING:  # they bring ONNX Runtime, which a device without a model does without
     from isthmus.edge_agent.language.arms.handoff import HandoffArm, HandoffSettings
     from isthmus.edge_agent.language.local_model import LocalModel, LocalSession
     from isthmus.models.language.handoff.bundle import HandoffBundle
