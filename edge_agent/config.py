@@ -125,20 +125,26 @@ class EdgeConfig(Settings):
 
 @dataclass(frozen=True)
 class LanguageConfig(Settings):
-    """An agent for prompts. The cloud holds `model` too."""
+    """An agent for prompts: with a model on the device, a cloud that holds the same one or another, or both."""
 
     model: Annotated[
-        str,
-        Field(description="Language model: a GGUF file, a Hugging Face folder, or smollm2."),
-    ]
+        str | None,
+        Field(
+            description="The device's own language model: a GGUF file, a Hugging Face folder, or smollm2. Without it,"
+            " the cloud's model answers."
+        ),
+    ] = None
     clouds: Annotated[
         tuple[PeerAddress, ...],
         Field(description="Cloud services, in order of preference."),
         Flag("cloud", separator=",", metavar="HOST:PORT"),
     ] = ()
-    device_model: Annotated[
+    cloud_model: Annotated[
         str | None,
-        Field(description="Smaller model with the same tokenizer that runs on the device. Without it: --model itself."),
+        Field(
+            description="Name of the cloud's language model. Without it: its only one, or the one of --model's"
+            " vocabulary."
+        ),
     ] = None
     device_bits: Annotated[Literal[4, 8], Field(description="Bits of each weight of the device's model.")] = 8
     draft: Annotated[
@@ -148,7 +154,10 @@ class LanguageConfig(Settings):
     handoff: Annotated[
         Path | None,
         AfterValidator(lambda path: path and find(path)),
-        Field(description="Handoff bundle of --model (a folder or a name), for the arms handoff and auto."),
+        Field(
+            description="Handoff bundle of --model (a folder or a name), for the arms handoff and auto; the cloud holds"
+            " the same model."
+        ),
     ] = None
     quality: Annotated[
         Share, Field(description="Arm auto: share of an answer's tokens that are to be those of the cloud's model.")

@@ -23,7 +23,7 @@ from isthmus.edge_agent.language.request import GenerationBackend, GenerationReq
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.models.errors import InvalidInput, IsthmusError
-from isthmus.models.language.checkpoint.tokenizer import Message
+from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.messages import GREEDY, Sampling
 
 COLOURS: dict[Source, str] = {"edge": "green", "draft": "cyan", "cloud": "magenta"}
@@ -92,9 +92,10 @@ class ChatSession:
 
     def _generate(self, answer: ChatAnswer) -> None:
         start_s = self._clock()
-        events = self._backend.generate(self._request())
+        tokenizer = self._backend.tokenizer_for(self._arm)
+        events = self._backend.generate(self._request(tokenizer))
         try:
-            for event in detokenize(events, Detokenizer(self._backend.tokenizer)):
+            for event in detokenize(events, Detokenizer(tokenizer)):
                 answer.total_s = self._clock() - start_s
                 if isinstance(event, Outcome):
                     answer.outcome = event
@@ -117,12 +118,12 @@ class ChatSession:
             colour = COLOURS[delta.token.source] if delta.token else ""
             self._console.print(Text(escape_control(delta.text), style=colour), end="", soft_wrap=True)
 
-    def _request(self) -> GenerationRequest:
+    def _request(self, tokenizer: Tokenizer) -> GenerationRequest:
         """Drops the oldest messages to make room. Raises InvalidInput if the last question alone is too long."""
         context, settings = self._backend.arm_context(self._arm), self._settings
         system = [Message("system", settings.system)] if settings.system else []
         while True:
-            prompt = tuple(self._backend.tokenizer.chat([*system, *self._messages]))
+            prompt = tuple(tokenizer.chat([*system, *self._messages]))
             if len(prompt) + min(MIN_ANSWER_TOKENS, context // 4) <= context:
                 break
             if len(self._messages) < 3:
@@ -130,7 +131,8 @@ class ChatSession:
             del self._messages[:2]
             self._note("the context is full: the oldest question and its answer were dropped")
         room = context - len(prompt)
-        return GenerationRequest(prompt, min(settings.max_tokens or room, room), self._arm, settings.sampling)
+        max_tokens, vocabulary = min(settings.max_tokens or room, room), tokenizer.vocabulary
+        return GenerationRequest(prompt, max_tokens, self._arm, settings.sampling, vocabulary=vocabulary)
 
     def _set_arm(self, name: str) -> None:
         arms = self._backend.arms()

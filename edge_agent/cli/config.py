@@ -7,7 +7,7 @@ import click
 from isthmus.edge_agent.cli.photos import photo_config
 from isthmus.edge_agent.cli.settings import SECTIONS, settings
 from isthmus.edge_agent.config import ChatConfig, HttpConfig, LanguageConfig
-from isthmus.models.options import Command, describe, given, read
+from isthmus.models.options import Command, describe, read
 
 EXAMPLES = """\b
 Examples:
@@ -28,8 +28,7 @@ def config(show: bool, as_json: bool) -> None:
     photo_config()
     read(HttpConfig)
     read(ChatConfig)
-    if given()["model"].value is not None:
-        read(LanguageConfig)
+    read(LanguageConfig)
     if show or as_json:
         click.echo(describe(as_json))
     else:

@@ -14,7 +14,7 @@ EXAMPLES = """\b
 Examples:
   edge-agent infer photo.jpg                        one answer, made on this device
   edge-agent infer photo.jpg --cloud cloud:50051    hard photos go to the cloud
-  edge-agent chat --cloud cloud:50051               a language model in the terminal
+  edge-agent chat --cloud cloud:50051               the cloud's language model in the terminal
   edge-agent run --cloud cloud:50051                the same over HTTP"""
 
 

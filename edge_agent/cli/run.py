@@ -11,7 +11,7 @@ import click
 
 from isthmus.edge_agent.cli.clouds import describe_clouds
 from isthmus.edge_agent.cli.photos import open_photos_with_metrics
-from isthmus.edge_agent.cli.prompts import open_prompts, open_routes
+from isthmus.edge_agent.cli.prompts import open_prompts, open_routes, warn
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import HttpConfig, LanguageConfig
 from isthmus.models.address import Address
@@ -37,7 +37,7 @@ def run(as_json: bool) -> None:
     /v1/models
     /healthz, /metrics                         for whoever watches it
 
-    With --model and no --bundle there are no photos; without --model there are no prompts.
+    With --model or --cloud-model, and no --bundle, there are no photos; without both there are no prompts.
     """
     from prometheus_client import CollectorRegistry
     from prometheus_client.process_collector import ProcessCollector
@@ -52,7 +52,8 @@ def run(as_json: bool) -> None:
     line: dict[str, Any] = {"listen": http.listen}
     with ExitStack() as stack:
         photos, prompts = None, list[Any]()
-        config = read(LanguageConfig) if given()["model"].value is not None else None
+        named = any(given()[key].value is not None for key in ("model", "cloud_model"))
+        config = read(LanguageConfig) if named else None
         if config is None or given()["bundle"].source != DEFAULT:
             photos = open_photos_with_metrics(registry)
             agent = stack.enter_context(photos[0])
@@ -60,19 +61,22 @@ def run(as_json: bool) -> None:
         if config is not None:
             language = stack.enter_context(open_prompts(config, registry))
             prompts = open_routes(language, http)
-            if not language.tokenizer.has_template:
+            warn(language)
+            if language.ready and not language.tokenizer.has_template:
                 click.echo(
                     f"warning: {language.name} has no chat template: /v1/chat/completions is refused, "
                     "/v1/completions continues a text",
                     err=True,
                 )
             line |= {"model": language.name, "cloud": describe_clouds(language.replicas)}
+            if language.cloud_name not in (None, language.name):
+                line["cloud_model"] = language.cloud_name
         app = create_app(registry, photos, prompts, http)
         serve(app, http, partial(announce, line, as_json))
 
 
 def announce(line: dict[str, Any], as_json: bool, bound: Address) -> None:
     """The start-up line, printed when the port is open."""
-    names = " and ".join(line[key] for key in ("bundle", "model") if key in line)
+    names = " and ".join(line[key] for key in ("bundle", "model", "cloud_model") if key in line)
     line = {**line, "listen": str(bound)}
     click.echo(json.dumps(line) if as_json else f"{names} on http://{bound}, {line['cloud']}")

@@ -1,12 +1,12 @@
-"""Prompt to tokens: by the local model, by the cloud's, or by both.
+"""Prompt to tokens: by the device's model, by the cloud's, or by both.
 
-    GenerationRequest -> edge:    the local model; nothing leaves the device
+    GenerationRequest -> edge:    the device's model; nothing leaves the device
                       -> cloud:   prompt up, tokens down
                       -> verify:  drafts up, accepted count and a correction down
                       -> handoff: exits here, coded hidden states up where none is confident
                       -> auto:    whichever of these keeps the quality and is best now
 
-Knows nothing about text beyond the tokenizer that it hands on, and nothing about HTTP.
+Either side may be absent. Knows nothing about text beyond the tokenizers that it hands on, and nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from isthmus.edge_agent.config import LanguageConfig
-from isthmus.edge_agent.language.arms.handoff import HandoffSettings, estimate_of, settings_of
+from isthmus.edge_agent.language.available import NO_CLOUD, Sides
+from isthmus.edge_agent.language.cloud_model import CloudModel, ReplicaMatch, label
 from isthmus.edge_agent.language.generation import Generation, Resources
-from isthmus.edge_agent.language.local_model import LocalModel
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.language.router import Router
 from isthmus.edge_agent.language.text import TextInterface
+from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache, cache_folder
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.arms import ARMS, Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.transport.language_link import LanguageLink
-from isthmus.edge_agent.transport.link import HeldBundle
-from isthmus.models.errors import AnswerCancelled, BundleError, ContextExceeded, InvalidInput
-from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
-from isthmus.models.language.handoff.bundle import HandoffBundle
-from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.language.onnx.exits import ExitingDecoder
+from isthmus.models.errors import AnswerCancelled, ContextExceeded, InvalidInput
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.messages import Sampling
+
+if TYPE_CHECKING:
+    from isthmus.edge_agent.language.device_model import DeviceModel
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
-WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
+UNKNOWN_NAME = "cloud"  # of the model, until a cloud has answered
 
 
 class LanguageAgent(TextInterface):
-    """One model on the device, and the clouds that hold the large one. Close it, or use it in `with`.
+    """One model on the device, the clouds that hold another, or both. Close it, or use it in `with`.
 
     Answers from several threads at once, in the process that made it: after a fork it raises AgentClosed, and the child
     makes an agent of its own.
@@ -55,43 +56,99 @@ class LanguageAgent(TextInterface):
             raise InvalidInput(f"config is {type(config).__name__}, expected a LanguageConfig")
         self.config = config
         self._lifetime = Lifetime()
-        checkpoint = Checkpoint.open(config.model)
-        small = open_local(config, checkpoint)
-        self.name = checkpoint.name
-        self.aliases = (SMOLLM2,) if config.model == SMOLLM2 else ()
-        self.sampling = checkpoint.sampling
-        self.tokenizer = checkpoint.tokenizer
-        self.device_context = min(config.context, small.config.context)
-        self.context = checkpoint.config.context if config.clouds else self.device_context
-        self._vocab = min(checkpoint.config.vocab, small.config.vocab)  # they may be padded differently
         self._metrics = metrics
-        handoff = open_handoff(config, checkpoint)
-        local_entry = handoff[0].local_model(config.device_bits) if handoff else None
-        confidence_head, levels = local_entry or (None, ())
-        estimate = estimate_of(handoff[0].manifest, handoff[1], checkpoint.config) if handoff else None
-        router = Router(config, levels, estimate)
-        decoder = OnnxDecoder(
-            small, self.device_context, config.device_bits, config.threads, handoff[0].depths if handoff else ()
+        self._device = device = open_device(config)
+        router, local = Router(config), None
+        if device is not None:
+            weights = device.fingerprint if device.handoff else b""
+            router = Router(config, device.levels, device.estimate, weights)
+            local = device.start(router.local)
+        self._cloud = CloudModel(config.cloud_model, device, TokenizerCache(cache_folder()))
+        links = [self._link(target) for target in config.clouds]
+        self.replicas = Replicas(links, self._cloud, config.wait_s)
+        self._resources = Resources(
+            config=config,
+            local=local,
+            vocabulary=device.tokenizer.vocabulary if device else b"",
+            replicas=self.replicas,
+            router=router,
+            confidence_head=device.confidence_head if device else None,
+            handoff=device.handoff if device else None,
         )
-        exits = ExitingDecoder(handoff[0], small, decoder, config.threads) if handoff else None
-        local = LocalModel(decoder, exits, router.local, caches=2 * config.max_answers)
-        local.warm_up(WARM_UP_TOKENS)
-        links = [self._link(target, checkpoint) for target in config.clouds]
-        self.replicas = Replicas(links, checkpoint.fingerprint, config.wait_s)
-        eos_ids = self.tokenizer.eos_ids
-        self._resources = Resources(config, eos_ids, local, self.replicas, router, confidence_head, handoff)
         for link in links:
             link.wait_probed(config.connect_s)
 
+    @property
+    def name(self) -> str:
+        """Of the device's model, or of the cloud's where there is no other."""
+        return self._device.name if self._device else self.cloud_name or self.config.cloud_model or UNKNOWN_NAME
+
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a model on the device."""
+        return self._device is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether prompts can be encoded: by the device's tokenizer, or by that of a cloud that has answered."""
+        return self.has_model or self._cloud.bound is not None
+
+    @property
+    def cloud_name(self) -> str | None:
+        """Of the cloud's model; None until a cloud has answered."""
+        model = self._cloud.info
+        return label(model) if model else None
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names of the model: the cloud's is one."""
+        own = self._device.aliases if self._device else ()
+        return own if self.cloud_name in (None, self.name) else (*own, self.cloud_name)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What encodes prompts for the arm auto."""
+        return self.tokenizer_for("auto")
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, by the arm auto."""
+        return self.arm_context("auto")
+
+    @property
+    def device_context(self) -> int:
+        """Tokens that the device's model holds; 0 without one."""
+        return self._device.context if self._device else 0
+
     def arms(self) -> tuple[Arm, ...]:
-        """Those that can be requested: without a cloud only edge and auto, without a bundle of exits no handoff."""
-        if not self.config.clouds:
-            return ("auto", "edge")
-        return ("auto", "edge", "cloud", "verify", *(("handoff",) if self._resources.handoff else ()))
+        """Those that can be requested: what the device can do, and what the cloud's model is known to serve."""
+        return self._sides.arms()
 
     def arm_context(self, arm: Arm) -> int:
         """Tokens of prompt and answer together, by this arm."""
-        return self.device_context if arm in ("edge", "handoff") else self.context
+        device, model = self._device, self._cloud.info
+        if device is not None and (arm in ("edge", "handoff") or not self.config.clouds):
+            return device.context
+        if arm == "auto" and device is not None and not self._cloud_tokens(arm):
+            return device.context
+        if model is not None:
+            return model.context
+        return device.model_context if device else 0
+
+    def tokenizer_for(self, arm: Arm) -> Tokenizer:
+        """What encodes prompts for an arm: the cloud's tokenizer, unless a device of another vocabulary answers.
+
+        Without a model on the device this waits for a cloud. Raises InvalidInput, and as Replicas.wait_model.
+        """
+        if (refusal := self._sides.refusal("edge")) is not None:
+            if arm == "edge":
+                raise InvalidInput(refusal)
+            self.replicas.wait_model(threading.Event())
+        bound = self._cloud.bound
+        if self._device is None or (bound is not None and self._cloud_tokens(arm)):
+            assert bound is not None  # it was waited for
+            return bound.tokenizer
+        return self._device.tokenizer
 
     def generate(
         self, request: GenerationRequest, cancelled: threading.Event | None = None
@@ -101,7 +158,7 @@ class LanguageAgent(TextInterface):
         `cancelled`, set from another thread, ends a wait for the device's model or the cloud. Raises IsthmusError.
         """
         self._lifetime.check()
-        events = self._stream_events(self._checked(request), cancelled)
+        events = self._stream_events(*self._checked(request, cancelled), cancelled)
         return events if self._metrics is None else self._metrics.watch(events)
 
     def close(self) -> None:
@@ -115,47 +172,57 @@ class LanguageAgent(TextInterface):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _link(self, target: str, checkpoint: Checkpoint) -> LanguageLink:
-        match = HeldBundle(checkpoint.fingerprint)
-        return LanguageLink(target, match, checkpoint.config.vocab, self.config.tls, BREAKER)
+    def _link(self, target: str) -> LanguageLink:
+        return LanguageLink(target, ReplicaMatch(self._cloud, target), self.config.tls, BREAKER)
 
-    def _checked(self, request: GenerationRequest) -> GenerationRequest:
-        """The request, its answer no longer than the context leaves room for."""
+    @property
+    def _sides(self) -> Sides:
+        return Sides(self.config, self._device, self._cloud.info)
+
+    def _cloud_tokens(self, arm: Arm) -> bool:
+        """Whether an arm's ids are of the cloud's vocabulary. Where the device's is another, one side answers alone."""
+        if self._sides.one_vocabulary:
+            return True
+        return arm in ("cloud", "verify") or (arm == "auto" and self.replicas.best() is not None)
+
+    def _checked(
+        self, request: GenerationRequest, cancelled: threading.Event | None
+    ) -> tuple[GenerationRequest, str | None]:
+        """The request with the arm that answers it, and why that is not the one requested; None: it is.
+
+        Its answer is no longer than the context leaves room for.
+        """
         if not isinstance(request, GenerationRequest):
             raise InvalidInput(f"a request is a GenerationRequest, got {type(request).__name__}; `answer` takes text")
         if request.arm not in ARMS:
             raise InvalidInput(f"arm {request.arm!r} does not exist, there are {', '.join(ARMS)}")
-        context = self.arm_context(request.arm)
-        if request.arm not in self.arms():
-            needs = "a cloud" if not self.config.clouds else "a bundle of exits"
-            raise InvalidInput(f"arm {request.arm} needs {needs}, and none is configured")
-        if not request.prompt:
-            raise InvalidInput("the prompt has no tokens, at least one is needed")
-        if not isinstance(request.max_tokens, int) or request.max_tokens < 1:
-            raise InvalidInput(f"max_tokens is {request.max_tokens!r}, expected a whole number, at least 1")
+        check_values(request)
+        if self._device is None and request.arm != "edge":
+            self.replicas.wait_model(cancelled or threading.Event())
+        sides = self._sides
+        if refusal := sides.refusal(request.arm) or sides.sampling_refusal(request.arm, request.sampling):
+            raise InvalidInput(refusal)
+        request = replace(request, vocabulary=request.vocabulary or self.tokenizer_for(request.arm).vocabulary)
+        arm, reason = sides.resolve(request)
+        context = self.arm_context(arm)
         room = context - len(request.prompt)
         if room < 1:
             raise ContextExceeded(
-                f"the prompt has {len(request.prompt)} tokens, arm {request.arm} holds {context} with the answer"
+                f"the prompt has {len(request.prompt)} tokens, arm {arm} holds {context} with the answer"
             )
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab:
-            raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {self._vocab}")
-        if not isinstance(request.sampling, Sampling):
-            raise InvalidInput(f"sampling is {type(request.sampling).__name__}, expected a Sampling")
-        if request.quality is not None and not 0 <= request.quality <= 1:
-            raise InvalidInput(f"quality is {request.quality}, expected 0 to 1")
-        return replace(request, max_tokens=min(request.max_tokens, room))
+        vocab = sides.vocab(arm, request.vocabulary)
+        if not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
+            raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {vocab}")
+        return replace(request, arm=arm, max_tokens=min(request.max_tokens, room)), reason
 
     def _stream_events(
-        self, request: GenerationRequest, cancelled: threading.Event | None
+        self, request: GenerationRequest, reason: str | None, cancelled: threading.Event | None
     ) -> Generator[Token | Summary, None, None]:
         """An answer's tokens and last its summary; however it ends, its sessions are remembered."""
-        alone = request.arm == "auto" and not self.config.clouds
-        if alone:
-            request = replace(request, arm="edge")
-        with closing(Generation(self._resources, request, cancelled)) as generation:
-            if alone:
-                generation.stats.reason = "no cloud is configured"
+        end_ids = self._sides.end_ids(request)
+        with closing(Generation(self._resources, request, end_ids, cancelled)) as generation:
+            generation.stats.reason = reason or generation.stats.reason
+            generation.stats.degraded = reason == NO_CLOUD
             try:
                 with closing(generation.arm(request.arm).tokens()) as tokens:
                     yield from generation.stats.clock.pausing(tokens)
@@ -170,21 +237,26 @@ class LanguageAgent(TextInterface):
             yield generation.stats.summary(generation.sequence)
 
 
-def open_local(config: LanguageConfig, checkpoint: Checkpoint) -> Checkpoint:
-    """The device's model: one of its own, or the cloud's. Raises BundleError for another tokenizer."""
-    if not config.device_model:
-        return checkpoint
-    small = Checkpoint.open(config.device_model)
-    if small.tokenizer.vocabulary != checkpoint.tokenizer.vocabulary:
-        raise BundleError(f"{small.name} has another tokenizer than {checkpoint.name}: its drafts would mean nothing")
-    return small
+def check_values(request: GenerationRequest) -> None:
+    """Raises InvalidInput for what no arm can answer."""
+    if not request.prompt:
+        raise InvalidInput("the prompt has no tokens, at least one is needed")
+    if not isinstance(request.max_tokens, int) or request.max_tokens < 1:
+        raise InvalidInput(f"max_tokens is {request.max_tokens!r}, expected a whole number, at least 1")
+    if not isinstance(request.sampling, Sampling):
+        raise InvalidInput(f"sampling is {type(request.sampling).__name__}, expected a Sampling")
+    if request.quality is not None and not 0 <= request.quality <= 1:
+        raise InvalidInput(f"quality is {request.quality}, expected 0 to 1")
 
 
-def open_handoff(config: LanguageConfig, checkpoint: Checkpoint) -> tuple[HandoffBundle, HandoffSettings] | None:
-    """The handoff bundle, and how to use it. Raises BundleError, InvalidInput."""
-    if not config.handoff:
+def open_device(config: LanguageConfig) -> DeviceModel | None:
+    """The device's own model; None where none is configured. Raises BundleError, InvalidInput."""
+    if config.model is None:
+        if not config.clouds:
+            raise InvalidInput("an agent for prompts needs a model, a cloud, or both, and none is configured")
+        if config.handoff is not None:
+            raise InvalidInput("a handoff bundle belongs to the device's model, and none is configured")
         return None
-    handoff = HandoffBundle.open(config.handoff, checkpoint)
-    if config.device_model:
-        raise InvalidInput("handoff shares one model by layers: a device model of its own has no part in that")
-    return handoff, settings_of(handoff.manifest, config)
+    from isthmus.edge_agent.language.device_model import DeviceModel  # brings ONNX Runtime
+
+    return DeviceModel(config, config.model)

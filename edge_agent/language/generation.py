@@ -6,15 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.arms.auto import AutoArm, LocalPredictor, RunningArm
-from isthmus.edge_agent.language.arms.handoff import HandoffArm, HandoffSettings, handoff_opening
 from isthmus.edge_agent.language.arms.local import LocalArm
 from isthmus.edge_agent.language.arms.remote import RemoteArm
 from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.arms.verify import VerifyArm
-from isthmus.edge_agent.language.local_model import LocalModel
 from isthmus.edge_agent.language.remote_query import RemoteQuery
 from isthmus.edge_agent.language.remote_session import Fallback, MakeOpening, RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
@@ -24,17 +23,25 @@ from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.drafts import Draft, LookupDraft
-from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import Floats
+
+if TYPE_CHECKING:  # they bring ONNX Runtime, which a device without a model does without
+    from isthmus.edge_agent.language.arms.handoff import HandoffArm, HandoffSettings
+    from isthmus.edge_agent.language.local_model import LocalModel, LocalSession
+    from isthmus.models.language.handoff.bundle import HandoffBundle
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What all answers of an agent share. `confidence_head`: of the local model; `handoff`: None without its bundle."""
+    """What all answers of an agent share.
+
+    `local`: None for a device without a model. `vocabulary`, `confidence_head`: of that model. `handoff`: None without
+    its bundle.
+    """
 
     config: LanguageConfig
-    eos_ids: frozenset[int]
-    local: LocalModel
+    local: LocalModel | None
+    vocabulary: bytes
     replicas: Replicas
     router: Router
     confidence_head: Callable[[Floats, Sequence[int]], float] | None
@@ -45,20 +52,26 @@ class Generation:
     """One answer's sequence and statistics, with sessions that are made when an arm needs them. Close it."""
 
     def __init__(
-        self, resources: Resources, request: GenerationRequest, cancelled: threading.Event | None = None
+        self,
+        resources: Resources,
+        request: GenerationRequest,
+        end_ids: frozenset[int],
+        cancelled: threading.Event | None = None,
     ) -> None:
-        self.sequence = AnswerSequence(request, resources.eos_ids)
+        """`end_ids` end the answer. The device's model takes part where it reads the ids of the prompt."""
+        self.sequence = AnswerSequence(request, end_ids)
         self.stats = GenerationStats()
         self._resources = resources
         self._cancelled = cancelled
-        self._local = resources.local.session(cancelled)
+        takes_part = request.vocabulary in (b"", resources.vocabulary)
+        self._local = resources.local.session(cancelled) if resources.local and takes_part else None
         self._sessions: dict[bytes, RemoteSession] = {}
 
     def arm(self, name: Arm) -> RunningArm:
         """The arm of this name, to go on with the sequence."""
         match name:
             case "edge":
-                return LocalArm(self.sequence, self._local)
+                return LocalArm(self.sequence, self._model)
             case "auto":
                 return self._auto()
             case "handoff":
@@ -76,7 +89,8 @@ class Generation:
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
-        self._local.close()
+        if self._local is not None:
+            self._local.close()
 
     def _auto(self) -> AutoArm:
         resources, router = self._resources, self._resources.router
@@ -84,7 +98,7 @@ class Generation:
         return AutoArm(
             self.sequence,
             self.stats,
-            LocalPredictor(self._local, resources.confidence_head, router.confidence),
+            LocalPredictor(self._model, resources.confidence_head, router.confidence),
             RemoteQuery(self._token_session(), self.sequence, self.stats, router.local),
             partial(router.plan, goal, resources.replicas),
             self.arm,
@@ -92,15 +106,15 @@ class Generation:
         )
 
     def _handoff(self) -> HandoffArm:
+        from isthmus.edge_agent.language.arms.handoff import HandoffArm, handoff_opening
+
         assert self._resources.handoff is not None  # checked before the answer begins
         handoff, settings = self._resources.handoff
-        opening = handoff_opening(self._resources.replicas.fingerprint, self.sequence, handoff, settings)
-        session = self._session(handoff.fingerprint, opening)
-        return HandoffArm(self.sequence, session, self.stats, self._local, handoff, settings, self._fallback())
+        session = self._session(handoff.fingerprint, handoff_opening(self.sequence, handoff, settings))
+        return HandoffArm(self.sequence, session, self.stats, self._model, handoff, settings, self._fallback())
 
     def _token_session(self) -> RemoteSession:
-        prefill_layers = self._resources.config.prefill_layers
-        return self._session(b"", token_opening(self._resources.replicas.fingerprint, self.sequence, prefill_layers))
+        return self._session(b"", token_opening(self.sequence, self._resources.config.prefill_layers))
 
     def _session(self, kind: bytes, opening: MakeOpening) -> RemoteSession:
         """The answer's session of a kind, which all its arms share."""
@@ -113,12 +127,18 @@ class Generation:
     def _draft(self) -> Draft | None:
         if self._resources.config.draft == "lookup":
             return LookupDraft()
-        return self._local if len(self.sequence) < self._local.context else None
+        return self._local if self._local is not None and len(self.sequence) < self._local.context else None
 
     def _fallback(self) -> Fallback | None:
-        return self._decode_alone if self._resources.config.on_loss == "alone" else None
+        alone = self._local is not None and self._resources.config.on_loss == "alone"
+        return self._decode_alone if alone else None
 
     def _decode_alone(self, tokens: Sequence[int]) -> Token | None:
-        if len(tokens) > self._local.context:
+        if len(tokens) > self._model.context:
             return None
-        return local_token(self._local.logits(tokens), self.sequence.request, len(tokens))
+        return local_token(self._model.logits(tokens), self.sequence.request, len(tokens))
+
+    @property
+    def _model(self) -> LocalSession:
+        assert self._local is not None  # checked before the answer begins
+        return self._local

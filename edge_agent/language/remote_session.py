@@ -29,14 +29,14 @@ FALLBACK_PATIENCE_S = 10.0  # where the local model can answer: it reads a full 
 ATTEMPTS = 4  # streams in a row without a token; then the cloud counts as lost
 
 Fallback = Callable[[Sequence[int]], Token | None]  # the local model's next token; None: the text is too long for it
-MakeOpening = Callable[[bytes, int], Opening]  # session id, tokens that the replica holds
+MakeOpening = Callable[[bytes, bytes, int], Opening]  # fingerprint of the model, session id, tokens held there
 
 
-def token_opening(model: bytes, sequence: AnswerSequence, prefill_layers: int) -> MakeOpening:
+def token_opening(sequence: AnswerSequence, prefill_layers: int) -> MakeOpening:
     """How a session of tokens is opened."""
     request = sequence.request
 
-    def opening(session: bytes, held: int) -> Opening:
+    def opening(model: bytes, session: bytes, held: int) -> Opening:
         return Opening(
             model=model,
             session=session,
@@ -104,7 +104,7 @@ class RemoteSession:
         self._patience_s = FALLBACK_PATIENCE_S if fallback else PATIENCE_S
         while not done():
             generated = self._sequence.generated
-            link = self._replicas.best(self._stalled) if attempts < ATTEMPTS else None
+            link = self._best() if attempts < ATTEMPTS else None
             if link is None:
                 yield from self._fall_back(fallback, failure if attempts == ATTEMPTS else None, done)
             else:
@@ -117,7 +117,7 @@ class RemoteSession:
     def prepare(self) -> bool:
         """Choose a replica before `tokens` does; False when there is none."""
         if not self.connected:
-            self._link = self._replicas.best(self._stalled)
+            self._link = self._best()
         return self._link is not None
 
     def open(self) -> None:
@@ -125,7 +125,7 @@ class RemoteSession:
         self._leave_retired()
         if self._stream is None:
             self._reopened = None
-            self._stream = self._used.open_generate_stream()
+            self._stream = self._new_stream()
         held = self._handle.held if self._handle.target == self._used.target else 0
         self._send_opening(held)
 
@@ -135,7 +135,7 @@ class RemoteSession:
             raise LinkDown("the cloud keeps losing this session")
         self._reopened = self._sequence.generated
         if self._leave_retired():
-            self._stream = self._used.open_generate_stream()
+            self._stream = self._new_stream()
         self._send_opening(0)
 
     @property
@@ -198,6 +198,13 @@ class RemoteSession:
         assert self._stream is not None  # rounds follow an opening
         return self._stream
 
+    def _best(self) -> LanguageLink | None:
+        """The replica to use now; None: none can go on with the answer."""
+        return self._replicas.best(self._stalled, self._sequence)
+
+    def _new_stream(self) -> GenerateStream:
+        return self._used.open_generate_stream(self._replicas.pin(self._sequence).vocab)
+
     def _leave_retired(self) -> bool:
         """Disconnect from a stream that was closed for want of use. Returns whether it was."""
         retired = self._stream is not None and self._stream.retired
@@ -206,7 +213,7 @@ class RemoteSession:
         return retired
 
     def _send_opening(self, held: int) -> None:
-        self._open_stream.open(self._make_opening(self._handle.session, held))
+        self._open_stream.open(self._make_opening(self._sequence.cloud_model, self._handle.session, held))
         self._handle.target, self._handle.held = self._used.target, held
 
     def _attempt(
@@ -240,11 +247,11 @@ class RemoteSession:
                     raise failure
                 self._stalled.clear()  # there is no other way left than to be patient
                 self._patience_s = PATIENCE_S
-                self._replicas.wait(self._cancelled)
+                self._replicas.wait(self._cancelled, self._sequence)
                 return
             self._stats.degrade("no cloud answers")
             self._stats.fell_back = True
             self._sequence.append(token.id)
             yield token
-            if self._replicas.best(self._stalled) is not None:
+            if self._best() is not None:
                 return

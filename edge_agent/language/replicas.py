@@ -1,4 +1,4 @@
-"""The replicas that hold one language model: which to use now, and which sessions they may still hold.
+"""The replicas that hold the cloud's model: which to use now, and which sessions they may still hold.
 
 Sessions in the cloud are caches; the tokens, which count, are here.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from isthmus.edge_agent.language.cloud_model import CloudModel, label
+from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.transport.language_link import LanguageLink
-from isthmus.models.errors import AnswerCancelled, LinkDown
+from isthmus.models.errors import AnswerCancelled, LinkDown, PeerError
 from isthmus.models.language.drafts import shared_length
-from isthmus.models.messages import SESSION_BYTES
+from isthmus.models.messages import SESSION_BYTES, ModelInfo
 
 MAX_IDLE_SESSIONS = 32  # remembered for the next turn of their chats
 MIN_REUSED_TOKENS = 16  # a shorter common prefix is not worth a session of its own
@@ -35,9 +37,9 @@ class SessionHandle:
 class Replicas:
     """Links in order of preference; one that fails goes to the end."""
 
-    def __init__(self, links: Sequence[LanguageLink], fingerprint: bytes, wait_s: float) -> None:
-        """`wait_s`: how long to wait for a replica when nothing else can answer."""
-        self.fingerprint = fingerprint
+    def __init__(self, links: Sequence[LanguageLink], cloud: CloudModel, wait_s: float) -> None:
+        """`cloud`: the model that they hold. `wait_s`: how long to wait for a replica when nothing else can answer."""
+        self.cloud = cloud
         self._links = list(links)
         self._wait_s = wait_s
         self._idle: list[SessionHandle] = []
@@ -49,9 +51,36 @@ class Replicas:
     def __iter__(self) -> Iterator[LanguageLink]:
         return iter(self._links)
 
-    def best(self, besides: Collection[LanguageLink] = ()) -> LanguageLink | None:
-        """The first whose breaker is not open, and which is none of `besides`."""
+    @property
+    def model(self) -> ModelInfo | None:
+        """What is declared of the model that they hold; None until one has answered."""
+        return self.cloud.info
+
+    def best(
+        self, besides: Collection[LanguageLink] = (), sequence: AnswerSequence | None = None
+    ) -> LanguageLink | None:
+        """The first whose breaker is not open, and which is none of `besides`; None where `sequence` needs others."""
+        if sequence is not None and not self._serve(sequence):
+            return None
         return next((link for link in self._links if link.state != "open" and link not in besides), None)
+
+    def pin(self, sequence: AnswerSequence) -> ModelInfo:
+        """The model that decides tokens of an answer, from now on no other one. Raises LinkDown."""
+        model = self.model
+        if model is None or not self._serve(sequence):
+            raise LinkDown("the cloud's model was replaced in mid-answer")
+        sequence.cloud_model = model.fingerprint
+        return model
+
+    def _serve(self, sequence: AnswerSequence) -> bool:
+        """Whether the model can continue an answer: it reads its ids, ends it alike, and began it or begins it."""
+        model, request = self.model, sequence.request
+        if model is None or request.vocabulary not in (b"", model.tokenizer.vocabulary):
+            return False
+        if model.numerics == "engine" and request.sampling.temperature > 0 and request.arm != "cloud":
+            return False
+        begins = not sequence.generated or not sequence.cloud_model
+        return sequence.ends_at(model.end_ids) and (begins or sequence.cloud_model == model.fingerprint)
 
     def record_failure(self, link: LanguageLink, error: Exception) -> None:
         """Prefer the others from now on, and this one only after it answers a probe."""
@@ -59,15 +88,42 @@ class Replicas:
         with self._lock:
             self._links = [*(other for other in self._links if other is not link), link]
 
-    def wait(self, cancelled: threading.Event) -> LanguageLink:
-        """Wait for a replica. Raises LinkDown after `wait_s`, AnswerCancelled when `cancelled` is set."""
+    def wait(self, cancelled: threading.Event, sequence: AnswerSequence | None = None) -> LanguageLink:
+        """Wait for a replica that can go on with `sequence`.
+
+        Raises LinkDown after `wait_s`, AnswerCancelled when `cancelled` is set.
+        """
         until_s = time.monotonic() + self._wait_s
-        while (link := self.best()) is None:
+        while (link := self.best(sequence=sequence)) is None:
             if time.monotonic() > until_s:
-                raise LinkDown(f"no cloud answered within {self._wait_s:.0f} s")
+                raise LinkDown(self._nobody())
             if cancelled.wait(POLL_S):
                 raise AnswerCancelled("the answer was given up")
         return link
+
+    def wait_model(self, cancelled: threading.Event) -> None:
+        """Wait until a replica has said what it holds.
+
+        Raises LinkDown after `wait_s`, PeerError as soon as every replica has answered and none can be used,
+        AnswerCancelled when `cancelled` is set.
+        """
+        until_s = time.monotonic() + self._wait_s
+        while self.model is None:
+            if len(problems := self.cloud.problems) == len(self._links):
+                raise PeerError(described(problems))
+            if time.monotonic() > until_s:
+                raise LinkDown(self._nobody())
+            if cancelled.wait(POLL_S):
+                raise AnswerCancelled("the answer was given up")
+
+    def _nobody(self) -> str:
+        """Why nobody goes on with an answer."""
+        text, problems = f"no cloud answered within {self._wait_s:.0f} s", self.cloud.problems
+        if problems:
+            text += f"; {described(problems)}"
+        elif self.best() is not None and self.model is not None:
+            text = f"the cloud now holds {label(self.model)}, which cannot go on with this answer"
+        return text
 
     def acquire(self, prompt: Sequence[int], kind: bytes = b"") -> SessionHandle:
         """The idle session of this kind that shares most with `prompt`, for one answer alone, or a new one."""
@@ -92,3 +148,8 @@ class Replicas:
         """Close every link."""
         for link in self._links:
             link.close()
+
+
+def described(problems: Mapping[str, str]) -> str:
+    """What is wrong with replicas, for a person."""
+    return "; ".join(f"cloud {target}: {problem}" for target, problem in problems.items())

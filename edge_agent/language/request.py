@@ -22,7 +22,8 @@ class GenerationRequest:
     """A request for one answer.
 
     top_logprobs: None for no log probabilities, 0 for the token's own, n for the n likeliest as well. quality, for
-    auto: the share of tokens that are what the cloud's model would choose; None for the owner's.
+    auto: the share of tokens that are what the cloud's model would choose; None for the owner's. vocabulary: of the
+    tokenizer that encoded the prompt; empty for the one that `tokenizer_for(arm)` gives.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +32,7 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     top_logprobs: int | None = None
     quality: float | None = None
+    vocabulary: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +99,11 @@ class GenerationBackend(Protocol):
         """Of the model."""
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
     def aliases(self) -> tuple[str, ...]:
         """Other names of the model."""
 
-    @property
-    def sampling(self) -> Sampling:
-        """What the model's makers recommend, where a request states nothing."""
+    def tokenizer_for(self, arm: Arm) -> Tokenizer:
+        """What encodes prompts for an arm, and decodes its answers. Raises IsthmusError while it is not known."""
 
     def arm_context(self, arm: Arm) -> int:
         """Tokens of prompt and answer together, by this arm."""

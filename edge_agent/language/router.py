@@ -26,9 +26,17 @@ PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a local model with so many
 class Router:
     """What is known of the local model, of drafts and of the cloud's speed, over many answers."""
 
-    def __init__(self, config: LanguageConfig, levels: Sequence[OffloadLevel], handoff: HandoffEstimate | None) -> None:
-        """`levels`: of the local model's confidence; none without a bundle that has them."""
-        self._config, self._levels, self._handoff = config, tuple(levels), handoff
+    def __init__(
+        self,
+        config: LanguageConfig,
+        levels: Sequence[OffloadLevel] = (),
+        handoff: HandoffEstimate | None = None,
+        weights: bytes = b"",
+    ) -> None:
+        """`levels`: of the local model's confidence; none without a bundle that has them. Both count while the cloud
+        holds the `weights` of this fingerprint, for which they were measured.
+        """
+        self._config, self._levels, self._handoff, self._weights = config, tuple(levels), handoff, weights
         prior = 1 - self._levels[0].wrong if self._levels else PRIOR_ACCEPTANCE[config.device_bits]
         self.local = SpeculationStats(acceptance=Acceptance(prior))  # of drafts by the local model
         self.lookup = SpeculationStats()  # of drafts by prompt lookup
@@ -47,16 +55,17 @@ class Router:
 
     def plan(self, goal: RoutingGoal, replicas: Replicas, usable: bool, now: Arm | None) -> ArmPlan:
         """The best arm for the next tokens. `usable`: the local model can continue; `now`: the current arm."""
-        link = replicas.best() or next(iter(replicas))
+        link, model = replicas.best() or next(iter(replicas)), replicas.model
         latency = self.drafts.latency(link.estimate.rtt_s)
-        drafts = usable or self._config.draft == "lookup"
-        local = self._local_estimate(goal) if usable else None
-        handoff = self._handoff if usable else None
+        same = model is not None and model.fingerprint == self._weights
+        drafts = (usable or self._config.draft == "lookup") and (model is None or "verify" in model.arms)
+        local = self._local_estimate(goal, self._levels if same else ()) if usable else None
+        handoff = self._handoff if usable and same else None
         estimates = estimate_arms(goal, latency, drafts, self.local.draft_s.value, local, handoff)
         return choose(estimates, goal, now)
 
-    def _local_estimate(self, goal: RoutingGoal) -> LocalEstimate | None:
+    def _local_estimate(self, goal: RoutingGoal, levels: Sequence[OffloadLevel]) -> LocalEstimate | None:
         if goal.quality <= 0:
             return LocalEstimate(likely=0, offload_rate=0)
-        level = level_for(self._levels, goal.quality) if goal.quality < 1 else None
+        level = level_for(levels, goal.quality) if goal.quality < 1 else None
         return self.confidence.local_estimate(level) if level else None

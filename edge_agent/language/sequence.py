@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from isthmus.edge_agent.language.request import GenerationRequest
@@ -14,6 +15,7 @@ class AnswerSequence:
         self.request = request
         self.tokens = list(request.prompt)
         self.finished = False  # an end-of-text token, or as many tokens as requested
+        self.cloud_model = b""  # fingerprint of the cloud's model that decides tokens of it; empty: none has
         self._eos_ids = eos_ids
 
     def __len__(self) -> int:
@@ -37,6 +39,10 @@ class AnswerSequence:
     def ends(self, token: int) -> bool:
         """Whether `token` marks the end of a text."""
         return token in self._eos_ids
+
+    def ends_at(self, ids: Iterable[int]) -> bool:
+        """Whether these are the tokens that end it."""
+        return self._eos_ids == frozenset(ids)
 
     def append(self, token: int) -> None:
         """Commit one token."""

@@ -46,8 +46,13 @@ class TextInterface:
     They raise InvalidInput for what cannot be answered, AgentClosed after `close`, and IsthmusError as `generate`.
     """
 
-    tokenizer: Tokenizer
-    context: int
+    def tokenizer_for(self, arm: Arm) -> Tokenizer:
+        """What encodes prompts for an arm, and decodes its answers."""
+        raise NotImplementedError
+
+    def arm_context(self, arm: Arm) -> int:
+        """Tokens of prompt and answer together, by this arm."""
+        raise NotImplementedError
 
     def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
         """Tokens as they are committed, and last a Summary."""
@@ -63,7 +68,7 @@ class TextInterface:
         stop: Sequence[str] = (),
     ) -> TextAnswer:
         """The whole answer."""
-        return whole(list(self._events(self._request(prompt, max_tokens, arm, sampling), stop)))
+        return whole(list(self._events(prompt, max_tokens, arm, sampling, stop)))
 
     def stream(
         self,
@@ -75,7 +80,7 @@ class TextInterface:
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Pieces of the answer as they are there. Closing it, or leaving its loop, ends the answer."""
-        return pieces(self._events(self._request(prompt, max_tokens, arm, sampling), stop))
+        return pieces(self._events(prompt, max_tokens, arm, sampling, stop))
 
     async def aanswer(
         self,
@@ -87,7 +92,7 @@ class TextInterface:
         stop: Sequence[str] = (),
     ) -> TextAnswer:
         """As `answer`, for asyncio. A task that is cancelled ends at once, and generation before the next token."""
-        events = self._events(self._request(prompt, max_tokens, arm, sampling), stop)
+        events = self._events(prompt, max_tokens, arm, sampling, stop)
         return whole([event async for event in in_threads(events)])
 
     def astream(
@@ -100,17 +105,20 @@ class TextInterface:
         stop: Sequence[str] = (),
     ) -> AsyncGenerator[str, None]:
         """As `stream`, for asyncio. A task that is cancelled ends at once, and generation before the next token."""
-        return in_threads(pieces(self._events(self._request(prompt, max_tokens, arm, sampling), stop)))
+        return in_threads(pieces(self._events(prompt, max_tokens, arm, sampling, stop)))
 
-    def _events(self, request: GenerationRequest, stop: Sequence[str]) -> Iterator[AnswerEvent]:
+    def _events(
+        self, prompt: Prompt, max_tokens: int | None, arm: Arm, sampling: Sampling, stop: Sequence[str]
+    ) -> Iterator[AnswerEvent]:
         listed = isinstance(stop, Sequence) and not isinstance(stop, str)
         if not listed or not all(isinstance(each, str) and each for each in stop):
             raise InvalidInput("stop is a list of strings, none of them empty")
-        return detokenize(self.generate(request), Detokenizer(self.tokenizer, stop))
-
-    def _request(self, prompt: Prompt, max_tokens: int | None, arm: Arm, sampling: Sampling) -> GenerationRequest:
-        ids = tuple(self.tokenizer.chat(messages_of(prompt)))
-        return GenerationRequest(ids, self.context if max_tokens is None else max_tokens, arm, sampling)
+        messages, tokenizer = messages_of(prompt), self.tokenizer_for(arm)
+        length = self.arm_context(arm) if max_tokens is None else max_tokens
+        request = GenerationRequest(
+            tuple(tokenizer.chat(messages)), length, arm, sampling, vocabulary=tokenizer.vocabulary
+        )
+        return detokenize(self.generate(request), Detokenizer(tokenizer, stop))
 
 
 def whole(events: Sequence[AnswerEvent]) -> TextAnswer:

@@ -16,23 +16,22 @@ class LanguageLink(CloudLink):
     """Opens `Generate` streams. Safe to call from several threads."""
 
     def __init__(
-        self, target: str, match: Match, vocab: int, tls: Tls | None = None, breaker: BreakerLimits = BreakerLimits()
+        self, target: str, match: Match, tls: Tls | None = None, breaker: BreakerLimits = BreakerLimits()
     ) -> None:
-        """`match` checks what the cloud holds, a model of `vocab` token ids. Does not wait for the cloud."""
+        """`match` checks what the cloud holds. Does not wait for the cloud."""
         super().__init__(target, tls, breaker, match.lost)
-        self._vocab = vocab
         self._generating = WeakSet[GenerateStream]()
         self._start(match, self._retire_idle)
 
-    def open_generate_stream(self) -> GenerateStream:
-        """Open a `Generate` stream for one answer.
+    def open_generate_stream(self, vocab: int) -> GenerateStream:
+        """Open a `Generate` stream for one answer of a model with so many token ids.
 
         Raises LinkDown while the breaker is open, AgentClosed after `close`.
         """
         self._lifetime.check()
         if (reason := self.unavailable_reason()) is not None:
             raise LinkDown(reason)
-        stream = GenerateStream(self._stub, self._vocab, self._on_reply)
+        stream = GenerateStream(self._stub, vocab, self._on_reply)
         self._generating.add(stream)
         return stream
 

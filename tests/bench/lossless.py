@@ -29,14 +29,15 @@ from isthmus.edge_agent.language.agent import BREAKER
 from isthmus.edge_agent.language.arms.remote import RemoteArm
 from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.arms.verify import VerifyArm
+from isthmus.edge_agent.language.cloud_model import CloudModel, ReplicaMatch
 from isthmus.edge_agent.language.remote_session import RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
+from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache, cache_folder
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.edge_agent.transport.language_link import LanguageLink
-from isthmus.edge_agent.transport.link import HeldBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import Draft, LookupDraft, ModelDraft
 from isthmus.models.language.onnx.decoder import OnnxDecoder
@@ -73,9 +74,10 @@ class Bench:
 
     def __init__(self, checkpoint: Checkpoint, target: str, tokens: int, sampling: Sampling) -> None:
         self.checkpoint, self.tokens, self.sampling = checkpoint, tokens, sampling
-        link = LanguageLink(target, HeldBundle(checkpoint.fingerprint), checkpoint.config.vocab, None, BREAKER)
+        cloud = CloudModel(None, checkpoint, TokenizerCache(cache_folder()))
+        link = LanguageLink(target, ReplicaMatch(cloud, target), None, BREAKER)
         link.wait_probed(10.0)
-        self.replicas = Replicas([link], checkpoint.fingerprint, WAIT_S)
+        self.replicas = Replicas([link], cloud, WAIT_S)
         self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in MODELS.items()}
         self.tempos = {name: sparing() for name in MODELS}
         self.locks = {name: threading.Lock() for name in MODELS}
@@ -85,7 +87,7 @@ class Bench:
     ) -> tuple[list[int], GenerationStats]:
         request = GenerationRequest(prompt, self.tokens, "verify" if draft else "cloud", self.sampling)
         sequence, stats = AnswerSequence(request, self.checkpoint.tokenizer.eos_ids), GenerationStats()
-        session = RemoteSession(self.replicas, sequence, stats, token_opening(self.replicas.fingerprint, sequence, 0))
+        session = RemoteSession(self.replicas, sequence, stats, token_opening(sequence, 0))
         arm: VerifyArm | RemoteArm
         if draft is None:
             arm = RemoteArm(sequence, session, Rounds(session, sequence, stats, speculation), None)

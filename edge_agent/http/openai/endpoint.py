@@ -75,7 +75,7 @@ class Endpoint:
     async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
         """An error before the first byte is sent as a status, later as an event."""
         backend, stream, cancelled = self._state.backend, StreamWriter(send), threading.Event()
-        formatter = response_formatter(job, backend.tokenizer)
+        formatter = response_formatter(job)
         try:
             events = in_thread(generate_choices(backend, job, cancelled), cancelled)
             async with self._state.running(job.arm), aclosing(events):

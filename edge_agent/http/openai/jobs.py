@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from isthmus.edge_agent.http.openai.errors import ApiError
@@ -19,7 +19,7 @@ from isthmus.edge_agent.http.openai.schema import BaseRequest, ChatRequest, Comp
 from isthmus.edge_agent.language.request import GenerationBackend, GenerationRequest
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import ContextExceeded
-from isthmus.models.language.checkpoint.tokenizer import Message
+from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.messages import MAX_SEED, Sampling
 
 MAX_CHOICES = 128  # of all prompts of a request together: they are generated one after the other
@@ -42,17 +42,18 @@ class Job:
     stream: bool
     include_usage: bool
     echoed_prompts: tuple[str, ...]
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceSettings:
-    """What all choices of a job share. `max_tokens` may exceed `context`, in tokens; `sampling` is the default."""
+    """What all choices of a job share. `max_tokens` may exceed `context`, in tokens."""
 
     model: SelectedModel
     max_tokens: int
     top_logprobs: int | None
     context: int
-    sampling: Sampling
+    tokenizer: Tokenizer
 
 
 JobParser = Callable[[bytes, bool, GenerationBackend], Job]
@@ -64,15 +65,16 @@ def chat_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     model = select_model(body, private or body.private, backend)
+    tokenizer = backend.tokenizer_for(model.arm)
     context = backend.arm_context(model.arm)
     messages = [Message(message.role, message.content or "") for message in body.messages]
     with naming("messages"):
-        prompt = backend.tokenizer.chat(messages, context)
+        prompt = tokenizer.chat(messages, context)
     max_tokens = body.max_completion_tokens or body.max_tokens or context
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    settings = ChoiceSettings(model, max_tokens, top_logprobs, context, backend.sampling)
+    settings = ChoiceSettings(model, max_tokens, top_logprobs, context, tokenizer)
     requests = requests_for(body, tuple(prompt), settings, "messages")
-    return build_job("chat", body, model, requests, ("",) * len(requests))
+    return build_job("chat", body, settings, requests, ("",) * len(requests))
 
 
 def completion_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
@@ -80,16 +82,17 @@ def completion_job(data: bytes, private: bool, backend: GenerationBackend) -> Jo
     body = parse_request(CompletionRequest, data)
     check_completion(body)
     model = select_model(body, private or body.private, backend)
+    tokenizer = backend.tokenizer_for(model.arm)
     max_tokens, context = body.max_tokens or DEFAULT_COMPLETION_TOKENS, backend.arm_context(model.arm)
-    settings = ChoiceSettings(model, max_tokens, body.logprobs, context, backend.sampling)
+    settings = ChoiceSettings(model, max_tokens, body.logprobs, context, tokenizer)
     requests: list[GenerationRequest] = []
     echoed_prompts: list[str] = []
     for prompt in body.prompt:
-        ids = encode_prompt(prompt, backend, context)
+        ids = encode_prompt(prompt, tokenizer, context)
         requests += requests_for(body, ids, settings, "prompt")
-        text = prompt if isinstance(prompt, str) else backend.tokenizer.decode(ids)
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         echoed_prompts += [text if body.echo else ""] * body.n
-    return build_job("completion", body, model, requests, echoed_prompts)
+    return build_job("completion", body, settings, requests, echoed_prompts)
 
 
 def check_completion(body: CompletionRequest) -> None:
@@ -103,13 +106,13 @@ def check_completion(body: CompletionRequest) -> None:
         raise ApiError(400, message, param="prompt")
 
 
-def encode_prompt(prompt: str | Sequence[int], backend: GenerationBackend, context: int) -> tuple[int, ...]:
+def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context: int) -> tuple[int, ...]:
     """The ids of a prompt, which may be given as ids. Raises ApiError for an id outside of the vocabulary."""
     if isinstance(prompt, str):
         with naming("prompt"):
-            backend.tokenizer.check_length(prompt, context)
-            return tuple(backend.tokenizer.encode(prompt))
-    size = backend.tokenizer.size
+            tokenizer.check_length(prompt, context)
+            return tuple(tokenizer.encode(prompt))
+    size = tokenizer.size
     wrong = next((id for id in prompt if not 0 <= id < size), None)
     if wrong is not None:
         raise ApiError(400, f"prompt: token id {str(wrong)[:20]}, expected 0 to {size - 1}", param="prompt")
@@ -129,11 +132,16 @@ def requests_for(
             "which leaves no room for an answer"
         )
         raise ApiError(400, message, param=param, code="context_length_exceeded")
-    max_tokens, model = min(settings.max_tokens, room), settings.model
-    return [
-        GenerationRequest(prompt, max_tokens, model.arm, sampling, settings.top_logprobs, model.quality)
-        for sampling in samplings(body, settings.sampling)
-    ]
+    max_tokens, model, tokenizer = min(settings.max_tokens, room), settings.model, settings.tokenizer
+    shared = GenerationRequest(
+        prompt,
+        max_tokens,
+        model.arm,
+        top_logprobs=settings.top_logprobs,
+        quality=model.quality,
+        vocabulary=tokenizer.vocabulary,
+    )
+    return [replace(shared, sampling=sampling) for sampling in samplings(body, tokenizer.sampling)]
 
 
 def samplings(body: BaseRequest, recommended: Sampling) -> list[Sampling]:
@@ -156,18 +164,19 @@ def naming(param: str) -> Iterator[None]:
 def build_job(
     kind: Kind,
     body: BaseRequest,
-    model: SelectedModel,
+    settings: ChoiceSettings,
     requests: Sequence[GenerationRequest],
     echoed_prompts: Sequence[str],
 ) -> Job:
     return Job(
         kind=kind,
-        model=model.name,
-        arm=model.arm,
+        model=settings.model.name,
+        arm=settings.model.arm,
         requests=tuple(requests),
         n=body.n,
         stops=tuple(body.stop),
         stream=body.stream,
         include_usage=body.stream_options.include_usage,
         echoed_prompts=tuple(echoed_prompts),
+        tokenizer=settings.tokenizer,
     )

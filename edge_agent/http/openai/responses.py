@@ -15,14 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from isthmus.edge_agent.http.openai.jobs import Job
 from isthmus.edge_agent.language.detokenize import Outcome, TextDelta, bytes_of
 from isthmus.edge_agent.language.request import Token
-
-if TYPE_CHECKING:
-    from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot represent
 Json = dict[str, Any]
@@ -35,9 +32,9 @@ class ResponseFormatter(ABC):
     response_object: str
     prefix: str
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._tokenizer = tokenizer
+        self._tokenizer = job.tokenizer
         self._with_logprobs = job.requests[0].top_logprobs is not None
         self._common = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
@@ -125,8 +122,8 @@ class CompletionFormatter(ResponseFormatter):
     response_object = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
-        super().__init__(job, tokenizer)
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
         self._offsets = [len(echo) for echo in job.echoed_prompts]
 
     def opening(self, index: int) -> Json | None:
@@ -171,8 +168,8 @@ class CompletionFormatter(ResponseFormatter):
         return bytes_of(self._tokenizer, id).decode("utf-8", "replace")
 
 
-def response_formatter(job: Job, tokenizer: Tokenizer) -> ResponseFormatter:
-    return ChatFormatter(job, tokenizer) if job.kind == "chat" else CompletionFormatter(job, tokenizer)
+def response_formatter(job: Job) -> ResponseFormatter:
+    return ChatFormatter(job) if job.kind == "chat" else CompletionFormatter(job)
 
 
 def text_of(deltas: Sequence[TextDelta]) -> str:

@@ -28,7 +28,7 @@ ChoiceEvent = tuple[int, AnswerEvent]  # index of the choice, event
 def generate_choices(backend: GenerationBackend, job: Job, cancelled: threading.Event) -> Iterator[ChoiceEvent]:
     """The events of a job's choices, in turn; `cancelled` ends a wait for the local model or the cloud."""
     for index, request in enumerate(job.requests):
-        detokenizer = Detokenizer(backend.tokenizer, job.stops, continues=job.kind == "completion")
+        detokenizer = Detokenizer(job.tokenizer, job.stops, continues=job.kind == "completion")
         events = detokenize(backend.generate(request, cancelled), detokenizer)
         try:
             for event in events:

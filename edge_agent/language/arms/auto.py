@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from isthmus.edge_agent.language.local_model import LocalSession
 from isthmus.edge_agent.language.remote_query import RemoteQuery
 from isthmus.edge_agent.language.remote_session import Fallback
 from isthmus.edge_agent.language.request import Token, local_token
@@ -23,6 +22,9 @@ from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm, ArmPlan, ConfidenceStats
 from isthmus.models.language.sampling import Floats
+
+if TYPE_CHECKING:  # it brings ONNX Runtime
+    from isthmus.edge_agent.language.local_model import LocalSession
 
 SPAN_TOKENS = 16  # after so many the router is asked again
 MAX_AHEAD = 32  # tokens decoded after one that the cloud has not decided yet

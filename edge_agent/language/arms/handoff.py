@@ -159,13 +159,11 @@ class HandoffArm:
         return committed
 
 
-def handoff_opening(
-    model: bytes, sequence: AnswerSequence, handoff: HandoffBundle, settings: HandoffSettings
-) -> MakeOpening:
+def handoff_opening(sequence: AnswerSequence, handoff: HandoffBundle, settings: HandoffSettings) -> MakeOpening:
     """How a session of hidden states is opened."""
     request = sequence.request
 
-    def opening(session: bytes, held: int) -> Opening:
+    def opening(model: bytes, session: bytes, held: int) -> Opening:
         return Opening(
             model=model,
             session=session,

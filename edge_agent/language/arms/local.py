@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import TYPE_CHECKING
 
-from isthmus.edge_agent.language.local_model import LocalSession
 from isthmus.edge_agent.language.request import Token, local_token
 from isthmus.edge_agent.language.sequence import AnswerSequence
+
+if TYPE_CHECKING:  # it brings ONNX Runtime
+    from isthmus.edge_agent.language.local_model import LocalSession
 
 
 class LocalArm:

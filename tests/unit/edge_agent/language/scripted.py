@@ -56,6 +56,12 @@ class ScriptedBackend:
     started: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)
 
+    def __post_init__(self) -> None:
+        self.tokenizer.sampling = self.sampling
+
+    def tokenizer_for(self, arm: Arm) -> Tokenizer:
+        return self.tokenizer
+
     def arms(self) -> tuple[Arm, ...]:
         return ("auto", "edge", "cloud", "verify") if self.cloud else ("auto", "edge")
 

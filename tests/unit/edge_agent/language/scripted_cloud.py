@@ -8,21 +8,38 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from isthmus.cloud_service.language.sequence import TokenSequence
+from isthmus.edge_agent.language.cloud_model import BoundModel, CloudModel
 from isthmus.edge_agent.language.request import Source
+from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.models.errors import ContextGone, DeadlineExceeded, LinkDown
 from isthmus.models.language.sampling import Floats, choose
-from isthmus.models.messages import GREEDY, Committed, Opening, Round, Sampling
+from isthmus.models.messages import GREEDY, Committed, ModelInfo, Opening, Round, Sampling, TokenizerInfo
 from isthmus.protos import wire_session
 
 VOCAB, EOS = 11, 0
 ENDS = frozenset({EOS})
+
+
+def declared(name: str = "big", **changed: Any) -> ModelInfo:
+    """What the clouds declare of the model that their brain is."""
+    tokenizer = TokenizerInfo(bytes(32), 1, b"v" * 32)
+    made = ModelInfo(b"themodel".ljust(32), name, VOCAB, 10_000, "bitwise", tokenizer, (EOS,), ("cloud", "verify"))
+    return replace(made, **changed)
+
+
+def bound(model: ModelInfo | None = None) -> CloudModel:
+    """The cloud's model as an agent knows it once a cloud has answered."""
+    made = CloudModel(None, None, TokenizerCache(Path("/nowhere")))
+    made.bound = BoundModel(model or declared(), tokenizer=None)  # type: ignore[arg-type]
+    return made
 
 
 class Brain:
@@ -103,7 +120,7 @@ class Cloud:
     def alive(self, timeout_s: float) -> bool:
         return self.living
 
-    def open_generate_stream(self) -> Talk:
+    def open_generate_stream(self, vocab: int) -> Talk:
         self.talks.append(Talk(self, random.Random(self.seed + len(self.talks))))
         return self.talks[-1]
 

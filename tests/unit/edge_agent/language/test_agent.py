@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,25 +180,6 @@ def test_an_answer_given_up_lets_the_next_one_run(agent: LanguageAgent) -> None:
         assert threads.submit(said, agent, GenerationRequest((65, 66), 3, "edge")).result(30)[1].tokens == 3
 
 
-def test_a_smaller_model_on_the_device(folder: Path, tmp_path: Path) -> None:
-    small = write_tiny_llama(tmp_path / "small", layers=1, seed=5, scale=0.3, context=32)
-    with LanguageAgent(LanguageConfig(str(folder), device_model=str(small), threads=1)) as agent:
-        assert (agent.name, agent.context) == ("tiny", 32)
-        ours, _ = said(agent, GenerationRequest((65, 66, 67), 8, "edge"))
-    with LanguageAgent(LanguageConfig(str(small), threads=1)) as alone:
-        assert said(alone, GenerationRequest((65, 66, 67), 8, "edge"))[0] == ours
-
-
-def test_a_device_model_with_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(folder, tmp_path / "other")
-    content = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(BundleError, match="other has another tokenizer than tiny"):
-        LanguageAgent(LanguageConfig(str(folder), device_model=str(other)))
-
-
 def test_a_missing_model_is_refused() -> None:
     with pytest.raises(BundleError, match="no such file"):
         LanguageAgent(LanguageConfig("/nowhere"))
@@ -294,5 +273,10 @@ def test_a_bundle_of_another_model_is_refused(folder: Path, bundle: Path, tmp_pa
     other = write_tiny_llama(tmp_path / "other", seed=5)
     with pytest.raises(BundleError, match="belongs to the model"):
         lost_agent(other, handoff=bundle)
-    with pytest.raises(InvalidInput, match="a device model of its own has no part"):
-        lost_agent(folder, handoff=bundle, device_model=str(other))
+
+
+def test_an_agent_needs_a_model_or_a_cloud() -> None:
+    with pytest.raises(InvalidInput, match="needs a model, a cloud, or both"):
+        LanguageAgent(LanguageConfig())
+    with pytest.raises(InvalidInput, match="a handoff bundle belongs to the device's model"):
+        LanguageAgent(LanguageConfig(clouds=(NOWHERE,), handoff=Path("/nowhere")))

@@ -24,7 +24,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import LookupDraft
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from tests.bench.tiny_llama import write_tiny_llama
-from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
+from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, bound
 
 CONTEXT = 32
 
@@ -47,12 +47,12 @@ def generation(decoder: OnnxDecoder, cloud: Cloud) -> Iterator[Any]:
 
     def make(tokens: int = 5, **settings: Any) -> Generation:
         config = LanguageConfig(model="tiny", clouds=("a:1",), **settings)
-        router = Router(config, (), None)
+        router = Router(config)
         local = LocalModel(decoder, None, router.local)
-        replicas = Replicas([cloud], b"themodel", 0.05)  # type: ignore[list-item]
+        replicas = Replicas([cloud], bound(), 0.05)  # type: ignore[list-item]
         settings_of_handoff: Any = None
-        resources = Resources(config, ENDS, local, replicas, router, None, settings_of_handoff)
-        made.append(Generation(resources, GenerationRequest((1,) * tokens, 4, "auto")))
+        resources = Resources(config, local, b"v" * 32, replicas, router, None, settings_of_handoff)
+        made.append(Generation(resources, GenerationRequest((1,) * tokens, 4, "auto"), ENDS))
         return made[-1]
 
     yield make

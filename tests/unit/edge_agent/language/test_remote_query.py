@@ -15,7 +15,7 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.errors import ContextGone, LinkDown, ServiceError
 from isthmus.models.messages import Committed
-from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, Talk
+from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, Talk, bound
 
 PROMPT = (3, 1, 4, 1, 5)
 BRAIN = Brain(2, ends=False)
@@ -27,8 +27,8 @@ class Scene:
     def __init__(self, cloud: Cloud) -> None:
         self.cloud = cloud
         self.sequence, self.stats = AnswerSequence(GenerationRequest(PROMPT, 100, "auto"), ENDS), GenerationStats()
-        replicas = Replicas([cloud], b"themodel", 0.05)  # type: ignore[list-item]
-        opening = token_opening(b"themodel", self.sequence, 0)
+        replicas = Replicas([cloud], bound(), 0.05)  # type: ignore[list-item]
+        opening = token_opening(self.sequence, 0)
         self.session = RemoteSession(replicas, self.sequence, self.stats, opening)
         self.query = RemoteQuery(self.session, self.sequence, self.stats, SpeculationStats())
 

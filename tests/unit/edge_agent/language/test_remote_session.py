@@ -15,21 +15,21 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.models.errors import AnswerCancelled, DeadlineExceeded, LinkDown
 from isthmus.models.messages import Committed, Round, Sampling
 from isthmus.protos.wire_session import checksum
-from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
+from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, bound
 
 PROMPT = tuple(1 + index % 9 for index in range(40))
 BRAIN = Brain(1, ends=False)
 
 
 def session(*clouds: Cloud) -> tuple[RemoteSession, Replicas, AnswerSequence, GenerationStats]:
-    replicas = Replicas(clouds, b"themodel", 0.05)  # type: ignore[arg-type]
+    replicas = Replicas(clouds, bound(), 0.05)  # type: ignore[arg-type]
     sequence, stats = AnswerSequence(GenerationRequest(PROMPT, 8, "cloud"), ENDS), GenerationStats()
-    return RemoteSession(replicas, sequence, stats, token_opening(b"themodel", sequence, 3)), replicas, sequence, stats
+    return RemoteSession(replicas, sequence, stats, token_opening(sequence, 3)), replicas, sequence, stats
 
 
 def test_an_opening_names_the_session_and_brings_what_the_replica_lacks() -> None:
     request = GenerationRequest(PROMPT, 8, "cloud", Sampling(0.5, seed=3), top_logprobs=2)
-    opening = token_opening(b"themodel", AnswerSequence(request, ENDS), 3)(b"name", 35)
+    opening = token_opening(AnswerSequence(request, ENDS), 3)(b"themodel", b"name", 35)
     assert (opening.model, opening.session, opening.start, opening.tokens) == (b"themodel", b"name", 35, PROMPT[35:])
     assert opening.crc32 == checksum(PROMPT), "of all tokens, whoever has them"
     assert (opening.sampling, opening.logprobs, opening.prefill_layers) == (request.sampling, 2, 3)
@@ -56,7 +56,7 @@ def test_a_wait_for_the_cloud_ends_when_the_answer_is_given_up() -> None:
     cloud = Cloud(BRAIN, fault=lambda answer: DeadlineExceeded("no answer yet"))
     cancelled = threading.Event()
     sequence = AnswerSequence(GenerationRequest(PROMPT, 8, "cloud"), ENDS)
-    replicas, opening = Replicas([cloud], b"themodel", 0.05), token_opening(b"themodel", sequence, 3)  # type: ignore[list-item]
+    replicas, opening = Replicas([cloud], bound(), 0.05), token_opening(sequence, 3)  # type: ignore[list-item]
     remote = RemoteSession(replicas, sequence, GenerationStats(), opening, b"", cancelled)
     assert remote.prepare()
     remote.open()

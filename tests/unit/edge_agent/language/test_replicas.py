@@ -7,6 +7,7 @@ import pytest
 
 from isthmus.edge_agent.language.replicas import MAX_IDLE_SESSIONS, MIN_REUSED_TOKENS, Replicas, SessionHandle
 from isthmus.models.errors import AnswerCancelled, LinkDown
+from tests.unit.edge_agent.language.scripted_cloud import bound
 
 TEXT = tuple(range(100))
 
@@ -27,7 +28,7 @@ class Way:
 
 
 def replicas(*ways: Any, wait_s: float = 0.05) -> Replicas:
-    return Replicas(ways, bytes(32), wait_s)
+    return Replicas(ways, bound(), wait_s)
 
 
 def held(length: int, text: tuple[int, ...] = TEXT) -> SessionHandle:

@@ -9,6 +9,7 @@ from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.router import PRIOR_ACCEPTANCE, Router
 from isthmus.edge_agent.policy.arms import HandoffEstimate
 from isthmus.models.language.handoff.manifest import OffloadLevel
+from tests.unit.edge_agent.language.scripted_cloud import declared
 
 LEVELS = (OffloadLevel(likely=0.0, asked=0.0, wrong=0.1), OffloadLevel(likely=0.8, asked=0.1, wrong=0.01))
 HANDOFF = HandoffEstimate(quality=0.96, offload_rate=0.4, work=1 / 3, state_bytes=250)
@@ -16,6 +17,8 @@ HANDOFF = HandoffEstimate(quality=0.96, offload_rate=0.4, work=1 / 3, state_byte
 
 class Links(list[Any]):
     """Replicas whose links have one round trip."""
+
+    model = declared()
 
     def best(self) -> Any:
         return self[0] if self else None
@@ -28,7 +31,7 @@ def links(rtt_s: float = 0.05) -> Any:
 def router(
     levels: tuple[OffloadLevel, ...] = LEVELS, handoff: HandoffEstimate | None = HANDOFF, **config: Any
 ) -> Router:
-    made = Router(LanguageConfig(model="m", **config), levels, handoff)
+    made = Router(LanguageConfig(model="m", **config), levels, handoff, declared().fingerprint)
     made.local.draft_s.observe(0.01)
     return made
 

@@ -12,7 +12,9 @@ import pytest
 from isthmus.edge_agent import LanguageAgent, LanguageConfig, Sampling, TextAnswer
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.language.text import TextInterface
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import AgentClosed, InvalidInput
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
@@ -24,7 +26,13 @@ class Scripted(TextInterface):
 
     def __init__(self, **settings: Any) -> None:
         self.backend = ScriptedBackend(**settings)
-        self.tokenizer, self.context = self.backend.tokenizer, self.backend.context
+        self.context = self.backend.context
+
+    def tokenizer_for(self, arm: Arm) -> Tokenizer:
+        return self.backend.tokenizer_for(arm)
+
+    def arm_context(self, arm: Arm) -> int:
+        return self.backend.arm_context(arm)
 
     def generate(self, request: GenerationRequest) -> Iterator[Token | Summary]:
         return self.backend.generate(request)

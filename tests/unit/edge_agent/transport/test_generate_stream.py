@@ -88,7 +88,7 @@ def cloud() -> Iterator[Cloud]:
 
 @pytest.fixture
 def link(cloud: Cloud) -> Iterator[LanguageLink]:
-    made = LanguageLink(f"127.0.0.1:{cloud.port}", HeldBundle(FINGERPRINT), VOCAB, None, BreakerLimits(1, 0.05, 0.1))
+    made = LanguageLink(f"127.0.0.1:{cloud.port}", HeldBundle(FINGERPRINT), None, BreakerLimits(1, 0.05, 0.1))
     assert made.wait_probed(10)
     yield made
     made.close()
@@ -294,7 +294,7 @@ def test_a_stream_that_the_cloud_ends_is_link_down() -> None:
     pb_grpc.add_IsthmusServicer_to_server(Ending(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    other = LanguageLink(f"127.0.0.1:{port}", HeldBundle(FINGERPRINT), VOCAB)
+    other = LanguageLink(f"127.0.0.1:{port}", HeldBundle(FINGERPRINT))
     stream = GenerateStream(other._stub, VOCAB, lambda reply: None)
     assert stream.receive(5) == ANSWER
     with pytest.raises(LinkDown, match="ended the stream"):
@@ -331,7 +331,7 @@ def test_closing_cancels_a_call_that_the_cloud_works_on(cloud: Cloud, stream: Ge
 
 def test_a_stream_updates_the_breaker_of_its_link(cloud: Cloud, link: LanguageLink) -> None:
     assert link.state == "half_open"
-    opened = link.open_generate_stream()
+    opened = link.open_generate_stream(VOCAB)
     opened.open(OPENING)
     opened.send(Round(3))
     assert opened.receive(5) == ANSWER
@@ -343,12 +343,12 @@ def test_a_stream_updates_the_breaker_of_its_link(cloud: Cloud, link: LanguageLi
         opened.receive(5)
     assert link.state == "open"
     with pytest.raises(LinkDown, match="gone"):
-        link.open_generate_stream()
+        link.open_generate_stream(VOCAB)
     opened.close()
     cloud.servicer.described.set()
     until(lambda: link.state == "half_open")
     cloud.servicer.react = answers
-    link.open_generate_stream().close()
+    link.open_generate_stream(VOCAB).close()
 
 
 def test_a_recorded_failure_opens_the_breaker_until_a_probe(cloud: Cloud, link: LanguageLink) -> None:
@@ -356,7 +356,7 @@ def test_a_recorded_failure_opens_the_breaker_until_a_probe(cloud: Cloud, link: 
     link.record_failure("it is full")
     assert link.state == "open"
     with pytest.raises(LinkDown, match="full"):
-        link.open_generate_stream()
+        link.open_generate_stream(VOCAB)
     cloud.servicer.described.set()
     until(lambda: link.state == "half_open")
 
@@ -366,7 +366,7 @@ def test_a_stream_updates_the_estimate_of_its_link(
 ) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(link._health._estimator, "observe", lambda up_bytes, seconds: sizes.append(up_bytes))
-    opened = link.open_generate_stream()
+    opened = link.open_generate_stream(VOCAB)
     opened.open(OPENING)
     opened.send(Round(3))
     opened.receive(5)
@@ -387,7 +387,7 @@ def test_alive_asks_the_cloud_at_once(cloud: Cloud, link: LanguageLink) -> None:
 def test_an_idle_stream_is_half_closed_and_what_is_sent_later_says_so(
     cloud: Cloud, link: LanguageLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = link.open_generate_stream()
+    opened = link.open_generate_stream(VOCAB)
     opened.open(OPENING)
     opened.send(Round(3))
     monkeypatch.setattr(limits, "IDLE_STREAM_S", 0.0)
@@ -402,7 +402,7 @@ def test_an_idle_stream_is_half_closed_and_what_is_sent_later_says_so(
 def test_a_stream_over_which_something_is_due_stays_open(cloud: Cloud, link: LanguageLink, monkeypatch: Any) -> None:
     cloud.servicer.react = lambda request, context: []
     monkeypatch.setattr(limits, "IDLE_STREAM_S", 0.0)
-    opened = link.open_generate_stream()
+    opened = link.open_generate_stream(VOCAB)
     opened.open(OPENING)
     opened.send(Round(3))
     link._retire_idle()
@@ -417,8 +417,8 @@ def test_a_stream_over_which_something_is_due_stays_open(cloud: Cloud, link: Lan
 
 
 def test_a_stream_after_close_is_a_clear_error(cloud: Cloud) -> None:
-    link = LanguageLink(f"127.0.0.1:{cloud.port}", HeldBundle(FINGERPRINT), VOCAB)
+    link = LanguageLink(f"127.0.0.1:{cloud.port}", HeldBundle(FINGERPRINT))
     assert link.wait_probed(10)
     link.close()
     with pytest.raises(AgentClosed, match="was closed"):
-        link.open_generate_stream()
+        link.open_generate_stream(VOCAB)

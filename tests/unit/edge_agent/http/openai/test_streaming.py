@@ -20,7 +20,7 @@ from isthmus.edge_agent.language.detokenize import Outcome, TextDelta
 from isthmus.edge_agent.language.request import Token
 from isthmus.models.language.checkpoint import gguf_tokenizer
 from tests.bench.tiny_sentencepiece import gguf_fields
-from tests.unit.edge_agent.http.openai.bodies import BACKEND, chat, completion
+from tests.unit.edge_agent.http.openai.bodies import chat, completion
 from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
 HELLO = (TextDelta(Token(104, "edge"), "h"),)
@@ -112,7 +112,7 @@ def test_an_error_of_the_events_is_raised_after_those_before_it() -> None:
 def test_a_response_and_its_stream_have_the_same_choices() -> None:
     job = chat(n=2)
     events: list[ChoiceEvent] = [(0, HELLO), (0, HELLO), (0, END), (1, HELLO), (1, ()), (1, END)]
-    formatter = response_formatter(job, BACKEND.tokenizer)
+    formatter = response_formatter(job)
     response = asyncio.run(collect_response(formatter, job, from_list(events)))
     assert [choice["message"]["content"] for choice in response["choices"]] == ["hh", "h"]  # type: ignore[attr-defined]
     chunks = asyncio.run(collect(stream_chunks(formatter, job, from_list(events))))
@@ -125,7 +125,7 @@ def test_nothing_is_streamed_before_the_first_event() -> None:
         raise ZeroDivisionError
         yield
 
-    formatter = response_formatter(chat(), BACKEND.tokenizer)
+    formatter = response_formatter(chat())
     with pytest.raises(ZeroDivisionError):
         asyncio.run(anext(stream_chunks(formatter, chat(), failing())))  # type: ignore[arg-type]
 

@@ -23,7 +23,7 @@ from isthmus.models.errors import LinkDown
 from isthmus.models.language.handoff.manifest import OffloadLevel
 from isthmus.models.language.sampling import Floats
 from isthmus.models.messages import GREEDY, Sampling
-from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
+from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, bound
 
 TOKENS = 60
 PROMPT = (3, 4)
@@ -77,10 +77,10 @@ class Answer:
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
     def __post_init__(self) -> None:
-        replicas = Replicas([self.cloud], b"themodel", 1.0)  # type: ignore[list-item]
+        replicas = Replicas([self.cloud], bound(), 1.0)  # type: ignore[list-item]
         request = GenerationRequest(self.prompt, TOKENS, "auto", self.sampling)
         self.sequence = AnswerSequence(request, ENDS)
-        opening = token_opening(b"themodel", self.sequence, 0)
+        opening = token_opening(self.sequence, 0)
         self.session = RemoteSession(replicas, self.sequence, self.stats, opening)
         model: Any = Model(self.logits, self.context)
         local = LocalPredictor(model, EveryNth(self.every, len(self.prompt)), self.confidence)

@@ -12,7 +12,7 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.errors import LinkDown
 from isthmus.models.messages import GREEDY, Sampling
-from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
+from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, bound
 
 PROMPT = (3, 1, 4, 1, 5)
 
@@ -21,8 +21,8 @@ def answer(
     cloud: Cloud, fallback: Fallback | None = None, sampling: Sampling = GREEDY
 ) -> tuple[list[Token], GenerationStats]:
     sequence, stats = AnswerSequence(GenerationRequest(PROMPT, 20, "cloud", sampling), ENDS), GenerationStats()
-    replicas = Replicas([cloud], b"themodel", 0.05)  # type: ignore[list-item]
-    session = RemoteSession(replicas, sequence, stats, token_opening(b"themodel", sequence, 0))
+    replicas = Replicas([cloud], bound(), 0.05)  # type: ignore[list-item]
+    session = RemoteSession(replicas, sequence, stats, token_opening(sequence, 0))
     rounds = Rounds(session, sequence, stats, SpeculationStats())
     return list(RemoteArm(sequence, session, rounds, fallback).tokens()), stats
 

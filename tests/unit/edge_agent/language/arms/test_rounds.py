@@ -13,7 +13,7 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.errors import ServiceError
 from isthmus.models.messages import Committed
-from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud
+from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, bound
 
 PROMPT = (3, 1, 4, 1, 5)
 BRAIN = Brain(3, ends=False)
@@ -26,8 +26,8 @@ class Scene:
     def __init__(self) -> None:
         self.cloud = Cloud(BRAIN, width=64)
         self.sequence, self.stats = AnswerSequence(GenerationRequest(PROMPT, 20, "verify"), ENDS), GenerationStats()
-        replicas = Replicas([self.cloud], b"themodel", 0.05)  # type: ignore[list-item]
-        session = RemoteSession(replicas, self.sequence, self.stats, token_opening(b"themodel", self.sequence, 0))
+        replicas = Replicas([self.cloud], bound(), 0.05)  # type: ignore[list-item]
+        session = RemoteSession(replicas, self.sequence, self.stats, token_opening(self.sequence, 0))
         session.prepare()
         self.rounds = Rounds(session, self.sequence, self.stats, SpeculationStats())
         self.rounds.open()

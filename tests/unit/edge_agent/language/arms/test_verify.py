@@ -25,7 +25,7 @@ from isthmus.models.language.drafts import LookupDraft
 from isthmus.models.language.sampling import log_softmax
 from isthmus.models.messages import GREEDY, Committed, Round, Sampling
 from isthmus.protos.limits import MAX_DRAFT
-from tests.unit.edge_agent.language.scripted_cloud import ENDS, EOS, VOCAB, Brain, Cloud, Talk
+from tests.unit.edge_agent.language.scripted_cloud import ENDS, EOS, VOCAB, Brain, Cloud, Talk, bound
 
 PROMPT = (3, 1, 4, 1, 5)
 SAMPLED = Sampling(temperature=0.8, top_p=0.9, seed=7)
@@ -76,10 +76,10 @@ class Answer:
         **ask: Any,
     ) -> None:
         self.clouds = clouds
-        self.replicas = replicas or Replicas(clouds, bytes(8), 0.05)  # type: ignore[arg-type]
+        self.replicas = replicas or Replicas(clouds, bound(), 0.05)  # type: ignore[arg-type]
         self.ask = GenerationRequest(prompt, count, "verify", **ask)
         self.sequence, self.stats = AnswerSequence(self.ask, ENDS), GenerationStats()
-        opening = token_opening(self.replicas.fingerprint, self.sequence, 0)
+        opening = token_opening(self.sequence, 0)
         self.session = RemoteSession(self.replicas, self.sequence, self.stats, opening)
         known = latency or speculation()
         self.arm: RemoteArm | VerifyArm
@@ -299,7 +299,7 @@ def test_alone_from_the_first_token_on_it_says_why() -> None:
 def test_it_waits_for_a_cloud_when_told_to() -> None:
     brain = Brain(10, ends=False)
     cloud = Cloud(brain, away=2, fault=at(3, error=LinkDown("gone")))  # back at the second look
-    answer = Answer(cloud, replicas=Replicas([cloud], bytes(8), 5.0)).run()  # type: ignore[list-item]
+    answer = Answer(cloud, replicas=Replicas([cloud], bound(), 5.0)).run()  # type: ignore[list-item]
     assert answer.ids == brain.answer(PROMPT, 20)
     assert not answer.stats.degraded
     assert [talk.openings[0].start for talk in cloud.talks] == [0, 0]  # what it lost with the link is not known
@@ -320,7 +320,7 @@ def test_a_text_too_long_for_the_device_waits_for_the_cloud() -> None:
     answer = Answer(
         cloud,
         alone=lambda text: alone(text) if len(text) < len(PROMPT) + 8 else None,
-        replicas=Replicas([cloud], bytes(8), 5.0),  # type: ignore[list-item]
+        replicas=Replicas([cloud], bound(), 5.0),  # type: ignore[list-item]
     ).run()
     assert answer.ids == brain.answer(PROMPT, 20)
     assert not answer.stats.degraded
@@ -411,7 +411,7 @@ def test_a_silent_cloud_that_is_dead_is_lost_and_its_link_told() -> None:
 def test_an_answer_given_up_early_closes_its_conversation_and_keeps_its_seat() -> None:
     brain = Brain(20, ends=False)
     cloud = Cloud(brain)
-    replicas = Replicas([cloud], bytes(8), 1.0)  # type: ignore[list-item]
+    replicas = Replicas([cloud], bound(), 1.0)  # type: ignore[list-item]
     prompt = tuple(1 + index % 9 for index in range(40))
     first = Answer(cloud, prompt=prompt, replicas=replicas, draft=Source(brain, 1.0))
     tokens = first.arm.tokens()
@@ -430,7 +430,7 @@ def test_an_answer_given_up_early_closes_its_conversation_and_keeps_its_seat() -
 def test_a_seat_that_the_cloud_has_forgotten_costs_one_more_opening() -> None:
     brain = Brain(21, ends=False)
     cloud = Cloud(brain)
-    replicas = Replicas([cloud], bytes(8), 1.0)  # type: ignore[list-item]
+    replicas = Replicas([cloud], bound(), 1.0)  # type: ignore[list-item]
     prompt = tuple(1 + index % 9 for index in range(40))
     said = Answer(cloud, prompt=prompt, replicas=replicas).run().ids
     cloud.texts.clear()
@@ -444,7 +444,7 @@ def test_a_seat_that_the_cloud_has_forgotten_costs_one_more_opening() -> None:
 def test_a_seat_in_one_cloud_is_not_looked_for_in_another() -> None:
     brain = Brain(22, ends=False)
     first, second = Cloud(brain, "a"), Cloud(brain, "b")
-    replicas = Replicas([first, second], bytes(8), 1.0)  # type: ignore[list-item]
+    replicas = Replicas([first, second], bound(), 1.0)  # type: ignore[list-item]
     prompt = tuple(1 + index % 9 for index in range(40))
     said = Answer(first, prompt=prompt, replicas=replicas).run().ids
     replicas.record_failure(first, LinkDown("gone"))  # type: ignore[arg-type]
@@ -456,7 +456,7 @@ def test_a_seat_in_one_cloud_is_not_looked_for_in_another() -> None:
 def test_a_cloud_that_has_not_answered_holds_nothing_for_the_next_turn() -> None:
     brain = Brain(22, ends=False)
     first, second = Cloud(brain, "a"), Cloud(brain, "b", fault=at(0, error=InvalidInput("not now")))
-    replicas = Replicas([first, second], bytes(8), 1.0)  # type: ignore[list-item]
+    replicas = Replicas([first, second], bound(), 1.0)  # type: ignore[list-item]
     prompt = tuple(1 + index % 9 for index in range(40))
     turn = (*prompt, *Answer(first, prompt=prompt, replicas=replicas).run().ids, 2)
     replicas.record_failure(first, LinkDown("gone"))  # type: ignore[arg-type]
@@ -535,7 +535,7 @@ def test_a_round_is_sent_while_others_are_under_way() -> None:
 
     brain = Brain(26, ends=False)
     cloud = Cloud(brain)
-    cloud.open_generate_stream = lambda: cloud.talks.append(Slow(cloud, random.Random(0))) or cloud.talks[-1]  # type: ignore
+    cloud.open_generate_stream = lambda vocab: cloud.talks.append(Slow(cloud, random.Random(0))) or cloud.talks[-1]  # type: ignore
     answer = Answer(cloud, count=60, draft=Source(brain, 1.0), latency=speculation(acceptance=0.99))
     next(iter(answer))
     rounds = cloud.talks[0].rounds

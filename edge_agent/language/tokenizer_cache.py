@@ -1,0 +1,83 @@
+"""Tokenizers of clouds' models: kept on this machine by content, fetched once.
+
+    file of that SHA-256 -> the tokenizer
+    none, or another content -> fetched, verified, read, and only then written, whole or not at all
+
+Knows nothing about gRPC or about models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from isthmus.models.errors import BundleError, InvalidReply
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.messages import TokenizerInfo
+
+
+def cache_folder() -> Path:
+    """Where fetched tokenizers are kept: `isthmus/tokenizers` in XDG_CACHE_HOME, by default ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "isthmus/tokenizers"
+
+
+class TokenizerCache:
+    """A folder, which need not exist or be writable. Safe to call from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()  # replicas that answer at once fetch one after the other, and the second finds it
+
+    def get(self, info: TokenizerInfo, fetch: Callable[[TokenizerInfo], bytes]) -> Tokenizer:
+        """The tokenizer that a cloud declares. Raises InvalidReply for one that cannot be used, and as `fetch`."""
+        with self._lock:
+            raw = self._load(info)
+            fetched = raw is None
+            raw = fetch(info) if raw is None else raw
+            tokenizer = read(raw, info)
+            if fetched:
+                self._save(info, raw)
+            return tokenizer
+
+    def _load(self, info: TokenizerInfo) -> bytes | None:
+        path = self._folder / info.sha256.hex()
+        with suppress(OSError):
+            if path.stat().st_size == info.size_bytes:
+                raw = path.read_bytes()
+                return raw if hashlib.sha256(raw).digest() == info.sha256 else None
+        return None
+
+    def _save(self, info: TokenizerInfo, raw: bytes) -> None:
+        """Where that is not possible it is fetched again next time."""
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix="part-", delete=False) as part:
+                try:
+                    part.write(raw)
+                    part.close()
+                    os.replace(part.name, self._folder / info.sha256.hex())
+                except OSError:
+                    os.unlink(part.name)
+                    raise
+
+
+def read(raw: bytes, info: TokenizerInfo) -> Tokenizer:
+    """Raises InvalidReply for a tokenizer that cannot be read, or is of another vocabulary than declared."""
+    try:
+        tokenizer = Tokenizer.from_bytes(raw)
+    except BundleError as error:
+        raise InvalidReply(
+            f"the tokenizer {info.sha256.hex()[:12]} that the cloud sent cannot be used: {error}"
+        ) from error
+    if tokenizer.vocabulary != info.vocabulary:
+        raise InvalidReply(
+            f"the tokenizer {info.sha256.hex()[:12]} that the cloud sent has the vocabulary"
+            f" {tokenizer.vocabulary.hex()[:12]}, the cloud declares {info.vocabulary.hex()[:12]}"
+        )
+    return tokenizer
