@@ -52,7 +52,7 @@ def describe_device(device: torch.device) -> str:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor in host memory -> on the device. Work that is queued on the device after it sees the copy."""
-    return tensor if device.type == "cpu" else pinned(tensor).to(device, non_blocking=True)
+    return tensor if tensor.device == device else pinned(tensor).to(device, non_blocking=True)
 
 
 def download(tensor: Tensor) -> NDArray[Any]:

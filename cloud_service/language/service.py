@@ -22,7 +22,7 @@ from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.torch.decoder import DTYPES, Decoder
 from isthmus.models.language.torch.kv_pool import KVPool
-from isthmus.models.language.torch.paged_decoder import PagedDecoder, record_graph
+from isthmus.models.language.torch.paged_decoder import PagedDecoder, graphs_on
 from isthmus.models.messages import ModelInfo
 from isthmus.models.torch_device import CPU
 from isthmus.protos.limits import BUNDLE_ID_BYTES
@@ -124,7 +124,7 @@ def open_decoder(checkpoint: Checkpoint, config: CloudConfig, device: torch.devi
     if device.type == "cpu":
         return decoder
     pool = KVPool(checkpoint.config, decoder.dtype, device, config.context_bytes)
-    return PagedDecoder(decoder, pool, record_graph)
+    return PagedDecoder(decoder, pool, graphs_on(device))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from isthmus.models.language.packing import Floats
 from isthmus.models.language.torch.decoder import Decoder, Span, padded_tokens, rotate
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.layer import Linear
-from isthmus.models.torch_device import download
+from isthmus.models.torch_device import download, upload
 
 CACHED_FIRST_TOKENS = 64  # first tokens whose exact keys and values are cached
 EXACT_FIRST = EXACT_LAST = 16  # tokens of a prompt that go through all layers: later tokens attend to these most
@@ -51,7 +51,7 @@ class KVFill:
         The cache then ends after them. Raises ValueError above the model's context and leaves the length unchanged.
         """
         stop, width = start + len(states_NH), self._decoder.width
-        states_NH = states_NH.to(self._decoder.device)
+        states_NH = upload(states_NH, self._decoder.device)
         cache.reserve(padded_tokens(stop, self._decoder.config.context))
         if start == 0 and stop:
             self._write_first(cache, states_NH[:1])

@@ -14,7 +14,9 @@ Source of the running maximum: Dao et al., "FlashAttention" (NeurIPS 2022), sect
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.kv_pool import EMPTY, PADDING, KVPool, PagedKVCache
 from isthmus.models.torch_device import upload
+
+log = logging.getLogger("isthmus.models")
 
 CHUNK_TOKENS = 1024  # read by one product of attention; short sessions pay for one whole chunk
 
@@ -36,15 +40,36 @@ def record_nothing(run: Pass) -> Pass:
     return run
 
 
-def record_graph(run: Pass) -> Pass:
-    """The pass as a CUDA graph. Raises RuntimeError when it cannot be recorded."""
+def graphs_on(device: torch.device) -> Record:
+    """Records CUDA graphs, whose intermediate results share memory: only one pass runs at a time."""
+    return partial(record_graph, device, torch.cuda.graph_pool_handle())
+
+
+def record_graph(device: torch.device, memory: tuple[int, int], run: Pass) -> Pass:
+    """The pass as a CUDA graph; as it is, with a warning, where CUDA cannot record it.
+
+    `memory`: the pool of its intermediate results. Raises torch.OutOfMemoryError.
+    """
+    try:
+        with torch.cuda.device(device):
+            return replaying(run, memory)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        log.warning("a forward pass cannot be recorded on %s and is launched kernel by kernel: %s", device, reason)
+        return run
+
+
+def replaying(run: Pass, memory: tuple[int, int]) -> Pass:
+    """Record a pass on the current device."""
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         run()  # what libraries allocate in their first calls must not be recorded
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the thread of the photos goes on meanwhile
+    with torch.cuda.graph(graph, memory, capture_error_mode="thread_local"):  # the photos' thread goes on meanwhile
         out_NH = run()
 
     def replay() -> Tensor:
@@ -97,7 +122,7 @@ class PagedDecoder(Decoder):
         for span in spans:
             span.cache.reserve(span.start + span.count)
         chunks = self._place(spans)
-        self._x_NH.copy_(x_NH, non_blocking=True)
+        self._x_NH.copy_(upload(x_NH, self.device))
         if chunks not in self._passes:
             self._passes[chunks] = self._record(lambda: self._run_pass(chunks))
         x_NH = self._passes[chunks]().clone()  # the next pass writes into the same memory
@@ -107,27 +132,26 @@ class PagedDecoder(Decoder):
 
     def _place(self, spans: Sequence[Span]) -> int:
         """Copy to the device where each row is, writes and reads; the chunks of the pass that reaches all of it."""
-        layers, width, blocks = self._blocks_LNB.shape
-        positions_N = np.zeros(width, np.int64)
-        written_LN = np.full((layers, width), PADDING)
-        blocks_LNB = np.full((layers, width, blocks), EMPTY)
-        row, most = 0, 1
-        for span in spans:
+        stops = [-(-(span.start + span.count) // self._pool.block_tokens) for span in spans]  # blocks, of each span
+        chunks = 1 << (-(-max(stops, default=1) // self._chunk_blocks) - 1).bit_length()
+        chunks = min(chunks, self._most_chunks)
+        positions_N = np.zeros(self.width, np.int64)
+        written_LN = np.full(self._written_LN.shape, PADDING)
+        blocks_LNB = np.full((*written_LN.shape, chunks * self._chunk_blocks), EMPTY)
+        row = 0
+        for span, stop in zip(spans, stops, strict=True):
             assert isinstance(span.cache, PagedKVCache)
-            rows, held_LB = slice(row, row + span.count), span.cache.blocks_LB
+            rows, held_LB = slice(row, row + span.count), span.cache.blocks_LB[:, :stop]
             positions_N[rows] = np.arange(span.start, span.start + span.count)
             written_LN[:, rows] = held_LB[:, positions_N[rows] // self._pool.block_tokens]
-            blocks_LNB[:, rows, : held_LB.shape[1]] = held_LB[:, None]
+            blocks_LNB[:, rows, :stop] = held_LB[:, None]
             row += span.count
-            most = max(most, -(-held_LB.shape[1] // self._chunk_blocks))
-        chunks = min(1 << (most - 1).bit_length(), self._most_chunks)
-        read = slice(chunks * self._chunk_blocks)
         for place, array in (
             (self._positions_N, positions_N),
             (self._written_LN, written_LN),
-            (self._blocks_LNB[:, :, read], blocks_LNB[:, :, read]),
+            (self._blocks_LNB[:, :, : blocks_LNB.shape[2]], blocks_LNB),
         ):
-            place.copy_(upload(torch.from_numpy(array), self.device), non_blocking=True)
+            place.copy_(upload(torch.from_numpy(array), self.device))
         return chunks
 
     def _run_pass(self, chunks: int) -> Tensor:
