@@ -66,16 +66,20 @@ class PagedKVCache(KVCache):
         super().__init__(pool.config, layers, pool.dtype)
         self._pool, self._first = pool, layers.start
         self._owned: list[int] = []
-        self.blocks_LB: NDArray[np.int64] = np.zeros((len(layers), 0), np.int64)
+        self._blocks_LB: NDArray[np.int64] = np.zeros((len(layers), 0), np.int64)
         weakref.finalize(self, pool.give, self._owned)
 
     @property
     def capacity(self) -> int:
-        return self.blocks_LB.shape[1] * self._pool.block_tokens
+        return self._blocks_LB.shape[1] * self._pool.block_tokens
 
     @property
     def bytes(self) -> int:
-        return self.blocks_LB.size * self._pool.block_bytes
+        return self._blocks_LB.size * self._pool.block_bytes
+
+    def blocks(self, layers: range) -> NDArray[np.int64]:
+        """Numbers of the blocks (len(layers), steps) of some of its layers, in the order of their tokens."""
+        return self._blocks_LB[layers.start - self._first : layers.stop - self._first]
 
     def write(self, layer: int, start: int, keys_NKD: Tensor, values_NKD: Tensor) -> None:
         row = 0
@@ -88,17 +92,17 @@ class PagedKVCache(KVCache):
             row = stop
 
     def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
-        blocks = self.blocks_LB[layer - self._first].tolist()
+        blocks = self._blocks_LB[layer - self._first].tolist()
         keys_KTD = torch.cat([self._pool.keys_BKTD[block] for block in blocks], dim=1)
         values_KTD = torch.cat([self._pool.values_BKTD[block] for block in blocks], dim=1)
         return keys_KTD[:, :tokens], values_KTD[:, :tokens]
 
     def _grow(self) -> None:
-        taken = self._pool.take(len(self.blocks_LB))
+        taken = self._pool.take(len(self._blocks_LB))
         self._owned += taken
-        self.blocks_LB = np.concatenate([self.blocks_LB, np.array(taken, np.int64)[:, None]], axis=1)
+        self._blocks_LB = np.concatenate([self._blocks_LB, np.array(taken, np.int64)[:, None]], axis=1)
 
     def _at(self, layer: int, position: int) -> tuple[int, int]:
         """Block of a position, and its place there."""
         index, place = divmod(position, self._pool.block_tokens)
-        return int(self.blocks_LB[layer - self._first, index]), place
+        return int(self._blocks_LB[layer - self._first, index]), place

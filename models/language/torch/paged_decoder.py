@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def graphs_on(device: torch.device) -> Record:
     return partial(record_graph, device, torch.cuda.graph_pool_handle())
 
 
-def record_graph(device: torch.device, memory: tuple[int, int], run: Pass) -> Pass:
+def record_graph(device: torch.device, memory: Any, run: Pass) -> Pass:
     """The pass as a CUDA graph; as it is, with a warning, where CUDA cannot record it.
 
     `memory`: the pool of its intermediate results. Raises torch.OutOfMemoryError.
@@ -61,7 +62,7 @@ def record_graph(device: torch.device, memory: tuple[int, int], run: Pass) -> Pa
         return run
 
 
-def replaying(run: Pass, memory: tuple[int, int]) -> Pass:
+def replaying(run: Pass, memory: Any) -> Pass:
     """Record a pass on the current device."""
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
@@ -141,7 +142,7 @@ class PagedDecoder(Decoder):
         row = 0
         for span, stop in zip(spans, stops, strict=True):
             assert isinstance(span.cache, PagedKVCache)
-            rows, held_LB = slice(row, row + span.count), span.cache.blocks_LB[:, :stop]
+            rows, held_LB = slice(row, row + span.count), span.cache.blocks(self.layers)[:, :stop]
             positions_N[rows] = np.arange(span.start, span.start + span.count)
             written_LN[:, rows] = held_LB[:, positions_N[rows] // self._pool.block_tokens]
             blocks_LNB[:, rows, :stop] = held_LB[:, None]

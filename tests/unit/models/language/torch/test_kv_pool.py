@@ -82,5 +82,5 @@ def test_a_pool_that_is_full_says_so_and_a_cache_keeps_what_it_has() -> None:
     with pytest.raises(Overloaded, match="3 blocks of KV cache are needed, the device's memory has 0 left"):
         caches[0].reserve(GROWTH_TOKENS + 1)
     assert caches[0].capacity == GROWTH_TOKENS
-    taken = [block for cache in caches for block in cache.blocks_LB.flatten().tolist()]
+    taken = [block for cache in caches for block in cache.blocks(range(3)).flatten().tolist()]
     assert len(set(taken)) == len(taken) and not {PADDING, EMPTY} & set(taken)
