@@ -16,7 +16,7 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,12 +70,20 @@ class Case:
 class Bench:
     """Answers prompts through one link."""
 
-    def __init__(self, checkpoint: Checkpoint, target: str, tokens: int, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: str,
+        tokens: int,
+        sampling: Sampling,
+        models: Mapping[str, int] = MODELS,
+    ) -> None:
+        """`models`: drafts by the device's model, and the bits of its weights."""
         self.checkpoint, self.tokens, self.sampling = checkpoint, tokens, sampling
         link = Link(target, checkpoint.fingerprint, (checkpoint.config.vocab,), None, BREAKER)
         link.wait_probed(10.0)
         self.replicas = Replicas([link], checkpoint.fingerprint, WAIT_S)
-        self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in MODELS.items()}
+        self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in models.items()}
         self.tempos = {name: sparing() for name in MODELS}
         self.locks = {name: threading.Lock() for name in MODELS}
 

@@ -17,7 +17,7 @@ from isthmus.models.language.torch.paged_decoder import PagedDecoder, record_not
 from isthmus.models.torch_device import CPU
 from tests.unit.cloud_service.language.tiny import Device, EngineHarness, Scenario, StateDevice, plain, prompts
 
-PAGES = 4  # for all sessions: less than they need, so that some are evicted
+PAGES = 5  # for all sessions: less than they need, so that some are evicted
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def free_blocks(decoder: Decoder) -> int:
 
 def test_sessions_that_evict_each_other_write_what_plain_decoding_writes(scenario: Scenario, decoder: Decoder) -> None:
     async def play(harness: EngineHarness) -> None:
-        devices = [Device(harness, number, prompt) for number, prompt in enumerate(prompts(6, 60, 2))]
-        expected = [plain(decoder, device.tokens, 40) for device in devices]
+        devices = [Device(harness, number, prompt) for number, prompt in enumerate(prompts(4, 60, 2))]
+        expected = [plain(decoder, device.tokens, 30) for device in devices]
         for device in devices:
             await device.open()
-        writers = zip(devices, expected, map(np.random.default_rng, range(6)), strict=True)
+        writers = zip(devices, expected, map(np.random.default_rng, range(4)), strict=True)
         await asyncio.gather(*(device.write(tokens, rng) for device, tokens, rng in writers))
         assert [device.tokens[: len(tokens)] for device, tokens in zip(devices, expected, strict=True)] == expected
 
