@@ -8,12 +8,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from isthmus.models import torch_device
 from isthmus.models.errors import ServiceError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.torch import paged_decoder
+from isthmus.models.language.torch import kv_fill, paged_decoder
 from isthmus.models.language.torch.batch_invariance import check_batch_invariance, chunks, run_tokens
 from isthmus.models.language.torch.decoder import DTYPES, WIDTH, Decoder, Span
 from isthmus.models.language.torch.kv_cache import GROWTH_TOKENS
@@ -166,6 +168,30 @@ def test_far_positions_fit_into_the_pool(tiny: Checkpoint) -> None:
     for steps, far in ((1, []), (2, [256]), (3, [256, 512])):
         pool = KVPool(decoder.config, decoder.dtype, CPU, steps * step_bytes)
         assert PagedDecoder(decoder, pool, record_nothing).far_positions == far
+
+
+def test_on_a_device_nothing_is_computed_with_what_is_elsewhere(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device `meta`, which has shapes but no values. Hidden states may come from the host."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch_device, "pinned", lambda tensor: tensor)
+    monkeypatch.setattr(kv_fill, "download", lambda tensor: np.zeros(tensor.shape, np.float32))
+    loaded = Decoder.load(tiny, torch.bfloat16, WIDTH, meta)
+    decoder = PagedDecoder(loaded, KVPool(loaded.config, loaded.dtype, meta, 4 << 20), record_nothing)
+    cache = decoder.new_cache()
+    x_NH = decoder.forward(decoder.embed(IDS[:10]), [Span(cache, 0, 10)])
+    x_NH = decoder.forward(torch.zeros(WIDTH, decoder.config.hidden), [Span(cache, 10, 10)])
+    logits_NV = decoder.logits(x_NH)
+    assert {x_NH.device, logits_NV.device} == {meta} and logits_NV.shape == (WIDTH, decoder.config.vocab)
+    size, upper = decoder.config, decoder[1:]
+    outputs = 2 * size.kv_heads * size.head_dim
+    weight_LOH, bias_LO = np.zeros((2, outputs, size.hidden), np.float32), np.zeros((2, outputs), np.float32)
+    fill = kv_fill.KVFill(weight_LOH, bias_LO, upper)
+    filled = upper.new_cache()
+    fill.write(filled, 0, torch.zeros(WIDTH + 5, size.hidden))
+    fill.write(filled, WIDTH + 5, x_NH[:3])
+    assert filled.length == WIDTH + 8
 
 
 def test_where_cuda_records_nothing_kernels_are_launched_one_by_one(
