@@ -17,6 +17,7 @@ from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.language.torch.paged_decoder import PagedDecoder, record_nothing
 from isthmus.models.messages import ModelInfo, Opening, TokenizerInfo
 from isthmus.models.torch_device import CPU
+from tests.one_device import META
 from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.language.tiny import tiny_model
 
@@ -130,14 +131,12 @@ def test_a_model_that_does_not_fit_into_the_devices_memory_is_one_line(
 def test_on_a_device_a_model_has_all_memory_of_its_caches_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the device `meta`, which stands for one that is not the CPU."""
-    meta = torch.device("meta")
     monkeypatch.setattr(service_module, "graphs_on", lambda device: record_nothing)
     config = CloudConfig(dtype="float32", width=4, context_bytes=1 << 20)
-    decoder = open_decoder(tiny_model(tmp_path / "one", 0), config, meta)
+    decoder = open_decoder(tiny_model(tmp_path / "one", 0), config, META)
     assert isinstance(decoder, PagedDecoder) and decoder.precision == "float32/4/meta"
     blocks_BKTD = decoder._pool.keys_BKTD
-    assert blocks_BKTD.device == meta and config.context_bytes <= 2 * blocks_BKTD.nbytes < 2 * config.context_bytes
+    assert blocks_BKTD.device == META and config.context_bytes <= 2 * blocks_BKTD.nbytes < 2 * config.context_bytes
     assert type(open_decoder(tiny_model(tmp_path / "two", 0), config, CPU)) is Decoder
 
 

@@ -11,13 +11,13 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from isthmus.models import torch_device
 from isthmus.models.errors import BundleError
 from isthmus.models.vision import tail as tail_module
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.split import SplitClassifier
 from isthmus.models.vision.tail import Tail, load_split, open_tail
+from tests.one_device import META, OneDevice, without_pinning
 from tests.tiny_bundle import TINY, random_images
 
 IMAGES = random_images(3, seed=5)
@@ -145,19 +145,19 @@ def test_the_file_is_smaller_than_its_floats(tiny_bundle: Bundle) -> None:
 
 
 def test_on_a_device_all_of_a_batch_is_computed_there(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the device `meta`, which has shapes but no values and computes nothing with what is elsewhere."""
-    device, read = torch.device("meta"), list[torch.Tensor]()
+    read = list[torch.Tensor]()
 
     def download(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         read.append(tensor)
         return np.full(tensor.shape, 0.5, np.float32)
 
-    monkeypatch.setattr(torch_device, "pinned", lambda tensor: tensor)
+    without_pinning(monkeypatch)
     monkeypatch.setattr(tail_module, "download", download)
-    tail = open_tail(tiny_bundle, device)
-    assert tail.device == device
-    for tap in range(len(tiny_bundle.manifest.taps)):
-        answers = tail.latents_to_tasks(tap, random_latents(tiny_bundle, tap), [1, 0, 1], (0, 1))
-        assert [answer_BK.shape[0] for answer_BK in answers] == [3, 3]
-    tail.images_to_tasks(IMAGES, (0, 1))
-    assert {tensor.device for tensor in read} == {device}
+    tail = open_tail(tiny_bundle, META)
+    assert tail.device == META
+    with OneDevice():
+        for tap in range(len(tiny_bundle.manifest.taps)):
+            answers = tail.latents_to_tasks(tap, random_latents(tiny_bundle, tap), [1, 0, 1], (0, 1))
+            assert [answer_BK.shape[0] for answer_BK in answers] == [3, 3]
+        tail.images_to_tasks(IMAGES, (0, 1))
+    assert {tensor.device for tensor in read} == {META}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.models import torch_device
 from isthmus.models.errors import ServiceError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.torch import kv_fill, paged_decoder
@@ -23,6 +22,7 @@ from isthmus.models.language.torch.kv_pool import KVPool
 from isthmus.models.language.torch.paged_decoder import PagedDecoder, Pass, record_graph, record_nothing
 from isthmus.models.torch_device import CPU
 from tests.bench.tiny_llama import write_tiny_llama
+from tests.one_device import META, OneDevice, without_pinning
 
 CONTEXT = 3 * GROWTH_TOKENS - 40
 IDS = torch.randint(259, (CONTEXT,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -173,24 +173,22 @@ def test_far_positions_fit_into_the_pool(tiny: Checkpoint) -> None:
 def test_on_a_device_nothing_is_computed_with_what_is_elsewhere(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the device `meta`, which has shapes but no values. Hidden states may come from the host."""
-    meta = torch.device("meta")
-    monkeypatch.setattr(torch_device, "pinned", lambda tensor: tensor)
+    """Hidden states may come from the host."""
+    without_pinning(monkeypatch)
     monkeypatch.setattr(kv_fill, "download", lambda tensor: np.zeros(tensor.shape, np.float32))
-    loaded = Decoder.load(tiny, torch.bfloat16, WIDTH, meta)
-    decoder = PagedDecoder(loaded, KVPool(loaded.config, loaded.dtype, meta, 4 << 20), record_nothing)
-    cache = decoder.new_cache()
-    x_NH = decoder.forward(decoder.embed(IDS[:10]), [Span(cache, 0, 10)])
-    x_NH = decoder.forward(torch.zeros(WIDTH, decoder.config.hidden), [Span(cache, 10, 10)])
-    logits_NV = decoder.logits(x_NH)
-    assert {x_NH.device, logits_NV.device} == {meta} and logits_NV.shape == (WIDTH, decoder.config.vocab)
+    loaded = Decoder.load(tiny, torch.bfloat16, WIDTH, META)
+    decoder = PagedDecoder(loaded, KVPool(loaded.config, loaded.dtype, META, 4 << 20), record_nothing)
     size, upper = decoder.config, decoder[1:]
     outputs = 2 * size.kv_heads * size.head_dim
     weight_LOH, bias_LO = np.zeros((2, outputs, size.hidden), np.float32), np.zeros((2, outputs), np.float32)
-    fill = kv_fill.KVFill(weight_LOH, bias_LO, upper)
-    filled = upper.new_cache()
-    fill.write(filled, 0, torch.zeros(WIDTH + 5, size.hidden))
-    fill.write(filled, WIDTH + 5, x_NH[:3])
+    fill, cache, filled = kv_fill.KVFill(weight_LOH, bias_LO, upper), decoder.new_cache(), upper.new_cache()
+    with OneDevice():
+        x_NH = decoder.forward(decoder.embed(IDS[:10]), [Span(cache, 0, 10)])
+        x_NH = decoder.forward(torch.zeros(WIDTH, size.hidden), [Span(cache, 10, 10)])
+        logits_NV = decoder.logits(x_NH)
+        fill.write(filled, 0, torch.zeros(WIDTH + 5, size.hidden))
+        fill.write(filled, WIDTH + 5, x_NH[:3])
+    assert {x_NH.device, logits_NV.device} == {META} and logits_NV.shape == (WIDTH, size.vocab)
     assert filled.length == WIDTH + 8
 
 
