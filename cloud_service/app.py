@@ -22,6 +22,7 @@ from isthmus.cloud_service.server import Server
 from isthmus.cloud_service.servicer import Servicer
 from isthmus.cloud_service.vision import service as vision_service
 from isthmus.cloud_service.vision.worker import Worker
+from isthmus.models.torch_device import describe_device, open_device
 
 log = logging.getLogger("isthmus.cloud")
 
@@ -33,12 +34,15 @@ async def serve(config: CloudConfig) -> None:
     )  # asyncio's would cancel the start of gRPC, which then hangs
     if config.threads:
         torch.set_num_threads(config.threads)
+    device = open_device(config.device)
+    if config.device != "cpu":
+        log.info("computing on %s", describe_device(device))
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     queue = ByteBudget(config.queue_bytes)
-    vision = vision_service.load(config, registry)
+    vision = vision_service.load(config, registry, device)
     vision.metrics.watch(queue)
-    language = language_service.load(config, registry, queue)
+    language = language_service.load(config, registry, queue, device)
     server = Server(Servicer(vision, language, vision.metrics, queue), vision, language)
     ports = await server.start(config, registry)
     names = ", ".join(held(vision, language))

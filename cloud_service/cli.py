@@ -73,6 +73,8 @@ def main(check: str | None, show_config: bool, as_json: bool, **check_tls: Any) 
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # Or products' bits depend on where in memory their rows are, which differs between threads.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    # Or cuBLAS may share the memory of split sums between streams, and their order changes.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with needing("cloud"):
         from isthmus.cloud_service.app import serve  # PyTorch takes seconds to import, and --check runs often
 

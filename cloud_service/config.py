@@ -5,6 +5,7 @@ A field with a description is also an option, a name in the environment and a ke
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -20,6 +21,14 @@ from isthmus.models.settings import Flag, Settings
 
 PREFIX = "ISTHMUS_CLOUD"  # of names in the environment
 MAX_KEY_BYTES = 4096
+DEVICE = re.compile(r"cpu|auto|cuda(:[0-9]{1,3})?", re.ASCII)
+
+
+def device_name(name: str) -> str:
+    """Raises ValueError unless it names a device; whether that exists is not looked at."""
+    if not DEVICE.fullmatch(name):
+        raise ValueError("expected cpu, cuda, cuda:N or auto")
+    return name
 
 
 @dataclass(frozen=True)
@@ -141,13 +150,25 @@ class CloudConfig(Settings):
         Field(description="Handoff bundle of one of the models, which then completes tokens for devices; repeatable."),
         Flag("handoff"),
     ] = ()
+    device: Annotated[
+        str,
+        AfterValidator(device_name),
+        Field(
+            description="Where networks are computed: cpu, cuda, cuda:N for card N from 0, or auto for cuda where it"
+            " can be used, else cpu."
+        ),
+        Flag(metavar="NAME"),
+    ] = "cpu"
     dtype: Annotated[
         Literal["bfloat16", "float32"], Field(description="Number format of a language model's matrix products.")
     ] = "bfloat16"
     width: Annotated[int, Field(ge=1, le=256, description="Tokens in one forward pass of a language model.")] = 16
     context_bytes: Annotated[
         int,
-        Field(ge=1 << 20, description="Mebibytes for the KV caches of all sessions of a language model."),
+        Field(
+            ge=1 << 20,
+            description="Mebibytes for the KV caches of all sessions of a language model, in the device's memory.",
+        ),
         Flag("context_mb", 1 / (1 << 20)),
     ] = 2 << 30
     first_token_s: Annotated[

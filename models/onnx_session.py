@@ -1,7 +1,4 @@
-"""ONNX Runtime sessions: the one place that opens graphs, checks what they take and give, and names its errors.
-
-CPU only.
-"""
+"""ONNX Runtime sessions: the one place that opens graphs, checks what they take and give, and names its errors."""
 
 from __future__ import annotations
 
@@ -27,6 +24,7 @@ OP_TYPE = re.compile(
 )  # field 4, 4 bytes; numbers may be padded
 OP_TYPE_BYTES = 16
 
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 FLOAT, INT64 = "tensor(float)", "tensor(int64)"
 
 
@@ -48,8 +46,10 @@ class TensorSpec:
         return f"{self.type}[{', '.join('any' if size is None else str(size) for size in self.shape)}]"
 
 
-def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = False) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU; `threads` 0 for every core. `label` names the graph in errors.
+def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = False, cuda: int | None = None) -> Any:
+    """An `onnxruntime.InferenceSession`; `threads` 0 for every core. `label` names the graph in errors.
+
+    With `cuda` on that CUDA device, where this ONNX Runtime can use it (`uses_cuda`), else on the CPU.
 
     With `spinning`, threads spin while they wait for work within a run, which is faster for many small operators.
     Between runs they never spin: it drains the battery and takes the cores from the next session's run.
@@ -66,10 +66,22 @@ def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = Fal
     else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(graph, options, providers=providers(cuda))
     except Exception as error:  # onnxruntime's own classes share no public base
         reason = str(error).splitlines()[0][:200]
         raise BundleError(f"{label}: not a usable ONNX graph: {reason}") from error
+
+
+def providers(cuda: int | None) -> list[str | tuple[str, dict[str, int]]]:
+    """What may run a graph, the first wish first. ONNX Runtime itself leaves out what it cannot load."""
+    if cuda is None or CUDA_PROVIDER not in onnxruntime.get_available_providers():
+        return [CPU_PROVIDER]
+    return [(CUDA_PROVIDER, {"device_id": cuda, "use_tf32": 0}), CPU_PROVIDER]
+
+
+def uses_cuda(session: Any) -> bool:
+    """Whether a session computes on a CUDA device."""
+    return CUDA_PROVIDER in session.get_providers()
 
 
 def check_bounded(graph: bytes, label: str) -> None:

@@ -25,6 +25,7 @@ from isthmus.models.language.sampling import Floats
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_fill import KVFill
 from isthmus.models.messages import Committed, Opening
+from isthmus.models.torch_device import download
 from isthmus.protos.limits import BUNDLE_ID_BYTES, MAX_STATE_BYTES
 
 CACHED_FIRST_TOKENS = 64  # whose hidden states are cached: most chats begin with the same token
@@ -78,7 +79,7 @@ class FullRunner:
         ids, spans = gather(parts)
         needs_logits = any(isinstance(each, TokenSequence) and each.needs_logits(count) for each, count in parts)
         x_NH = self.decoder.forward(self.decoder.embed(ids), spans)
-        logits_NV = self.decoder.logits(x_NH).numpy() if needs_logits else None
+        logits_NV = download(self.decoder.logits(x_NH)) if needs_logits else None
         seconds, outcomes, start = time.monotonic() - started_s, list[Outcome](), 0
         for sequence, count in parts:
             assert isinstance(sequence, TokenSequence)
@@ -187,13 +188,13 @@ class SuffixRunner:
         if position == 0:
             return self._first_state(sequence.id_at(0))
         ids = [sequence.id_at(position - 1), sequence.id_at(position)]
-        embedded_MH = self._lower.embed(ids)[: len(ids)].numpy()
+        embedded_MH = download(self._lower.embed(ids)[: len(ids)])
         return torch.from_numpy(self._states.decode([state], embedded_MH, sequence.rate_at(position)))
 
     def _compute_first_state(self, id_: int) -> Tensor:
         """Of the first token, which depends on nothing else: coding it would cost as much quality as all others."""
         spans = [Span(self._lower.new_cache(), 0, 1)]
-        return self._lower.forward(self._lower.embed([id_]), spans)[:1].clone()
+        return self._lower.forward(self._lower.embed([id_]), spans)[:1].clone().cpu()
 
     def _forward(self, inputs: Sequence[SuffixInput]) -> Floats | None:
         """Logits (width, vocab), if a state decides a token."""
@@ -205,8 +206,7 @@ class SuffixRunner:
         x_NH = self.decoder.forward(x_NH, spans)
         if not any(each.sequence.needs_logits for each in inputs):
             return None
-        logits_NV: Floats = self.decoder.logits(x_NH).numpy()
-        return logits_NV
+        return download(self.decoder.logits(x_NH))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.byte_budget import ByteBudget
@@ -18,12 +20,15 @@ from isthmus.cloud_service.language.engines.relay import RelayHost
 from isthmus.cloud_service.language.handler import GenerateHandler
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.models.bundle.files import read_manifest
-from isthmus.models.errors import BundleError, EngineDown, UnknownBundle
+from isthmus.models.errors import BundleError, EngineDown, InvalidInput, UnknownBundle
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.torch.decoder import DTYPES, Decoder
+from isthmus.models.language.torch.kv_pool import KVPool
+from isthmus.models.language.torch.paged_decoder import PagedDecoder, graphs_on
 from isthmus.models.messages import ModelInfo
+from isthmus.models.torch_device import CPU
 from isthmus.protos.limits import BUNDLE_ID_BYTES
 
 
@@ -75,15 +80,18 @@ class LanguageService:
         raise UnknownBundle(f"model {model.hex()} is not held here, there is {held}")
 
 
-def load(config: CloudConfig, registry: CollectorRegistry, queue: ByteBudget) -> LanguageService:
+def load(
+    config: CloudConfig, registry: CollectorRegistry, queue: ByteBudget, device: torch.device = CPU
+) -> LanguageService:
     """All models of the configuration, warmed up. `queue`: for what sessions take beside their caches.
 
-    Raises BundleError, or ServiceError when a model's results would depend on the batch.
+    Raises BundleError, InvalidInput for more than the device's memory holds, or ServiceError when a model's results
+    would depend on the batch.
     """
     families = EngineMetricFamilies(registry)
     checkpoints = [Checkpoint.open(source) for source in config.models]
     handoffs = open_handoffs(config.handoffs, checkpoints)
-    engines = [load_model(each, handoffs[each.fingerprint], config, families, queue) for each in checkpoints]
+    engines = [load_model(each, handoffs[each.fingerprint], config, families, queue, device) for each in checkpoints]
     return LanguageService(engines, load_remote(config, registry, queue))
 
 
@@ -109,13 +117,40 @@ def load_model(
     config: CloudConfig,
     families: EngineMetricFamilies,
     queue: ByteBudget,
+    device: torch.device,
 ) -> LanguageEngine:
-    """One engine, warmed up. Raises BundleError, or ServiceError when results would depend on the batch."""
-    decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width)
+    """One engine, warmed up. Raises what `load` raises."""
     metrics = EngineMetrics(families, checkpoint.name)
     budget_bytes, first_token_s = config.context_bytes, config.first_token_s
-    engine = LanguageEngine(
-        checkpoint, decoder, budget_bytes, metrics, handoffs, queue=queue, first_token_s=first_token_s
-    )
-    engine.warm_up()
+    with within_memory(checkpoint.name, config, device):
+        engine = LanguageEngine(
+            checkpoint,
+            open_decoder(checkpoint, config, device),
+            budget_bytes,
+            metrics,
+            handoffs,
+            queue=queue,
+            first_token_s=first_token_s,
+        )
+        engine.warm_up()
     return engine
+
+
+def open_decoder(checkpoint: Checkpoint, config: CloudConfig, device: torch.device) -> Decoder:
+    """A decoder for the CPU, or for a CUDA device with all memory of its KV caches. Raises torch.OutOfMemoryError."""
+    decoder = Decoder.load(checkpoint, DTYPES[config.dtype], config.width, device)
+    if device.type == "cpu":
+        return decoder
+    pool = KVPool(checkpoint.config, decoder.dtype, device, config.context_bytes)
+    return PagedDecoder(decoder, pool, graphs_on(device))
+
+
+@contextmanager
+def within_memory(model: str, config: CloudConfig, device: torch.device) -> Iterator[None]:
+    """Raise InvalidInput with what the device has where its memory is exhausted."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        needed = f"the weights of {model} in {config.dtype} and --context-mb {config.context_bytes >> 20}"
+        memory = torch.cuda.get_device_properties(device).total_memory
+        raise InvalidInput(f"{needed} do not fit into the {memory >> 20} MiB of {device}") from error

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from isthmus.cloud_service.vision.decode_process import ImageInput, Pixels
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
 from isthmus.models.messages import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.torch_device import CPU
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import normalise
 from isthmus.models.vision.tail import open_tail
@@ -41,8 +43,8 @@ class Decoded:
 class Predictor:
     """Codecs and tail of one bundle."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Raises BundleError when tables or weights do not fit the manifest."""
+    def __init__(self, bundle: Bundle, device: torch.device = CPU) -> None:
+        """`device`: of the tail. Raises BundleError when tables or weights do not fit the manifest."""
         self.manifest = bundle.manifest
         self.info = BundleInfo(
             fingerprint=bundle.fingerprint,
@@ -51,10 +53,15 @@ class Predictor:
             taps=tuple(TapInfo(tap.name, len(tap.widths[0].rates)) for tap in self.manifest.taps),
         )
         self._codecs = [bundle.codec(tap) for tap in range(len(self.manifest.taps))]
-        self._tail = open_tail(bundle)
+        self._tail = open_tail(bundle, device)
         spec = self.manifest.preprocessing
         max_pixels = max(MIN_IMAGE_PIXELS, MAX_ASPECT * spec.resize**2)
         self.image_input = ImageInput(max_pixels, spec.resize, spec.crop)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tail is computed: the CPU also where ONNX Runtime has nothing for the device asked for."""
+        return self._tail.device
 
     def check(self, request: CloudRequest) -> None:
         """Raises InvalidInput or PayloadTooLarge when the request's fields show that this bundle cannot answer it."""

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from isthmus.models.errors import BundleError, InvalidInput
-from isthmus.models.onnx_session import INT64, TensorSpec, translated
+from isthmus.models.onnx_session import INT64, TensorSpec, translated, uses_cuda
+from isthmus.models.torch_device import CPU
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graphs import open_graph
 from isthmus.models.vision.head import softmax
@@ -20,19 +22,23 @@ Floats = NDArray[np.float32]
 class GraphTail:
     """Computes probabilities of batches of latents and of whole images."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        """`threads` for ONNX Runtime; 0 for every core. Raises BundleError when a graph does not fit the manifest."""
+    def __init__(self, bundle: Bundle, threads: int, device: torch.device = CPU) -> None:
+        """`threads` for ONNX Runtime; 0 for every core. Without a CUDA provider it computes on the CPU.
+
+        Raises BundleError when a graph does not fit the manifest.
+        """
+        cuda = device.index if device.type == "cuda" else None
         manifest = bundle.manifest
         if manifest.graphs is None:
             raise BundleError(f"{bundle.folder}: the manifest names no graphs")
         logits = TensorSpec((None, len(manifest.tasks[0].labels)))
         image = {"x": TensorSpec((None, 3, *manifest.preprocessing.crop))}
-        self._image = open_graph(bundle, manifest.graphs.image, threads, image, [logits])
-        rate = TensorSpec((None,), INT64)
+        self._image = open_graph(bundle, manifest.graphs.image, threads, image, [logits], cuda=cuda)
         self._taps = [
-            open_graph(bundle, name, threads, {"latent": TensorSpec((None, *tap.latent)), "rate": rate}, [logits])
+            open_graph(bundle, name, threads, latent_inputs(tap.latent), [logits], cuda=cuda)
             for name, tap in zip(manifest.graphs.taps, manifest.taps, strict=True)
         ]
+        self.device = device if uses_cuda(self._image) else CPU
 
     def answer_latents(self, tap: int, latents: Sequence[Floats], rates: Sequence[int]) -> Floats:
         """Dequantised latents (C, H, W) of a tap with their rates -> probabilities_BK."""
@@ -52,6 +58,11 @@ class GraphTail:
     def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
         """Probabilities_BK for each of `tasks`, which can only be the first."""
         return [self.answer_images(images) for _ in the_only(tasks)]
+
+
+def latent_inputs(shape: Sequence[int]) -> dict[str, TensorSpec]:
+    """What the graph of a tap takes."""
+    return {"latent": TensorSpec((None, *shape)), "rate": TensorSpec((None,), INT64)}
 
 
 def run(graph: Any, inputs: Mapping[str, NDArray[Any]]) -> Floats:

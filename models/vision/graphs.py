@@ -10,13 +10,19 @@ from isthmus.models.vision.bundle import Bundle
 
 
 def open_graph(
-    bundle: Bundle, name: str, threads: int, inputs: Mapping[str, TensorSpec], outputs: Sequence[TensorSpec]
+    bundle: Bundle,
+    name: str,
+    threads: int,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    cuda: int | None = None,
 ) -> Any:
-    """A session of the bundle's file `name`; `threads` 0 for every core.
+    """A session of the bundle's file `name`; `threads` 0 for every core, `cuda` as in `open_session`.
 
     Raises BundleError when the file is no graph, or has other inputs or outputs than these.
     """
     label = str(bundle.folder / name)
-    session = open_session(bundle.read(name), label, threads)
+    session = open_session(bundle.read(name), label, threads, cuda=cuda)
     check_signature(session, label, inputs, outputs)
     return session

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus.models.errors import BundleError
+from isthmus.models.torch_device import CPU, download, upload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.catalog import BUILDERS
 from isthmus.models.vision.efficientnet_lite import fuse_batch_norms
@@ -25,9 +26,10 @@ FIRST = (0,)  # the first task only
 class Tail:
     """Computes probabilities of batches of latents and of whole images, for any of the bundle's tasks."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, device: torch.device = CPU) -> None:
         """Build the architecture and load its weights. Raises BundleError when they do not fit."""
-        fused = fuse_batch_norms(load_split(bundle))
+        self.device = device
+        fused = fuse_batch_norms(load_split(bundle)).to(device)
         self._split = fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def answer_latents(self, tap: int, latents: Sequence[Floats], rates: Sequence[int]) -> Floats:
@@ -43,22 +45,25 @@ class Tail:
         self, tap: int, latents: Sequence[Floats], rates: Sequence[int], tasks: Sequence[int]
     ) -> list[Floats]:
         """Dequantised latents (C, H, W) of a tap with their rates -> probabilities_BK of each of `tasks`."""
-        latent_BCHW = torch.from_numpy(np.stack(latents)).to(memory_format=torch.channels_last)
-        return self._answers(self._split.decode(tap, latent_BCHW, torch.tensor(list(rates))), tasks, tap)
+        rates_B = upload(torch.tensor(list(rates)), self.device)
+        return self._answers(self._split.decode(tap, self._batch(latents), rates_B), tasks, tap)
 
     @torch.inference_mode()
     def images_to_tasks(self, images: Sequence[Floats], tasks: Sequence[int]) -> list[Floats]:
         """Preprocessed images (3, H, W) -> probabilities_BK of each of `tasks`, by the unsplit cloud model."""
-        images_B3HW = torch.from_numpy(np.stack(images)).to(memory_format=torch.channels_last)
-        return self._answers(self._split.trunk(images_B3HW), tasks)
+        return self._answers(self._split.trunk(self._batch(images)), tasks)
+
+    def _batch(self, arrays: Sequence[Floats]) -> Tensor:
+        batch_BCHW = upload(torch.from_numpy(np.stack(arrays)), self.device)
+        return batch_BCHW.to(memory_format=torch.channels_last)
 
     def _answers(self, features_BCHW: Tensor, tasks: Sequence[int], tap: int | None = None) -> list[Floats]:
         return [probabilities(self._split.answer(features_BCHW, task, tap)) for task in tasks]
 
 
-def open_tail(bundle: Bundle) -> Tail | GraphTail:
+def open_tail(bundle: Bundle, device: torch.device = CPU) -> Tail | GraphTail:
     """The cloud's half of any bundle, on PyTorch's number of threads. Raises BundleError when it does not fit."""
-    return GraphTail(bundle, torch.get_num_threads()) if bundle.manifest.graphs else Tail(bundle)
+    return GraphTail(bundle, torch.get_num_threads(), device) if bundle.manifest.graphs else Tail(bundle, device)
 
 
 def load_split(bundle: Bundle) -> SplitClassifier:
@@ -106,5 +111,4 @@ def widened(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def probabilities(logits_BK: Tensor) -> Floats:
     """Softmax as float32 NumPy."""
-    result: Floats = F.softmax(logits_BK.float(), dim=1).numpy()
-    return result
+    return download(F.softmax(logits_BK.float(), dim=1))

@@ -16,11 +16,11 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 from rich.progress import Progress
@@ -72,13 +72,22 @@ class Case:
 class Bench:
     """Answers prompts through one link."""
 
-    def __init__(self, checkpoint: Checkpoint, target: str, tokens: int, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        target: str,
+        tokens: int,
+        sampling: Sampling,
+        models: Mapping[str, int] = MODELS,
+        wait_s: float = WAIT_S,
+    ) -> None:
+        """`models`: drafts by the device's model, and the bits of its weights. `wait_s`: for a cloud that was lost."""
         self.checkpoint, self.tokens, self.sampling = checkpoint, tokens, sampling
         cloud = CloudModel(None, checkpoint, TokenizerCache(cache_folder()))
         link = LanguageLink(target, ReplicaMatch(cloud, target), None, BREAKER)
         link.wait_probed(10.0)
-        self.replicas = Replicas([link], cloud, WAIT_S)
-        self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in MODELS.items()}
+        self.replicas = Replicas([link], cloud, wait_s)
+        self.models = {name: ModelDraft(OnnxDecoder(checkpoint, 2048, bits, 1)) for name, bits in models.items()}
         self.tempos = {name: sparing() for name in MODELS}
         self.locks = {name: threading.Lock() for name in MODELS}
 
@@ -139,10 +148,18 @@ def lonely(prompts: int) -> int:
     return min(ALONE, prompts // 4)
 
 
-class Killer(threading.Thread):
-    """Kills the cloud and starts it again, `restarts` times over the run."""
+class Restartable(Protocol):
+    """A process that can be killed, and started again."""
 
-    def __init__(self, cloud: CloudProcess, done: list[Case], total: int, restarts: int) -> None:
+    def kill(self) -> None: ...
+
+    def start(self) -> object: ...
+
+
+class Killer(threading.Thread):
+    """Kills a process and starts it again, `restarts` times over the run."""
+
+    def __init__(self, cloud: Restartable, done: list[Case], total: int, restarts: int) -> None:
         super().__init__(daemon=True)
         self._cloud, self._done = cloud, done
         alone = lonely(total)

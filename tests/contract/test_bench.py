@@ -108,6 +108,17 @@ def test_lossless_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     assert list(tmp_path.iterdir()) == [figures], "what was kept for an interruption is gone"
 
 
+def test_device_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
+    figures = tmp_path / "device.json"
+    settings = ("--device", "cpu", "--dtype", "float32", "--tokens", "12", "--total", "100", "--context-mb", "64")
+    run("tests.bench.device", "--model", str(tiny_llama), *settings, "--json", str(figures))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert (result["mismatches"], result["sessions"], result["card"]) == (0, 16, "the CPU")
+    assert 100 <= result["tokens"] <= 12 * result["answers"] and result["accepted"] > 0 < result["rejected"]
+    assert result["tokens_per_s"] > 0 < result["tokens_per_s_alone"]
+    assert 1 < result["rows_per_pass"] <= 16, "sessions share forward passes"
+
+
 def test_language_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
     figures, picture = tmp_path / "language.json", tmp_path / "language.png"
     bundle = write_tiny_handoff(tmp_path / "bundle", Checkpoint.open(tiny_llama))
@@ -172,7 +183,7 @@ def test_routing_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
     assert picture.stat().st_size > 10_000 and "CPT(50)" in printed
 
 
-MODULES = ["demo", "codec", "lossless", "language", "decoder", "routing"]
+MODULES = ["demo", "device", "codec", "lossless", "language", "decoder", "routing"]
 
 
 @pytest.mark.parametrize("module", [f"tests.bench.{name}" for name in MODULES])

@@ -78,7 +78,7 @@ class LanguageEngine:
         try:
             check_batch_invariance(self._decoder)
         except ServiceError:
-            if torch.get_num_threads() == 1:
+            if self._decoder.device.type != "cpu" or torch.get_num_threads() == 1:
                 raise
             self._metrics.log_warning("results depend on how threads share rows: computing with one thread")
             torch.set_num_threads(1)
@@ -300,7 +300,7 @@ class LanguageEngine:
 
 def describe_model(checkpoint: Checkpoint, decoder: Decoder, handoffs: Sequence[HandoffBundle]) -> ModelInfo:
     """What the service declares of a model that it holds."""
-    tokenizer, dtype = checkpoint.tokenizer, str(decoder.dtype).removeprefix("torch.")
+    tokenizer = checkpoint.tokenizer
     return ModelInfo(
         fingerprint=checkpoint.fingerprint,
         name=checkpoint.name,
@@ -310,6 +310,6 @@ def describe_model(checkpoint: Checkpoint, decoder: Decoder, handoffs: Sequence[
         tokenizer=TokenizerInfo(tokenizer.fingerprint, len(tokenizer.to_bytes()), tokenizer.vocabulary),
         end_ids=tuple(sorted(tokenizer.eos_ids)),
         arms=("cloud", "verify", "handoff") if handoffs else ("cloud", "verify"),
-        precision=f"{dtype}/{decoder.width}",
+        precision=decoder.precision,
         handoffs=tuple(handoff.fingerprint for handoff in handoffs),
     )

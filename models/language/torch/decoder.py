@@ -13,9 +13,8 @@ nothing about sampling, sessions or files other than a Checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,10 +23,15 @@ from torch.nn import functional as F
 from isthmus.models.language.architecture import LlamaConfig, rope_frequencies
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.layer import Layer, Linear, load_layer
+from isthmus.models.torch_device import CPU, upload
 
 WIDTH = 16  # rows of a forward pass; with bfloat16 matrix units up to 32 rows take as long as one
 PAGE_TOKENS = 64  # attention reads whole pages, so that its shape depends on the row's own position only
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Layer, rotated queries (N, heads, D), rotated keys and values (N, kv_heads, D) -> mixed values (N, heads * D)
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +41,6 @@ class Span:
     cache: KVCache
     start: int
     count: int
-
-
-class Linear:
-    """x_NI -> x_NO, with a weight that is packed once for `width` rows."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, width: int) -> None:
-        self._bias_O = bias_O
-        # torch.compile emits this packed product on CPUs; it is twice as fast, but private, hence the pinned version.
-        self._packed = weight_OI.device.type == "cpu" and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        pack = partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=width) if self._packed else Tensor.contiguous
-        self._weight = pack(weight_OI)
-
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        if self._packed:
-            y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._weight, self._bias_O, "none", [], "")
-            return y_NO
-        return F.linear(x_NI, self._weight, self._bias_O)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer. Matrices have the decoder's data type, norms float32."""
-
-    input_norm_H: Tensor
-    qkv: Linear
-    q_norm_D: Tensor | None
-    k_norm_D: Tensor | None
-    out: Linear
-    ffn_norm_H: Tensor
-    gate_up: Linear
-    down: Linear
 
 
 class Decoder:
@@ -83,30 +56,51 @@ class Decoder:
         dtype: torch.dtype,
         width: int,
     ) -> None:
-        self.config, self.dtype, self.width = config, dtype, width
+        self.config, self.dtype, self.width, self.device = config, dtype, width, embedding_VH.device
         self._layers, self._embedding_VH, self._norm_H, self._head = layers, embedding_VH, norm_H, head
-        self._frequencies_D2 = torch.from_numpy(rope_frequencies(config))
+        self._frequencies_D2 = torch.from_numpy(rope_frequencies(config)).to(self.device)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, width: int = WIDTH) -> Decoder:
-        """A decoder of all layers. Raises BundleError."""
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.bfloat16,
+        width: int = WIDTH,
+        device: torch.device = CPU,
+    ) -> Decoder:
+        """A decoder of all layers, its weights on `device`. Raises BundleError, or torch.OutOfMemoryError."""
         config = checkpoint.config
-        layers = {index: load_layer(checkpoint, index, dtype, width) for index in range(config.layers)}
-        embedding_VH = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight")).to(dtype)
-        head = embedding_VH if config.tied else torch.from_numpy(checkpoint.tensor("lm_head.weight")).to(dtype)
-        norm_H = torch.from_numpy(checkpoint.tensor("model.norm.weight"))
+
+        def weight(name: str) -> Tensor:
+            return torch.from_numpy(checkpoint.tensor(name)).to(device)
+
+        layers = {index: load_layer(config, weight, index, dtype, width) for index in range(config.layers)}
+        embedding_VH = weight("model.embed_tokens.weight").to(dtype)
+        head = embedding_VH if config.tied else weight("lm_head.weight").to(dtype)
+        norm_H = weight("model.norm.weight")
         return cls(config, layers, embedding_VH, norm_H, Linear(head, None, width), dtype, width)
 
     def __getitem__(self, cut: slice) -> Decoder:
         """A decoder of the layers in `cut`, with shared weights."""
         layers = {index: self._layers[index] for index in list(self._layers)[cut]}
-        return type(self)(self.config, layers, self._embedding_VH, self._norm_H, self._head, self.dtype, self.width)
+        return Decoder(self.config, layers, self._embedding_VH, self._norm_H, self._head, self.dtype, self.width)
 
     @property
     def layers(self) -> range:
         """Indices of these layers in the model."""
         indices = list(self._layers)
         return range(indices[0], indices[-1] + 1)
+
+    @property
+    def precision(self) -> str:
+        """What an answer's bits depend on: the data type, the rows of a forward pass, and CUDA if that computes."""
+        name = f"{self.dtype}/{self.width}".removeprefix("torch.")
+        return name if self.device.type == "cpu" else f"{name}/{self.device.type}"
+
+    @property
+    def far_positions(self) -> Sequence[int]:
+        """First positions at which a forward pass runs other kernels than at position 0. Here there are none."""
+        return ()
 
     def new_cache(self) -> KVCache:
         """An empty cache for these layers."""
@@ -115,7 +109,7 @@ class Decoder:
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Embeddings (width, hidden) of at most `width` tokens, padded with token 0."""
         padded = [*ids, *[0] * (self.width - len(ids))]
-        return self._embedding_VH[torch.tensor(padded)].float()
+        return self._embedding_VH[upload(torch.tensor(padded), self.device)].float()
 
     @torch.inference_mode()
     def forward(self, x_NH: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -125,26 +119,25 @@ class Decoder:
         cache's length unchanged.
         """
         positions = [span.start + row for span in spans for row in range(span.count)]
-        cos_N1D, sin_N1D = self.rotation(positions)
+        rotation = self.rotation(positions)
         for span in spans:
             span.cache.reserve(padded_tokens(span.start + span.count, self.config.context))
         groups = [group for span in spans for group in attention_groups(span, self.config.context)]
-        for index, layer in self._layers.items():
-            q_NHD, k_NKD, v_NKD = self._project(layer, x_NH, cos_N1D, sin_N1D)
-            mixed_NA = torch.zeros(self.width, self.config.heads * self.config.head_dim, dtype=self.dtype)
+
+        def attend(index: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
             row = 0
             for span in spans:
                 rows = slice(row, row + span.count)
                 span.cache.write(index, span.start, k_NKD[rows], v_NKD[rows])
                 row += span.count
-            row = 0
+            mixed_NA, row = torch.zeros(self.width, self.config.heads * self.config.head_dim, dtype=self.dtype), 0
             for group in groups:
                 rows = slice(row, row + group.count)
                 mixed_NA[rows] = self._attend(index, group, q_NHD[rows])
                 row += group.count
-            x_NH = x_NH + layer.out(mixed_NA).float()
-            gate_N, up_N = layer.gate_up(self._norm(x_NH, layer.ffn_norm_H).to(self.dtype)).chunk(2, dim=-1)
-            x_NH = x_NH + layer.down(F.silu(gate_N) * up_N).float()
+            return mixed_NA
+
+        x_NH = self._run_layers(x_NH, rotation, attend)
         for span in spans:
             span.cache.length = span.start + span.count
         return x_NH
@@ -153,6 +146,14 @@ class Decoder:
     def logits(self, x_NH: Tensor) -> Tensor:
         """Logits (width, vocab), float32, of the last layer's output."""
         return self._head(self._norm(x_NH, self._norm_H).to(self.dtype)).float()
+
+    def _run_layers(self, x_NH: Tensor, rotation: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        for index, layer in self._layers.items():
+            q_NHD, k_NKD, v_NKD = self._project(layer, x_NH, *rotation)
+            x_NH = x_NH + layer.out(attend(index, q_NHD, k_NKD, v_NKD)).float()
+            gate_N, up_N = layer.gate_up(self._norm(x_NH, layer.ffn_norm_H).to(self.dtype)).chunk(2, dim=-1)
+            x_NH = x_NH + layer.down(F.silu(gate_N) * up_N).float()
+        return x_NH
 
     def _norm(self, x_NH: Tensor, weight_H: Tensor) -> Tensor:
         return F.rms_norm(x_NH, weight_H.shape, weight_H, self.config.norm_eps)
@@ -183,7 +184,10 @@ class Decoder:
     def rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (width, 1, head_dim) for `rotate` at these positions, padded to `width`."""
         padded = torch.tensor([*positions, *[0] * (self.width - len(positions))], dtype=torch.float32)
-        angles_ND = (padded[:, None] * self._frequencies_D2).repeat(1, 2)
+        return self._rotation(upload(padded, self.device))
+
+    def _rotation(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+        angles_ND = (positions_N[:, None] * self._frequencies_D2).repeat(1, 2)
         return angles_ND.cos()[:, None], angles_ND.sin()[:, None]
 
 
@@ -218,27 +222,3 @@ def rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
     """Rotary position embedding in Hugging Face's order, by halves instead of pairs (Su et al., 2021)."""
     low, high = x_NHD.chunk(2, dim=-1)
     return x_NHD * cos_N1D + torch.cat((-high, low), dim=-1) * sin_N1D
-
-
-def load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, width: int) -> Layer:
-    """One layer's weights; projections with the same input are concatenated."""
-    config, prefix = checkpoint.config, f"model.layers.{index}."
-
-    def weight(name: str) -> Tensor:
-        return torch.from_numpy(checkpoint.tensor(prefix + name))
-
-    def linear(*names: str, bias: bool = False) -> Linear:
-        matrix = torch.cat([weight(name + ".weight") for name in names]).to(dtype)
-        vector = torch.cat([weight(name + ".bias") for name in names]).to(dtype) if bias else None
-        return Linear(matrix, vector, width)
-
-    return Layer(
-        input_norm_H=weight("input_layernorm.weight"),
-        qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", bias=config.qkv_bias),
-        q_norm_D=weight("self_attn.q_norm.weight") if config.qk_norm else None,
-        k_norm_D=weight("self_attn.k_norm.weight") if config.qk_norm else None,
-        out=linear("self_attn.o_proj"),
-        ffn_norm_H=weight("post_attention_layernorm.weight"),
-        gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
-        down=linear("mlp.down_proj"),
-    )

@@ -40,8 +40,7 @@ class KVCache:
         if tokens > self._context:
             raise ValueError(f"{tokens} tokens, the model's context is {self._context}")
         while self.capacity < tokens:
-            room = torch.zeros(self._shape, dtype=self._dtype)
-            self._layers = {layer: torch.cat([pair, room], dim=2) for layer, pair in self._layers.items()}
+            self._grow()
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens only. Raises ValueError when there are fewer."""
@@ -59,3 +58,8 @@ class KVCache:
         """Views of keys and values, each (kv_heads, tokens, head_dim)."""
         pair_2KTD = self._layers[layer]
         return pair_2KTD[0, :, :tokens], pair_2KTD[1, :, :tokens]
+
+    def _grow(self) -> None:
+        """Room for GROWTH_TOKENS more."""
+        room = torch.zeros(self._shape, dtype=self._dtype)
+        self._layers = {layer: torch.cat([pair, room], dim=2) for layer, pair in self._layers.items()}

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from isthmus.models.language.handoff.hidden_states import RMS_EPSILON
 from isthmus.models.language.packing import Floats
-from isthmus.models.language.torch.decoder import Decoder, Linear, Span, padded_tokens, rotate
+from isthmus.models.language.torch.decoder import Decoder, Span, padded_tokens, rotate
 from isthmus.models.language.torch.kv_cache import KVCache
+from isthmus.models.language.torch.layer import Linear
+from isthmus.models.torch_device import download, upload
 
 CACHED_FIRST_TOKENS = 64  # first tokens whose exact keys and values are cached
 EXACT_FIRST = EXACT_LAST = 16  # tokens of a prompt that go through all layers: later tokens attend to these most
@@ -38,8 +40,9 @@ class KVFill:
         self._first_tokens: dict[
             bytes, list[Tensor]
         ] = {}  # hidden state -> keys and values (2, 1, kv_heads, D) a layer
-        weight = torch.from_numpy(weight_LOH[skipped:]).flatten(0, 1).to(decoder.dtype)
-        self._linear = Linear(weight, torch.from_numpy(bias_LO[skipped:]).flatten().to(decoder.dtype), decoder.width)
+        weight = torch.from_numpy(weight_LOH[skipped:]).flatten(0, 1).to(decoder.device, decoder.dtype)
+        bias = torch.from_numpy(bias_LO[skipped:]).flatten().to(decoder.device, decoder.dtype)
+        self._linear = Linear(weight, bias, decoder.width)
 
     @torch.inference_mode()
     def write(self, cache: KVCache, start: int, states_NH: Tensor) -> None:
@@ -48,6 +51,7 @@ class KVFill:
         The cache then ends after them. Raises ValueError above the model's context and leaves the length unchanged.
         """
         stop, width = start + len(states_NH), self._decoder.width
+        states_NH = upload(states_NH, self._decoder.device)
         cache.reserve(padded_tokens(stop, self._decoder.config.context))
         if start == 0 and stop:
             self._write_first(cache, states_NH[:1])
@@ -57,7 +61,7 @@ class KVFill:
 
     def _write_first(self, cache: KVCache, state_1H: Tensor) -> None:
         """Run the first token through the layers. Equal states are run once, since chats begin with the same token."""
-        key = state_1H.numpy().tobytes()
+        key = download(state_1H).tobytes()
         if key not in self._first_tokens:
             exact = self._upper.new_cache()
             self._upper.forward(state_1H.repeat(self._upper.width, 1), [Span(exact, 0, 1)])

@@ -35,6 +35,17 @@ def test_options_build_it() -> None:
     assert build(CloudConfig, {}) == CloudConfig()
 
 
+@pytest.mark.parametrize("name", ["cpu", "auto", "cuda", "cuda:0", "cuda:12"])
+def test_devices_have_these_names(name: str) -> None:
+    assert build(CloudConfig, {"device": name}).device == name
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda:x", "cuda:1000", "cuda:1\n", "cuda:١"])
+def test_other_devices_are_refused(name: str) -> None:
+    with pytest.raises(InvalidInput, match=r"^device is .*: expected cpu, cuda, cuda:N or auto$"):
+        build(CloudConfig, {"device": name})
+
+
 @pytest.mark.parametrize("given", ["tls_key", "tls_certificate", "tls_client_ca"])
 def test_certificate_and_key_go_together(given: str) -> None:
     with pytest.raises(InvalidInput, match="--tls-(key|certificate) is missing"):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -16,6 +17,7 @@ from isthmus.models.onnx_session import (
     check_signature,
     open_session,
     translated,
+    uses_cuda,
     zeros,
 )
 
@@ -45,6 +47,23 @@ def test_a_graph_runs(threads: int, spinning: bool) -> None:
     session = open_session(graph(), "double", threads, spinning=spinning)
     (y_B3,) = session.run(None, {"x": np.ones((2, 3), np.float32), "scale": np.array(2, np.int64)})
     np.testing.assert_array_equal(y_B3, np.full((2, 3), 2, np.float32))
+
+
+@pytest.mark.parametrize("available", [False, True])
+@pytest.mark.parametrize("cuda", [None, 1])
+def test_cuda_is_chosen_where_it_is_wanted_and_can_be_used(
+    monkeypatch: pytest.MonkeyPatch, cuda: int | None, available: bool
+) -> None:
+    found = ["CUDAExecutionProvider", "CPUExecutionProvider"][not available :]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: found)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda graph, options, providers: providers)
+    chosen = open_session(graph(), "double", 1, cuda=cuda)
+    on_card = ("CUDAExecutionProvider", {"device_id": 1, "use_tf32": 0})
+    assert chosen == [*([on_card] if available and cuda is not None else []), "CPUExecutionProvider"]
+
+
+def test_a_provider_that_could_not_be_loaded_is_not_taken_for_cuda() -> None:
+    assert not uses_cuda(open_session(graph(), "double", 1))
 
 
 def test_what_is_no_graph_is_refused_in_one_line() -> None:

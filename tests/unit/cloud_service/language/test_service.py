@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
-from isthmus.cloud_service.language.service import LanguageService, load, open_handoffs
-from isthmus.models.errors import BundleError, UnknownBundle
+from isthmus.cloud_service.language import service as service_module
+from isthmus.cloud_service.language.service import LanguageService, load, open_decoder, open_handoffs
+from isthmus.models.errors import BundleError, InvalidInput, UnknownBundle
+from isthmus.models.language.torch.decoder import Decoder
+from isthmus.models.language.torch.paged_decoder import PagedDecoder, record_nothing
 from isthmus.models.messages import ModelInfo, Opening, TokenizerInfo
+from isthmus.models.torch_device import CPU
+from tests.one_device import META
 from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.language.tiny import tiny_model
 
@@ -101,6 +107,37 @@ def test_models_are_loaded_with_their_handoffs(tmp_path: Path) -> None:
     language = load(config, CollectorRegistry(), ByteBudget(1 << 20))
     found = [(info.name, info.fingerprint, info.precision, len(info.handoffs)) for info in language.models]
     assert found == [("one", one.fingerprint, "float32/4", 0), ("two", two.fingerprint, "float32/4", 1)]
+
+
+class Card:
+    total_memory = 24 << 30
+
+
+def test_a_model_that_does_not_fit_into_the_devices_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_weights(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    tiny_model(tmp_path / "large", 0)
+    monkeypatch.setattr(Decoder, "load", load_weights)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    config = CloudConfig(models=(str(tmp_path / "large"),), context_bytes=4 << 30)
+    line = "the weights of large in bfloat16 and --context-mb 4096 do not fit into the 24576 MiB of cuda:1"
+    with pytest.raises(InvalidInput, match=f"^{line}$"):
+        load(config, CollectorRegistry(), ByteBudget(1 << 20), torch.device("cuda", 1))
+
+
+def test_on_a_device_a_model_has_all_memory_of_its_caches_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "graphs_on", lambda device: record_nothing)
+    config = CloudConfig(dtype="float32", width=4, context_bytes=1 << 20)
+    decoder = open_decoder(tiny_model(tmp_path / "one", 0), config, META)
+    assert isinstance(decoder, PagedDecoder) and decoder.precision == "float32/4/meta"
+    blocks_BKTD = decoder._pool.keys_BKTD
+    assert blocks_BKTD.device == META and config.context_bytes <= 2 * blocks_BKTD.nbytes < 2 * config.context_bytes
+    assert type(open_decoder(tiny_model(tmp_path / "two", 0), config, CPU)) is Decoder
 
 
 def test_without_models_nothing_is_served() -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.vision import predictor
 from isthmus.cloud_service.vision.service import load
 from isthmus.models.errors import BundleError
 from isthmus.models.vision import tail
@@ -43,3 +46,13 @@ def test_without_bundles_nothing_is_served() -> None:
 def test_a_folder_without_a_bundle_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError):
         load(CloudConfig(bundles=(tmp_path,)), CollectorRegistry())
+
+
+def test_a_bundle_of_graphs_that_the_device_cannot_compute_is_named(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(predictor, "open_tail", lambda bundle, device: tail.Tail(bundle))
+    with caplog.at_level(logging.WARNING):
+        load(CloudConfig(bundles=(tiny_bundle.folder,)), CollectorRegistry(), torch.device("cuda", 1))
+    name = tiny_bundle.manifest.name
+    assert caplog.messages == [f"ONNX Runtime cannot use cuda:1 here (onnxruntime-gpu can): the CPU computes {name}"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.recipes.vision.graphs import onnx_bytes
+from isthmus.models.torch_device import CPU
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graph_tail import GraphTail
 from isthmus.models.vision.tail import open_tail
@@ -66,6 +67,12 @@ def test_images_and_latents_are_answered_in_batches_of_any_size(parts: Parts, tm
         wanted_BK = softmax(np.stack(latents).mean((2, 3)) * (1 + np.arange(count)[:, None]))
         (answer_BK,) = tail.latents_to_tasks(0, latents, rates, [0])
         np.testing.assert_allclose(answer_BK, wanted_BK, rtol=1e-5)
+
+
+def test_without_a_provider_for_cuda_the_cpu_computes(parts: Parts, tmp_path: Path) -> None:
+    tail = open_tail(Bundle.open(parts.write(tmp_path / "b")), torch.device("cuda", 1))
+    assert tail.device == CPU
+    assert tail.answer_images([np.zeros(IMAGE, np.float32)]).shape == (1, 2)
 
 
 def test_there_is_only_one_task(parts: Parts, tmp_path: Path) -> None:

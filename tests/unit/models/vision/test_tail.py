@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from isthmus.models.errors import BundleError
+from isthmus.models.vision import tail as tail_module
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.split import SplitClassifier
-from isthmus.models.vision.tail import Tail, load_split
+from isthmus.models.vision.tail import Tail, load_split, open_tail
+from tests.one_device import META, OneDevice, without_pinning
 from tests.tiny_bundle import TINY, random_images
 
 IMAGES = random_images(3, seed=5)
@@ -140,3 +142,22 @@ def test_the_file_is_smaller_than_its_floats(tiny_bundle: Bundle) -> None:
     path: Path = tiny_bundle.folder / "weights.safetensors"
     floats = sum(tensor.numel() for tensor in load_split(tiny_bundle).state_dict().values()) * 4
     assert path.stat().st_size < 0.6 * floats
+
+
+def test_on_a_device_all_of_a_batch_is_computed_there(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[torch.Tensor]()
+
+    def download(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+        read.append(tensor)
+        return np.full(tensor.shape, 0.5, np.float32)
+
+    without_pinning(monkeypatch)
+    monkeypatch.setattr(tail_module, "download", download)
+    tail = open_tail(tiny_bundle, META)
+    assert tail.device == META
+    with OneDevice():
+        for tap in range(len(tiny_bundle.manifest.taps)):
+            answers = tail.latents_to_tasks(tap, random_latents(tiny_bundle, tap), [1, 0, 1], (0, 1))
+            assert [answer_BK.shape[0] for answer_BK in answers] == [3, 3]
+        tail.images_to_tasks(IMAGES, (0, 1))
+    assert {tensor.device for tensor in read} == {META}
