@@ -8,7 +8,10 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.bench.processes import ROOT, free_port
 
@@ -47,8 +50,23 @@ class Haproxy:
         self.process.wait(10)
         self._log.close()
 
+    def in_use(self) -> list[str]:
+        """Names of the replicas that requests are sent to."""
+        return self._servers("haproxy_server_status", state="UP")
+
+    def busy(self) -> list[str]:
+        """Names of the replicas that have streams."""
+        return self._servers("haproxy_server_current_sessions")
+
     def read_log(self) -> str:
         return Path(self._log.name).read_text(encoding="utf-8", errors="replace")
+
+    def _servers(self, metric: str, **labels: str) -> list[str]:
+        """Those whose `metric` is above 0."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=5) as reply:
+            families = text_string_to_metric_families(reply.read().decode())
+        samples = [sample for family in families for sample in family.samples if sample.name == metric]
+        return [s.labels["server"] for s in samples if s.value and labels.items() <= s.labels.items()]
 
     def _accepts(self) -> bool:
         host, port = self.target.rsplit(":", 1)
