@@ -1,7 +1,7 @@
 """The device half of Isthmus.
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
-with EdgeAgent(EdgeConfig(bundle="photos", cloud="cloud:50051")) as agent:
+with EdgeAgent(EdgeConfig(bundle="photos", clouds=("cloud:50051",))) as agent:
     print(agent.infer("photo.jpg").label)
 
 from isthmus.edge_agent import LanguageAgent, LanguageConfig

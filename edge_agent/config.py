@@ -30,6 +30,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 ConnectSeconds = Annotated[
     float, Field(ge=0, le=600, description="Seconds to wait for the cloud's first answer before starting without it.")
 ]
+Clouds = Annotated[
+    tuple[PeerAddress, ...],
+    Field(description="Cloud services, in order of preference; without any the device answers alone."),
+    Flag("cloud", separator=",", metavar="HOST:PORT"),
+]
 Threads = Annotated[int, Field(ge=0, le=256, description="Threads of ONNX Runtime; 0 for one a core.")]
 Best = Annotated[Objective, Field(description="What the router minimises among the ways that keep the quality.")]
 
@@ -83,11 +88,7 @@ class EdgeConfig(Settings):
         AfterValidator(find),
         Field(description="Vision bundle: a folder, or the name of an installed one.", validate_default=True),
     ] = Path("photos")
-    cloud: Annotated[
-        PeerAddress | None,
-        Field(description="The cloud service; without it the device answers alone."),
-        Flag(metavar="HOST:PORT"),
-    ] = None
+    clouds: Clouds = ()
     mode: Annotated[
         Mode,
         Field(
@@ -134,11 +135,7 @@ class LanguageConfig(Settings):
             " the cloud's model answers."
         ),
     ] = None
-    clouds: Annotated[
-        tuple[PeerAddress, ...],
-        Field(description="Cloud services, in order of preference."),
-        Flag("cloud", separator=",", metavar="HOST:PORT"),
-    ] = ()
+    clouds: Clouds = ()
     cloud_model: Annotated[
         str | None,
         Field(

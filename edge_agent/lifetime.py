@@ -6,8 +6,13 @@ After a fork the child lacks the threads of gRPC and ONNX Runtime, so that what 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from typing import TypeVar
 
 from isthmus.models.errors import AgentClosed
+
+Item = TypeVar("Item")
 
 
 class Lifetime:
@@ -28,3 +33,11 @@ class Lifetime:
             raise AgentClosed("the agent was made before a fork, expected one that is made in each process")
         if self.closed:
             raise AgentClosed("the agent was closed before this request")
+
+    def until_closed(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items. Raises AgentClosed for what threads that the end has stopped say of it."""
+        try:
+            yield from items
+        except (RuntimeError, CancelledError):
+            self.check()
+            raise

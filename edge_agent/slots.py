@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 
@@ -70,3 +71,9 @@ class FairSlots:
                 return False
             self._waiting.remove(turn)
             return True
+
+
+def compute_slots(threads: int) -> int:
+    """Photos that are computed at once: as many as fill the cores and one more, since decoding uses one core only."""
+    cores = os.cpu_count() or 1
+    return 1 + cores // (min(threads, cores) or cores)

@@ -39,6 +39,7 @@ MAX_STREAM_INFLIGHT = 64  # outstanding requests of one stream; above this the s
 KEEPALIVE_MS = 5_000
 PING_TIMEOUT_MS = 2_000
 IDLE_STREAM_S = 7.5  # at most two pings, checked at most this late
+MAX_STREAM_S = 30.0  # of use; then a device opens another, which a balancer may place at a replica that came since
 MAX_IDLE_S = 120.0  # the service ends a stream that nothing goes over for so long; a device does long before
 GOODBYE_S = 2.0  # for the service's goodbye to arrive and the half-close to return, on the slowest link
 MAX_CONNECTION_STREAMS = 256  # a client waits with more, and a proxy opens another connection

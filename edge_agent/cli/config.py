@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from isthmus.edge_agent.cli.photos import photo_config
 from isthmus.edge_agent.cli.settings import SECTIONS, settings
-from isthmus.edge_agent.config import ChatConfig, HttpConfig, LanguageConfig
+from isthmus.edge_agent.config import ChatConfig, EdgeConfig, HttpConfig, LanguageConfig
 from isthmus.models.options import Command, describe, read
 
 EXAMPLES = """\b
@@ -25,7 +24,7 @@ def config(show: bool, as_json: bool) -> None:
 
     They come from options, environment names and a file, as for the other commands; nothing is started.
     """
-    photo_config()
+    read(EdgeConfig)
     read(HttpConfig)
     read(ChatConfig)
     read(LanguageConfig)

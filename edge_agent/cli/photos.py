@@ -8,7 +8,7 @@ from isthmus.edge_agent.config import EdgeConfig
 from isthmus.models.bundle.installed import missing
 from isthmus.models.errors import IsthmusError
 from isthmus.models.fail import fail, needing
-from isthmus.models.options import given, read
+from isthmus.models.options import read
 
 if TYPE_CHECKING:  # ONNX Runtime takes half a second to import, which `--help` does without
     from prometheus_client import CollectorRegistry
@@ -17,15 +17,9 @@ if TYPE_CHECKING:  # ONNX Runtime takes half a second to import, which `--help` 
     from isthmus.edge_agent.vision.metrics import EdgeMetrics
 
 
-def photo_config() -> EdgeConfig:
-    """Of several clouds, which only a language model can use, photos go to the first."""
-    cloud = given()["cloud"].value
-    return read(EdgeConfig, cloud=cloud and cloud.split(",")[0].strip())
-
-
 def open_photos() -> EdgeAgent:
     """Without metrics."""
-    return opened(photo_config(), None)
+    return opened(read(EdgeConfig), None)
 
 
 def open_photos_with_metrics(registry: CollectorRegistry) -> tuple[EdgeAgent, EdgeMetrics]:
@@ -34,7 +28,7 @@ def open_photos_with_metrics(registry: CollectorRegistry) -> tuple[EdgeAgent, Ed
         from isthmus.models.bundle.files import read_manifest
         from isthmus.models.vision.manifest import Manifest
 
-    config = photo_config()
+    config = read(EdgeConfig)
     check(config)
     try:
         metrics = EdgeMetrics(registry, read_manifest(config.bundle, Manifest))

@@ -57,7 +57,7 @@ def run(as_json: bool) -> None:
         if config is None or given()["bundle"].source != DEFAULT:
             photos = open_photos_with_metrics(registry)
             agent = stack.enter_context(photos[0])
-            line |= {"bundle": agent.manifest.name, "cloud": describe_clouds([agent.link] if agent.link else [])}
+            line |= {"bundle": agent.manifest.name, "cloud": describe_clouds(agent.replicas)}
         if config is not None:
             language = stack.enter_context(open_prompts(config, registry))
             prompts = open_routes(language, http)

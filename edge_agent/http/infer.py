@@ -51,8 +51,8 @@ class InferApi:
         return [Route("/v1/infer", self.infer, methods=["POST"]), Route("/v1/status", self.status)]
 
     def update_metrics(self) -> None:
-        """Export the current state of the link."""
-        self._metrics.link(self._agent.link)
+        """Export the current state of the links."""
+        self._metrics.replicas(self._agent.replicas)
 
     async def infer(self, request: Request) -> Response:
         received_s = time.monotonic()
@@ -84,7 +84,7 @@ class InferApi:
         return JSONResponse(answer.as_dict())
 
     async def status(self, request: Request) -> Response:
-        manifest, link = self._agent.manifest, self._agent.link
+        manifest, link, replicas = self._agent.manifest, self._agent.replicas.current, self._agent.replicas
         estimate = link.estimate if link else None
         taps = {
             tap.name: {"widths": [w.width for w in tap.widths], "rates": len(tap.widths[0].rates)}
@@ -103,6 +103,9 @@ class InferApi:
                 "exit_confidence": threshold if (threshold := self._agent.goal.exit_confidence) <= 1 else None,
                 "cloud": WORDS[link.state] if link else None,
                 "cloud_problem": link.refusal if link else None,
+                "clouds": [
+                    {"address": each.target, "state": WORDS[each.state], "problem": each.refusal} for each in replicas
+                ],
                 "link": {"rtt_s": estimate.rtt_s, "bytes_per_s": estimate.bytes_per_s} if estimate else None,
             }
         )

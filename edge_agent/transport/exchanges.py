@@ -111,6 +111,8 @@ class Exchanges:
     def _send(self, message: pb.InferRequest) -> tuple[InferStream, Future[pb.InferResponse]]:
         """Send on the open stream, or on a new one if that has ended. Raises what ended the new one, if it has."""
         with self._lock:
+            if self._stream is not None and self._stream.age_s > limits.MAX_STREAM_S:
+                self._stream.retire(LinkDown("the stream was old"))
             future = self._stream.send(message) if self._stream else None
             if self._stream is None or future is None:
                 self._stream = InferStream(self._stub, self._late)

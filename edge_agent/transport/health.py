@@ -81,6 +81,11 @@ class CloudHealth:
         return self._breaker.state
 
     @property
+    def ready(self) -> bool:
+        """Whether a request would be sent at once: the cloud may be used, has room, and is not being tried."""
+        return self.state != "open" and not self.slots.full and time.monotonic() >= self._hold_until_s
+
+    @property
     def estimate(self) -> LinkEstimate:
         with self._lock:
             return self._estimator.estimate

@@ -34,7 +34,7 @@ class InferStream:
         self._given_up: set[int] = set()  # ids whose response may still come
         self._lock = threading.Lock()
         self._late = late
-        self._active_s = time.monotonic()  # when the last request was sent or response received
+        self._opened_s = self._active_s = time.monotonic()  # `_active_s`: when the last request was sent or response received
         self._abandoned = False
         self.ended: IsthmusError | None = None
         self._call: Any = stub.InferStream(self._requests())
@@ -50,6 +50,11 @@ class InferStream:
             self._pending[message.request_id] = future
             self._outgoing.put(message)
         return future
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was opened."""
+        return time.monotonic() - self._opened_s
 
     @property
     def idle_s(self) -> float:

@@ -39,6 +39,11 @@ class Link(CloudLink):
         self._exchanges = Exchanges(self._stub, fingerprint, labels, late)
         self._start(HeldBundle(fingerprint), self._exchanges.retire_idle)
 
+    @property
+    def ready(self) -> bool:
+        """Whether a photo would be sent at once."""
+        return self._health.ready
+
     def infer(
         self,
         payload: Payload,

@@ -6,10 +6,9 @@ What computes holds one of the device's slots, granted in order of arrival; wait
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,28 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, MODES, EdgeConfig
+from isthmus.edge_agent.config import MODES, EdgeConfig
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan
-from isthmus.edge_agent.slots import FairSlots
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.batch import in_order
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
-from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_request, task_indices
+from isthmus.edge_agent.vision.replicas import connect
+from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_deadline, resolve_request
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
-from isthmus.edge_agent.vision.router import Router
+from isthmus.edge_agent.vision.router import Router, exit_confidence
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
+from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
-from isthmus.models.vision.manifest import Threshold
 
-NEVER = 2.0  # a confidence that no exit reaches
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
 BATCH_SENT = 4  # photos of a batch under way beside those that are computed, so that the link is used as well
 
@@ -58,14 +55,14 @@ class EdgeAgent:
         """
         if not isinstance(config, EdgeConfig):
             raise InvalidInput(f"config is {type(config).__name__}, expected an EdgeConfig")
-        if config.mode not in MODES or (config.mode in ("split", "offload") and config.cloud is None):
+        if config.mode not in MODES or (config.mode in ("split", "offload") and not config.clouds):
             raise InvalidInput(f"mode {config.mode!r} is unknown or needs a cloud, expected one of {', '.join(MODES)}")
         bundle = Bundle.open(config.bundle)
         self.config = config
         self.manifest = bundle.manifest
-        task_indices(self.manifest, config.tasks)
         self.metrics = metrics
         self.costs = Costs(bundle.manifest, config.prices)
+        resolve_request(self.costs.points, self.manifest, config, None, Overrides())  # unknown tasks are refused now
         self._codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
         self._head = Head(bundle, config.threads, config.precision)
         self._payloads = PayloadEncoder(
@@ -81,7 +78,7 @@ class EdgeAgent:
         self._lifetime = Lifetime()
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
         warm_up(self._head, self._codecs, self.costs, blank_CHW)
-        self.link = self._connect(bundle.fingerprint)
+        self.replicas = connect(config, self.manifest, bundle.fingerprint, metrics.late if metrics else lambda: None)
 
     def __enter__(self) -> EdgeAgent:
         return self
@@ -90,12 +87,11 @@ class EdgeAgent:
         self.close()
 
     def close(self) -> None:
-        """Close the connection to the cloud. Later requests raise AgentClosed."""
+        """Close the connections to the clouds. Later requests raise AgentClosed."""
         inherited, self._lifetime.closed = self._lifetime.inherited, True
         if not inherited:
             self._threads.shutdown(wait=False, cancel_futures=True)
-        if self.link is not None:
-            self.link.close()
+        self.replicas.close()
 
     def infer(
         self,
@@ -164,23 +160,15 @@ class EdgeAgent:
             raise InvalidInput(f"photos is {type(photos).__name__}, expected a list or another iterable of photos")
         begin = partial(self._begin, deadline_s, tasks, Overrides(tap, width, rate))
         begin()  # what is wrong for every photo is raised at once
-        return self._until_closed(
+        return self._lifetime.until_closed(
             in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
         )
-
-    def _until_closed(self, answers: Iterator[Answer]) -> Iterator[Answer]:
-        """The answers. Raises AgentClosed for what the threads that `close` has ended say of it."""
-        try:
-            yield from answers
-        except (RuntimeError, CancelledError):
-            self._lifetime.check()
-            raise
 
     def _begin(self, deadline_s: float | None, tasks: Sequence[str] | None, overrides: Overrides) -> RequestState:
         """A request, whose deadline counts from now. Raises AgentClosed, InvalidInput."""
         self._lifetime.check()
         request = resolve_request(self.costs.points, self.manifest, self.config, tasks, overrides)
-        return RequestState(request, self._deadline_s(deadline_s))
+        return RequestState(request, resolve_deadline(self.config, deadline_s))
 
     def _answer_photo(self, photo: Photo, state: RequestState) -> Answer:
         """Compute on the device, then send if the route says so. Raises InvalidInput, CancelledError."""
@@ -197,7 +185,7 @@ class EdgeAgent:
         answer = self._send(done, step, state, pixels_CHW) if isinstance(done, tuple) else done
         if self.metrics:
             self.metrics.answered(answer)
-            self.metrics.link(self.link)
+            self.metrics.replicas(self.replicas)
         return answer
 
     @contextmanager
@@ -212,28 +200,10 @@ class EdgeAgent:
         finally:
             self._slots.release()
 
-    def _deadline_s(self, requested_s: float | None) -> float:
-        """Of one request. Raises InvalidInput for one that the settings would refuse."""
-        if requested_s is None:
-            return self.config.deadline_s
-        number = isinstance(requested_s, int | float | np.number)
-        if not number or not MIN_DEADLINE_S <= requested_s <= MAX_DEADLINE_S:
-            raise InvalidInput(f"deadline_s is {requested_s!r}, expected {MIN_DEADLINE_S} to {MAX_DEADLINE_S}")
-        return requested_s
-
-    def _connect(self, fingerprint: bytes) -> Link | None:
-        config = self.config
-        if config.cloud is None or config.mode == "edge":
-            return None
-        late = self.metrics.late if self.metrics else lambda: None
-        labels = tuple(len(task.labels) for task in self.manifest.tasks)
-        link = Link(config.cloud, fingerprint, labels, config.tls, config.breaker, late)
-        link.wait_probed(config.connect_s)
-        return link
-
     def _next(self, state: RequestState) -> RoutePlan:
-        refused = "no cloud is configured" if self.link is None else self.link.unavailable_reason()
-        return self._router.next(state, self.config.mode, self.goal, self.link.estimate if self.link else None, refused)
+        link = self.replicas.best()
+        estimate, refused = (link.estimate, None) if link else (None, self.replicas.unavailable_reason())
+        return self._router.next(state, self.config.mode, self.goal, estimate, refused)
 
     def _run_segment(self, state: RequestState, pixels_CHW: Floats) -> None:
         """Run the next segment of the head and its exit."""
@@ -255,8 +225,8 @@ class EdgeAgent:
         if step.route == "exit":
             return self._answer_locally(step.why, state, pixels_CHW, None)
         if step.route == "fallback":
-            cloud_out = self.link is None or self.link.unavailable_reason() is not None
-            return self._answer_locally(step.why, state, pixels_CHW, "cloud_down" if cloud_out else "deadline")
+            reason = "deadline" if self.replicas.best() else "cloud_down"
+            return self._answer_locally(step.why, state, pixels_CHW, reason)
         try:
             if step.point is None:
                 return None, self._payloads.whole_image(state, image, self.config.whole_image)
@@ -267,29 +237,28 @@ class EdgeAgent:
     def _send(
         self, encoded: tuple[OperatingPoint | None, Payload], step: RoutePlan, state: RequestState, pixels_CHW: Floats
     ) -> Answer:
-        """The cloud's answer; the best exit's if the cloud fails or is late."""
+        """A cloud's answer; the best exit's if the clouds fail or are late."""
         point, payload = encoded
         tasks = tuple(sorted(state.request.tasks))
         state.raise_if_cancelled()
         try:
             reply = self._exchange(payload, tasks, state)
         except IsthmusError as error:
+            why = "; but ".join((step.why, *state.detours, str(error)))
             with self._computing(state, urgent=True) if not state.exits else nullcontext():
-                return self._answer_locally(f"{step.why}; but {error}", state, pixels_CHW, degraded_reason(error))
+                return self._answer_locally(why, state, pixels_CHW, degraded_reason(error))
         answers = dict(zip(tasks, map(np.array, reply.probabilities), strict=True))
-        return self._answer("split" if point else "offload", answers, state, step.why, point)
+        why = "; but ".join((step.why, *state.detours))
+        return self._answer("split" if point else "offload", answers, state, why, point)
 
     def _exchange(self, payload: Payload, tasks: tuple[int, ...], state: RequestState) -> CloudReply:
-        """The cloud's reply; its bytes and times go into `state` and the cost model."""
-        if self.link is None:
-            raise LinkDown("no cloud is configured")
+        """A cloud's reply; its bytes and times go into `state` and the cost model."""
+        left_s, cloud_s = partial(self._router.cloud_left_s, state), self.costs.payload_s(payload)
         with state.stage("cloud"):
-            exchange = self.link.infer(payload, self._router.cloud_left_s(state), tasks, state.add_up_bytes)
+            exchange = self.replicas.infer(payload, tasks, state, left_s, cloud_s)
         self._router.replied()
         reply = exchange.reply
-        state.down_bytes = exchange.down_bytes
-        state.stage_ms["cloud_queue"] = 1000 * reply.queue_s
-        state.stage_ms["cloud_compute"] = 1000 * reply.compute_s
+        state.add_reply(reply, exchange.down_bytes)
         self.costs.record_cloud(payload, min(reply.queue_s + reply.compute_s, exchange.elapsed_s))
         return reply
 
@@ -297,7 +266,7 @@ class EdgeAgent:
         """The answer of the deepest exit that has run; runs the first one if none has."""
         if not state.exits:
             self._run_segment(state, pixels_CHW)
-        if self.link is None:
+        if not self.replicas:
             degraded = None  # the owner chose the device alone
         if degraded and self.metrics:
             self.metrics.degraded(degraded)
@@ -324,15 +293,3 @@ class EdgeAgent:
             cost_usd=self.config.prices.usd(state.up_bytes, state.cloud_s, state.device_s),
             why=why,
         )
-
-
-def compute_slots(threads: int) -> int:
-    """Photos that are computed at once: as many as fill the cores and one more, since decoding uses one core only."""
-    cores = os.cpu_count() or 1
-    return 1 + cores // (min(threads, cores) or cores)
-
-
-def exit_confidence(thresholds: Sequence[Threshold], epsilon: float) -> float:
-    """The threshold certified for the largest epsilon up to the given one; NEVER if there is none."""
-    allowed = [threshold for threshold in thresholds if threshold.epsilon <= epsilon + 1e-12]
-    return max(allowed, key=lambda threshold: threshold.epsilon).confidence if allowed else NEVER

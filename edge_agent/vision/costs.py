@@ -45,8 +45,14 @@ class Costs:
 
     def record_cloud(self, payload: Payload, seconds: float) -> None:
         """Record what the cloud spent on a payload, queue included."""
-        macs = self.whole_macs if payload.codec is Codec.IMAGE else self.tail_macs[payload.tap]
-        self.cloud_s_per_mac.observe(seconds / max(macs, 1))
+        self.cloud_s_per_mac.observe(seconds / max(self._macs(payload), 1))
+
+    def payload_s(self, payload: Payload) -> float:
+        """Predicted seconds of the cloud for a payload, queue included."""
+        return self.cloud_s(self._macs(payload))
+
+    def _macs(self, payload: Payload) -> int:
+        return self.whole_macs if payload.codec is Codec.IMAGE else self.tail_macs[payload.tap]
 
     def split(self, point: OperatingPoint, link: LinkEstimate) -> RouteEstimate:
         """Encode a bottleneck and send it. The segments before it have run already."""

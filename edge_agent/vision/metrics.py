@@ -7,7 +7,7 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from isthmus.edge_agent.policy.breaker import STATES
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import Answer
 from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, PayloadTooLarge
 from isthmus.models.vision.manifest import Manifest
@@ -58,10 +58,9 @@ class EdgeMetrics:
         """One reply of the cloud came after its deadline."""
         self._link.late.inc()
 
-    def link(self, link: Link | None) -> None:
-        """Export state and estimates of the link; nothing without one."""
-        if link is not None:
-            self._link.observe(link)
+    def replicas(self, replicas: Replicas) -> None:
+        """Export the clouds' states, and the estimates of the link that is used; nothing without one."""
+        self._link.observe(replicas)
 
 
 class RequestMetrics:
@@ -167,7 +166,7 @@ class GraphMetrics:
 
 
 class LinkMetrics:
-    """The connection to the cloud."""
+    """The connections to the clouds."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         bytes_ = Counter(
@@ -176,17 +175,27 @@ class LinkMetrics:
         self.sent, self.received = bytes_.labels("sent"), bytes_.labels("received")
         self.late = Counter("isthmus_edge_late_responses", "Cloud replies after their deadline.", registry=registry)
         self._breaker = Gauge(
-            "isthmus_edge_circuit_breaker_state", "1 for the current state, else 0.", ["state"], registry=registry
+            "isthmus_edge_circuit_breaker_state",
+            "1 for the state of the cloud that is used, else 0; open while none can be.",
+            ["state"],
+            registry=registry,
+        )
+        self._clouds = Gauge(
+            "isthmus_edge_clouds", "Clouds in each state of their circuit breakers.", ["state"], registry=registry
         )
         self._rtt = Gauge("isthmus_edge_link_rtt_seconds", "Estimated round trip.", registry=registry)
         self._throughput = Gauge(
             "isthmus_edge_link_throughput_bytes_per_second", "Estimated uplink bandwidth.", registry=registry
         )
 
-    def observe(self, link: Link) -> None:
-        state, estimate = link.state, link.estimate
+    def observe(self, replicas: Replicas) -> None:
+        link = replicas.current
+        if link is None:
+            return
+        states, state, estimate = [each.state for each in replicas], link.state, link.estimate
         for name in STATES:
             self._breaker.labels(name).set(name == state)
+            self._clouds.labels(name).set(states.count(name))
         self._rtt.set(estimate.rtt_s)
         self._throughput.set(estimate.bytes_per_s)
 

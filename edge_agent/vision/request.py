@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.edge_agent.config import EdgeConfig
+from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, EdgeConfig
 from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.errors import InvalidInput
+from isthmus.models.messages import CloudReply
 from isthmus.models.vision.manifest import Manifest
 
 Floats = NDArray[np.float32]
@@ -59,6 +60,7 @@ class RequestState:
         self.features: Floats | None = None
         self.up_bytes = 0
         self.down_bytes = 0
+        self.detours: list[str] = []  # clouds that it was sent to in vain, and where it was sent then
         self.cancelled = False  # nobody waits for the answer any more
 
     @property
@@ -90,6 +92,12 @@ class RequestState:
         """Count a message that was sent."""
         self.up_bytes += size
 
+    def add_reply(self, reply: CloudReply, down_bytes: int) -> None:
+        """Count the reply of a cloud, and what it spent."""
+        self.down_bytes = down_bytes
+        self.stage_ms["cloud_queue"] = 1000 * reply.queue_s
+        self.stage_ms["cloud_compute"] = 1000 * reply.compute_s
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time of the block to `stage_ms[name]`, in milliseconds."""
@@ -117,6 +125,16 @@ def resolve_request(
     others = [manifest.tasks[task].name for task in tasks if task]
     no_exit = f"exits do not answer {', '.join(others)}" if others else None
     return InferenceRequest(tasks, good, False, no_exit)
+
+
+def resolve_deadline(config: EdgeConfig, requested_s: float | None) -> float:
+    """Seconds of one request; the agent's own if none are requested. Raises InvalidInput as the settings do."""
+    if requested_s is None:
+        return config.deadline_s
+    number = isinstance(requested_s, int | float | np.number)
+    if not number or not MIN_DEADLINE_S <= requested_s <= MAX_DEADLINE_S:
+        raise InvalidInput(f"deadline_s is {requested_s!r}, expected {MIN_DEADLINE_S} to {MAX_DEADLINE_S}")
+    return requested_s
 
 
 def task_indices(manifest: Manifest, names: Sequence[str]) -> tuple[int, ...]:

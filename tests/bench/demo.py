@@ -68,8 +68,7 @@ def configs(bundle: Path) -> dict[str, EdgeConfig]:
 def open_arm(stack: ExitStack, name: str, config: EdgeConfig, cloud: CloudProcess, spec: LinkSpec) -> Arm:
     """An agent with a link of its own to the cloud."""
     proxy = stack.enter_context(LinkProxy(cloud.port, spec))
-    target = None if config.mode == "edge" else f"127.0.0.1:{proxy.port}"
-    connected = replace(config, cloud=target)
+    connected = replace(config, clouds=() if config.mode == "edge" else (f"127.0.0.1:{proxy.port}",))
     return Arm(name, connected, proxy, stack.enter_context(EdgeAgent(connected)))
 
 
@@ -82,7 +81,7 @@ def sample(count: int) -> tuple[Sequence[Path], NDArray[np.int64]]:
 
 def cloud_answers(paths: Sequence[Path], bundle: Path, cloud: CloudProcess) -> NDArray[np.int64]:
     """The cloud model's answers to the original photos: sent losslessly, without the emulated link."""
-    config = EdgeConfig(bundle, cloud.target, "offload", deadline_s=30.0, whole_image=WholeImage("png"))
+    config = EdgeConfig(bundle, (cloud.target,), "offload", deadline_s=30.0, whole_image=WholeImage("png"))
     with EdgeAgent(config) as agent:
         answers = [agent.infer(path) for path in track(paths, "cloud model", console=console(), transient=True)]
     if any(answer.degraded for answer in answers):

@@ -55,7 +55,8 @@ def lossless(
         run(bench, list(jobs(prompts)), workers, lambda case: bar.advance(task), cases)
     killer.join()
     bench.replicas.close()
-    return report(sorted(cases, key=lambda case: case.prompt), killer.count, {"max_tokens": tokens, "lost": len(prompts) - len(cases)})
+    settings = {"max_tokens": tokens, "lost": len(prompts) - len(cases)}
+    return report(sorted(cases, key=lambda case: case.prompt), killer.count, settings)
 
 
 @click.command(

@@ -30,11 +30,11 @@ def cloud(tiny_bundle: Bundle) -> Iterator[CloudProcess]:
 
 @pytest.fixture
 def new_agent(tiny_bundle: Bundle) -> Iterator[Callable[..., EdgeAgent]]:
-    """`new_agent(target, **settings)`; every agent is closed after the test."""
+    """`new_agent(*targets, **settings)`; every agent is closed after the test."""
     opened: list[EdgeAgent] = []
 
-    def build(target: str | None, **settings: Any) -> EdgeAgent:
-        config = EdgeConfig(tiny_bundle.folder, target, threads=1, breaker=FAST_BREAKER, connect_s=10.0)
+    def build(*targets: str, **settings: Any) -> EdgeAgent:
+        config = EdgeConfig(tiny_bundle.folder, targets, threads=1, breaker=FAST_BREAKER, connect_s=10.0)
         opened.append(EdgeAgent(replace(config, **settings)))
         return opened[-1]
 

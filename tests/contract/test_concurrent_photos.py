@@ -20,14 +20,14 @@ def test_no_photo_is_degraded_where_there_is_time(cloud: CloudProcess, new_agent
     with ThreadPoolExecutor(THREADS) as threads:
         answers = list(threads.map(lambda _: agent.infer(photo), range(PHOTOS)))
     assert [answer.route for answer in answers] == ["split"] * PHOTOS
-    assert agent.link is not None and agent.link.state == "closed"
+    assert [link.state for link in agent.replicas] == ["closed"]
 
 
 def test_a_cloud_without_room_stays_connected(tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image) -> None:
     with CloudProcess(tiny_bundle.folder, arguments=("--threads", "1", "--queue-limit", "1")) as cloud:
         agent = new_agent(cloud.target, mode="split", min_agreement=0.0, deadline_s=30.0)
-        link = agent.link
-        assert link is not None and agent.infer(photo).route == "split"
+        (link,) = agent.replicas
+        assert agent.infer(photo).route == "split"
 
         def state_after(_: int) -> str:
             agent.infer(photo)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from isthmus.edge_agent import Answer, EdgeAgent
+from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
@@ -21,6 +24,7 @@ from tests.tiny_bundle import random_split, write_tiny_bundle
 
 NewAgent = Callable[..., EdgeAgent]
 DEADLINE_S = 1.0
+WATCHERS = 4
 GRACE_S = 0.1  # an answer may be later than its deadline by this much
 
 
@@ -61,6 +65,52 @@ def test_a_cloud_that_is_killed_and_started_again(tiny_bundle: Bundle, new_agent
     assert {answer.route for answer in answers} == {"split", "fallback"}
     assert all(answer.degraded == (answer.route == "fallback") for answer in answers)
     assert not late(answers)
+
+
+def test_with_two_clouds_the_first_may_fall_silent_come_back_and_die(
+    tiny_bundle: Bundle, new_agent: NewAgent, photo: Image.Image
+) -> None:
+    """Photos in flight all the while: none is late, and none is left to the device when a cloud dies."""
+    clouds = [CloudProcess(tiny_bundle.folder, arguments=("--threads", "1")) for _ in range(2)]
+    with ExitStack() as stack:
+        for cloud in clouds:
+            stack.callback(cloud.stop)
+            cloud.start(wait=False)
+        for cloud in clouds:
+            cloud.wait_serving()
+        first, second = clouds
+        agent = new_agent(*(c.target for c in clouds), mode="split", deadline_s=2.0, breaker=BreakerLimits(1, 0.1, 0.5))
+        answers: list[Answer] = []
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.is_set():
+                answers.append(agent.infer(photo))
+
+        def states() -> list[str]:
+            return [link.state for link in agent.replicas]
+
+        watchers = [threading.Thread(target=watch) for _ in range(WATCHERS)]
+        for watcher in watchers:
+            watcher.start()
+        until(lambda: len(answers) >= 20)
+        first.process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+        until(lambda: states() == ["open", "closed"])
+        first.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
+        until(lambda: states() == ["closed", "closed"])
+        silent = len(answers)
+        until(lambda: len(answers) >= silent + 20)
+        first.kill()
+        until(lambda: states() == ["open", "closed"])
+        stop.set()
+        for watcher in watchers:
+            watcher.join()
+    assert not late(answers, 2.0)
+    assert any("no answer from the cloud" in a.why and f"sent to {second.target}" in a.why for a in answers[:silent])
+    assert sum(answer.degraded for answer in answers[:silent]) <= WATCHERS, (
+        "at most those in flight when it fell silent"
+    )
+    assert {answer.route for answer in answers[silent:]} == {"split"}
 
 
 def test_drains_on_sigterm_without_a_failed_request(
@@ -132,7 +182,7 @@ def test_nothing_is_sent_to_a_dead_cloud(new_agent: NewAgent, photo: Image.Image
     agent = new_agent(f"127.0.0.1:{free_port()}", mode="split", connect_s=0.5)
     answers = [agent.infer(photo) for _ in range(10)]
     assert all(answer.degraded and answer.bytes_up == 0 for answer in answers)
-    assert agent.link is not None and agent.link.state == "open"
+    assert [link.state for link in agent.replicas] == ["open"]
 
 
 def test_a_half_open_link_costs_at_most_the_deadline(
@@ -145,7 +195,7 @@ def test_a_half_open_link_costs_at_most_the_deadline(
         proxy.black_hole(True)
         proxy.cut()
         lost = [agent.infer(photo) for _ in range(8)]
-        assert agent.link is not None and agent.link.state == "open"
+        assert [link.state for link in agent.replicas] == ["open"]
         proxy.black_hole(False)
         proxy.cut()
         until(lambda: agent.infer(photo).route == "split")

@@ -59,7 +59,7 @@ def test_photos(cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image) ->
 
 
 def test_a_device_without_a_cloud(new_agent: NewAgent, photo: Image.Image) -> None:
-    agent = new_agent(None)
+    agent = new_agent()
     assert isinstance(forked(lambda: agent.infer(photo)), AgentClosed)
 
 

@@ -69,7 +69,8 @@ class Place:
         """Servers that name no port take theirs from here; what is pulled stays in the folder."""
         listen = {"CLOUD_LISTEN": 50051, "CLOUD_METRICS": 9101, "EDGE_LISTEN": 8080}
         servers = {f"ISTHMUS_{name}": f"127.0.0.1:{self.ports[port]}" for name, port in listen.items()}
-        return environment() | servers | {"XDG_DATA_HOME": str(self.folder / "data"), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        folders = {f"XDG_{name.upper()}_HOME": str(self.folder / name) for name in ("data", "cache")}
+        return environment() | servers | folders
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -13,6 +13,7 @@ from PIL import Image
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.transport.exchanges import Exchange
+from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.models.bundle.files import write_bundle
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
@@ -50,6 +51,8 @@ class Recorder:
 
     payloads: list[Payload] = field(default_factory=list)
     estimate: LinkEstimate = LinkEstimate(0.01, 1e6)
+    state: str = "closed"
+    ready: bool = True
 
     def unavailable_reason(self) -> str | None:
         return None
@@ -75,13 +78,14 @@ def capped(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
 @pytest.fixture
 def agent(capped: Bundle) -> Iterator[EdgeAgent]:
     with EdgeAgent(EdgeConfig(capped.folder, threads=1, deadline_s=30.0)) as made:
-        made.link = Recorder()  # type: ignore[assignment]
+        made.replicas = Replicas([Recorder()])  # type: ignore[list-item]
         yield made
 
 
 def recorder(agent: EdgeAgent) -> Recorder:
-    assert isinstance(agent.link, Recorder)
-    return agent.link
+    (link,) = agent.replicas
+    assert isinstance(link, Recorder)
+    return link
 
 
 @pytest.mark.parametrize(("tap", "width"), WAYS)

@@ -154,7 +154,9 @@ def test_compose_mentions_only_files_that_exist() -> None:
 
 def test_images_copy_only_what_exists_and_is_not_ignored() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    for dockerfile in (ROOT / "cloud_service/Dockerfile", ROOT / "edge_agent/Dockerfile"):
+    for dockerfile in (
+        ROOT / folder / "Dockerfile" for folder in ("cloud_service", "cloud_service/balancer", "edge_agent")
+    ):
         copies = [line.split()[1:-1] for line in dockerfile.read_text().splitlines() if line.startswith("COPY ")]
         for source in (word for words in copies for word in words if not words[0].startswith("--from")):
             assert (ROOT / source).exists(), f"{dockerfile}: {source}"
@@ -178,6 +180,10 @@ def test_prometheus_scrapes_the_ports_that_compose_opens() -> None:
     edge = (ROOT / "edge_agent/Dockerfile").read_text()
     assert jobs["isthmus-cloud"]["static_configs"][0]["targets"] == ["cloud:9101"]
     assert "ISTHMUS_CLOUD_METRICS=0.0.0.0:9101" in cloud
+    cloud2, balancer = (jobs[name]["dns_sd_configs"][0] for name in ("isthmus-cloud", "haproxy"))
+    assert (cloud2["names"], cloud2["port"]) == (["cloud2"], 9101)
+    assert (balancer["names"], balancer["port"]) == (["balancer"], 8405)
+    assert ":8405" in (ROOT / "cloud_service/balancer/haproxy.cfg").read_text()
     assert jobs["isthmus-edge"]["dns_sd_configs"][0]["port"] == 8080
     assert "ISTHMUS_EDGE_LISTEN=0.0.0.0:8080" in edge
 

@@ -17,18 +17,18 @@ def test_the_default_bundle_is_of_natural_photos() -> None:
 
 
 def test_text_becomes_a_path_and_a_name_an_installed_bundle() -> None:
-    assert EdgeConfig(bundle="models/zoo/elpv", cloud="cloud:50051").bundle == Path("models/zoo/elpv")  # type: ignore[arg-type]
+    assert EdgeConfig(bundle="models/zoo/elpv", clouds=("cloud:50051",)).bundle == Path("models/zoo/elpv")  # type: ignore[arg-type]
     assert LanguageConfig("m", handoff="smollm2").handoff == SHIPPED / "smollm2"  # type: ignore[arg-type]
 
 
 def test_it_is_frozen_and_checks_what_replaces() -> None:
-    config = EdgeConfig(Path("b"), "cloud:1", "offload")
+    config = EdgeConfig(Path("b"), ("cloud:1",), "offload")
     with pytest.raises(FrozenInstanceError):
         config.mode = "edge"  # type: ignore[misc]
     assert replace(config, mode="edge").mode == "edge"
     with pytest.raises(InvalidInput, match="mode is 'sideways'"):
         replace(config, mode="sideways")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="no field 'clod', did you mean 'cloud'"):
+    with pytest.raises(InvalidInput, match="no field 'clod', did you mean 'clouds'"):
         EdgeConfig(Path("b"), clod="x")  # type: ignore[call-arg]
 
 
@@ -50,9 +50,9 @@ def test_options_build_both_configs() -> None:
     assert build(LanguageConfig, values) == LanguageConfig(
         "m", ("a:1", "b:2"), on_loss="wait", device_bits=4, tls=tls, prices=prices
     )
-    photos = build(EdgeConfig, {**values, "cloud": "a:1"})
-    assert photos == EdgeConfig(
-        Path("b"), "a:1", tasks=("x", "y"), deadline_s=0.25, tls=tls, prices=prices, whole_image=WholeImage("webp")
+    whole = WholeImage("webp")
+    assert build(EdgeConfig, values) == EdgeConfig(
+        Path("b"), ("a:1", "b:2"), tasks=("x", "y"), deadline_s=0.25, tls=tls, prices=prices, whole_image=whole
     )
 
 

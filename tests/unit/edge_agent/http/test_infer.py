@@ -175,10 +175,15 @@ def test_a_photo_whose_client_leaves_while_it_waits_is_never_answered(
 
 def test_status_says_whether_the_cloud_is_connected(tiny_bundle: Bundle) -> None:
     registry = CollectorRegistry()
-    config = EdgeConfig(tiny_bundle.folder, cloud="127.0.0.1:1", connect_s=0, threads=1)
+    config = EdgeConfig(tiny_bundle.folder, clouds=("127.0.0.1:1", "127.0.0.1:2"), connect_s=0, threads=1)
     with EdgeAgent(config, metrics := EdgeMetrics(registry, tiny_bundle.manifest)) as agent:
         client = TestClient(create_app(registry, (agent, metrics)), base_url=LOCAL)
-        assert client.get("/v1/status").json()["cloud"] == "unreachable"
+        status = client.get("/v1/status").json()
+    assert status["cloud"] == "unreachable" and status["cloud_problem"]
+    assert [(cloud["address"], cloud["state"]) for cloud in status["clouds"]] == [
+        ("127.0.0.1:1", "unreachable"),
+        ("127.0.0.1:2", "unreachable"),
+    ]
 
 
 def test_status_has_bundle_and_link(client: TestClient, tiny_bundle: Bundle) -> None:
@@ -189,7 +194,7 @@ def test_status_has_bundle_and_link(client: TestClient, tiny_bundle: Bundle) -> 
         "light": {"widths": [0.5, 1.0], "rates": 3},
         "deep": {"widths": [1.0], "rates": 2},
     }
-    assert status["cloud"] is None
+    assert status["cloud"] is None and status["clouds"] == []
     assert client.get("/healthz").status_code == 200
 
 

@@ -373,6 +373,30 @@ def test_an_idle_stream_is_half_closed_and_the_next_request_opens_another(
     assert (cloud.servicer.streams, link.state) == (2, "closed")
 
 
+def test_a_stream_is_replaced_after_a_while_and_what_is_under_way_is_answered(
+    cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A balancer places whole streams: one in use for ever would never reach a replica that came later."""
+    release = threading.Event()
+
+    def slow(request: pb.InferRequest) -> list[pb.InferResponse]:
+        release.wait(10)
+        return good(request)
+
+    link.infer(PAYLOAD, 5.0)
+    cloud.servicer.react = slow
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(link.infer, PAYLOAD, 5.0)
+        until(lambda: len(cloud.servicer.requests) == 2)
+        monkeypatch.setattr(limits, "MAX_STREAM_S", 0.0)
+        cloud.servicer.react = good
+        link.infer(PAYLOAD, 5.0)
+        release.set()
+        assert first.result().reply.probabilities == ((0.25, 0.75),)
+    until(lambda: cloud.servicer.ended == 1)
+    assert (cloud.servicer.streams, link.state) == (2, "closed")
+
+
 def hanging(request: pb.InferRequest) -> list[pb.InferResponse]:
     return []
 

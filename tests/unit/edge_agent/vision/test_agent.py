@@ -1,4 +1,4 @@
-"""EdgeAgent over a real small bundle; the link is the only fake, at its named seam `agent.link`."""
+"""EdgeAgent over a real small bundle; the link is the only fake, at its named seam `agent.replicas`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.policy.estimates import EXPLORE_EVERY, LinkEstimate
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.transport.exchanges import Exchange
-from isthmus.edge_agent.vision.agent import NEVER, exit_confidence
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.metrics import REASONS, EdgeMetrics
+from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import TaskAnswer
-from isthmus.edge_agent.vision.router import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST
+from isthmus.edge_agent.vision.router import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
 from isthmus.models.errors import (
     AgentClosed,
     DeadlineExceeded,
@@ -51,10 +51,15 @@ class FakeLink:
     error: IsthmusError | None = None
     refusal: str | None = None
     estimate: LinkEstimate = LinkEstimate(0.01, 1e6)
-    state: str = "closed"
+    ready: bool = True
+    target: str = "cloud:1"
     payloads: list[Payload] = field(default_factory=list)
     tasks: list[tuple[int, ...]] = field(default_factory=list)
     budgets_s: list[float] = field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        return "open" if self.refusal else "closed"
 
     def unavailable_reason(self) -> str | None:
         return self.refusal
@@ -89,7 +94,7 @@ def case(tiny_bundle: Bundle) -> Iterator[Case]:
     config = EdgeConfig(tiny_bundle.folder, threads=1, min_agreement=0.0)  # every rate is good enough
     with EdgeAgent(config, EdgeMetrics(registry, tiny_bundle.manifest)) as agent:
         link = FakeLink()
-        agent.link = link  # type: ignore[assignment]
+        agent.replicas = Replicas([link])  # type: ignore[list-item]
         yield Case(agent, link, registry)
 
 
@@ -212,7 +217,7 @@ def test_a_forced_split_without_a_cloud_is_answered_by_the_deepest_exit(case: Ca
 def test_a_device_without_a_configured_cloud_is_not_degraded(
     case: Case, photo: Image.Image, arguments: dict[str, Any], confidence: float
 ) -> None:
-    case.agent.link = None
+    case.agent.replicas = Replicas([])
     case.agent.goal = replace(case.agent.goal, exit_confidence=confidence)
     answer = case.agent.infer(photo, **arguments)
     assert (answer.route, answer.degraded) == ("exit", False)
@@ -376,6 +381,23 @@ def test_whatever_the_link_raises_an_exit_answers(
     assert case.degraded(reason) == 1
 
 
+def test_a_photo_whose_cloud_is_lost_is_answered_by_the_next(case: Case, photo: Image.Image) -> None:
+    lost = FakeLink(LinkDown("gone"), target="lost:1")
+    case.agent.replicas = Replicas([lost, case.link])  # type: ignore[list-item]
+    answer = case.agent.infer(photo, rate=0)
+    assert (answer.route, answer.degraded) == ("split", False)
+    assert answer.why.endswith("; but lost:1: gone, sent to cloud:1")
+    assert lost.payloads == case.link.payloads and answer.bytes_up == 2 * (len(lost.payloads[0].data) + 30)
+
+
+def test_the_estimate_is_of_the_link_that_will_be_used(case: Case, photo: Image.Image) -> None:
+    lost = FakeLink(refusal="gone", target="lost:1")
+    case.agent.replicas = Replicas([lost, case.link])  # type: ignore[list-item]
+    case.link.estimate = LinkEstimate(5.0, 1e6)
+    assert case.agent.infer(photo).route == "fallback", "no reply of the second would be in time"
+    assert case.degraded("deadline") == 1
+
+
 def test_nothing_is_sent_while_the_breaker_is_open(case: Case, photo: Image.Image) -> None:
     case.link.refusal = "the cloud is down"
     answer = case.agent.infer(photo)
@@ -461,7 +483,7 @@ def test_precision_picks_head_and_thresholds(tiny_bundle: Bundle, photo: Image.I
 @pytest.mark.parametrize("mode", ["split", "offload", "sideways"])
 def test_settings_that_contradict_each_other_are_refused(tiny_bundle: Bundle, mode: str) -> None:
     with pytest.raises(InvalidInput, match=mode):
-        EdgeAgent(EdgeConfig(tiny_bundle.folder, None, mode))  # type: ignore[arg-type]
+        EdgeAgent(EdgeConfig(tiny_bundle.folder, (), mode))  # type: ignore[arg-type]
 
 
 def test_a_wrong_estimate_of_the_head_does_not_last(case: Case, photo: Image.Image) -> None:

@@ -1,4 +1,4 @@
-"""Many photos at once: slots of the device, batches, asyncio. The link is a fake at its seam `agent.link`."""
+"""Many photos at once: slots of the device, batches, asyncio. The link is a fake at its seam `agent.replicas`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.slots import compute_slots
 from isthmus.edge_agent.transport.exchanges import Exchange
-from isthmus.edge_agent.vision.agent import BATCH_SENT, MAX_THREADS, compute_slots
+from isthmus.edge_agent.vision.agent import BATCH_SENT, MAX_THREADS
+from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.router import TIME_IS_UP
 from isthmus.models.errors import AgentClosed, InvalidInput
 from isthmus.models.messages import CloudReply, Payload
@@ -29,6 +31,8 @@ class HeldLink:
 
     estimate = LinkEstimate(0.001, 1e9)
     state = "closed"
+    ready = True
+    target = "cloud:1"
     refusal = None
 
     def __init__(self) -> None:
@@ -52,13 +56,14 @@ class HeldLink:
 @pytest.fixture
 def agent(tiny_bundle: Bundle) -> Iterator[EdgeAgent]:
     with EdgeAgent(EdgeConfig(tiny_bundle.folder, threads=1, deadline_s=60.0, min_agreement=0.0)) as agent:
-        agent.link = HeldLink()  # type: ignore[assignment]
+        agent.replicas = Replicas([HeldLink()])  # type: ignore[list-item]
         yield agent
 
 
 def held(agent: EdgeAgent) -> HeldLink:
-    assert isinstance(agent.link, HeldLink)
-    return agent.link
+    (link,) = agent.replicas
+    assert isinstance(link, HeldLink)
+    return link
 
 
 @pytest.fixture

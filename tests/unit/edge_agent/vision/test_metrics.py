@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.edge_agent.vision.metrics import REASONS, ROUTES, EdgeMetrics, degraded_reason
+from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import Answer, TaskAnswer
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
 from isthmus.models.vision.bundle import Bundle
@@ -103,7 +104,7 @@ def test_every_error_has_a_reason_that_is_counted(
 
 
 def test_without_a_link_its_gauges_stay(metrics: EdgeMetrics, registry: CollectorRegistry) -> None:
-    metrics.link(None)
+    metrics.replicas(Replicas([]))
     assert registry.get_sample_value("isthmus_edge_circuit_breaker_state", {"state": "open"}) is None
 
 
