@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -21,14 +21,20 @@ from isthmus.cloud_service.language.service import LanguageService
 from isthmus.cloud_service.server import Server
 from isthmus.cloud_service.servicer import Servicer
 from isthmus.cloud_service.vision import service as vision_service
+from isthmus.cloud_service.vision.forwarder import Forwarder
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.torch_device import describe_device, open_device
 
 log = logging.getLogger("isthmus.cloud")
 
+LoadVision = Callable[[CloudConfig, CollectorRegistry, torch.device], Worker | Forwarder]
 
-async def serve(config: CloudConfig) -> None:
-    """Run until SIGTERM or SIGINT, then drain. Raises BundleError or InvalidInput before the port opens."""
+
+async def serve(config: CloudConfig, load_vision: LoadVision = vision_service.load) -> None:
+    """Run until SIGTERM or SIGINT, then drain. Raises BundleError or InvalidInput before the port opens.
+
+    `load_vision`: makes what answers photos.
+    """
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # asyncio's would cancel the start of gRPC, which then hangs
@@ -40,7 +46,7 @@ async def serve(config: CloudConfig) -> None:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     queue = ByteBudget(config.queue_bytes)
-    vision = vision_service.load(config, registry, device)
+    vision = load_vision(config, registry, device)
     vision.metrics.watch(queue)
     language = language_service.load(config, registry, queue, device)
     server = Server(Servicer(vision, language, vision.metrics, queue), vision, language)
@@ -53,7 +59,7 @@ async def serve(config: CloudConfig) -> None:
     log.info("drained")
 
 
-def held(vision: Worker, language: LanguageService) -> Iterator[str]:
+def held(vision: Worker | Forwarder, language: LanguageService) -> Iterator[str]:
     """Names and fingerprints of everything that is served."""
     for bundle in vision.bundles:
         yield f"{bundle.name} {bundle.fingerprint.hex()[:12]}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from isthmus.cloud_service.config import PREFIX, CloudConfig
+from isthmus.cloud_service.config import PREFIX, CloudConfig, RayConfig
 from isthmus.models.address import parse_address
 from isthmus.models.bundle.installed import missing
 from isthmus.models.errors import InvalidInput, IsthmusError
@@ -24,16 +24,35 @@ from isthmus.models.options import WIDE, Command, describe, known_settings, opti
 
 PEM = click.Path(path_type=Path, exists=True, dir_okay=False)
 SECTIONS = {"Settings": CloudConfig}
+KNOWN = known_settings(RayConfig, CloudConfig)
+COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 EXAMPLES = """\b
 Examples:
   cloud-service --bundle photos
   cloud-service --bundle photos --bundle elpv --listen 0.0.0.0:50051 --metrics 0.0.0.0:9101
   cloud-service --model smollm2 --handoff smollm2
   cloud-service --engine-url http://127.0.0.1:8000 --engine-tokenizer models/Qwen3-8B
-  cloud-service --check 127.0.0.1:50051"""
+  cloud-service --check 127.0.0.1:50051
+  cloud-service ray --bundle photos --replicas 2"""
+RAY_EXAMPLES = """\b
+Examples:
+  cloud-service ray --bundle photos --replicas 2
+  cloud-service ray --bundle photos --replicas 2 --max-replicas 8 --address head:6379"""
+# Of a Ray cluster that `ray_serve` starts, read when Ray is imported: no statistics are sent, every call needs a token,
+# and ports are on loopback, which Ray does by itself on Windows and macOS only.
+RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
+LOCAL_RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
-@click.command(cls=Command, epilog=EXAMPLES, context_settings=WIDE)
+class Service(Command, click.Group):
+    """A command that does without a subcommand, and has some."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+@click.group(cls=Service, invoke_without_command=True, epilog=EXAMPLES, context_settings=WIDE)
 @click.option("--check", metavar="HOST:PORT", help="Ask a running service for its health and exit.")
 @click.option(
     "--check-ca", envvar=f"{PREFIX}_CHECK_CA", type=PEM, help="PEM file of the authority, for --check with TLS."
@@ -54,9 +73,14 @@ Examples:
     help="Log as JSON lines; --check and --show-config print JSON.",
 )
 @click.version_option(package_name="isthmus", prog_name="cloud-service")
-@options(PREFIX, known_settings(CloudConfig), SECTIONS)
-def main(check: str | None, show_config: bool, as_json: bool, **check_tls: Any) -> None:
+@options(PREFIX, KNOWN, SECTIONS)
+@click.pass_context
+def main(context: click.Context, check: str | None, show_config: bool, as_json: bool, **check_tls: Any) -> None:
     """The cloud half of Isthmus: serves bundles for photos, and language models, to devices."""
+    if context.invoked_subcommand:
+        if given := [name for name in context.params if context.get_parameter_source(name) is COMMANDLINE]:
+            raise click.UsageError(f"--{given[0]} comes after {context.invoked_subcommand}")
+        return
     if check:
         sys.exit(check_health(check, as_json, **check_tls))
     config = read(CloudConfig)
@@ -65,6 +89,45 @@ def main(check: str | None, show_config: bool, as_json: bool, **check_tls: Any) 
         return
     if not config.bundles and not config.models and config.engine is None:
         raise click.UsageError("give at least one --bundle, --model or --engine-url")
+    prepare(config, as_json)
+    with needing("cloud"):
+        from isthmus.cloud_service.app import serve  # PyTorch takes seconds to import, and --check runs often
+
+    try:
+        asyncio.run(serve(config))
+    except IsthmusError as error:
+        fail(error)
+
+
+@main.command(cls=Command, epilog=RAY_EXAMPLES, context_settings=WIDE)
+@click.option("--show-config", is_flag=True, help="Print each setting, its value and where that comes from, and exit.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar=f"{PREFIX}_JSON", help="Log as JSON lines; --show-config prints JSON."
+)
+@options(PREFIX, KNOWN, {"Replicas": RayConfig, **SECTIONS})
+def ray(show_config: bool, as_json: bool) -> None:
+    """The same service, whose photos are computed by replicas on a Ray cluster: of this machine, or of many."""
+    config, replicas = read(CloudConfig), read(RayConfig)
+    if show_config:
+        click.echo(describe(as_json))
+        return
+    if not config.bundles:
+        raise click.UsageError("give at least one --bundle")
+    prepare(config, as_json)
+    os.environ.update(RAY_ENVIRONMENT | (LOCAL_RAY_ENVIRONMENT if replicas.address is None else {}))
+    with needing("cloud,ray"):
+        from isthmus.cloud_service.app import serve
+        from isthmus.cloud_service.vision import ray_serve
+
+    try:
+        with ray_serve.cluster(replicas):
+            asyncio.run(serve(config, partial(ray_serve.load, replicas=replicas)))
+    except IsthmusError as error:
+        fail(error)
+
+
+def prepare(config: CloudConfig, as_json: bool) -> None:
+    """What comes before PyTorch is imported. Ends the program when a bundle is missing."""
     for bundle in (*config.bundles, *config.handoffs):
         if problem := missing(bundle):
             fail(problem)
@@ -75,13 +138,6 @@ def main(check: str | None, show_config: bool, as_json: bool, **check_tls: Any) 
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     # Or cuBLAS may share the memory of split sums between streams, and their order changes.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with needing("cloud"):
-        from isthmus.cloud_service.app import serve  # PyTorch takes seconds to import, and --check runs often
-
-    try:
-        asyncio.run(serve(config))
-    except IsthmusError as error:
-        fail(error)
 
 
 def check_health(

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, SecretStr
 from pydantic.dataclasses import dataclass
 
 from isthmus.cloud_service.vision.batching import BatchLimits
-from isthmus.models.address import ListenAddress
+from isthmus.models.address import ListenAddress, PeerAddress
 from isthmus.models.bundle.installed import find_all
 from isthmus.models.errors import InvalidInput
 from isthmus.models.settings import Flag, Settings
@@ -127,6 +127,24 @@ class EngineConfig(Settings):
         if not raw or len(raw) > MAX_KEY_BYTES or not raw.isascii() or b"\n" in raw:
             raise InvalidInput(f"{self.key_file}: expected one line with an API key")
         return raw.decode()
+
+
+@dataclass(frozen=True)
+class RayConfig(Settings):
+    """How many processes compute photos on a Ray cluster, and where that is."""
+
+    replicas: Annotated[
+        int,
+        Field(ge=1, le=1000, description="Replicas to compute photos, each with --threads cores, or one; at least."),
+    ] = 2
+    max_replicas: Annotated[
+        int, Field(ge=0, le=1000, description="Replicas under load, at most; 0 for as many as --replicas.")
+    ] = 0
+    address: Annotated[
+        PeerAddress | None,
+        Field(description="Address of a running Ray cluster; without it, one is started that ends with this program."),
+        Flag(metavar="HOST:PORT"),
+    ] = None
 
 
 @dataclass(frozen=True)

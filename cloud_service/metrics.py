@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -110,8 +111,8 @@ class CloudMetrics:
             self._decode.labels("checksum" if on_arrival and reason == "corrupt" else reason).inc()
 
     def log_failure(self, what: str) -> None:
-        """Log a fault of the service with its traceback, which devices never see."""
-        log.exception(what)
+        """Log a fault of the service with its traceback, if there is one, which devices never see."""
+        log.error(what, exc_info=sys.exc_info()[0] is not None)
 
     def _start_at_zero(self, bundles: Sequence[BundleInfo]) -> None:
         """Known labels exist from the start, so that a first failure is an increase and not a new series."""

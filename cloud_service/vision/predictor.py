@@ -46,12 +46,7 @@ class Predictor:
     def __init__(self, bundle: Bundle, device: torch.device = CPU) -> None:
         """`device`: of the tail. Raises BundleError when tables or weights do not fit the manifest."""
         self.manifest = bundle.manifest
-        self.info = BundleInfo(
-            fingerprint=bundle.fingerprint,
-            name=self.manifest.name,
-            tasks=tuple(TaskInfo(task.name, len(task.labels)) for task in self.manifest.tasks),
-            taps=tuple(TapInfo(tap.name, len(tap.widths[0].rates)) for tap in self.manifest.taps),
-        )
+        self.info = info_of(bundle)
         self._codecs = [bundle.codec(tap) for tap in range(len(self.manifest.taps))]
         self._tail = open_tail(bundle, device)
         spec = self.manifest.preprocessing
@@ -135,6 +130,17 @@ class Predictor:
             else ServiceError("the tail gave no finite answer")
             for rows in zip(*answers, strict=True)
         ]
+
+
+def info_of(bundle: Bundle) -> BundleInfo:
+    """What the service declares of a bundle."""
+    manifest = bundle.manifest
+    return BundleInfo(
+        fingerprint=bundle.fingerprint,
+        name=manifest.name,
+        tasks=tuple(TaskInfo(task.name, len(task.labels)) for task in manifest.tasks),
+        taps=tuple(TapInfo(tap.name, len(tap.widths[0].rates)) for tap in manifest.taps),
+    )
 
 
 def numbered(entries: Sequence[TaskInfo | TapInfo]) -> str:

@@ -34,7 +34,7 @@ class InferStream:
         self._given_up: set[int] = set()  # ids whose response may still come
         self._lock = threading.Lock()
         self._late = late
-        self._opened_s = self._active_s = time.monotonic()  # `_active_s`: when the last request was sent or response received
+        self._opened_s = self._active_s = time.monotonic()  # active: a request was sent, or a response received
         self._abandoned = False
         self.ended: IsthmusError | None = None
         self._call: Any = stub.InferStream(self._requests())

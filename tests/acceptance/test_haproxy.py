@@ -92,9 +92,7 @@ def test_photos_under_sigkill_and_sigterm_of_replicas(tiny_bundle: Bundle, photo
     assert "drained" in log, "photos that came with the signal were answered before the end"
 
 
-def test_devices_are_spread_over_both_replicas(
-    tiny_bundle: Bundle, photo: Image.Image
-) -> None:
+def test_devices_are_spread_over_both_replicas(tiny_bundle: Bundle, photo: Image.Image) -> None:
     clouds = [CloudProcess(tiny_bundle.folder, arguments=("--threads", "1")) for _ in range(2)]
     with started(*clouds), Haproxy(clouds[0].target, clouds[1].target) as balancer, ExitStack() as stack:
         config = EdgeConfig(
