@@ -75,7 +75,7 @@ class Service(Command, click.Group):
 @click.version_option(package_name="isthmus", prog_name="cloud-service")
 @options(PREFIX, KNOWN, SECTIONS)
 @click.pass_context
-def main(context: click.Context, check: str | None, show_config: bool, as_json: bool, **check_tls: Any) -> None:
+def main(context: click.Context, /, check: str | None, show_config: bool, as_json: bool, **check_tls: Any) -> None:
     """The cloud half of Isthmus: serves bundles for photos, and language models, to devices."""
     if context.invoked_subcommand:
         if given := [name for name in context.params if context.get_parameter_source(name) is COMMANDLINE]:

@@ -1,1 +1,1 @@
-"""What runs a language model behind the service."""
+"""What runs a language model for the service."""
