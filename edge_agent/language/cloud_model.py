@@ -146,13 +146,13 @@ class ReplicaMatch:
         """
         fetched: list[bytes] = []
 
-        def fetch_once(wanted: TokenizerInfo) -> bytes:
-            if self._unusable is not None and self._unusable[0] == wanted.sha256:
+        def fetch_once(chosen: TokenizerInfo) -> bytes:
+            if self._unusable is not None and self._unusable[0] == chosen.sha256:
                 _, until_s, reason = self._unusable
                 if time.monotonic() < until_s:
                     raise InvalidReply(reason)
-            fetched.append(wanted.sha256)
-            return fetch(wanted)
+            fetched.append(chosen.sha256)
+            return fetch(chosen)
 
         try:
             self._cloud.check(self._target, info, fetch_once)
