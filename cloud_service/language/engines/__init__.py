@@ -1,1 +1,1 @@
-"""What runs a language model for the service."""
+"""What runs the language models of the service: our own decoder, or a server over HTTP."""

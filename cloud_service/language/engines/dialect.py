@@ -70,15 +70,15 @@ class Probe(Protocol):
         ...
 
 
-def read_models(answer: dict[str, Any], wanted: str | None) -> EngineIdentity:
+def read_models(answer: dict[str, Any], chosen_name: str | None) -> EngineIdentity:
     """The model to use among those that a server lists. Raises EngineDown naming those where it is not clear."""
     cards = [mapping(card, "model") for card in listed(answer.get("data"), "models")]
     held = {card["id"]: card for card in cards if isinstance(card.get("id"), str)}
     names = ", ".join(held)[:MAX_NAMES] or "none"
-    if wanted is not None and wanted not in held:
-        raise EngineDown(f"the engine does not hold the model {wanted}, it holds {names}")
-    if wanted is None and len(held) != 1:
+    if chosen_name is not None and chosen_name not in held:
+        raise EngineDown(f"the engine does not hold the model {chosen_name}, it holds {names}")
+    if chosen_name is None and len(held) != 1:
         raise EngineDown(f"the engine holds {names}: name the model with --engine-model")
-    name = wanted or next(iter(held))
+    name = chosen_name or next(iter(held))
     context = held[name].get("max_model_len")
     return EngineIdentity(name, context if type(context) is int and context > 0 else 0)

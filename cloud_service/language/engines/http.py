@@ -73,7 +73,7 @@ class HttpEngine:
             await self._client.close()
 
     async def identity(self) -> EngineIdentity:
-        found = await self._ask(Call(MODELS), MAX_LIST_BYTES, partial(read_models, wanted=self._model), PING_S)
+        found = await self._models()
         self._name = found.name
         if self._probe is not None:
             self._dialect = await self._probed(self._probe)
@@ -83,8 +83,11 @@ class HttpEngine:
         try:
             async with self._request(self._spoken.ping, PING_S) as response:
                 await self._body(response, MAX_LIST_BYTES)
+            found = await self._models()
         except (EngineFault, Overloaded) as error:  # of its health, and not of a request
             raise EngineDown(str(error)) from error
+        if found.name != self._name:
+            raise EngineDown(f"the engine holds {found.name} now, and no longer {self._name}")
 
     async def tokens_of(self, text: str) -> list[int] | None:
         call = self._spoken.tokens_call(self._name, text)
@@ -124,6 +127,10 @@ class HttpEngine:
     def _spoken(self) -> Dialect:
         assert self._dialect is not None  # `identity` comes first
         return self._dialect
+
+    async def _models(self) -> EngineIdentity:
+        """The model to use among those that it lists."""
+        return await self._ask(Call(MODELS), MAX_LIST_BYTES, partial(read_models, chosen_name=self._model), PING_S)
 
     async def _probed(self, probe: Probe) -> Dialect:
         """The dialect of a server, which may refuse the probe."""

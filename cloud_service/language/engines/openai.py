@@ -155,7 +155,7 @@ def split_characters(raw: bytes) -> tuple[str, bytes]:
     """The text of UTF-8 without a character that its last bytes only begin, and those bytes."""
     for size in range(1, min(4, len(raw) + 1)):
         lead = raw[-size]
-        if lead >= 0xC0:  # begins a character of 2 to 4 bytes
+        if 0xC2 <= lead <= 0xF4:  # begins a character of 2 to 4 bytes
             needed = 2 + (lead >= 0xE0) + (lead >= 0xF0)
             cut = len(raw) - size if size < needed else len(raw)
             return raw[:cut].decode(errors="replace"), raw[cut:]

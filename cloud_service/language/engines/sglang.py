@@ -47,8 +47,8 @@ class SglangDialect:
 
     def read_scores(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int | None) -> list[Choice]:
         meta = meta_of(answer)
-        wanted = len(ids) - start + 1
-        rows = listed(meta.get("input_top_logprobs"), "lists of likely tokens", wanted)
+        count = len(ids) - start + 1
+        rows = listed(meta.get("input_top_logprobs"), "lists of likely tokens", count)
         last = read_choices(answer, meta, self._vocab, top)
         if len(last) != 1:
             raise EngineFault(f"the engine sent {len(last)} tokens after a text, expected 1")

@@ -56,8 +56,8 @@ class VllmDialect:
         return Call(COMPLETIONS, body), VllmStreamReader(self._vocab, top)
 
     def score_call(self, model: str, ids: Sequence[int], start: int, top: int | None) -> Call:
-        wanted = max(MIN_TOP, top or 0)
-        return Call(COMPLETIONS, {**self._body(model, list(ids), 1, GREEDY, wanted), "prompt_logprobs": wanted})
+        count = max(MIN_TOP, top or 0)
+        return Call(COMPLETIONS, {**self._body(model, list(ids), 1, GREEDY, count), "prompt_logprobs": count})
 
     def read_scores(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int | None) -> list[Choice]:
         choice = only_choice(answer)

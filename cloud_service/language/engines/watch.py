@@ -77,6 +77,7 @@ class Watch:
         identity = await self._engine.identity()
         await self._engine.ping()
         if self._known is None or self._known[0] != identity:
+            self.problem = "the engine is there, and checked before it is used"
             self._known = identity, await self._examine(identity)
         self.info, self.logprobs, self.problem = self._known[1], identity.logprobs, ""
         self._suspected.clear()

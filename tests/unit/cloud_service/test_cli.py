@@ -39,7 +39,7 @@ def test_it_says_its_version() -> None:
         ((), "--bundle"),
         (("--bundle", "/nowhere"), "no such bundle folder"),
         (("--bundle", "x", "--max-batch", "0"), "max-batch"),
-        (("--handoff", "x"), "--bundle or --model"),
+        (("--handoff", "x"), "--bundle, --model or --engine-url"),
         (("--bundle", "x", "--tls-key", __file__), "--tls-certificate"),
         (("--bundle", "x", "--listen", "localhost:115587"), "listen is 'localhost:115587': not HOST:PORT"),
         (("--bundle", "x", "--metrics", "::1:9101"), "brackets"),

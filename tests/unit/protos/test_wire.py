@@ -117,6 +117,7 @@ def test_an_error_arrives_as_an_error(kind: type[IsthmusError]) -> None:
         errors.BundleError: errors.ServiceError,
         errors.Draining: errors.LinkDown,
         errors.EngineDown: errors.LinkDown,
+        errors.EngineFault: errors.ServiceError,
         errors.AgentClosed: errors.InvalidInput,  # these are raised on the device only
         errors.AnswerCancelled: errors.InvalidInput,
         errors.ContextExceeded: errors.InvalidInput,

@@ -12,7 +12,7 @@ from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.language import service as service_module
 from isthmus.cloud_service.language.service import LanguageService, load, open_decoder, open_handoffs
-from isthmus.models.errors import BundleError, InvalidInput, UnknownBundle
+from isthmus.models.errors import BundleError, EngineDown, InvalidInput, UnknownBundle
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.language.torch.paged_decoder import PagedDecoder, record_nothing
 from isthmus.models.messages import ModelInfo, Opening, TokenizerInfo
@@ -50,6 +50,7 @@ class ScriptedEngine:
 
     def __init__(self, fingerprint: bytes = bytes(32), failure: Exception | None = None) -> None:
         self.info = ModelInfo(fingerprint, "scripted", 259, 64, "bitwise", TOKENIZER, (0,), ("cloud",))
+        self.problem = ""
         self.failure = failure
         self._drained = asyncio.Event()
 
@@ -91,6 +92,19 @@ def test_handlers_find_engines_by_the_first_bytes_of_their_fingerprint() -> None
     async def play() -> None:
         language = service(ScriptedEngine(bytes(range(32))))
         with pytest.raises(UnknownBundle, match=f"there is {bytes(range(8)).hex()}$"):
+            await language.new_handler("peer").handle(Opening(bytes(8), bytes(16), 0, (), 0))
+
+    asyncio.run(play())
+
+
+def test_a_model_that_may_be_that_of_a_lost_engine_is_elsewhere() -> None:
+    async def play() -> None:
+        lost: Any = ScriptedEngine()
+        lost.info, lost.problem = None, "the engine does not answer"
+        language = LanguageService([ScriptedEngine(bytes(range(32)))], [lost])  # type: ignore[list-item]
+        assert [info.fingerprint for info in language.models] == [bytes(range(32))]
+        assert language.problems == ("the engine does not answer",)
+        with pytest.raises(EngineDown, match="does not answer"):
             await language.new_handler("peer").handle(Opening(bytes(8), bytes(16), 0, (), 0))
 
     asyncio.run(play())
