@@ -37,7 +37,7 @@ def declared(name: str = "big", **changed: Any) -> ModelInfo:
 
 def bound(model: ModelInfo | None = None) -> CloudModel:
     """The cloud's model as an agent knows it once a cloud has answered."""
-    made = CloudModel(None, None, TokenizerCache(Path("/nowhere")))
+    made = CloudModel(None, None, TokenizerCache(Path("/dev/null/tokenizers")))
     made.bound = BoundModel(model or declared(), tokenizer=None)  # type: ignore[arg-type]
     return made
 

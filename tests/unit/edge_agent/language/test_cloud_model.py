@@ -35,7 +35,7 @@ def send(info: TokenizerInfo) -> bytes:
     return TOKENIZER.to_bytes()
 
 
-def cloud_model(name: str | None = None, own: Any = None, folder: Path = Path("/nowhere")) -> CloudModel:
+def cloud_model(name: str | None = None, own: Any = None, folder: Path = Path("/dev/null/tokenizers")) -> CloudModel:
     return CloudModel(name, own, TokenizerCache(folder))
 
 
