@@ -66,10 +66,11 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Servers that name no port take theirs from here; what is pulled stays in the folder."""
+        """Servers that name no port take theirs from here; what is fetched stays in the folder."""
         listen = {"CLOUD_LISTEN": 50051, "CLOUD_METRICS": 9101, "EDGE_LISTEN": 8080}
         servers = {f"ISTHMUS_{name}": f"127.0.0.1:{self.ports[port]}" for name, port in listen.items()}
-        return environment() | servers | {"XDG_DATA_HOME": str(self.folder / "data"), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        kept = {f"XDG_{kind.upper()}_HOME": str(self.folder / kind) for kind in ("data", "cache")}
+        return environment() | servers | kept
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
