@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from isthmus.edge_agent.cli.clouds import describe_clouds
 from isthmus.edge_agent.config import HttpConfig, LanguageConfig
 from isthmus.models.errors import IsthmusError
 from isthmus.models.fail import fail, needing
@@ -38,6 +39,8 @@ def warn(agent: LanguageAgent) -> None:
 
 def tokenizer_of(agent: LanguageAgent, arm: Arm) -> Tokenizer:
     """What encodes prompts; without a model on the device it comes from a cloud, which is waited for."""
+    if not agent.ready and not agent.replicas.cloud.problems:
+        click.echo(f"waiting for a cloud: {describe_clouds(agent.replicas)}", err=True)
     try:
         return agent.tokenizer_for(arm)
     except IsthmusError as error:

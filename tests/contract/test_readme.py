@@ -66,7 +66,7 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Servers that name no port take theirs from here; what is pulled stays in the folder."""
+        """Servers that name no port take theirs from here; what is fetched stays in the folder."""
         listen = {"CLOUD_LISTEN": 50051, "CLOUD_METRICS": 9101, "EDGE_LISTEN": 8080}
         servers = {f"ISTHMUS_{name}": f"127.0.0.1:{self.ports[port]}" for name, port in listen.items()}
         folders = {f"XDG_{name.upper()}_HOME": str(self.folder / name) for name in ("data", "cache")}
