@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from isthmus.cloud_service.config import PREFIX, CloudConfig, RayConfig
 from isthmus.models.address import parse_address
@@ -25,7 +26,6 @@ from isthmus.models.options import WIDE, Command, describe, known_settings, opti
 PEM = click.Path(path_type=Path, exists=True, dir_okay=False)
 SECTIONS = {"Settings": CloudConfig}
 KNOWN = known_settings(RayConfig, CloudConfig)
-COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 EXAMPLES = """\b
 Examples:
   cloud-service --bundle photos
@@ -78,8 +78,7 @@ class Service(Command, click.Group):
 def main(context: click.Context, /, check: str | None, show_config: bool, as_json: bool, **check_tls: Any) -> None:
     """The cloud half of Isthmus: serves bundles for photos, and language models, to devices."""
     if context.invoked_subcommand:
-        if given := [name for name in context.params if context.get_parameter_source(name) is COMMANDLINE]:
-            raise click.UsageError(f"--{given[0]} comes after {context.invoked_subcommand}")
+        refuse_options(context, context.invoked_subcommand)
         return
     if check:
         sys.exit(check_health(check, as_json, **check_tls))
@@ -124,6 +123,13 @@ def ray(show_config: bool, as_json: bool) -> None:
             asyncio.run(serve(config, partial(ray_serve.load, replicas=replicas)))
     except IsthmusError as error:
         fail(error)
+
+
+def refuse_options(context: click.Context, command: str) -> None:
+    """Raises click.UsageError for an option before a command, which that would not see."""
+    for param in context.command.params:
+        if context.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{param.opts[0]} comes after {command}")
 
 
 def prepare(config: CloudConfig, as_json: bool) -> None:

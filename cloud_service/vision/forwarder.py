@@ -48,8 +48,8 @@ class Replicas(Protocol):
         """Raises ReplicaLost, or Overloaded or ServiceError where none takes the request."""
         ...
 
-    async def count(self) -> int:
-        """How many run."""
+    def count(self) -> int:
+        """How many run. Raises ServiceError when that can no longer be known: no request is answered any more."""
         ...
 
 
@@ -89,10 +89,10 @@ class Forwarder:
         return answer.outcome
 
     async def run(self) -> None:
-        """Watch the replicas until drained."""
+        """Watch the replicas until drained. Raises ServiceError when they cannot be reached any more."""
         known = -1
         while not self._draining.is_set():
-            if (count := await self._replicas.count()) != known:
+            if (count := self._replicas.count()) != known:
                 log.info("%d replicas compute photos", count)
                 self._running.set(known := count)
             try:

@@ -9,9 +9,12 @@ demands a token everywhere (`cli` says how); Serve's own proxies stay off: devic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +39,7 @@ OBJECT_STORE_BYTES = 256 << 20  # for payloads above 100 kB on their way; Ray's 
 # Of a replica's process. Its decoders start in process groups, which uvloop cannot do; for the others see `cli`.
 REPLICA_ENVIRONMENT = {"RAY_USE_UVLOOP": "0", "GOMP_SPINCOUNT": "0", "MKL_CBWR": "AUTO,STRICT"}
 HEALTH_S, HUNG_S = 2.0, 10.0  # between checks of a replica; without an answer for so long it is replaced
+COUNT_S, SILENT_S = 1.0, 30.0  # between counts of replicas; without one for so long the cluster is gone
 RETRY_S = 1.0  # until there may be a replica, when none runs and too many wait for one
 
 log = logging.getLogger("isthmus.cloud")
@@ -44,8 +48,12 @@ log = logging.getLogger("isthmus.cloud")
 class RayReplicas:
     """`Replicas` behind a handle of Ray Serve. Ray's errors are translated here."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, count: int) -> None:
+        """`count`: how many run now."""
         self._predict = handle.predict
+        self._counted = (time.monotonic(), count)
+        # A daemon: a call to a cluster that has ended never returns.
+        threading.Thread(target=self._keep_counting, name="replicas", daemon=True).start()
 
     async def ask(self, request: CloudRequest, peer: str) -> ReplicaAnswer:
         response = self._predict.remote(request, peer)
@@ -65,17 +73,18 @@ class RayReplicas:
             raise ReplicaLost(str(error)) from error
         return answer
 
-    async def count(self) -> int:
-        return await asyncio.to_thread(running)
+    def count(self) -> int:
+        counted_s, count = self._counted
+        if time.monotonic() - counted_s > SILENT_S:
+            raise ServiceError(f"Ray has not answered for {SILENT_S:.0f} s")
+        return count
 
-
-def running() -> int:
-    """Replicas that run. Raises ServiceError when Ray does not say."""
-    try:
-        deployment = serve.status().applications[APP].deployments[DEPLOYMENT]
-    except (RayError, RayServeException, KeyError) as error:
-        raise ServiceError(f"Ray Serve has no deployment {APP}/{DEPLOYMENT} any more: {error}") from error
-    return int(deployment.replica_states.get("RUNNING", 0))
+    def _keep_counting(self) -> None:
+        while True:
+            with contextlib.suppress(RayError, RayServeException, KeyError):
+                deployment = serve.status().applications[APP].deployments[DEPLOYMENT]
+                self._counted = (time.monotonic(), int(deployment.replica_states.get("RUNNING", 0)))
+            time.sleep(COUNT_S)
 
 
 @contextmanager
@@ -85,7 +94,7 @@ def cluster(config: RayConfig) -> Iterator[None]:
     Raises InvalidInput or ServiceError.
     """
     for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)  # a dead replica is a warning for each request
     shared: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
     try:
         if config.address is not None:
@@ -130,7 +139,7 @@ def load(config: CloudConfig, registry: CollectorRegistry, device: torch.device,
         handle = serve.run(deployment(held, replicas, cores).bind(held), name=APP, route_prefix=None)
     except (RuntimeError, RayError, RayServeException) as error:
         raise ServiceError(f"the replicas do not start: {first_line(error)}") from error
-    return Forwarder(bundles, RayReplicas(handle), registry)
+    return Forwarder(bundles, RayReplicas(handle, replicas.replicas), registry)
 
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}

@@ -146,3 +146,40 @@ def test_a_package_that_is_not_installed_is_named_with_the_way_to_get_it(package
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert f"error: the package {package} is missing: pip install 'isthmus[cloud]'" in result.stderr
+
+
+def test_replicas_are_a_command_with_the_options_of_the_service() -> None:
+    shown = invoke("ray", "--help")
+    assert "--replicas" in shown.output
+    assert "--tls-client-ca" in shown.output
+    assert "cloud-service ray --bundle photos --replicas 2" in shown.output
+    assert "--replicas" not in invoke("--help").output.replace("ray --bundle photos --replicas", "")
+
+
+def test_the_settings_of_replicas_come_from_the_same_sources(tmp_path: Path) -> None:
+    path = tmp_path / "cloud.toml"
+    path.write_text('bundle = ["/nowhere/a"]\nmax_replicas = 8\n')
+    environment = {"ISTHMUS_CLOUD_CONFIG": str(path), "ISTHMUS_CLOUD_REPLICAS": "3"}
+    found = json.loads(invoke("ray", "--show-config", "--json", "--threads", "2", **environment).stdout)
+    assert [found[key]["value"] for key in ("replicas", "max_replicas", "threads")] == [3, 8, 2]
+    assert found["bundle"] == {"value": ["/nowhere/a"], "source": str(path)}
+
+
+def test_an_option_before_a_command_is_refused() -> None:
+    result = invoke("--bundle", "fashion", "ray")
+    assert result.exit_code == 2
+    assert "--bundle comes after ray" in result.stderr
+
+
+def test_replicas_need_a_bundle() -> None:
+    assert "give at least one --bundle" in invoke("ray").stderr
+
+
+def test_without_ray_one_line_says_how_to_get_it() -> None:
+    code = (
+        "import sys; sys.modules['ray'] = None; from isthmus.cloud_service.cli import main;"
+        "main(['ray', '--bundle', 'fashion'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == "error: the package ray is missing: pip install 'isthmus[cloud,ray]'\n"
