@@ -194,7 +194,8 @@ class SuffixRunner:
     def _compute_first_state(self, id_: int) -> Tensor:
         """Of the first token, which depends on nothing else: coding it would cost as much quality as all others."""
         spans = [Span(self._lower.new_cache(), 0, 1)]
-        return self._lower.forward(self._lower.embed([id_]), spans)[:1].clone().cpu()
+        state_1H = download(self._lower.forward(self._lower.embed([id_]), spans)[:1])
+        return torch.from_numpy(state_1H.copy())
 
     def _forward(self, inputs: Sequence[SuffixInput]) -> Floats | None:
         """Logits (width, vocab), if a state decides a token."""

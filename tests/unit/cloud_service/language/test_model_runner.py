@@ -6,20 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from isthmus.cloud_service.language import model_runner
 from isthmus.cloud_service.language.handoff_sequence import MAX_FILLED_STATES, HandoffSequence
 from isthmus.cloud_service.language.model_runner import FullRunner, PrefixRunner, SuffixRunner
 from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import InvalidInput, PayloadCorrupt
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
+from isthmus.models.language.torch import kv_fill
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.kv_fill import EXACT_FIRST
+from isthmus.models.language.torch.kv_pool import KVPool
+from isthmus.models.language.torch.paged_decoder import PagedDecoder, record_nothing
 from isthmus.models.messages import Committed, Opening, Round
 from tests.bench.tiny_llama import write_tiny_llama
+from tests.one_device import META, OneDevice, without_pinning
 from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.language.tiny import CONTEXT, ENDS, WIDTH, InstrumentedDecoder, plain, prompts, states_of
 
@@ -235,3 +241,25 @@ def test_rates_and_depths_that_the_bundle_lacks_are_refused(decoder: Decoder, ha
             runner.new_sequence((), opening(**fields))
     with pytest.raises(InvalidInput, match=f"the handoff is after layer {handoff.depth}"):
         runner.new_sequence((), opening(prefill_layers=handoff.depth + 1))
+
+
+def test_on_a_device_steps_compute_with_nothing_that_is_elsewhere(
+    checkpoint: Checkpoint, decoder: Decoder, handoff: HandoffBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens through all layers and through the first only, and states through the last, exact and filled."""
+    without_pinning(monkeypatch)
+    for module in (model_runner, kv_fill):
+        monkeypatch.setattr(module, "download", lambda tensor: np.zeros(tensor.shape, np.float32))
+    loaded = Decoder.load(checkpoint, torch.float32, WIDTH, META)
+    device = PagedDecoder(loaded, KVPool(loaded.config, loaded.dtype, META, 4 << 20), record_nothing)
+    full, suffix = full_runner(device, handoff), SuffixRunner(handoff, device)
+    sequence = token_sequence(full, PROMPT, Round(len(PROMPT)), prefill_layers=handoff.depth)
+    states = handoff_sequence(suffix, states_round(decoder, handoff, PROMPT), fill=handoff.depth)
+    outcomes: list[object] = [None, None]
+    with OneDevice():
+        while outcomes[0] is None:
+            step = [(sequence, min(sequence.pending_tokens, WIDTH))]
+            (outcomes[0],) = full.next_runner(sequence).run(step).outcomes
+        while outcomes[1] is None:
+            (outcomes[1],) = suffix.run([(states, min(states.pending_tokens, WIDTH))]).outcomes
+    assert [committed(outcome).tokens for outcome in outcomes] == [(0,), (0,)]
