@@ -46,7 +46,7 @@ log = logging.getLogger("isthmus.cloud")
 
 
 class RayReplicas:
-    """`Replicas` behind a handle of Ray Serve. Ray's errors are translated here."""
+    """`Replicas` that a handle of Ray Serve reaches. Ray's errors are translated here."""
 
     def __init__(self, handle: Any, count: int) -> None:
         """`count`: how many run now."""
@@ -123,8 +123,8 @@ def load(config: CloudConfig, registry: CollectorRegistry, device: torch.device,
     bundles = [info_of(Bundle.open(folder)) for folder in config.bundles]
     cores = max(config.threads, 1)
     if replicas.address is None and (have := int(ray.cluster_resources().get("CPU", 0))) < replicas.replicas * cores:
-        wanted = f"{replicas.replicas} replicas of {cores} cores"
-        raise InvalidInput(f"--replicas: this machine has {have} cores, which is too few for {wanted}")
+        needed = f"{replicas.replicas} replicas of {cores} cores"
+        raise InvalidInput(f"--replicas: this machine has {have} cores, which is too few for {needed}")
     held = CloudConfig(
         bundles=tuple(folder.absolute() for folder in config.bundles),
         threads=config.threads,
