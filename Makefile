@@ -61,8 +61,8 @@ protos: env  ## generate the stubs again
 		isthmus/protos/isthmus/v1/isthmus.proto
 	cp build/stubs/isthmus/protos/isthmus/v1/isthmus_pb2* protos/isthmus/v1/
 
-up:  ## build and start the cloud service and Prometheus (COMPOSE_PROFILES=edge,grafana,replicas for more)
+up:  ## build and start the cloud service and Prometheus (COMPOSE_PROFILES=edge,grafana,replicas,gpu for more)
 	$(COMPOSE) up --build --detach
 
 down:  ## stop them, whatever profile they were started with
-	COMPOSE_PROFILES=edge,grafana,replicas $(COMPOSE) down
+	COMPOSE_PROFILES=edge,grafana,replicas,gpu $(COMPOSE) down

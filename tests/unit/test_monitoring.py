@@ -21,6 +21,7 @@ from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.messages import BundleInfo, TapInfo, TaskInfo
+from isthmus.models.settings import settings_of
 from isthmus.models.vision.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,21 @@ def test_images_end_without_root_and_build_tools(service: str) -> None:
     assert "USER 10001" in stages[-1]
     assert "pip install" not in stages[-1]
     assert compose[service]["read_only"] is True
+
+
+def test_the_service_on_a_card_takes_the_place_of_the_one_on_the_cpu() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    cpu, card = services["cloud"], services["cloud-gpu"]
+    assert card["profiles"] == ["gpu"] and card["networks"]["default"]["aliases"] == ["cloud"]
+    (device,) = card["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    different = {"profiles", "image", "build", "environment", "networks", "deploy"}
+    assert {key for key in card.keys() | cpu.keys() if card.get(key) != cpu.get(key)} == different
+    assert cpu["environment"].items() <= card["environment"].items()
+    arguments = re.findall(r"^ARG (\w+)", (ROOT / card["build"]["dockerfile"]).read_text(), re.MULTILINE)
+    assert card["build"]["args"].keys() <= set(arguments) and card["build"]["args"]["ONNXRUNTIME"] == "onnxruntime-gpu"
+    names = {f"ISTHMUS_CLOUD_{setting.key.upper()}" for setting in settings_of(CloudConfig)}
+    assert card["environment"].keys() <= names
 
 
 def test_prometheus_scrapes_the_ports_that_compose_opens() -> None:
