@@ -31,13 +31,24 @@ class CloudProcess:
     """`python -m isthmus.cloud_service` on loopback. It may be killed and restarted; its ports stay the same."""
 
     def __init__(
-        self, *bundles: Path, arguments: tuple[str, ...] = (), module: str = "isthmus.cloud_service", cpus: str = ""
+        self,
+        *bundles: Path,
+        arguments: tuple[str, ...] = (),
+        module: str = "isthmus.cloud_service",
+        cpus: str = "",
+        command: tuple[str, ...] = (),
     ) -> None:
-        """`cpus` are the cores it may use, in the notation of taskset; empty for all."""
+        """`cpus` are the cores it may use, in the notation of taskset; empty for all. `command`: of the program's."""
         self.port, self.metrics_port = free_port(), free_port()
         taskset = ["taskset", "-c", cpus] if cpus else []
-        self._arguments = [*taskset, sys.executable, "-m", module, "--listen", f"127.0.0.1:{self.port}"]
-        self._arguments += ["--metrics", f"127.0.0.1:{self.metrics_port}", *arguments]
+        self._arguments = [*taskset, sys.executable, "-m", module, *command]
+        self._arguments += [
+            "--listen",
+            f"127.0.0.1:{self.port}",
+            "--metrics",
+            f"127.0.0.1:{self.metrics_port}",
+            *arguments,
+        ]
         for bundle in bundles:
             self._arguments += ["--bundle", str(bundle)]
         self.process: subprocess.Popen[bytes] | None = None

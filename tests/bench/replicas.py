@@ -4,8 +4,8 @@
     faults        photos from several devices while a replica is killed now and then, and started again (`photo_load`)
 
 The balancer: `haproxy` with the configuration that we ship; `none`: each device lists both replicas, half of them in
-either order. Figures mean something on a machine that does nothing else; the processes run at a higher priority where
-that is allowed.
+either order; `ray`: two of `cloud-service ray`, with one replica and with two. Figures mean something on a machine that
+does nothing else; the processes run at a higher priority where that is allowed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tests.bench.balancer import Haproxy
 from tests.bench.photo_load import Load, devices, prepack
 from tests.bench.photo_replay import pack, rate
 from tests.bench.processes import ROOT, CloudProcess
+from tests.bench.ray_cloud import RayProcess
 
 SAMPLE = ROOT / "docs" / "samples" / "cell.png"
 PAYLOADS, MESSAGES = 16, 512
@@ -98,9 +99,19 @@ def without_balancer(bundle: Bundle, count: int) -> Iterator[Fleet]:
         yield Fleet([(first,)] * count, list(islice(orders, count)), killing(clouds))
 
 
+@contextmanager
+def on_ray(bundle: Bundle, count: int) -> Iterator[Fleet]:
+    """Every device has the address of a service with two replicas on Ray; another service has one replica."""
+    with RayProcess(bundle.folder, count=1) as alone, RayProcess(bundle.folder, count=2) as both:
+        alone.pin()
+        both.pin()
+        yield Fleet([(alone.target,)] * count, [(both.target,)] * count, both.kill_replica)
+
+
 BALANCERS: dict[str, Callable[[Bundle, int], AbstractContextManager[Fleet]]] = {
     "haproxy": behind_haproxy,
     "none": without_balancer,
+    "ray": on_ray,
 }
 
 
