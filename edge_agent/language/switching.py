@@ -1,6 +1,6 @@
 """Asking again where a cloud is lost before the first token, and the device's model reads another vocabulary.
 
-    tokenizer -> ask -> events        no cloud, nothing said yet: the device's tokenizer -> ask -> events
+    tokenizer -> generate -> events        no cloud, nothing said yet: the device's tokenizer -> generate -> events
 
 Within one vocabulary an agent goes on by itself; across two the prompt has to be encoded again, which is for those who
 hold its text.
@@ -16,7 +16,7 @@ from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import LinkError
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 
-Ask = Callable[[Tokenizer], Iterator[AnswerEvent]]
+Generate = Callable[[Tokenizer], Iterator[AnswerEvent]]
 
 
 class Encoding(Protocol):
@@ -33,16 +33,16 @@ def is_left_to_device(backend: Encoding, arm: Arm, tokenizer: Tokenizer, error: 
     return backend.tokenizer_for(arm).vocabulary != tokenizer.vocabulary
 
 
-def ask_again(backend: Encoding, arm: Arm, ask: Ask) -> Iterator[AnswerEvent]:
-    """The events of `ask`, which is called at once, and once more where its answer is left to the device."""
+def ask_again(backend: Encoding, arm: Arm, generate: Generate) -> Iterator[AnswerEvent]:
+    """The events of `generate`, which is called at once, and once more where its answer is left to the device."""
     tokenizer = backend.tokenizer_for(arm)
-    return switching(backend, arm, tokenizer, ask, ask(tokenizer))
+    return switching(backend, arm, tokenizer, generate, generate(tokenizer))
 
 
 def switching(
-    backend: Encoding, arm: Arm, tokenizer: Tokenizer, ask: Ask, events: Iterator[AnswerEvent]
+    backend: Encoding, arm: Arm, tokenizer: Tokenizer, generate: Generate, events: Iterator[AnswerEvent]
 ) -> Iterator[AnswerEvent]:
-    """`events`, or those of `ask` with another tokenizer."""
+    """`events`, or those of `generate` with another tokenizer."""
     begun = False
     try:
         for event in events:
@@ -51,6 +51,6 @@ def switching(
     except LinkError as error:
         if begun or not is_left_to_device(backend, arm, tokenizer, error):
             raise
-        yield from ask(backend.tokenizer_for(arm))
+        yield from generate(backend.tokenizer_for(arm))
     finally:
         close(events)
