@@ -18,8 +18,9 @@ from rich.text import Text
 
 from isthmus.edge_agent.cli.chat_answer import ChatAnswer, status_line
 from isthmus.edge_agent.cli.terminal_text import escape_control
-from isthmus.edge_agent.language.detokenize import Detokenizer, Outcome, TextDelta, close, detokenize
+from isthmus.edge_agent.language.detokenize import AnswerEvent, Detokenizer, Outcome, TextDelta, close, detokenize
 from isthmus.edge_agent.language.request import GenerationBackend, GenerationRequest, Source
+from isthmus.edge_agent.language.switching import ask_again
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.models.errors import InvalidInput, IsthmusError
@@ -92,10 +93,9 @@ class ChatSession:
 
     def _generate(self, answer: ChatAnswer) -> None:
         start_s = self._clock()
-        tokenizer = self._backend.tokenizer_for(self._arm)
-        events = self._backend.generate(self._request(tokenizer))
+        events = ask_again(self._backend, self._arm, self._ask)
         try:
-            for event in detokenize(events, Detokenizer(tokenizer)):
+            for event in events:
                 answer.total_s = self._clock() - start_s
                 if isinstance(event, Outcome):
                     answer.outcome = event
@@ -108,6 +108,9 @@ class ChatSession:
             close(events)
             if not self._settings.as_json and answer.tokens:
                 self._console.print()
+
+    def _ask(self, tokenizer: Tokenizer) -> Iterator[AnswerEvent]:
+        return detokenize(self._backend.generate(self._request(tokenizer)), Detokenizer(tokenizer))
 
     def _append(self, answer: ChatAnswer, delta: TextDelta) -> None:
         answer.text += delta.text

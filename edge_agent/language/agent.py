@@ -220,7 +220,8 @@ class LanguageAgent(TextInterface):
     ) -> Generator[Token | Summary, None, None]:
         """An answer's tokens and last its summary; however it ends, its sessions are remembered."""
         end_ids = self._sides.end_ids(request)
-        with closing(Generation(self._resources, request, end_ids, cancelled)) as generation:
+        other = not self._sides.one_vocabulary and reason is not None and request.arm == "cloud"
+        with closing(Generation(self._resources, request, end_ids, cancelled, replaceable=other)) as generation:
             generation.stats.reason = reason or generation.stats.reason
             generation.stats.degraded = reason == NO_CLOUD
             try:

@@ -22,6 +22,7 @@ from isthmus.edge_agent.language.router import Router
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm
+from isthmus.models.errors import LinkDown
 from isthmus.models.language.drafts import Draft, LookupDraft
 from isthmus.models.language.sampling import Floats
 
@@ -57,12 +58,18 @@ class Generation:
         request: GenerationRequest,
         end_ids: frozenset[int],
         cancelled: threading.Event | None = None,
+        *,
+        replaceable: bool = False,
     ) -> None:
-        """`end_ids` end the answer. The device's model takes part where it reads the ids of the prompt."""
+        """`end_ids` end the answer. The device's model takes part where it reads the ids of the prompt.
+
+        `replaceable`: where no cloud begins the answer, it is given up at once, for the device to give another.
+        """
         self.sequence = AnswerSequence(request, end_ids)
         self.stats = GenerationStats()
         self._resources = resources
         self._cancelled = cancelled
+        self._replaceable = replaceable
         takes_part = request.vocabulary in (b"", resources.vocabulary)
         self._local = resources.local.session(cancelled) if resources.local and takes_part else None
         self._sessions: dict[bytes, RemoteSession] = {}
@@ -130,8 +137,15 @@ class Generation:
         return self._local if self._local is not None and len(self.sequence) < self._local.context else None
 
     def _fallback(self) -> Fallback | None:
+        if self._replaceable:
+            return self._give_up
         alone = self._local is not None and self._resources.config.on_loss == "alone"
         return self._decode_alone if alone else None
+
+    def _give_up(self, tokens: Sequence[int]) -> None:
+        """Raises LinkDown unless the cloud has begun: then it is waited for."""
+        if not self.sequence.generated:
+            raise LinkDown("no cloud answers")
 
     def _decode_alone(self, tokens: Sequence[int]) -> Token | None:
         if len(tokens) > self._model.context:

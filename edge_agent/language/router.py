@@ -60,7 +60,7 @@ class Router:
         same = model is not None and model.fingerprint == self._weights
         drafts = (usable or self._config.draft == "lookup") and (model is None or "verify" in model.arms)
         local = self._local_estimate(goal, self._levels if same else ()) if usable else None
-        handoff = self._handoff if usable and same else None
+        handoff = self._handoff if usable and same and model is not None and "handoff" in model.arms else None
         estimates = estimate_arms(goal, latency, drafts, self.local.draft_s.value, local, handoff)
         return choose(estimates, goal, now)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from isthmus.edge_agent.language.detokenize import AnswerEvent, Detokenizer, Outcome, close, detokenize
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
+from isthmus.edge_agent.language.switching import ask_again
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import InvalidInput
 from isthmus.models.messages import GREEDY, Sampling
@@ -113,12 +114,15 @@ class TextInterface:
         listed = isinstance(stop, Sequence) and not isinstance(stop, str)
         if not listed or not all(isinstance(each, str) and each for each in stop):
             raise InvalidInput("stop is a list of strings, none of them empty")
-        messages, tokenizer = messages_of(prompt), self.tokenizer_for(arm)
-        length = self.arm_context(arm) if max_tokens is None else max_tokens
-        request = GenerationRequest(
-            tuple(tokenizer.chat(messages)), length, arm, sampling, vocabulary=tokenizer.vocabulary
-        )
-        return detokenize(self.generate(request), Detokenizer(tokenizer, stop))
+        messages = messages_of(prompt)
+
+        def ask(tokenizer: Tokenizer) -> Iterator[AnswerEvent]:
+            length = self.arm_context(arm) if max_tokens is None else max_tokens
+            ids = tuple(tokenizer.chat(messages))
+            request = GenerationRequest(ids, length, arm, sampling, vocabulary=tokenizer.vocabulary)
+            return detokenize(self.generate(request), Detokenizer(tokenizer, stop))
+
+        return ask_again(self, arm, ask)
 
 
 def whole(events: Sequence[AnswerEvent]) -> TextAnswer:

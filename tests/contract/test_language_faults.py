@@ -9,7 +9,7 @@ import pytest
 
 from isthmus.edge_agent.language.agent import LanguageAgent
 from isthmus.edge_agent.policy.arms import Arm
-from isthmus.edge_agent.transport.link import Link
+from isthmus.edge_agent.transport.cloud_link import CloudLink
 from tests.bench.processes import CloudProcess
 from tests.bench.proxy import LinkProxy, LinkSpec
 from tests.contract.conftest import LANGUAGE
@@ -65,14 +65,14 @@ def expected(processes: Clouds, endless_llama: Path) -> Expected:
 def unanswered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The replicas that did not answer when the agent asked whether they are alive, each a wait of its own."""
     found: list[str] = []
-    alive = Link.alive
+    alive = CloudLink.alive
 
-    def watched(link: Link, timeout_s: float) -> bool:
+    def watched(link: CloudLink, timeout_s: float) -> bool:
         answered = alive(link, timeout_s)
         found.extend([] if answered else [link.target])
         return answered
 
-    monkeypatch.setattr(Link, "alive", watched)
+    monkeypatch.setattr(CloudLink, "alive", watched)
     return found
 
 

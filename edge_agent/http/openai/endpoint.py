@@ -27,6 +27,7 @@ from isthmus.edge_agent.http.openai.streaming import (
     stream_chunks,
 )
 from isthmus.edge_agent.http.uploads import UploadRefused
+from isthmus.edge_agent.language.switching import is_left_to_device
 from isthmus.models.errors import Overloaded
 
 PRIVATE_HEADER = "x-isthmus-private"
@@ -56,7 +57,9 @@ class Endpoint:
             self._state.slots.check()
             async with self._state.uploads.body(request) as data, while_connected(receive):
                 with self._state.slots.hold():
-                    await self._respond(await self._parse_job(request, data), scope, receive, send)
+                    job = await self._parse_job(request, data)
+                    if await self._respond(job, scope, receive, send):
+                        await self._respond(await self._parse_job(request, data), scope, receive, send)
         except ClientDisconnect:
             return
         except (ApiError, Overloaded, UploadRefused) as error:
@@ -72,8 +75,11 @@ class Endpoint:
         except Exception as error:
             raise translate(error) from error
 
-    async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        """An error before the first byte is sent as a status, later as an event."""
+    async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> bool:
+        """An error before the first byte is sent as a status, later as an event.
+
+        Returns whether nothing was sent, since the body is to be parsed again for the device's model.
+        """
         backend, stream, cancelled = self._state.backend, StreamWriter(send), threading.Event()
         formatter = response_formatter(job)
         try:
@@ -84,6 +90,8 @@ class Endpoint:
                 else:
                     await JSONResponse(await collect_response(formatter, job, events))(scope, receive, send)
         except Exception as error:
+            if not stream.started and is_left_to_device(backend, job.arm, job.tokenizer, error):
+                return True
             api_error = translate(error)
             if not stream.started:
                 await error_response(api_error)(scope, receive, send)
@@ -91,6 +99,7 @@ class Endpoint:
                 await stream.write(server_sent_event({"error": api_error.error}))
         if stream.started:
             await stream.end()
+        return False
 
 
 class StreamWriter:

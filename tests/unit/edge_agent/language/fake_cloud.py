@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from isthmus.models.errors import ContextGone
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.messages import Committed, Logprobs, ModelInfo, Opening, ServiceInfo, TokenizerInfo
 from isthmus.protos import limits, wire_describe, wire_session
@@ -57,6 +58,8 @@ class FakeCloud(pb_grpc.IsthmusServicer):
                 if request.model not in {model.fingerprint[: limits.BUNDLE_ID_BYTES] for model in self.models}:
                     context.abort(grpc.StatusCode.NOT_FOUND, "another model is here now")
                 self.openings.append(opening := request)
+                if request.start > len(text):
+                    yield wire_session.pack_generate_error(ContextGone("a stream holds its own text"))
                 text = [*text[: request.start], *request.tokens]
                 continue
             assert opening is not None

@@ -266,6 +266,29 @@ def test_with_another_vocabulary_each_side_gives_whole_answers(foreign: tuple[Fa
     assert again == alone and (summary.arm, summary.why, summary.degraded) == ("edge", "no cloud answers", True)
 
 
+def test_a_loss_that_shows_at_the_first_token_leaves_auto_to_the_device(
+    foreign: tuple[FakeCloud, LanguageAgent],
+) -> None:
+    """The prompt is encoded again, in the device's vocabulary, and nobody waits."""
+    cloud, agent = foreign
+    alone = agent.answer("AB", arm="edge", max_tokens=5)
+    first = agent.answer("AB", max_tokens=5)
+    assert first.summary is not None and first.summary.arm == "cloud" and first.text != alone.text
+    cloud.stop()
+    answer = agent.answer("AB", max_tokens=5)
+    assert answer.text == alone.text and answer.summary is not None
+    assert (answer.summary.arm, answer.summary.degraded) == ("edge", True)
+
+
+def test_a_loss_later_on_is_waited_for(new_cloud: Any, new_agent: NewAgent, folder: Path) -> None:
+    cloud = new_cloud(BIG, tokenizers=[RAW])
+    pieces = iter(new_agent(cloud, model=str(folder), wait_s=0.1).stream("AB"))
+    assert next(pieces) == "^"
+    cloud.stop()
+    with pytest.raises(LinkDown, match="no cloud answered"):
+        list(pieces)
+
+
 def test_ids_of_another_tokenizer_are_never_read_as_its_own(foreign: tuple[FakeCloud, LanguageAgent]) -> None:
     _, agent = foreign
     own = agent.tokenizer_for("edge").vocabulary

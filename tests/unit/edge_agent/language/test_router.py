@@ -18,7 +18,7 @@ HANDOFF = HandoffEstimate(quality=0.96, offload_rate=0.4, work=1 / 3, state_byte
 class Links(list[Any]):
     """Replicas whose links have one round trip."""
 
-    model = declared()
+    model = declared(arms=("cloud", "verify", "handoff"))
 
     def best(self) -> Any:
         return self[0] if self else None

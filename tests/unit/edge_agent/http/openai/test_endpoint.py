@@ -10,6 +10,7 @@ import pytest
 
 from isthmus.edge_agent.http.openai.state import LARGE_BODY_BYTES, Limits
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
+from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import (
     BundleError,
     DeadlineExceeded,
@@ -18,10 +19,13 @@ from isthmus.models.errors import (
     LinkDown,
     Overloaded,
 )
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from tests.unit.edge_agent.http.openai.api import CHAT, HI, assert_error, client, events, post
-from tests.unit.edge_agent.language.scripted import ScriptedBackend
+from tests.unit.edge_agent.language.scripted import ScriptedBackend, byte_tokenizer
 
 JSON = {"content-type": "application/json"}
+OTHER = byte_tokenizer()
+OTHER.vocabulary = b"o" * 32
 
 
 class Failing(ScriptedBackend):
@@ -136,3 +140,25 @@ def test_a_content_type_may_have_parameters_and_capitals() -> None:
     body = json.dumps({"model": "auto", "messages": HI}).encode()
     kind = {"content-type": "Application/JSON; charset=utf-8"}
     assert client(ScriptedBackend()).post(CHAT, content=body, headers=kind).status_code == 200
+
+
+class Losing(ScriptedBackend):
+    """Its cloud is lost with the first prompt: from then on the device answers, in another vocabulary."""
+
+    def tokenizer_for(self, arm: Arm) -> Tokenizer:
+        return OTHER if self.requests else self.tokenizer
+
+    def generate(self, request: GenerationRequest, cancelled: object = None) -> Iterator[Token | Summary]:
+        if not self.requests:
+            self.requests.append(request)
+            raise LinkDown("no cloud answers")
+        yield from super().generate(request)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_whose_cloud_is_lost_is_encoded_again_for_the_device(stream: bool) -> None:
+    backend = Losing("yes")
+    response = post(backend, stream=stream)
+    assert response.status_code == 200 and "y" in response.text
+    assert [request.vocabulary for request in backend.requests] == [backend.tokenizer.vocabulary, OTHER.vocabulary]
+    assert_error(post(Losing("yes"), model="cloud"), 503, message="no cloud answers", type="overloaded")
