@@ -166,7 +166,7 @@ def check_health(
         raise click.UsageError("--check-certificate and --check-name need --check-ca")
     pems = [None if path is None else path.read_bytes() for path in (check_ca, check_key, check_certificate)]
     state, engines, problems = health_of(address, pems if check_ca else None, check_name)
-    found = {"address": address, "health": state}
+    found: dict[str, Any] = {"address": address, "health": state}
     found |= {key: value for key, value in (("engines", engines), ("problems", problems)) if value}
     click.echo(json.dumps(found) if as_json else "\n".join([state, *engines, *problems]))
     return 0 if state == "SERVING" and not problems else 1
