@@ -17,9 +17,9 @@ from tests.bench.processes import CloudProcess
 CHATTER = Sampling(0.8, seed=7)  # its noise depends on the position, so a token lost or doubled changes all that follow
 
 
-def language_agent(model: Path, *clouds: str, **settings: Any) -> LanguageAgent:
+def language_agent(model: Path | None, *clouds: str, **settings: Any) -> LanguageAgent:
     settings = {"threads": 1, "connect_s": 10.0, "device_bits": 4, **settings}
-    return LanguageAgent(LanguageConfig(str(model), clouds, **settings))
+    return LanguageAgent(LanguageConfig(None if model is None else str(model), clouds, **settings))
 
 
 def started(cloud: CloudProcess) -> CloudProcess:

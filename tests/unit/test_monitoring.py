@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.language.engines.metrics import RequestMetrics
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.edge_agent.config import HttpConfig
@@ -51,6 +52,7 @@ def registries(tiny_bundle: Bundle) -> tuple[CollectorRegistry, CollectorRegistr
     info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, tasks, taps)
     CloudMetrics(cloud, (info,))
     EngineMetrics(EngineMetricFamilies(cloud), "tiny")
+    RequestMetrics(cloud)
     return edge, cloud
 
 

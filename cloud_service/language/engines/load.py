@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service.byte_budget import ByteBudget
@@ -17,9 +15,7 @@ from isthmus.cloud_service.language.engines.vllm import VllmDialect
 from isthmus.cloud_service.language.engines.watch import Watch, WatchSettings
 from isthmus.models.errors import BundleError
 from isthmus.models.fail import needing
-from isthmus.models.language.checkpoint import gguf_tokenizer
-from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, smollm2_path
-from isthmus.models.language.checkpoint.gguf_file import GgufFile
+from isthmus.models.language.checkpoint.checkpoint import open_tokenizer
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 
 
@@ -31,9 +27,10 @@ def load_remote(config: CloudConfig, registry: CollectorRegistry, queue: ByteBud
         from isthmus.cloud_service.language.engines.http import HttpEngine
 
     settings, metrics = config.engine, RequestMetrics(registry)
-    tokenizer = open_tokenizer(settings.tokenizer)
+    key = settings.secret
+    tokenizer = end_checked(settings.tokenizer)
     dialect, probe = choose_dialect(settings, tokenizer)
-    engine = HttpEngine(settings.url, dialect, metrics, queue, probe=probe, model=settings.model, key=settings.secret)
+    engine = HttpEngine(settings.url, dialect, metrics, queue, probe=probe, model=settings.model, key=key)
     watched = WatchSettings(settings.url, settings.context, settings.check_tokens)
     watch = Watch(engine, tokenizer, metrics, watched)
     return [RelayHost(engine, watch, metrics, queue=queue, requests=settings.requests, wait_s=config.first_token_s)]
@@ -48,15 +45,12 @@ def choose_dialect(settings: EngineConfig, tokenizer: Tokenizer) -> tuple[Dialec
     return VllmDialect(tokenizer.size, tokenizer.eos_ids), None
 
 
-def open_tokenizer(source: str) -> Tokenizer:
-    """Of a Hugging Face folder, a GGUF file, or smollm2. Raises BundleError, also for one without an end of text."""
-    path = smollm2_path() if source == SMOLLM2 else Path(source)
-    if path.is_dir():
-        tokenizer = Tokenizer.open(path)
-    elif path.is_file():
-        tokenizer = gguf_tokenizer.read(GgufFile(path).fields)
-    else:
-        raise BundleError(f"{source}: no such file or folder, expected a Hugging Face folder, a GGUF file or {SMOLLM2}")
+def end_checked(source: str) -> Tokenizer:
+    """A tokenizer that names what ends an answer. Raises BundleError."""
+    try:
+        tokenizer = open_tokenizer(source)
+    except BundleError as error:
+        raise BundleError(f"--engine-tokenizer {error}") from error
     if not tokenizer.eos_ids:
-        raise BundleError(f"{source}: the tokenizer names no token that ends an answer")
+        raise BundleError(f"--engine-tokenizer {source}: names no token that ends an answer")
     return tokenizer

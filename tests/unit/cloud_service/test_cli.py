@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 from google.protobuf.message import DecodeError
 from grpc._cython import cygrpc
+from pydantic import SecretStr
 
 from isthmus.cloud_service.cli import main, start_logging
+from isthmus.cloud_service.config import EngineConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import free_port
@@ -41,6 +43,11 @@ def test_it_says_its_version() -> None:
         (("--bundle", "x", "--max-batch", "0"), "max-batch"),
         (("--handoff", "x"), "--bundle, --model or --engine-url"),
         (("--bundle", "x", "--tls-key", __file__), "--tls-certificate"),
+        (("--engine-url", "http://h:1"), "--engine-tokenizer is missing"),
+        (("--engine-tokenizer", "x"), "--engine-url is missing"),
+        (("--engine-url", "h:8000", "--engine-tokenizer", "x"), "expected http://HOST:PORT"),
+        (("--engine-url", "http://u:secret@h", "--engine-tokenizer", "x"), "it holds a user"),
+        (("--engine-url", "http://h", "--engine-tokenizer", "/nothing"), "--engine-tokenizer nothing: no such file"),
         (("--bundle", "x", "--listen", "localhost:115587"), "listen is 'localhost:115587': not HOST:PORT"),
         (("--bundle", "x", "--metrics", "::1:9101"), "brackets"),
         (("--check", "http://127.0.0.1:50051"), "leave out 'http://'"),
@@ -58,6 +65,21 @@ def test_a_wrong_call_ends_with_one_clear_line(arguments: tuple[str, ...], words
     assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert isinstance(result.exception, SystemExit)
+
+
+def test_a_key_of_an_engine_is_hidden(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    arguments = ("--engine-url", "http://h/v1/", "--engine-tokenizer", "x", "--engine-key-file", str(file))
+    file.write_text("two\nlines")
+    result = invoke(*arguments)
+    assert "expected one line with an API key" in result.stderr
+    assert "two" not in result.stderr
+    file.write_text(" sk-file\n")
+    config = EngineConfig("http://h/v1/", "x", key_file=file, key=SecretStr("sk-text"))
+    assert (config.url, config.secret, "sk-" in repr(config)) == ("http://h", "sk-file", False)
+    shown = invoke(*arguments[:4], "--show-config", ISTHMUS_CLOUD_ENGINE_KEY="sk-text").stdout
+    assert "********" in shown
+    assert "sk-text" not in shown
 
 
 def test_a_taken_port_is_named(tiny_bundle: Bundle, tmp_path: Path) -> None:

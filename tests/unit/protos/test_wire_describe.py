@@ -107,8 +107,21 @@ def sent(message: M) -> M:
 def test_a_services_description_arrives_as_it_was_sent(
     version: str, bundles: list[BundleInfo], models: list[ModelInfo]
 ) -> None:
-    info = ServiceInfo(version, limits.WIRE_VERSION, tuple(bundles), tuple(models))
+    info = ServiceInfo(version, limits.WIRE_VERSION, tuple(bundles), tuple(models), ("an engine is lost", ""))
     assert wire_describe.unpack_service(sent(wire_describe.pack_service(info))) == info
+
+
+def test_problems_are_bounded() -> None:
+    message = pb.DescribeResponse(wire_version=limits.WIRE_VERSION, problems=["x" * 1000] * 2000)
+    problems = wire_describe.unpack_service(message).problems
+    assert (len(problems), len(problems[0])) == (limits.MAX_BUNDLES, limits.MAX_ERROR_CHARACTERS)
+
+
+def test_a_service_is_described_over_any_call() -> None:
+    info = wire_describe.describe(lambda raw: wire_describe.pack_service(SERVICE).SerializeToString())
+    assert info == SERVICE
+    with pytest.raises(InvalidReply, match="no message"):
+        wire_describe.describe(lambda raw: b"\xff\xff")
 
 
 def described_model(**fields: Any) -> pb.DescribeResponse:
