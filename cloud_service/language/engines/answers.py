@@ -11,6 +11,7 @@ from isthmus.cloud_service.language.engines.protocol import Choice
 from isthmus.models.errors import EngineFault
 from isthmus.models.messages import Logprobs
 
+ANY_ID = 1 << 32  # a bound for ids that are only compared, as those of another tokenizer are
 LOGPROB_SLACK = 1e-3  # above 0, of rounding
 
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from isthmus.cloud_service.language.engines.answers import chosen, likeliest, listed, logprob, mapping, parse, token_id
+from isthmus.cloud_service.language.engines.answers import (
+    ANY_ID,
+    chosen,
+    likeliest,
+    listed,
+    logprob,
+    mapping,
+    parse,
+    token_id,
+)
 from isthmus.cloud_service.language.engines.dialect import MIN_TOP, Call, StreamReader
 from isthmus.cloud_service.language.engines.protocol import Choice
 from isthmus.models.errors import EngineFault
@@ -33,7 +42,7 @@ class SglangDialect:
 
     def read_tokens(self, answer: dict[str, Any]) -> list[int]:
         rows = listed(meta_of(answer).get("input_token_logprobs"), "tokens of the prompt")
-        return [token_id(parts(row)[1], self._vocab) for row in rows]
+        return [token_id(parts(row)[1], ANY_ID) for row in rows]
 
     def stream_call(
         self, model: str, ids: Sequence[int], sampling: Sampling, limit: int, top: int | None

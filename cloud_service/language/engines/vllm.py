@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from isthmus.cloud_service.language.engines.answers import (
+    ANY_ID,
     chosen,
     likeliest,
     listed,
@@ -47,7 +48,7 @@ class VllmDialect:
 
     def read_tokens(self, answer: dict[str, Any]) -> list[int]:
         ids = listed(only_choice(answer).get("prompt_token_ids"), "tokens of the prompt")
-        return [token_id(value, self._vocab) for value in ids]
+        return [token_id(value, ANY_ID) for value in ids]
 
     def stream_call(
         self, model: str, ids: Sequence[int], sampling: Sampling, limit: int, top: int | None

@@ -69,6 +69,12 @@ def test_vllm_scores_from_the_start_and_equal_tokens_go_to_the_lowest_id() -> No
     assert VLLM.read_scores(answer, (5, 6, 7), 2, None) == [Choice(12), Choice(41)]
 
 
+def test_ids_of_another_tokenizer_are_read_to_be_compared() -> None:
+    assert VLLM.read_tokens(vllm_choice(prompt_token_ids=[5000, 1])) == [5000, 1]
+    rows = [[None, 5000, None], [-1.0, 1, None]]
+    assert SGLANG.read_tokens({"meta_info": {"input_token_logprobs": rows}}) == [5000, 1]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -62,7 +62,7 @@ def test_what_is_wrong_with_an_engine_is_one_line(engine: Any, client: Any, word
 
 def test_an_engine_with_another_tokenizer_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     async def other(text: str) -> list[int]:
-        return [7] * len(text)
+        return [5000] * len(text)  # outside of the vocabulary here
 
     async def scenario() -> None:
         async with relayed(wait=False, retry_s=5.0) as relay:
