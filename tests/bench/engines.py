@@ -2,7 +2,7 @@
 
     memory      of an agent, beside a small and a large model in the cloud
     speed       tokens a second and time to first token, the engine asked directly and through the service
-    lossless    `verify` against `cloud` with drafts of every kind, while the engine is killed and started again
+    lossless    `verify` against `cloud`, with drafts by the model and by lookup, while the engine is killed and started
 
 The engine is a command that serves vLLM's API at {port}; without one a scripted engine stands in, whose figures say
 nothing about speed. Replicas are measured by `tests.bench.replicas`, the native engine on a GPU by
@@ -34,6 +34,7 @@ from tests.bench.prompts import FEW, load_prompts, text_of
 PARTS = ("memory", "speed", "lossless")
 SCRIPTED = f"{sys.executable} -m tests.scripted_engine {{port}}"
 WAIT_S = 600.0  # for an engine that was killed
+DRAFTS = ("model-8bit", "lookup", "model-4bit")  # the hostile ones cost a pass of the whole text for each token
 
 
 def speed(engine: EngineProcess, cloud: CloudProcess, checkpoint: Checkpoint, texts: list[str], tokens: int) -> Any:
@@ -52,7 +53,7 @@ def lossless(
     killer.start()
     with Progress() as bar:
         task = bar.add_task("prompts", total=len(prompts))
-        run(bench, list(jobs(prompts)), workers, lambda case: bar.advance(task), cases)
+        run(bench, list(jobs(prompts, DRAFTS)), workers, lambda case: bar.advance(task), cases)
     killer.join()
     bench.replicas.close()
     settings = {"max_tokens": tokens, "lost": len(prompts) - len(cases)}
@@ -68,14 +69,15 @@ def lossless(
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Part to measure; repeatable. Default: all.")
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="Spec-Bench JSON lines, or text lines.")
 @click.option("--n", default=16, type=click.IntRange(4), show_default=True, help="Prompts of `lossless`.")
+@click.option("--longest", default=LONGEST_TOKENS, show_default=True, help="Tokens of a prompt, at most.")
 @click.option("--tokens", default=32, type=click.IntRange(2), show_default=True, help="Of each answer, at most.")
 @click.option("--pairs", default=8, type=click.IntRange(2), show_default=True, help="Prompts of `speed`.")
 @click.option("--workers", default=6, show_default=True, help="Answers of `lossless` at once.")
 @click.option("--restarts", default=2, show_default=True, help="How often the engine is killed.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 def main(
-    command: str, model: Path | None, only: tuple[str, ...], prompts: Path | None, n: int, tokens: int, pairs: int,
-    workers: int, restarts: int, json_file: Path,
+    command: str, model: Path | None, only: tuple[str, ...], prompts: Path | None, n: int, longest: int, tokens: int,
+    pairs: int, workers: int, restarts: int, json_file: Path,
 ) -> None:  # fmt: skip
     """Measure, and write the figures as JSON."""
     parts = only or PARTS
@@ -97,7 +99,7 @@ def main(
             if "speed" in parts:
                 result["speed"] = speed(engine, cloud, checkpoint, (texts * pairs)[: pairs + 1], tokens)
             if "lossless" in parts:
-                chats = load_prompts(prompts, checkpoint.tokenizer, n, LONGEST_TOKENS)
+                chats = load_prompts(prompts, checkpoint.tokenizer, n, longest)
                 result["lossless"] = lossless(engine, cloud, checkpoint, chats, tokens, workers, restarts)
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(result, indent=1) + "\n")

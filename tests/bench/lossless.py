@@ -16,7 +16,7 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,8 +137,9 @@ def stubborn_for(name: str) -> SpeculationStats:
     return speculation
 
 
-def jobs(prompts: list[tuple[int, ...]]) -> Iterator[tuple[int, tuple[int, ...], str, bool]]:
-    names = (*MODELS, "lookup", *SCRIPTED)
+def jobs(
+    prompts: list[tuple[int, ...]], names: Sequence[str] = (*MODELS, "lookup", *SCRIPTED)
+) -> Iterator[tuple[int, tuple[int, ...], str, bool]]:
     for index, prompt in enumerate(prompts):
         alone = index < lonely(len(prompts))
         yield index, prompt, ("model-8bit" if alone else names[index % len(names)]), alone
