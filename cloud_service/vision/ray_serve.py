@@ -39,7 +39,7 @@ OBJECT_STORE_BYTES = 256 << 20  # for payloads above 100 kB on their way; Ray's 
 # Of a replica's process. Its decoders start in process groups, which uvloop cannot do; for the others see `cli`.
 REPLICA_ENVIRONMENT = {"RAY_USE_UVLOOP": "0", "GOMP_SPINCOUNT": "0", "MKL_CBWR": "AUTO,STRICT"}
 HEALTH_S, HUNG_S = 2.0, 10.0  # between checks of a replica; without an answer for so long it is replaced
-COUNT_S, SILENT_S = 1.0, 30.0  # between counts of replicas; without one for so long the cluster is gone
+COUNT_S, SILENT_S = 3.0, 30.0  # between counts of replicas; without one for so long the cluster is gone
 RETRY_S = 1.0  # until there may be a replica, when none runs and too many wait for one
 
 log = logging.getLogger("isthmus.cloud")
