@@ -183,7 +183,20 @@ def test_routing_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
     assert picture.stat().st_size > 10_000 and "CPT(50)" in printed
 
 
-MODULES = ["demo", "device", "codec", "lossless", "language", "decoder", "routing"]
+def test_engines_benchmark_quick(tmp_path: Path) -> None:
+    """A scripted engine is killed in between; nothing of an answer is lost or changed."""
+    figures = tmp_path / "engines.json"
+    quick = ("--n", "4", "--tokens", "8", "--pairs", "2", "--restarts", "1")
+    run("tests.bench.engines", "--only", "speed", "--only", "lossless", *quick, "--json", str(figures))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    lossless, speed = result["lossless"], result["speed"]
+    assert (lossless["prompts"], lossless["lost"], lossless["mismatches"], lossless["restarts"]) == (4, 0, 0, 1)
+    assert lossless["tokens"] > 0 and speed["prompts"] == 2
+    for ratio in (speed["tokens_per_s_ratio"], speed["first_token_ratio"]):
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
+MODULES = ["demo", "device", "codec", "lossless", "language", "decoder", "routing", "engines", "device_memory"]
 
 
 @pytest.mark.parametrize("module", [f"tests.bench.{name}" for name in MODULES])
