@@ -45,7 +45,9 @@ class Haproxy:
             time.sleep(0.02)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            error.add_note(f"haproxy's log:\n{self.read_log()}")
         self.process.terminate()
         self.process.wait(10)
         self._log.close()
