@@ -27,7 +27,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.messages import Sampling
 from tests.bench import device_memory, engine_speed
 from tests.bench.engine_process import EngineProcess, wait_described
-from tests.bench.lossless import LONGEST_TOKENS, Bench, Case, Killer, jobs, report, run
+from tests.bench.lossless import LONGEST_TOKENS, Bench, Case, Killer, finished, jobs, record, report, run
 from tests.bench.processes import CloudProcess, free_port
 from tests.bench.prompts import FEW, load_prompts, text_of
 
@@ -44,20 +44,29 @@ def speed(engine: EngineProcess, cloud: CloudProcess, checkpoint: Checkpoint, te
 
 
 def lossless(
-    engine: EngineProcess, cloud: CloudProcess, checkpoint: Checkpoint, prompts: list[tuple[int, ...]], tokens: int,
-    workers: int, restarts: int,
+    engine: EngineProcess, cloud: CloudProcess, checkpoint: Checkpoint, prompts: list[tuple[int, ...]],
+    settings: dict[str, Any], partial: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    cases: list[Case] = []
-    bench = Bench(checkpoint, cloud.target, tokens, Sampling(), wait_s=WAIT_S)
-    killer = Killer(engine, cases, len(prompts), restarts)
+    """Prompts that an interrupted run has finished are not run again."""
+    cases = finished(partial, settings)
+    done = {case.prompt for case in cases}
+    bench = Bench(checkpoint, cloud.target, settings["max_tokens"], Sampling(), wait_s=WAIT_S)
+    killer = Killer(engine, cases, len(prompts), settings["restarts"])
     killer.start()
-    with Progress() as bar:
-        task = bar.add_task("prompts", total=len(prompts))
-        run(bench, list(jobs(prompts, DRAFTS)), workers, lambda case: bar.advance(task), cases)
+    with Progress() as bar, partial.open("a") as log:
+        task = bar.add_task("prompts", total=len(prompts), completed=len(done))
+
+        def keep(case: Case) -> None:
+            record(log, settings, case)
+            bar.advance(task)
+
+        todo = [job for job in jobs(prompts, DRAFTS) if job[0] not in done]
+        run(bench, todo, settings["workers"], keep, cases)
     killer.join()
     bench.replicas.close()
-    settings = {"max_tokens": tokens, "lost": len(prompts) - len(cases)}
-    return report(sorted(cases, key=lambda case: case.prompt), killer.count, settings)
+    partial.unlink()
+    figures = report(sorted(cases, key=lambda case: case.prompt), killer.count, settings)
+    return {**figures, "lost": len(prompts) - len(cases)}
 
 
 @click.command(
@@ -79,30 +88,35 @@ def main(
     command: str, model: Path | None, only: tuple[str, ...], prompts: Path | None, n: int, longest: int, tokens: int,
     pairs: int, workers: int, restarts: int, json_file: Path,
 ) -> None:  # fmt: skip
-    """Measure, and write the figures as JSON."""
-    parts = only or PARTS
-    result: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores shared by all",
-        "engine": command,
-    }
+    """Measure, and write the figures as JSON, after each part: what the file holds already is not measured again."""
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = json.loads(json_file.read_text()) if json_file.exists() else {}
+    result |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores shared by all", "engine": command}
+    parts = [part for part in only or PARTS if part not in result]
+
+    def keep(part: str, figures: Any) -> None:
+        result[part] = figures
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if "memory" in parts:
-            result["memory"] = device_memory.measure(folder)
+            keep("memory", device_memory.measure(folder))
         if {"speed", "lossless"} & set(parts):
             checkpoint = Checkpoint.open(model or device_memory.write_tiny_llama(folder / "scripted"))
             engine = stack.enter_context(EngineProcess(command, free_port()))
             arguments = ("--engine-url", engine.url, "--engine-tokenizer", str(model or folder / "scripted"))
             cloud = stack.enter_context(CloudProcess(arguments=arguments))
             wait_described(cloud.target)
-            texts = list(FEW) if prompts is None else list(map(text_of, prompts.read_text().splitlines()))
             if "speed" in parts:
-                result["speed"] = speed(engine, cloud, checkpoint, (texts * pairs)[: pairs + 1], tokens)
+                texts = list(FEW) if prompts is None else list(map(text_of, prompts.read_text().splitlines()))
+                keep("speed", speed(engine, cloud, checkpoint, (texts * pairs)[: pairs + 1], tokens))
             if "lossless" in parts:
                 chats = load_prompts(prompts, checkpoint.tokenizer, n, longest)
-                result["lossless"] = lossless(engine, cloud, checkpoint, chats, tokens, workers, restarts)
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps(result, indent=1) + "\n")
+                settings = {"engine": command, "max_tokens": tokens, "workers": workers, "restarts": restarts}
+                keep(
+                    "lossless", lossless(engine, cloud, checkpoint, chats, settings, json_file.with_suffix(".partial"))
+                )
     click.echo(json.dumps(result, indent=1))
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import click
 from rich.progress import Progress
@@ -207,6 +207,18 @@ def run(bench: Bench, todo: list[Any], workers: int, keep: Any, cases: list[Case
         raise failures[0]
 
 
+def finished(partial: Path, settings: dict[str, Any]) -> list[Case]:
+    """The cases of an interrupted run with the same settings."""
+    lines = partial.read_text().splitlines() if partial.exists() else []
+    return [Case(**row["case"]) for row in map(json.loads, lines) if row["settings"] == settings]
+
+
+def record(log: TextIO, settings: dict[str, Any], case: Case) -> None:
+    """Keep a case for a later run, should this one be interrupted."""
+    log.write(json.dumps({"settings": settings, "case": asdict(case)}) + "\n")
+    log.flush()
+
+
 def report(cases: list[Case], restarts: int, settings: dict[str, Any]) -> dict[str, Any]:
     rounds = sum(case.rounds for case in cases)
     alone = [case for case in cases if case.alone]
@@ -266,17 +278,14 @@ def main(
     settings = {"model": checkpoint.name, "dtype": dtype, "temperature": temperature, "max_tokens": tokens}
     partial = json_file.with_suffix(".partial")
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    lines = partial.read_text().splitlines() if partial.exists() else []
-    kept = [json.loads(line) for line in lines]
-    cases = [Case(**row["case"]) for row in kept if row["settings"] == settings]
+    cases = finished(partial, settings)
     done = {case.prompt for case in cases}
     arguments = ("--model", model, "--dtype", dtype)
     with CloudProcess(arguments=arguments) as cloud, Progress() as bar, partial.open("a") as log:
         task = bar.add_task("prompts", total=n, completed=len(done))
 
         def keep(case: Case) -> None:
-            log.write(json.dumps({"settings": settings, "case": asdict(case)}) + "\n")
-            log.flush()
+            record(log, settings, case)
             bar.advance(task)
 
         bench = Bench(checkpoint, cloud.target, tokens, Sampling(temperature, seed=7))
