@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-language test lint types docs bench protos up down
+.PHONY: help env demo demo-language test acceptance lint types docs bench protos up down
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo-language: env  ## a chat by every arm over an emulated link, each token in 
 
 test: env  ## run every test
 	$(BIN)/python -m pytest tests -q -n 2 --dist loadfile
+
+acceptance: env  ## test with real engines, haproxy and Ray, where they are installed; vLLM is installed into build/
+	$(BIN)/python -m pytest tests/acceptance -v -rsP
 
 lint: env  ## style, formatting, and who may import whom
 	$(BIN)/ruff check
