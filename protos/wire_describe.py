@@ -155,6 +155,8 @@ def unpack_tokenizer(parts: Iterable[pb.TokenizerPart], info: TokenizerInfo) -> 
     """The parts together. Raises InvalidReply as soon as they cannot be what `info` declares."""
     raw = bytearray()
     for part in parts:
+        if not part.data:
+            raise InvalidReply("the cloud sends an empty part of a tokenizer")
         raw += part.data
         if len(raw) > info.size_bytes:
             raise InvalidReply(

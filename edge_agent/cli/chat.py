@@ -23,7 +23,7 @@ from isthmus.edge_agent.language.request import GenerationBackend, GenerationReq
 from isthmus.edge_agent.language.switching import ask_again
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.prices import Prices
-from isthmus.models.errors import InvalidInput, IsthmusError
+from isthmus.models.errors import ContextExceeded, IsthmusError
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.messages import GREEDY, Sampling
 
@@ -122,15 +122,18 @@ class ChatSession:
             self._console.print(Text(escape_control(delta.text), style=colour), end="", soft_wrap=True)
 
     def _request(self, tokenizer: Tokenizer) -> GenerationRequest:
-        """Drops the oldest messages to make room. Raises InvalidInput if the last question alone is too long."""
+        """Drops the oldest messages to make room. Raises ContextExceeded if the last question alone is too long."""
         context, settings = self._backend.arm_context(self._arm), self._settings
         system = [Message("system", settings.system)] if settings.system else []
         while True:
-            prompt = tuple(tokenizer.chat([*system, *self._messages]))
-            if len(prompt) + min(MIN_ANSWER_TOKENS, context // 4) <= context:
-                break
-            if len(self._messages) < 3:
-                raise InvalidInput(f"{len(prompt)} tokens are too many for a context of {context}")
+            try:
+                prompt = tuple(tokenizer.chat([*system, *self._messages], context))
+                if len(prompt) + min(MIN_ANSWER_TOKENS, context // 4) <= context:
+                    break
+                raise ContextExceeded(f"{len(prompt)} tokens are too many for a context of {context}")
+            except ContextExceeded:
+                if len(self._messages) < 3:
+                    raise
             del self._messages[:2]
             self._note("the context is full: the oldest question and its answer were dropped")
         room = context - len(prompt)

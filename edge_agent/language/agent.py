@@ -12,6 +12,7 @@ Either side may be absent. Knows nothing about text beyond the tokenizers that i
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -75,8 +76,9 @@ class LanguageAgent(TextInterface):
             confidence_head=device.confidence_head if device else None,
             handoff=device.handoff if device else None,
         )
+        until_s = time.monotonic() + config.connect_s
         for link in links:
-            link.wait_probed(config.connect_s)
+            link.wait_probed(max(until_s - time.monotonic(), 0.0))
 
     @property
     def name(self) -> str:

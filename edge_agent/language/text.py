@@ -117,8 +117,9 @@ class TextInterface:
         messages = messages_of(prompt)
 
         def ask(tokenizer: Tokenizer) -> Iterator[AnswerEvent]:
-            length = self.arm_context(arm) if max_tokens is None else max_tokens
-            ids = tuple(tokenizer.chat(messages))
+            context = self.arm_context(arm)
+            length = context if max_tokens is None else max_tokens
+            ids = tuple(tokenizer.chat(messages, context))
             request = GenerationRequest(ids, length, arm, sampling, vocabulary=tokenizer.vocabulary)
             return detokenize(self.generate(request), Detokenizer(tokenizer, stop))
 

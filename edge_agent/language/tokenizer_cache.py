@@ -20,6 +20,8 @@ from isthmus.models.errors import BundleError, InvalidReply
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.messages import TokenizerInfo
 
+OTHERS_S = 5.0  # that one replica waits while another sends the same tokenizer, or sends it slowly
+
 
 def cache_folder() -> Path:
     """Where fetched tokenizers are kept: `isthmus/tokenizers` in XDG_CACHE_HOME, by default ~/.cache."""
@@ -32,11 +34,12 @@ class TokenizerCache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = threading.Lock()  # replicas that answer at once fetch one after the other, and the second finds it
+        self._lock = threading.Lock()  # replicas that answer at once fetch one after the other
 
     def get(self, info: TokenizerInfo, fetch: Callable[[TokenizerInfo], bytes]) -> Tokenizer:
         """The tokenizer that a cloud declares. Raises InvalidReply for one that cannot be used, and as `fetch`."""
-        with self._lock:
+        alone = self._lock.acquire(timeout=OTHERS_S)
+        try:
             raw = self._load(info)
             fetched = raw is None
             raw = fetch(info) if raw is None else raw
@@ -44,6 +47,9 @@ class TokenizerCache:
             if fetched:
                 self._save(info, raw)
             return tokenizer
+        finally:
+            if alone:
+                self._lock.release()
 
     def _load(self, info: TokenizerInfo) -> bytes | None:
         path = self._folder / info.sha256.hex()

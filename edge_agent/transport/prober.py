@@ -52,6 +52,7 @@ class Prober:
         self._stub, self._match, self._cloud, self._retire_idle = stub, match, cloud, retire_idle
         self._probed = threading.Event()
         self._closed = False
+        self._fetching: grpc.Call | None = None
         self._thread = threading.Thread(target=self._run, name="isthmus-probe", daemon=True)
         self._thread.start()
 
@@ -68,8 +69,10 @@ class Prober:
         return True
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and what it fetches."""
         self._closed = True
+        if (fetching := self._fetching) is not None:
+            fetching.cancel()
         self._cloud.wake.set()
         self._thread.join(health.PROBE_TIMEOUT_S + 1)
 
@@ -117,9 +120,11 @@ class Prober:
     def _fetch(self, info: TokenizerInfo) -> bytes:
         """The tokenizer that the cloud declares, verified."""
         parts = self._stub.Tokenizer(pb.TokenizerRequest(sha256=info.sha256), timeout=FETCH_TIMEOUT_S)
+        self._fetching = parts
         try:
             return wire_describe.unpack_tokenizer(parts, info)
         except grpc.RpcError as failure:
             raise rpc_error(failure) from failure
         finally:
+            self._fetching = None
             parts.cancel()

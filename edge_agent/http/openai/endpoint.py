@@ -66,12 +66,18 @@ class Endpoint:
             await error_response(translate(error))(scope, receive, send)
 
     async def _parse_job(self, request: Request, data: bytes) -> Job:
-        """Raises ApiError. Parses in a thread, as the tokenizer needs a while for megabytes of prompt."""
+        """Raises ApiError. Parses in a thread, as the tokenizer needs a while for megabytes of prompt.
+
+        A device without a model first waits for a cloud, as long for each request.
+        """
         values = request.headers.getlist(PRIVATE_HEADER)
         private = any(value.strip().lower() not in FALSE_VALUES for value in values)
+        backend, waiting = self._state.backend, self._state.waiting
         try:
+            if not private:
+                await to_thread.run_sync(backend.tokenizer_for, "auto", limiter=waiting, abandon_on_cancel=True)
             limiter = self._state.parsing(len(data))
-            return await to_thread.run_sync(self._parse, data, private, self._state.backend, limiter=limiter)
+            return await to_thread.run_sync(self._parse, data, private, backend, limiter=limiter)
         except Exception as error:
             raise translate(error) from error
 

@@ -43,6 +43,7 @@ class ApiState:
         self.uploads = Uploads(limits.body_bytes, limits.held_bytes, limits.client_timeout_s)
         self.created = int(time.time())
         self._device, self._cloud = asyncio.Semaphore(limits.running), asyncio.Semaphore(limits.running)
+        self.waiting = CapacityLimiter(limits.admitted)  # for the cloud's tokenizer: not at the cost of who parses
         self._large, self._small = CapacityLimiter(1), CapacityLimiter(PARSED_AT_ONCE)
 
     def running(self, arm: Arm) -> asyncio.Semaphore:

@@ -35,7 +35,7 @@ class ChatTemplate:
             "".join([source, *variables.values()]).encode()
             self._template = environment().from_string(source)
         except Exception as error:  # of Python's compiler too, which Jinja's output can be too deep for
-            raise BundleError(f"chat template: {str(error)[:200]}") from error
+            raise BundleError(f"chat template: {one_line(error)}") from error
         self.source, self.variables = source, dict(variables)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -43,7 +43,12 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self.variables)
         except Exception as error:  # a template is a program and can raise anything
-            raise InvalidInput(f"the chat template rejects these messages: {str(error)[:200]}") from error
+            raise InvalidInput(f"the chat template rejects these messages: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says. A template can make it say anything."""
+    return "".join(char if char.isprintable() else " " for char in str(error)[:200])
 
 
 def environment() -> ImmutableSandboxedEnvironment:

@@ -107,6 +107,13 @@ def test_a_question_that_is_too_long_is_an_error_and_not_remembered() -> None:
     assert bytes(backend.requests[0].prompt) == b"[user]hi[assistant]"
 
 
+def test_what_cannot_fit_is_not_encoded_and_a_long_history_is_dropped() -> None:
+    backend = ScriptedBackend("A", context=100)
+    out = run_chat(backend, "x" * 3000, "hi")
+    assert "more than any 100 tokens have" in out.replace("\n", " ")
+    assert bytes(backend.requests[0].prompt) == b"[user]hi[assistant]"
+
+
 def test_errors_are_shown_and_counted_and_the_chat_continues() -> None:
     out = console()
     backend = ScriptedBackend("ab", error=LinkDown("the \x1b[31mcloud is gone"))

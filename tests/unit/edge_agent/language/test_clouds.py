@@ -18,6 +18,8 @@ from isthmus.edge_agent.language import agent as module
 from isthmus.edge_agent.language.agent import LanguageAgent
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.transport import health
+from isthmus.edge_agent.transport.language_link import LanguageLink
 from isthmus.models.errors import InvalidInput, LinkDown, PeerError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.messages import ModelInfo, Sampling
@@ -158,6 +160,7 @@ def test_it_does_without_onnx_and_torch(new_cloud: Any) -> None:
         ([RAW[:-1]], "bytes that are not the tokenizer"),
         ([RAW, b" "], f"more than the {len(RAW)} bytes"),
         ([RAW[:-1] + b"!"], "bytes that are not the tokenizer"),
+        ([RAW, b""], "an empty part of a tokenizer"),
     ],
 )
 def test_a_tokenizer_that_is_not_the_declared_one_is_refused(
@@ -168,6 +171,29 @@ def test_a_tokenizer_that_is_not_the_declared_one_is_refused(
         said(agent)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("cloud 127.0.0.1:")
     assert not cache.exists()
+
+
+def test_closing_ends_what_is_fetched(new_cloud: Any, new_agent: NewAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that sends nothing would otherwise be waited for."""
+    monkeypatch.setattr(health, "PROBE_TIMEOUT_S", 1e6)  # closing joins the prober's thread for as long
+    cloud, end = new_cloud(BIG), threading.Event()
+    cloud.tokenizers = (end.wait() and RAW for _ in range(1))
+    agent = new_agent(cloud, connect_s=0.0)
+    until(lambda: cloud.fetches == 1)
+    closing = threading.Thread(target=agent.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    end.set()
+    assert not closing.is_alive()
+
+
+def test_all_clouds_together_are_waited_for_at_the_start(new_agent: NewAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = list[float]()
+    monkeypatch.setattr(
+        LanguageLink, "wait_probed", lambda self, timeout_s: waits.append(timeout_s) or time.sleep(0.02)
+    )
+    new_agent("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", connect_s=0.03)
+    assert waits[1] < waits[0] and waits[2] == 0
 
 
 def test_a_wrong_name_is_one_line_and_the_device_answers_alone(

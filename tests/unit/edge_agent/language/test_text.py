@@ -13,7 +13,7 @@ from isthmus.edge_agent import LanguageAgent, LanguageConfig, Sampling, TextAnsw
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.language.text import TextInterface
 from isthmus.edge_agent.policy.arms import Arm
-from isthmus.models.errors import AgentClosed, InvalidInput
+from isthmus.models.errors import AgentClosed, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.unit.edge_agent.language.scripted import ScriptedBackend
@@ -157,3 +157,10 @@ def test_after_close_it_is_a_clear_error(tmp_path: Path) -> None:
 def test_settings_of_another_kind_are_named() -> None:
     with pytest.raises(InvalidInput, match="config is str, expected a LanguageConfig"):
         LanguageAgent("smollm2")  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
+    scripted = Scripted()
+    with pytest.raises(ContextExceeded, match="more than any 200 tokens have"):
+        scripted.answer("x" * 3000)
+    assert scripted.backend.requests == []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from isthmus.edge_agent.language import tokenizer_cache
 from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache, cache_folder
 from isthmus.models.errors import InvalidReply, LinkDown
 from isthmus.models.messages import TokenizerInfo
@@ -79,3 +82,24 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/cache/isthmus/tokenizers")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache/isthmus/tokenizers"
+
+
+def test_a_replica_that_sends_slowly_does_not_keep_another_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_cache, "OTHERS_S", 0.02)
+    sending, end = threading.Event(), threading.Event()
+
+    def slow(info: TokenizerInfo) -> bytes:
+        sending.set()
+        assert end.wait(10)
+        return RAW
+
+    cache = TokenizerCache(tmp_path)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(cache.get, INFO, slow)
+        assert sending.wait(10)
+        assert cache.get(INFO, send).vocabulary == INFO.vocabulary
+        end.set()
+        assert first.result(10).vocabulary == INFO.vocabulary
+    assert [file.name for file in tmp_path.iterdir()] == [INFO.sha256.hex()]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.edge_agent.http.openai.state import LARGE_BODY_BYTES, Limits
+from isthmus.edge_agent.http.openai.state import LARGE_BODY_BYTES, PARSED_AT_ONCE, Limits
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import (
@@ -162,3 +162,25 @@ def test_a_prompt_whose_cloud_is_lost_is_encoded_again_for_the_device(stream: bo
     assert response.status_code == 200 and "y" in response.text
     assert [request.vocabulary for request in backend.requests] == [backend.tokenizer.vocabulary, OTHER.vocabulary]
     assert_error(post(Losing("yes"), model="cloud"), 503, message="no cloud answers", type="overloaded")
+
+
+class Waiting(ScriptedBackend):
+    """A device without a model, whose cloud does not answer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.waiting, self.end = threading.Semaphore(0), threading.Event()
+
+    def tokenizer_for(self, arm: Arm) -> Tokenizer:
+        self.waiting.release()
+        assert self.end.wait(10)
+        raise LinkDown("no cloud answered within 30 s")
+
+
+def test_requests_wait_for_a_cloud_beside_each_other() -> None:
+    backend, count = Waiting(), 3 * PARSED_AT_ONCE
+    with client(backend) as api, ThreadPoolExecutor(count) as threads:
+        replies = [threads.submit(api.post, CHAT, json={"model": "auto", "messages": HI}) for _ in range(count)]
+        assert all(backend.waiting.acquire(timeout=10) for _ in range(count))
+        backend.end.set()
+        assert [reply.result(10).status_code for reply in replies] == [503] * count

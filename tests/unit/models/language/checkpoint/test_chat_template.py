@@ -55,3 +55,9 @@ def test_templates_that_refuse(source: str) -> None:
 def test_what_is_no_template(source: str) -> None:
     with pytest.raises(BundleError, match="chat template"):
         render(source)
+
+
+def test_what_a_template_says_is_one_line() -> None:
+    template = ChatTemplate("{{ raise_exception('\n\x1b[2J no') }}", {})
+    with pytest.raises(InvalidInput, match=r"rejects these messages:   \[2J no$"):
+        template.render([])
