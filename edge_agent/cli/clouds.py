@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+import click
+
 from isthmus.edge_agent.policy.breaker import WORDS, State
 
 
@@ -16,7 +18,18 @@ class Cloud(Protocol):
     @property
     def state(self) -> State: ...
 
+    @property
+    def refusal(self) -> str | None: ...
+
 
 def describe_clouds(links: Iterable[Cloud]) -> str:
     """`cloud cloud:50051 connected`, for each; `no cloud` for none."""
-    return ", ".join(f"cloud {link.target} {WORDS[link.state]}" for link in links) or "no cloud"
+    words = {**WORDS, "half_open": "answering"}  # at the start, not again
+    return ", ".join(f"cloud {link.target} {words[link.state]}" for link in links) or "no cloud"
+
+
+def warn_of(links: Iterable[Cloud]) -> None:
+    """A line for each cloud that cannot be used, with what is known of it."""
+    for link in links:
+        if link.state == "open" and link.refusal is not None:
+            click.echo(f"warning: cloud {link.target}: {link.refusal}", err=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from isthmus.edge_agent.cli.clouds import describe_clouds
+from isthmus.edge_agent.cli.clouds import describe_clouds, warn_of
 from isthmus.edge_agent.cli.photos import open_photos_with_metrics
 from isthmus.edge_agent.cli.prompts import open_prompts, open_routes, warn
 from isthmus.edge_agent.cli.settings import settings
@@ -57,6 +57,7 @@ def run(as_json: bool) -> None:
         if config is None or given()["bundle"].source != DEFAULT:
             photos = open_photos_with_metrics(registry)
             agent = stack.enter_context(photos[0])
+            warn_of(agent.replicas)
             line |= {"bundle": agent.manifest.name, "cloud": describe_clouds(agent.replicas)}
         if config is not None:
             language = stack.enter_context(open_prompts(config, registry))

@@ -1,14 +1,17 @@
 """Render a conversation as text with the model's own chat template.
 
-Templates come with checkpoints and are Jinja programs. They run in Jinja's sandbox, which blocks access to Python's
-attributes but does not limit their run time and memory, so a template is as trustworthy as its checkpoint. Opening one
-runs no part of it. Knows nothing about tokens.
+Templates come with checkpoints, or from a service, and are Jinja programs. They run in Jinja's sandbox, which blocks
+access to Python's attributes. Here loops and calls are limited in run time, repetitions and the text in size; filters
+can still take much memory, so do not use a service that you do not trust. Opening a template runs no part of it. Knows
+nothing about tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,12 +19,16 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.models.errors import BundleError, InvalidInput
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18  # the longest published templates have about 20,000
+MAX_TEXT_CHARACTERS = 1 << 26  # of a conversation
+MAX_REPEATED = 1 << 20  # characters or elements of a repetition
+MAX_NUMBER = 1 << 64  # of a product
+RENDER_S = 2.0  # of computing: a conversation takes milliseconds
 
 
 class ChatTemplate:
@@ -41,7 +48,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text up to where the assistant's answer begins. Raises InvalidInput when the template raises an error."""
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self.variables)
+            _render.until_s = time.thread_time() + RENDER_S
+            parts, size = list[str](), 0
+            for part in self._template.generate(messages=messages, add_generation_prompt=True, **self.variables):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_TEXT_CHARACTERS:
+                    raise jinja2.TemplateError(f"more than {MAX_TEXT_CHARACTERS} characters")
+            return "".join(parts)
         except Exception as error:  # a template is a program and can raise anything
             raise InvalidInput(f"the chat template rejects these messages: {one_line(error)}") from error
 
@@ -51,9 +65,50 @@ def one_line(error: Exception) -> str:
     return "".join(char if char.isprintable() else " " for char in str(error)[:200])
 
 
+_render = threading.local()  # `until_s`: CPU time of this thread at which its rendering ends
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Looks at the clock with every step of a loop and every call, and limits repetitions."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for loop in list(template.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "in_time", [], [], None, None, lineno=loop.lineno)
+        return template
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        check_time()
+        if isinstance(__obj, LoopContext) and args:  # a recursive loop
+            args = (in_time(args[0]), *args[1:])
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(each) if isinstance(each, Sized) else abs(each) for each in (left, right)]
+        numbers = not any(isinstance(each, Sized) for each in (left, right))
+        if max(sizes) > 64 if operator == "**" else sizes[0] * sizes[1] > (MAX_NUMBER if numbers else MAX_REPEATED):
+            raise jinja2.TemplateError(f"too large a result of {operator}")
+        return super().call_binop(context, operator, left, right)
+
+
+def check_time() -> None:
+    """Raises TemplateError once rendering has taken too long."""
+    if time.thread_time() > _render.until_s:
+        raise jinja2.TemplateError(f"not done after {RENDER_S:.0f} s")
+
+
+def in_time(items: Iterable[Any]) -> Iterator[Any]:
+    """The items, while there is time."""
+    for item in items:
+        check_time()
+        yield item
+
+
 def environment() -> ImmutableSandboxedEnvironment:
     """Configured as in transformers (`_cached_compile_jinja_template` in utils/chat_template_utils.py)."""
-    sandbox = ImmutableSandboxedEnvironment(
+    sandbox = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, loopcontrols],
@@ -61,6 +116,8 @@ def environment() -> ImmutableSandboxedEnvironment:
         finalize=_unchanged,
     )
     sandbox.filters["tojson"] = tojson
+    sandbox.filters["in_time"] = in_time
+    del sandbox.globals["lipsum"]
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = strftime_now
     return sandbox

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from isthmus.edge_agent.cli.clouds import describe_clouds
+from isthmus.edge_agent.cli.clouds import describe_clouds, warn_of
 from isthmus.edge_agent.policy.breaker import STATES, State
 
 
@@ -12,6 +12,7 @@ from isthmus.edge_agent.policy.breaker import STATES, State
 class StubLink:
     target: str
     state: State
+    refusal: str | None = None
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -24,3 +25,13 @@ def test_clouds_are_listed() -> None:
     links = [StubLink("a:1", "closed"), StubLink("b:2", "open")]
     assert describe_clouds(links) == "cloud a:1 connected, cloud b:2 unreachable"
     assert describe_clouds([]) == "no cloud"
+
+
+def test_a_cloud_that_cannot_be_used_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "the cloud does not hold elpv"
+    warn_of([StubLink("a:1", "half_open"), StubLink("b:2", "open", reason), StubLink("c:3", "open")])
+    assert capsys.readouterr() == ("", f"warning: cloud b:2: {reason}\n")
+
+
+def test_at_the_start_a_cloud_answers_for_the_first_time() -> None:
+    assert describe_clouds([StubLink("a:1", "half_open")]) == "cloud a:1 answering"
