@@ -75,8 +75,8 @@ def test_where_none_or_several_could_be_meant_one_line_says_so(
 
 
 def test_why_the_cloud_holds_none_is_said_in_one_line() -> None:
-    lost = ServiceInfo("0", 3, (), (), ("the engine does\x1b[2J not\nanswer", "another"))
-    with pytest.raises(UnknownBundle, match=r"^the cloud holds no language model now: the engine does\?\[2J not\?answer$"):
+    lost = ServiceInfo("0", 3, (), (), ("the engine is\x1b[2J\ngone", "another"))
+    with pytest.raises(UnknownBundle, match=r"^the cloud holds no language model now: the engine is\?\[2J\?gone$"):
         cloud_model().check("a", lost, never)
 
 
