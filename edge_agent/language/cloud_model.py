@@ -24,6 +24,7 @@ from isthmus.models.messages import ModelInfo, ServiceInfo, TokenizerInfo
 
 REFETCH_S = 60.0  # until a cloud that sent an unusable tokenizer is asked for it again
 MAX_NAME = 100
+MAX_PROBLEM = 300  # characters of why a cloud holds none
 
 
 class OwnModel(Protocol):
@@ -71,7 +72,7 @@ class CloudModel:
     def check(self, target: str, service: ServiceInfo, fetch: FetchTokenizer) -> None:
         """Use a replica. Raises UnknownBundle, InvalidReply, and as `fetch`."""
         try:
-            model = self._choose(service.models)
+            model = self._choose(service.models, service.problems)
             with self._lock:
                 self._refuse_another(target, model)
             tokenizer = self._tokenizer(model, fetch)
@@ -91,13 +92,14 @@ class CloudModel:
         with self._lock:
             self._holders.pop(target, None)
 
-    def _choose(self, models: Sequence[ModelInfo]) -> ModelInfo:
+    def _choose(self, models: Sequence[ModelInfo], problems: Sequence[str]) -> ModelInfo:
         """The model of a replica that this agent means. Raises UnknownBundle where there is none, or several."""
         found = [model for model in models if self._name in (None, model.name)]
         if not found and models:
             raise UnknownBundle(f"the cloud holds no language model {self._name!r}, it holds {names(models)}")
         if not found:
-            raise UnknownBundle("the cloud holds no language model")
+            why = f" now: {printable(problems[0][:MAX_PROBLEM])}" if problems else ""
+            raise UnknownBundle(f"the cloud holds no language model{why}")
         bound, own = self.info, self._own
         if bound is not None:
             found = [model for model in found if model.fingerprint == bound.fingerprint] or found
@@ -181,5 +183,10 @@ def described(model: ModelInfo) -> str:
 
 
 def label(model: ModelInfo) -> str:
-    """A model's name, which comes from outside, for a line of text."""
-    return "".join(char if char.isprintable() else "?" for char in model.name[:MAX_NAME])
+    """A model's name for a line of text."""
+    return printable(model.name[:MAX_NAME])
+
+
+def printable(text: str) -> str:
+    """What comes from outside, in one line and without control characters."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -70,8 +70,9 @@ def lossless(
 
 
 @click.command(
-    epilog="Example: python -m tests.bench.engines --engine 'tests/acceptance/vllm.sh runs/smollm2 {port}'"
-    " --model runs/smollm2 --n 300 --tokens 64 --json runs/engines.json"
+    epilog="Example: python -m tests.bench.engines --engine"
+    " 'tests/acceptance/vllm.sh build/smollm2 {port} --dtype float32' --model build/smollm2"
+    " --n 300 --tokens 64 --json runs/engines.json"
 )
 @click.option("--engine", "command", default=SCRIPTED, help="Command that serves an engine at {port}.")
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="The engine's model, as a folder.")

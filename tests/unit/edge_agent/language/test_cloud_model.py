@@ -74,6 +74,12 @@ def test_where_none_or_several_could_be_meant_one_line_says_so(
     assert made.bound is None and made.problems == {"a": str(caught.value)}
 
 
+def test_why_the_cloud_holds_none_is_said_in_one_line() -> None:
+    lost = ServiceInfo("0", 3, (), (), ("the engine is\x1b[2J\ngone", "another"))
+    with pytest.raises(UnknownBundle, match=r"^the cloud holds no language model now: the engine is\?\[2J\?gone$"):
+        cloud_model().check("a", lost, never)
+
+
 def test_the_devices_vocabulary_and_then_its_weights_choose() -> None:
     made = cloud_model(own=own())
     made.check("a", service(FOREIGN, BIG), never)
