@@ -73,6 +73,8 @@ async def at_once(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(part) for part in parts]
     except ExceptionGroup as failed:
+        if (own := asyncio.current_task()) is not None and own.cancelling():  # which the group leaves out
+            raise asyncio.CancelledError from failed
         raise failed.exceptions[0] from failed
     return [task.result() for task in tasks]
 
