@@ -55,6 +55,8 @@ class Tls(Settings):
 def base_url(text: str) -> str:
     """Raises ValueError unless it is the address of a server; /v1 at its end, as other clients want it, is left out."""
     parts = urlsplit(text)
+    if not text.isprintable() or " " in text or parts.port == 0:  # a port that is no number raises by itself
+        raise ValueError("expected http://HOST:PORT or https://HOST")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("expected http://HOST:PORT or https://HOST")
     if parts.username is not None or parts.password is not None:
@@ -119,14 +121,23 @@ class EngineConfig(Settings):
 
     @property
     def secret(self) -> str:
-        """The key, or an empty text. Raises InvalidInput for a file that holds none."""
-        if self.key_file is None:
-            return self.key.get_secret_value().strip() if self.key else ""
-        with self.key_file.open("rb") as file:
-            raw = file.read(MAX_KEY_BYTES + 1).strip()
-        if not raw or len(raw) > MAX_KEY_BYTES or not raw.isascii() or b"\n" in raw:
-            raise InvalidInput(f"{self.key_file}: expected one line with an API key")
-        return raw.decode()
+        """The key, or an empty text. Raises InvalidInput for what cannot be one, and for a file that holds none."""
+        given = self.key.get_secret_value().strip() if self.key else ""
+        if self.key_file is None and not given:
+            return ""
+        text = given if self.key_file is None else read_key(self.key_file)
+        if not text or len(text) > MAX_KEY_BYTES or not text.isascii() or not text.isprintable():
+            raise InvalidInput(f"{self.key_file or 'ISTHMUS_CLOUD_ENGINE_KEY'}: expected one line with an API key")
+        return text
+
+
+def read_key(path: Path) -> str:
+    """What a file holds, its first bytes if it is too long. Raises InvalidInput when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_KEY_BYTES + 1).decode(errors="replace").strip()
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {(error.strerror or 'no reason given').lower()}") from error
 
 
 @dataclass(frozen=True)

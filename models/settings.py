@@ -7,6 +7,7 @@ A field that has a description can be set from outside; fields of a nested datac
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import UnionType
@@ -19,6 +20,7 @@ from pydantic.fields import FieldInfo
 from isthmus.models.errors import InvalidInput
 
 MAX_SHOWN = 50  # characters of a wrong value
+USER = re.compile("//.*@")  # of a URL, with its password
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -133,7 +135,8 @@ def problem(model: type[Any], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where} is missing"
     message = first["msg"].removeprefix("Value error, ")  # of a validator of ours
-    return f"{where} is {ascii(first['input'])[:MAX_SHOWN]}: {message[0].lower()}{message[1:]}"
+    shown = USER.sub("//…@", ascii(first["input"]))[:MAX_SHOWN]
+    return f"{where} is {shown}: {message[0].lower()}{message[1:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

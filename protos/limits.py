@@ -25,7 +25,7 @@ MAX_DRAFT = 64  # tokens of a round; longer drafts are rarely accepted, and all 
 MAX_ROUNDS = 8  # of one session that may be queued in the cloud; a device that drafts ahead has two or three
 MAX_LOGPROBS = 20  # the limit of the OpenAI API
 MAX_END_IDS = 64  # that end an answer; models have one to five
-TOKENIZER_PART_BYTES = 1 << 20  # well below a message's limit
+TOKENIZER_PART_BYTES = 32 << 10  # of each stream whose device does not read gRPC keeps one, until its connection ends
 MAX_STATES = 256  # hidden states of a round; at the largest size they fill a quarter of a message
 MAX_STATE_BYTES = 4096  # of one coded hidden state: 8192 values of four bits; a bundle's own limit is usually far lower
 

@@ -20,7 +20,7 @@ VOCAB, FIRST = 259, 3  # of tests.bench.tiny_llama: three marks, then the 256 by
 END = 2
 KEY = "sk-scripted-0123456789"
 Fault = Literal[
-    "", "slow", "cut", "hang", "oom", "vocab", "nan", "counts", "more", "json", "huge", "drip", "error", "empty"
+    "", "slow", "cut", "hang", "oom", "vocab", "nan", "counts", "more", "json", "huge", "drip", "error", "empty", "none"
 ]
 
 
@@ -173,6 +173,11 @@ class ScriptedEngine:
                     await response.write(b": still here\n\n")
                     await asyncio.sleep(0.01)
             case "empty":
+                return True
+            case "none":
+                await response.write(
+                    b'data: {"choices": [{"token_ids": [], "text": "", "finish_reason": "length"}]}\n\n'
+                )
                 return True
         return False
 

@@ -38,6 +38,7 @@ class LanguageService:
     def __init__(self, engines: Sequence[LanguageEngine] = (), remote: Sequence[RelayHost] = ()) -> None:
         self.engines, self.remote = tuple(engines), tuple(remote)
         self._hosts: tuple[SessionHost[Any], ...] = (*engines, *remote)
+        self._tokenizers: dict[bytes, bytes] = {}  # that were fetched, by SHA-256: streams share the bytes
         self._draining = asyncio.Event()
 
     @property
@@ -52,8 +53,12 @@ class LanguageService:
 
     def tokenizer(self, sha256: bytes) -> bytes | None:
         """The tokenizer of this SHA-256; None where no model has it."""
-        found = (host.tokenizer for host in self._hosts if host.info and host.info.tokenizer.sha256 == sha256)
-        return next((tokenizer.to_bytes() for tokenizer in found), None)
+        for host in self._hosts:
+            if host.info is not None and host.info.tokenizer.sha256 == sha256:
+                if sha256 not in self._tokenizers:
+                    self._tokenizers[sha256] = host.tokenizer.to_bytes()
+                return self._tokenizers[sha256]
+        return None
 
     def new_handler(self, peer: str) -> GenerateHandler:
         """A handler for one `Generate` stream of a connection."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,7 +56,7 @@ def numeral(text: str, vocab: int) -> int:
 
 def logprob(value: Any) -> float:
     """A finite natural logarithm of a probability."""
-    if type(value) not in (int, float) or not math.isfinite(value) or value > LOGPROB_SLACK:
+    if type(value) not in (int, float) or not -sys.float_info.max <= value <= LOGPROB_SLACK:  # an int has no bound
         raise EngineFault(f"the engine sent {str(value)[:20]!r} as a log-probability")
     return float(value)
 

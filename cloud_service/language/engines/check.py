@@ -69,12 +69,16 @@ async def compare(engine: Engine, tokenizer: Tokenizer, tokens: int, context: in
 
 async def at_once(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """What all of them return. The first that fails ends the others, and its error is raised."""
+    tasks = [asyncio.create_task(part) for part in parts]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(part) for part in parts]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from failed
-    return [task.result() for task in tasks]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def compare_one(engine: Engine, prompt: Sequence[int], answer: int, context: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from isthmus.models.messages import Sampling
 MODELS = "/v1/models"  # of vLLM, SGLang, and whatever calls itself compatible with OpenAI
 MIN_TOP = 2  # likeliest tokens of a scored position: equal ones are told apart by their ids
 MAX_NAMES = 200  # characters of a list of models
+MAX_NAME = 512  # of one: it may be a path
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Probe(Protocol):
 def read_models(answer: dict[str, Any], chosen_name: str | None) -> EngineIdentity:
     """The model to use among those that a server lists. Raises EngineDown naming those where it is not clear."""
     cards = [mapping(card, "model") for card in listed(answer.get("data"), "models")]
-    held = {card["id"]: card for card in cards if isinstance(card.get("id"), str)}
+    held = {card["id"]: card for card in cards if is_name(card.get("id"))}
     names = ", ".join(held)[:MAX_NAMES] or "none"
     if chosen_name is not None and chosen_name not in held:
         raise EngineDown(f"the engine does not hold the model {chosen_name}, it holds {names}")
@@ -82,3 +83,8 @@ def read_models(answer: dict[str, Any], chosen_name: str | None) -> EngineIdenti
     name = chosen_name or next(iter(held))
     context = held[name].get("max_model_len")
     return EngineIdentity(name, context if type(context) is int and context > 0 else 0)
+
+
+def is_name(value: Any) -> bool:
+    """Whether it can be told to devices, and logged in one line."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()

@@ -112,6 +112,8 @@ class HttpEngine:
                             self._metrics.first_token(seen_s - started_s)
                         yield choice
                 if reader.finished:
+                    if not count:
+                        raise EngineFault("the engine ended an answer without a token")
                     await self._finish(response)
                     return
                 if time.monotonic() - seen_s > self._silence_s:
@@ -142,8 +144,8 @@ class HttpEngine:
     async def _ask(
         self, call: Call, limit_bytes: int, read: Callable[[dict[str, Any]], T], timeout_s: float | None = None
     ) -> T:
-        """One request with one JSON object as its answer."""
-        async with self._request(call, timeout_s) as response:
+        """One request with one JSON object as its answer, all of which is there within `timeout_s`, or `silence_s`."""
+        async with self._request(call, timeout_s or self._silence_s) as response:
             raw = await self._body(response, limit_bytes)
             if len(raw) <= LARGE_BODY_BYTES:
                 return read(parse(raw))
@@ -156,9 +158,11 @@ class HttpEngine:
         headers = {"Content-Type": "application/json"} if data else {}
         timeout = aiohttp.ClientTimeout(timeout_s, sock_connect=CONNECT_S, sock_read=self._silence_s)
         try:
-            async with self._session().request(
-                method, self._url + call.path, data=data, headers=headers, timeout=timeout, allow_redirects=False
-            ) as response:
+            async with asyncio.timeout(timeout_s or self._silence_s):  # interim responses may come without end
+                begun = await self._session().request(
+                    method, self._url + call.path, data=data, headers=headers, timeout=timeout, allow_redirects=False
+                )
+            async with begun as response:
                 if response.status != 200:
                     raise self._refusal(response, await self._excerpt(response))
                 yield response
@@ -207,7 +211,7 @@ class HttpEngine:
         """The first words of what a server says of an error, in one line and without the key."""
         text = (await response.content.read(4 * SHOWN)).decode(errors="replace")
         if self._key:
-            text = text.replace(self._key, "…")
+            text = without_key(text, self._key)
         return " ".join(ascii(text)[1:-1].replace("\\n", " ").split())[:SHOWN]
 
     def _refusal(self, response: aiohttp.ClientResponse, text: str) -> IsthmusError:
@@ -227,6 +231,12 @@ class HttpEngine:
         return EngineFault(f"the engine refused a request (HTTP {status}): {text}")
 
 
+def without_key(text: str, key: str) -> str:
+    """`text` without `key`, and without the beginning of it that the end of `text` may be."""
+    begun = next((size for size in range(len(key) - 1, 0, -1) if text.endswith(key[:size])), 0)
+    return text[: len(text) - begun].replace(key, "…")
+
+
 def retry_after(text: str) -> float:
     """Seconds of a Retry-After header; 0 for none, or for a date."""
     return min(float(text), MAX_RETRY_S) if text.isascii() and text.isdecimal() and len(text) < 10 else 0.0
@@ -237,7 +247,7 @@ def translate(error: Exception, silence_s: float) -> IsthmusError:
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return EngineDown(f"the engine cannot be reached within {CONNECT_S:.0f} s")
     if isinstance(error, TimeoutError):
-        return EngineDown(f"the engine sent nothing for {silence_s:.0f} s")
+        return EngineDown(f"the engine did not answer within {silence_s:.0f} s")
     if isinstance(error, aiohttp.ClientSSLError):
         return EngineDown("the engine's certificate is not one that this service trusts")
     if isinstance(error, aiohttp.ClientConnectorDNSError):

@@ -157,13 +157,14 @@ class RelayHost:
     def _read(self, session: RelaySession) -> None:
         """The device has read an event."""
         self._sessions.settle(session)
-        if session.events.qsize() == MAX_UNREAD - 1:
+        if session.events.qsize() == MAX_UNREAD // 2:
             session.readable.set()
 
     async def _settle_all(self, session: RelaySession) -> None:
         """Settle a session's rounds until none is left. Whatever fails, its device gets an error."""
         try:
             while (work := session.next_work()) is not None:
+                await session.wait_read()  # without a place at the engine, which others could have
                 await self._at_the_engine(session, work)
         except IsthmusError as error:
             self._note(error)
@@ -201,7 +202,7 @@ class RelayHost:
                 return
 
     async def _stream(self, session: RelaySession, work: ScheduledWork) -> None:
-        """Tokens until the round and its extension end, or another round comes."""
+        """Tokens until the round and its extension end, another round comes, or the device does not read them."""
         sequence, last_s = session.sequence, time.monotonic()
         limit = min(1 + work.extend, sequence.room)
         choices = self._engine.stream(tuple(sequence.tokens), session.sampling, limit, session.opening.logprobs)
@@ -213,9 +214,8 @@ class RelayHost:
                 current.started_s = current.started_s or last_s
                 current.compute_s, last_s = now_s - last_s, now_s
                 self._commit(session, current, choice)
-                if session.rounds:
+                if session.rounds or session.events.unread:
                     return
-                await session.wait_read()
 
     def _commit(self, session: RelaySession, work: ScheduledWork, choice: Choice) -> bool:
         """Settle one position. Whether that ended the round, whose reply is sent. Raises Overloaded."""
@@ -228,5 +228,5 @@ class RelayHost:
         self._metrics.committed(work.matched + min(len(committed.tokens), 1))
         session.sequence.next_extension(time.monotonic())
         session.send(committed)
-        self._sessions.settle(session)
+        self._sessions.settle(session, grow=True)
         return True

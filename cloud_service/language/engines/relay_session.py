@@ -87,8 +87,8 @@ class RelaySession:
             self.events.put_nowait(event)
 
     async def wait_read(self) -> None:
-        """Return when the device has not left too many events unread."""
-        while self.events.unread:
+        """Return at once, or, of a device that has left too many events unread, when it has read half of them."""
+        if self.events.unread:
             self.readable.clear()
             await self.readable.wait()
 

@@ -55,9 +55,11 @@ class RelayTable:
         session.counted_bytes += size_bytes
         session.rounds.append((round_, time.monotonic()))
 
-    def settle(self, session: RelaySession) -> None:
-        """Count what a session takes now. Raises Overloaded when it has become more, and there is no room."""
+    def settle(self, session: RelaySession, *, grow: bool = False) -> None:
+        """Count what a session takes now. With `grow` it may have become more: raises Overloaded."""
         size_bytes = session.own_bytes if session in self else 0
+        if size_bytes > session.counted_bytes and not grow:
+            return
         if size_bytes > session.counted_bytes:
             self._queue.take(size_bytes - session.counted_bytes)
         else:

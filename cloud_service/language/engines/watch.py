@@ -26,6 +26,7 @@ RETRY_S = 2.0  # between two tries to reach a lost engine
 PING_INTERVAL_S = 5.0
 PINGS = 2  # in a row without an answer, until it is lost
 PING_AGAIN_S = 0.5
+FAILED = "this service failed while it examined the engine"
 MAX_MISMATCH = 0.05  # of the compared tokens: more is no rounding, but another text than was sent
 
 
@@ -52,7 +53,7 @@ class Watch:
         self._engine, self._metrics, self._settings = engine, metrics, settings
         self._suspected = asyncio.Event()
         self._known: tuple[EngineIdentity, ModelInfo] | None = None  # as it was declared last
-        self._logged = ""
+        self._logged: dict[bool, str] = {}  # since it was declared last, by whether it was lost
 
     @property
     def described(self) -> str:
@@ -71,6 +72,10 @@ class Watch:
                 await self._until_lost()
             except (EngineDown, EngineFault, Overloaded) as error:
                 self._lose(str(error))
+            except Exception:  # a fault of the service, which goes on without the engine
+                if self.problem != FAILED:
+                    self._metrics.log_failure(FAILED)
+                self._lose(FAILED)
             await asyncio.sleep(self._settings.retry_s)
 
     async def _bring_up(self) -> None:
@@ -82,6 +87,7 @@ class Watch:
         self.info, self.logprobs, self.problem = self._known[1], identity.logprobs, ""
         self._suspected.clear()
         self._metrics.up(True)
+        self._logged.clear()
         self._log(f"the engine at {self._settings.where} is used: {describe_model(self.info)}")
 
     async def _examine(self, identity: EngineIdentity) -> ModelInfo:
@@ -123,9 +129,9 @@ class Watch:
         self._log(f"the engine at {self._settings.where} cannot be used: {problem}; {retry}", lost=True)
 
     def _log(self, text: str, *, lost: bool = False) -> None:
-        """Once for each change."""
-        if text != self._logged:
-            self._logged = text
+        """Once for each change; an engine that fails its check again and again is one."""
+        if text != self._logged.get(lost):
+            self._logged[lost] = text
             self._metrics.log_state(text, lost=lost)
 
 

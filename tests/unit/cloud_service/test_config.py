@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
-from isthmus.cloud_service.config import CloudConfig, Tls
+from isthmus.cloud_service.config import CloudConfig, EngineConfig, Tls
 from isthmus.cloud_service.vision.batching import BatchLimits
 from isthmus.models.bundle.installed import SHIPPED
 from isthmus.models.errors import InvalidInput
@@ -50,3 +51,53 @@ def test_other_devices_are_refused(name: str) -> None:
 def test_certificate_and_key_go_together(given: str) -> None:
     with pytest.raises(InvalidInput, match="--tls-(key|certificate) is missing"):
         build(CloudConfig, {given: Path("x")})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://h:99999",
+        "http://h:ab",
+        "http://h:0",
+        "http://h o",
+        "http://h\n",
+        "http://[::1",
+        "h:80",
+        "ftp://h",
+        "http://h?k",
+    ],
+)
+def test_an_engines_address_is_checked(url: str) -> None:
+    with pytest.raises(InvalidInput):
+        EngineConfig(url, "t")
+
+
+@pytest.mark.parametrize("url", ["http://user:sekret@h:80/v1", "http://user:sek/ret@h", "//user:sekret@h"])
+def test_a_password_in_an_address_is_not_repeated(url: str) -> None:
+    with pytest.raises(InvalidInput) as raised:
+        EngineConfig(url, "t")
+    assert "ret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("raw", [b"", b" \n", b"a\nb", b"a\rb", b"a\0b", b"\xff\xfe", "clé".encode(), b"k" * 4097])
+def test_what_cannot_be_a_key_is_refused_without_repeating_it(raw: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(raw)
+    with pytest.raises(InvalidInput, match="key: expected one line with an API key"):
+        _ = EngineConfig("http://h", "t", key_file=file).secret
+    if raw.strip():
+        with pytest.raises(InvalidInput, match=r"^ISTHMUS_CLOUD_ENGINE_KEY: expected one line with an API key$"):
+            _ = EngineConfig("http://h", "t", key=SecretStr(raw.decode(errors="replace"))).secret
+
+
+def test_a_key_may_end_with_a_newline(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(b"sk-1\r\n")
+    assert EngineConfig("http://h", "t", key_file=file).secret == "sk-1"
+    assert EngineConfig("http://h", "t", key=SecretStr("sk-2\n")).secret == "sk-2"
+    assert EngineConfig("http://h", "t", key=SecretStr("")).secret == ""
+
+
+def test_a_key_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="cannot be read: is a directory"):
+        _ = EngineConfig("http://h", "t", key_file=tmp_path).secret

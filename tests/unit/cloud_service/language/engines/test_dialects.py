@@ -88,6 +88,7 @@ def test_ids_of_another_tokenizer_are_read_to_be_compared() -> None:
         ({"logprobs": {"token_logprobs": [0.5], "top_logprobs": [{}]}}, "'0.5' as a log-probability"),
         ({"logprobs": {"token_logprobs": ["x"], "top_logprobs": [{}]}}, "'x' as a log-probability"),
         ({"logprobs": {"token_logprobs": [-1], "top_logprobs": [{"token_id:x": -1}]}}, "outside of the vocabulary"),
+        ({"logprobs": {"token_logprobs": [-(10**400)], "top_logprobs": [{}]}}, "'-1000.*as a log-probability"),
         ({"finish_reason": "abort"}, "gave up"),
     ],
 )
@@ -137,6 +138,7 @@ def test_sglang_streams_all_tokens_or_the_new_ones(repeated: bool) -> None:
         ([], None, "the engine holds none: name the model with --engine-model"),
         ([{"id": "a"}, {"id": "b"}], None, "the engine holds a, b: name the model"),
         ([{"id": "a"}], "b", "does not hold the model b, it holds a"),
+        ([{"id": "a\ud800"}, {"id": "a\nb"}, {"id": ""}, {"id": "a" * 513}, {"id": 1}], None, "the engine holds none:"),
     ],
 )
 def test_a_model_that_is_not_clear_is_named(cards: list[Any], name: str | None, words: str) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.engines.events import EventSplitter
-from isthmus.cloud_service.language.engines.http import retry_after
+from isthmus.cloud_service.language.engines.http import HttpEngine, retry_after, without_key
+from isthmus.cloud_service.language.engines.metrics import RequestMetrics
 from isthmus.models.errors import EngineDown, EngineFault, Overloaded
 from isthmus.models.messages import GREEDY
 from tests.scripted_engine import KEY, answer_to
-from tests.unit.cloud_service.language.engines.relayed import PROMPT, Device, play, relayed, until
+from tests.unit.cloud_service.language.engines.relayed import PROMPT, Device, dialect_of, play, relayed, until
 
 
 def test_a_key_goes_to_the_engine_and_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,3 +117,40 @@ def test_events_are_split_wherever_they_are_cut() -> None:
 )
 def test_a_hint_to_wait_is_bounded(text: str, seconds: float) -> None:
     assert retry_after(text) == seconds
+
+
+async def interim_responses(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while True:
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+
+async def slow_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while True:
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("answer", [interim_responses, slow_body])
+def test_an_answer_that_never_ends_is_no_answer(answer: Any) -> None:
+    async def scenario() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        metrics = RequestMetrics(CollectorRegistry())
+        engine = HttpEngine(url, dialect_of("vllm")[0], metrics, ByteBudget(1 << 20), silence_s=0.2)
+        with pytest.raises(EngineDown, match="did not answer within"):
+            await engine.score([*PROMPT], 2, None)
+        await engine.close()
+        server.close()
+
+    play(scenario)
+
+
+def test_of_a_key_that_is_cut_nothing_is_left() -> None:
+    assert without_key(f"wrong key {KEY}, {KEY}", KEY) == "wrong key …, …"
+    assert without_key(f"wrong key: {KEY[:-2]}", KEY) == "wrong key: "

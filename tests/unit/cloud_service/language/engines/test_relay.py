@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from isthmus.cloud_service.language.service import LanguageService
 from isthmus.models.errors import (
     ContextGone,
     Draining,
@@ -18,7 +19,7 @@ from isthmus.models.errors import (
 )
 from isthmus.models.messages import Sampling
 from tests.scripted_engine import VOCAB, answer_to, next_token
-from tests.unit.cloud_service.language.engines.relayed import PROMPT, Device, play, relayed, until
+from tests.unit.cloud_service.language.engines.relayed import PROMPT, Device, play, relayed, tiny_tokenizer, until
 
 IDS = ["vllm", "sglang"]
 ALL = [*IDS, "openai"]
@@ -353,5 +354,60 @@ def test_a_half_close_ends_after_the_outstanding_round() -> None:
             relay.host.end(device.session)
             await device.receive()
             assert await asyncio.wait_for(device.events.get(), 5) is None
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "openai"])
+def test_an_answer_without_any_token_is_a_fault_and_not_asked_for_again(dialect: str) -> None:
+    async def scenario() -> None:
+        async with relayed(dialect, engine={"good": 0}) as relay:
+            device = await Device(relay).open()
+            relay.scripted.requests.clear()
+            relay.scripted.fault = "none"
+            with pytest.raises(EngineFault, match="without a token"):
+                await device.ask()
+            assert len(relay.scripted.requests) == 1
+
+    play(scenario)
+
+
+def test_a_device_that_does_not_read_leaves_its_place_to_others() -> None:
+    async def scenario() -> None:
+        async with relayed(hosting={"requests": 1, "wait_s": 1.0}) as relay:
+            deaf = await Device(relay).open()
+            deaf.send(extend=300)
+            await until(lambda: deaf.events.unread)
+            other = await Device(relay, name=2, peer="b").open()
+            assert (await other.ask()).tokens
+
+    play(scenario)
+
+
+def test_reading_takes_no_bytes_that_are_not_there() -> None:
+    async def scenario() -> None:
+        async with relayed() as relay:
+            device = await Device(relay).open()
+            device.send(extend=300)
+            await until(lambda: device.events.unread)
+            assert device.session is not None
+            device.session.fail(EngineFault("an event that was not counted"))
+            relay.queue.take(relay.queue.limit_bytes - relay.queue.held_bytes)
+            device.session.sequence.tokens += [50] * 5000
+            await device.receive()
+
+    play(scenario)
+
+
+def test_streams_of_a_tokenizer_share_its_bytes() -> None:
+    async def scenario() -> None:
+        async with relayed() as relay:
+            service = LanguageService(remote=[relay.host])
+            assert relay.host.info is not None
+            sha256 = relay.host.info.tokenizer.sha256
+            raw = service.tokenizer(sha256)
+            assert raw == tiny_tokenizer().to_bytes()
+            assert service.tokenizer(sha256) is raw
+            assert service.tokenizer(bytes(32)) is None
 
     play(scenario)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from isthmus.cloud_service.language.engines.check import at_once
 from isthmus.cloud_service.language.engines.watch import declare
+from isthmus.models.errors import EngineDown
 from tests.unit.cloud_service.language.engines.relayed import Device, play, relayed, tiny_tokenizer, until
 
 
@@ -122,3 +125,51 @@ def test_engines_that_declare_the_same_are_replicas() -> None:
     assert one.fingerprint == two.fingerprint
     assert one.name == "tiny"
     assert declare("tiny", tokenizer, 256, True, (100, 0)).fingerprint != two.fingerprint
+
+
+def test_a_fault_of_the_service_loses_the_engine_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with relayed(wait=False) as relay:
+
+            async def broken() -> None:
+                raise ZeroDivisionError
+
+            monkeypatch.setattr(relay.engine, "identity", broken)
+            await until(lambda: "this service failed" in relay.host.problem)
+            await asyncio.sleep(0.1)
+            monkeypatch.undo()
+            await relay.usable()
+
+    play(scenario)
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
+
+
+def test_an_engine_that_fails_its_check_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    async def scenario() -> None:
+        async with relayed(wait=False, engine={"fault": "none", "good": 0}, check_tokens=10) as relay:
+            await until(lambda: len(relay.scripted.requests) > 20)
+
+    play(scenario)
+    own = [record for record in caplog.records if record.name == "isthmus.cloud"]
+    assert len(own) == 2  # that it is checked, and what was found
+
+
+def test_a_check_that_fails_while_it_is_cancelled_is_cancelled() -> None:
+    async def scenario() -> None:
+        async def failing() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                raise EngineDown("it ended with the service")
+
+        checking = asyncio.create_task(at_once([failing()]))
+        await asyncio.sleep(0.01)
+        checking.cancel()
+        await asyncio.wait([checking])
+        assert checking.cancelled()
+
+    play(scenario)
