@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from isthmus.cloud_service.byte_budget import ByteBudget
@@ -17,11 +16,12 @@ from isthmus.cloud_service.language.metrics import EngineMetrics
 from isthmus.cloud_service.language.model_runner import FullRunner, SuffixRunner
 from isthmus.cloud_service.language.opened import check_ids, opened_tokens
 from isthmus.cloud_service.language.scheduler import Grant
-from isthmus.cloud_service.language.session import EventQueue, Session, round_bytes
+from isthmus.cloud_service.language.session import EventQueue, Session
+from isthmus.cloud_service.language.session_table import SessionTable
 from isthmus.models.errors import ContextGone, Overloaded
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.drafts import shared_length
-from isthmus.models.messages import Opening, Round
+from isthmus.models.messages import Opening
 
 MAX_SESSIONS = 4096  # with or without a cache
 MAX_PEER_SESSIONS = 256  # of one connection, which is one device or gateway
@@ -39,7 +39,7 @@ class CheckedOpening:
     shared: int | None  # None: the cache of the former session is of no use
 
 
-class Sessions:
+class Sessions(SessionTable[Session]):
     """Sessions by the name that their device chose; their caches within a budget, what else they take within another.
 
     `served`: the last step that computed tokens of a peer.
@@ -48,19 +48,10 @@ class Sessions:
     def __init__(self, config: LlamaConfig, budget_bytes: int, queue: ByteBudget, metrics: EngineMetrics) -> None:
         self.budget = KVBudget(budget_bytes, IDLE_S)
         self.served: dict[str, int] = {}
-        self._queue = queue
+        super().__init__(queue)
         self._config = config
         self._metrics = metrics
-        self._by_name: dict[bytes, Session] = {}
-        self._of_peer: Counter[str] = Counter()
         self._tickets = itertools.count()
-
-    def __iter__(self) -> Iterator[Session]:
-        return iter(self._by_name.values())
-
-    def __contains__(self, session: Session) -> bool:
-        """False also for a session that was opened again by another stream."""
-        return self._by_name.get(session.name) is session
 
     @property
     def attached(self) -> list[Session]:
@@ -103,24 +94,6 @@ class Sessions:
         self._record(session)
         self.report()
         return session
-
-    def queue_round(self, session: Session, round_: Round) -> None:
-        """Raises Overloaded when there is no room for what waits."""
-        size_bytes = round_bytes(round_)
-        self._queue.take(size_bytes)
-        session.counted_bytes += size_bytes
-        session.rounds.append((round_, time.monotonic()))
-
-    def settle(self, session: Session, *, grow: bool = False) -> None:
-        """Count what a session takes beside its cache. With `grow` it may have become more: raises Overloaded."""
-        size_bytes = session.own_bytes if session in self else 0
-        if size_bytes > session.counted_bytes and not grow:
-            return
-        if size_bytes > session.counted_bytes:
-            self._queue.take(size_bytes - session.counted_bytes)
-        else:
-            self._queue.give(session.counted_bytes - size_bytes)
-        session.counted_bytes = size_bytes
 
     def check_ids(self, ids: Collection[int]) -> None:
         """Raises InvalidInput for tokens that the model lacks."""

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
 
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.engines.relay_session import RelaySession
-from isthmus.cloud_service.language.session import round_bytes
+from isthmus.cloud_service.language.session_table import SessionTable
 from isthmus.cloud_service.language.sessions import IDLE_S, MAX_PEER_SESSIONS, MAX_SESSIONS
 from isthmus.models.errors import Overloaded
-from isthmus.models.messages import Round
 
 
-class RelayTable:
+class RelayTable(SessionTable[RelaySession]):
     """At most MAX_SESSIONS, MAX_PEER_SESSIONS of a peer, and what they take within `queue`."""
 
     def __init__(self, queue: ByteBudget) -> None:
-        self._queue = queue
-        self._by_name: dict[bytes, RelaySession] = {}
+        super().__init__(queue)
         self._resting: dict[bytes, float] = {}  # since when, oldest first
-        self._of_peer: Counter[str] = Counter()
-
-    def __iter__(self) -> Iterator[RelaySession]:
-        return iter(self._by_name.values())
-
-    def __contains__(self, session: RelaySession) -> bool:
-        """False also for a session that was opened again by another stream."""
-        return self._by_name.get(session.name) is session
 
     def get(self, name: bytes) -> RelaySession | None:
         return self._by_name.get(name)
@@ -47,24 +35,6 @@ class RelayTable:
             self._remove(former)
         self._by_name[session.name] = session
         self._of_peer[session.peer] += 1
-
-    def queue_round(self, session: RelaySession, round_: Round) -> None:
-        """Raises Overloaded when there is no room for what waits."""
-        size_bytes = round_bytes(round_)
-        self._queue.take(size_bytes)
-        session.counted_bytes += size_bytes
-        session.rounds.append((round_, time.monotonic()))
-
-    def settle(self, session: RelaySession, *, grow: bool = False) -> None:
-        """Count what a session takes now. With `grow` it may have become more: raises Overloaded."""
-        size_bytes = session.own_bytes if session in self else 0
-        if size_bytes > session.counted_bytes and not grow:
-            return
-        if size_bytes > session.counted_bytes:
-            self._queue.take(size_bytes - session.counted_bytes)
-        else:
-            self._queue.give(session.counted_bytes - size_bytes)
-        session.counted_bytes = size_bytes
 
     def rest(self, session: RelaySession) -> None:
         """Its device has left; its tokens stay for the next turn, until the room is needed."""
