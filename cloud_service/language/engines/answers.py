@@ -26,6 +26,16 @@ def parse(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def read_event(event: bytes) -> dict[str, Any] | None:
+    """What an event of a stream carries; None for the mark of its end. Raises EngineFault for an error in it."""
+    if event == b"[DONE]":
+        return None
+    answer = parse(event)
+    if "error" in answer:
+        raise EngineFault("the engine failed in the middle of an answer")
+    return answer
+
+
 def listed(value: Any, what: str, length: int | None = None) -> list[Any]:
     """A list, of `length` entries if given."""
     if not isinstance(value, list):

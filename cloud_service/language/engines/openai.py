@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from isthmus.cloud_service.language.engines.answers import parse
+from isthmus.cloud_service.language.engines.answers import read_event
 from isthmus.cloud_service.language.engines.dialect import MODELS, Call, Dialect, StreamReader
 from isthmus.cloud_service.language.engines.protocol import Choice
 from isthmus.cloud_service.language.engines.vllm import COMPLETIONS, VllmDialect, only_choice
@@ -98,11 +98,8 @@ class TextReader:
         self._left, self._rest = limit, rest
 
     def read(self, event: bytes) -> list[Choice]:
-        if event == b"[DONE]":
+        if (answer := read_event(event)) is None:
             return []
-        answer = parse(event)
-        if "error" in answer:
-            raise EngineFault("the engine failed in the middle of an answer")
         if answer.get("choices") == []:  # usage
             return []
         choice = only_choice(answer)

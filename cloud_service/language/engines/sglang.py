@@ -16,7 +16,7 @@ from isthmus.cloud_service.language.engines.answers import (
     listed,
     logprob,
     mapping,
-    parse,
+    read_event,
     token_id,
 )
 from isthmus.cloud_service.language.engines.dialect import MIN_TOP, Call, StreamReader
@@ -95,11 +95,8 @@ class SglangStreamReader:
         self._seen = 0
 
     def read(self, event: bytes) -> list[Choice]:
-        if event == b"[DONE]":
+        if (answer := read_event(event)) is None:
             return []
-        answer = parse(event)
-        if "error" in answer:
-            raise EngineFault("the engine failed in the middle of an answer")
         meta = meta_of(answer)
         reason = meta.get("finish_reason")
         if isinstance(reason, dict) and reason.get("type") in ("abort", "error"):

@@ -18,7 +18,7 @@ from isthmus.cloud_service.language.engines.answers import (
     logprob,
     mapping,
     numeral,
-    parse,
+    read_event,
     token_id,
 )
 from isthmus.cloud_service.language.engines.dialect import MIN_TOP, Call, StreamReader
@@ -106,11 +106,8 @@ class VllmStreamReader:
         self._vocab, self._top = vocab, top
 
     def read(self, event: bytes) -> list[Choice]:
-        if event == b"[DONE]":
+        if (answer := read_event(event)) is None:
             return []
-        answer = parse(event)
-        if "error" in answer:
-            raise EngineFault("the engine failed in the middle of an answer")
         choices = answer.get("choices")
         if choices == []:  # usage
             return []
