@@ -44,8 +44,11 @@ class ReplicaLost(Exception):
 class Replicas(Protocol):
     """Processes that compute, any of which may end at any time."""
 
-    async def ask(self, request: CloudRequest, peer: str) -> ReplicaAnswer:
-        """Raises ReplicaLost, or Overloaded or ServiceError where none takes the request."""
+    async def ask(self, request: CloudRequest, peer: str, alone: bool) -> ReplicaAnswer:
+        """`alone`: should it be what ends replicas, no other request is lost with it.
+
+        Raises ReplicaLost, or Overloaded or ServiceError where none takes the request.
+        """
         ...
 
     def count(self) -> int:
@@ -111,7 +114,8 @@ class Forwarder:
                 self._again.inc()
                 await asyncio.sleep(attempt * PAUSE_S)
             try:
-                return await self._replicas.ask(replace(request, budget_s=deadline_s - clock()), peer)
+                due = replace(request, budget_s=deadline_s - clock())
+                return await self._replicas.ask(due, peer, alone=attempt > 0)
             except ReplicaLost:
                 continue
         raise ServiceError(f"{ATTEMPTS} replicas ended before they answered this input")

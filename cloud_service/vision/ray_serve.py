@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from isthmus.cloud_service.config import CloudConfig, RayConfig
 from isthmus.cloud_service.vision.forwarder import Forwarder, ReplicaAnswer, ReplicaLost
+from isthmus.cloud_service.vision.groups import Groups
 from isthmus.cloud_service.vision.predictor import info_of
 from isthmus.cloud_service.vision.replica import Replica
 from isthmus.models.errors import InvalidInput, Overloaded, ServiceError
@@ -39,6 +40,7 @@ OBJECT_STORE_BYTES = 256 << 20  # for payloads above 100 kB on their way; Ray's 
 # Of a replica's process. Its decoders start in process groups, which uvloop cannot do; for the others see `cli`.
 REPLICA_ENVIRONMENT = {"RAY_USE_UVLOOP": "0", "GOMP_SPINCOUNT": "0", "MKL_CBWR": "AUTO,STRICT"}
 HEALTH_S, HUNG_S = 2.0, 10.0  # between checks of a replica; without an answer for so long it is replaced
+CALLS = 2  # to each replica before requests share them: it decodes one group while it computes another
 COUNT_S, SILENT_S = 3.0, 30.0  # between counts of replicas; without one for so long the cluster is gone
 RETRY_S = 1.0  # until there may be a replica, when none runs and too many wait for one
 
@@ -50,15 +52,22 @@ class RayReplicas:
 
     def __init__(self, handle: Any, count: int) -> None:
         """`count`: how many run now."""
-        self._predict = handle.predict
+        self._call = handle.predict
+        self._groups = Groups(self._predict, lambda: CALLS * max(self._counted[1], 1))
         self._counted = (time.monotonic(), count)
         # A daemon: a call to a cluster that has ended never returns.
         threading.Thread(target=self._keep_counting, name="replicas", daemon=True).start()
 
-    async def ask(self, request: CloudRequest, peer: str) -> ReplicaAnswer:
-        response = self._predict.remote(request, peer)
+    async def ask(self, request: CloudRequest, peer: str, alone: bool) -> ReplicaAnswer:
+        if alone:
+            (answer,) = await self._predict([(request, peer)])
+            return answer
+        return await self._groups.ask((request, peer))
+
+    async def _predict(self, requests: Sequence[tuple[CloudRequest, str]]) -> Sequence[ReplicaAnswer]:
+        response = self._call.remote(requests)
         try:
-            answer: ReplicaAnswer = await response
+            answers: Sequence[ReplicaAnswer] = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -71,7 +80,7 @@ class RayReplicas:
             raise ServiceError("the replica failed on this input") from error
         except (RayError, RayServeException) as error:
             raise ReplicaLost(str(error)) from error
-        return answer
+        return answers
 
     def count(self) -> int:
         counted_s, count = self._counted

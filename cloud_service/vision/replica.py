@@ -54,8 +54,11 @@ class Replica:
         self._worker = service.load(config, CollectorRegistry(), open_device(config.device), count)
         self._running = asyncio.create_task(self._worker.run())
 
-    async def predict(self, request: CloudRequest, peer: str) -> ReplicaAnswer:
-        """The reply to one request, or the error that is its answer."""
+    async def predict(self, requests: Sequence[tuple[CloudRequest, str]]) -> Sequence[ReplicaAnswer]:
+        """For each request with its peer the reply, or the error that is its answer."""
+        return await asyncio.gather(*(self._answer(request, peer) for request, peer in requests))
+
+    async def _answer(self, request: CloudRequest, peer: str) -> ReplicaAnswer:
         outcome: CloudReply | IsthmusError
         try:
             outcome = await self._worker.submit(request, peer)

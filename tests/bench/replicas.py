@@ -18,7 +18,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -47,13 +47,13 @@ Targets = tuple[str, ...]  # of one device, in order of preference
 
 @dataclass(frozen=True)
 class Fleet:
-    """Two replicas behind a balancer. `one`, `two`: targets of each device, for one replica and for both.
+    """Two replicas behind a balancer. `one`, `two`: targets of each device, while one replica serves, or both.
 
     `kill(n)` ends the nth replica as SIGKILL does, and returns when it serves again.
     """
 
-    one: Sequence[Targets]
-    two: Sequence[Targets]
+    one: Callable[[], AbstractContextManager[Sequence[Targets]]]
+    two: Callable[[], AbstractContextManager[Sequence[Targets]]]
     kill: Callable[[int], None]
 
 
@@ -87,7 +87,8 @@ def behind_haproxy(bundle: Bundle, count: int) -> Iterator[Fleet]:
     with replicas(bundle, 2) as clouds:
         first, second = (cloud.target for cloud in clouds)
         with Haproxy(first, second) as both, Haproxy(first, first) as alone:
-            yield Fleet([(alone.target,)] * count, [(both.target,)] * count, killing(clouds))
+            one, two = [(alone.target,)] * count, [(both.target,)] * count
+            yield Fleet(lambda: nullcontext(one), lambda: nullcontext(two), killing(clouds))
 
 
 @contextmanager
@@ -95,17 +96,23 @@ def without_balancer(bundle: Bundle, count: int) -> Iterator[Fleet]:
     """Every device lists both replicas."""
     with replicas(bundle, 2) as clouds:
         first, second = (cloud.target for cloud in clouds)
-        orders = cycle([(first, second), (second, first)])
-        yield Fleet([(first,)] * count, list(islice(orders, count)), killing(clouds))
+        one, two = [(first,)] * count, list(islice(cycle([(first, second), (second, first)]), count))
+        yield Fleet(lambda: nullcontext(one), lambda: nullcontext(two), killing(clouds))
 
 
 @contextmanager
 def on_ray(bundle: Bundle, count: int) -> Iterator[Fleet]:
-    """Every device has the address of a service with two replicas on Ray; another service has one replica."""
-    with RayProcess(bundle.folder, count=1) as alone, RayProcess(bundle.folder, count=2) as both:
-        alone.pin()
-        both.pin()
-        yield Fleet([(alone.target,)] * count, [(both.target,)] * count, both.kill_replica)
+    """Every device has a service on Ray, which is started for a measurement: an idle cluster computes, too."""
+    running: list[RayProcess] = []
+
+    @contextmanager
+    def started(replicas: int) -> Iterator[Sequence[Targets]]:
+        with RayProcess(bundle.folder, count=replicas) as cloud:
+            cloud.pin()
+            running[:] = [cloud]
+            yield [(cloud.target,)] * count
+
+    yield Fleet(lambda: started(1), lambda: started(2), lambda number: running[0].kill_replica(number))
 
 
 BALANCERS: dict[str, Callable[[Bundle, int], AbstractContextManager[Fleet]]] = {
@@ -125,9 +132,10 @@ def throughput(
     found: dict[str, list[float]] = {"one": [], "two": []}
     for number in range(rounds):
         for name in ("one", "two") if number % 2 == 0 else ("two", "one"):
-            targets = [clouds[0] for clouds in getattr(fleet, name)]
-            targets = targets if name == "two" else targets[: (len(targets) + 1) // 2]
-            found[name].append(asyncio.run(rate(targets, messages, in_flight, SETTLE_S, seconds)))
+            with getattr(fleet, name)() as lists:
+                targets = [clouds[0] for clouds in lists]
+                targets = targets if name == "two" else targets[: (len(targets) + 1) // 2]
+                found[name].append(asyncio.run(rate(targets, messages, in_flight, SETTLE_S, seconds)))
             click.echo(f"round {number + 1}: {name} {found[name][-1]:.1f} photos/s")
     return found
 
@@ -161,7 +169,7 @@ def faults(
             kills.append(round(time.monotonic() - started_s, 1))
             fleet.kill(len(kills))
 
-    with devices(bundle, fleet.two, in_flight) as load:
+    with fleet.two() as targets, devices(bundle, targets, in_flight) as load:
         killer = threading.Thread(target=kill)
         killer.start()
         try:

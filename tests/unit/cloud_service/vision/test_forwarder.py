@@ -28,10 +28,12 @@ class ScriptedReplicas:
     def __init__(self, *script: Step) -> None:
         self.script = list(script)
         self.asked: list[tuple[CloudRequest, str]] = []
+        self.alone: list[bool] = []
         self.counts: list[int | ServiceError] = [2]
 
-    async def ask(self, request: CloudRequest, peer: str) -> ReplicaAnswer:
+    async def ask(self, request: CloudRequest, peer: str, alone: bool) -> ReplicaAnswer:
         self.asked.append((request, peer))
+        self.alone.append(alone)
         step = self.script.pop(0)
         if isinstance(step, Exception):
             raise step
@@ -105,6 +107,7 @@ def test_a_replica_that_ends_costs_another_attempt_and_nothing_else() -> None:
     budgets = [request.budget_s for request, _ in door.replicas.asked]
     assert budgets == sorted(budgets, reverse=True)
     assert len(budgets) == 3
+    assert door.replicas.alone == [False, True, True]  # the others of its group are not lost with it again
     assert door.sample("resent_inputs_total") == 2
 
 

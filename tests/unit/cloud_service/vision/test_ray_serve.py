@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from isthmus.cloud_service.config import CloudConfig, RayConfig
 from isthmus.cloud_service.vision import ray_serve
 from isthmus.cloud_service.vision.forwarder import ReplicaAnswer, ReplicaLost
-from isthmus.cloud_service.vision.ray_serve import RayReplicas, deployment
+from isthmus.cloud_service.vision.ray_serve import CALLS, RayReplicas, deployment
 from isthmus.models.errors import Overloaded, ServiceError
 from isthmus.models.messages import CloudReply, CloudRequest, Codec, Payload
 
@@ -25,13 +26,14 @@ ANSWER = ReplicaAnswer(CloudReply(((0.25, 0.75),), 0.001, 0.002))
 
 
 class FakeHandle:
-    """A handle of Serve whose call comes to `outcome`; None: to nothing."""
+    """A handle of Serve whose call comes to `outcome` for each request; None: to nothing."""
 
     def __init__(self, outcome: Any) -> None:
-        self.outcome, self.cancelled = outcome, False
+        self.outcome, self.cancelled, self.calls = outcome, False, list[int]()
         self.predict = self
 
-    def remote(self, request: CloudRequest, peer: str) -> FakeHandle:
+    def remote(self, requests: Sequence[tuple[CloudRequest, str]]) -> FakeHandle:
+        self.calls.append(len(requests))
         return self
 
     def cancel(self) -> None:
@@ -45,7 +47,7 @@ class FakeHandle:
             await asyncio.Event().wait()
         if isinstance(self.outcome, Exception):
             raise self.outcome
-        return self.outcome
+        return [self.outcome] * self.calls[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(outcome: Any) -> ReplicaAnswer:
-    return asyncio.run(RayReplicas(FakeHandle(outcome), 2).ask(REQUEST, "peer"))
+    return asyncio.run(RayReplicas(FakeHandle(outcome), 2).ask(REQUEST, "peer", alone=False))
 
 
 def test_an_answer_is_passed_on() -> None:
@@ -80,15 +82,33 @@ def test_errors_of_ray_are_translated(error: Exception, translated: type[Excepti
     assert "Traceback" not in str(raised.value) or translated is ReplicaLost
 
 
-def test_a_device_that_leaves_cancels_its_request() -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_device_that_leaves_is_not_waited_for(alone: bool) -> None:
     async def play() -> None:
         handle = FakeHandle(None)
-        asking = asyncio.create_task(RayReplicas(handle, 2).ask(REQUEST, "peer"))
+        asking = asyncio.create_task(RayReplicas(handle, 2).ask(REQUEST, "peer", alone))
+        await asyncio.sleep(0)
         await asyncio.sleep(0)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        assert handle.cancelled
+        assert handle.cancelled is alone  # others may share the call
+
+    asyncio.run(play())
+
+
+def test_many_requests_share_calls_and_a_suspect_has_its_own() -> None:
+    async def play() -> None:
+        handle = FakeHandle(None)
+        replicas = RayReplicas(handle, 2)
+        asking = [asyncio.create_task(replicas.ask(REQUEST, "peer", alone=False)) for _ in range(CALLS * 2 + 3)]
+        await asyncio.sleep(0.01)
+        assert handle.calls == [1] * CALLS * 2  # so many are enough at a time
+        asking.append(asyncio.create_task(replicas.ask(REQUEST, "peer", alone=True)))
+        await asyncio.sleep(0.01)
+        assert handle.calls == [1] * (CALLS * 2 + 1)
+        for task in asking:
+            task.cancel()
 
     asyncio.run(play())
 

@@ -42,6 +42,11 @@ def request(bundle: Bundle) -> CloudRequest:
     return CloudRequest(1, bundle.fingerprint[:8], 10.0, payload)
 
 
+async def predict(replica: Replica, request: CloudRequest) -> ReplicaAnswer:
+    (answer,) = await replica.predict([(request, "peer")])
+    return answer
+
+
 def crossed(answer: ReplicaAnswer) -> ReplicaAnswer:
     """As it arrives in another process."""
     return pickle.loads(pickle.dumps(answer))  # type: ignore[no-any-return]
@@ -49,12 +54,12 @@ def crossed(answer: ReplicaAnswer) -> ReplicaAnswer:
 
 def test_it_answers_with_one_thread_and_tells_what_it_counted_once(tiny_bundle: Bundle) -> None:
     async def scene(replica: Replica) -> None:
-        answer = crossed(await replica.predict(request(tiny_bundle), "peer"))
+        answer = crossed(await predict(replica, request(tiny_bundle)))
         assert isinstance(answer.outcome, CloudReply)
         assert len(answer.outcome.probabilities[0]) == 2
         assert [name for name, _ in answer.events] == ["batch", "computed"]
         unknown = CloudRequest(2, bytes(8), 10.0, request(tiny_bundle).payload)
-        assert (await replica.predict(unknown, "peer")).events == ()
+        assert (await predict(replica, unknown)).events == ()
         assert torch.get_num_threads() == 1
         replica.check_health()
 
@@ -64,7 +69,7 @@ def test_it_answers_with_one_thread_and_tells_what_it_counted_once(tiny_bundle: 
 def test_errors_are_answers_that_cross_processes(tiny_bundle: Bundle) -> None:
     async def scene(replica: Replica) -> None:
         unknown = CloudRequest(2, bytes(8), 10.0, request(tiny_bundle).payload)
-        answer = crossed(await replica.predict(unknown, "peer"))
+        answer = crossed(await predict(replica, unknown))
         assert isinstance(answer.outcome, UnknownBundle)
         assert answer.outcome.__traceback__ is None
 
@@ -80,7 +85,7 @@ def test_a_fault_is_told_with_its_traceback(tiny_bundle: Bundle, monkeypatch: py
 
     async def scene(replica: Replica) -> None:
         monkeypatch.setattr(Predictor, "predict", broken)
-        answer = await replica.predict(request(tiny_bundle), "peer")
+        answer = await predict(replica, request(tiny_bundle))
         assert isinstance(answer.outcome, ServiceError)
         [told] = [arguments[0] for name, arguments in answer.events if name == "log_failure"]
         assert told.startswith("batch failed, in a replica\nTraceback")
