@@ -41,8 +41,7 @@ Examples:
 # Read when Ray is imported. No statistics are sent; requests go to replicas by gRPC, at a tenth less work for a photo.
 RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 # Of a cluster that `ray_serve` starts: every call needs a token, and ports are on loopback, which Ray does by itself on
-# Windows and macOS only. Its controller looks at
-# the replicas every so many seconds; by default it does so five times as often.
+# Windows and macOS only. Its controller looks at the replicas every so many seconds, by default five times as often.
 LOCAL_RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -28,7 +28,7 @@ class Groups(Generic[Request, Answer]):
         self._running: set[asyncio.Task[None]] = set()
 
     async def ask(self, request: Request) -> Answer:
-        """The answer to one request; one that is cancelled when it is on its way is answered in vain. Raises as `call`."""
+        """The answer to one request; one that is cancelled later is answered in vain. Raises as `call`."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         self._start()
