@@ -7,19 +7,26 @@ Describe    ServiceInfo: a BundleInfo for each bundle, a ModelInfo for each lang
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, get_args
 
 from isthmus.models.errors import InvalidInput
 
 SESSION_BYTES = 16
 MAX_SEED = (1 << 63) - 1
 MAX_TOKENIZER_BYTES = 64 << 20  # Llama 3's tokenizer.json has 17 MB
+MAX_GRAMMAR_BYTES = 64 << 10  # UTF-8 of a grammar's text; the schemas of published tools have below 10,000
+MAX_LOGIT_BIASES = 300  # tokens; the limit of the OpenAI API
+MAX_LOGIT_BIAS = 100.0
+MAX_PENALTY = 2.0
 
 Numerics = Literal["bitwise", "engine"]
 CloudArm = Literal["cloud", "verify", "handoff"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+Processor = Literal["logit_bias", "penalties", "json_object", "json_schema", "regex", "lark"]
 
 
 class Codec(IntEnum):
@@ -89,12 +96,44 @@ class BundleInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an answer has to be.
+
+    json_object: any JSON object, without a text. json_schema, regex, lark: what `text` describes. Raises InvalidInput
+    for an unknown kind, or a text that is too long; whether it can be used is seen when it is compiled.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise InvalidInput(f"grammar kind {self.kind!r}, expected one of {', '.join(get_args(GrammarKind))}")
+        if not isinstance(self.text, str) or bool(self.text) == (self.kind == "json_object"):
+            raise InvalidInput(f"a grammar of kind {self.kind} {'has no' if self.text else 'needs a'} text")
+        try:
+            size = len(self.text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"the grammar holds a lone surrogate at character {error.start}") from error
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidInput(f"the grammar has {size} bytes, expected at most {MAX_GRAMMAR_BYTES}")
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are sampled. `temperature` 0 is greedy. Raises InvalidInput for values out of range."""
+    """How tokens are chosen. `temperature` 0 is greedy. Raises InvalidInput for values out of range.
+
+    logit_bias: (token id, added to its logit), each id once. frequency_penalty, presence_penalty: as OpenAI has them,
+    over the tokens of the answer. grammar: None for free text.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, Real) or not 0 <= self.temperature <= 2:
@@ -103,6 +142,36 @@ class Sampling:
             raise InvalidInput(f"top_p is {self.top_p!r}, expected above 0, at most 1")
         if not isinstance(self.seed, Integral) or not 0 <= self.seed <= MAX_SEED:
             raise InvalidInput(f"seed is {self.seed!r}, expected 0 to {MAX_SEED}")
+        for name, penalty in (("frequency", self.frequency_penalty), ("presence", self.presence_penalty)):
+            if not isinstance(penalty, Real) or not abs(penalty) <= MAX_PENALTY:
+                raise InvalidInput(f"{name}_penalty is {penalty!r}, expected {-MAX_PENALTY:.0f} to {MAX_PENALTY:.0f}")
+        check_biases(self.logit_bias)
+        if not (self.grammar is None or isinstance(self.grammar, Grammar)):
+            raise InvalidInput(f"grammar is {type(self.grammar).__name__}, expected a Grammar")
+
+    @property
+    def processors(self) -> tuple[Processor, ...]:
+        """What has to be applied to logits before a token is chosen, by name."""
+        found: list[Processor] = ["logit_bias"] if self.logit_bias else []
+        if self.frequency_penalty or self.presence_penalty:
+            found.append("penalties")
+        return (*found, self.grammar.kind) if self.grammar else tuple(found)
+
+
+def check_biases(biases: Sequence[tuple[int, float]]) -> None:
+    """Raises InvalidInput for anything but biases within their bounds."""
+    if not isinstance(biases, tuple) or len(biases) > MAX_LOGIT_BIASES:
+        raise InvalidInput(f"logit_bias is a tuple of at most {MAX_LOGIT_BIASES} pairs of token id and bias")
+    for pair in biases:
+        id_, bias = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+        if not isinstance(id_, Integral) or not 0 <= id_ < 1 << 32:
+            raise InvalidInput(f"logit_bias names {id_!r}, expected a token id")
+        if not isinstance(bias, Real) or not abs(bias) <= MAX_LOGIT_BIAS:
+            raise InvalidInput(
+                f"logit_bias of token {id_} is {bias!r}, expected {-MAX_LOGIT_BIAS:.0f} to {MAX_LOGIT_BIAS:.0f}"
+            )
+    if len({id_ for id_, _ in biases}) < len(biases):
+        raise InvalidInput("logit_bias names a token twice")
 
 
 GREEDY = Sampling()
@@ -112,9 +181,10 @@ GREEDY = Sampling()
 class Opening:
     """Opens a session of `start` + len(tokens) tokens, of which the cloud should already hold the first `start`.
 
-    `logprobs` None: none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8
-    bytes, of the bundle whose hidden states the rounds carry; then `tokens` is empty. A state from which a token is or
-    was decoded is coded at `rate`, those that others only attend to at `context_rate`.
+    `answer_start`: position where the answer begins, for sampling that depends on its tokens; else 0. `logprobs` None:
+    none; n: of each committed token and of the n likeliest. `handoff`: fingerprint, or its first 8 bytes, of the bundle
+    whose hidden states the rounds carry; then `tokens` is empty. A state from which a token is or was decoded is coded
+    at `rate`, those that others only attend to at `context_rate`.
     """
 
     model: bytes
@@ -130,6 +200,7 @@ class Opening:
     prefill_layers: int = (
         0  # of positions from which no token is decoded; the KV of other layers is approximated; 0: all
     )
+    answer_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +278,7 @@ class ModelInfo:
     handoffs: tuple[bytes, ...] = ()  # fingerprints of the handoff bundles whose hidden states it accepts
     compared: int = 0
     mismatched: int = 0
+    processors: tuple[Processor, ...] = ()  # what its choices can be made with
 
 
 def describe_model(info: ModelInfo) -> str:

@@ -21,6 +21,7 @@ from isthmus.models.messages import (
     CloudArm,
     ModelInfo,
     Numerics,
+    Processor,
     ServiceInfo,
     TapInfo,
     TaskInfo,
@@ -90,11 +91,12 @@ def pack_model(model: ModelInfo) -> pb.Model:
         arms=model.arms,
         compared=model.compared,
         mismatched=model.mismatched,
+        processors=model.processors,
     )
 
 
 def unpack_model(message: pb.Model) -> ModelInfo:
-    """Raises InvalidReply for values out of range. Arms that this device does not know are left out."""
+    """Raises InvalidReply for values out of range. Arms and processors that this device does not know are left out."""
     tokenizer = message.tokenizer
     if len(message.fingerprint) != limits.FINGERPRINT_BYTES or not message.vocab or not message.context:
         raise InvalidReply("the service lists a model with an invalid fingerprint, vocabulary or context")
@@ -123,6 +125,7 @@ def unpack_model(message: pb.Model) -> ModelInfo:
         handoffs=tuple(message.handoffs),
         compared=message.compared,
         mismatched=message.mismatched,
+        processors=tuple(name for name in get_args(Processor) if name in message.processors),
     )
 
 

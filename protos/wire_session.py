@@ -24,10 +24,11 @@ from isthmus.models.errors import (
     PeerError,
     UnsupportedVersion,
 )
-from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
+from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Round
 from isthmus.protos import limits
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.wire import MICROSECONDS, microseconds, pack_failure, unpack_failure
+from isthmus.protos.wire_sampling import check_answer_start, pack_processors, unpack_sampling
 
 
 def pack_opening(opening: Opening) -> pb.GenerateRequest:
@@ -48,6 +49,8 @@ def pack_opening(opening: Opening) -> pb.GenerateRequest:
             rate=opening.rate,
             context_rate=opening.context_rate,
             kept=opening.prefill_layers,
+            **pack_processors(sampling),
+            answer_start=opening.answer_start,
         )
     )
 
@@ -91,8 +94,8 @@ def unpack_opening(message: pb.Open) -> Opening:
         raise PayloadCorrupt(f"CRC-32 of the tokens is {found:08x}, the opening says {message.crc32:08x}")
     if message.logprobs > limits.MAX_LOGPROBS + 1:
         raise InvalidInput(f"logprobs is {message.logprobs - 1}, expected at most {limits.MAX_LOGPROBS}")
-    # Rounding undoes the wire's float32, so that 1.1 stays 1.1: sampling depends on the exact value at both ends.
-    sampling = Sampling(round(message.temperature, 6), round(message.top_p, 6), message.seed)
+    sampling = unpack_sampling(message)
+    check_answer_start(message, sampling)
     return Opening(
         model=message.model,
         session=message.session,
@@ -105,6 +108,7 @@ def unpack_opening(message: pb.Open) -> Opening:
         rate=message.rate,
         context_rate=message.context_rate,
         prefill_layers=message.kept,
+        answer_start=message.answer_start,
     )
 
 

@@ -211,6 +211,12 @@ class Open(_message.Message):
     RATE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     CONTEXT_RATE_FIELD_NUMBER: _builtins.int
+    BIAS_TOKENS_FIELD_NUMBER: _builtins.int
+    BIASES_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    ANSWER_START_FIELD_NUMBER: _builtins.int
     wire_version: _builtins.int
     """limits.WIRE_VERSION of the sender"""
     model: _builtins.bytes
@@ -245,9 +251,27 @@ class Open(_message.Message):
     """values of the upper layers are approximated by the handoff bundle. 0: all layers
     rate of all other hidden states
     """
+    frequency_penalty: _builtins.float
+    """-2 to 2: subtracted from a token's logit for each time that the answer has it"""
+    presence_penalty: _builtins.float
+    """-2 to 2: subtracted once if the answer has the token"""
+    answer_start: _builtins.int
+    """position where the answer begins, with penalties or a grammar: they depend on its"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """tokens from position `start` on; start + tokens is at least 1. Empty in a handoff"""
+
+    @_builtins.property
+    def bias_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """rising ids, at most messages.MAX_LOGIT_BIASES"""
+
+    @_builtins.property
+    def biases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """of `bias_tokens`: added to their logits, -100 to 100"""
+
+    @_builtins.property
+    def grammar(self) -> Global___Grammar:
+        """what the answer has to be; none for free text"""
 
     def __init__(
         self,
@@ -266,14 +290,44 @@ class Open(_message.Message):
         rate: _builtins.int = ...,
         kept: _builtins.int = ...,
         context_rate: _builtins.int = ...,
+        bias_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        biases: _abc.Iterable[_builtins.float] | None = ...,
+        frequency_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        grammar: Global___Grammar | None = ...,
+        answer_start: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_rate", b"context_rate", "crc32", b"crc32", "handoff", b"handoff", "kept", b"kept", "logprobs", b"logprobs", "model", b"model", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_start", b"answer_start", "bias_tokens", b"bias_tokens", "biases", b"biases", "context_rate", b"context_rate", "crc32", b"crc32", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "handoff", b"handoff", "kept", b"kept", "logprobs", b"logprobs", "model", b"model", "presence_penalty", b"presence_penalty", "rate", b"rate", "seed", b"seed", "session", b"session", "start", b"start", "temperature", b"temperature", "tokens", b"tokens", "top_p", b"top_p", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Open: _TypeAlias = Open  # noqa: Y015
+
+@_typing.final
+class Grammar(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"json_object", "json_schema", "regex", "lark" """
+    text: _builtins.str
+    """a schema, a regular expression, a grammar; at most messages.MAX_GRAMMAR_BYTES. None of a json_object"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
 
 @_typing.final
 class Round(_message.Message):
@@ -591,6 +645,7 @@ class Model(_message.Message):
     ARMS_FIELD_NUMBER: _builtins.int
     COMPARED_FIELD_NUMBER: _builtins.int
     MISMATCHED_FIELD_NUMBER: _builtins.int
+    PROCESSORS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
     """32 bytes; of weights that the service holds the SHA-256 over them, configuration and"""
     name: _builtins.str
@@ -623,6 +678,10 @@ class Model(_message.Message):
     def arms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """what a device can ask for: "cloud", "verify", "handoff" """
 
+    @_builtins.property
+    def processors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what choices can be made with: "logit_bias", "penalties", kinds of grammar"""
+
     def __init__(
         self,
         *,
@@ -638,10 +697,11 @@ class Model(_message.Message):
         arms: _abc.Iterable[_builtins.str] | None = ...,
         compared: _builtins.int = ...,
         mismatched: _builtins.int = ...,
+        processors: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokenizer", b"tokenizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arms", b"arms", "compared", b"compared", "context", b"context", "end_ids", b"end_ids", "fingerprint", b"fingerprint", "handoffs", b"handoffs", "mismatched", b"mismatched", "name", b"name", "numerics", b"numerics", "precision", b"precision", "tokenizer", b"tokenizer", "vocab", b"vocab"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arms", b"arms", "compared", b"compared", "context", b"context", "end_ids", b"end_ids", "fingerprint", b"fingerprint", "handoffs", b"handoffs", "mismatched", b"mismatched", "name", b"name", "numerics", b"numerics", "precision", b"precision", "processors", b"processors", "tokenizer", b"tokenizer", "vocab", b"vocab"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

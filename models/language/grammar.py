@@ -1,0 +1,243 @@
+"""Grammars of answers: compiled once per tokenizer, then a mask of tokens after each text, and tokens that are forced.
+
+    Grammar ── compile ──> template ── copy ──> GrammarState: answer's tokens -> mask, or the only token
+
+What a state says is a function of the answer's tokens alone: it follows the text, forwards and back. Where the grammar
+leaves one text only, its tokens are those that the tokenizer makes of it: they are forced, and no model is asked.
+
+The library is llguidance: an Earley parser over lexemes that are derivatives of regular expressions. Whatever a grammar
+holds, its size, its nesting and what compiling and each mask may compute are bounded. Knows no logits and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.models.errors import InvalidInput
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.messages import Grammar
+
+MAX_COMPILED = 64  # grammars of a tokenizer that are kept; an agent's tools are one
+MAX_NESTING = 64  # levels of brackets in a schema or an expression: compiling recurses
+MAX_ERROR = 200  # characters of what the library says
+STATE_BYTES = 4 << 20  # that a state takes at most, by MAX_LEXER_STATES; most take a tenth
+MAX_LEXER_STATES = 10_000
+# Separators without a choice: with one, a small model can write white space without end, and fewer tokens are forced.
+JSON_OPTIONS: dict[str, object] = {
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+    "coerce_one_of": True,
+}
+ANY_OBJECT = {"type": "object"}
+BEFORE = "\x02"  # encoded before a text, whose first token would else begin with a space of its own
+
+Mask = NDArray[np.bool_]
+
+
+class Grammars:
+    """The compiled grammars of one tokenizer. Safe to call from several threads; one compiles at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._vocabulary: llguidance.LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+
+    def state(self, grammar: Grammar, end_ids: Collection[int]) -> GrammarState:
+        """The state of an answer without tokens, which any of `end_ids` may end. Raises InvalidInput.
+
+        The first state of a tokenizer takes some tenths of a second, that of a grammar milliseconds.
+        """
+        with self._lock:
+            template = self._compiled.get(grammar)
+            if template is None:
+                template = self._compiled[grammar] = self._compile(grammar)
+                if len(self._compiled) > MAX_COMPILED:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return GrammarState(template.deep_copy(), self._tokenizer, end_ids)
+
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        source = source_of(grammar)
+        if self._vocabulary is None:
+            words = Words(self._tokenizer)
+            ends = sorted(self._tokenizer.eos_ids) or [self._tokenizer.size - 1]
+            self._vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), self._tokenizer.size, ends)
+        matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise InvalidInput(f"the {grammar.kind} grammar cannot be used: {one_line(matcher.get_error())}")
+        return matcher
+
+
+class GrammarState:
+    """Where an answer is in its grammar. It follows whatever answer it is asked about, not from several threads."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
+        self._matcher, self._size = matcher, tokenizer.size
+        self._all_ends, self._ends = sorted(tokenizer.eos_ids), sorted(end_ids)
+        self._tokens: list[int] = []  # that the matcher has taken
+
+    def accepts(self, answer: Sequence[int]) -> bool:
+        """Whether an answer begins with these tokens, none of which ends it."""
+        return self._follow(answer)
+
+    def forced(self, answer: Sequence[int]) -> int | None:
+        """The only token that may follow; None where there are several. Raises InvalidInput as `mask`."""
+        self._require(answer)
+        if self._matcher.is_stopped():
+            return self._ends[0]
+        found = self._matcher.compute_ff_tokens()
+        self._check()
+        return found[0] if found else None
+
+    def mask(self, answer: Sequence[int]) -> Mask:
+        """Which tokens (size,) may follow; at least one.
+
+        Raises InvalidInput where the answer has left the grammar, or the grammar takes too much to go on.
+        """
+        self._require(answer)
+        stopped, accepting = self._matcher.is_stopped(), self._matcher.is_accepting()
+        if stopped:
+            mask_V = np.zeros(self._size, np.bool_)
+        else:
+            raw = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            mask_V = np.unpackbits(raw, count=self._size, bitorder="little").view(np.bool_)
+            self._check()
+            mask_V[self._all_ends] = False
+        if stopped or accepting:
+            mask_V[self._ends] = True
+        if not mask_V.any():
+            raise InvalidInput("the grammar allows no token here: its text has none in this vocabulary")
+        return mask_V
+
+    def _follow(self, answer: Sequence[int]) -> bool:
+        """Take the matcher to the end of `answer`, by the shortest way; False where the grammar does not allow it."""
+        known = self._tokens
+        if list(answer[: len(known)]) != known:
+            common = next(
+                (at for at, pair in enumerate(zip(known, answer, strict=False)) if pair[0] != pair[1]),
+                min(len(known), len(answer)),
+            )
+            self._matcher.rollback(len(known) - common)
+            del known[common:]
+        fresh = list(answer[len(known) :])
+        taken = self._matcher.try_consume_tokens(fresh) if fresh else 0
+        known += fresh[:taken]
+        return taken == len(fresh)
+
+    def _require(self, answer: Sequence[int]) -> None:
+        allowed = self._follow(answer)
+        self._check()
+        if not allowed:
+            raise InvalidInput(f"token {len(self._tokens)} of the answer is not what its grammar allows")
+
+    def _check(self) -> None:
+        """Raises InvalidInput once the library has given up."""
+        if self._matcher.is_error():
+            raise InvalidInput(f"the grammar cannot go on: {one_line(self._matcher.get_error())}")
+
+
+class Words:
+    """A tokenizer as llguidance asks for it: the bytes of each token, special ones marked, and an encoder of bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before = BEFORE if tokenizer.leading_spaces else ""
+        self._skipped = len(tokenizer.encode(self._before, special=False))
+        self.special_token_ids = [id_ for id_ in range(tokenizer.size) if tokenizer.special(id_)]
+        self._bytes = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.size)]
+        self.tokens = list(self._bytes)
+        for id_ in self.special_token_ids:
+            self.tokens[id_] = b"\xff" + (tokenizer.written([id_]) or b"<|%d|>" % id_)
+        self.bos_token_id = None
+        self.eos_token_id = min(tokenizer.eos_ids, default=tokenizer.size - 1)
+        self._longest: dict[bytes, int] = {}
+
+    def __call__(self, raw: bytes) -> list[int]:
+        """Its own tokens of UTF-8, or, of a text that it would change, the longest ones."""
+        ids = self._tokenizer.encode(self._before + raw.decode(errors="replace"), special=False)[self._skipped :]
+        return ids if b"".join(self._bytes[id_] for id_ in ids) == raw else self._greedy(raw)
+
+    def _greedy(self, raw: bytes) -> list[int]:
+        if not self._longest:
+            self._longest = {word: id_ for id_, word in reversed(list(enumerate(self._bytes))) if word}
+        ids, start = list[int](), 0
+        while start < len(raw):
+            stops = range(len(raw), start, -1)
+            stop = next((stop for stop in stops if raw[start:stop] in self._longest), None)
+            if stop is None:
+                break
+            ids.append(self._longest[raw[start:stop]])
+            start = stop
+        return ids
+
+
+LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=20_000,
+    step_max_items=20_000,
+    max_lexer_states=MAX_LEXER_STATES,
+    max_grammar_size=20_000,
+    verbose_errors=False,
+)
+
+
+def source_of(grammar: Grammar) -> str:
+    """A grammar as llguidance reads it. Raises InvalidInput for JSON that is none, and for what is nested too deep."""
+    check_nesting(grammar.text)
+    match grammar.kind:
+        case "regex":
+            return llguidance.LLMatcher.grammar_from_regex(grammar.text)
+        case "lark":
+            return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+        case "json_object":
+            schema: object = ANY_OBJECT
+        case "json_schema":
+            schema = read_schema(grammar.text)
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+
+
+def json_rule(schema: object) -> str:
+    """What stands for a JSON value of `schema` in a Lark grammar, with the separators of all JSON here."""
+    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS} if isinstance(schema, dict) else schema)
+
+
+def read_schema(text: str) -> dict[str, object]:
+    """A JSON schema that is an object; true is {}. Raises InvalidInput."""
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"the schema is not JSON: {one_line(str(error))}") from error
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise InvalidInput(f"the schema is {one_line(json.dumps(schema))[:40]}, expected a JSON object")
+    return schema
+
+
+def check_nesting(text: str) -> None:
+    """Raises InvalidInput for more than MAX_NESTING brackets within each other, wherever they are."""
+    depth = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            if depth > MAX_NESTING:
+                raise InvalidInput(f"the grammar nests more than {MAX_NESTING} brackets")
+        elif character in ")]}":
+            depth = max(depth - 1, 0)
+
+
+def one_line(text: str) -> str:
+    """What the library says, in one line and short."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:MAX_ERROR]
