@@ -157,6 +157,11 @@ class Sampling:
             found.append("penalties")
         return (*found, self.grammar.kind) if self.grammar else tuple(found)
 
+    @property
+    def reads_answer(self) -> bool:
+        """Whether a choice depends on the answer's tokens so far."""
+        return self.grammar is not None or bool(self.frequency_penalty or self.presence_penalty)
+
 
 def check_biases(biases: Sequence[tuple[int, float]]) -> None:
     """Raises InvalidInput for anything but biases within their bounds."""

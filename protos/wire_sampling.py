@@ -59,9 +59,8 @@ def unpack_sampling(message: pb.Open) -> Sampling:
 
 def check_answer_start(message: pb.Open, sampling: Sampling) -> None:
     """Raises InvalidInput for an answer that begins where it cannot, or a missing start where it is needed."""
-    needed = sampling.grammar is not None or "penalties" in sampling.processors
     most = limits.MAX_TOKENS if message.handoff else message.start + len(message.tokens)
-    if needed and not 1 <= message.answer_start <= most:
+    if sampling.reads_answer and not 1 <= message.answer_start <= most:
         raise InvalidInput(f"answer_start is {message.answer_start}, expected 1 to {most}")
-    if not needed and message.answer_start:
+    if not sampling.reads_answer and message.answer_start:
         raise InvalidInput("answer_start without penalties or a grammar")

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from isthmus.cloud_service.language.rounds import ScheduledWork
 from isthmus.models.errors import InvalidInput, PayloadTooLarge
-from isthmus.models.language.sampling import Floats, choose, logprobs
+from isthmus.models.language.processors import TokenChooser
+from isthmus.models.language.sampling import Floats, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.kv_fill import EXACT_LAST
-from isthmus.models.messages import Committed, Logprobs, Opening, Round, Sampling
+from isthmus.models.messages import Committed, Logprobs, Opening, Round
 
 MAX_FILLED_STATES = 32  # of one session in a step: decoding them takes some 10 ms, for which the other sessions wait
 
@@ -23,10 +24,17 @@ MAX_FILLED_STATES = 32  # of one session in a step: decoding them takes some 10 
 class HandoffSequence:
     """Tokens whose keys and values the upper layers' cache holds, and the round that extends them."""
 
-    def __init__(self, tokens: Sequence[int], opening: Opening, max_state_bytes: int, context: int) -> None:
-        """`max_state_bytes`: the bundle's own cap."""
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        opening: Opening,
+        max_state_bytes: int,
+        context: int,
+        chooser: TokenChooser | None = None,
+    ) -> None:
+        """`max_state_bytes`: the bundle's own cap. `chooser`: None for that of a sampling without a grammar."""
         self.tokens = list(tokens)
-        self.sampling: Sampling = opening.sampling
+        self._chooser = chooser or TokenChooser(opening.sampling, opening.answer_start)
         self.fill = opening.prefill_layers > 0
         self._opening = opening
         self.cache: KVCache | None = None
@@ -52,6 +60,11 @@ class HandoffSequence:
         )
         if not self.lost:
             self.rewind()
+
+    @property
+    def state_bytes(self) -> int:
+        """What choosing takes beside the tokens."""
+        return self._chooser.state_bytes
 
     @property
     def lost(self) -> bool:
@@ -132,7 +145,7 @@ class HandoffSequence:
     def complete_step(self, logits_V: Floats | None, seconds: float) -> Committed | None:
         """Account for a step. `logits_V`: of its last state, when that decides a token.
 
-        Returns the reply, if this step ended the round.
+        Returns the reply, if this step ended the round. Raises InvalidInput where the grammar cannot go on.
         """
         work = self.scheduled
         assert work is not None
@@ -143,7 +156,7 @@ class HandoffSequence:
             return None
         own: tuple[int, ...] = ()
         if logits_V is not None:
-            own = (choose(logits_V, self.sampling, self.final_length),)
+            own = (self._chooser.choose(logits_V, self.tokens),)
             if self._opening.logprobs is not None:
                 work.logprobs.append(Logprobs(*logprobs(logits_V, own[0], self._opening.logprobs)))
         return work.committed(own)

@@ -21,6 +21,7 @@ from isthmus.cloud_service.language.handoff_sequence import HandoffSequence
 from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.language.handoff.bundle import HandoffBundle
+from isthmus.models.language.processors import TokenChooser
 from isthmus.models.language.sampling import Floats
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_fill import KVFill
@@ -56,11 +57,11 @@ class FullRunner:
         self._eos_ids, self._handoffs = eos_ids, sorted(handoffs, key=lambda handoff: handoff.depth)
         self._prefix_runners: dict[int, PrefixRunner] = {}
 
-    def new_sequence(self, tokens: Sequence[int], opening: Opening) -> TokenSequence:
+    def new_sequence(self, tokens: Sequence[int], opening: Opening, chooser: TokenChooser) -> TokenSequence:
         """Raises InvalidInput for `prefill_layers` that no KV fill allows."""
         if opening.prefill_layers:
             self._check_prefill_layers(opening.prefill_layers)
-        return TokenSequence(tokens, opening, self._eos_ids, self.decoder.config.context)
+        return TokenSequence(tokens, opening, self._eos_ids, self.decoder.config.context, chooser)
 
     def next_runner(self, sequence: AnySequence) -> FullRunner | PrefixRunner:
         """The runner of the sequence's next tokens."""
@@ -74,7 +75,7 @@ class FullRunner:
         return self._prefix_runners[layers]
 
     def run(self, parts: Sequence[Part]) -> StepResult:
-        """One forward pass; what each round committed, if it ended."""
+        """One forward pass; what each round committed, if it ended. A grammar that fails ends its own round only."""
         started_s = time.monotonic()
         ids, spans = gather(parts)
         needs_logits = any(isinstance(each, TokenSequence) and each.needs_logits(count) for each, count in parts)
@@ -84,7 +85,11 @@ class FullRunner:
         for sequence, count in parts:
             assert isinstance(sequence, TokenSequence)
             part_NV = None if logits_NV is None else logits_NV[start : start + count]
-            outcomes.append(sequence.complete_step(part_NV, count, seconds))
+            try:
+                outcomes.append(sequence.complete_step(part_NV, count, seconds))
+            except InvalidInput as error:
+                sequence.rewind()
+                outcomes.append(error)
             start += count
         return StepResult(outcomes, start)
 
@@ -138,14 +143,14 @@ class SuffixRunner:
         self._lower = decoder[: handoff.depth]
         self._first_state = lru_cache(CACHED_FIRST_TOKENS)(self._compute_first_state)
 
-    def new_sequence(self, tokens: Sequence[int], opening: Opening) -> HandoffSequence:
+    def new_sequence(self, tokens: Sequence[int], opening: Opening, chooser: TokenChooser) -> HandoffSequence:
         """Raises InvalidInput for a rate or a depth that the bundle lacks."""
         if (rate := max(opening.rate, opening.context_rate)) not in self._states.rates:
             last = len(self._states.rates) - 1
             raise InvalidInput(f"rate {rate} does not exist, the handoff has rates 0 to {last}")
         if opening.prefill_layers not in (0, self._depth):
             raise InvalidInput(f"{opening.prefill_layers} prefill layers, the handoff is after layer {self._depth}")
-        return HandoffSequence(tokens, opening, self._max_state_bytes, self.decoder.config.context)
+        return HandoffSequence(tokens, opening, self._max_state_bytes, self.decoder.config.context, chooser)
 
     def next_runner(self, sequence: AnySequence) -> SuffixRunner:
         """The runner of the sequence's next states: always this one."""
@@ -168,7 +173,11 @@ class SuffixRunner:
         for each in inputs:
             stop += each.span.count
             logits_V = logits_NV[stop - 1] if logits_NV is not None and each.sequence.needs_logits else None
-            outcomes[each.index] = each.sequence.complete_step(logits_V, seconds)
+            try:
+                outcomes[each.index] = each.sequence.complete_step(logits_V, seconds)
+            except InvalidInput as error:
+                each.sequence.rewind()
+                outcomes[each.index] = error
         return StepResult(outcomes, stop, sum(each.filled for each in inputs))
 
     def _prepare(self, index: int, sequence: HandoffSequence, count: int) -> SuffixInput:

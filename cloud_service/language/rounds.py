@@ -29,6 +29,7 @@ class ScheduledWork:
     matched: int = 0
     compute_s: float = 0.0
     steps: int = 0
+    forced: int = 0  # of the committed tokens, those that took no step, after the chosen one
     logprobs: list[Logprobs] = field(default_factory=list)
     states: tuple[bytes, ...] = ()  # of the draft, in a handoff
     decoded_from: frozenset[int] = frozenset()  # indices of states that a token was decoded from before

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from isthmus.cloud_service.language.rounds import CommittedTokens, ScheduledWork
-from isthmus.models.language.sampling import Floats, choose, logprobs
+from isthmus.models.language.processors import TokenChooser
+from isthmus.models.language.sampling import Floats, logprobs
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.kv_fill import EXACT_FIRST, exact_last
 from isthmus.models.messages import Committed, Logprobs, Opening
@@ -19,13 +20,27 @@ class TokenSequence(CommittedTokens):
 
     restartable = True  # an eviction costs time, and loses no round
 
-    def __init__(self, tokens: Sequence[int], opening: Opening, eos_ids: frozenset[int], context: int) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        opening: Opening,
+        eos_ids: frozenset[int],
+        context: int,
+        chooser: TokenChooser | None = None,
+    ) -> None:
+        """`chooser`: None for that of a sampling without a grammar."""
         super().__init__(tokens, eos_ids, context)
         self.prefill_layers = opening.prefill_layers
         stop = len(tokens) - exact_last(len(tokens)) if opening.prefill_layers else 0
         self._approximated = range(EXACT_FIRST, max(stop, EXACT_FIRST))  # positions that may skip the upper layers
         self.cache: KVCache | None = None
-        self._sampling, self._logprobs = opening.sampling, opening.logprobs
+        self._logprobs = opening.logprobs
+        self._chooser = chooser or TokenChooser(opening.sampling, opening.answer_start)
+
+    @property
+    def state_bytes(self) -> int:
+        """What choosing takes beside the tokens."""
+        return self._chooser.state_bytes
 
     @property
     def lost(self) -> bool:
@@ -73,7 +88,7 @@ class TokenSequence(CommittedTokens):
     def complete_step(self, logits_NV: Floats | None, count: int, seconds: float) -> Committed | None:
         """Account for a step of `count` tokens. `logits_NV`: theirs, None when they decide nothing.
 
-        Returns what the round committed, if this step ended it.
+        Returns what the round committed, if this step ended it. Raises InvalidInput where the grammar cannot go on.
         """
         work, cache = self.scheduled, self.cache
         assert work is not None and cache is not None
@@ -86,7 +101,7 @@ class TokenSequence(CommittedTokens):
             index = first + row + 1 - length  # of the draft token that these logits confirm or reject
             if index < work.matched:  # committed already, or computed again after an eviction
                 continue
-            token = choose(logits_NV[row], self._sampling, length + index)
+            token = self._chooser.choose(logits_NV[row], self._text(index))
             self._note(work, logits_NV[row], token)
             if (committed := self.settle(token)) is not None:
                 return committed
@@ -96,10 +111,35 @@ class TokenSequence(CommittedTokens):
     def _cached(self) -> int:
         return self.cache.length if self.cache is not None else 0
 
+    def rewind(self) -> None:
+        """A step failed this session: forget what it computed beyond the committed tokens."""
+        if self.cache is not None:
+            self.cache.truncate(min(self.cache.length, len(self.tokens)))
+
     def _commit(self, work: ScheduledWork, own: tuple[int, ...]) -> Committed:
         assert self.cache is not None
         self.cache.truncate(min(self.cache.length, len(self.tokens) + work.matched))
-        return super()._commit(work, own)
+        return super()._commit(work, (*own, *self._forced_after(work, own)))
+
+    def _forced_after(self, work: ScheduledWork, own: tuple[int, ...]) -> list[int]:
+        """Tokens of the extension that the grammar forces: they take no step. None with log-probabilities: those do."""
+        if self._chooser.sampling.grammar is None or self._logprobs is not None:
+            return []
+        text = [*self._text(work.matched), *own]
+        forced: list[int] = []
+        while work.extend and text[-1] not in self._eos_ids and len(text) < self._context:
+            if (token := self._chooser.forced(text)) is None:
+                break
+            forced.append(token)
+            text.append(token)
+            work.extend -= 1
+        work.forced = len(forced)
+        return forced
+
+    def _text(self, drafted: int) -> list[int]:
+        """The committed tokens with the first of the scheduled draft."""
+        assert self.scheduled is not None
+        return [*self.tokens, *self.scheduled.draft[:drafted]] if drafted else self.tokens
 
     def _note(self, work: ScheduledWork, logits_V: Floats, token: int) -> None:
         if self._logprobs is not None:

@@ -95,12 +95,13 @@ class Session:
 
     @property
     def own_bytes(self) -> int:
-        """What it takes beside its cache: its tokens, rounds, and events that the device has not read."""
+        """What it takes beside its cache: tokens, state of its grammar, rounds, and events that were not read."""
         rounds = sum(round_bytes(round_) for round_, _ in self.rounds)
         if (work := self.sequence.scheduled) is not None:
             rounds += round_bytes(Round(work.base, work.draft, states=work.states))
         events = self.events.size_bytes if self.attached else 0
-        return SESSION_BYTES + TOKEN_BYTES * len(self.sequence.tokens) + rounds + events
+        held = SESSION_BYTES + TOKEN_BYTES * len(self.sequence.tokens) + self.sequence.state_bytes
+        return held + rounds + events
 
     @property
     def backlog(self) -> int:

@@ -21,6 +21,7 @@ from isthmus.cloud_service.language.session_table import SessionTable
 from isthmus.models.errors import ContextGone, Overloaded
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.drafts import shared_length
+from isthmus.models.language.processors import TokenChooser
 from isthmus.models.messages import Opening
 
 MAX_SESSIONS = 4096  # with or without a cache
@@ -71,10 +72,10 @@ class Sessions(SessionTable[Session]):
             raise self.too_large(len(tokens))
         return CheckedOpening(opening, tokens, runner, former, shared_length(known, tokens) if compatible else None)
 
-    def open(self, checked: CheckedOpening, events: EventQueue, peer: str, step: int) -> Session:
+    def open(self, checked: CheckedOpening, chooser: TokenChooser, events: EventQueue, peer: str, step: int) -> Session:
         """A session of these tokens, with its former cache. Raises InvalidInput or Overloaded."""
         opening, former = checked.opening, checked.former
-        sequence = checked.runner.new_sequence(checked.tokens, opening)
+        sequence = checked.runner.new_sequence(checked.tokens, opening, chooser)
         session = Session(
             name=opening.session,
             ticket=next(self._tickets),

@@ -34,6 +34,7 @@ from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.transport.language_link import LanguageLink
 from isthmus.models.errors import AnswerCancelled, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.grammar import Grammars, LastGrammars
 from isthmus.models.messages import Sampling
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class LanguageAgent(TextInterface):
         self._lifetime = Lifetime()
         self._metrics = metrics
         self._device = device = open_device(config)
+        self._grammars = LastGrammars()
         router, local = Router(config), None
         if device is not None:
             weights = device.fingerprint if device.handoff else b""
@@ -75,6 +77,7 @@ class LanguageAgent(TextInterface):
             router=router,
             confidence_head=device.confidence_head if device else None,
             handoff=device.handoff if device else None,
+            grammars=self._grammars_of,
         )
         until_s = time.monotonic() + config.connect_s
         for link in links:
@@ -177,6 +180,14 @@ class LanguageAgent(TextInterface):
     def _link(self, target: str) -> LanguageLink:
         return LanguageLink(target, ReplicaMatch(self._cloud, target), self.config.tls, BREAKER)
 
+    def _grammars_of(self, vocabulary: bytes) -> Grammars:
+        """Of a tokenizer that reads the ids of an answer: the cloud's, or the device's own."""
+        bound, device = self._cloud.bound, self._device
+        own = device is not None and vocabulary in (b"", device.tokenizer.vocabulary)
+        tokenizer = device.tokenizer if device is not None and own else bound.tokenizer if bound else None
+        assert tokenizer is not None  # the prompt was encoded by one of them
+        return self._grammars.of(tokenizer)
+
     @property
     def _sides(self) -> Sides:
         return Sides(self.config, self._device, self._cloud.info)
@@ -202,10 +213,12 @@ class LanguageAgent(TextInterface):
         if self._device is None and request.arm != "edge":
             self.replicas.wait_model(cancelled or threading.Event())
         sides = self._sides
-        if refusal := sides.refusal(request.arm) or sides.sampling_refusal(request.arm, request.sampling):
+        if refusal := sides.refusal(request.arm):
             raise InvalidInput(refusal)
         request = replace(request, vocabulary=request.vocabulary or self.tokenizer_for(request.arm).vocabulary)
         arm, reason = sides.resolve(request)
+        if refusal := sides.sampling_refusal(arm, request.sampling):
+            raise InvalidInput(refusal)
         context = self.arm_context(arm)
         room = context - len(request.prompt)
         if room < 1:
@@ -215,6 +228,8 @@ class LanguageAgent(TextInterface):
         vocab = sides.vocab(arm, request.vocabulary)
         if not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
             raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {vocab}")
+        if (id_ := max((id_ for id_, _ in request.sampling.logit_bias), default=0)) >= vocab:
+            raise InvalidInput(f"logit_bias names token {id_}, outside of the vocabulary of {vocab}")
         return replace(request, arm=arm, max_tokens=min(request.max_tokens, room)), reason
 
     def _stream_events(

@@ -62,8 +62,10 @@ class Sides:
             if request.vocabulary == self.device.tokenizer.vocabulary:
                 return "edge", NO_CLOUD
             return "cloud", f"{self.device.name} on the device has another vocabulary"
+        if refusal := self.sampling_refusal("cloud", request.sampling):
+            return "edge", refusal
         if self.sampling_refusal("verify", request.sampling):
-            return "cloud", "the engine in the cloud samples by itself alone"
+            return "cloud", "the engine in the cloud chooses by itself alone"
         return "auto", None
 
     def vocab(self, arm: Arm, vocabulary: bytes) -> int:
@@ -106,13 +108,23 @@ class Sides:
         return missing
 
     def sampling_refusal(self, arm: Arm, sampling: Sampling) -> str | None:
-        """Why an arm cannot sample so; None where it can."""
-        if arm != "verify" or sampling.temperature == 0 or self.cloud is None or self.cloud.numerics == "bitwise":
+        """Why an arm cannot choose tokens so; None where it can, and for auto, which takes another arm then."""
+        if arm in ("edge", "auto") or self.cloud is None:
             return None
-        return (
-            f"arm {arm} of {label(self.cloud)} in the cloud is greedy, temperature is {sampling.temperature}:"
-            " arm cloud samples"
-        )
+        unknown = [name for name in sampling.processors if name not in self.cloud.processors]
+        if unknown:
+            return f"{label(self.cloud)} in the cloud cannot apply {', '.join(unknown)}"
+        if arm == "cloud" or self.cloud.numerics == "bitwise":
+            return None
+        if sampling.temperature > 0:
+            return (
+                f"arm {arm} of {label(self.cloud)} in the cloud is greedy, temperature is {sampling.temperature}:"
+                " arm cloud samples"
+            )
+        if sampling.processors:
+            names = ", ".join(sampling.processors)
+            return f"arm {arm} of {label(self.cloud)} in the cloud cannot apply {names} exactly: arm cloud can"
+        return None
 
     def _drafts_missing(self) -> str | None:
         if self.config.draft == "lookup":

@@ -17,14 +17,16 @@ from isthmus.edge_agent.language.arms.verify import VerifyArm
 from isthmus.edge_agent.language.remote_query import RemoteQuery
 from isthmus.edge_agent.language.remote_session import Fallback, MakeOpening, RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import GenerationRequest, Token, local_token
+from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.edge_agent.language.router import Router
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import LinkDown
 from isthmus.models.language.drafts import Draft, LookupDraft
+from isthmus.models.language.grammar import Grammars, GrammarState
 from isthmus.models.language.sampling import Floats
+from isthmus.models.messages import Grammar
 
 if TYPE_CHECKING:  # they bring ONNX Runtime, which a device without a model does without
     from isthmus.edge_agent.language.arms.handoff import HandoffArm, HandoffSettings
@@ -37,7 +39,7 @@ class Resources:
     """What all answers of an agent share.
 
     `local`: None for a device without a model. `vocabulary`, `confidence_head`: of that model. `handoff`: None without
-    its bundle.
+    its bundle. `grammars`: of the tokenizer with a vocabulary.
     """
 
     config: LanguageConfig
@@ -47,6 +49,7 @@ class Resources:
     router: Router
     confidence_head: Callable[[Floats, Sequence[int]], float] | None
     handoff: tuple[HandoffBundle, HandoffSettings] | None
+    grammars: Callable[[bytes], Grammars]
 
 
 class Generation:
@@ -65,7 +68,7 @@ class Generation:
 
         `replaceable`: where no cloud begins the answer, it is given up at once, for the device to give another.
         """
-        self.sequence = AnswerSequence(request, end_ids)
+        self.sequence = AnswerSequence(request, end_ids, self._open_state)
         self.stats = GenerationStats()
         self._resources = resources
         self._cancelled = cancelled
@@ -150,7 +153,10 @@ class Generation:
     def _decode_alone(self, tokens: Sequence[int]) -> Token | None:
         if len(tokens) > self._model.context:
             return None
-        return local_token(self._model.logits(tokens), self.sequence.request, len(tokens))
+        return self.sequence.forced(tokens) or self.sequence.choose(self._model.logits(tokens), tokens)
+
+    def _open_state(self, grammar: Grammar) -> GrammarState:
+        return self._resources.grammars(self.sequence.request.vocabulary).state(grammar, self.sequence.end_ids)
 
     @property
     def _model(self) -> LocalSession:

@@ -22,7 +22,7 @@ from isthmus.models.language.drafts import ModelDraft, shared_length
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import Choice, ExitingDecoder
 from isthmus.models.language.packing import Floats
-from isthmus.models.messages import Sampling
+from isthmus.models.language.processors import TokenChooser
 
 KV_CACHES = 4  # as many answers as keep their own
 PIECE_TOKENS = 65  # of a text that are read in one call: a block of the decoder, and one token by itself
@@ -179,9 +179,9 @@ class LocalSession:
         """Logits (vocab,) after `tokens`. Raises InvalidInput when there are more than the context holds."""
         return self._read(tokens, self._logits)
 
-    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
         """A draft token and its confidence; None where the context is full."""
-        return self._read(text, lambda cache, part: cache.draft.next(part, sampling))
+        return self._read(text, lambda cache, part: cache.draft.next(part, chooser))
 
     def exit(self, tokens: Sequence[int], likely: float) -> Choice:
         """The choice of the first exit that is at least so likely right, or else of the last. Raises InvalidInput."""

@@ -46,6 +46,7 @@ def token_opening(sequence: AnswerSequence, prefill_layers: int) -> MakeOpening:
             sampling=request.sampling,
             logprobs=request.top_logprobs,
             prefill_layers=prefill_layers,
+            answer_start=sequence.answer_start,
         )
 
     return opening

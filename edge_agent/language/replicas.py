@@ -77,7 +77,11 @@ class Replicas:
         model, request = self.model, sequence.request
         if model is None or request.vocabulary not in (b"", model.tokenizer.vocabulary):
             return False
-        if model.numerics == "engine" and request.sampling.temperature > 0 and request.arm != "cloud":
+        processors = request.sampling.processors
+        alone = bool(processors) or request.sampling.temperature > 0  # an engine chooses so by itself only
+        if model.numerics == "engine" and alone and request.arm != "cloud":
+            return False
+        if not set(processors) <= set(model.processors):
             return False
         begins = not sequence.generated or not sequence.cloud_model
         return sequence.ends_at(model.end_ids) and (begins or sequence.cloud_model == model.fingerprint)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from isthmus.edge_agent.policy.arms import Arm
-from isthmus.models.language.sampling import Floats, choose, logprobs
+from isthmus.models.language.sampling import Floats, logprobs
 from isthmus.models.messages import GREEDY, Logprobs, Sampling
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def local_token(logits_V: Floats, request: GenerationRequest, position: int) -> Token:
-    """A token that the local model decides."""
-    id_ = choose(logits_V, request.sampling, position)
+def local_token(logits_V: Floats, id_: int, request: GenerationRequest) -> Token:
+    """A token that the local model decided by these logits."""
     if request.top_logprobs is None:
         return Token(id_, "edge")
     return Token(id_, "edge", *logprobs(logits_V, id_, request.top_logprobs))

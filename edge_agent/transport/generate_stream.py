@@ -154,6 +154,7 @@ class GenerateStream:
             self._tokens_due -= len(response.tokens)
         else:
             self._rounds_due -= 1
+            self._tokens_due -= max(len(response.tokens) - 1, 0)  # tokens that a grammar forced after the first
 
     def _read(self) -> None:
         error: IsthmusError = LinkDown("the cloud ended the stream")

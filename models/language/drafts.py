@@ -1,6 +1,7 @@
 """Sources of draft tokens: the local model, or prompt lookup in the text itself.
 
-A source drafts one token at a time, with a confidence. Knows nothing about the cloud or about when drafting pays off.
+A source drafts one token at a time, which the answer's grammar allows, with a confidence. Knows nothing about the cloud
+or about when drafting pays off.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from isthmus.models.language.sampling import Floats, choose
-from isthmus.models.messages import Sampling
+from isthmus.models.language.sampling import Floats
 
 if TYPE_CHECKING:  # the cloud uses `shared_length` and does without ONNX Runtime
     from isthmus.models.language.onnx.decoder import OnnxDecoder
+    from isthmus.models.language.processors import TokenChooser
 
 NGRAM_TOKENS = (4, 3, 2)  # suffixes of the text that are looked up, longest first
 NGRAM_CONFIDENCE = {4: 0.8, 3: 0.65, 2: 0.45}  # prior, corrected by the acceptance that is measured
@@ -23,7 +24,7 @@ NGRAM_CONFIDENCE = {4: 0.8, 3: 0.65, 2: 0.45}  # prior, corrected by the accepta
 class Draft(Protocol):
     """A source of drafts for one text at a time."""
 
-    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
         """A draft for the token after `text` and its confidence in [0, 1], or None without a draft."""
 
 
@@ -34,12 +35,12 @@ class ModelDraft:
         self._decoder = decoder
         self._logits: tuple[list[int], Floats] | None = None  # a text and the logits after it
 
-    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
         if len(text) > self._decoder.context:
             return None
         logits_V = self.logits(text)
-        token = choose(logits_V, sampling, len(text))
-        return token, probability(logits_V, token)
+        token = chooser.choose(logits_V, text)
+        return token, probability(chooser.processed(logits_V, text), token)
 
     def logits(self, text: Sequence[int]) -> Floats:
         """Logits (vocab,) after `text`. Raises InvalidInput when it is longer than the device's context."""
@@ -59,11 +60,11 @@ class LookupDraft:
         self._text: list[int] = []
         self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
 
-    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
         self._learn(text)
         for length in NGRAM_TOKENS:
             place = self._last.get(tuple(text[-length:])) if len(text) >= length else None
-            if place is not None:
+            if place is not None and chooser.allows(text, self._text[place]):
                 return self._text[place], NGRAM_CONFIDENCE[length]
         return None
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TypeVar
 
 import llguidance
 import numpy as np
@@ -22,13 +24,13 @@ from numpy.typing import NDArray
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.drafts import shared_length
 from isthmus.models.messages import Grammar
 
-MAX_COMPILED = 64  # grammars of a tokenizer that are kept; an agent's tools are one
+MAX_COMPILED = 32  # grammars of a tokenizer that are kept; an agent's tools are one
+MAX_TOKENIZERS = 2
 MAX_NESTING = 64  # levels of brackets in a schema or an expression: compiling recurses
 MAX_ERROR = 200  # characters of what the library says
-STATE_BYTES = 4 << 20  # that a state takes at most, by MAX_LEXER_STATES; most take a tenth
-MAX_LEXER_STATES = 10_000
 # Separators without a choice: with one, a small model can write white space without end, and fewer tokens are forced.
 JSON_OPTIONS: dict[str, object] = {
     "whitespace_flexible": False,
@@ -42,6 +44,7 @@ ANY_OBJECT = {"type": "object"}
 BEFORE = "\x02"  # encoded before a text, whose first token would else begin with a space of its own
 
 Mask = NDArray[np.bool_]
+T = TypeVar("T")
 
 
 class Grammars:
@@ -58,93 +61,113 @@ class Grammars:
 
         The first state of a tokenizer takes some tenths of a second, that of a grammar milliseconds.
         """
+        return GrammarState(partial(self._matcher, grammar), self._tokenizer, end_ids)
+
+    def _matcher(self, grammar: Grammar, anew: bool) -> llguidance.LLMatcher:
+        """At the start of an answer. What the library learns of a grammar is kept for the next, unless it is `anew`."""
         with self._lock:
-            template = self._compiled.get(grammar)
-            if template is None:
-                template = self._compiled[grammar] = self._compile(grammar)
+            if anew:
+                self._compiled.pop(grammar, None)
+            if grammar not in self._compiled:
+                self._compiled[grammar] = self._compile(grammar)
                 if len(self._compiled) > MAX_COMPILED:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(grammar)
-            return GrammarState(template.deep_copy(), self._tokenizer, end_ids)
+            return self._compiled[grammar].deep_copy()
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         source = source_of(grammar)
         if self._vocabulary is None:
-            words = Words(self._tokenizer)
-            ends = sorted(self._tokenizer.eos_ids) or [self._tokenizer.size - 1]
-            self._vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), self._tokenizer.size, ends)
+            words = llguidance.TokenizerWrapper(Words(self._tokenizer))
+            self._vocabulary = llguidance.LLTokenizer(words, self._tokenizer.size, end_ids_of(self._tokenizer))
         matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise InvalidInput(f"the {grammar.kind} grammar cannot be used: {one_line(matcher.get_error())}")
         return matcher
 
 
-class GrammarState:
-    """Where an answer is in its grammar. It follows whatever answer it is asked about, not from several threads."""
+class LastGrammars:
+    """The compiled grammars of a few tokenizers: of a device and its cloud there are two."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
-        self._matcher, self._size = matcher, tokenizer.size
-        self._all_ends, self._ends = sorted(tokenizer.eos_ids), sorted(end_ids)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_tokenizer: OrderedDict[bytes, Grammars] = OrderedDict()
+
+    def of(self, tokenizer: Tokenizer) -> Grammars:
+        """Those of a tokenizer; after MAX_TOKENIZERS others they are compiled again."""
+        with self._lock:
+            name = tokenizer.fingerprint
+            found = self._by_tokenizer[name] = self._by_tokenizer.get(name) or Grammars(tokenizer)
+            self._by_tokenizer.move_to_end(name)
+            if len(self._by_tokenizer) > MAX_TOKENIZERS:
+                self._by_tokenizer.popitem(last=False)
+            return found
+
+
+class GrammarState:
+    """Where an answer is in its grammar. It follows whatever answer it is asked about, not from several threads.
+
+    Methods raise InvalidInput where the answer has left the grammar, or the grammar takes too much to go on.
+    """
+
+    def __init__(
+        self, matcher: Callable[[bool], llguidance.LLMatcher], tokenizer: Tokenizer, end_ids: Collection[int]
+    ) -> None:
+        """`matcher` gives one at the start of an answer, and takes whether it has to be without a past."""
+        self._new_matcher, self._matcher = matcher, matcher(False)
+        self._size, self._all_ends, self._ends = tokenizer.size, end_ids_of(tokenizer), sorted(end_ids)
         self._tokens: list[int] = []  # that the matcher has taken
 
-    def accepts(self, answer: Sequence[int]) -> bool:
-        """Whether an answer begins with these tokens, none of which ends it."""
-        return self._follow(answer)
-
     def forced(self, answer: Sequence[int]) -> int | None:
-        """The only token that may follow; None where there are several. Raises InvalidInput as `mask`."""
-        self._require(answer)
-        if self._matcher.is_stopped():
-            return self._ends[0]
-        found = self._matcher.compute_ff_tokens()
-        self._check()
-        return found[0] if found else None
+        """The only token that may follow; None where there are several."""
+        return self._asked(answer, self._forced)
 
     def mask(self, answer: Sequence[int]) -> Mask:
-        """Which tokens (size,) may follow; at least one.
+        """Which tokens (size,) may follow; at least one."""
+        return self._asked(answer, self._mask)
 
-        Raises InvalidInput where the answer has left the grammar, or the grammar takes too much to go on.
-        """
-        self._require(answer)
-        stopped, accepting = self._matcher.is_stopped(), self._matcher.is_accepting()
-        if stopped:
+    def _asked(self, answer: Sequence[int], ask: Callable[[], T]) -> T:
+        """What `ask` says after `answer`; of a library that is full of other answers, once more without them."""
+        for anew in (False, True):
+            if anew:
+                self._matcher, self._tokens = self._new_matcher(True), []
+            if self._follow(answer):
+                said = ask()
+                if not self._matcher.is_error():
+                    return said
+            elif not self._matcher.is_error():
+                raise InvalidInput(f"token {len(self._tokens)} of the answer is not what its grammar allows")
+        raise InvalidInput(f"the grammar cannot go on: {one_line(self._matcher.get_error())}")
+
+    def _forced(self) -> int | None:
+        if self._matcher.is_stopped():
+            return self._ends[0]
+        return next(iter(self._matcher.compute_ff_tokens()), None)
+
+    def _mask(self) -> Mask:
+        if self._matcher.is_stopped():
             mask_V = np.zeros(self._size, np.bool_)
-        else:
-            raw = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            mask_V = np.unpackbits(raw, count=self._size, bitorder="little").view(np.bool_)
-            self._check()
-            mask_V[self._all_ends] = False
-        if stopped or accepting:
             mask_V[self._ends] = True
-        if not mask_V.any():
-            raise InvalidInput("the grammar allows no token here: its text has none in this vocabulary")
+            return mask_V
+        raw = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        mask_V = np.unpackbits(raw, count=self._size, bitorder="little").view(np.bool_)
+        mask_V[self._all_ends] = False
+        mask_V[self._ends] = self._matcher.is_accepting()
+        if not (mask_V.any() or self._matcher.is_error()):
+            raise InvalidInput("the grammar allows no token here: this vocabulary has none for its text")
         return mask_V
 
     def _follow(self, answer: Sequence[int]) -> bool:
         """Take the matcher to the end of `answer`, by the shortest way; False where the grammar does not allow it."""
         known = self._tokens
-        if list(answer[: len(known)]) != known:
-            common = next(
-                (at for at, pair in enumerate(zip(known, answer, strict=False)) if pair[0] != pair[1]),
-                min(len(known), len(answer)),
-            )
+        common = shared_length(known, answer)
+        if common < len(known):
             self._matcher.rollback(len(known) - common)
             del known[common:]
-        fresh = list(answer[len(known) :])
+        fresh = list(answer[common:])
         taken = self._matcher.try_consume_tokens(fresh) if fresh else 0
         known += fresh[:taken]
         return taken == len(fresh)
-
-    def _require(self, answer: Sequence[int]) -> None:
-        allowed = self._follow(answer)
-        self._check()
-        if not allowed:
-            raise InvalidInput(f"token {len(self._tokens)} of the answer is not what its grammar allows")
-
-    def _check(self) -> None:
-        """Raises InvalidInput once the library has given up."""
-        if self._matcher.is_error():
-            raise InvalidInput(f"the grammar cannot go on: {one_line(self._matcher.get_error())}")
 
 
 class Words:
@@ -160,7 +183,7 @@ class Words:
         for id_ in self.special_token_ids:
             self.tokens[id_] = b"\xff" + (tokenizer.written([id_]) or b"<|%d|>" % id_)
         self.bos_token_id = None
-        self.eos_token_id = min(tokenizer.eos_ids, default=tokenizer.size - 1)
+        self.eos_token_id = end_ids_of(tokenizer)[0]
         self._longest: dict[bytes, int] = {}
 
     def __call__(self, raw: bytes) -> list[int]:
@@ -182,15 +205,21 @@ class Words:
         return ids
 
 
+# Hostile grammars within these take 0.4 s for a mask, most fail at once; those of published tools stay far below.
 LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=200_000,
     step_lexer_fuel=20_000,
     step_max_items=20_000,
-    max_lexer_states=MAX_LEXER_STATES,
+    max_lexer_states=10_000,
     max_grammar_size=20_000,
     verbose_errors=False,
 )
+
+
+def end_ids_of(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end a text; the library asks for one."""
+    return sorted(tokenizer.eos_ids) or [tokenizer.size - 1]
 
 
 def source_of(grammar: Grammar) -> str:

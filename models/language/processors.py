@@ -10,17 +10,26 @@ sampling the token is the same to the last bit, whoever chooses, and whatever wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from isthmus.models.language.grammar import GrammarState
 from isthmus.models.language.sampling import Floats, choose
 from isthmus.models.messages import Grammar, Sampling
 
+if TYPE_CHECKING:  # it brings llguidance, which a sampling without a grammar does without
+    from isthmus.models.language.grammar import GrammarState
+
 NEVER = np.float32(-1e30)  # a logit that is never chosen; finite, so that what reads it can compute with it
+STATE_BYTES = 1 << 20  # the states of one grammar share most of theirs
 UNLIKELY = np.float32(30.0)  # below the likeliest token: what a confidence is told of tokens that cannot follow
 
-OpenState = Callable[[Grammar], GrammarState]
+OpenState: TypeAlias = "Callable[[Grammar], GrammarState]"
+
+
+def without_grammars(grammar: Grammar) -> GrammarState:
+    """For a chooser whose sampling has no grammar."""
+    raise AssertionError(f"a grammar of kind {grammar.kind} where none was expected")
 
 
 class TokenChooser:
@@ -30,7 +39,7 @@ class TokenChooser:
     used, and for an answer that has left it.
     """
 
-    def __init__(self, sampling: Sampling, start: int, open_state: OpenState) -> None:
+    def __init__(self, sampling: Sampling, start: int = 0, open_state: OpenState = without_grammars) -> None:
         """`start`: position where the answer begins. `open_state` compiles a grammar when it is first needed."""
         self.sampling, self._start, self._open_state = sampling, start, open_state
         self._state: GrammarState | None = None
@@ -43,10 +52,10 @@ class TokenChooser:
         """Whether tokens are chosen by logits and position alone."""
         return not self.sampling.processors
 
-    def check(self, text: Sequence[int]) -> None:
-        """Raises InvalidInput for a grammar that cannot be used, or a text that has left it already."""
-        if self.sampling.grammar is not None:
-            self._grammar.forced(text[self._start :])
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the state of a grammar counts for."""
+        return STATE_BYTES if self.sampling.grammar else 0
 
     def forced(self, text: Sequence[int]) -> int | None:
         """The token that follows `text` whatever the logits; None where they decide."""
@@ -103,8 +112,3 @@ class TokenChooser:
             assert self.sampling.grammar is not None  # who asks has seen it
             self._state = self._open_state(self.sampling.grammar)
         return self._state
-
-
-def without_grammars(grammar: Grammar) -> GrammarState:
-    """For a chooser whose sampling has no grammar."""
-    raise AssertionError(f"a grammar of kind {grammar.kind} where none was expected")

@@ -11,7 +11,7 @@ from isthmus.edge_agent.language.arms.verify import SpeculationStats
 from isthmus.edge_agent.policy.estimates import Average
 from isthmus.edge_agent.policy.speculation import Acceptance, MeasuredLatency
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
-from isthmus.models.messages import Sampling
+from isthmus.models.language.processors import TokenChooser
 
 FEW = (
     "Explain what a suspension bridge is.",
@@ -46,7 +46,7 @@ class RandomDraft:
     def __init__(self, vocab: int, seed: int) -> None:
         self._vocab, self._random = vocab, random.Random(seed)
 
-    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float]:
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float]:
         return self._random.randrange(self._vocab), 0.9
 
 
@@ -57,7 +57,7 @@ class ScriptedDraft:
         """`wrong_every` 0: always right; 1: always wrong; n: every n-th token is `liar` instead."""
         self._answer, self._start, self._wrong_every, self._liar = answer, prompt_tokens, wrong_every, liar
 
-    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
         index = len(text) - self._start
         if index >= len(self._answer):
             return None

@@ -12,11 +12,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import get_args
 
 import torch
 
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.admission import Backlog, StepTime
+from isthmus.cloud_service.language.choosers import Choosers
 from isthmus.cloud_service.language.metrics import EngineMetrics
 from isthmus.cloud_service.language.model_runner import FullRunner, StepResult, SuffixRunner
 from isthmus.cloud_service.language.scheduler import plan_memory, plan_step
@@ -27,7 +29,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.torch.batch_invariance import check_batch_invariance
 from isthmus.models.language.torch.decoder import Decoder
-from isthmus.models.messages import ModelInfo, Opening, Round, TokenizerInfo
+from isthmus.models.messages import ModelInfo, Opening, Processor, Round, TokenizerInfo
 from isthmus.protos.limits import MAX_ROUNDS
 
 FIRST_TOKEN_S = 30.0
@@ -67,6 +69,7 @@ class LanguageEngine:
         self._busy = asyncio.Lock()
         self._draining = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+        self._choosers = Choosers(self.tokenizer, first_token_s)
 
     problem = ""  # what cannot be used is not loaded
 
@@ -92,10 +95,11 @@ class LanguageEngine:
         size_bytes = TOKEN_BYTES * len(opening.tokens)
         self._queue.take(size_bytes)  # of the message, until its tokens are the session's
         try:
+            chooser = await self._choosers.open(opening, peer)
             async with self._busy:  # the cache that is reused may be part of the step under way
                 self._check_open()
                 checked = await self._check(opening)
-                session = self._sessions.open(checked, events, peer, self._step)
+                session = self._sessions.open(checked, chooser, events, peer, self._step)
         finally:
             self._queue.give(size_bytes)
         events.on_read = partial(self._read, session)
@@ -151,6 +155,7 @@ class LanguageEngine:
             if not plan:
                 await self._arrival()
         self._thread.shutdown()
+        self._choosers.close()
 
     async def _check(self, opening: Opening) -> CheckedOpening:
         """A long one is checked in another thread, while no step changes any session."""
@@ -278,7 +283,7 @@ class LanguageEngine:
             return
         work = session.sequence.scheduled
         assert work is not None
-        own = min(len(outcome.tokens), 1)  # at most the last token is new
+        own = min(len(outcome.tokens), 1) + work.forced  # beside forced tokens at most the last one is new
         if work.states:
             self._metrics.handoff_round(own)
         else:
@@ -312,4 +317,5 @@ def describe_model(checkpoint: Checkpoint, decoder: Decoder, handoffs: Sequence[
         arms=("cloud", "verify", "handoff") if handoffs else ("cloud", "verify"),
         precision=decoder.precision,
         handoffs=tuple(handoff.fingerprint for handoff in handoffs),
+        processors=get_args(Processor),
     )

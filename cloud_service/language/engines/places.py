@@ -13,8 +13,10 @@ RETRY_S = 1.0  # that a device is told to wait after a refusal
 class Places:
     """At most `limit` at once; who would wait longer than `wait_s` is refused."""
 
-    def __init__(self, limit: int, wait_s: float) -> None:
+    def __init__(self, limit: int, wait_s: float, busy: str = "") -> None:
+        """`busy`: what is said to who is refused."""
         self._limit, self._wait_s = limit, wait_s
+        self._busy = busy or f"the engine works on {limit} requests"
         self._taken: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
@@ -34,7 +36,7 @@ class Places:
             else:
                 self._forget(peer, given)
             if isinstance(error, TimeoutError):
-                text = f"the engine works on {self._limit} requests, and had no place within {self._wait_s:.0f} s"
+                text = f"{self._busy}, and had no place within {self._wait_s:.0f} s"
                 raise Overloaded(text, RETRY_S) from error
             raise
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from isthmus.cloud_service.language.rounds import CommittedTokens, ScheduledWork
 from isthmus.cloud_service.language.session import (
@@ -59,7 +59,7 @@ class RelaySession:
         sampling = self.opening.sampling
         if sampling.temperature == 0:
             return sampling
-        return Sampling(sampling.temperature, sampling.top_p, seed_at(sampling.seed, len(self.sequence.tokens)))
+        return replace(sampling, seed=seed_at(sampling.seed, len(self.sequence.tokens)))
 
     def check(self, round_: Round) -> None:
         """Raises InvalidInput for a round that cannot be settled exactly."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from isthmus.edge_agent.language.remote_query import RemoteQuery
 from isthmus.edge_agent.language.remote_session import Fallback
-from isthmus.edge_agent.language.request import Token, local_token
+from isthmus.edge_agent.language.request import Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm, ArmPlan, ConfidenceStats
@@ -106,10 +106,12 @@ class AutoArm:
 
     def _choose(self, text: Sequence[int]) -> tuple[Token, float]:
         """The local model's next token, and how likely right that is."""
+        if (forced := self._sequence.forced(text)) is not None:
+            return forced, 1.0
         logits_V = self._local.model.logits(text)
         head = self._local.confidence_head
-        likely = 1.0 if head is None else head(logits_V, text)
-        return local_token(logits_V, self._sequence.request, len(text)), likely
+        likely = 1.0 if head is None else head(self._sequence.chooser.for_confidence(logits_V, text), text)
+        return self._sequence.choose(logits_V, text), likely
 
     def _observe(self, likely: float) -> None:
         if self._local.confidence_head is not None:

@@ -17,7 +17,7 @@ from itertools import groupby
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.local_model import LocalSession
 from isthmus.edge_agent.language.remote_session import Fallback, MakeOpening, RemoteSession
-from isthmus.edge_agent.language.request import Token, cloud_token, local_token
+from isthmus.edge_agent.language.request import Token, cloud_token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import HandoffEstimate
@@ -77,16 +77,22 @@ class HandoffArm:
     def _remote(self) -> Iterator[Token]:
         sequence, likely = self._sequence, self._settings.likely
         while not sequence.finished:
-            choice = self._local.exit(sequence.tokens, likely)
-            confident = choice.likely >= likely
-            if not self._session.connected and not confident:
+            token = self._own(likely)
+            if not self._session.connected and token is None:
                 self._open()
-            token = local_token(choice.logits_V, sequence.request, len(sequence)) if confident else None
             if self._session.connected:
                 token = self._share(token)
             if token is not None:
                 sequence.append(token.id)
                 yield token
+
+    def _own(self, likely: float) -> Token | None:
+        """The next token, if the grammar forces it or an exit is confident."""
+        sequence = self._sequence
+        if (forced := sequence.forced(sequence.tokens)) is not None:
+            return forced
+        choice = self._local.exit(sequence.tokens, likely)
+        return sequence.choose(choice.logits_V, sequence.tokens) if choice.likely >= likely else None
 
     def _open(self) -> None:
         self._in_flight.clear()
@@ -176,6 +182,7 @@ def handoff_opening(sequence: AnswerSequence, handoff: HandoffBundle, settings: 
             rate=settings.point.rate,
             context_rate=settings.point.context_rate,
             prefill_layers=handoff.depth if settings.fill else 0,
+            answer_start=sequence.answer_start,
         )
 
     return opening

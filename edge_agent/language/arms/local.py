@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from isthmus.edge_agent.language.request import Token, local_token
+from isthmus.edge_agent.language.request import Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 
 if TYPE_CHECKING:  # it brings ONNX Runtime
@@ -22,6 +22,7 @@ class LocalArm:
         """Tokens until the answer is finished."""
         sequence = self._sequence
         while not sequence.finished:
-            token = local_token(self._local.logits(sequence.tokens), sequence.request, len(sequence))
+            text = sequence.tokens
+            token = sequence.forced(text) or sequence.choose(self._local.logits(text), text)
             sequence.append(token.id)
             yield token

@@ -7,7 +7,7 @@ does not pay, the cloud decodes by itself; drafts that cost nothing are still se
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.remote_session import Fallback, RemoteSession
@@ -94,7 +94,7 @@ class VerifyArm:
         count, likely = min(count, MAX_DRAFT, self._sequence.remaining - 1), 1.0
         drafts = self._rounds.drafts
         while len(drafts) < count and likely > LEAST_LIKELY:
-            found = self._draft.next(self._drafted_text(), self._sequence.request.sampling)
+            found = self._next(self._drafted_text())
             if found is None:
                 break
             likely *= self._speculation.acceptance.calibrated(found[1])
@@ -149,14 +149,23 @@ class VerifyArm:
         drafts, text = self._rounds.drafts, self._drafted_text()
         if drafts and self._sequence.ends(text[-1]):
             return False
+        if (forced := self._sequence.chooser.forced(text)) is not None:
+            drafts.append((forced, 1.0))
+            return True
         started_s = time.monotonic()
-        found = self._draft.next(text, self._sequence.request.sampling)
+        found = self._draft.next(text, self._sequence.chooser)
         if self._sequence.generated or drafts:  # the first one reads the prompt
             self._speculation.draft_s.observe(time.monotonic() - started_s)
         if found is None:
             return False
         drafts.append(found)
         return True
+
+    def _next(self, text: Sequence[int]) -> tuple[int, float] | None:
+        """A draft; no source is asked for what the grammar forces."""
+        chooser = self._sequence.chooser
+        forced = chooser.forced(text)
+        return self._draft.next(text, chooser) if forced is None else (forced, 1.0)
 
     def _drafted_text(self) -> list[int]:
         return [*self._sequence.tokens, *(id_ for id_, _ in self._rounds.drafts)]

@@ -9,17 +9,19 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.drafts import NGRAM_CONFIDENCE, LookupDraft, ModelDraft, probability, shared_length
 from isthmus.models.language.onnx.decoder import OnnxDecoder
+from isthmus.models.language.processors import TokenChooser
 from isthmus.models.language.sampling import choose
 from isthmus.models.messages import GREEDY, Sampling
 from tests.bench.tiny_llama import write_tiny_llama
 
 CONTEXT = 64
+PLAIN = TokenChooser(GREEDY)
 
 texts = st.lists(st.integers(0, 3), max_size=24)  # few tokens, so that they repeat themselves
 
 
 def lookup(text: list[int]) -> tuple[int, float] | None:
-    return LookupDraft().next(text, GREEDY)
+    return LookupDraft().next(text, PLAIN)
 
 
 def by_hand(text: list[int]) -> tuple[int, float] | None:
@@ -54,7 +56,7 @@ def test_a_text_that_grows_or_goes_another_way_is_as_if_read_afresh(
     draft = LookupDraft()
     for kept, more in [(0, text), *changes]:
         text = [*text[:kept], *more]
-        assert draft.next(text, GREEDY) == by_hand(text)
+        assert draft.next(text, PLAIN) == by_hand(text)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_a_model_drafts_as_if_it_ran_each_text_from_its_beginning(decoder: OnnxD
     decoder.truncate(0)
     draft = ModelDraft(decoder)
     for (text, sampling), (token, confidence) in zip(seen, expected, strict=True):
-        found = draft.next(text, sampling)
+        found = draft.next(text, TokenChooser(sampling))
         assert found is not None
         assert found == (token, pytest.approx(confidence, rel=1e-3))
         assert decoder.length == len(text)
@@ -95,15 +97,15 @@ def test_what_was_run_is_not_run_again(decoder: OnnxDecoder, monkeypatch: pytest
     monkeypatch.setattr(decoder, "extend", lambda ids: fed.append(list(ids)) or extend(ids))
     draft = ModelDraft(decoder)
     for text in ([5, 6, 7], [5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 7, 4], [5, 6], [9]):
-        draft.next(text, GREEDY)
+        draft.next(text, PLAIN)
     assert fed == [[5, 6, 7], [8, 9], [4], [6], [9]]
 
 
 def test_beyond_its_context_a_model_has_no_idea(decoder: OnnxDecoder) -> None:
     decoder.truncate(0)
     draft = ModelDraft(decoder)
-    assert draft.next([5] * CONTEXT, GREEDY) is not None
-    assert draft.next([5] * (CONTEXT + 1), GREEDY) is None
+    assert draft.next([5] * CONTEXT, PLAIN) is not None
+    assert draft.next([5] * (CONTEXT + 1), PLAIN) is None
     with pytest.raises(InvalidInput):
         draft.logits([5] * (CONTEXT + 1))
 
@@ -112,10 +114,10 @@ def test_a_text_that_could_not_be_run_leaves_nothing_behind(decoder: OnnxDecoder
     expected = afresh(decoder, [5, 6], GREEDY)
     decoder.truncate(0)
     draft = ModelDraft(decoder)
-    draft.next([5, 6, 7], GREEDY)
+    draft.next([5, 6, 7], PLAIN)
     with pytest.raises(InvalidInput):
-        draft.next([5, 6, 1000], GREEDY)
-    found = draft.next([5, 6], GREEDY)
+        draft.next([5, 6, 1000], PLAIN)
+    found = draft.next([5, 6], PLAIN)
     assert found == (expected[0], pytest.approx(expected[1], rel=1e-3))
 
 

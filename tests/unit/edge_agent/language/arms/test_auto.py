@@ -14,7 +14,7 @@ from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.remote_query import RemoteQuery
 from isthmus.edge_agent.language.remote_session import RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
-from isthmus.edge_agent.language.request import GenerationRequest, Span, Token, local_token
+from isthmus.edge_agent.language.request import GenerationRequest, Span, Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm, ArmPlan, ConfidenceStats
@@ -98,7 +98,7 @@ class Answer:
         return RemoteArm(self.sequence, self.session, rounds, self._fall_back)
 
     def _fall_back(self, text: Sequence[int]) -> Token:
-        return local_token(self.logits(text), self.sequence.request, len(text))
+        return self.sequence.choose(self.logits(text), text)
 
 
 def auto(cloud: Cloud, route: Route, every: int = 4, **settings: Any) -> Answer:

@@ -22,6 +22,7 @@ from isthmus.edge_agent.policy.estimates import Average
 from isthmus.edge_agent.policy.speculation import RETRY_ANSWERS, Acceptance, MeasuredLatency, SpeculationStats
 from isthmus.models.errors import ContextGone, DeadlineExceeded, InvalidInput, LinkDown, Overloaded, ServiceError
 from isthmus.models.language.drafts import LookupDraft
+from isthmus.models.language.processors import TokenChooser
 from isthmus.models.language.sampling import log_softmax
 from isthmus.models.messages import GREEDY, Committed, Round, Sampling
 from isthmus.protos.limits import MAX_DRAFT
@@ -52,12 +53,12 @@ class Source:
         self._random = random.Random(seed)
         self.asked: list[list[int]] = []
 
-    def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
         self.asked.append(list(text))
         if self._random.random() < self._silent:
             return None
         right = self._random.random() < self._right
-        token = self._brain.next(text, sampling) if right else self._random.choice([EOS, *range(VOCAB)])
+        token = self._brain.next(text, chooser.sampling) if right else self._random.choice([EOS, *range(VOCAB)])
         return token, self._random.random()
 
 
@@ -204,9 +205,9 @@ def test_nothing_is_drafted_behind_an_end_of_text() -> None:
     brain = Brain(3, ends=False)
 
     class Ending(Source):
-        def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
+        def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
             assert EOS not in text
-            found = super().next(text, sampling)
+            found = super().next(text, chooser)
             return (EOS, 0.9) if len(text) % 3 == 0 else found
 
     answer = Answer(Cloud(brain), count=30, draft=Ending(brain, 1.0)).run()
@@ -226,8 +227,8 @@ def test_a_source_without_ideas_hands_over_to_the_cloud_in_mid_answer() -> None:
     brain = Brain(5, ends=False)
 
     class Short(Source):
-        def next(self, text: Sequence[int], sampling: Sampling) -> tuple[int, float] | None:
-            return None if len(text) >= 10 else super().next(text, sampling)
+        def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
+            return None if len(text) >= 10 else super().next(text, chooser)
 
     answer = Answer(Cloud(brain), count=40, draft=Short(brain, 1.0)).run()
     assert answer.ids == brain.answer(PROMPT, 40)
