@@ -168,7 +168,9 @@ def check_biases(biases: Sequence[tuple[int, float]]) -> None:
     if not isinstance(biases, tuple) or len(biases) > MAX_LOGIT_BIASES:
         raise InvalidInput(f"logit_bias is a tuple of at most {MAX_LOGIT_BIASES} pairs of token id and bias")
     for pair in biases:
-        id_, bias = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise InvalidInput(f"logit_bias holds {pair!r}, expected pairs of token id and bias")
+        id_, bias = pair
         if not isinstance(id_, Integral) or not 0 <= id_ < 1 << 32:
             raise InvalidInput(f"logit_bias names {id_!r}, expected a token id")
         if not isinstance(bias, Real) or not abs(bias) <= MAX_LOGIT_BIAS:

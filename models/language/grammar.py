@@ -12,6 +12,8 @@ holds, its size, its nesting and what compiling and each mask may compute are bo
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -30,6 +32,7 @@ from isthmus.models.messages import Grammar
 MAX_COMPILED = 32  # grammars of a tokenizer that are kept; an agent's tools are one
 MAX_TOKENIZERS = 2
 MAX_NESTING = 64  # levels of brackets in a schema or an expression: compiling recurses
+MAX_REPEATS = 4_000  # of a part of a regular expression, by counts within counts
 MAX_ERROR = 200  # characters of what the library says
 # Separators without a choice: with one, a small model can write white space without end, and fewer tokens are forced.
 JSON_OPTIONS: dict[str, object] = {
@@ -42,6 +45,11 @@ JSON_OPTIONS: dict[str, object] = {
 }
 ANY_OBJECT = {"type": "object"}
 BEFORE = "\x02"  # encoded before a text, whose first token would else begin with a space of its own
+PARTS = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<open>\()|(?P<close>\))|\{(?:\d*,)?(?P<count>\d+),?\}", re.DOTALL
+)
+QUOTED = re.compile(r'"((?:\\.|[^"\\])*)"|/((?:\\.|[^/\\\n])+)/')  # strings of JSON and Lark, expressions of Lark
+COUNTED = re.compile(r"[~.](\d{1,9})")
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T")
@@ -225,6 +233,7 @@ def end_ids_of(tokenizer: Tokenizer) -> list[int]:
 def source_of(grammar: Grammar) -> str:
     """A grammar as llguidance reads it. Raises InvalidInput for JSON that is none, and for what is nested too deep."""
     check_nesting(grammar.text)
+    check_repeats(grammar)
     match grammar.kind:
         case "regex":
             return llguidance.LLMatcher.grammar_from_regex(grammar.text)
@@ -265,6 +274,36 @@ def check_nesting(text: str) -> None:
                 raise InvalidInput(f"the grammar nests more than {MAX_NESTING} brackets")
         elif character in ")]}":
             depth = max(depth - 1, 0)
+
+
+def check_repeats(grammar: Grammar) -> None:
+    """Raises InvalidInput for counted repetitions within each other, `(a{9}){9}`, that make more than MAX_REPEATS.
+
+    Their derivatives are as large as the product of the counts, and no limit of the library counts that. Between rules
+    of a Lark grammar, `a~9`, every product may come about.
+    """
+    texts, between = [grammar.text], 1
+    if grammar.kind != "regex":
+        texts = [found[1] or found[2] or "" for found in QUOTED.finditer(grammar.text)]
+    if grammar.kind == "lark":
+        between = math.prod(max(int(found[1]), 1) for found in COUNTED.finditer(grammar.text))
+    if between * max(map(repeats, texts), default=1) > MAX_REPEATS:
+        raise InvalidInput(f"the grammar repeats a part more than {MAX_REPEATS} times by counts within each other")
+
+
+def repeats(expression: str) -> int:
+    """How often the counts of a regular expression repeat a part of it at most."""
+    most, last = [1], 1  # of each group that is open, and of the last that was closed
+    for part in PARTS.finditer(expression):
+        if part["open"]:
+            most.append(1)
+        elif part["close"]:
+            last = most.pop() if len(most) > 1 else most[0]
+            most[-1] = max(most[-1], last)
+        elif part["count"]:
+            inner = last if expression[part.start() - 1] == ")" else 1
+            most[-1] = max(most[-1], inner * int(part["count"][:9]))
+    return max(most)
 
 
 def one_line(text: str) -> str:

@@ -201,7 +201,31 @@ def test_a_grammar_that_cannot_be_used_is_refused_in_one_line(words: Tokenizer, 
 
 def test_a_grammar_that_takes_too_much_ends_its_answer(words: Tokenizer) -> None:
     with pytest.raises(InvalidInput, match="the grammar cannot go on: "):
-        walk(state_of(words, "regex", "x*((a{1000}){1000}){1000}"), words, 1, 3000)
+        walk(state_of(words, "regex", "([a-z]*a[a-z]{200}|[0-9a-f]*b.{300})+"), words, 1, 3000)
+
+
+IPV6 = "([0-9a-f]{1,4}:){7,7}[0-9a-f]{1,4}|([0-9a-f]{1,4}:){1,7}:|([0-9a-f]{1,4}:){1,6}(:[0-9a-f]{1,4}){1,6}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "fits"),
+    [
+        ("regex", IPV6, True),
+        ("regex", r"[(]{300}\({300}[)(]{3,}", True),
+        ("regex", "x*((a{1000}){1000}){1000}", False),
+        ("regex", "x*((a{100,}b)(c{2,1000}[)])){11}", False),
+        ("json_schema", '{"type": "string", "pattern": "^(a{101}){99,100}$"}', False),
+        ("json_schema", '{"type": "string", "minLength": 5, "maxLength": 50000}', True),
+        ("lark", "start: A~101 B\nA: C~100\nB: C\nC: /x/", False),
+        ("lark", "start: /(a{1000}){1000}/", False),
+    ],
+)
+def test_counts_within_counts_are_bounded(words: Tokenizer, kind: str, text: str, fits: bool) -> None:
+    if fits:
+        state_of(words, kind, text)
+        return
+    with pytest.raises(InvalidInput, match="repeats a part more than 4000 times"):
+        state_of(words, kind, text)
 
 
 @pytest.mark.parametrize(
