@@ -143,7 +143,7 @@ class Sampling:
         if not isinstance(self.seed, Integral) or not 0 <= self.seed <= MAX_SEED:
             raise InvalidInput(f"seed is {self.seed!r}, expected 0 to {MAX_SEED}")
         for name, penalty in (("frequency", self.frequency_penalty), ("presence", self.presence_penalty)):
-            if not isinstance(penalty, Real) or not abs(penalty) <= MAX_PENALTY:
+            if not isinstance(penalty, int | float) or not abs(penalty) <= MAX_PENALTY:
                 raise InvalidInput(f"{name}_penalty is {penalty!r}, expected {-MAX_PENALTY:.0f} to {MAX_PENALTY:.0f}")
         check_biases(self.logit_bias)
         if not (self.grammar is None or isinstance(self.grammar, Grammar)):
@@ -171,9 +171,9 @@ def check_biases(biases: Sequence[tuple[int, float]]) -> None:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise InvalidInput(f"logit_bias holds {pair!r}, expected pairs of token id and bias")
         id_, bias = pair
-        if not isinstance(id_, Integral) or not 0 <= id_ < 1 << 32:
+        if not isinstance(id_, int) or not 0 <= id_ < 1 << 32:
             raise InvalidInput(f"logit_bias names {id_!r}, expected a token id")
-        if not isinstance(bias, Real) or not abs(bias) <= MAX_LOGIT_BIAS:
+        if not isinstance(bias, int | float) or not abs(bias) <= MAX_LOGIT_BIAS:
             raise InvalidInput(
                 f"logit_bias of token {id_} is {bias!r}, expected {-MAX_LOGIT_BIAS:.0f} to {MAX_LOGIT_BIAS:.0f}"
             )

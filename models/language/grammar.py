@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import llguidance
 import numpy as np
@@ -29,13 +29,16 @@ from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.messages import Grammar
 
+if TYPE_CHECKING:  # it is in the library's stubs alone
+    from llguidance._lib import JsonCompileOptions
+
 MAX_COMPILED = 32  # grammars of a tokenizer that are kept; an agent's tools are one
 MAX_TOKENIZERS = 2
 MAX_NESTING = 64  # levels of brackets in a schema or an expression: compiling recurses
 MAX_REPEATS = 4_000  # of a part of a regular expression, by counts within counts
 MAX_ERROR = 200  # characters of what the library says
 # Separators without a choice: with one, a small model can write white space without end, and fewer tokens are forced.
-JSON_OPTIONS: dict[str, object] = {
+JSON_OPTIONS: JsonCompileOptions = {
     "whitespace_flexible": False,
     "whitespace_pattern": None,
     "item_separator": ", ",

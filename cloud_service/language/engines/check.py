@@ -6,14 +6,15 @@ It also warms the engine up. Greedy choices of two ways of computing differ wher
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from isthmus.cloud_service.language.engines.protocol import Engine
-from isthmus.models.errors import EngineDown
+from isthmus.models.errors import EngineDown, EngineFault
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
-from isthmus.models.messages import GREEDY
+from isthmus.models.messages import GREEDY, Grammar, Processor, Sampling
 
 T = TypeVar("T")
 ANSWER = 128  # tokens that are streamed at most after each text
@@ -37,6 +38,12 @@ TOPICS = (
     "how to plan a garden for a dry summer",
     "the first day of a new teacher at a school",
 )
+PROBE_TOKENS = 16
+PROBES: dict[Processor, tuple[Grammar, str]] = {  # a grammar, and what its texts begin with
+    "regex": (Grammar("regex", "7{3}[xy]"), "777[xy]$"),
+    "json_schema": (Grammar("json_schema", '{"enum": ["abc"]}'), '"abc"$'),
+    "json_object": (Grammar("json_object"), "[{]"),
+}
 STARTS = ("Here is a text about {}:\n\n", "{}. Once", "Question: tell me about {}.\nAnswer:", "1. {}:\n2.")
 
 
@@ -65,6 +72,26 @@ async def compare(engine: Engine, tokenizer: Tokenizer, tokens: int, context: in
         compared += sum(tokens for tokens, _ in found)
         mismatched += sum(different for _, different in found)
     return compared, mismatched
+
+
+async def applied(engine: Engine, tokenizer: Tokenizer, processors: Sequence[Processor]) -> tuple[Processor, ...]:
+    """Those of `processors` that the engine applies: a server may ignore or refuse a field that it does not know."""
+    return tuple(
+        [name for name in processors if name not in PROBES or await keeps_to(engine, tokenizer, *PROBES[name])]
+    )
+
+
+async def keeps_to(engine: Engine, tokenizer: Tokenizer, grammar: Grammar, expected: str) -> bool:
+    """Whether the text that the engine writes by a grammar is as `expected`, a regular expression."""
+    streamed = engine.stream(tokenizer.encode(TEXT), Sampling(grammar=grammar), PROBE_TOKENS, None)
+    try:
+        async with aclosing(streamed) as choices:
+            ids = [choice.token async for choice in choices]
+    except EngineFault:  # it refuses the field
+        return False
+    return (
+        re.match(expected, tokenizer.decode([id_ for id_ in ids if id_ not in tokenizer.eos_ids]).strip()) is not None
+    )
 
 
 async def at_once(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -13,12 +13,26 @@ from typing import Any, Protocol
 from isthmus.cloud_service.language.engines.answers import listed, mapping
 from isthmus.cloud_service.language.engines.protocol import Choice, EngineIdentity
 from isthmus.models.errors import EngineDown
-from isthmus.models.messages import Sampling
+from isthmus.models.messages import Processor, Sampling
 
 MODELS = "/v1/models"  # of vLLM, SGLang, and whatever calls itself compatible with OpenAI
 MIN_TOP = 2  # likeliest tokens of a scored position: equal ones are told apart by their ids
 MAX_NAMES = 200  # characters of a list of models
 MAX_NAME = 512  # of one: it may be a path
+
+
+PENALTIES: tuple[Processor, ...] = ("logit_bias", "penalties")  # which OpenAI's completions have
+
+
+def penalty_fields(sampling: Sampling) -> dict[str, Any]:
+    """Biases and penalties as OpenAI writes them, and others with it; none where none are asked for."""
+    fields: dict[str, Any] = {}
+    if sampling.logit_bias:
+        fields["logit_bias"] = {str(id_): bias for id_, bias in sampling.logit_bias}
+    if "penalties" in sampling.processors:
+        fields["frequency_penalty"] = sampling.frequency_penalty
+        fields["presence_penalty"] = sampling.presence_penalty
+    return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +54,11 @@ class StreamReader(Protocol):
 
 
 class Dialect(Protocol):
-    """Of one server. `scores`, `logprobs`: what it can be asked for."""
+    """Of one server. `scores`, `logprobs`, `processors`: what it can be asked for."""
 
     scores: bool
     logprobs: bool
+    processors: tuple[Processor, ...]
     ping: Call
 
     def tokens_call(self, model: str, text: str) -> Call | None:

@@ -77,7 +77,8 @@ class HttpEngine:
         self._name = found.name
         if self._probe is not None:
             self._dialect = await self._probed(self._probe)
-        return replace(found, scores=self._spoken.scores, logprobs=self._spoken.logprobs)
+        spoken = self._spoken
+        return replace(found, scores=spoken.scores, logprobs=spoken.logprobs, processors=spoken.processors)
 
     async def ping(self) -> None:
         try:

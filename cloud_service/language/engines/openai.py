@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from isthmus.cloud_service.language.engines.answers import read_event
-from isthmus.cloud_service.language.engines.dialect import MODELS, Call, Dialect, StreamReader
+from isthmus.cloud_service.language.engines.dialect import (
+    MODELS,
+    PENALTIES,
+    Call,
+    Dialect,
+    StreamReader,
+    penalty_fields,
+)
 from isthmus.cloud_service.language.engines.protocol import Choice
 from isthmus.cloud_service.language.engines.vllm import COMPLETIONS, VllmDialect, only_choice
 from isthmus.models.errors import EngineFault
@@ -53,6 +60,7 @@ class TextDialect:
     """Speaks in text."""
 
     scores = logprobs = False
+    processors = PENALTIES  # of grammars completions have none that all servers agree on
     ping = LIST
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -82,6 +90,7 @@ class TextDialect:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stream": True,
+            **penalty_fields(sampling),
         }
         if sampling.temperature > 0:
             body["seed"] = sampling.seed

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from isthmus.cloud_service.language.session import EventQueue
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
-from isthmus.models.messages import Logprobs, ModelInfo, Opening, Round, Sampling
+from isthmus.models.messages import Logprobs, ModelInfo, Opening, Processor, Round, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class EngineIdentity:
     version: str = ""
     scores: bool = True  # whether `score` can be called
     logprobs: bool = True  # whether choices can have log-probabilities
+    processors: tuple[Processor, ...] = ()  # what a stream's choices can be made with
 
 
 class Engine(Protocol):

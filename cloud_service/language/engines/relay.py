@@ -82,6 +82,8 @@ class RelayHost:
             raise UnknownBundle("the engine behind this service takes tokens, and no hidden states")
         if opening.logprobs is not None and not self._watch.logprobs:
             raise InvalidInput("the engine behind this service gives no log-probabilities")
+        if unknown := [name for name in opening.sampling.processors if name not in info.processors]:
+            raise InvalidInput(f"the engine behind this service cannot apply {', '.join(unknown)}")
         former = self._sessions.get(opening.session)
         known = former.sequence.tokens if former is not None else []
         tokens = opened_tokens(opening, known, info.vocab, info.context)
@@ -202,8 +204,15 @@ class RelayHost:
                 return
 
     async def _stream(self, session: RelaySession, work: ScheduledWork) -> None:
-        """Tokens until the round and its extension end, another round comes, or the device does not read them."""
+        """Tokens until the round and its extension end, another round comes, or the device does not read them.
+
+        What depends on the answer's tokens is asked for once: an engine counts them from the beginning of a request.
+        Raises InvalidInput where an answer has begun before.
+        """
         sequence, last_s = session.sequence, time.monotonic()
+        whole = session.sampling.reads_answer
+        if whole and len(sequence.tokens) != session.opening.answer_start:
+            raise InvalidInput("the engine behind this service cannot go on with a grammar or penalties: ask again")
         limit = min(1 + work.extend, sequence.room)
         choices = self._engine.stream(tuple(sequence.tokens), session.sampling, limit, session.opening.logprobs)
         async with aclosing(choices):
@@ -214,7 +223,9 @@ class RelayHost:
                 current.started_s = current.started_s or last_s
                 current.compute_s, last_s = now_s - last_s, now_s
                 self._commit(session, current, choice)
-                if session.rounds or session.events.unread:
+                if whole:
+                    await session.wait_read()
+                elif session.rounds or session.events.unread:
                     return
 
     def _commit(self, session: RelaySession, work: ScheduledWork, choice: Choice) -> bool:

@@ -64,11 +64,16 @@ class RelaySession:
     def check(self, round_: Round) -> None:
         """Raises InvalidInput for a round that cannot be settled exactly."""
         self.sequence.check(round_)
-        temperature = self.opening.sampling.temperature
+        temperature, processors = self.opening.sampling.temperature, self.opening.sampling.processors
         if round_.draft and temperature > 0:
             raise InvalidInput(
                 f"a draft at temperature {temperature} cannot be verified: "
                 "the engine behind this service samples by itself; use the arm cloud"
+            )
+        if round_.draft and processors:
+            raise InvalidInput(
+                f"a draft with {', '.join(processors)} cannot be verified: "
+                "the engine behind this service scores texts without; use the arm cloud"
             )
 
     def next_work(self) -> ScheduledWork | None:

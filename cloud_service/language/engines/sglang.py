@@ -19,18 +19,20 @@ from isthmus.cloud_service.language.engines.answers import (
     read_event,
     token_id,
 )
-from isthmus.cloud_service.language.engines.dialect import MIN_TOP, Call, StreamReader
+from isthmus.cloud_service.language.engines.dialect import MIN_TOP, PENALTIES, Call, StreamReader, penalty_fields
 from isthmus.cloud_service.language.engines.protocol import Choice
 from isthmus.models.errors import EngineFault
-from isthmus.models.messages import GREEDY, Logprobs, Sampling
+from isthmus.models.messages import GREEDY, Logprobs, Processor, Sampling
 
 GENERATE = "/generate"
+ANY_OBJECT = '{"type": "object"}'  # a schema
 
 
 class SglangDialect:
     """`vocab`, `end_ids`: of the tokenizer."""
 
     scores = logprobs = True
+    processors: tuple[Processor, ...] = (*PENALTIES, "json_object", "json_schema", "regex")
     ping = Call("/health")
 
     def __init__(self, vocab: int, end_ids: Iterable[int]) -> None:
@@ -80,7 +82,11 @@ class SglangDialect:
             "stop_token_ids": self._end_ids,
             "skip_special_tokens": False,
             "no_stop_trim": True,
+            **penalty_fields(sampling),
         }
+        if (grammar := sampling.grammar) is not None:
+            kind = "regex" if grammar.kind == "regex" else "json_schema"
+            params[kind] = grammar.text or ANY_OBJECT
         if sampling.temperature > 0:
             params["sampling_seed"] = sampling.seed
         return params

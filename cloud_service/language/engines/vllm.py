@@ -21,10 +21,10 @@ from isthmus.cloud_service.language.engines.answers import (
     read_event,
     token_id,
 )
-from isthmus.cloud_service.language.engines.dialect import MIN_TOP, Call, StreamReader
+from isthmus.cloud_service.language.engines.dialect import MIN_TOP, PENALTIES, Call, StreamReader, penalty_fields
 from isthmus.cloud_service.language.engines.protocol import Choice
 from isthmus.models.errors import EngineFault
-from isthmus.models.messages import GREEDY, Logprobs, Sampling
+from isthmus.models.messages import GREEDY, Grammar, Logprobs, Processor, Sampling
 
 HEALTH = Call("/health")
 COMPLETIONS = "/v1/completions"
@@ -37,6 +37,7 @@ class VllmDialect:
     """`vocab`, `end_ids`: of the tokenizer; an answer ends with one of the latter and nothing else."""
 
     logprobs = True
+    processors: tuple[Processor, ...] = (*PENALTIES, "json_object", "json_schema", "regex")
 
     def __init__(self, vocab: int, end_ids: Iterable[int], *, scores: bool = True, ping: Call = HEALTH) -> None:
         self.scores, self.ping = scores, ping
@@ -90,12 +91,26 @@ class VllmDialect:
             "stop_token_ids": self._end_ids,
             "skip_special_tokens": False,
             **NEUTRAL,
+            **penalty_fields(sampling),
         }
+        if sampling.grammar is not None:
+            body["structured_outputs"] = structured(sampling.grammar)
         if sampling.temperature > 0:
             body["seed"] = sampling.seed
         if top is not None:
             body.update(logprobs=top, return_tokens_as_token_ids=True)
         return body
+
+
+def structured(grammar: Grammar) -> dict[str, Any]:
+    """A grammar as vLLM reads it."""
+    match grammar.kind:
+        case "regex":
+            return {"regex": grammar.text}
+        case "json_schema":
+            return {"json": grammar.text}
+        case _:
+            return {"json_object": True}
 
 
 class VllmStreamReader:

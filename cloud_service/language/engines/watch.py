@@ -12,9 +12,9 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from isthmus.cloud_service.language.engines.check import check_tokenizer, compare
+from isthmus.cloud_service.language.engines.check import applied, check_tokenizer, compare
 from isthmus.cloud_service.language.engines.metrics import RequestMetrics
 from isthmus.cloud_service.language.engines.protocol import Engine, EngineIdentity
 from isthmus.models.errors import EngineDown, EngineFault, Overloaded
@@ -103,7 +103,11 @@ class Watch:
             compared, mismatched = await compare(self._engine, self.tokenizer, tokens, context)
         self._metrics.compared(compared, mismatched)
         verifies = identity.scores and mismatched <= MAX_MISMATCH * compared
-        return declare(identity.name, self.tokenizer, context, verifies, (compared, mismatched))
+        processors = identity.processors
+        if self._settings.check_tokens:
+            processors = await applied(self._engine, self.tokenizer, processors)
+        found = declare(identity.name, self.tokenizer, context, verifies, (compared, mismatched))
+        return replace(found, processors=processors)
 
     async def _until_lost(self) -> None:
         """Raises EngineDown when it is."""

@@ -55,6 +55,14 @@ def test_describe_response_with_a_handoff_is_golden(golden: Callable[[str, bytes
     assert wire_describe.unpack_service(message) == info
 
 
+def test_describe_response_with_processors_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    info = dataclasses.replace(SERVICE, models=(dataclasses.replace(MODEL, processors=("logit_bias", "regex")),))
+    message = wire_describe.pack_service(info)
+    golden("describe_processors_v3.bin", message.SerializeToString(deterministic=True))
+    message.models[0].processors.append("one of a later version")
+    assert wire_describe.unpack_service(message) == info
+
+
 def test_describe_request_is_golden(golden: Callable[[str, bytes], None]) -> None:
     golden("describe_request_v3.bin", pb.DescribeRequest(padding=bytes(3)).SerializeToString(deterministic=True))
 

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 from google.protobuf.message import DecodeError, Message
 from hypothesis import given
@@ -21,7 +24,7 @@ from isthmus.models.errors import (
     PeerError,
     UnsupportedVersion,
 )
-from isthmus.models.messages import MAX_SEED, SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
+from isthmus.models.messages import MAX_SEED, SESSION_BYTES, Committed, Grammar, Logprobs, Opening, Round, Sampling
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
@@ -476,3 +479,68 @@ def test_a_round_of_one_state_is_at_most_32_bytes_of_framing_and_its_answer_40()
     down = wire_session.pack_committed(Committed(8191, 0, (49_151,), False, 0.100001, 0.300001, 3, 8191)).ByteSize()
     assert up - len(state) <= limits.MAX_FRAMING_BYTES
     assert down <= 40
+
+
+MASKED_OPENING = replace(
+    OPENING,
+    sampling=Sampling(
+        0.7, 0.95, 1234, ((3, -100.0), (49_151, 0.5)), 0.25, -1.5, Grammar("json_schema", '{"type": "null"}')
+    ),
+    answer_start=4,
+)
+
+
+def test_opening_with_processors_is_golden(golden: Callable[[str, bytes], None]) -> None:
+    golden(
+        "generate_open_masked_v3.bin", wire_session.pack_opening(MASKED_OPENING).SerializeToString(deterministic=True)
+    )
+
+
+def test_processors_arrive() -> None:
+    assert wire_session.unpack_generate(sent(wire_session.pack_opening(MASKED_OPENING))) == MASKED_OPENING
+
+
+@given(
+    biases=st.dictionaries(st.integers(0, VOCAB), st.floats(-100, 100, width=32), max_size=20),
+    frequency=st.floats(-2, 2),
+    presence=st.floats(-2, 2),
+)
+def test_biases_and_penalties_are_the_same_float32_at_both_ends(
+    biases: dict[int, float], frequency: float, presence: float
+) -> None:
+    sampling = Sampling(0.0, 1.0, 0, tuple(sorted(biases.items())), frequency, presence)
+    opening = replace(OPENING, sampling=sampling, answer_start=int(sampling.reads_answer))
+    if sampling.reads_answer and not (np.float32(frequency) or np.float32(presence)):
+        return  # underflows to no penalty, with which an answer has no start
+    found = wire_session.unpack_generate(sent(wire_session.pack_opening(opening)))
+    assert isinstance(found, Opening)
+    assert found.sampling.logit_bias == sampling.logit_bias
+    for ours, theirs in ((frequency, found.sampling.frequency_penalty), (presence, found.sampling.presence_penalty)):
+        assert np.float32(ours) == np.float32(theirs)
+
+
+HOSTILE_PROCESSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "too many biases": (
+        {"bias_tokens": [*range(301)], "biases": [0.0] * 301},
+        "301 biases of tokens, expected at most 300",
+    ),
+    "fewer biases than tokens": ({"bias_tokens": [1, 2], "biases": [0.5]}, "2 tokens with 1 biases"),
+    "a token twice": ({"bias_tokens": [1, 1], "biases": [0.5, 0.5]}, "names a token twice"),
+    "a bias that is no number": ({"bias_tokens": [1], "biases": [math.nan]}, "logit_bias of token 1 is nan"),
+    "a large bias": ({"bias_tokens": [1], "biases": [101.0]}, "expected -100 to 100"),
+    "a large penalty": ({"frequency_penalty": 2.5, "answer_start": 1}, "frequency_penalty is 2.5"),
+    "a penalty that is no number": ({"presence_penalty": math.inf, "answer_start": 1}, "presence_penalty is inf"),
+    "an unknown kind": ({"grammar": pb.Grammar(kind="yaml", text="a"), "answer_start": 1}, "grammar kind 'yaml'"),
+    "a long grammar": ({"grammar": pb.Grammar(kind="lark", text="a" * 65_537), "answer_start": 1}, "has 65537 bytes"),
+    "no start": ({"grammar": pb.Grammar(kind="json_object")}, "answer_start is 0, expected 1 to 5"),
+    "a start beyond the end": ({"presence_penalty": 1.0, "answer_start": 6}, "answer_start is 6, expected 1 to 5"),
+    "a start of nothing": ({"answer_start": 1}, "answer_start without penalties or a grammar"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), HOSTILE_PROCESSORS.values(), ids=HOSTILE_PROCESSORS)
+def test_processors_out_of_bounds_are_refused(fields: dict[str, Any], message: str) -> None:
+    opening = wire_session.pack_opening(OPENING)
+    opening.open.MergeFrom(pb.Open(**fields))
+    with pytest.raises((InvalidInput, PayloadTooLarge), match=re.escape(message)):
+        wire_session.unpack_generate(sent(opening))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from isthmus.cloud_service.language.engines.protocol import Choice, EngineIdenti
 from isthmus.cloud_service.language.engines.sglang import SglangDialect
 from isthmus.cloud_service.language.engines.vllm import VllmDialect
 from isthmus.models.errors import EngineDown, EngineFault
-from isthmus.models.messages import GREEDY, Logprobs, Sampling
+from isthmus.models.messages import GREEDY, Grammar, Logprobs, Sampling
 from tests.unit.cloud_service.language.engines.relayed import tiny_tokenizer
 
 VLLM, SGLANG = VllmDialect(259, (0, 2)), SglangDialect(259, (0, 2))
@@ -209,3 +210,42 @@ def test_tokens_of_a_text_are_the_longest() -> None:
 )
 def test_a_character_that_is_only_begun_is_cut_off(raw: bytes, text: str, rest: bytes) -> None:
     assert split_characters(raw) == (text, rest)
+
+
+SCHEMA = '{"type": "null"}'
+MASKED = Sampling(logit_bias=((5, -1.5),), frequency_penalty=0.5, presence_penalty=-0.25)
+GRAMMARS = [Grammar("regex", "a+"), Grammar("json_schema", SCHEMA), Grammar("json_object")]
+
+
+def masked(grammar: Grammar | None = None) -> Sampling:
+    return replace(MASKED, grammar=grammar)
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_engines_are_told_of_grammars_biases_and_penalties(grammar: Grammar) -> None:
+    penalties = {"logit_bias": {"5": -1.5}, "frequency_penalty": 0.5, "presence_penalty": -0.25}
+    vllm = VLLM.stream_call("m", (5,), masked(grammar), 7, None)[0].body
+    assert vllm is not None and vllm.items() >= penalties.items()
+    assert vllm["structured_outputs"] == {
+        "regex": {"regex": "a+"}, "json_schema": {"json": SCHEMA}, "json_object": {"json_object": True}
+    }[grammar.kind]  # fmt: skip
+    sglang = SGLANG.stream_call("m", (5,), masked(grammar), 7, None)[0].body
+    assert sglang is not None and sglang["sampling_params"].items() >= penalties.items()
+    found = {name: sglang["sampling_params"].get(name) for name in ("regex", "json_schema")}
+    assert (
+        found
+        == {
+            "regex": {"regex": "a+", "json_schema": None},
+            "json_schema": {"regex": None, "json_schema": SCHEMA},
+            "json_object": {"regex": None, "json_schema": '{"type": "object"}'},
+        }[grammar.kind]
+    )
+
+
+def test_a_server_of_completions_is_told_of_biases_and_penalties_alone() -> None:
+    dialect = TextDialect(tiny_tokenizer())
+    body = dialect.stream_call("m", (5,), masked(), 7, None)[0].body
+    assert body is not None and body["logit_bias"] == {"5": -1.5} and body["presence_penalty"] == -0.25
+    assert dialect.processors == ("logit_bias", "penalties")
+    plain = dialect.stream_call("m", (5,), GREEDY, 7, None)[0].body
+    assert plain is not None and not plain.keys() & {"logit_bias", "frequency_penalty", "presence_penalty"}
