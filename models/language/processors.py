@@ -100,7 +100,7 @@ class TokenChooser:
         return result_V
 
     def for_confidence(self, logits_V: Floats, text: Sequence[int]) -> Floats:
-        """Logits to judge a choice by: as `processed`, and none further below the likeliest than a model's own."""
+        """Logits for a confidence head: as `processed`, and none further below the likeliest than a model's own."""
         if self.plain:
             return logits_V
         result_V = self.processed(logits_V, text)

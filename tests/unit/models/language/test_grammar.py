@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,7 @@ from isthmus.models.language.checkpoint.checkpoint import open_tokenizer
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.grammar import MAX_COMPILED, Grammars, GrammarState, LastGrammars, json_rule
 from isthmus.models.messages import MAX_GRAMMAR_BYTES, Grammar
+from tests.bench.schemas import Schemas
 from tests.bench.tiny_llama import write_tiny_llama
 
 # Expressions that describe few texts: every one of them can be tried.
@@ -163,6 +165,18 @@ def test_a_tool_call_within_free_text(words: Tokenizer) -> None:
     answer, ended = walk(state_of(words, "lark", lark), words, 3)
     assert ended and words.special(answer[0])
     assert json.loads(words.decode(answer[1:]))["age"] <= 99
+
+
+def test_answers_are_what_their_schema_says(words: Tokenizer) -> None:
+    """Random tokens through schemas of many shapes; `tests.bench.grammar` has a thousand, and a model's tokens."""
+    schemas, ended = Schemas(3), 0
+    for seed in range(60):
+        schema = schemas.next()
+        answer, whole = walk(state_of(words, "json_schema", schema), words, seed, 150)
+        if whole:
+            jsonschema.Draft202012Validator(schema).validate(json.loads(words.decode(answer)))
+        ended += whole
+    assert ended >= 40
 
 
 HOSTILE = {
