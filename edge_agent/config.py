@@ -27,6 +27,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 MIN_DEADLINE_S, MAX_DEADLINE_S = 0.001, 600
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Origin = Annotated[
+    str, Field(max_length=300, pattern=r"^[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+$")
+]  # as browsers send it
 ConnectSeconds = Annotated[
     float, Field(ge=0, le=600, description="Seconds to wait for the cloud's first answer before starting without it.")
 ]
@@ -235,6 +238,14 @@ class HttpConfig(Settings):
             " to web pages."
         ),
         Flag("allowed_host"),
+    ] = ()
+    allowed_origins: Annotated[
+        tuple[Origin, ...],
+        Field(
+            description="Origin of web pages that may use the API from a browser, such as https://app.example.org;"
+            " repeatable. Without any, only pages that the agent's own address serves."
+        ),
+        Flag("allowed_origin"),
     ] = ()
     max_requests: Annotated[
         int,

@@ -3,7 +3,8 @@
     IsthmusError
     ├── CallerError             the input or the request is wrong; trying again unchanged cannot help
     │   ├── InvalidInput        an image, argument or message that cannot be used
-    │   │   └── ContextExceeded     a prompt that leaves no room for an answer in the model's context
+    │   │   ├── ContextExceeded     a prompt that leaves no room for an answer in the model's context
+    │   │   └── InvalidGrammar      a grammar or a JSON schema that no answer can be held to
     │   ├── BundleError         a bundle on disk is missing, changed, of another version or inconsistent
     │   ├── ContextGone         the service no longer holds this session's KV cache: open it again
     │   ├── PayloadCorrupt      checksum, truncation or symbols that the tables cannot produce
@@ -44,6 +45,10 @@ class InvalidInput(CallerError):
 
 class ContextExceeded(InvalidInput):
     """A prompt that leaves no room for an answer in the model's context."""
+
+
+class InvalidGrammar(InvalidInput):
+    """A grammar or a JSON schema that no answer can be held to."""
 
 
 class BundleError(CallerError):

@@ -2,7 +2,7 @@
 
 /v1/infer, /v1/status                               see infer, with a vision bundle
 /v1/chat/completions, /v1/completions, /v1/models   see openai.routes, with a language model
-GET /healthz                                        200 as long as the agent can answer, with or without a cloud
+GET /healthz, /health                               200 as long as the agent can answer, with or without a cloud
 GET /metrics                                        Prometheus
 
 Every request passes the guard first.
@@ -16,12 +16,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from isthmus.edge_agent.config import HttpConfig
-from isthmus.edge_agent.http.guard import HEALTH, Guard, problem
+from isthmus.edge_agent.http.guard import HEALTH_PATHS, Guard, problem
 from isthmus.edge_agent.http.infer import InferApi
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.http.origins import OriginPolicy
@@ -45,11 +46,33 @@ def create_app(
             api.update_metrics()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    routes = [Route(HEALTH, health), *language, *(api.routes if api else ()), Route("/metrics", export)]
+    routes = [
+        *(Route(path, health) for path in HEALTH_PATHS),
+        *language,
+        *(api.routes if api else ()),
+        Route("/metrics", export),
+    ]
     metrics = HttpMetrics(registry, [route.path_format for route in routes])
-    origins = OriginPolicy(http.listen, http.allowed_hosts)
+    origins = OriginPolicy(http.listen, http.allowed_hosts, http.allowed_origins)
     guard = Middleware(Guard, routes=routes, origins=origins, metrics=metrics, timeout_s=http.client_timeout_s)
-    return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: http_problem})
+    return Starlette(
+        routes=routes, middleware=[guard, *cross_origin(http)], exception_handlers={HTTPException: http_problem}
+    )
+
+
+def cross_origin(http: HttpConfig) -> list[Middleware]:
+    """What tells browsers that pages of the allowed origins may read answers; nothing where none is allowed."""
+    if not http.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=http.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+        )
+    ]
 
 
 async def health(request: Request) -> Response:

@@ -1,7 +1,7 @@
 """What every request passes before the application: the health check, the origin, the path, and the count at its end.
 
-/healthz is answered here, whatever else is refused or busy. Before an error is sent, what still comes of the body is
-read and thrown away: closing a connection with unread bytes resets it, and the client never sees the error.
+/healthz and /health are answered here, whatever else is refused or busy. Before an error is sent, what still comes of
+the body is read and thrown away: closing a connection with unread bytes resets it, and the client never sees the error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.http.origins import OriginPolicy
 
-HEALTH = "/healthz"
+HEALTH_PATHS = ("/healthz", "/health")
 OTHER = "other"  # label of paths without a route
 TOO_SLOW = 408
 CLIENT_LEFT = 499  # as nginx calls it
@@ -83,7 +83,7 @@ class Guard:
             self._metrics.count(self._label(scope), exchange.code)
 
     def _answer(self, scope: Scope, headers: Headers) -> ASGIApp:
-        if scope["path"] == HEALTH and scope["method"] in ("GET", "HEAD"):
+        if scope["path"] in HEALTH_PATHS and scope["method"] in ("GET", "HEAD"):
             return JSONResponse({"status": "ok"})
         refusal = self._origins.refusal(scope["method"], headers)
         return self._app if refusal is None else problem(403, refusal)

@@ -1,8 +1,9 @@
-"""Who may use the local API from a browser: nobody but pages that the agent's own address serves.
+"""Who may use the local API from a browser: pages that the agent's own address serves, and those of allowed origins.
 
     Host                    an IP address, localhost, the address listened on, or an allowed name: another name may have
                             been pointed at this device by a page of that name (DNS rebinding)
-    Sec-Fetch-Site, Origin  of requests that do something: those of the same origin. Other programs send neither.
+    Sec-Fetch-Site, Origin  of requests that do something: those of the same origin, or of an allowed one. Other
+                            programs send neither.
 
 Knows nothing about how a response is sent.
 """
@@ -26,11 +27,12 @@ class OriginPolicy:
     With no `allowed` names any will do beyond loopback, for programs that are no browsers.
     """
 
-    def __init__(self, listen: str, allowed: Iterable[str]) -> None:
+    def __init__(self, listen: str, allowed: Iterable[str], origins: Iterable[str] = ()) -> None:
         host = parse_address(listen).host
         names = {name.lower().rstrip(".") for name in allowed}
         self._any = not names and not is_loopback(host)
         self._names = names | {host.lower(), "localhost"}
+        self._origins = frozenset(origins)
 
     def refusal(self, method: str, headers: Headers) -> str | None:
         """Why a request is refused, or None."""
@@ -38,9 +40,9 @@ class OriginPolicy:
         for host in headers.getlist("host"):
             if not (any_name or self._is_ours(host)):
                 return f"Host {ascii(host)[:MAX_SHOWN]} is not a name of this agent; --allowed-host adds one"
-        if method in SAFE_METHODS or is_same_origin(headers):
+        if method in SAFE_METHODS or is_same_origin(headers) or headers.get("origin") in self._origins:
             return None
-        return "a page of another origin may not use this agent"
+        return "a page of another origin may not use this agent; --allowed-origin allows one"
 
     def _is_ours(self, host: str) -> bool:
         name = host_name(host)

@@ -26,6 +26,7 @@ from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.language.router import Router
+from isthmus.edge_agent.language.scoring import score_locally
 from isthmus.edge_agent.language.text import TextInterface
 from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache, cache_folder
 from isthmus.edge_agent.lifetime import Lifetime
@@ -165,6 +166,22 @@ class LanguageAgent(TextInterface):
         self._lifetime.check()
         events = self._stream_events(*self._checked(request, cancelled), cancelled)
         return events if self._metrics is None else self._metrics.watch(events)
+
+    def score(self, request: GenerationRequest, cancelled: threading.Event | None = None) -> list[Token]:
+        """The prompt's tokens with log probabilities by the device's model; the first has none. Raises IsthmusError."""
+        self._lifetime.check()
+        check_values(replace(request, max_tokens=1))
+        local, device = self._resources.local, self._device
+        if request.arm not in ("edge", "auto") or local is None or device is None:
+            raise InvalidInput(
+                f"arm {request.arm} has no log probabilities of prompts: arm edge of a device with a model"
+            )
+        if request.vocabulary not in (b"", device.tokenizer.vocabulary):
+            raise InvalidInput("the prompt was encoded by another tokenizer than arm edge has: encode it again")
+        if not 0 <= min(request.prompt) <= max(request.prompt) < device.vocab:
+            raise InvalidInput(f"a token of the prompt is outside of the vocabulary of {device.vocab}")
+        with closing(local.session(cancelled)) as session:
+            return score_locally(session, request)
 
     def close(self) -> None:
         """End the links. Later requests raise AgentClosed."""

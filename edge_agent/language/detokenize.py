@@ -45,10 +45,14 @@ class Detokenizer:
     """The text of one answer, token by token. `stopped` is true once a stop string is complete.
 
     `continues`: the answer goes on where the text of the prompt ends, so its first token keeps its leading space.
+    `keeps_end`: end-of-text tokens are released too, with no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, continues: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, continues: bool = False, keeps_end: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._left_out = frozenset() if keeps_end else tokenizer.eos_ids
         self._stops = tuple(stop for stop in stops if stop)
         self._stream = TextStream(0 if continues else tokenizer.leading_spaces)
         self._held: list[TextDelta] = []
@@ -56,7 +60,7 @@ class Detokenizer:
 
     def push(self, token: Token) -> tuple[TextDelta, ...]:
         """Add a token; returns what can be released now. An end-of-text token has no text and is left out."""
-        if self.stopped or token.id in self._tokenizer.eos_ids:
+        if self.stopped or token.id in self._left_out:
             return ()
         self._held.append(TextDelta(token, self._stream.push(bytes_of(self._tokenizer, token.id))))
         return self._release(final=False)

@@ -23,7 +23,7 @@ from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import LinkDown
-from isthmus.models.language.drafts import Draft, LookupDraft
+from isthmus.models.language.drafts import Draft, LookupDraft, PredictionDraft
 from isthmus.models.language.grammar import Grammars, GrammarState
 from isthmus.models.language.sampling import Floats
 from isthmus.models.messages import Grammar
@@ -87,7 +87,8 @@ class Generation:
             case "handoff":
                 return self._handoff()
             case "verify" if (draft := self._draft()) is not None:
-                speculation = self._resources.router.drafts
+                router = self._resources.router
+                speculation = router.predictions if self.sequence.request.prediction else router.drafts
                 return VerifyArm(self.sequence, self._token_session(), self.stats, speculation, draft, self._fallback())
             case _:
                 session = self._token_session()
@@ -135,6 +136,8 @@ class Generation:
         return self._sessions[kind]
 
     def _draft(self) -> Draft | None:
+        if prediction := self.sequence.request.prediction:
+            return PredictionDraft(prediction, len(self.sequence.request.prompt))
         if self._resources.config.draft == "lookup":
             return LookupDraft()
         return self._local if self._local is not None and len(self.sequence) < self._local.context else None

@@ -179,6 +179,17 @@ class LocalSession:
         """Logits (vocab,) after `tokens`. Raises InvalidInput when there are more than the context holds."""
         return self._read(tokens, self._logits)
 
+    def all_logits(self, tokens: Sequence[int]) -> Iterator[Floats]:
+        """Logits (N, vocab) after each of `tokens`, some of them at a time: between them others have their turn."""
+        for start in range(0, len(tokens), PIECE_TOKENS):
+            with self._model.lock.turn(long=True):
+                self._check_cancelled()
+                decoder = self._model.cache_for(self, tokens).decoder
+                known = min(shared_length(decoder.ids, tokens), start)
+                decoder.truncate(known)
+                rows_NV = decoder.extend_all(tokens[known : start + PIECE_TOKENS])
+            yield rows_NV[start - known :]
+
     def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
         """A draft token and its confidence; None where the context is full."""
         return self._read(text, lambda cache, part: cache.draft.next(part, chooser))
@@ -208,8 +219,7 @@ class LocalSession:
         reached = 0
         while True:
             with self._model.lock.turn(long=len(tokens) - self._tokens > SHORT_TOKENS):
-                if self._cancelled is not None and self._cancelled.is_set():
-                    raise AnswerCancelled("the answer was given up")
+                self._check_cancelled()
                 cache = self._model.cache_for(self, tokens)
                 known = shared_length(cache.decoder.ids, tokens)
                 reached = known + PIECE_TOKENS if known >= reached else len(tokens)
@@ -218,6 +228,10 @@ class LocalSession:
                 self._tokens = len(part)
                 if len(part) == len(tokens):
                     return result
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled is not None and self._cancelled.is_set():
+            raise AnswerCancelled("the answer was given up")
 
     def _logits(self, cache: Cache, tokens: Sequence[int]) -> Floats:
         started_s, known = time.monotonic(), cache.decoder.length

@@ -23,7 +23,8 @@ class GenerationRequest:
 
     top_logprobs: None for no log probabilities, 0 for the token's own, n for the n likeliest as well. quality, for
     auto: the share of tokens that are what the cloud's model would choose; None for the owner's. vocabulary: of the
-    tokenizer that encoded the prompt; empty for the one that `tokenizer_for(arm)` gives.
+    tokenizer that encoded the prompt; empty for the one that `tokenizer_for(arm)` gives. prediction: tokens that the
+    answer is expected to repeat in large part, which are drafts of verify.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +34,7 @@ class GenerationRequest:
     top_logprobs: int | None = None
     quality: float | None = None
     vocabulary: bytes = b""
+    prediction: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,9 @@ class GenerationBackend(Protocol):
 
     def arms(self) -> tuple[Arm, ...]:
         """Those that can be requested now: without a cloud only edge, and auto, which then is edge."""
+
+    def score(self, request: GenerationRequest, cancelled: threading.Event | None = None) -> list[Token]:
+        """The prompt's tokens with log probabilities, of which the first has none. Raises IsthmusError."""
 
     def generate(
         self, request: GenerationRequest, cancelled: threading.Event | None = None

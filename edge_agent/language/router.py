@@ -41,6 +41,8 @@ class Router:
         self.local = SpeculationStats(acceptance=Acceptance(prior))  # of drafts by the local model
         self.lookup = SpeculationStats()  # of drafts by prompt lookup
         self.lookup.draft_s.observe(0.0)
+        self.predictions = SpeculationStats()  # of drafts from predicted outputs
+        self.predictions.draft_s.observe(0.0)
         self.confidence = ConfidenceStats(self.local.acceptance)
 
     @property

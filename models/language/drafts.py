@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the cloud uses `shared_length` and does without ONNX Runtim
     from isthmus.models.language.processors import TokenChooser
 
 NGRAM_TOKENS = (4, 3, 2)  # suffixes of the text that are looked up, longest first
+PREDICTED_CONFIDENCE = 0.9  # prior of a prediction
 NGRAM_CONFIDENCE = {4: 0.8, 3: 0.65, 2: 0.45}  # prior, corrected by the acceptance that is measured
 
 
@@ -78,6 +79,48 @@ class LookupDraft:
                 if index >= length:
                     self._last[tuple(text[index - length : index])] = index
         self._text = list(text)
+
+
+class PredictionDraft:
+    """Drafts from a text that the answer is expected to repeat in large part, and where it does not, by prompt lookup.
+
+    After a token that is not the prediction's it goes on where the answer's last tokens are in the prediction: at the
+    next such place, or else the last one.
+    """
+
+    def __init__(self, prediction: Sequence[int], start: int) -> None:
+        """`start`: tokens before the answer."""
+        self._prediction, self._start = tuple(prediction), start
+        self._answer: list[int] = []
+        self._places: list[int | None] = [0]  # after each number of the answer's tokens; None: nowhere
+        self._after: dict[tuple[int, ...], list[int]] = {}  # n-gram -> places after it, rising
+        for place in range(1, len(self._prediction)):
+            for length in NGRAM_TOKENS:
+                if place >= length:
+                    self._after.setdefault(self._prediction[place - length : place], []).append(place)
+        self._lookup = LookupDraft()
+
+    def next(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
+        answer = list(text[self._start :])
+        common = shared_length(self._answer, answer)
+        self._answer, self._places = answer, self._places[: common + 1]
+        for count in range(common + 1, len(answer) + 1):
+            self._places.append(self._place(answer[:count], self._places[-1]))
+        place = self._places[-1]
+        if place is not None and place < len(self._prediction):
+            return self._prediction[place], PREDICTED_CONFIDENCE
+        return self._lookup.next(text, chooser)
+
+    def _place(self, answer: Sequence[int], before: int | None) -> int | None:
+        """Where the prediction goes on after `answer`, whose last token was to be the one at `before`."""
+        if before is not None and self._prediction[before : before + 1] == (answer[-1],):
+            return before + 1
+        passed = max((place for place in self._places if place is not None), default=0)
+        for length in NGRAM_TOKENS:
+            places = self._after.get(tuple(answer[-length:]), ()) if len(answer) >= length else ()
+            if places:
+                return next((place for place in places if place > passed), places[-1])
+        return None
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.models.errors import InvalidInput
+from isthmus.models.errors import InvalidGrammar, InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.messages import Grammar
@@ -93,7 +93,7 @@ class Grammars:
             self._vocabulary = llguidance.LLTokenizer(words, self._tokenizer.size, end_ids_of(self._tokenizer))
         matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise InvalidInput(f"the {grammar.kind} grammar cannot be used: {one_line(matcher.get_error())}")
+            raise InvalidGrammar(f"the {grammar.kind} grammar cannot be used: {one_line(matcher.get_error())}")
         return matcher
 
 
@@ -259,11 +259,11 @@ def read_schema(text: str) -> dict[str, object]:
     try:
         schema = json.loads(text)
     except ValueError as error:
-        raise InvalidInput(f"the schema is not JSON: {one_line(str(error))}") from error
+        raise InvalidGrammar(f"the schema is not JSON: {one_line(str(error))}") from error
     if schema is True:
         return {}
     if not isinstance(schema, dict):
-        raise InvalidInput(f"the schema is {one_line(json.dumps(schema))[:40]}, expected a JSON object")
+        raise InvalidGrammar(f"the schema is {one_line(json.dumps(schema))[:40]}, expected a JSON object")
     return schema
 
 
@@ -274,7 +274,7 @@ def check_nesting(text: str) -> None:
         if character in "([{":
             depth += 1
             if depth > MAX_NESTING:
-                raise InvalidInput(f"the grammar nests more than {MAX_NESTING} brackets")
+                raise InvalidGrammar(f"the grammar nests more than {MAX_NESTING} brackets")
         elif character in ")]}":
             depth = max(depth - 1, 0)
 

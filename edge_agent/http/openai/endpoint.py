@@ -1,6 +1,6 @@
-"""A POST endpoint of the OpenAI API: admission, the body, the response or stream, disconnects and errors.
+"""A POST endpoint of an API for prompts: admission, the body, the response or stream, disconnects and errors.
 
-Knows nothing about how requests are validated (jobs.py) or responses are formatted (responses.py).
+Knows nothing about how requests are validated or responses are formatted: that is the dialect's.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from isthmus.edge_agent.http.disconnect import while_connected
+from isthmus.edge_agent.http.openai.chat_jobs import chat_job
+from isthmus.edge_agent.http.openai.dialect import Dialect, OpenAiDialect
 from isthmus.edge_agent.http.openai.errors import ApiError, translate
-from isthmus.edge_agent.http.openai.jobs import Job, JobParser
-from isthmus.edge_agent.http.openai.responses import response_formatter
+from isthmus.edge_agent.http.openai.jobs import Job
 from isthmus.edge_agent.http.openai.state import ApiState
-from isthmus.edge_agent.http.openai.streaming import (
-    collect_response,
-    generate_choices,
-    in_thread,
-    server_sent_event,
-    stream_chunks,
-)
+from isthmus.edge_agent.http.openai.streaming import generate_choices, in_thread
 from isthmus.edge_agent.http.uploads import UploadRefused
 from isthmus.edge_agent.language.switching import is_left_to_device
 from isthmus.models.errors import Overloaded
@@ -34,19 +29,16 @@ PRIVATE_HEADER = "x-isthmus-private"
 FALSE_VALUES = ("", "0", "false", "no")  # any other value of that header keeps the request on the device
 JSON = "application/json"
 HEADERS = {405: {"Allow": "POST"}, 503: {"Retry-After": "1"}}  # of error responses, by status
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+OPENAI = OpenAiDialect(chat_job)
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class Endpoint:
     """One POST route as an ASGI application. It holds its admission slot until the backend's generator is closed."""
 
-    def __init__(self, state: ApiState, parse: JobParser) -> None:
+    def __init__(self, state: ApiState, dialect: Dialect) -> None:
         self._state = state
-        self._parse = parse
+        self._dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -63,7 +55,10 @@ class Endpoint:
         except ClientDisconnect:
             return
         except (ApiError, Overloaded, UploadRefused) as error:
-            await error_response(translate(error))(scope, receive, send)
+            await self._refuse(translate(error))(scope, receive, send)
+
+    def _refuse(self, error: ApiError) -> Response:
+        return error_response(error, self._dialect)
 
     async def _parse_job(self, request: Request, data: bytes) -> Job:
         """Raises ApiError. Parses in a thread, as the tokenizer needs a while for megabytes of prompt.
@@ -77,7 +72,7 @@ class Endpoint:
             if not private:
                 await to_thread.run_sync(backend.tokenizer_for, "auto", limiter=waiting, abandon_on_cancel=True)
             limiter = self._state.parsing(len(data))
-            return await to_thread.run_sync(self._parse, data, private, backend, limiter=limiter)
+            return await to_thread.run_sync(self._dialect.parse, data, private, backend, limiter=limiter)
         except Exception as error:
             raise translate(error) from error
 
@@ -86,23 +81,23 @@ class Endpoint:
 
         Returns whether nothing was sent, since the body is to be parsed again for the device's model.
         """
-        backend, stream, cancelled = self._state.backend, StreamWriter(send), threading.Event()
-        formatter = response_formatter(job)
+        backend, dialect, cancelled = self._state.backend, self._dialect, threading.Event()
+        stream = StreamWriter(send, dialect.media_type)
         try:
             events = in_thread(generate_choices(backend, job, cancelled), cancelled)
             async with self._state.running(job.arm), aclosing(events):
                 if job.stream:
-                    await stream.write_all(stream_chunks(formatter, job, events))
+                    await stream.write_all(dialect.stream(job, events))
                 else:
-                    await JSONResponse(await collect_response(formatter, job, events))(scope, receive, send)
+                    await JSONResponse(await dialect.collect(job, events))(scope, receive, send)
         except Exception as error:
             if not stream.started and is_left_to_device(backend, job.arm, job.tokenizer, error):
                 return True
-            api_error = translate(error)
+            api_error = translate(error, job.grammar_field)
             if not stream.started:
-                await error_response(api_error)(scope, receive, send)
+                await self._refuse(api_error)(scope, receive, send)
             else:
-                await stream.write(server_sent_event({"error": api_error.error}))
+                await stream.write(dialect.stream_error(api_error))
         if stream.started:
             await stream.end()
         return False
@@ -111,13 +106,14 @@ class Endpoint:
 class StreamWriter:
     """The body of a streaming response. The status is sent with the first bytes."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, media_type: bytes) -> None:
         self._send = send
+        self._headers = [(b"content-type", media_type), *STREAM_HEADERS]
         self.started = False
 
     async def write(self, data: bytes) -> None:
         if not self.started:
-            await self._send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
             self.started = True
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -138,5 +134,5 @@ def check_content_type(request: Request) -> None:
         raise ApiError(415, message, code="unsupported_media_type")
 
 
-def error_response(error: ApiError) -> Response:
-    return JSONResponse({"error": error.error}, error.status, HEADERS.get(error.status))
+def error_response(error: ApiError, dialect: Dialect = OPENAI) -> Response:
+    return JSONResponse(dialect.error_body(error), error.status, HEADERS.get(error.status))

@@ -8,7 +8,17 @@ from __future__ import annotations
 import logging
 
 from isthmus.edge_agent.http.uploads import UploadRefused
-from isthmus.models.errors import ContextExceeded, DeadlineExceeded, InvalidInput, LinkError, ServiceError
+from isthmus.models.errors import (
+    ContextExceeded,
+    DeadlineExceeded,
+    InvalidGrammar,
+    InvalidInput,
+    LinkError,
+    ServiceError,
+)
+
+# What clients look for: by the code, or, as LiteLLM, by OpenAI's words.
+CONTEXT_CODE, TOO_LONG = "context_length_exceeded", "this model's maximum context length is"
 
 log = logging.getLogger("isthmus.edge")
 
@@ -30,7 +40,7 @@ class ApiError(Exception):
         self.error = {"message": message, "type": type, "param": param, "code": code}
 
 
-def translate(error: Exception) -> ApiError:
+def translate(error: Exception, grammar_field: str = "response_format") -> ApiError:
     """The API error for any exception. An unexpected one is logged, and its message is not revealed."""
     match error:
         case ApiError():
@@ -39,7 +49,9 @@ def translate(error: Exception) -> ApiError:
             kind = "overloaded" if error.status == 503 else "invalid_request_error"
             return ApiError(error.status, str(error), code=error.code, type=kind)
         case ContextExceeded():
-            return ApiError(400, str(error), code="context_length_exceeded")
+            return ApiError(400, str(error), code=CONTEXT_CODE)
+        case InvalidGrammar():
+            return ApiError(400, f"{grammar_field}: {error}", param=grammar_field, code="invalid_json_schema")
         case InvalidInput():
             return ApiError(400, str(error))
         case DeadlineExceeded():

@@ -1,4 +1,4 @@
-"""From the body of a request to a Job: the generation requests for the backend, and how to format their answers.
+"""Jobs: the generation requests of a body for the backend, and how to format their answers.
 
 Where OpenAI leaves it open: `seed` is taken modulo 2^63, and choice i of a prompt uses seed + i, as all choices would
 be equal otherwise; `max_tokens` is cut to what is left of the context; `private` (or the header X-Isthmus-Private)
@@ -8,22 +8,23 @@ keeps a request on the device; temperature and top_p are by default what the mod
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from isthmus.edge_agent.http.openai.errors import ApiError
-from isthmus.edge_agent.http.openai.model_names import SelectedModel, select_model
-from isthmus.edge_agent.http.openai.schema import BaseRequest, ChatRequest, CompletionRequest, parse_request
+from isthmus.edge_agent.http.openai.errors import CONTEXT_CODE, TOO_LONG, ApiError
+from isthmus.edge_agent.http.openai.formats import token_biases
+from isthmus.edge_agent.http.openai.model_names import SelectedModel
+from isthmus.edge_agent.http.openai.schema import BaseRequest
+from isthmus.edge_agent.http.openai.tools import ToolUse
 from isthmus.edge_agent.language.request import GenerationBackend, GenerationRequest
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import ContextExceeded
-from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
-from isthmus.models.messages import MAX_SEED, Sampling
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.checkpoint.tool_format import CLOSE
+from isthmus.models.messages import MAX_SEED, Grammar, Sampling
 
-MAX_CHOICES = 128  # of all prompts of a request together: they are generated one after the other
-DEFAULT_COMPLETION_TOKENS = 16
 MIN_TOP_P = 1e-9  # stands for 0, which OpenAI allows: the likeliest token alone
 
 Kind = Literal["chat", "completion"]
@@ -31,7 +32,11 @@ Kind = Literal["chat", "completion"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A validated request: `n` choices for each prompt in turn. `echoed_prompts` has the text before each choice."""
+    """A validated request: `n` choices for each prompt in turn. `echoed_prompts` has the text before each choice.
+
+    `tools`: what the answers may call. `scores_prompts`: prompts are echoed with their log probabilities. `echoed`:
+    fields of the request that the response repeats. `grammar_field`: the one at fault where a grammar cannot be used.
+    """
 
     kind: Kind
     model: str
@@ -43,6 +48,16 @@ class Job:
     include_usage: bool
     echoed_prompts: tuple[str, ...]
     tokenizer: Tokenizer
+    tools: ToolUse | None = None
+    grammar_field: str = "response_format"
+    scores_prompts: bool = False
+    echoed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_stops(self) -> tuple[str, ...]:
+        """With what ends the only call that the answer may hold."""
+        one_call = self.tools is not None and not self.tools.parallel
+        return (*self.stops, CLOSE) if one_call else self.stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,69 +69,11 @@ class ChoiceSettings:
     top_logprobs: int | None
     context: int
     tokenizer: Tokenizer
+    grammar: Grammar | None = None
+    prediction: tuple[int, ...] = ()
 
 
 JobParser = Callable[[bytes, bool, GenerationBackend], Job]
-
-
-def chat_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
-    """The job of a body of /v1/chat/completions. Raises ApiError."""
-    body = parse_request(ChatRequest, data)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    model = select_model(body, private or body.private, backend)
-    tokenizer = backend.tokenizer_for(model.arm)
-    context = backend.arm_context(model.arm)
-    messages = [Message(message.role, message.content or "") for message in body.messages]
-    with naming("messages"):
-        prompt = tokenizer.chat(messages, context)
-    max_tokens = body.max_completion_tokens or body.max_tokens or context
-    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    settings = ChoiceSettings(model, max_tokens, top_logprobs, context, tokenizer)
-    requests = requests_for(body, tuple(prompt), settings, "messages")
-    return build_job("chat", body, settings, requests, ("",) * len(requests))
-
-
-def completion_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
-    """The job of a body of /v1/completions. Raises ApiError."""
-    body = parse_request(CompletionRequest, data)
-    check_completion(body)
-    model = select_model(body, private or body.private, backend)
-    tokenizer = backend.tokenizer_for(model.arm)
-    max_tokens, context = body.max_tokens or DEFAULT_COMPLETION_TOKENS, backend.arm_context(model.arm)
-    settings = ChoiceSettings(model, max_tokens, body.logprobs, context, tokenizer)
-    requests: list[GenerationRequest] = []
-    echoed_prompts: list[str] = []
-    for prompt in body.prompt:
-        ids = encode_prompt(prompt, tokenizer, context)
-        requests += requests_for(body, ids, settings, "prompt")
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        echoed_prompts += [text if body.echo else ""] * body.n
-    return build_job("completion", body, settings, requests, echoed_prompts)
-
-
-def check_completion(body: CompletionRequest) -> None:
-    """Raises ApiError 400 for fields that are valid each, but not together."""
-    if body.best_of > body.n:
-        raise ApiError(400, f"best_of is {body.best_of}, expected at most n ({body.n})", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo is not supported together with logprobs", param="echo")
-    if len(body.prompt) * body.n > MAX_CHOICES:
-        message = f"{len(body.prompt)} prompts with n = {body.n} have more than {MAX_CHOICES} choices"
-        raise ApiError(400, message, param="prompt")
-
-
-def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context: int) -> tuple[int, ...]:
-    """The ids of a prompt, which may be given as ids. Raises ApiError for an id outside of the vocabulary."""
-    if isinstance(prompt, str):
-        with naming("prompt"):
-            tokenizer.check_length(prompt, context)
-            return tuple(tokenizer.encode(prompt))
-    size = tokenizer.size
-    wrong = next((id for id in prompt if not 0 <= id < size), None)
-    if wrong is not None:
-        raise ApiError(400, f"prompt: token id {str(wrong)[:20]}, expected 0 to {size - 1}", param="prompt")
-    return tuple(prompt)
 
 
 def requests_for(
@@ -126,12 +83,11 @@ def requests_for(
     if not prompt:
         raise ApiError(400, f"{param}: the prompt is empty", param=param)
     room = settings.context - len(prompt)
-    if room < 1:
+    if room < min(settings.max_tokens, 1):
         message = (
-            f"the context of this model is {settings.context} tokens; the prompt has {len(prompt)}, "
-            "which leaves no room for an answer"
+            f"{TOO_LONG} {settings.context} tokens; the prompt has {len(prompt)}, which leaves no room for an answer"
         )
-        raise ApiError(400, message, param=param, code="context_length_exceeded")
+        raise ApiError(400, message, param=param, code=CONTEXT_CODE)
     max_tokens, model, tokenizer = min(settings.max_tokens, room), settings.model, settings.tokenizer
     shared = GenerationRequest(
         prompt,
@@ -140,16 +96,26 @@ def requests_for(
         top_logprobs=settings.top_logprobs,
         quality=model.quality,
         vocabulary=tokenizer.vocabulary,
+        prediction=settings.prediction,
     )
-    return [replace(shared, sampling=sampling) for sampling in samplings(body, tokenizer.sampling)]
+    return [replace(shared, sampling=sampling) for sampling in samplings(body, settings)]
 
 
-def samplings(body: BaseRequest, recommended: Sampling) -> list[Sampling]:
-    """One for each of the `n` choices; what the request does not give is `recommended`."""
+def samplings(body: BaseRequest, settings: ChoiceSettings) -> list[Sampling]:
+    """One for each of the `n` choices; what the request does not give is as the model's makers recommend."""
+    recommended = settings.tokenizer.sampling
     seed = secrets.randbits(63) if body.seed is None else body.seed
     temperature = recommended.temperature if body.temperature is None else body.temperature
     top_p = recommended.top_p if body.top_p is None else max(body.top_p, MIN_TOP_P)
-    return [Sampling(temperature, top_p, (seed + index) % (MAX_SEED + 1)) for index in range(body.n)]
+    shared = Sampling(
+        temperature,
+        top_p,
+        logit_bias=token_biases(body.logit_bias, settings.tokenizer),
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        grammar=settings.grammar,
+    )
+    return [replace(shared, seed=(seed + index) % (MAX_SEED + 1)) for index in range(body.n)]
 
 
 @contextmanager
@@ -158,7 +124,7 @@ def naming(param: str) -> Iterator[None]:
     try:
         yield
     except ContextExceeded as error:
-        raise ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
+        raise ApiError(400, f"{param}: {TOO_LONG} exceeded: {error}", param=param, code=CONTEXT_CODE) from None
 
 
 def build_job(
@@ -167,6 +133,9 @@ def build_job(
     settings: ChoiceSettings,
     requests: Sequence[GenerationRequest],
     echoed_prompts: Sequence[str],
+    *,
+    tools: ToolUse | None = None,
+    scores_prompts: bool = False,
 ) -> Job:
     return Job(
         kind=kind,
@@ -179,4 +148,7 @@ def build_job(
         include_usage=body.stream_options.include_usage,
         echoed_prompts=tuple(echoed_prompts),
         tokenizer=settings.tokenizer,
+        tools=tools,
+        grammar_field="tools" if tools else "response_format",
+        scores_prompts=scores_prompts,
     )

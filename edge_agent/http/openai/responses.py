@@ -13,13 +13,16 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from isthmus.edge_agent.http.openai.jobs import Job
+from isthmus.edge_agent.http.openai.tool_calls import AnswerReader, Piece, PlainReader, ToolCallReader
+from isthmus.edge_agent.http.openai.usage import isthmus_field, usage
 from isthmus.edge_agent.language.detokenize import Outcome, TextDelta, bytes_of
 from isthmus.edge_agent.language.request import Token
+from isthmus.models.language.checkpoint.tool_format import ToolCall
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot represent
 Json = dict[str, Any]
@@ -48,12 +51,12 @@ class ResponseFormatter(ABC):
         """The choice object of the first chunk of choice `index`; None: there is no such chunk."""
 
     @abstractmethod
-    def delta(self, index: int, deltas: Sequence[TextDelta]) -> Json:
-        """The choice object of a chunk with text."""
+    def deltas(self, index: int, deltas: Sequence[TextDelta]) -> list[Json]:
+        """The choice objects of chunks with text; none where there is nothing to send yet."""
 
     @abstractmethod
-    def closing(self, index: int, outcome: Outcome) -> Json:
-        """The choice object of the last chunk of choice `index`."""
+    def closing(self, index: int, outcome: Outcome) -> list[Json]:
+        """The choice objects of the last chunks of choice `index`, the last of which has its finish_reason."""
 
     @abstractmethod
     def choice(self, index: int, deltas: Sequence[TextDelta], outcome: Outcome) -> Json:
@@ -69,6 +72,10 @@ class ResponseFormatter(ABC):
         fields = {"usage": usage(self._job, outcomes), "isthmus": isthmus_field(self._job, outcomes)}
         return {"object": self.response_object, **self._common, "choices": list(choices), **fields}
 
+    def has_content(self, deltas: Sequence[TextDelta]) -> bool:
+        """Whether there is anything to tell: text, or tokens whose log probabilities are wanted."""
+        return bool(text_of(deltas) or (deltas and self._with_logprobs))
+
     def last_chunks(self, choice: Json, outcomes: Sequence[Outcome]) -> list[Json]:
         """The closing chunk of the last choice, and the chunk with the usage if it was requested."""
         isthmus = isthmus_field(self._job, outcomes)
@@ -82,23 +89,57 @@ class ChatFormatter(ResponseFormatter):
     response_object = "chat.completion"
     prefix = "chatcmpl"
 
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._readers = [answer_reader(job) for _ in job.requests]
+        self._calls = [0] * len(job.requests)  # sent so far, of each choice
+
     def opening(self, index: int) -> Json:
         return self._delta(index, {"role": "assistant", "content": ""})
 
-    def delta(self, index: int, deltas: Sequence[TextDelta]) -> Json:
-        return self._delta(index, {"content": text_of(deltas)}, self._logprobs(deltas))
+    def deltas(self, index: int, deltas: Sequence[TextDelta]) -> list[Json]:
+        if not self.has_content(deltas):
+            return []
+        found = [
+            self._delta(index, each) for each in self._piece_deltas(index, self._readers[index].push(text_of(deltas)))
+        ]
+        if self._with_logprobs:
+            found = found or [self._delta(index, {"content": ""})]
+            found[0]["logprobs"] = self._logprobs(deltas)
+        return found
 
-    def closing(self, index: int, outcome: Outcome) -> Json:
-        return self._delta(index, {}, finish=outcome.finish)
+    def closing(self, index: int, outcome: Outcome) -> list[Json]:
+        rest = self._piece_deltas(index, self._readers[index].finish())
+        finish = finish_reason(outcome, bool(self._calls[index]))
+        return [*(self._delta(index, each) for each in rest), self._delta(index, {}, finish=finish)]
 
     def choice(self, index: int, deltas: Sequence[TextDelta], outcome: Outcome) -> Json:
-        message = {"role": "assistant", "content": text_of(deltas), "refusal": None}
+        reader = answer_reader(self._job)
+        pieces = [*reader.push(text_of(deltas)), *reader.finish()]
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
+        message: Json = {"role": "assistant", "content": content or None if calls else content, "refusal": None}
+        if calls:
+            message["tool_calls"] = [call_object(call) for call in calls]
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(deltas),
-            "finish_reason": outcome.finish,
+            "finish_reason": finish_reason(outcome, bool(calls)),
         }
+
+    def _piece_deltas(self, index: int, pieces: Sequence[Piece]) -> list[Json]:
+        """A call is two: its name, then its arguments."""
+        found: list[Json] = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                found.append({"content": piece})
+                continue
+            number, named = self._calls[index], call_object(replace(piece, arguments=""))
+            self._calls[index] += 1
+            found.append({"tool_calls": [{"index": number, **named}]})
+            found.append({"tool_calls": [{"index": number, "function": {"arguments": piece.arguments}}]})
+        return found
 
     def _delta(self, index: int, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -130,13 +171,15 @@ class CompletionFormatter(ResponseFormatter):
         echo = self._job.echoed_prompts[index]
         return self._choice(index, echo) if echo else None
 
-    def delta(self, index: int, deltas: Sequence[TextDelta]) -> Json:
+    def deltas(self, index: int, deltas: Sequence[TextDelta]) -> list[Json]:
+        if not self.has_content(deltas):
+            return []
         offset = self._offsets[index]
         self._offsets[index] += len(text_of(deltas))
-        return self._choice(index, text_of(deltas), self._logprobs(deltas, offset))
+        return [self._choice(index, text_of(deltas), self._logprobs(deltas, offset))]
 
-    def closing(self, index: int, outcome: Outcome) -> Json:
-        return self._choice(index, "", finish=outcome.finish)
+    def closing(self, index: int, outcome: Outcome) -> list[Json]:
+        return [self._choice(index, "", finish=outcome.finish)]
 
     def choice(self, index: int, deltas: Sequence[TextDelta], outcome: Outcome) -> Json:
         echo = self._job.echoed_prompts[index]
@@ -156,8 +199,8 @@ class CompletionFormatter(ResponseFormatter):
             offset += len(delta.text)
         return {
             "tokens": [self._text(token.id) for token in tokens],
-            "token_logprobs": [finite(token.logprob) for token in tokens],
-            "top_logprobs": [self._top(token) for token in tokens],
+            "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
+            "top_logprobs": [None if token.logprob is None else self._top(token) for token in tokens],
             "text_offset": offsets,
         }
 
@@ -172,6 +215,20 @@ def response_formatter(job: Job) -> ResponseFormatter:
     return ChatFormatter(job) if job.kind == "chat" else CompletionFormatter(job)
 
 
+def answer_reader(job: Job) -> AnswerReader:
+    """What finds the calls in one answer, or lets all of it pass as text."""
+    tools = job.tools
+    return ToolCallReader(tools.names, parallel=tools.parallel) if tools else PlainReader()
+
+
+def call_object(call: ToolCall) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def finish_reason(outcome: Outcome, called: bool) -> str:
+    return "tool_calls" if called and outcome.finish == "stop" else outcome.finish
+
+
 def text_of(deltas: Sequence[TextDelta]) -> str:
     return "".join(delta.text for delta in deltas)
 
@@ -182,45 +239,3 @@ def tokens_of(deltas: Sequence[TextDelta]) -> list[Token]:
 
 def finite(logprob: float | None) -> float:
     return MIN_LOGPROB if logprob is None else max(logprob, MIN_LOGPROB)
-
-
-def usage(job: Job, outcomes: Sequence[Outcome]) -> Json:
-    """OpenAI's usage object over all choices. A prompt counts once, however many choices it has."""
-    summaries = [outcome.summary for outcome in outcomes if outcome.summary]
-    prompt = sum(len(request.prompt) for request in job.requests[:: job.n])
-    completion = sum(outcome.tokens for outcome in outcomes)
-    cached = sum(outcome.summary.cached for outcome in outcomes[:: job.n] if outcome.summary)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
-        "completion_tokens_details": {
-            "reasoning_tokens": 0,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": sum(
-                outcome.summary.accepted if outcome.summary else outcome.drafted for outcome in outcomes
-            ),
-            "rejected_prediction_tokens": sum(summary.rejected for summary in summaries),
-        },
-    }
-
-
-def isthmus_field(job: Job, outcomes: Sequence[Outcome]) -> Json:
-    """Costs are sums over all choices; arm, why, spans and round trip are those of the last one.
-
-    null: not known, because a stop string ended a choice before its summary.
-    """
-    summaries = [outcome.summary for outcome in outcomes if outcome.summary]
-    last = outcomes[-1].summary
-    known = len(summaries) == len(outcomes)
-    return {
-        "arm": last.arm if last else job.arm,
-        "why": last.why if last else "ended at a stop string",
-        "spans": [asdict(span) for span in last.spans] if last else None,
-        "degraded": True if any(summary.degraded for summary in summaries) else (False if known else None),
-        "rounds": sum(summary.rounds for summary in summaries) if known else None,
-        "bytes_up": sum(summary.bytes_up for summary in summaries) if known else None,
-        "bytes_down": sum(summary.bytes_down for summary in summaries) if known else None,
-        "rtt_ms": last.rtt_s * 1000 if last and last.rtt_s is not None else None,
-    }

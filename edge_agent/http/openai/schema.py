@@ -7,58 +7,38 @@ all others are ignored. null means absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json
 
-from isthmus.edge_agent.http.openai.errors import ApiError
+from isthmus.edge_agent.http.openai.body import (
+    RequestModel,
+    describe,
+    join_text_parts,
+    json_object,
+    refuse_unsupported,
+)
+from isthmus.edge_agent.http.openai.formats import LogitBias, Prediction, ResponseFormat
+from isthmus.edge_agent.http.openai.tools import MAX_TOOLS, NAME, ToolChoice, ToolDefinition
+from isthmus.models.language.checkpoint.tool_format import ToolCall
 from isthmus.models.messages import MAX_SEED
 
 MAX_N = 8  # choices for each prompt
 MAX_MESSAGES = 10_000
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1000  # text is held back while a stop string may have begun, and compared at every token
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-NEUTRAL_VALUES: Mapping[
-    str, tuple[object, ...]
-] = {  # unsupported fields, and those of their values that change nothing
+MAX_CALLS = 128  # of a message
+MAX_ID = 256  # characters of a call's id
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {  # unsupported fields, with values that change nothing
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
-
-
-def join_text_parts(content: object) -> object:
-    """The text of a message's content, which is a string or a list of text parts. Parts are joined with a line feed."""
-    if not isinstance(content, list):
-        return content
-    texts = [part["text"] for part in content if is_text_part(part)]
-    if len(texts) < len(content):
-        raise ValueError('expected a string or a list of {"type": "text", "text": ...}; this model reads text only')
-    return "\n".join(texts)
-
-
-def is_text_part(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def normalize_role(role: object) -> object:
@@ -87,17 +67,26 @@ def is_id_list(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-class RequestModel(BaseModel):
-    """Strict about known fields; ignores unknown ones and drops null."""
+class CalledFunction(RequestModel):
+    name: NAME
+    arguments: str
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-    @model_validator(mode="before")
+    @field_validator("arguments")
     @classmethod
-    def drop_null(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {name: field for name, field in value.items() if field is not None}
+    def check_arguments(cls, arguments: str) -> str:
+        try:
+            parsed = from_json(arguments, allow_inf_nan=False)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ValueError("expected a JSON object as text")
+        return arguments
+
+
+class CallMessage(RequestModel):
+    id: str = Field(max_length=MAX_ID)
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class ChatMessage(RequestModel):
@@ -105,7 +94,8 @@ class ChatMessage(RequestModel):
 
     role: Annotated[str, BeforeValidator(normalize_role)]
     content: Annotated[str | None, BeforeValidator(join_text_parts)] = Field(None, validate_default=True)
-    tool_calls: list[object] = Field([], max_length=0)
+    tool_calls: list[CallMessage] = Field([], max_length=MAX_CALLS)
+    tool_call_id: str = Field("", max_length=MAX_ID)
 
     @field_validator("content")
     @classmethod
@@ -114,16 +104,21 @@ class ChatMessage(RequestModel):
             raise ValueError("expected a string or a list of text parts; only an assistant's may be null")
         return content or ""
 
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """Those of an assistant."""
+        return tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls)
+
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
 class BaseRequest(RequestModel):
-    """Fields of both endpoints. `private` and `quality` are ours."""
+    """Fields of both endpoints. `private` and `quality` are ours. `neutral_values`: of fields of the other endpoint."""
 
+    neutral_values: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     model: str
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     n: int = Field(1, ge=1, le=MAX_N)
@@ -131,8 +126,11 @@ class BaseRequest(RequestModel):
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
         Field(max_length=MAX_STOPS),
         BeforeValidator(as_list),
-    ] = []
+    ] = Field(default_factory=list)
     seed: int | None = Field(None, ge=-(1 << 63), le=MAX_SEED)
+    logit_bias: LogitBias = Field(default_factory=dict)
+    frequency_penalty: float = Field(0, ge=-2, le=2)
+    presence_penalty: float = Field(0, ge=-2, le=2)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     private: bool = False
@@ -143,14 +141,27 @@ class ChatRequest(BaseRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[ToolDefinition] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    prediction: Prediction | None = None
 
 
 class CompletionRequest(BaseRequest):
     """Body of POST /v1/completions."""
 
+    neutral_values: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "prediction": (),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+    }
+    max_tokens: int | None = Field(None, ge=0)
     prompt: Annotated[list[Any], BeforeValidator(normalize_prompts)]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool = False
@@ -162,28 +173,13 @@ RequestT = TypeVar("RequestT", bound=BaseRequest)
 
 def parse_request(kind: type[RequestT], data: bytes) -> RequestT:
     """Raises ApiError 400 with a message of one line that names the field."""
-    try:
-        body = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is not a JSON object")
-    refuse_unsupported(body)
+    return validate(kind, json_object(data))
+
+
+def validate(kind: type[RequestT], body: Mapping[str, object]) -> RequestT:
+    """Raises ApiError 400 with a message of one line that names the field."""
+    refuse_unsupported(body, {**NEUTRAL_VALUES, **kind.neutral_values})
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         raise describe(error) from None
-
-
-def refuse_unsupported(body: Mapping[str, object]) -> None:
-    """Raises ApiError 400 for a field that is not supported and would change the answer."""
-    for name, neutral in NEUTRAL_VALUES.items():
-        if body.get(name) is not None and body[name] not in neutral:
-            raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
-
-
-def describe(error: ValidationError) -> ApiError:
-    """The first of the errors, with the path of its field, such as messages[0].role."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(f"[{step}]" if isinstance(step, int) else step for step in first["loc"]).replace(".[", "[")
-    return ApiError(400, f"{param}: {first['msg'].removeprefix('Value error, ')}", param=param)

@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 import anyio
 from anyio import to_thread
 
 from isthmus.edge_agent.http.openai.jobs import Job
-from isthmus.edge_agent.http.openai.responses import ResponseFormatter, text_of
+from isthmus.edge_agent.http.openai.responses import ResponseFormatter
 from isthmus.edge_agent.language.detokenize import AnswerEvent, Detokenizer, Outcome, TextDelta, close, detokenize
-from isthmus.edge_agent.language.request import GenerationBackend
+from isthmus.edge_agent.language.request import GenerationBackend, GenerationRequest, Summary, Token
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 
 ChoiceEvent = tuple[int, AnswerEvent]  # index of the choice, event
 
@@ -28,13 +29,32 @@ ChoiceEvent = tuple[int, AnswerEvent]  # index of the choice, event
 def generate_choices(backend: GenerationBackend, job: Job, cancelled: threading.Event) -> Iterator[ChoiceEvent]:
     """The events of a job's choices, in turn; `cancelled` ends a wait for the local model or the cloud."""
     for index, request in enumerate(job.requests):
-        detokenizer = Detokenizer(job.tokenizer, job.stops, continues=job.kind == "completion")
+        if job.scores_prompts:
+            yield index, scored_prompt(job.tokenizer, backend.score(request, cancelled))
+        if not request.max_tokens:
+            yield index, Outcome("length", 0, 0, unanswered(request))
+            continue
+        detokenizer = Detokenizer(
+            job.tokenizer, job.all_stops, continues=job.kind == "completion", keeps_end=job.scores_prompts
+        )
         events = detokenize(backend.generate(request, cancelled), detokenizer)
         try:
             for event in events:
                 yield index, event
         finally:
             close(events)
+
+
+def scored_prompt(tokenizer: Tokenizer, tokens: Sequence[Token]) -> tuple[TextDelta, ...]:
+    """The tokens of a prompt, with the characters that each completes."""
+    detokenizer = Detokenizer(tokenizer, keeps_end=True)
+    deltas = [delta for token in tokens for delta in detokenizer.push(token)]
+    return (*deltas, *detokenizer.finish())
+
+
+def unanswered(request: GenerationRequest) -> Summary:
+    """Of a request whose prompt alone was wanted."""
+    return Summary("length", len(request.prompt), 0, request.arm, "no token was asked for")
 
 
 async def in_thread(events: Iterator[ChoiceEvent], cancelled: threading.Event) -> AsyncGenerator[ChoiceEvent, None]:
@@ -89,12 +109,14 @@ async def stream_chunks(
                 yield server_sent_event(formatter.chunk([opening]))
         if isinstance(event, Outcome):
             outcomes.append(event)
-            closing = formatter.closing(index, event)
+            *rest, closing = formatter.closing(index, event)
             last = index == len(job.requests) - 1
-            for chunk in formatter.last_chunks(closing, outcomes) if last else [formatter.chunk([closing])]:
+            ending = formatter.last_chunks(closing, outcomes) if last else [formatter.chunk([closing])]
+            for chunk in [*(formatter.chunk([each]) for each in rest), *ending]:
                 yield server_sent_event(chunk)
-        elif text_of(event) or (event and job.requests[index].top_logprobs is not None):
-            yield server_sent_event(formatter.chunk([formatter.delta(index, event)]))
+        else:
+            for each in formatter.deltas(index, event):
+                yield server_sent_event(formatter.chunk([each]))
     yield b"data: [DONE]\n\n"
 
 

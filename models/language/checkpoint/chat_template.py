@@ -9,6 +9,7 @@ nothing about tokens.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -23,11 +24,13 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.models.errors import BundleError, InvalidInput
+from isthmus.models.language.checkpoint.tool_format import Message, Tool, native_messages, text_messages
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18  # the longest published templates have about 20,000
 MAX_TEXT_CHARACTERS = 1 << 26  # of a conversation
 MAX_REPEATED = 1 << 20  # characters or elements of a repetition
 MAX_NUMBER = 1 << 64  # of a product
+TOOLS = re.compile(r"\btools\b")  # in a template's source: Hermes, Qwen, Llama 3 and Mistral render them
 RENDER_S = 2.0  # of computing: a conversation takes milliseconds
 
 
@@ -45,12 +48,22 @@ class ChatTemplate:
             raise BundleError(f"chat template: {one_line(error)}") from error
         self.source, self.variables = source, dict(variables)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template reads tools, and so calls and results of them."""
+        return TOOLS.search(self.source) is not None
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The text up to where the assistant's answer begins. Raises InvalidInput when the template raises an error."""
+        variables: dict[str, object] = {"add_generation_prompt": True, **self.variables}
+        if self.knows_tools:
+            turns, variables = native_messages(messages), {**variables, **({"tools": list(tools)} if tools else {})}
+        else:
+            turns = text_messages(messages, tools)
         try:
             _render.until_s = time.thread_time() + RENDER_S
             parts, size = list[str](), 0
-            for part in self._template.generate(messages=messages, add_generation_prompt=True, **self.variables):
+            for part in self._template.generate(messages=turns, **variables):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_TEXT_CHARACTERS:

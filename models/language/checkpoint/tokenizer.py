@@ -9,7 +9,6 @@ A token's bytes can be part of a character: `token_text.TextStream` makes text o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -32,20 +31,14 @@ from isthmus.models.language.checkpoint.tokenizer_files import (
     tokenizer_config,
 )
 from isthmus.models.language.checkpoint.tokenizer_format import StoredSampling, StoredTemplate
+from isthmus.models.language.checkpoint.tool_format import Message as Message
+from isthmus.models.language.checkpoint.tool_format import Tool
 from isthmus.models.language.checkpoint.weights import MAX_VOCAB
 from isthmus.models.messages import MAX_TOKENIZER_BYTES, Sampling
 
 MAX_FIRST = 16  # published models put one token before every text
 JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `role` is usually system, user or assistant."""
-
-    role: str
-    content: str
 
 
 class Tokenizer:
@@ -187,8 +180,12 @@ class Tokenizer:
         backend = self._backend if special else self._literal
         return self._bos + _ids(backend, text)
 
-    def chat(self, messages: Sequence[Message], context: int | None = None) -> list[int]:
-        """The ids of a conversation up to where the assistant's answer begins.
+    def continuation(self, text: str) -> list[int]:
+        """The ids of `text` as the rest of another. Raises InvalidInput when it holds a lone surrogate."""
+        return _ids(self._literal, text)
+
+    def chat(self, messages: Sequence[Message], context: int | None = None, tools: Sequence[Tool] = ()) -> list[int]:
+        """The ids of a conversation up to where the assistant's answer begins, which may call `tools`.
 
         Special tokens written in a message's content are encoded as such, as in transformers. Raises InvalidInput
         when there is no template, when it rejects the messages, and for a lone surrogate; ContextExceeded, before the
@@ -196,7 +193,7 @@ class Tokenizer:
         """
         if self._template is None:
             raise InvalidInput("this model has no chat template: it continues texts and cannot chat")
-        text = self._template.render([asdict(message) for message in messages])
+        text = self._template.render(messages, tools)
         if context is not None:
             self.check_length(text, context)
         return _ids(self._backend, text)

@@ -13,8 +13,10 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
+from isthmus.edge_agent.config import HttpConfig
 from isthmus.edge_agent.http.app import create_app
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
+from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.bundle import Bundle
 
 LOCAL = "http://localhost"
@@ -53,7 +55,32 @@ def test_unknown_paths_and_methods_are_errors_of_the_same_shape(
 
 
 def test_the_application_is_healthy_without_a_cloud(client: TestClient) -> None:
-    assert client.get("/healthz").json() == {"status": "ok"}
+    for path in ("/healthz", "/health"):
+        assert client.get(path).json() == {"status": "ok"}
+
+
+def test_pages_of_allowed_origins_alone_may_use_the_api() -> None:
+    async def answer(request: Request) -> Response:
+        return JSONResponse({})
+
+    page, other = "https://app.example.org", "https://evil.example"
+    routes = [Route("/v1/chat/completions", answer, methods=["POST"])]
+    for allowed, reads, posts in (((page,), page, 200), ((), None, 403)):
+        app = create_app(CollectorRegistry(), None, routes, HttpConfig(allowed_origins=allowed))
+        browser = TestClient(app, base_url=LOCAL)
+        asked = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-any"}
+        preflight = browser.options("/v1/chat/completions", headers=asked)
+        assert preflight.headers.get("access-control-allow-origin") == reads
+        reply = browser.post("/v1/chat/completions", headers={"Origin": page, "Sec-Fetch-Site": "cross-site"})
+        assert (reply.status_code, reply.headers.get("access-control-allow-origin")) == (posts, reads)
+        refused = browser.post("/v1/chat/completions", headers={"Origin": other, "Sec-Fetch-Site": "cross-site"})
+        assert (refused.status_code, refused.headers.get("access-control-allow-origin")) == (403, None)
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "app.example.org", "https://app.example.org/", "https://App.example"])
+def test_an_origin_is_as_browsers_send_it(origin: str) -> None:
+    with pytest.raises(InvalidInput, match="allowed"):
+        HttpConfig(allowed_origins=(origin,))
 
 
 def test_without_a_bundle_there_are_no_photos_and_routes_of_a_language_model_are_added() -> None:

@@ -68,6 +68,10 @@ class ScriptedBackend:
     def arm_context(self, arm: Arm) -> int:
         return self.device_context or self.context if arm == "edge" else self.context
 
+    def score(self, request: GenerationRequest, cancelled: threading.Event | None = None) -> list[Token]:
+        first, *rest = request.prompt
+        return [Token(first, "edge"), *(self._token(id, "edge", request.top_logprobs) for id in rest)]
+
     def generate(
         self, request: GenerationRequest, cancelled: threading.Event | None = None
     ) -> Iterator[Token | Summary]:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.drafts import NGRAM_CONFIDENCE, LookupDraft, ModelDraft, probability, shared_length
+from isthmus.models.language.drafts import (
+    NGRAM_CONFIDENCE,
+    LookupDraft,
+    ModelDraft,
+    PredictionDraft,
+    probability,
+    shared_length,
+)
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.processors import TokenChooser
 from isthmus.models.language.sampling import choose
@@ -132,3 +139,47 @@ def test_shared_length(one: list[int], other: list[int]) -> None:
     length = shared_length(one, other)
     assert one[:length] == other[:length]
     assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+PROMPT = [90, 91, 92]
+
+
+def predicted(prediction: list[int], answer: list[int]) -> int | None:
+    found = PredictionDraft(prediction, len(PROMPT)).next([*PROMPT, *answer], PLAIN)
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([], 1),
+        ([1, 2, 3], 4),
+        ([1, 2, 3, 4, 5, 6, 7, 8], None),  # its end
+        ([1, 2, 50], None),  # another token
+        ([1, 2, 50, 3], None),
+        ([1, 2, 50, 3, 4], 5),  # inserted
+        ([1, 50, 3, 4], 5),  # replaced
+        ([1, 2, 3, 6, 7], 8),  # left out
+        ([1, 2, 3, 4, 5, 6, 50, 2, 3], 4),  # back to an earlier place
+    ],
+)
+def test_a_prediction_goes_on_where_the_answer_is_in_it(answer: list[int], expected: int | None) -> None:
+    assert predicted([1, 2, 3, 4, 5, 6, 7, 8], answer) == expected
+
+
+def test_of_several_places_the_next_one_counts() -> None:
+    repeated = [7, 8, 1, 7, 8, 2, 7, 8, 3]
+    assert predicted(repeated, [7, 8, 1, 50, 7, 8]) == 2
+    assert predicted(repeated, [7, 8, 1, 7, 8, 2, 50, 7, 8]) == 3
+
+
+def test_without_a_place_in_the_prediction_the_text_itself_is_looked_up() -> None:
+    draft = PredictionDraft([1, 2], len(PROMPT))
+    assert draft.next([*PROMPT, 5, 6, 7, 5, 6], PLAIN) == (7, NGRAM_CONFIDENCE[2])
+
+
+@given(texts, st.lists(st.integers(0, 3), max_size=10))
+def test_a_prediction_does_not_depend_on_what_was_drafted_before(prediction: list[int], answer: list[int]) -> None:
+    used = PredictionDraft(prediction, 0)
+    for text in (answer[:5], [*answer[:3], 9, 9], answer):
+        assert used.next(text, PLAIN) == PredictionDraft(prediction, 0).next(text, PLAIN)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from isthmus.edge_agent.http.openai.jobs import Job, chat_job, completion_job
+from isthmus.edge_agent.http.openai.chat_jobs import chat_job
+from isthmus.edge_agent.http.openai.completion_jobs import completion_job
+from isthmus.edge_agent.http.openai.jobs import Job
 from tests.unit.edge_agent.language.scripted import ScriptedBackend
 
 BACKEND = ScriptedBackend()

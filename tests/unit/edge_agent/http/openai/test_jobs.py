@@ -127,7 +127,7 @@ def test_each_arm_has_its_own_context(model: str, fits: bool) -> None:
         if fits:
             assert job(backend=backend, model=model, **fields)
         else:
-            with pytest.raises(ApiError, match="the context of this model is 50 tokens") as caught:
+            with pytest.raises(ApiError, match="this model's maximum context length is 50 tokens") as caught:
                 job(backend=backend, model=model, **fields)
             assert caught.value.error["code"] == "context_length_exceeded"
 

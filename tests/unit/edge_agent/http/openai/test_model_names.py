@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from isthmus.edge_agent.http.openai.chat_jobs import chat_job
 from isthmus.edge_agent.http.openai.errors import ApiError
-from isthmus.edge_agent.http.openai.jobs import chat_job
 from isthmus.edge_agent.http.openai.model_names import available_models
 from tests.unit.edge_agent.http.openai.bodies import BACKEND, HI, chat, completion
 from tests.unit.edge_agent.language.scripted import ScriptedBackend

@@ -164,3 +164,35 @@ def test_log_probabilities_of_a_completion() -> None:
     *chunks, _ = events(ScriptedBackend("xéy"), "/v1/completions", logprobs=2)
     parts = [chunk["choices"][0]["logprobs"] for chunk in chunks[:-1]]
     assert {name: [one for part in parts for one in part[name]] for name in expected} == expected
+
+
+def test_an_echoed_prompt_has_log_probabilities_too() -> None:
+    fields = {"prompt": "hé", "echo": True, "logprobs": 1}
+    choice = post(ScriptedBackend("a"), "/v1/completions", **fields).json()["choices"][0]
+    assert choice["text"] == "héa"
+    assert choice["logprobs"] == {
+        "tokens": ["h", "\ufffd", "\ufffd", "a", ""],
+        "token_logprobs": [None, -0.5, -0.5, -0.5, -0.5],
+        "top_logprobs": [
+            None,
+            {"\ufffd": -0.5, "a": -0.5},
+            {"\ufffd": -0.5, "a": -0.5},
+            {"a": -0.5},
+            {"": -0.5, "a": -0.5},
+        ],
+        "text_offset": [0, 1, 1, 2, 3],
+    }
+    *chunks, _ = events(ScriptedBackend("a"), "/v1/completions", **fields)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "héa"
+
+
+def test_a_prompt_alone_can_be_scored() -> None:
+    backend = ScriptedBackend("a", context=3)
+    fields = {"prompt": ["abc", "de"], "echo": True, "logprobs": 0, "max_tokens": 0}
+    answer = post(backend, "/v1/completions", **fields).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["abc", "de"]
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
+    assert answer["choices"][1]["logprobs"]["token_logprobs"] == [None, -0.5]
+    assert answer["usage"]["completion_tokens"] == 0
+    assert not backend.requests
+    assert post(backend, "/v1/completions", max_tokens=0).json()["choices"][0]["text"] == ""

@@ -8,18 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.edge_agent.http.openai import schema
+from isthmus.edge_agent.http.openai.chat_jobs import chat_job
+from isthmus.edge_agent.http.openai.completion_jobs import completion_job
 from isthmus.edge_agent.http.openai.errors import ApiError
-from isthmus.edge_agent.http.openai.jobs import JobParser, chat_job, completion_job
+from isthmus.edge_agent.http.openai.jobs import JobParser
 from tests.unit.edge_agent.http.openai.bodies import BACKEND, HI, chat, completion
 
 WRONG: dict[str, list[Any]] = {
-    "tools": [[{"type": "function"}]],
+    "tools": [{}, [{}] * 129],
     "functions": [[{}]],
-    "tool_choice": ["required"],
-    "response_format": [{"type": "json_object"}],
-    "logit_bias": [{"50256": -100}],
-    "frequency_penalty": [0.1],
-    "presence_penalty": [-1],
+    "tool_choice": ["required", "any", {"type": "function", "function": {"name": "f"}}, {"type": "allowed_tools"}, 3],
+    "response_format": ["json", []],
+    "logit_bias": [{"257": 1}, dict.fromkeys(map(str, range(301)), 1), {"a\nb": 1}, {"1" * 5000: 1}, []],
+    "frequency_penalty": [2.1, "high"],
+    "presence_penalty": [-3],
+    "prediction": ["text"],
     "audio": [{"voice": "x"}],
     "modalities": [["text", "audio"]],
     "suffix": ["end"],
@@ -38,6 +41,7 @@ WRONG: dict[str, list[Any]] = {
     "messages": [[], "hi"],
     "model": [3],
 }
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BROKEN = [
     *(b"", b"{", b"\xff", b"[]", b"3", b'"x"', b'{"a":NaN}', b'{"a":1} x'),
     b'{"model":"\\ud800"}',
@@ -89,7 +93,8 @@ def test_unsupported_values_are_refused_by_field(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x"}, "messages[0].role"),
+        ({"role": "function", "content": "x"}, "messages[0].role"),
+        ({"role": "tool"}, "messages[0].content"),
         ({"role": 3, "content": "x"}, "messages[0].role"),
         ({"role": [], "content": "x"}, "messages[0].role"),
         ({"role": "user"}, "messages[0].content"),
@@ -97,7 +102,13 @@ def test_unsupported_values_are_refused_by_field(name: str, value: Any) -> None:
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content"),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "messages[0].content"),
         ({"role": "user", "content": ["x"]}, "messages[0].content"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0].id"),
+        ({"role": "assistant", "tool_calls": [CALL] * 129}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "id": "x" * 257}]}, "messages[0].tool_calls[0].id"),
+        (
+            {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "[]"}}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ("hi", "messages[0]"),
     ],
 )
@@ -118,7 +129,10 @@ def test_values_that_are_no_prompt_are_refused(prompt: object) -> None:
     ("fields", "param"),
     [
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 0}, "echo"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"tools": [{}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"prompt": ["a"] * 100, "n": 2}, "prompt"),

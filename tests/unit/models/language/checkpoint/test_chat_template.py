@@ -9,10 +9,11 @@ import pytest
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.checkpoint import chat_template
 from isthmus.models.language.checkpoint.chat_template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
+from isthmus.models.language.checkpoint.tool_format import Message
 
 
 def render(source: str) -> str:
-    return ChatTemplate(source, {"bos_token": "<s>"}).render([{"role": "user", "content": "<é>"}])
+    return ChatTemplate(source, {"bos_token": "<s>"}).render([Message("user", "<é>")])
 
 
 @pytest.mark.parametrize(
