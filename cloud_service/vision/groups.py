@@ -52,5 +52,5 @@ class Groups(Generic[Request, Answer]):
                 if not future.done():
                     future.set_exception(error)
         finally:
-            self._running.discard(asyncio.current_task())  # type: ignore[arg-type]
+            self._running.discard(asyncio.current_task())
             self._start()
