@@ -208,6 +208,8 @@ def replace_session(former: Session, session: Session, shared: int | None) -> No
     former.send(ContextGone("this session was opened again elsewhere"))
     if former.ending:
         former.end()
+    session.processed = former.processed
+    session.reached = min(former.reached, shared or 0)
     cache, former.sequence.cache = former.sequence.cache, None
     if cache is not None and shared is not None:
         cache.truncate(min(cache.length, shared, session.sequence.reusable_length))

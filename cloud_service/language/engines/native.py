@@ -263,6 +263,8 @@ class LanguageEngine:
             self._step_time.observe(now_s - started_s)
             self._metrics.step(result.tokens, self._decoder.width, now_s - started_s)
         self._metrics.states(result.tokens if isinstance(runner, SuffixRunner) else 0, result.filled)
+        for (session, _), extent in zip(plan, result.extents, strict=False):
+            self._metrics.processed(session.spend(extent))
         for (session, _), outcome in zip(plan, result.outcomes, strict=True):
             session.last_step = self._sessions.served[session.peer] = self._step
             if outcome is not None:

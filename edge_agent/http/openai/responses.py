@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from isthmus.edge_agent.http.openai.jobs import Job
 from isthmus.edge_agent.language.detokenize import Outcome, TextDelta, bytes_of
 from isthmus.edge_agent.language.request import Token
+from isthmus.models.messages import Processed
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot represent
 Json = dict[str, Any]
@@ -223,4 +224,12 @@ def isthmus_field(job: Job, outcomes: Sequence[Outcome]) -> Json:
         "bytes_up": sum(summary.bytes_up for summary in summaries) if known else None,
         "bytes_down": sum(summary.bytes_down for summary in summaries) if known else None,
         "rtt_ms": last.rtt_s * 1000 if last and last.rtt_s is not None else None,
+        "device": processed_field([summary.device for summary in summaries]) if known else None,
+        "cloud": processed_field([summary.cloud for summary in summaries]) if known else None,
     }
+
+
+def processed_field(processed: Iterable[Processed]) -> Json:
+    """What a side's model computed. null: a count that an engine does not tell."""
+    total = sum(processed, Processed())
+    return {**asdict(total), "flops": total.flops if total.flops or not total.tokens else None}

@@ -21,7 +21,7 @@ from isthmus.models.errors import (
     PeerError,
     UnsupportedVersion,
 )
-from isthmus.models.messages import MAX_SEED, SESSION_BYTES, Committed, Logprobs, Opening, Round, Sampling
+from isthmus.models.messages import MAX_SEED, SESSION_BYTES, Committed, Logprobs, Opening, Processed, Round, Sampling
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
@@ -185,6 +185,7 @@ def commits(draw: st.DrawFn) -> Committed:
         passes=draw(ids),
         held=draw(ids),
         logprobs=tuple(draw(st.lists(rows, max_size=min(accepted + len(own), 3)))),
+        processed=Processed(draw(ids), draw(st.integers(0, (1 << 64) - 1)), draw(ids)),
     )
 
 
