@@ -47,6 +47,9 @@ class EngineMetricFamilies:
             "Tokens that the model processed for sessions: new ones, or repeated ones that it had processed before.",
             "kind",
         )
+        self.shared = counter(
+            "shared_tokens", "Tokens whose KV cache was copied from another session with the same beginning."
+        )
         self.flops = counter(
             "model_flops", "Floating-point operations of processed tokens, counted from the model's sizes."
         )
@@ -73,6 +76,7 @@ class EngineMetrics:
         self._positions = {kind: families.positions.labels(model, kind) for kind in POSITIONS}
         self._processed = {kind: families.processed.labels(model, kind) for kind in PROCESSED}
         self._flops = families.flops.labels(model)
+        self._shared = families.shared.labels(model)
         self._evictions = {reason: families.evictions.labels(model, reason) for reason in EVICTIONS}
         self._tokens = families.tokens.labels(model)
         self._refused = families.refused.labels(model)
@@ -107,6 +111,10 @@ class EngineMetrics:
         self._processed["new"].inc(processed.tokens - processed.repeated)
         self._processed["repeated"].inc(processed.repeated)
         self._flops.inc(processed.flops)
+
+    def shared(self, tokens: int) -> None:
+        """A session has copied the state of its first tokens from another."""
+        self._shared.inc(tokens)
 
     def refused(self) -> None:
         """A prompt was refused, since its first token would have come too late."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from isthmus.cloud_service.language.model_runner import AnySequence, Extent, FullRunner, PrefixRunner, SuffixRunner
 from isthmus.cloud_service.language.scheduler import PROTECTED_STEPS, Candidate, MemoryRequest, RestingCache
+from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import IsthmusError
 from isthmus.models.messages import Committed, Processed, Round
 from isthmus.protos.limits import MAX_STREAM_INFLIGHT
@@ -84,6 +85,11 @@ class Session:
     def cache_kind(self) -> tuple[FullRunner | SuffixRunner, int]:
         """Sessions of equal kind can reuse each other's cache."""
         return self.runner, self.prefill_layers
+
+    @property
+    def exact(self) -> bool:
+        """Whether its state depends on its tokens alone: not on what a device has sent, nor on the prompt's length."""
+        return isinstance(self.sequence, TokenSequence) and not self.prefill_layers
 
     @property
     def busy(self) -> bool:

@@ -38,7 +38,7 @@ def test_every_name_has_our_prefix_and_known_labels_start_at_zero(
     metrics: EngineMetrics, registry: CollectorRegistry
 ) -> None:
     families = list(registry.collect())
-    assert len(families) == 12
+    assert len(families) == 13
     assert all(family.name.startswith("isthmus_cloud_") for family in families)
     for name, label, values in (
         ("decoder_rows_total", "kind", ROWS),
