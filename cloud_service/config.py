@@ -206,6 +206,13 @@ class CloudConfig(Settings):
             gt=0, le=600, description="Seconds that a prompt may wait for others; what would wait longer is refused."
         ),
     ] = 30.0  # people wait no longer, and a device has other ways
+    share_prefixes: Annotated[
+        Literal["everyone", "peer"],
+        Field(
+            description="Whose prompts share the state of a common beginning, such as a system prompt: everyone's, or"
+            " those of one peer only. Who shares can find out whether a beginning was sent before."
+        ),
+    ] = "everyone"
     listen: Annotated[
         ListenAddress,
         Field(description="Address of the gRPC service; port 0 picks a free one."),

@@ -234,6 +234,27 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Processed:
+    """What a model computed: `tokens`, of which it had processed the `repeated` before, and floating-point operations.
+
+    `flops` 0 with tokens: not known.
+    """
+
+    tokens: int = 0
+    flops: int = 0
+    repeated: int = 0
+
+    def __add__(self, other: Processed) -> Processed:
+        return Processed(self.tokens + other.tokens, self.flops + other.flops, self.repeated + other.repeated)
+
+    def __sub__(self, other: Processed) -> Processed:
+        return Processed(self.tokens - other.tokens, self.flops - other.flops, self.repeated - other.repeated)
+
+
+NOTHING = Processed()
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """The tokens after position `base` are the first `accepted` of the draft, then `tokens`.
 
@@ -241,7 +262,8 @@ class Committed:
     the new ones, which are the last. If both are empty, the draft was stale and `base` is the length of the sequence,
     or the sequence has ended.
 
-    For a round with states: its `base`, and in `tokens` the token after its draft, if requested.
+    For a round with states: its `base`, and in `tokens` the token after its draft, if requested. `processed`: for the
+    session, since its last reply.
     """
 
     base: int
@@ -253,6 +275,7 @@ class Committed:
     passes: int = 0
     held: int = 0
     logprobs: tuple[Logprobs, ...] = ()
+    processed: Processed = NOTHING
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from isthmus.models.errors import (
     PeerError,
     UnsupportedVersion,
 )
-from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Round
+from isthmus.models.messages import SESSION_BYTES, Committed, Logprobs, Opening, Processed, Round
 from isthmus.protos import limits
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.wire import MICROSECONDS, microseconds, pack_failure, unpack_failure
@@ -165,6 +165,9 @@ def pack_committed(committed: Committed) -> pb.GenerateResponse:
         passes=committed.passes,
         held=committed.held,
         logprobs=rows,
+        processed=committed.processed.tokens,
+        repeated=committed.processed.repeated,
+        flops=committed.processed.flops,
     )
     message.crc32 = reply_checksum(message)
     return message
@@ -202,6 +205,7 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
         passes=message.passes,
         held=message.held,
         logprobs=tuple(unpack_logprobs(row, vocab) for row in message.logprobs),
+        processed=Processed(message.processed, message.flops, message.repeated),
     )
 
 
@@ -220,7 +224,7 @@ def checksum(tokens: Sequence[int]) -> int:
 
 
 def reply_checksum(message: pb.GenerateResponse) -> int:
-    """CRC-32 over every field of a reply."""
+    """CRC-32 over every field of a reply that a text depends on."""
     numbers = [message.base, message.accepted, message.extension, message.queue_us, message.compute_us, message.passes]
     error = message.error
     numbers += [message.held, error.code, error.retry_ms, len(message.tokens), *message.tokens]

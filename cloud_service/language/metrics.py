@@ -6,12 +6,15 @@ import logging
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from isthmus.models.messages import Processed
+
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 ROWS = ("used", "padding")
 DRAFTS = ("accepted", "rejected")
 EVICTIONS = ("budget", "idle")
 STATE_ROUNDS = ("decided", "kept")
 POSITIONS = ("run", "filled")
+PROCESSED = ("new", "repeated")
 
 log = logging.getLogger("isthmus.cloud")
 
@@ -39,6 +42,17 @@ class EngineMetricFamilies:
             "Positions whose upper layers were run, or approximated by a KV fill (of prompts too).",
             "kind",
         )
+        self.processed = counter(
+            "processed_tokens",
+            "Tokens that the model processed for sessions: new ones, or repeated ones that it had processed before.",
+            "kind",
+        )
+        self.shared = counter(
+            "shared_tokens", "Tokens whose KV cache was copied from another session with the same beginning."
+        )
+        self.flops = counter(
+            "model_flops", "Floating-point operations of processed tokens, counted from the model's sizes."
+        )
         self.refused = counter("prompts_refused", "Prompts refused because their first token would have come too late.")
         self.evictions = counter("context_evictions", "KV caches of sessions evicted.", "reason")
         self.sessions = gauge("contexts_held", "KV caches of sessions in memory.")
@@ -60,6 +74,9 @@ class EngineMetrics:
         self._drafts = {result: families.drafts.labels(model, result) for result in DRAFTS}
         self._state_rounds = {kind: families.state_rounds.labels(model, kind) for kind in STATE_ROUNDS}
         self._positions = {kind: families.positions.labels(model, kind) for kind in POSITIONS}
+        self._processed = {kind: families.processed.labels(model, kind) for kind in PROCESSED}
+        self._flops = families.flops.labels(model)
+        self._shared = families.shared.labels(model)
         self._evictions = {reason: families.evictions.labels(model, reason) for reason in EVICTIONS}
         self._tokens = families.tokens.labels(model)
         self._refused = families.refused.labels(model)
@@ -88,6 +105,16 @@ class EngineMetrics:
         """A step ran hidden states through layers, or filled in the KV cache of positions."""
         self._positions["run"].inc(run)
         self._positions["filled"].inc(filled)
+
+    def processed(self, processed: Processed) -> None:
+        """A step computed tokens of one session."""
+        self._processed["new"].inc(processed.tokens - processed.repeated)
+        self._processed["repeated"].inc(processed.repeated)
+        self._flops.inc(processed.flops)
+
+    def shared(self, tokens: int) -> None:
+        """A session has copied the state of its first tokens from another."""
+        self._shared.inc(tokens)
 
     def refused(self) -> None:
         """A prompt was refused, since its first token would have come too late."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from isthmus.cloud_service.language.handoff_sequence import HandoffSequence
 from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import InvalidInput, IsthmusError
+from isthmus.models.language.flops import decoder_flops
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.processors import TokenChooser
 from isthmus.models.language.sampling import Floats
@@ -37,15 +38,26 @@ Outcome = Committed | IsthmusError | None
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """What a step computed of one sequence: `tokens` from position `start` on, in so many operations."""
+
+    start: int
+    tokens: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """The outcome of each sequence, and `tokens` that ran through layers (0: no forward pass was necessary).
 
-    `filled`: positions whose keys and values in the upper layers were filled in instead of computed.
+    `filled`: positions whose keys and values in the upper layers were filled in instead of computed. `extents`: of each
+    sequence; none where the step failed.
     """
 
     outcomes: list[Outcome]
     tokens: int
     filled: int = 0
+    extents: Sequence[Extent] = ()
 
 
 class FullRunner:
@@ -79,6 +91,7 @@ class FullRunner:
         started_s = time.monotonic()
         ids, spans = gather(parts)
         needs_logits = any(isinstance(each, TokenSequence) and each.needs_logits(count) for each, count in parts)
+        extents = [self._extent(*part) for part in parts]
         x_NH = self.decoder.forward(self.decoder.embed(ids), spans)
         logits_NV = download(self.decoder.logits(x_NH)) if needs_logits else None
         seconds, outcomes, start = time.monotonic() - started_s, list[Outcome](), 0
@@ -91,7 +104,14 @@ class FullRunner:
                 sequence.rewind()
                 outcomes.append(error)
             start += count
-        return StepResult(outcomes, start)
+        return StepResult(outcomes, start, extents=extents)
+
+    def _extent(self, sequence: AnySequence, count: int) -> Extent:
+        """Of the next `count` tokens, of which those decide a token that come last in the text or in its draft."""
+        assert isinstance(sequence, TokenSequence) and sequence.cache is not None
+        start, config = sequence.cache.length, self.decoder.config
+        decided = min(max(start + count - len(sequence.tokens) + 1, 0), count)
+        return Extent(start, count, decoder_flops(config, start, count, layers=config.layers, decided=decided))
 
     def _check_prefill_layers(self, layers: int) -> None:
         if not self._handoffs:
@@ -109,12 +129,14 @@ class PrefixRunner:
         depth = handoff.depth
         self._lower = decoder[:depth]
         self._between = decoder[depth:prefill_layers] if prefill_layers > depth else None
+        self._config, self._layers = decoder.config, prefill_layers
         self._fill = KVFill(*handoff.kv_fill(), decoder[depth:], prefill_layers - depth)
 
     def run(self, parts: Sequence[Part]) -> StepResult:
         """One forward pass, which ends no round."""
         started_s = time.monotonic()
         ids, spans = gather(parts)
+        extents = [self._extent(span) for span in spans]
         x_NH = self._lower.forward(self._lower.embed(ids), spans)
         if self._between is not None:
             self._between.forward(x_NH, spans)
@@ -126,7 +148,12 @@ class PrefixRunner:
         for sequence, count in parts:
             assert isinstance(sequence, TokenSequence)
             sequence.complete_step(None, count, seconds)
-        return StepResult([None] * len(parts), start, start)
+        return StepResult([None] * len(parts), start, start, extents)
+
+    def _extent(self, span: Span) -> Extent:
+        config, layers = self._config, self._layers
+        flops = decoder_flops(config, span.start, span.count, layers=layers, filled=config.layers - layers)
+        return Extent(span.start, span.count, flops)
 
 
 class SuffixRunner:
@@ -160,6 +187,7 @@ class SuffixRunner:
         """Decode, fill, and a forward pass if any state needs the layers. A bad state fails its own round only."""
         started_s = time.monotonic()
         outcomes: list[Outcome] = [None] * len(parts)
+        extents = [Extent(0, 0, 0)] * len(parts)
         inputs: list[SuffixInput] = []
         for index, (sequence, count) in enumerate(parts):
             assert isinstance(sequence, HandoffSequence)
@@ -173,12 +201,21 @@ class SuffixRunner:
         for each in inputs:
             stop += each.span.count
             logits_V = logits_NV[stop - 1] if logits_NV is not None and each.sequence.needs_logits else None
+            extents[each.index] = self._extent(each, decided=logits_V is not None)
             try:
                 outcomes[each.index] = each.sequence.complete_step(logits_V, seconds)
             except InvalidInput as error:
                 each.sequence.rewind()
                 outcomes[each.index] = error
-        return StepResult(outcomes, stop, sum(each.filled for each in inputs))
+        return StepResult(outcomes, stop, sum(each.filled for each in inputs), extents)
+
+    def _extent(self, part: SuffixInput, decided: bool) -> Extent:
+        """The layers after the cut alone; a first token's hidden state is computed once for all sessions."""
+        config, span, start = self.decoder.config, part.span, part.span.start - part.filled
+        layers = len(self.decoder.layers)
+        flops = decoder_flops(config, start, part.filled, layers=0, filled=layers)
+        flops += decoder_flops(config, span.start, span.count, layers=layers, decided=int(decided))
+        return Extent(start, part.filled + span.count, flops)
 
     def _prepare(self, index: int, sequence: HandoffSequence, count: int) -> SuffixInput:
         """Decode a sequence's next states, and fill with those that decide nothing. Raises what `decode` raises."""

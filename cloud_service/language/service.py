@@ -136,6 +136,7 @@ def load_model(
             handoffs,
             queue=queue,
             first_token_s=first_token_s,
+            isolated=config.share_prefixes == "peer",
         )
         engine.warm_up()
     return engine

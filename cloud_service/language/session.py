@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from isthmus.cloud_service.language.model_runner import AnySequence, FullRunner, PrefixRunner, SuffixRunner
+from isthmus.cloud_service.language.model_runner import AnySequence, Extent, FullRunner, PrefixRunner, SuffixRunner
 from isthmus.cloud_service.language.scheduler import PROTECTED_STEPS, Candidate, MemoryRequest, RestingCache
+from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import IsthmusError
-from isthmus.models.messages import Committed, Round
+from isthmus.models.messages import Committed, Processed, Round
 from isthmus.protos.limits import MAX_STREAM_INFLIGHT
 
 SESSION_BYTES = 4096  # of a session's own objects
@@ -72,6 +73,8 @@ class Session:
     prefilling: bool = False  # its cache is not complete yet since it was granted memory
     held: int = 0  # tokens whose cache was held when the session was opened; reported once
     counted_bytes: int = 0  # of `own_bytes`, as counted last
+    reached: int = 0  # of its tokens, the first, that were processed for it, whether they are still held or not
+    processed: Processed = field(default_factory=Processed)  # since the last reply
 
     @property
     def next_runner(self) -> FullRunner | PrefixRunner | SuffixRunner:
@@ -82,6 +85,11 @@ class Session:
     def cache_kind(self) -> tuple[FullRunner | SuffixRunner, int]:
         """Sessions of equal kind can reuse each other's cache."""
         return self.runner, self.prefill_layers
+
+    @property
+    def exact(self) -> bool:
+        """Whether its state depends on its tokens alone: not on what a device has sent, nor on the prompt's length."""
+        return isinstance(self.sequence, TokenSequence) and not self.prefill_layers
 
     @property
     def busy(self) -> bool:
@@ -148,10 +156,23 @@ class Session:
         """What the scheduler needs to know to plan a step."""
         return Candidate(self.ticket, self.sequence.pending_tokens, self.last_step, self.next_runner, self.peer)
 
+    def spend(self, extent: Extent) -> Processed:
+        """Account for what a step has computed of it."""
+        stop, cache = extent.start + extent.tokens, self.sequence.cache
+        repeated = max(min(self.reached, stop) - extent.start, 0)
+        self.reached = max(self.reached, min(len(self.sequence.tokens), cache.length if cache else 0))
+        spent = Processed(extent.tokens, extent.flops, repeated)
+        self.processed += spent
+        return spent
+
     def send(self, event: SessionEvent) -> None:
-        """Queue an event. The first reply after an opening says how much was held. Without a device it is dropped."""
-        if isinstance(event, Committed) and self.held:
-            event, self.held = replace(event, held=self.held), 0
+        """Queue an event. A reply says what was computed for it, the first after an opening how much was held.
+
+        Without a device it is dropped.
+        """
+        if isinstance(event, Committed):
+            event = replace(event, held=self.held, processed=self.processed)
+            self.held, self.processed = 0, Processed()
         if self.attached:
             self.events.put_nowait(event)
 

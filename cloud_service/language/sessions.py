@@ -15,6 +15,7 @@ from isthmus.cloud_service.language.kv_budget import KVBudget
 from isthmus.cloud_service.language.metrics import EngineMetrics
 from isthmus.cloud_service.language.model_runner import FullRunner, SuffixRunner
 from isthmus.cloud_service.language.opened import check_ids, opened_tokens
+from isthmus.cloud_service.language.prefixes import Prefixes
 from isthmus.cloud_service.language.scheduler import Grant
 from isthmus.cloud_service.language.session import EventQueue, Session
 from isthmus.cloud_service.language.session_table import SessionTable
@@ -46,13 +47,23 @@ class Sessions(SessionTable[Session]):
     `served`: the last step that computed tokens of a peer.
     """
 
-    def __init__(self, config: LlamaConfig, budget_bytes: int, queue: ByteBudget, metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        budget_bytes: int,
+        queue: ByteBudget,
+        metrics: EngineMetrics,
+        *,
+        isolated: bool = False,
+    ) -> None:
+        """`isolated`: peers do not copy the state of a common beginning from each other."""
         self.budget = KVBudget(budget_bytes, IDLE_S)
         self.served: dict[str, int] = {}
         super().__init__(queue)
         self._config = config
         self._metrics = metrics
         self._tickets = itertools.count()
+        self._prefixes, self._isolated = Prefixes(), isolated
 
     @property
     def attached(self) -> list[Session]:
@@ -92,6 +103,7 @@ class Sessions(SessionTable[Session]):
             self._remove(former)
         self._by_name[session.name] = session
         self._of_peer[peer] += 1
+        self.record_prefix(session)
         self._record(session)
         self.report()
         return session
@@ -125,12 +137,21 @@ class Sessions(SessionTable[Session]):
         sequence, size_bytes = session.sequence, session.needs_bytes
         if sequence.cache is None:
             sequence.cache, session.first_step, session.prefilling = session.runner.decoder.new_cache(), step, True
+            self._copy_prefix(session)
         size_bytes = max(size_bytes, sequence.cache.bytes)
         self.budget.record(session.name, size_bytes, time.monotonic(), attached=session.attached)
         return session
 
+    def record_prefix(self, session: Session) -> None:
+        """Its tokens have more state than before, which others may copy."""
+        if session in self and session.exact:
+            held = session.sequence.cache.length if session.sequence.cache else 0
+            tokens = session.sequence.tokens
+            self._prefixes.record(session.name, self._scope(session), tokens, min(held, len(tokens)))
+
     def drop_cache(self, session: Session) -> None:
         """Its cache cannot be trusted any more."""
+        self._prefixes.drop(session.name)
         session.sequence.drop_cache()
         self._record(session)
 
@@ -154,6 +175,23 @@ class Sessions(SessionTable[Session]):
     def report(self) -> None:
         """Update the metrics."""
         self._metrics.caches(len(self.budget), self.budget.held_bytes)
+
+    def _scope(self, session: Session) -> str:
+        return f"peer {session.peer}" if self._isolated else "everyone"
+
+    def _copy_prefix(self, session: Session) -> None:
+        """Copy the state of the longest beginning that another session holds: bit for bit what it would compute."""
+        tokens, cache = session.sequence.tokens, session.sequence.cache
+        if cache is None or not session.exact:
+            return
+        for name, stop in self._prefixes.find(self._scope(session), tokens[: session.sequence.reusable_length]):
+            other = self._by_name[name].sequence
+            if other.cache is not None and other.cache.length >= stop and other.tokens[:stop] == tokens[:stop]:
+                cache.copy(other.cache, stop)
+                session.held = 0 if session.answered else stop
+                self._metrics.shared(stop)
+                self.record_prefix(session)
+                return
 
     def _record(self, session: Session) -> None:
         size_bytes = session.sequence.cache.bytes if session.sequence.cache else 0
@@ -187,6 +225,7 @@ class Sessions(SessionTable[Session]):
     def _evict(self, name: bytes, reason: str) -> None:
         """Drop a session's cache, and the session too when no device is connected to it."""
         session = self._by_name[name]
+        self._prefixes.drop(name)
         session.sequence.drop_cache()
         self.budget.drop(name)
         self._metrics.evicted(reason)
@@ -196,6 +235,7 @@ class Sessions(SessionTable[Session]):
 
     def _remove(self, session: Session) -> None:
         """It is held no more: by its name another may be opened."""
+        self._prefixes.drop(session.name)
         del self._by_name[session.name]
         self.settle(session)
         self._of_peer[session.peer] -= 1
@@ -209,6 +249,8 @@ def replace_session(former: Session, session: Session, shared: int | None) -> No
     former.send(ContextGone("this session was opened again elsewhere"))
     if former.ending:
         former.end()
+    session.processed = former.processed
+    session.reached = min(former.reached, shared or 0)
     cache, former.sequence.cache = former.sequence.cache, None
     if cache is not None and shared is not None:
         cache.truncate(min(cache.length, shared, session.sequence.reusable_length))

@@ -44,7 +44,9 @@ class ChatAnswer:
     def _summary_fields(self, prices: Prices) -> dict[str, Any]:
         summary = self.outcome.summary if self.outcome else None
         if summary is None:
-            return dict.fromkeys(("bytes_up", "bytes_down", "rtt_ms", "usd", "arm", "why", "spans", "degraded"))
+            return dict.fromkeys(
+                ("bytes_up", "bytes_down", "rtt_ms", "usd", "arm", "why", "spans", "degraded", "device", "cloud")
+            )
         return {
             "bytes_up": summary.bytes_up,
             "bytes_down": summary.bytes_down,
@@ -54,6 +56,8 @@ class ChatAnswer:
             "why": summary.why,
             "spans": [asdict(span) for span in summary.spans],
             "degraded": summary.degraded,
+            "device": asdict(summary.device),
+            "cloud": asdict(summary.cloud),
         }
 
 

@@ -102,6 +102,7 @@ class Generation:
         self._sessions.clear()
         if self._local is not None:
             self._local.close()
+            self.stats.device = self._local.processed
 
     def _auto(self) -> AutoArm:
         resources, router = self._resources, self._resources.router

@@ -23,6 +23,7 @@ from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import Choice, ExitingDecoder
 from isthmus.models.language.packing import Floats
 from isthmus.models.language.processors import TokenChooser
+from isthmus.models.messages import Processed
 
 KV_CACHES = 4  # as many answers as keep their own
 PIECE_TOKENS = 65  # of a text that are read in one call: a block of the decoder, and one token by itself
@@ -40,6 +41,11 @@ class Cache:
     exits: ExitingDecoder | None
     owner: LocalSession | None = None
     last_call: int = 0
+
+    @property
+    def processed(self) -> Processed:
+        """What was computed with it."""
+        return self.decoder.processed + Processed(flops=self.exits.flops if self.exits else 0)
 
 
 class Turn(threading.Event):
@@ -174,6 +180,7 @@ class LocalSession:
         self._model = model
         self._cancelled = cancelled
         self._tokens = 0  # of the last text that was read
+        self.processed = Processed()
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """Logits (vocab,) after `tokens`. Raises InvalidInput when there are more than the context holds."""
@@ -224,7 +231,11 @@ class LocalSession:
                 known = shared_length(cache.decoder.ids, tokens)
                 reached = known + PIECE_TOKENS if known >= reached else len(tokens)
                 part = tokens[:reached] if len(tokens) <= self.context else tokens
-                result = read(cache, part)
+                before = cache.processed
+                try:
+                    result = read(cache, part)
+                finally:
+                    self.processed += cache.processed - before
                 self._tokens = len(part)
                 if len(part) == len(tokens):
                     return result

@@ -41,6 +41,10 @@ class LanguageMetrics:
         self._bytes = counter(
             "language_bytes", "Bytes of gRPC messages exchanged with the cloud for answers, by direction.", "direction"
         )
+        self._processed = counter("processed_tokens", "Tokens that models processed for answers, by side.", "side")
+        self._flops = counter(
+            "model_flops", "Floating-point operations of processed tokens, counted from sizes, by side.", "side"
+        )
         name = "isthmus_edge_first_token_seconds"
         self._first_token = Histogram(
             name,
@@ -63,6 +67,9 @@ class LanguageMetrics:
             self._drafts.labels(result)
         for direction in ("up", "down"):
             self._bytes.labels(direction)
+        for side in ("device", "cloud"):
+            self._processed.labels(side)
+            self._flops.labels(side)
 
     def watch(self, events: Generator[Token | Summary, None, None]) -> Iterator[Token | Summary]:
         """Yield the events of an answer and count them. Closing this closes `events`."""
@@ -92,3 +99,6 @@ class LanguageMetrics:
         self._drafts.labels("rejected").inc(summary.rejected)
         self._bytes.labels("up").inc(summary.bytes_up)
         self._bytes.labels("down").inc(summary.bytes_down)
+        for side, processed in (("device", summary.device), ("cloud", summary.cloud)):
+            self._processed.labels(side).inc(processed.tokens)
+            self._flops.labels(side).inc(processed.flops)

@@ -58,9 +58,21 @@ class RemoteQuery:
         length = len(self._sequence)
         yield from self._session.tokens(self._remote, fallback, lambda: len(self._sequence) > length)
 
+    def drop(self) -> None:
+        """Take the reply of a query that is not needed; while it is not there, the stream cannot be used again."""
+        if self._asked is None or not self._session.connected:
+            return
+        with suppress(IsthmusError):
+            if (committed := self._session.poll()) is not None:
+                self._count(committed)
+                self._asked = None
+                return
+        self._asked = None
+        self._session.disconnect()
+
     def close(self) -> None:
         """Give up a query that is not needed, and the stream."""
-        self._drop()
+        self.drop()
         self._session.disconnect()
 
     def _remote(self) -> Iterator[Token]:
@@ -84,22 +96,10 @@ class RemoteQuery:
                 self._session.send(Round(len(self._sequence)))
 
     def _send(self) -> None:
-        self._drop()
+        self.drop()
         self._session.open()
         self._session.send(Round(len(self._sequence)))
         self._asked = self._session.held = len(self._sequence)
-
-    def _drop(self) -> None:
-        """Take the reply of a query that is not needed; while it is not there, the stream cannot be used again."""
-        if self._asked is None or not self._session.connected:
-            return
-        with suppress(IsthmusError):
-            if (committed := self._session.poll()) is not None:
-                self._count(committed)
-                self._asked = None
-                return
-        self._asked = None
-        self._session.disconnect()
 
     def _count(self, committed: Committed) -> None:
         self._stats.count_reply(committed, first=True)

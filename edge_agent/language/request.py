@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.language.sampling import Floats, logprobs
-from isthmus.models.messages import GREEDY, Logprobs, Sampling
+from isthmus.models.messages import GREEDY, NOTHING, Logprobs, Processed, Sampling
 
 if TYPE_CHECKING:
     from isthmus.models.language.checkpoint.tokenizer import Tokenizer
@@ -90,6 +90,8 @@ class Summary:
     cloud_s: float = 0.0  # queue and compute
     degraded: bool = False  # the cloud was lost, and the device went on alone
     spans: tuple[Span, ...] = ()  # of an answer by auto
+    device: Processed = NOTHING  # by the device's model; exits count their own layers too
+    cloud: Processed = NOTHING  # by the cloud's model for this session, as far as its replies have told
 
 
 class GenerationBackend(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from isthmus.edge_agent.language.request import Span, Summary, Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.policy.arms import Arm
-from isthmus.models.messages import Committed
+from isthmus.models.messages import Committed, Processed
 
 REQUESTED = "requested"
 
@@ -55,6 +55,8 @@ class GenerationStats:
     fell_back: bool = False
     reason: str = REQUESTED
     problem: str | None = None
+    device: Processed = field(default_factory=Processed)
+    cloud: Processed = field(default_factory=Processed)
     spans: list[Span] = field(default_factory=list)
     clock: WorkClock = field(default_factory=WorkClock)
     _replied: bool = False
@@ -84,6 +86,7 @@ class GenerationStats:
             self.cached = committed.held
         self._replied = True
         self.cloud_s += committed.queue_s + committed.compute_s
+        self.cloud += committed.processed
 
     def degrade(self, problem: str) -> None:
         """The device goes on by itself. `problem` is what to say unless an error was noted before."""
@@ -111,4 +114,6 @@ class GenerationStats:
             cloud_s=self.cloud_s,
             degraded=self.degraded,
             spans=tuple(self.spans),
+            device=self.device,
+            cloud=self.cloud,
         )

@@ -84,7 +84,9 @@ class ArmEstimate:
 class ArmPlan:
     """The arm for the next tokens. On `edge` the cloud is queried for tokens whose confidence is below `likely`.
 
-    `offload_rate`: the expected share of these. `predicted_s`: predicted latency of a token, uncorrected.
+    `offload_rate`: the expected share of these. `predicted_s`: predicted latency of a token, uncorrected. `early`:
+    whether the cloud reads the prompt before there is a doubt. `begins`: confidence from which the device makes first
+    tokens while the cloud does so, on another arm than `edge`; None: it leaves them to that arm.
     """
 
     arm: Arm
@@ -92,6 +94,8 @@ class ArmPlan:
     why: str
     offload_rate: float = 0.0
     predicted_s: float = 0.0
+    early: bool = False
+    begins: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,11 @@ def choose(estimates: Sequence[ArmEstimate], goal: RoutingGoal, now: Arm | None)
     others = [estimate for estimate in estimates if estimate is not best]
     described = " against ".join(describe(estimate, goal.objective) for estimate in [best, *others])
     why = f"{goal.objective} at {goal.quality:g}: {described}"
-    return ArmPlan(best.arm, best.likely, why, best.offload_rate, best.seconds / best.slowness)
+    early, predicted_s = goal.objective == "fastest", best.seconds / best.slowness
+    begins = next((each.likely for each in estimates if each.arm == "edge"), None)
+    if not early or best.arm not in ("cloud", "verify"):
+        begins = None
+    return ArmPlan(best.arm, best.likely, why, best.offload_rate, predicted_s, early, begins)
 
 
 def describe(estimate: ArmEstimate, objective: Objective) -> str:

@@ -36,6 +36,7 @@ from isthmus.cloud_service.language.model_runner import FullRunner
 from isthmus.edge_agent.language.arms.handoff import point_of
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.flops import layer_weights
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import ConfidenceHead
 from isthmus.models.language.handoff.manifest import StatePoint, least_likely
@@ -52,7 +53,6 @@ from isthmus.models.recipes.language.prompts import greedy_answers, load_prompts
 from isthmus.models.recipes.language.scores import TARGET_AGREEMENT
 from isthmus.models.recipes.language.suffix import ApproximateKV, CodedStates, SuffixOutputs, run_suffix
 from isthmus.models.recipes.language.teacher import run_teacher
-from tests.bench.language import layer_weights
 
 CONFIDENCES = (
     *(round(0.3 + step / 20, 2) for step in range(10)), *(round(0.8 + step / 50, 2) for step in range(5)),

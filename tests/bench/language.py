@@ -37,9 +37,7 @@ from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.agent import LanguageAgent
 from isthmus.edge_agent.language.request import GenerationRequest, Summary
 from isthmus.edge_agent.policy.arms import Arm
-from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.sampling import choose
 from isthmus.models.language.torch.batch_invariance import chunks, run_tokens
 from isthmus.models.language.torch.decoder import Decoder
@@ -50,7 +48,6 @@ from tests.bench.proxy import LinkProxy, LinkSpec
 
 RTTS_MS = (5, 20, 50, 100, 150)
 SLOWDOWNS = (1, 4)
-WIDTH = 16  # rows of a forward pass, padding included
 LONGEST_TOKENS = 400
 QUALITIES = (0.97, 0.99, 0.999, 1.0)  # of auto
 Settings = tuple[tuple[str, Any], ...]  # options of LanguageConfig
@@ -137,7 +134,7 @@ def interleave(
     return answers
 
 
-def summarize(answers: list[TimedAnswer], prompts: Prompts, method: Method, flops: int, model: Decoder) -> Row:
+def summarize(answers: list[TimedAnswer], prompts: Prompts, method: Method, model: Decoder) -> Row:
     """Times, costs and quality of a method's answers to the prompts."""
     runs = [(timed.summary, timed.first_s, timed.total_s) for timed in answers]
     scores = [score(model, prompt, timed.ids) for prompt, timed in zip(prompts, answers, strict=True)]
@@ -157,7 +154,10 @@ def summarize(answers: list[TimedAnswer], prompts: Prompts, method: Method, flop
         "bytes_down_per_token": sum(summary.bytes_down for summary, _, _ in runs) / tokens,
         "bytes_per_round": round_bytes / rounds if rounds and method.arm == "verify" else None,
         "cloud_passes_per_token": passes / tokens,
-        "cloud_gflops_per_token": passes * WIDTH * flops / tokens / 1e9,
+        "cloud_gflops_per_token": sum(summary.cloud.flops for summary, _, _ in runs) / tokens / 1e9,
+        "device_gflops_per_token": sum(summary.device.flops for summary, _, _ in runs) / tokens / 1e9,
+        "cloud_tokens_per_token": sum(summary.cloud.tokens for summary, _, _ in runs) / tokens,
+        "cloud_repeated": sum(summary.cloud.repeated for summary, _, _ in runs),
         "device_share": sum(timed.device_tokens for timed in answers) / tokens,
         "agreement": sum(right for right, _ in scores) / tokens,
         "perplexity": math.exp(-sum(logprob for _, logprob in scores) / tokens),
@@ -207,10 +207,6 @@ def run(
     torch.set_num_threads(len(device_cores))  # more threads than cores slow each other down
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as in the service, whose exact logits score the answers
     checkpoint = Checkpoint.open(model)
-    depth = HandoffBundle.open(handoff, checkpoint).depth if handoff else 0
-    flops = {
-        method.arm: 2 * parameters(checkpoint.config, depth * (method.arm == "handoff")) for method in chosen.values()
-    }
     full = Decoder.load(checkpoint)
     with Progress() as bar:
         task = bar.add_task("answers", total=len(todo) * len(chosen) * len(prompts))
@@ -227,7 +223,7 @@ def run(
                 agents_by_settings = agents(stack, chosen, model, f"127.0.0.1:{proxy.port}", len(device_cores))
                 agents_of = {name: (agents_by_settings[method.settings], method) for name, method in chosen.items()}
                 timed = interleave(agents_of, prompts, settings["max_tokens"], lambda: bar.advance(task))
-            here = {name: summarize(timed[name], prompts, each, flops[each.arm], full) for name, each in chosen.items()}
+            here = {name: summarize(timed[name], prompts, each, full) for name, each in chosen.items()}
             singles = {name: here[name] for name, method in chosen.items() if method.quality is None}
             for name, method in chosen.items():
                 comparison = (
@@ -248,16 +244,6 @@ def share_cores() -> tuple[list[int], list[int]]:
     return device_cores, cloud_cores
 
 
-def parameters(config: LlamaConfig, depth: int) -> int:
-    """Weights that one row of a forward pass uses: those of the layers after the first `depth`, and the output head."""
-    return (config.layers - depth) * layer_weights(config) + config.hidden * config.vocab
-
-
-def layer_weights(config: LlamaConfig) -> int:
-    attention = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    return attention + 3 * config.hidden * config.ffn
-
-
 def table(rows: list[Row]) -> Table:
     method = Column("method", no_wrap=True)
     page = Table(
@@ -268,6 +254,8 @@ def table(rows: list[Row]) -> Table:
         "B up",
         "B down",
         "passes",
+        "GFLOP cloud",
+        "GFLOP device",
         "device",
         "right",
         "accepted",
@@ -278,7 +266,8 @@ def table(rows: list[Row]) -> Table:
         page.add_row(
             f"{row['slowdown']}x {row['rtt_ms']} ms", row["method"], f"{row['tokens_per_s']:.1f}",
             f"{row['first_token_ms']:.0f}", f"{row['bytes_up_per_token']:.1f}", f"{row['bytes_down_per_token']:.1f}",
-            f"{row['cloud_passes_per_token']:.2f}", f"{row['device_share']:.0%}", f"{row['agreement']:.1%}",
+            f"{row['cloud_passes_per_token']:.2f}", f"{row['cloud_gflops_per_token']:.2f}",
+            f"{row['device_gflops_per_token']:.2f}", f"{row['device_share']:.0%}", f"{row['agreement']:.1%}",
             accepted, format_comparison(row["beside"]),
         )  # fmt: skip
     return page

@@ -30,14 +30,15 @@ from rich.progress import track
 from rich.table import Table
 
 from isthmus.edge_agent.policy.arms import level_for
+from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.flops import decoder_flops
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.local_model import answer_features
 from isthmus.models.recipes.language.prompts import greedy_answers, load_prompts
 from isthmus.models.recipes.language.teacher import run_teacher
-from tests.bench.language import layer_weights
 
 QUALITIES = (0.97, 0.98, 0.99, 0.995, 0.999)
 CURVE_POINTS = 101
@@ -104,28 +105,27 @@ def bounds(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class CloudCost:
-    """The cost of answers in the cloud: tokens of each prompt, first token of each answer, weights read for a token."""
+    """The cost of answers in the cloud: its model, tokens of each prompt, first token of each answer."""
 
+    config: LlamaConfig
     prompts_S: NDArray[np.int64]
     starts_S: NDArray[np.int64]
-    layers: float
-    head: float
 
     def share(self, offloaded_N: Bools) -> float:
         """The cloud's computation relative to decoding all answers itself.
 
-        It runs every prompt, while the device does, and each text up to the last offloaded token.
+        It reads the text of an answer that has an offloaded token, up to the last of these.
         """
-        ends_S = np.append(self.starts_S[1:], len(offloaded_N))
-        last_S = np.array(
-            [
-                np.flatnonzero(offloaded_N[start:end])[-1:].sum()
-                for start, end in zip(self.starts_S, ends_S, strict=True)
-            ]
-        )
-        ours = self.layers * (self.prompts_S + last_S).sum() + self.head * offloaded_N.sum()
-        alone = self.layers * (self.prompts_S + ends_S - self.starts_S - 1).sum() + self.head * len(offloaded_N)
-        return float(ours / alone)
+        ours = alone = 0
+        for prompt, offloaded in zip(self.prompts_S, np.split(offloaded_N, self.starts_S[1:]), strict=True):
+            places = np.flatnonzero(offloaded)
+            alone += self._flops(int(prompt) + len(offloaded) - 1, len(offloaded))
+            if len(places):
+                ours += self._flops(int(prompt + places[-1]), len(places))
+        return ours / alone
+
+    def _flops(self, tokens: int, decided: int) -> int:
+        return decoder_flops(self.config, 0, tokens, layers=self.config.layers, decided=decided)
 
 
 def dial(handoff: HandoffBundle, bits: int, head_N: Floats, right_N: Bools, cost: CloudCost) -> list[Row]:
@@ -250,9 +250,7 @@ def main(
     chosen = [s for s in range(len(teacher)) if teacher.has_answer(s)]
     lengths = [teacher.bounds(s)[1] - teacher.answers[s] for s in chosen]
     read = [teacher.answers[s] - teacher.bounds(s)[0] for s in chosen]
-    config = checkpoint.config
-    layers, head = config.layers * layer_weights(config), config.hidden * config.vocab
-    cost = CloudCost(np.array(read), np.cumsum([0, *lengths[:-1]]), layers, head)
+    cost = CloudCost(checkpoint.config, np.array(read), np.cumsum([0, *lengths[:-1]]))
     models: Row = {}
     for bits in map(int, all_bits):
         features_NF, right_N = (found.numpy() for found in answer_features(checkpoint, bits, teacher, chosen))

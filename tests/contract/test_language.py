@@ -28,7 +28,8 @@ NewBench = Callable[[Sampling], Bench]
 
 @pytest.fixture(scope="module")
 def cloud(tiny_llama: Path) -> Iterator[CloudProcess]:
-    with CloudProcess(arguments=("--model", str(tiny_llama), *LANGUAGE)) as process:
+    arguments = ("--model", str(tiny_llama), *LANGUAGE, "--share-prefixes", "peer")  # a stranger's text is read anew
+    with CloudProcess(arguments=arguments) as process:
         yield process
 
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from isthmus.cloud_service.language.metrics import PROCESSED
 from isthmus.models.errors import EngineDown, Overloaded
+from isthmus.models.messages import Processed
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 KINDS = ("lost", "overloaded", "fault")
@@ -34,6 +36,12 @@ class RequestMetrics:
         self._tokens = Counter(
             "isthmus_cloud_engine_tokens", "Tokens committed to sessions on the engine's word.", registry=registry
         )
+        self._processed = Counter(
+            "isthmus_cloud_engine_processed_tokens",
+            "Tokens that the engine was sent or generated: new ones, or repeated ones, which its cache may have held.",
+            ["kind"],
+            registry=registry,
+        )
         self._errors = Counter(
             "isthmus_cloud_engine_errors",
             "Requests that failed: the engine was lost, had no room, or answered what cannot be right.",
@@ -48,6 +56,8 @@ class RequestMetrics:
         )
         for kind in KINDS:
             self._errors.labels(kind)
+        for kind in PROCESSED:
+            self._processed.labels(kind)
         self.compared(0, 0)
         self._logged_s = float("-inf")
 
@@ -79,6 +89,11 @@ class RequestMetrics:
     def committed(self, tokens: int) -> None:
         """A round ended with so many new tokens."""
         self._tokens.inc(tokens)
+
+    def processed(self, processed: Processed) -> None:
+        """Tokens of one session at the engine."""
+        self._processed.labels("new").inc(processed.tokens - processed.repeated)
+        self._processed.labels("repeated").inc(processed.repeated)
 
     def failed(self, error: Exception) -> None:
         """A request failed."""

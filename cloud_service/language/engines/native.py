@@ -50,9 +50,11 @@ class LanguageEngine:
         *,
         queue: ByteBudget,
         first_token_s: float = FIRST_TOKEN_S,
+        isolated: bool = False,
     ) -> None:
         """`queue`: for what sessions take beside their caches. `first_token_s`: how long a new prompt may wait.
 
+        `isolated`: peers do not share the state of a common beginning.
         Raises BundleError when the KV fill of a handoff does not fit the model."""
         config = checkpoint.config
         self.handoffs = tuple(handoffs)
@@ -62,7 +64,7 @@ class LanguageEngine:
         self._full_runner = FullRunner(decoder, checkpoint.tokenizer.eos_ids, handoffs)
         self._suffix_runners = {each.name: each for each in (SuffixRunner(handoff, decoder) for handoff in handoffs)}
         self._metrics = metrics
-        self._sessions, self._queue = Sessions(config, budget_bytes, queue, metrics), queue
+        self._sessions, self._queue = Sessions(config, budget_bytes, queue, metrics, isolated=isolated), queue
         self._first_token_s, self._step_time = first_token_s, StepTime()
         self._step = 0  # steps computed so far
         self._changed = asyncio.Event()
@@ -268,8 +270,11 @@ class LanguageEngine:
             self._step_time.observe(now_s - started_s)
             self._metrics.step(result.tokens, self._decoder.width, now_s - started_s)
         self._metrics.states(result.tokens if isinstance(runner, SuffixRunner) else 0, result.filled)
+        for (session, _), extent in zip(plan, result.extents, strict=False):
+            self._metrics.processed(session.spend(extent))
         for (session, _), outcome in zip(plan, result.outcomes, strict=True):
             session.last_step = self._sessions.served[session.peer] = self._step
+            self._sessions.record_prefix(session)
             if outcome is not None:
                 self._finish(session, outcome, now_s)
         self._sessions.report()

@@ -36,6 +36,7 @@ from isthmus.models.errors import (
     UnknownBundle,
 )
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
+from isthmus.models.language.drafts import shared_length
 from isthmus.models.messages import ModelInfo, Opening, Round
 from isthmus.protos.limits import MAX_ROUNDS
 
@@ -90,6 +91,7 @@ class RelayHost:
         session = RelaySession(opening, CommittedTokens(tokens, info.end_ids, info.context), events, peer)
         self._sessions.admit(session)
         if former is not None:
+            session.reached = min(former.reached, shared_length(known, tokens))
             former.fail(ContextGone("this session was opened again elsewhere"))
         events.on_read = partial(self._read, session)
         return session
@@ -197,6 +199,7 @@ class RelayHost:
 
     async def _score(self, session: RelaySession, work: ScheduledWork) -> None:
         tokens, started_s = session.sequence.tokens, time.monotonic()
+        self._metrics.processed(session.spend(0, len(tokens) + len(work.draft)))
         choices = await self._engine.score([*tokens, *work.draft], len(tokens), session.opening.logprobs)
         work.compute_s = time.monotonic() - started_s
         for choice in choices:
@@ -213,11 +216,14 @@ class RelayHost:
         whole = session.sampling.reads_answer
         if whole and len(sequence.tokens) != session.opening.answer_start:
             raise InvalidInput("the engine behind this service cannot go on with a grammar or penalties: ask again")
+        start, fresh = 0, len(sequence.tokens)  # that the engine processes for the next choice
         limit = min(1 + work.extend, sequence.room)
         choices = self._engine.stream(tuple(sequence.tokens), session.sampling, limit, session.opening.logprobs)
         async with aclosing(choices):
             async for choice in choices:
                 now_s = time.monotonic()
+                self._metrics.processed(session.spend(start, fresh))
+                start, fresh = start + fresh, 1
                 if (current := sequence.scheduled) is None:
                     return  # more than what was asked for
                 current.started_s = current.started_s or last_s
@@ -236,6 +242,7 @@ class RelayHost:
         committed = session.sequence.settle(choice.token)
         if committed is None:
             return False
+        session.reached = len(session.sequence.tokens) - 1
         self._metrics.committed(work.matched + min(len(committed.tokens), 1))
         session.sequence.next_extension(time.monotonic())
         session.send(committed)

@@ -19,7 +19,7 @@ from isthmus.cloud_service.language.session import (
     round_bytes,
 )
 from isthmus.models.errors import InvalidInput, IsthmusError
-from isthmus.models.messages import MAX_SEED, Opening, Round, Sampling
+from isthmus.models.messages import MAX_SEED, Committed, Opening, Processed, Round, Sampling
 
 
 @dataclass(eq=False)
@@ -36,6 +36,8 @@ class RelaySession:
     task: asyncio.Task[None] | None = None
     readable: asyncio.Event = field(default_factory=asyncio.Event)  # the device has read what it had left unread
     counted_bytes: int = 0  # of `own_bytes`, as counted last
+    reached: int = 0  # of its tokens, the first, that the engine was sent before
+    processed: Processed = field(default_factory=Processed)  # since the last reply
 
     @property
     def name(self) -> bytes:
@@ -86,8 +88,16 @@ class RelaySession:
                 self.send(reply)
         return sequence.scheduled
 
+    def spend(self, start: int, tokens: int) -> Processed:
+        """Account for tokens that the engine processes, unless its cache of prefixes holds the repeated ones."""
+        spent = Processed(tokens, repeated=max(min(self.reached, start + tokens) - start, 0))
+        self.processed += spent
+        return spent
+
     def send(self, event: SessionEvent) -> None:
-        """Queue an event. Without a device it is dropped."""
+        """Queue an event; a reply says what was computed for it. Without a device it is dropped."""
+        if isinstance(event, Committed):
+            event, self.processed = replace(event, processed=self.processed), Processed()
         if self.attached:
             self.events.put_nowait(event)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from isthmus.edge_agent.http.openai.jobs import Job
 from isthmus.edge_agent.language.detokenize import Outcome
+from isthmus.models.messages import Processed
 
 Json = dict[str, Any]
 
@@ -51,4 +52,12 @@ def isthmus_field(job: Job, outcomes: Sequence[Outcome]) -> Json:
         "bytes_up": sum(summary.bytes_up for summary in summaries) if known else None,
         "bytes_down": sum(summary.bytes_down for summary in summaries) if known else None,
         "rtt_ms": last.rtt_s * 1000 if last and last.rtt_s is not None else None,
+        "device": processed_field([summary.device for summary in summaries]) if known else None,
+        "cloud": processed_field([summary.cloud for summary in summaries]) if known else None,
     }
+
+
+def processed_field(processed: Iterable[Processed]) -> Json:
+    """What a side's model computed. null: a count that an engine does not tell."""
+    total = sum(processed, Processed())
+    return {**asdict(total), "flops": total.flops if total.flops or not total.tokens else None}

@@ -2,9 +2,11 @@
 
     plan: edge -> the local model decides the tokens that it is confident of, and queries the cloud for the others;
                   while the cloud works it decodes on after its own choice, in vain if the cloud's is another
-          else -> that arm, until the router finds a clearly better one
+          else -> first tokens that the local model is confident of, while the cloud reads the prompt;
+                  then that arm, until the router finds a clearly better one
 
-All arms extend one sequence. Knows nothing about how they work, nor about estimates.
+Where speed counts most the cloud reads the prompt as soon as it is likely to be needed, else at the first doubt. All
+arms extend one sequence. Knows nothing about how they work, nor about estimates.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from isthmus.edge_agent.language.remote_query import RemoteQuery
@@ -74,9 +76,8 @@ class AutoArm:
         self._local.stats.fade()
         plan = self._plan(None)
         self._stats.reason = plan.why
-        if plan.arm == "edge" and plan.offload_rate * self._sequence.remaining >= 1:
-            self._query.ask()  # the cloud reads the prompt while the device does
         try:
+            yield from self._begin_answer(plan)
             while not self._sequence.finished:
                 if plan.arm == "edge":
                     yield from self._decode_span(plan)
@@ -88,6 +89,24 @@ class AutoArm:
 
     def _plan(self, now: Arm | None) -> ArmPlan:
         return self._route(len(self._sequence) < self._local.model.context, now)
+
+    def _begin_answer(self, plan: ArmPlan) -> Generator[Token, None, None]:
+        """Have the cloud read the prompt; first tokens of the local model, where another arm is planned."""
+        if plan.early and (plan.begins is not None or plan.offload_rate * self._sequence.remaining >= 1):
+            self._query.ask()
+        if plan.begins is None:
+            return
+        why = f"the cloud reads the prompt meanwhile; {plan.why}"
+        plan = replace(plan, likely=plan.begins, why=why)
+        for _ in range(SPAN_TOKENS):
+            choice, likely = self._choose(self._sequence.tokens)
+            self._observe(likely)
+            if likely >= plan.likely:
+                yield self._commit(choice, plan)
+            elif self._query.is_pending:
+                yield from self._ask_cloud(choice, likely, plan)
+            if likely < plan.likely or self._sequence.finished or len(self._sequence) >= self._local.model.context:
+                return
 
     def _decode_span(self, plan: ArmPlan) -> Generator[Token, None, None]:
         """A few tokens of the local model, with remote queries in between."""
@@ -153,7 +172,10 @@ class AutoArm:
 
     def _run_arm(self, plan: ArmPlan) -> Generator[Token, None, ArmPlan]:
         """Tokens of another arm, until there is a better one; the plan to continue with."""
-        self._query.close()
+        if plan.arm == "handoff":  # it has a session of its own
+            self._query.close()
+        else:
+            self._query.drop()
         with closing(self._begin(plan.arm).tokens()) as tokens:
             for count, token in enumerate(tokens, 1):
                 self._count(plan.arm, plan.why)

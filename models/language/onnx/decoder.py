@@ -17,8 +17,10 @@ from onnx import ModelProto
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.flops import decoder_flops
 from isthmus.models.language.onnx.graph import head_graph, layers_graph
 from isthmus.models.language.packing import Floats, quantise8
+from isthmus.models.messages import Processed
 from isthmus.models.onnx_session import open_session, translated, zeros
 
 PREFILL_TOKENS = 64  # of one run; more only increase the memory of intermediate results
@@ -31,6 +33,7 @@ class OnnxLayers:
         self._session = open_session(graph.SerializeToString(), "decoder layers", threads, spinning=True)
         self._shape = (1, config.kv_heads, context, config.head_dim)
         self._names = [f"{index}.{part}" for index in layers for part in ("key", "value")]
+        self._config, self._count = config, len(layers)
         self._allocate()
 
     def fork(self) -> OnnxLayers:
@@ -46,6 +49,7 @@ class OnnxLayers:
             self._binding.bind_ortvalue_input(f"past.{name}", cache)
             self._binding.bind_ortvalue_output(f"present.{name}", cache)
         self.length = 0
+        self.processed = Processed()  # since they were made
 
     def run(self, states_NH: Floats) -> Floats:
         """Run the layers on hidden states (N, hidden) of the next N tokens and return their output (N, hidden).
@@ -57,6 +61,8 @@ class OnnxLayers:
         starts = [*range(0, last, PREFILL_TOKENS), last]
         stops = [*starts[1:], last + 1]
         parts = [self._run(states_NH[a:b], self.length + a) for a, b in zip(starts, stops, strict=True)]
+        tokens = len(states_NH)
+        self.processed += Processed(tokens, decoder_flops(self._config, self.length, tokens, layers=self._count))
         self.length += len(states_NH)
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
@@ -95,6 +101,7 @@ class OnnxDecoder:
             self._parts.append(OnnxLayers(graph, config, range(start, stop), self.context, threads))
         self._queued = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
         self._head = open_session(head_graph(checkpoint).SerializeToString(), "output head", threads, spinning=True)
+        self._config, self._head_flops = config, 0
         self.ids: list[int] = []
 
     def fork(self) -> OnnxDecoder:
@@ -102,13 +109,19 @@ class OnnxDecoder:
         fork = copy.copy(self)
         fork._parts = [part.fork() for part in self._parts]
         fork._queued = [states_NH[:0] for states_NH in self._queued]
-        fork.ids = []
+        fork.ids, fork._head_flops = [], 0
         return fork
 
     @property
     def length(self) -> int:
         """Number of tokens appended."""
         return len(self.ids)
+
+    @property
+    def processed(self) -> Processed:
+        """What was computed since the decoder was made: tokens through the first layers, operations of all parts."""
+        parts = [part.processed for part in self._parts]
+        return Processed(parts[0].tokens, sum(part.flops for part in parts) + self._head_flops)
 
     def through(self, part: int) -> int:
         """Number of tokens that a part has processed; `part` counts from 0."""
@@ -170,6 +183,7 @@ class OnnxDecoder:
         """Logits (N, vocab) of normed hidden states."""
         with translated("output head"):
             logits_NV: Floats = self._head.run(None, {"hidden": states_NH})[0]
+        self._head_flops += decoder_flops(self._config, 0, 0, layers=0, decided=len(states_NH))
         return logits_NV
 
     def _enqueue(self, part: int, states_NH: Floats) -> None:

@@ -89,6 +89,11 @@ class OnnxExit:
         return fork
 
     @property
+    def flops(self) -> int:
+        """Of its layers since it was made."""
+        return self._layers.processed.flops
+
+    @property
     def length(self) -> int:
         """Number of tokens processed."""
         return self._layers.length
@@ -133,6 +138,11 @@ class ExitingDecoder:
         fork._decoder, fork._exits = decoder, [exit_.fork(decoder) for exit_ in self._exits]
         fork._states_NH = self._states_NH[:0]
         return fork
+
+    @property
+    def flops(self) -> int:
+        """Of the exits' layers since they were made, in addition to the decoder's."""
+        return sum(exit_.flops for exit_ in self._exits)
 
     def choose(self, text: Sequence[int], likely: float) -> Choice:
         """The next token after `text`, of the first exit with a confidence of at least `likely`, or else of the last.

@@ -48,6 +48,15 @@ class KVCache:
             raise ValueError(f"cannot roll back to {length} of {self.length} tokens")
         self.length = length
 
+    @torch.inference_mode()
+    def copy(self, other: KVCache, tokens: int) -> None:
+        """Hold the first `tokens` tokens of a cache of the same layers, and nothing else."""
+        self.reserve(tokens)
+        for layer in self._layers:
+            keys_KTD, values_KTD = other.read(layer, tokens)
+            self.write(layer, 0, keys_KTD.transpose(0, 1), values_KTD.transpose(0, 1))
+        self.length = tokens
+
     def write(self, layer: int, start: int, keys_NKD: Tensor, values_NKD: Tensor) -> None:
         """Write keys and values of N tokens from position `start` on. The caller updates `length`."""
         pair_2KTD = self._layers[layer]

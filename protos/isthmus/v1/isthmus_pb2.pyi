@@ -407,6 +407,9 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
+    PROCESSED_FIELD_NUMBER: _builtins.int
+    REPEATED_FIELD_NUMBER: _builtins.int
+    FLOPS_FIELD_NUMBER: _builtins.int
     base: _builtins.int
     """from this position the text is the first `accepted` of the draft, then `tokens`"""
     accepted: _builtins.int
@@ -423,6 +426,17 @@ class GenerateResponse(_message.Message):
     """in the first response after Open: number of its tokens whose state was already held"""
     crc32: _builtins.int
     """CRC-32 (zlib) of: base, accepted, extension, queue_us, compute_us, passes, held,"""
+    processed: _builtins.int
+    """error.code, error.retry_ms, the number of tokens, tokens, and of each Logprobs the
+    number of its tokens and its tokens, as little-endian uint32; then own and values of each
+    Logprobs as little-endian float32; then error.message as UTF-8
+    What the model computed for this session since its last response. Not part of the CRC-32: no text depends on it.
+    tokens: read, decoded, drafted ones verified, and computed again after an eviction
+    """
+    repeated: _builtins.int
+    """of these, tokens that it had processed for this session before"""
+    flops: _builtins.int
+    """floating-point operations; 0 where the service does not know its model's sizes"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the service's own tokens, including those committed before the draft arrived"""
@@ -447,10 +461,13 @@ class GenerateResponse(_message.Message):
         logprobs: _abc.Iterable[Global___Logprobs] | None = ...,
         error: Global___Error | None = ...,
         crc32: _builtins.int = ...,
+        processed: _builtins.int = ...,
+        repeated: _builtins.int = ...,
+        flops: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base", b"base", "compute_us", b"compute_us", "crc32", b"crc32", "error", b"error", "extension", b"extension", "held", b"held", "logprobs", b"logprobs", "passes", b"passes", "queue_us", b"queue_us", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "base", b"base", "compute_us", b"compute_us", "crc32", b"crc32", "error", b"error", "extension", b"extension", "flops", b"flops", "held", b"held", "logprobs", b"logprobs", "passes", b"passes", "processed", b"processed", "queue_us", b"queue_us", "repeated", b"repeated", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

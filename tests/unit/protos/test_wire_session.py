@@ -24,7 +24,17 @@ from isthmus.models.errors import (
     PeerError,
     UnsupportedVersion,
 )
-from isthmus.models.messages import MAX_SEED, SESSION_BYTES, Committed, Grammar, Logprobs, Opening, Round, Sampling
+from isthmus.models.messages import (
+    MAX_SEED,
+    SESSION_BYTES,
+    Committed,
+    Grammar,
+    Logprobs,
+    Opening,
+    Processed,
+    Round,
+    Sampling,
+)
 from isthmus.protos import limits, wire, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
@@ -188,6 +198,7 @@ def commits(draw: st.DrawFn) -> Committed:
         passes=draw(ids),
         held=draw(ids),
         logprobs=tuple(draw(st.lists(rows, max_size=min(accepted + len(own), 3)))),
+        processed=Processed(draw(ids), draw(st.integers(0, (1 << 64) - 1)), draw(ids)),
     )
 
 

@@ -11,11 +11,13 @@ from isthmus.cloud_service.language.metrics import (
     DRAFTS,
     EVICTIONS,
     POSITIONS,
+    PROCESSED,
     ROWS,
     STATE_ROUNDS,
     EngineMetricFamilies,
     EngineMetrics,
 )
+from isthmus.models.messages import Processed
 
 
 @pytest.fixture
@@ -36,17 +38,24 @@ def test_every_name_has_our_prefix_and_known_labels_start_at_zero(
     metrics: EngineMetrics, registry: CollectorRegistry
 ) -> None:
     families = list(registry.collect())
-    assert len(families) == 10
+    assert len(families) == 13
     assert all(family.name.startswith("isthmus_cloud_") for family in families)
     for name, label, values in (
         ("decoder_rows_total", "kind", ROWS),
         ("draft_tokens_total", "result", DRAFTS),
         ("state_rounds_total", "kind", STATE_ROUNDS),
         ("state_positions_total", "kind", POSITIONS),
+        ("processed_tokens_total", "kind", PROCESSED),
         ("context_evictions_total", "reason", EVICTIONS),
     ):
         assert [value(registry, name, **{label: known}) for known in values] == [0] * len(values)
-    for name in ("tokens_committed_total", "contexts_held", "contexts_bytes", "decoder_pass_seconds_count"):
+    for name in (
+        "tokens_committed_total",
+        "model_flops_total",
+        "contexts_held",
+        "contexts_bytes",
+        "decoder_pass_seconds_count",
+    ):
         assert value(registry, name) == 0
 
 
@@ -54,6 +63,13 @@ def test_a_step_counts_its_tokens_and_its_padding(metrics: EngineMetrics, regist
     metrics.step(5, 16, 0.5)
     assert [value(registry, "decoder_rows_total", kind=kind) for kind in ROWS] == [5, 11]
     assert value(registry, "decoder_pass_seconds_sum") == 0.5
+
+
+def test_what_a_model_processed_is_counted(metrics: EngineMetrics, registry: CollectorRegistry) -> None:
+    for processed in (Processed(5, 700), Processed(4, 300, repeated=3)):
+        metrics.processed(processed)
+    assert [value(registry, "processed_tokens_total", kind=kind) for kind in PROCESSED] == [6, 3]
+    assert value(registry, "model_flops_total") == 1000
 
 
 def test_a_round_counts_its_drafts_and_tokens(metrics: EngineMetrics, registry: CollectorRegistry) -> None:

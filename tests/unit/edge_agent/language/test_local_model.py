@@ -15,11 +15,12 @@ from isthmus.edge_agent.language.local_model import KV_CACHES, Cache, FairLock, 
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.errors import AnswerCancelled, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.flops import decoder_flops
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
 from isthmus.models.language.packing import Floats
-from isthmus.models.messages import GREEDY
+from isthmus.models.messages import GREEDY, Processed
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
 
@@ -110,6 +111,21 @@ def test_only_single_tokens_say_what_a_token_takes(checkpoint: Checkpoint) -> No
     assert stats.draft_s.value == unknown_s
     session.logits(TEXT[:11])
     assert stats.draft_s.value != unknown_s
+
+
+def test_what_a_session_processed_is_counted(checkpoint: Checkpoint, bundle: Path) -> None:
+    config = checkpoint.config
+    session = local_model(checkpoint).session()
+    for length in (10, 10, 12):  # a text that was read is not read again
+        session.logits(TEXT[:length])
+    flops = decoder_flops(config, 0, 12, layers=config.layers, decided=2)
+    assert session.processed == Processed(12, flops)
+    handoff = HandoffBundle.open(bundle, checkpoint)
+    decoder = OnnxDecoder(checkpoint, CONTEXT, threads=1, cuts=handoff.depths)
+    exits = ExitingDecoder(handoff, checkpoint, decoder, threads=1)
+    lower = LocalModel(decoder, exits, SpeculationStats()).session()
+    lower.exit(TEXT[:12], 0.0)
+    assert lower.processed.tokens == 12 and 0 < lower.processed.flops < 2 * flops
 
 
 def test_warm_up_leaves_no_text_behind(checkpoint: Checkpoint) -> None:

@@ -11,10 +11,12 @@ from isthmus.edge_agent.language.metrics import SOURCES, LanguageMetrics
 from isthmus.edge_agent.language.request import Summary, Token
 from isthmus.edge_agent.policy.arms import ARMS
 from isthmus.models.errors import LinkDown
+from isthmus.models.messages import Processed
 
 SUMMARY = Summary(
-    "stop", 5, 4, "verify", "requested", accepted=2, rejected=3, bytes_up=100, bytes_down=40, degraded=True
-)
+    "stop", 5, 4, "verify", "requested", accepted=2, rejected=3, bytes_up=100, bytes_down=40, degraded=True,
+    device=Processed(9, 90), cloud=Processed(7, 70, 1),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -70,6 +72,8 @@ def test_the_events_of_an_answer_are_passed_through_and_counted(
     assert value(registry, "language_bytes_total", direction="up") == 100
     assert value(registry, "language_bytes_total", direction="down") == 40
     assert value(registry, "first_token_seconds_count") == 1
+    assert [value(registry, "processed_tokens_total", side=side) for side in ("device", "cloud")] == [9, 7]
+    assert [value(registry, "model_flops_total", side=side) for side in ("device", "cloud")] == [90, 70]
 
 
 def test_closing_early_closes_the_generator_itself(metrics: LanguageMetrics, registry: CollectorRegistry) -> None:

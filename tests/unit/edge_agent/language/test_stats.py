@@ -3,7 +3,7 @@ from __future__ import annotations
 from isthmus.edge_agent.language.request import GenerationRequest, Span
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import REQUESTED, GenerationStats
-from isthmus.models.messages import Committed
+from isthmus.models.messages import Committed, Processed
 
 
 def test_tokens_of_one_arm_in_a_row_are_a_span_with_its_first_reason() -> None:
@@ -19,6 +19,13 @@ def test_the_first_reply_after_an_opening_has_read_the_prompt() -> None:
     stats.count_reply(Committed(5, tokens=(1,), passes=2, extension=True), first=False)
     assert (stats.prefill_passes, stats.passes, stats.rounds) == (4, 3, 1)
     assert round(stats.cloud_s, 6) == 0.3
+
+
+def test_what_the_cloud_processed_adds_up() -> None:
+    stats = GenerationStats()
+    for processed in (Processed(5, 50), Processed(2, 20, 1)):
+        stats.count_cost(Committed(4, processed=processed))
+    assert stats.cloud == Processed(7, 70, 1)
 
 
 def test_what_was_held_counts_once_and_never_more_than_the_prompt() -> None:

@@ -167,6 +167,17 @@ def test_what_is_dear_is_not_taken_when_it_shall_be_cheap() -> None:
     assert plan.why == "cheapest at 0.99: edge 50 ms 1.00 µ$ against cloud 10 ms 2.00 µ$"
 
 
+def test_where_speed_counts_the_device_begins_while_the_cloud_reads() -> None:
+    verify, edge = ArmEstimate("verify", 0.01, 2e-7), ArmEstimate("edge", 0.02, 4e-7, likely=0.9, offload_rate=0.1)
+    plan = choose([verify, edge], RoutingGoal(0.99), None)
+    assert (plan.arm, plan.early, plan.begins) == ("verify", True, 0.9)
+    assert choose([verify], RoutingGoal(1.0), None).begins is None, "no level keeps the quality"
+    plan = choose([verify, edge], RoutingGoal(0.99, "cheapest"), None)
+    assert (plan.arm, plan.early, plan.begins) == ("verify", False, None)
+    plan = choose([replace(verify, seconds=0.1), edge], RoutingGoal(0.99), None)
+    assert (plan.arm, plan.early, plan.begins) == ("edge", True, None)
+
+
 def test_prices_count() -> None:
     free_link = RoutingGoal(0.95, "cheapest", Prices(0.0, 1.0))
     dear_link = RoutingGoal(0.95, "cheapest", Prices(1.0, 0.0))

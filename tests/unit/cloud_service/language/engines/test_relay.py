@@ -17,7 +17,7 @@ from isthmus.models.errors import (
     Overloaded,
     UnknownBundle,
 )
-from isthmus.models.messages import Sampling
+from isthmus.models.messages import Processed, Sampling
 from tests.scripted_engine import VOCAB, answer_to, next_token
 from tests.unit.cloud_service.language.engines.relayed import PROMPT, Device, play, relayed, tiny_tokenizer, until
 
@@ -54,6 +54,25 @@ def test_a_draft_is_accepted_up_to_the_first_token_that_differs(dialect: str) ->
             reply = await device.ask(right[4:6])
             assert (reply.accepted, reply.tokens) == (2, tuple(answer_to(device.tokens[:-1], 1)))
             assert device.tokens[4:] == answer_to(PROMPT, 7)
+
+    play(scenario)
+
+
+def test_tokens_at_the_engine_are_counted_and_those_that_it_may_still_hold() -> None:
+    async def scenario() -> None:
+        async with relayed() as relay:
+            device = await Device(relay).open()
+            device.send(extend=2)
+            replies = [await device.receive() for _ in range(3)]
+            assert [reply.processed for reply in replies] == [Processed(4), Processed(1), Processed(1)]
+            scored = await device.ask(answer_to(device.tokens, 2))
+            assert scored.accepted == 2 and scored.processed == Processed(9, repeated=6)
+            device.leave()
+            device.tokens += [40, 41]
+            await device.open(start=10)
+            assert (await device.ask()).processed == Processed(12, repeated=9)
+            assert relay.count("processed_tokens_total", kind="new") == 12
+            assert relay.count("processed_tokens_total", kind="repeated") == 15
 
     play(scenario)
 

@@ -52,6 +52,8 @@ def test_a_chat_response() -> None:
         "bytes_up": 40,
         "bytes_down": 50,
         "rtt_ms": 25.0,
+        "device": {"tokens": 0, "flops": 0, "repeated": 0},
+        "cloud": {"tokens": 0, "flops": 0, "repeated": 0},
     }
     assert "isthmus" in answer["system_fingerprint"]
 

@@ -57,8 +57,10 @@ def wrong(text: Sequence[int]) -> Floats:
     return logits_V
 
 
-def always(arm: Arm, likely: float = 0.5, offload_rate: float = 0.0) -> Route:
-    return lambda usable, now: ArmPlan(arm if usable or arm != "edge" else "cloud", likely, f"by {arm}", offload_rate)
+def always(arm: Arm, likely: float = 0.5, offload_rate: float = 0.0, **fields: Any) -> Route:
+    return lambda usable, now: ArmPlan(
+        arm if usable or arm != "edge" else "cloud", likely, f"by {arm}", offload_rate, **fields
+    )
 
 
 @dataclass
@@ -162,7 +164,7 @@ def test_queries_reuse_one_stream_and_send_nothing_again() -> None:
 @pytest.mark.parametrize("every", [1, 4, 1000])
 def test_the_cloud_reads_the_prompt_while_the_device_does(every: int) -> None:
     cloud = Cloud(BRAIN)
-    answer = auto(cloud, always("edge", offload_rate=1 / every), every, prompt=PROMPT * 10)
+    answer = auto(cloud, always("edge", offload_rate=1 / every, early=True), every, prompt=PROMPT * 10)
     assert [token.id for token in answer.tokens()] == BRAIN.answer(PROMPT * 10, TOKENS)
     asked, openings = TOKENS // every, [opening for talk in cloud.talks for opening in talk.openings]
     assert len(openings) == {1: asked, 4: asked + 1, 1000: 0}[every], "it is prepared where it is likely needed"
@@ -172,10 +174,48 @@ def test_the_cloud_reads_the_prompt_while_the_device_does(every: int) -> None:
     assert answer.stats.bytes_up == sum(talk.bytes_up for talk in cloud.talks)
 
 
+@pytest.mark.parametrize("every", [4, 1000])
+def test_where_money_counts_the_cloud_is_opened_at_the_first_doubt(every: int) -> None:
+    cloud, prompt = Cloud(BRAIN), PROMPT * 10
+    tokens = auto(cloud, always("edge", offload_rate=0.9), every, prompt=prompt).tokens()
+    assert [token.id for token in tokens] == BRAIN.answer(prompt, TOKENS)
+    openings = [opening for talk in cloud.talks for opening in talk.openings]
+    assert len(openings) == TOKENS // every, "one for each doubt, and none before the first"
+    assert [len(opening.tokens) for opening in openings] == [len(prompt) + 3, *[3] * 14][: len(openings)]
+
+
+@pytest.mark.parametrize("every", [1, 3, 1000])
+@pytest.mark.parametrize("arm", ["cloud", "verify"])
+def test_first_tokens_are_the_devices_while_the_cloud_reads_the_prompt(arm: Arm, every: int) -> None:
+    cloud, prompt = Cloud(BRAIN), PROMPT * 10
+    answer = auto(cloud, always(arm, early=True, begins=0.5), every, prompt=prompt)
+    tokens = answer.arm.tokens()
+    first = next(tokens)
+    asked = [opening for talk in cloud.talks for opening in talk.openings]
+    assert [len(opening.tokens) for opening in asked] == [len(prompt)], (
+        "the cloud has the prompt before the first token"
+    )
+    assert first.source == ("edge" if every > 1 else "cloud")
+    if every > 1:
+        assert not cloud.answers, "nobody has waited for it"
+    rest = list(tokens)
+    assert [first.id, *(token.id for token in rest)] == BRAIN.answer(prompt, TOKENS)
+    own = [token.source for token in (first, *rest)].count("edge")
+    assert own == {1: 0, 3: 2, 1000: SPAN_TOKENS}[every], "until it is in doubt"
+    openings = [opening for talk in cloud.talks for opening in talk.openings]
+    assert sum(len(opening.tokens) for opening in openings) <= len(prompt) + own + 1, "nothing goes up twice"
+    assert all(talk.closed for talk in cloud.talks) and answer.stats.spans[0].arm == first.source
+
+
+def test_without_a_level_first_tokens_are_left_to_the_arm() -> None:
+    tokens = auto(Cloud(BRAIN), always("cloud", early=True), 1000).tokens()
+    assert {token.source for token in tokens} == {"cloud"}
+
+
 def test_what_was_prepared_in_vain_harms_nothing() -> None:
     for lost in (0, 1):
         cloud = Cloud(BRAIN, away=3, fault=lambda answer, lost=lost: LinkDown("gone") if answer == lost else None)
-        answer = auto(cloud, always("edge", offload_rate=0.5), 4, prompt=PROMPT * 10)
+        answer = auto(cloud, always("edge", offload_rate=0.5, early=True), 4, prompt=PROMPT * 10)
         assert [token.id for token in answer.tokens()] == BRAIN.answer(PROMPT * 10, TOKENS)
 
 

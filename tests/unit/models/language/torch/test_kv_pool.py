@@ -56,6 +56,26 @@ def test_what_is_written_is_read_as_from_a_cache_of_its_own_memory(start: int) -
         assert torch.equal(other.read(layer, 266)[0], some(266, 9)[0].transpose(0, 1))
 
 
+@pytest.mark.parametrize("tokens", [1, GROWTH_TOKENS - 3, GROWTH_TOKENS + 9])
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_copy_of_the_first_tokens_is_equal_and_its_own(paged: bool, tokens: int) -> None:
+    shared = pool()
+    made = [
+        PagedKVCache(shared, range(1, 3)) if paged else KVCache(CONFIG, range(1, 3), torch.float32) for _ in range(2)
+    ]
+    source, copy = made
+    source.reserve(GROWTH_TOKENS + 10)
+    for layer in (1, 2):
+        source.write(layer, 0, *some(GROWTH_TOKENS + 10, layer))
+    source.length = GROWTH_TOKENS + 10
+    copy.copy(source, tokens)
+    assert copy.length == tokens and copy.bytes == copy.bytes_for(tokens)
+    source.write(2, 0, *some(1, 9))
+    for layer in (1, 2):
+        for index, found_KTD in enumerate(copy.read(layer, tokens)):
+            assert torch.equal(found_KTD, some(GROWTH_TOKENS + 10, layer)[index].transpose(0, 1)[:, :tokens])
+
+
 def test_blocks_return_with_the_last_reference_and_are_zeros_again() -> None:
     shared = pool()
     free, cache = shared.free, PagedKVCache(shared, range(3))
