@@ -12,6 +12,7 @@ CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
     errors.CallerError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ContextExceeded: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidGrammar: grpc.StatusCode.INVALID_ARGUMENT,
     errors.BundleError: grpc.StatusCode.INTERNAL,  # of the service's own bundle, not the caller's fault
     errors.ContextGone: grpc.StatusCode.ABORTED,
     errors.PayloadCorrupt: grpc.StatusCode.DATA_LOSS,

@@ -121,6 +121,7 @@ def test_an_error_arrives_as_an_error(kind: type[IsthmusError]) -> None:
         errors.AgentClosed: errors.InvalidInput,  # these are raised on the device only
         errors.AnswerCancelled: errors.InvalidInput,
         errors.ContextExceeded: errors.InvalidInput,
+        errors.InvalidGrammar: errors.InvalidInput,
         errors.InvalidReply: errors.ServiceError,
     }
     assert type(caught.value) is same_or_known.get(kind, kind)
