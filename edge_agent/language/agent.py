@@ -62,7 +62,7 @@ class LanguageAgent(TextInterface):
         router, local = Router(config), None
         if device is not None:
             weights = device.fingerprint if device.handoff else b""
-            router = Router(config, device.levels, device.estimate, weights)
+            router = Router(config, device.routers, device.estimate, weights)
             local = device.start(router.local)
         self._cloud = CloudModel(config.cloud_model, device, TokenizerCache(cache_folder()))
         links = [self._link(target) for target in config.clouds]
@@ -73,7 +73,6 @@ class LanguageAgent(TextInterface):
             vocabulary=device.tokenizer.vocabulary if device else b"",
             replicas=self.replicas,
             router=router,
-            confidence_head=device.confidence_head if device else None,
             handoff=device.handoff if device else None,
         )
         until_s = time.monotonic() + config.connect_s

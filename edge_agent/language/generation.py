@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +24,6 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import LinkDown
 from isthmus.models.language.drafts import Draft, LookupDraft
-from isthmus.models.language.sampling import Floats
 
 if TYPE_CHECKING:  # they bring ONNX Runtime, which a device without a model does without
     from isthmus.edge_agent.language.arms.handoff import HandoffArm, HandoffSettings
@@ -36,7 +35,7 @@ if TYPE_CHECKING:  # they bring ONNX Runtime, which a device without a model doe
 class Resources:
     """What all answers of an agent share.
 
-    `local`: None for a device without a model. `vocabulary`, `confidence_head`: of that model. `handoff`: None without
+    `local`: None for a device without a model. `vocabulary`: of that model. `handoff`: None without
     its bundle.
     """
 
@@ -45,7 +44,6 @@ class Resources:
     vocabulary: bytes
     replicas: Replicas
     router: Router
-    confidence_head: Callable[[Floats, Sequence[int]], float] | None
     handoff: tuple[HandoffBundle, HandoffSettings] | None
 
 
@@ -102,12 +100,13 @@ class Generation:
     def _auto(self) -> AutoArm:
         resources, router = self._resources, self._resources.router
         goal = router.goal(self.sequence.request.quality)
+        bundle = router.bundles.for_cloud(resources.replicas.model)
         return AutoArm(
             self.sequence,
             self.stats,
-            LocalPredictor(self._model, resources.confidence_head, router.confidence),
+            LocalPredictor(self._model, bundle.head if bundle else None, router.confidence),
             RemoteQuery(self._token_session(), self.sequence, self.stats, router.local),
-            partial(router.plan, goal, resources.replicas),
+            partial(router.plan, goal, resources.replicas, bundle=bundle),
             self.arm,
             self._fallback(),
         )

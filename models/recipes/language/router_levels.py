@@ -1,0 +1,106 @@
+"""Levels of a router: from which confidence the device decides, what that asks of the cloud, and what is promised.
+
+training prompts  --> thresholds, at given offload rates
+test prompts      --> offload rate, loss of each prompt --learn-then-test over prompts--> certificates
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.models.bundle.manifest import Interval
+from isthmus.models.language.router.manifest import Certificate, OffloadLevel
+from isthmus.models.recipes.common.learn_then_test import DELTA, certify, samples_needed
+
+# Offload rates of the levels
+RATES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+QUALITIES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)  # of the dial, that a report is about
+RESAMPLES = 1000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The device's choices for N tokens of P answers: confidence, whether right, and the answer that each belongs to.
+
+    Answers are in random order.
+    """
+
+    confidence_N: Floats
+    right_N: NDArray[np.bool_]
+    prompt_N: NDArray[np.int64]
+
+    def losses(self, likely: float) -> Floats:
+        """For each answer (P,) the share of its tokens that the device decides, from a threshold on, and has wrong."""
+        wrong_N = (self.confidence_N >= likely) & ~self.right_N
+        return self._shares(wrong_N)
+
+    def asked(self, likely: float) -> float:
+        """The share of tokens below a threshold."""
+        return float((self.confidence_N < likely).mean())
+
+    def _shares(self, chosen_N: NDArray[np.bool_]) -> Floats:
+        counts_P = np.bincount(self.prompt_N)
+        shares_P: Floats = np.bincount(self.prompt_N, chosen_N, len(counts_P)) / counts_P
+        return shares_P
+
+
+def thresholds(training: Choices) -> list[float]:
+    """Rising thresholds, from 0, that offload RATES of the training tokens."""
+    quantiles = {float(np.quantile(training.confidence_N, rate)) for rate in RATES if rate}
+    return [0.0, *sorted(quantiles - {0.0})]
+
+
+def token_levels(likely: Sequence[float], test: Choices, seed: int) -> list[OffloadLevel]:
+    """A level for each of some thresholds, which nothing of the test prompts has chosen."""
+    losses_LP = [test.losses(each) for each in likely]
+    certified = certify(losses_LP[::-1])[::-1]
+    return [
+        OffloadLevel(
+            likely=each,
+            asked=test.asked(each),
+            wrong=mean_interval(losses_P, seed),
+            certificate=Certificate(epsilon=epsilon, delta=DELTA, prompts=len(losses_P)),
+        )
+        for each, losses_P, epsilon in zip(likely, losses_LP, certified, strict=True)
+    ]
+
+
+def mean_interval(values_P: Floats, seed: int) -> Interval:
+    """The mean over prompts, with a 95 % interval from resampling them."""
+    count, mean = len(values_P), float(values_P.mean())
+    means = values_P[np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))].mean(1)
+    low, high = (float(np.quantile(means, edge)) for edge in (0.025, 0.975))
+    return Interval(value=mean, low=min(low, mean), high=max(high, mean), samples=count)
+
+
+def report(levels: Sequence[OffloadLevel], test: Choices) -> list[str]:
+    """For each quality of the dial, one line: the level that keeps it, or how many prompts would certify it."""
+    lines = []
+    for quality in QUALITIES:
+        level = next((each for each in levels if 1 - each.certificate.epsilon >= quality), None)
+        if level is None:
+            lines.append(f"quality {quality:g}: not certified, {wanted(levels, test, quality)}")
+            continue
+        wrong = level.wrong
+        lines.append(
+            f"quality {quality:g}: asks {level.asked:.1%}, wrong {wrong.value:.2%} [{wrong.low:.2%}, {wrong.high:.2%}],"
+            f" certified at most {level.certificate.epsilon:.2%}"
+        )
+    return lines
+
+
+def wanted(levels: Sequence[OffloadLevel], test: Choices, quality: float) -> str:
+    """How many test prompts would certify a quality, about: the fewest over the levels that ask at most half."""
+    useful = [level.likely for level in levels if level.asked <= 0.5]
+    counts = [samples_needed(test.losses(likely), 1 - quality) for likely in useful]
+    found = min((count for count in counts if count is not None), default=None)
+    had = levels[0].certificate.prompts
+    if found is None:
+        return f"the device is too often wrong even where it asks for half of the tokens ({had} test prompts)"
+    return f"about {found} test prompts would be needed, there are {had}"
