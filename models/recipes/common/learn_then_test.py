@@ -43,7 +43,8 @@ def betting_p(losses_N: Floats, epsilon: float, delta: float = DELTA) -> float:
     stake depends on the losses before it, and on `delta`, for which it is best.
     """
     stakes_N = stakes(losses_N, delta)
-    log_capital_N = np.cumsum(np.log1p(stakes_N * (epsilon - losses_N)))
+    with np.errstate(divide="ignore"):  # all is lost
+        log_capital_N = np.cumsum(np.log1p(stakes_N * (epsilon - losses_N)))
     return float(np.exp(-max(log_capital_N.max(), 0.0)))
 
 

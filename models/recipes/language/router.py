@@ -45,7 +45,7 @@ from isthmus.models.recipes.language.router_levels import (
     token_levels,
 )
 
-TRAINING_SHARE = 0.25  # of the prompts; the others certify
+TRAINING_SHARE = 0.2  # of the prompts; the others certify
 MIN_PROMPTS = 40
 PART = 16  # answers whose choices are saved together
 HEAD = "head.safetensors"

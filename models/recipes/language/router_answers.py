@@ -27,13 +27,12 @@ from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.router.manifest import CloudIdentity
 from isthmus.models.recipes.language.corpus import generate
 from isthmus.models.recipes.language.llama import Llama
+from isthmus.models.recipes.language.prompts import ANSWER_TOKENS, LONGEST_PROMPT
 
-ANSWER_TOKENS = 96
-LONGEST_PROMPT = 1024  # tokens; longer ones are left out
-BATCH_TOKENS = 32 * 256  # of a batch's prompts, with padding
+BATCH_TOKENS = 32 * 300  # of a batch's prompts, with padding
 MOST_BATCH = 32  # prompts
 AT_ONCE = 4  # prompts that a service answers at the same time
-CONNECT_S = 30.0
+CONNECT_S, WAIT_S = 30.0, 60.0  # for a service, at first and in mid-answer
 SERVICE = re.compile(r"[^/\\\s]+:[0-9]{1,5}")
 
 Ids = tuple[int, ...]
@@ -114,7 +113,7 @@ def open_cloud(source: str) -> Iterator[Cloud]:
         return
     # By name: the rooms of the device are no part of models, and only this recipe asks a service.
     config = importlib.import_module("isthmus.edge_agent.config").LanguageConfig(
-        clouds=(source,), connect_s=CONNECT_S, on_loss="wait"
+        clouds=(source,), connect_s=CONNECT_S, wait_s=WAIT_S, on_loss="wait"
     )
     with importlib.import_module("isthmus.edge_agent.language.agent").LanguageAgent(config) as agent:
         yield ServiceCloud(agent)

@@ -96,11 +96,10 @@ def report(levels: Sequence[OffloadLevel], test: Choices) -> list[str]:
 
 
 def wanted(levels: Sequence[OffloadLevel], test: Choices, quality: float) -> str:
-    """How many test prompts would certify a quality, about: the fewest over the levels that ask at most half."""
-    useful = [level.likely for level in levels if level.asked <= 0.5]
-    counts = [samples_needed(test.losses(likely), 1 - quality) for likely in useful]
-    found = min((count for count in counts if count is not None), default=None)
+    """How many test prompts would certify a quality, about, and at which offload rate: the fewest of any level."""
+    counts = [(samples_needed(test.losses(level.likely), 1 - quality), level.asked) for level in levels]
+    found = min(((count, asked) for count, asked in counts if count is not None), default=None)
     had = levels[0].certificate.prompts
     if found is None:
-        return f"the device is too often wrong even where it asks for half of the tokens ({had} test prompts)"
-    return f"about {found} test prompts would be needed, there are {had}"
+        return f"the device is wrong too often at every level ({had} test prompts)"
+    return f"about {found[0]} test prompts would be needed, there are {had} (asking {found[1]:.0%})"
