@@ -214,4 +214,4 @@ def test_a_report_says_which_quality_is_kept_or_what_would_be_needed() -> None:
 
 def test_an_interval_holds_its_mean() -> None:
     found = mean_interval(np.array([0.0, 0.0, 1.0]), 0)
-    assert found.low <= found.value == pytest.approx(1 / 3) <= found.high and found.samples == 3
+    assert found.value == pytest.approx(1 / 3) and found.low <= found.value <= found.high and found.samples == 3
