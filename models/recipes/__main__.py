@@ -132,7 +132,8 @@ def router(
     from isthmus.models.recipes.language.router import make
 
     with failing_clearly(run.folder):
-        command = shlex.join(["python", "-m", "isthmus.models.recipes", *sys.argv[1:]])
+        models = shlex.join(["--device", device, "--bits", bits, "--cloud", cloud])
+        command = f"python -m isthmus.models.recipes router --seed {run.seed} {models} --prompts FILE"
         made = make(out, run, command, device, int(bits), cloud, prompts)
     if as_json:
         click.echo(made.manifest.model_dump_json(indent=1))

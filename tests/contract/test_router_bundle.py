@@ -12,6 +12,7 @@ from isthmus.models.language.router.bundle import RouterBundle
 from isthmus.models.recipes.__main__ import main
 from isthmus.models.recipes.language import router_answers
 from tests.bench.processes import CloudProcess
+from tests.bench.tiny_llama import write_tiny_llama
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import Answer, language_agent, prompt_of, until
 from tests.contract.test_engines import EngineProcess, check, service
@@ -51,7 +52,7 @@ def test_from_a_service_that_holds_the_weights(
 def test_from_an_engine_that_shows_its_choices_only(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = EngineProcess("vllm", "3")
+    engine, another = EngineProcess("vllm", "3"), write_tiny_llama(tmp_path / "another")
     try:
         engine.start()
         with service(engine, tiny_llama) as cloud:
@@ -61,9 +62,10 @@ def test_from_an_engine_that_shows_its_choices_only(
             with language_agent(tiny_llama, cloud.target, router=bundle.folder, device_bits=8) as agent:
                 assert agent.status()["router"] == bundle.manifest.name
         with (
-            CloudProcess(arguments=("--model", str(tiny_llama), *LANGUAGE)) as other,
+            CloudProcess(arguments=("--model", str(another), *LANGUAGE)) as other,
             language_agent(tiny_llama, other.target, router=bundle.folder, device_bits=8) as agent,
         ):
-            assert agent.status()["router_problem"].startswith("no router bundle is for tiny ")
+            status = agent.status()
+            assert status["router"] is None and "no router bundle is for another " in status["router_problem"]
     finally:
         engine.kill()

@@ -86,7 +86,7 @@ def report(levels: Sequence[OffloadLevel], test: Choices) -> list[str]:
     for quality in QUALITIES:
         level = next((each for each in levels if 1 - each.certificate.epsilon >= quality), None)
         if level is None:
-            lines.append(f"quality {quality:g}: not certified, {wanted(levels, test, quality)}")
+            lines.append(f"quality {quality:g}: not certified, {needed(levels, test, quality)}")
             continue
         wrong = level.wrong
         lines.append(
@@ -96,7 +96,7 @@ def report(levels: Sequence[OffloadLevel], test: Choices) -> list[str]:
     return lines
 
 
-def wanted(levels: Sequence[OffloadLevel], test: Choices, quality: float) -> str:
+def needed(levels: Sequence[OffloadLevel], test: Choices, quality: float) -> str:
     """How many test prompts would certify a quality, about, and at which offload rate: the fewest of any level."""
     counts = [(samples_needed(test.losses(level.likely), 1 - quality), level.asked) for level in levels]
     found = min(((count, asked) for count, asked in counts if count is not None), default=None)
