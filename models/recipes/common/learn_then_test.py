@@ -12,6 +12,7 @@ Hoeffding-Bentkus where most losses are small. Exact binomial p-values serve los
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -54,7 +55,8 @@ def stakes(losses_N: Floats, delta: float) -> Floats:
     means_N = (0.5 + np.cumsum(losses_N)) / (1 + counts_N)
     variances_N = (0.25 + np.cumsum((losses_N - means_N) ** 2)) / (1 + counts_N)
     before_N = np.append(0.25, variances_N[:-1])
-    return np.minimum(np.sqrt(2 * math.log(1 / delta) / (len(losses_N) * before_N)), 1.0)
+    stakes_N: Floats = np.minimum(np.sqrt(2 * math.log(1 / delta) / (len(losses_N) * before_N)), 1.0)
+    return stakes_N
 
 
 def upper_bound(losses_N: Floats, delta: float = DELTA) -> float:
@@ -71,7 +73,7 @@ def certify(losses_LN: Sequence[Floats], delta: float = DELTA) -> list[float]:
 
     Whatever epsilon is chosen beforehand, the last threshold with at most that is the one that learn-then-test returns.
     """
-    return np.maximum.accumulate([upper_bound(losses_N, delta) for losses_N in losses_LN]).tolist()
+    return list(itertools.accumulate((upper_bound(losses_N, delta) for losses_N in losses_LN), max))
 
 
 def samples_needed(losses_N: Floats, epsilon: float, delta: float = DELTA) -> int | None:
