@@ -159,6 +159,14 @@ class LanguageConfig(Settings):
             " the same model."
         ),
     ] = None
+    router: Annotated[
+        Path | None,
+        AfterValidator(lambda path: path and find(path)),
+        Field(
+            description="Router bundle of --model and the cloud's model (a folder or a name), for the arm auto. Without"
+            " it: the installed one that was made for both."
+        ),
+    ] = None
     quality: Annotated[
         Share, Field(description="Arm auto: share of an answer's tokens that are to be those of the cloud's model.")
     ] = 0.99

@@ -35,8 +35,6 @@ GAINS = ((3.0, 8.0), (24.0, 16.0))  # of a component and of the rms, for a coars
 PREDICTED = 0.03  # scale of the predictor's weights
 MAX_STATE_BYTES = 160  # 65 channels of at most 16 bits, and a margin
 TEXTS = 3
-OFFLOADED = 0.2  # of the local model's tokens, about
-LEVELS = [{"likely": 0.0, "asked": 0.0, "wrong": 0.4}, {"likely": 0.5, "asked": OFFLOADED, "wrong": 0.1}]
 LOWEST, STEEP = 30.0, 4.0  # of a confidence head: minus the lowest log-probability, and the slope at its threshold
 
 
@@ -48,9 +46,6 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
     exits = {f"exit{index}.safetensors": exit_of(checkpoint, index, seed) for index in range(1, depth + 1)}
     files = {
         **{name: safetensors.numpy.save(tensors) for name, tensors in exits.items()},
-        "copy8.safetensors": safetensors.numpy.save(
-            head_tensors(early_logits(checkpoint, checkpoint.config.layers, seed)[1], OFFLOADED)
-        ),
         "states.safetensors": safetensors.numpy.save(states),
         "fill.safetensors": safetensors.numpy.save(fill_tensors(states_NH, targets_NLO)),
     }
@@ -74,7 +69,6 @@ def write_tiny_handoff(folder: Path, checkpoint: Checkpoint, *, depth: int = 1, 
         ],
         "max_state_bytes": MAX_STATE_BYTES,
         "fill": "fill.safetensors",
-        "copies": [{"bits": 8, "judge": "copy8.safetensors", "levels": LEVELS}],
         "training": {
             "command": "none",
             "seed": seed,

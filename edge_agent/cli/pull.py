@@ -47,7 +47,7 @@ class Listing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    schema_version: Literal[3]
+    schema_version: Literal[3, 4]
     name: Name
     files: dict[FileName, FileEntry]
     fingerprint: Sha256

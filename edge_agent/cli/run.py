@@ -51,7 +51,7 @@ def run(as_json: bool) -> None:
     ProcessCollector(registry=registry)
     line: dict[str, Any] = {"listen": http.listen}
     with ExitStack() as stack:
-        photos, prompts = None, list[Any]()
+        photos, prompts, language = None, list[Any](), None
         named = any(given()[key].value is not None for key in ("model", "cloud_model"))
         config = read(LanguageConfig) if named else None
         if config is None or given()["bundle"].source != DEFAULT:
@@ -72,7 +72,7 @@ def run(as_json: bool) -> None:
             line |= {"model": language.name, "cloud": describe_clouds(language.replicas)}
             if language.cloud_name not in (None, language.name):
                 line["cloud_model"] = language.cloud_name
-        app = create_app(registry, photos, prompts, http)
+        app = create_app(registry, photos, prompts, http, language.status if language else None)
         serve(app, http, partial(announce, line, as_json))
 
 

@@ -1,6 +1,7 @@
 """The agent's local HTTP API: composes the endpoints of photos and of a language model into one application.
 
-/v1/infer, /v1/status                               see infer, with a vision bundle
+/v1/infer                                           see infer, with a vision bundle
+GET /v1/status                                      of both: bundles, whether the cloud answers, link estimates
 /v1/chat/completions, /v1/completions, /v1/models   see openai.routes, with a language model
 GET /healthz, /health                               200 as long as the agent can answer, with or without a cloud
 GET /metrics                                        Prometheus
@@ -10,7 +11,8 @@ Every request passes the guard first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -37,8 +39,9 @@ def create_app(
     photos: tuple[EdgeAgent, EdgeMetrics] | None = None,
     language: Sequence[Route] = (),
     http: HttpConfig = DEFAULTS,
+    language_status: Callable[[], dict[str, Any]] | None = None,
 ) -> Starlette:
-    """The ASGI application: for photos, for a language model, or for both."""
+    """The ASGI application: for photos, for a language model, or for both. `language_status`: what /v1/status adds."""
     api = InferApi(*photos, http) if photos is not None else None
 
     async def export(request: Request) -> Response:
@@ -46,10 +49,16 @@ def create_app(
             api.update_metrics()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def status(request: Request) -> Response:
+        both = {**(api.status() if api else {}), **({"language": language_status()} if language_status else {})}
+        return JSONResponse(both)
+
+    own = [Route("/v1/status", status)] if api or language_status else []
     routes = [
         *(Route(path, health) for path in HEALTH_PATHS),
         *language,
         *(api.routes if api else ()),
+        *own,
         Route("/metrics", export),
     ]
     metrics = HttpMetrics(registry, [route.path_format for route in routes])

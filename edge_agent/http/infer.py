@@ -48,7 +48,7 @@ class InferApi:
 
     @property
     def routes(self) -> list[Route]:
-        return [Route("/v1/infer", self.infer, methods=["POST"]), Route("/v1/status", self.status)]
+        return [Route("/v1/infer", self.infer, methods=["POST"])]
 
     def update_metrics(self) -> None:
         """Export the current state of the links."""
@@ -83,32 +83,31 @@ class InferApi:
             answer = await run_in_threadpool(partial(self._agent.infer, photo, **arguments))
         return JSONResponse(answer.as_dict())
 
-    async def status(self, request: Request) -> Response:
+    def status(self) -> dict[str, Any]:
+        """What /v1/status says of photos."""
         manifest, link, replicas = self._agent.manifest, self._agent.replicas.current, self._agent.replicas
         estimate = link.estimate if link else None
         taps = {
             tap.name: {"widths": [w.width for w in tap.widths], "rates": len(tap.widths[0].rates)}
             for tap in manifest.taps
         }
-        return JSONResponse(
-            {
-                "bundle": {
-                    "name": manifest.name,
-                    "fingerprint": manifest.fingerprint,
-                    "tasks": {task.name: task.labels for task in manifest.tasks},
-                    "taps": taps,
-                },
-                "mode": self._agent.config.mode,
-                "objective": self._agent.config.objective,
-                "exit_confidence": threshold if (threshold := self._agent.goal.exit_confidence) <= 1 else None,
-                "cloud": WORDS[link.state] if link else None,
-                "cloud_problem": link.refusal if link else None,
-                "clouds": [
-                    {"address": each.target, "state": WORDS[each.state], "problem": each.refusal} for each in replicas
-                ],
-                "link": {"rtt_s": estimate.rtt_s, "bytes_per_s": estimate.bytes_per_s} if estimate else None,
-            }
-        )
+        return {
+            "bundle": {
+                "name": manifest.name,
+                "fingerprint": manifest.fingerprint,
+                "tasks": {task.name: task.labels for task in manifest.tasks},
+                "taps": taps,
+            },
+            "mode": self._agent.config.mode,
+            "objective": self._agent.config.objective,
+            "exit_confidence": threshold if (threshold := self._agent.goal.exit_confidence) <= 1 else None,
+            "cloud": WORDS[link.state] if link else None,
+            "cloud_problem": link.refusal if link else None,
+            "clouds": [
+                {"address": each.target, "state": WORDS[each.state], "problem": each.refusal} for each in replicas
+            ],
+            "link": {"rtt_s": estimate.rtt_s, "bytes_per_s": estimate.bytes_per_s} if estimate else None,
+        }
 
 
 def query(request: Request) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.available import NO_CLOUD, Sides
@@ -65,7 +65,7 @@ class LanguageAgent(TextInterface):
         router, local = Router(config), None
         if device is not None:
             weights = device.fingerprint if device.handoff else b""
-            router = Router(config, device.levels, device.estimate, weights)
+            router = Router(config, device.routers, device.estimate, weights)
             local = device.start(router.local)
         self._cloud = CloudModel(config.cloud_model, device, TokenizerCache(cache_folder()))
         links = [self._link(target) for target in config.clouds]
@@ -76,7 +76,6 @@ class LanguageAgent(TextInterface):
             vocabulary=device.tokenizer.vocabulary if device else b"",
             replicas=self.replicas,
             router=router,
-            confidence_head=device.confidence_head if device else None,
             handoff=device.handoff if device else None,
             grammars=self._grammars_of,
         )
@@ -155,6 +154,20 @@ class LanguageAgent(TextInterface):
             assert bound is not None  # it was waited for
             return bound.tokenizer
         return self._device.tokenizer
+
+    def status(self) -> dict[str, Any]:
+        """What /v1/status says of prompts: the models, and the router bundle of both or why there is none."""
+        model, bundles = self._cloud.info, self._resources.router.bundles
+        bundle = bundles.for_cloud(model)
+        missing = self._device is not None and model is not None and bundle is None
+        levels = bundle.levels if bundle else ()
+        return {
+            "model": self._device.name if self._device else None,
+            "cloud_model": self.cloud_name,
+            "router": bundle.manifest.name if bundle else None,
+            "router_problem": bundles.missing(model) if missing and model is not None else None,
+            "router_quality": 1 - min(level.certificate.epsilon for level in levels) if levels else None,
+        }
 
     def generate(
         self, request: GenerationRequest, cancelled: threading.Event | None = None

@@ -1,4 +1,4 @@
-"""The device's own model: a checkpoint, its decoder with KV caches, and what a handoff bundle adds.
+"""The device's own model: a checkpoint, its decoder with KV caches, and what bundles add.
 
 Imported by agents that have a model: it brings ONNX Runtime.
 """
@@ -10,6 +10,7 @@ from functools import cached_property
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.arms.handoff import HandoffSettings, estimate_of, settings_of
 from isthmus.edge_agent.language.local_model import LocalModel
+from isthmus.edge_agent.language.router_bundles import open_bundles
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
@@ -23,7 +24,7 @@ class DeviceModel:
     """`context`: tokens that it holds here; `model_context`: those that it could hold."""
 
     def __init__(self, config: LanguageConfig, source: str) -> None:
-        """Opens `source`, and the handoff bundle where one is configured. Raises BundleError, InvalidInput."""
+        """Opens `source`, and the bundles that are configured or installed for it. Raises BundleError, InvalidInput."""
         self._config, self._source = config, source
         self._checkpoint: Checkpoint | None = (checkpoint := Checkpoint.open(source))
         self.name = checkpoint.name
@@ -33,16 +34,14 @@ class DeviceModel:
         self.model_context = checkpoint.config.context
         self.context = min(config.context, self.model_context)
         self.handoff = open_handoff(config, checkpoint)
-        entry = self.handoff[0].local_model(config.device_bits) if self.handoff else None
-        self.confidence_head = entry[0] if entry else None
-        self.levels = entry[1] if entry else ()
+        self.routers = open_bundles(config.router, self.name, config.device_bits, lambda: self.fingerprint)
         self.estimate = (
             estimate_of(self.handoff[0].manifest, self.handoff[1], checkpoint.config) if self.handoff else None
         )
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """Of its weights, all of which are read: only handoff, and a cloud with several models, ask for it."""
+        """Of its weights, all of which are read: only bundles, and a cloud with several models, ask for it."""
         return (self._checkpoint or Checkpoint.open(self._source)).fingerprint
 
     def start(self, stats: SpeculationStats) -> LocalModel:

@@ -25,7 +25,6 @@ from isthmus.edge_agent.policy.arms import Arm
 from isthmus.models.errors import LinkDown
 from isthmus.models.language.drafts import Draft, LookupDraft, PredictionDraft
 from isthmus.models.language.grammar import Grammars, GrammarState
-from isthmus.models.language.sampling import Floats
 from isthmus.models.messages import Grammar
 
 if TYPE_CHECKING:  # they bring ONNX Runtime, which a device without a model does without
@@ -38,8 +37,8 @@ if TYPE_CHECKING:  # they bring ONNX Runtime, which a device without a model doe
 class Resources:
     """What all answers of an agent share.
 
-    `local`: None for a device without a model. `vocabulary`, `confidence_head`: of that model. `handoff`: None without
-    its bundle. `grammars`: of the tokenizer with a vocabulary.
+    `local`: None for a device without a model. `vocabulary`: of that model. `handoff`: None without its bundle.
+    `grammars`: of the tokenizer with a vocabulary.
     """
 
     config: LanguageConfig
@@ -47,7 +46,6 @@ class Resources:
     vocabulary: bytes
     replicas: Replicas
     router: Router
-    confidence_head: Callable[[Floats, Sequence[int]], float] | None
     handoff: tuple[HandoffBundle, HandoffSettings] | None
     grammars: Callable[[bytes], Grammars]
 
@@ -107,12 +105,13 @@ class Generation:
     def _auto(self) -> AutoArm:
         resources, router = self._resources, self._resources.router
         goal = router.goal(self.sequence.request.quality)
+        bundle = router.bundles.for_cloud(resources.replicas.model)
         return AutoArm(
             self.sequence,
             self.stats,
-            LocalPredictor(self._model, resources.confidence_head, router.confidence),
+            LocalPredictor(self._model, bundle.head if bundle else None, router.confidence),
             RemoteQuery(self._token_session(), self.sequence, self.stats, router.local),
-            partial(router.plan, goal, resources.replicas),
+            partial(router.plan, goal, resources.replicas, bundle=bundle),
             self.arm,
             self._fallback(),
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.replicas import Replicas
+from isthmus.edge_agent.language.router_bundles import RouterBundles
 from isthmus.edge_agent.policy.arms import (
     Arm,
     ArmPlan,
@@ -18,8 +20,11 @@ from isthmus.edge_agent.policy.arms import (
     level_for,
 )
 from isthmus.edge_agent.policy.speculation import Acceptance, SpeculationStats
-from isthmus.models.language.handoff.manifest import OffloadLevel
+from isthmus.models.language.router.bundle import RouterBundle
+from isthmus.models.language.router.manifest import OffloadLevel
+from isthmus.models.messages import ModelInfo
 
+NO_BUNDLES = RouterBundles()
 PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a local model with so many bits, until its own are known
 
 
@@ -29,15 +34,16 @@ class Router:
     def __init__(
         self,
         config: LanguageConfig,
-        levels: Sequence[OffloadLevel] = (),
+        bundles: RouterBundles = NO_BUNDLES,
         handoff: HandoffEstimate | None = None,
         weights: bytes = b"",
     ) -> None:
-        """`levels`: of the local model's confidence; none without a bundle that has them. Both count while the cloud
-        holds the `weights` of this fingerprint, for which they were measured.
+        """`bundles`: with levels of the local model's confidence. `handoff` counts while the cloud holds the `weights`
+        of this fingerprint, for which it was measured.
         """
-        self._config, self._levels, self._handoff, self._weights = config, tuple(levels), handoff, weights
-        prior = 1 - self._levels[0].wrong if self._levels else PRIOR_ACCEPTANCE[config.device_bits]
+        self._config, self.bundles, self._handoff, self._weights = config, bundles, handoff, weights
+        levels = bundles.bundles[0].levels if bundles.bundles else ()
+        prior = 1 - levels[0].wrong.value if levels else PRIOR_ACCEPTANCE[config.device_bits]
         self.local = SpeculationStats(acceptance=Acceptance(prior))  # of drafts by the local model
         self.lookup = SpeculationStats()  # of drafts by prompt lookup
         self.lookup.draft_s.observe(0.0)
@@ -55,16 +61,39 @@ class Router:
         quality = self._config.quality if quality is None else quality
         return RoutingGoal(quality, self._config.objective, self._config.prices)
 
-    def plan(self, goal: RoutingGoal, replicas: Replicas, usable: bool, now: Arm | None) -> ArmPlan:
-        """The best arm for the next tokens. `usable`: the local model can continue; `now`: the current arm."""
+    def plan(
+        self,
+        goal: RoutingGoal,
+        replicas: Replicas,
+        usable: bool,
+        now: Arm | None,
+        *,
+        bundle: RouterBundle | None = None,
+    ) -> ArmPlan:
+        """The best arm for the next tokens. `usable`: the local model can continue; `now`: the current arm.
+
+        `bundle`: the one whose confidence head the answer uses; its levels count while the cloud's model is its own.
+        """
         link, model = replicas.best() or next(iter(replicas)), replicas.model
         latency = self.drafts.latency(link.estimate.rtt_s)
         same = model is not None and model.fingerprint == self._weights
         drafts = (usable or self._config.draft == "lookup") and (model is None or "verify" in model.arms)
-        local = self._local_estimate(goal, self._levels if same else ()) if usable else None
+        paired = bundle if bundle is not None and model is not None and bundle.fits(model) else None
+        local = self._local_estimate(goal, paired.levels if paired else ()) if usable else None
         handoff = self._handoff if usable and same and model is not None and "handoff" in model.arms else None
         estimates = estimate_arms(goal, latency, drafts, self.local.draft_s.value, local, handoff)
-        return choose(estimates, goal, now)
+        plan = choose(estimates, goal, now)
+        note = self._note(goal, model, paired) if usable and local is None else ""
+        return replace(plan, why=f"{plan.why}; {note}") if note else plan
+
+    def _note(self, goal: RoutingGoal, model: ModelInfo | None, bundle: RouterBundle | None) -> str:
+        """Why the device decides no token by itself; empty where that was not asked for, or no cloud is known."""
+        if model is None or goal.quality >= 1:
+            return ""
+        if bundle is None:
+            return self.bundles.missing(model)
+        best = 1 - min((level.certificate.epsilon for level in bundle.levels), default=1.0)
+        return f"router bundle {bundle.manifest.name} is certified up to quality {best:.4f}"
 
     def _local_estimate(self, goal: RoutingGoal, levels: Sequence[OffloadLevel]) -> LocalEstimate | None:
         if goal.quality <= 0:

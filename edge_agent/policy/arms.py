@@ -23,7 +23,7 @@ from typing import Literal
 from isthmus.edge_agent.policy.estimates import Average
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
-from isthmus.models.language.handoff.manifest import OffloadLevel
+from isthmus.models.language.router.manifest import OffloadLevel
 
 Arm = Literal["auto", "edge", "cloud", "verify", "handoff"]  # auto: the router chooses, token by token
 ARMS: tuple[Arm, ...] = ("auto", "edge", "cloud", "verify", "handoff")
@@ -169,8 +169,8 @@ class ConfidenceStats:
 
 
 def level_for(levels: Sequence[OffloadLevel], quality: float) -> OffloadLevel | None:
-    """The level that queries least and keeps the quality; None when none does. `levels` rise."""
-    return next((level for level in levels if 1 - level.wrong >= quality), None)
+    """The level that queries least and is certified to keep the quality; None when none is. `levels` rise."""
+    return next((level for level in levels if 1 - level.certificate.epsilon >= quality), None)
 
 
 def estimate_arms(

@@ -23,7 +23,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from isthmus.models.bundle.manifest import SCHEMA_VERSION, BundleManifest, FileEntry
+from isthmus.models.bundle.manifest import BundleManifest, FileEntry
 from isthmus.models.errors import BundleError, InvalidInput
 
 MANIFEST = "manifest.json"
@@ -71,9 +71,9 @@ class Files:
 def read_manifest(folder: Path, schema: type[Schema]) -> Schema:
     """Parse and validate `folder/manifest.json`, fingerprint included. Raises BundleError."""
     path, content = folder / MANIFEST, read_json(folder)
-    if content.get("schema_version") != SCHEMA_VERSION:
+    if content.get("schema_version") != schema.VERSION:
         found = str(content.get("schema_version"))[:20]
-        raise BundleError(f"{path}: schema_version {found}, this program reads {SCHEMA_VERSION}")
+        raise BundleError(f"{path}: schema_version {found}, this program reads {schema.VERSION}")
     try:
         manifest = schema.model_validate(content)
     except ValidationError as error:
@@ -115,7 +115,7 @@ def write_bundle(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, 
     check_replaceable(folder)
     listed = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     content = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema.VERSION,
         **manifest,
         "files": {name: entry.model_dump() for name, entry in sorted(listed.items())},
     }

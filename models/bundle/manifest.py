@@ -1,15 +1,15 @@
-"""The parts that the manifests of all kinds of bundles share: `manifest.json`, version 3.
+"""The parts that the manifests of all kinds of bundles share: `manifest.json`.
 
 Values only: `bundle.files` reads and writes. Units: sizes in bytes, times in seconds, fractions in [0, 1].
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 3  # of kinds that name no other
 
 # Plain names only: no separator, no leading dot, so that no path leaves the bundle's folder.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
@@ -52,12 +52,20 @@ class Training(Part):
 
 
 class BundleManifest(Part):
-    """The fields that every `manifest.json` has."""
+    """The fields that every `manifest.json` has. VERSION: the `schema_version` of a kind."""
 
-    schema_version: Literal[3]
+    VERSION: ClassVar[int] = SCHEMA_VERSION
+    schema_version: int
     name: Name
     licence: str
     training: Training
     scores: dict[str, Interval]
     files: dict[FileName, FileEntry]
     fingerprint: Sha256
+
+    @field_validator("schema_version")
+    @classmethod
+    def _version_is_known(cls, version: int) -> int:
+        if version != cls.VERSION:
+            raise ValueError(f"expected {cls.VERSION}")
+        return version

@@ -106,6 +106,42 @@ def language(
     click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(summary(manifest)))
 
 
+@main.command(
+    epilog="Example: python -m isthmus.models.recipes router --device smollm2 --cloud 127.0.0.1:50051 --prompts FILE"
+    " --out my-router"
+)
+@click.option("--device", required=True, help="The device's model: GGUF file, Hugging Face folder, or smollm2.")
+@click.option("--bits", default="8", show_default=True, type=click.Choice(["8", "4"]), help="Of its weights.")
+@click.option("--cloud", required=True, help="The cloud's model: as --device, or HOST:PORT of a cloud service.")
+@click.option(
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Prompts as the device will get them: plain lines, or lines of JSON with turns, as in Spec-Bench.",
+)
+@out_option()
+@training_options("runs/router", apart=False)
+@manifest_as_json
+def router(
+    device: str, bits: str, cloud: str, prompts: Path, out: Path, run: Run, as_json: bool
+) -> None:  # fmt: skip
+    """Router bundle of two language models: which tokens the device may decide. Under an hour on two cores.
+
+    Of the cloud's model only its greedy answers are needed, and made once.
+    """
+    from isthmus.models.recipes.language.router import make
+
+    with failing_clearly(run.folder):
+        models = shlex.join(["--device", device, "--bits", bits, "--cloud", cloud])
+        command = f"python -m isthmus.models.recipes router --seed {run.seed} {models} --prompts FILE"
+        made = make(out, run, command, device, int(bits), cloud, prompts)
+    if as_json:
+        click.echo(made.manifest.model_dump_json(indent=1))
+        return
+    click.echo(f"wrote {out}: {made.manifest.fingerprint}")
+    click.echo("\n".join(made.lines))
+
+
 @main.command(epilog="Example: python -m isthmus.models.recipes fashion --out models/zoo/fashion")
 @out_option("models/zoo/fashion")
 @click.option(

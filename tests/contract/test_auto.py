@@ -15,7 +15,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from tests.bench.processes import CloudProcess, EdgeProcess
 from tests.contract.conftest import LANGUAGE
 from tests.contract.language_parts import Answer, language_agent, prompt_of, started
-from tests.tiny_handoff import write_tiny_handoff
+from tests.tiny_router import write_tiny_router
 
 TOKENS, STORY = 40, "Tell me a long story."
 HALF = 0.9  # the quality that the tiny bundle's judge keeps by asking for about half of the tokens
@@ -23,7 +23,7 @@ HALF = 0.9  # the quality that the tiny bundle's judge keeps by asking for about
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, endless_llama: Path) -> Path:
-    return write_tiny_handoff(tmp_path_factory.mktemp("handoffs") / "tiny", Checkpoint.open(endless_llama))
+    return write_tiny_router(tmp_path_factory.mktemp("routers") / "tiny", Checkpoint.open(endless_llama))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def serving(cloud: CloudProcess) -> CloudProcess:
 @pytest.fixture
 def agent(serving: CloudProcess, endless_llama: Path, bundle: Path) -> Iterator[LanguageAgent]:
     """One that asks for single tokens as long as quality allows that, whatever the machine is busy with."""
-    with language_agent(endless_llama, serving.target, handoff=bundle, device_bits=8, objective="cheapest") as made:
+    with language_agent(endless_llama, serving.target, router=bundle, device_bits=8, objective="cheapest") as made:
         yield made
 
 
@@ -80,7 +80,7 @@ def test_a_killed_cloud_changes_no_token(serving: CloudProcess, endless_llama: P
             serving.kill()
             serving.start(wait=False)
 
-    settings = {"handoff": bundle, "device_bits": 8, "objective": "cheapest", "on_loss": "wait"}
+    settings = {"router": bundle, "device_bits": 8, "objective": "cheapest", "on_loss": "wait"}
     with language_agent(endless_llama, serving.target, **settings) as agent:
         for quality in (HALF, 1.0):
             expected, answer = answered(agent, quality).ids, answered(agent, quality, restart)
@@ -102,7 +102,7 @@ def test_without_the_cloud_the_device_goes_on_and_comes_back(agent: LanguageAgen
 
 def test_evicted_in_the_middle_it_brings_everything_again(endless_llama: Path, bundle: Path) -> None:
     arguments = ("--model", str(endless_llama), "--context-mb", "1", *LANGUAGE)
-    settings = {"handoff": bundle, "device_bits": 8, "objective": "cheapest"}
+    settings = {"router": bundle, "device_bits": 8, "objective": "cheapest"}
     with (
         CloudProcess(arguments=arguments) as cloud,
         language_agent(endless_llama, cloud.target, **settings) as one,
@@ -136,7 +136,7 @@ def test_given_up_it_leaves_device_and_cloud_to_others(agent: LanguageAgent) -> 
 
 
 def test_by_http_the_answer_says_who_made_what(serving: CloudProcess, endless_llama: Path, bundle: Path) -> None:
-    own = ("--model", str(endless_llama), "--handoff", str(bundle), "--objective", "cheapest", "--threads", "1")
+    own = ("--model", str(endless_llama), "--router", str(bundle), "--objective", "cheapest", "--threads", "1")
     with EdgeProcess(*own, "--cloud", serving.target) as edge:
         body = {"model": "auto-q0.9", "prompt": STORY, "max_tokens": 30, "temperature": 0}
         answer = httpx.post(f"{edge.url}/v1/completions", json=body, timeout=60).json()

@@ -14,6 +14,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from tests.bench.handoff import OTHER_TOKENS
 from tests.bench.processes import ROOT
 from tests.tiny_handoff import write_tiny_handoff
+from tests.tiny_router import write_tiny_router
 
 ARMS = ["edge_only", "offload_jpeg75", "offload_webp75", "isthmus"]
 
@@ -160,16 +161,15 @@ def test_decoder_benchmark_quick(tmp_path: Path, tiny_llama: Path) -> None:
 
 def test_routing_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
     figures, picture, prompts = tmp_path / "routing.json", tmp_path / "routing.png", tmp_path / "prompts.jsonl"
-    bundle = write_tiny_handoff(tmp_path / "bundle", Checkpoint.open(tiny_llama))
-    prompts.write_text(
-        "".join(json.dumps({"turns": [f"What is {word}?"]}) + "\n" for word in ("a", "bridge", "it all"))
-    )
-    arguments = ("--model", str(tiny_llama), "--bundle", str(bundle), "--prompts", str(prompts), "--bits", "8")
-    work = ("--work", str(tmp_path / "work"), "--resamples", "20")
+    bundle = write_tiny_router(tmp_path / "bundle", Checkpoint.open(tiny_llama))
+    prompts.write_text("".join(json.dumps({"turns": [f"What is {word}?"]}) + "\n" for word in range(40)))
+    models = ("--device", str(tiny_llama), "--cloud", str(tiny_llama))
+    arguments = (*models, "--router", str(bundle), "--prompts", str(prompts))
+    work = ("--work", str(tmp_path / "work"), "--resamples", "20", "--closed-loop", "1")
     printed = run("tests.bench.routing", *arguments, *work, "--json", str(figures), "--plot", str(picture))
     result = json.loads(figures.read_text(encoding="utf-8"))
-    assert result["answers"] == 3 and result["tokens"] > 10
-    found = result["copies"]["8"]
+    found = result["pairs"]["tiny-router"]
+    assert found["answers"] == 32 and found["tokens"] > 100
     routers = found["routers"]
     assert routers["oracle"]["apgr"] >= max(row["apgr"] for row in routers.values())
     for row in routers.values():
@@ -178,8 +178,12 @@ def test_routing_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
         assert low <= high and 0 <= row["cpt50"] <= row["cpt80"] <= 1 >= row["saved_at_no_loss"] >= 0
     assert found["apgr_above"].keys() == routers.keys() - {"confidence head (ours)"}
     assert all(0 < row["cloud"] <= 1 for row in found["dial"])
-    assert [row["quality"] for row in found["dial"]] == [0.97, 0.98, 0.99, 0.995, 0.999]
-    assert all(row["asked"] == 1 and row["agreement"] == 1 for row in found["dial"]), "the tiny bundle promises 0.9"
+    assert [row["quality"] for row in found["dial"]] == [0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999]
+    unkept = found["dial"][1:]
+    assert all(row["asked"] == 1 and row["agreement"] == 1 for row in unkept), "the tiny bundle promises 0.9"
+    (looped,) = found["closed_loop"]
+    assert looped["quality"] == 0.9 and looped["wrong"]["samples"] == 1
+    assert [row["quality"] for row in found["certificates"]] == [row["quality"] for row in found["dial"]]
     assert picture.stat().st_size > 10_000 and "CPT(50)" in printed
 
 

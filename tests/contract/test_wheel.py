@@ -14,6 +14,7 @@ import pytest
 from tests.bench.processes import ROOT
 
 FOLDERS = ("edge_agent", "cloud_service", "protos", "models")
+SHIPPED = {"fashion", "smollm2-4-smollm2", "smollm2-8-smollm2"}
 SPARED = shutil.ignore_patterns("__pycache__", "*.pyc", "elpv", "photos", "smollm2", "smollm2-25")
 
 
@@ -70,9 +71,9 @@ def test_it_holds_every_module_and_a_small_bundle(wheel: Path) -> None:
         names = set(archive.namelist())
     modules = {f"isthmus/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert modules <= names
-    bundle = {f"isthmus/{path.relative_to(ROOT)}" for path in (ROOT / "models/zoo/fashion").iterdir()}
-    assert bundle <= names
-    assert {name.split("/")[3] for name in names if name.startswith("isthmus/models/zoo/")} == {"fashion"}
+    for bundle in SHIPPED:
+        assert {f"isthmus/{path.relative_to(ROOT)}" for path in (ROOT / "models/zoo" / bundle).iterdir()} <= names
+    assert {name.split("/")[3] for name in names if name.startswith("isthmus/models/zoo/")} == SHIPPED
     assert wheel.stat().st_size < 8 << 20
 
 

@@ -19,6 +19,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import ConfidenceHead
 from isthmus.models.language.onnx.exits import ExitWeights
+from isthmus.models.language.router.bundle import RouterBundle
 from isthmus.models.recipes.vision.elpv_data import load
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
@@ -30,6 +31,7 @@ from tests.bench.sc2_ways import uncapped
 FOLDERS = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manifest.json"))
 ZOO = [folder for folder in FOLDERS if kind_of(folder) is None]
 MAX_ZOO_BYTES = 60_000_000
+ROUTERS = {"smollm2-4-smollm2": 4, "smollm2-8-smollm2": 8}  # bits on the device
 
 
 @pytest.fixture(scope="module", params=ZOO, ids=lambda folder: folder.name)
@@ -38,7 +40,7 @@ def shipped(request: pytest.FixtureRequest) -> Bundle:
 
 
 def test_the_zoo_is_complete_and_small() -> None:
-    assert [folder.name for folder in FOLDERS] == ["elpv", "fashion", "photos", "smollm2", "smollm2-25"]
+    assert [folder.name for folder in FOLDERS] == ["elpv", "fashion", "photos", "smollm2", "smollm2-25", *ROUTERS]
     assert sum(path.stat().st_size for path in (ROOT / "models" / "zoo").rglob("*") if path.is_file()) <= MAX_ZOO_BYTES
 
 
@@ -49,13 +51,26 @@ def test_exits_of_the_language_model_belong_to_it(name: str, depths: tuple[int, 
     manifest = handoff.manifest
     assert manifest.training.command.startswith("python -m models.recipes language") and manifest.training.seconds > 0
     assert manifest.name == name and len(manifest.rates) >= 4 and len(manifest.thresholds) >= 20
-    assert handoff.depths == depths and [copy.bits for copy in manifest.copies] == [8, 4]
+    assert handoff.depths == depths
     assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
     weight_LOH, _ = handoff.kv_fill()
     assert weight_LOH.shape == (30 - depths[-1], 384, 576)
     for index in range(len(depths)):
         ExitWeights(handoff.exit(index), checkpoint).tensor("map.weight")
         ConfidenceHead.from_tensors(handoff.exit(index))
+
+
+@pytest.mark.parametrize(("name", "bits"), ROUTERS.items())
+def test_router_bundles_are_of_the_language_model_with_itself(name: str, bits: int) -> None:
+    checkpoint, folder = Checkpoint.open("smollm2"), ROOT / "models" / "zoo" / name
+    bundle = RouterBundle.open(folder)
+    manifest, weights = bundle.manifest, checkpoint.fingerprint.hex()
+    assert (manifest.name, manifest.device.bits, manifest.device.weights) == (name, bits, weights)
+    assert manifest.cloud.weights == weights and manifest.cloud.tokenizer == checkpoint.tokenizer.fingerprint.hex()
+    assert bundle.head is not None and len(bundle.levels) >= 10 and "test device alone" in manifest.scores
+    assert manifest.training.command.startswith("python -m isthmus.models.recipes router")
+    assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
+    assert 1 - min(level.certificate.epsilon for level in bundle.levels) >= 0.99, "the default quality is kept"
 
 
 def test_manifest_has_its_training_command_and_its_scores(shipped: Bundle) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from isthmus.models.bundle.files import MAX_MANIFEST_BYTES
 from isthmus.models.errors import BundleError
+from isthmus.models.language.router.bundle import RouterBundle
 from isthmus.models.vision.bundle import Bundle
 from tests.conftest import Parts
 
@@ -39,11 +41,15 @@ HOSTILE = {
 }
 
 
+OPENERS: tuple[Callable[[Path], object], ...] = (Bundle.open, RouterBundle.open)
+
+
+@pytest.mark.parametrize("open_bundle", OPENERS, ids=["vision", "router"])
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_manifests_end_in_one_line(tmp_path: Path, data: bytes) -> None:
+def test_hostile_manifests_end_in_one_line(tmp_path: Path, data: bytes, open_bundle: Callable[[Path], object]) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
     with pytest.raises(BundleError) as caught:
-        Bundle.open(tmp_path)
+        open_bundle(tmp_path)
     message = str(caught.value)
     assert "manifest.json" in message
     assert "\n" not in message
@@ -57,8 +63,9 @@ def test_any_json_object_is_refused_as_a_bundle_error(
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": 3}), encoding="utf-8")
-    with pytest.raises(BundleError):
-        Bundle.open(folder)
+    for open_bundle in OPENERS:
+        with pytest.raises(BundleError):
+            open_bundle(folder)
 
 
 def test_no_damaged_manifest_is_taken_for_another_one(paper: Parts, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@
     exit<depth>.safetensors  an exit: linear map, decoder layers, norm, confidence head; matrices in a few bits
     states.safetensors       the codec of hidden states: transform, predictor, mean, integer tables
     fill.safetensors         the KV fill: linear maps from a hidden state to the upper layers' keys and values
-    copy<bits>.safetensors   the confidence head of the local model with weights of so many bits
 
 It holds no weights of the model itself, which it names by fingerprint.
 """
@@ -21,9 +20,8 @@ from isthmus.models.bundle.files import Files, read_manifest
 from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.handoff.confidence_head import ConfidenceHead
 from isthmus.models.language.handoff.hidden_states import StateCodec
-from isthmus.models.language.handoff.manifest import HandoffManifest, OffloadLevel
+from isthmus.models.language.handoff.manifest import HandoffManifest
 from isthmus.models.language.packing import Floats, matrix, unpacked
 
 
@@ -70,14 +68,6 @@ class HandoffBundle:
         if weight_LOH.shape != expected or bias_LO.shape != expected[:2]:
             raise BundleError(f"{self.manifest.fill}: shape {weight_LOH.shape}, expected {expected}")
         return weight_LOH, bias_LO
-
-    def local_model(self, bits: int) -> tuple[ConfidenceHead, tuple[OffloadLevel, ...]] | None:
-        """Confidence head and offload levels of the local model with `bits`-bit weights, if the bundle has them.
-
-        Raises BundleError.
-        """
-        found = next((entry for entry in self.manifest.copies if entry.bits == bits), None)
-        return None if found is None else (ConfidenceHead.from_tensors(self._files.tensors(found.judge)), found.levels)
 
     def exit(self, index: int) -> dict[str, NDArray[Any]]:
         """The tensors of an exit, as stored. Raises BundleError."""

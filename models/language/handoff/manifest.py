@@ -1,4 +1,4 @@
-"""The manifest of a handoff bundle: exits of one language model, rates of its hidden states, local models.
+"""The manifest of a handoff bundle: exits of one language model, rates of its hidden states.
 
 Values only. Units: sizes in bytes, depths in layers, fractions in [0, 1].
 """
@@ -6,7 +6,7 @@ Values only. Units: sizes in bytes, depths in layers, fractions in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,36 +66,10 @@ class StatePoint(Part):
     agreement: Fraction
 
 
-class OffloadLevel(Part):
-    """A confidence threshold of a local model, which offloads to the cloud the tokens below it.
-
-    `likely`: the threshold. `asked`: the offload rate, the share of tokens below it. `wrong`: the share of all tokens
-    that the local model decodes and that differ from the full model's choice (upper end of a 95 % interval).
-    """
-
-    likely: Fraction
-    asked: Fraction
-    wrong: Fraction
-
-
-class LocalModelEntry(Part):
-    """A local model, which is the whole model with `bits`-bit weights. `judge`: the file of its confidence head."""
-
-    bits: Literal[4, 8]
-    judge: FileName
-    levels: Annotated[tuple[OffloadLevel, ...], Field(min_length=1, max_length=100)]
-
-    @model_validator(mode="after")
-    def _levels_rise(self) -> LocalModelEntry:
-        likely = [level.likely for level in self.levels]
-        if likely != sorted(set(likely)) or likely[0] != 0:
-            raise ValueError(f"levels of the {self.bits}-bit local model must rise from likely 0")
-        return self
-
-
 class HandoffManifest(BundleManifest):
     """The content of `manifest.json`."""
 
+    VERSION: ClassVar[int] = 4
     kind: Literal["handoff"]
     base: Sha256  # fingerprint of the checkpoint that the bundle belongs to
     hidden: Annotated[int, Field(ge=1, le=1 << 16)]
@@ -107,7 +81,6 @@ class HandoffManifest(BundleManifest):
     points: Annotated[tuple[StatePoint, ...], Field(min_length=1, max_length=64)]  # by rising mean_bytes
     max_state_bytes: Annotated[int, Field(ge=1, le=1 << 16)]
     fill: FileName
-    copies: Annotated[tuple[LocalModelEntry, ...], Field(max_length=2)] = ()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> HandoffManifest:
@@ -119,12 +92,7 @@ class HandoffManifest(BundleManifest):
         sizes = [point.mean_bytes for point in self.points]
         if sizes != sorted(sizes):
             raise ValueError(f"mean_bytes of the points {sizes} must rise")
-        named = {
-            self.states,
-            self.fill,
-            *(exit_.weights for exit_ in self.exits),
-            *(entry.judge for entry in self.copies),
-        }
+        named = {self.states, self.fill, *(exit_.weights for exit_ in self.exits)}
         if missing := sorted(named - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         return self

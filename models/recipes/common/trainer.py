@@ -171,6 +171,10 @@ class Run:
         """One JSON line an epoch: stage, epoch, mean metrics, seconds."""
         return self.folder / "log.jsonl"
 
+    def record(self, stage: str, seconds: float) -> None:
+        """Log what a stage took that trains nothing."""
+        self._log(stage, 0, {"seconds": seconds})
+
     def _log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         with self.log.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"stage": stage, "epoch": epoch, **figures}) + "\n")

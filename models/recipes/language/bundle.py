@@ -31,7 +31,6 @@ from isthmus.models.recipes.language.device_outputs import DeviceOutputs, Tensor
 from isthmus.models.recipes.language.exits import Exit, initialise, train_exit
 from isthmus.models.recipes.language.hidden_states import RATE_BYTES, fit_states, inputs_at, sensitivity
 from isthmus.models.recipes.language.kv_fill import fit_maps, train_maps
-from isthmus.models.recipes.language.local_model import local_models
 from isthmus.models.recipes.language.preparation import (
     HELD_OUT,
     Prepared,
@@ -91,18 +90,15 @@ def make(
     prepared = prepare(run, checkpoint, depths)
     trained = train_parts(prepared)
     test = run_test_prompts(prepared, trained.exits, test_prompts)
-    entries, heads = local_models(checkpoint, prepared.teacher, run.seed)
     named = {
         **{f"exit{depth}.safetensors": tensors for depth, tensors in trained.exits.items()},
         "states.safetensors": trained.states,
         "fill.safetensors": trained.fill,
-        **heads,
     }
     manifest = {
         "name": bundle_name(source, checkpoint.name) + (f"-{prepared.depth}" if chosen else ""),
         **describe_model(prepared, trained.confidence),
         **measure(prepared, trained, test),
-        "copies": entries,
         "training": describe_training(prepared, command),
     }
     saved = {name: safetensors.numpy.save(tensors) for name, tensors in named.items()}

@@ -122,6 +122,12 @@ class Llama(nn.Module):
         self.embedding_VH = nn.Parameter(torch.zeros(config.vocab, config.hidden))
         self.layers: Sequence[Layer] = nn.ModuleList(Layer(config) for _ in range(config.layers))  # type: ignore[assignment]
         self.norm_H = nn.Parameter(torch.ones(config.hidden))
+        self.own_head_VH = None if config.tied else nn.Parameter(torch.zeros(config.vocab, config.hidden))
+
+    @property
+    def head_VH(self) -> nn.Parameter:
+        """The output head: the embedding in a tied model."""
+        return self.embedding_VH if self.own_head_VH is None else self.own_head_VH
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Llama:
@@ -129,6 +135,8 @@ class Llama(nn.Module):
         model = cls(checkpoint.config).requires_grad_(False)
         model.embedding_VH.copy_(torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight")))
         model.norm_H.copy_(torch.from_numpy(checkpoint.tensor("model.norm.weight")))
+        if model.own_head_VH is not None:
+            model.own_head_VH.copy_(torch.from_numpy(checkpoint.tensor("lm_head.weight")))
         for index, layer in enumerate(model.layers):
             for name in layer_shapes(checkpoint.config):
                 path, _, leaf = name.rpartition(".")
@@ -144,5 +152,5 @@ class Llama(nn.Module):
         return F.rms_norm(x, self.norm_H.shape, self.norm_H.float(), self.config.norm_eps)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of the last layer's output. The output head is the embedding: untied models are not supported."""
-        return F.linear(self.normed(x).to(self.embedding_VH.dtype), self.embedding_VH)
+        """Logits of the last layer's output."""
+        return F.linear(self.normed(x).to(self.head_VH.dtype), self.head_VH)

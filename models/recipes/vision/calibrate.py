@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
+from isthmus.models.recipes.common.learn_then_test import DELTA, accepted
 from isthmus.models.vision.manifest import Threshold
 
-DELTA = 0.1  # a certificate fails with at most this probability
 EPSILONS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
 GRID = tuple(
     round(1.0 - step / 200, 3) for step in range(100)
@@ -58,16 +58,14 @@ def certify(
         coverages.append(float(exited_N.mean()))
     certified = []
     for epsilon in epsilons or epsilons_for(samples):
-        accepted = -1
-        while accepted + 1 < len(GRID) and binom.cdf(losses[accepted + 1], samples, epsilon) <= DELTA:
-            accepted += 1
+        last = accepted(binom.cdf(loss, samples, epsilon) for loss in losses) - 1
         certified.append(
             Threshold(
                 epsilon=epsilon,
                 delta=DELTA,
-                confidence=GRID[accepted] if accepted >= 0 else NEVER,
-                coverage=coverages[accepted] if accepted >= 0 else 0.0,
-                loss=losses[accepted] / samples if accepted >= 0 else 0.0,
+                confidence=GRID[last] if last >= 0 else NEVER,
+                coverage=coverages[last] if last >= 0 else 0.0,
+                loss=losses[last] / samples if last >= 0 else 0.0,
                 samples=samples,
             )
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from isthmus.models.language.architecture import LlamaConfig
+from isthmus.models.language.flops import decoder_flops
 from tests.bench.routing import CloudCost, Routed, bounds, order, resampled
 
 GENERATOR = np.random.default_rng(0)
@@ -70,9 +72,14 @@ def test_routers_are_held_against_each_other_on_the_same_draws() -> None:
 
 def test_a_cloud_reads_up_to_the_last_token_it_is_asked_for() -> None:
     """Two answers of 4 tokens after prompts of 3 and 5; alone, the cloud runs 6 and 8 tokens and decodes 8."""
-    reading = CloudCost(np.array([3, 5]), np.array([0, 4]), layers=2.0, head=1.0)
+    config = LlamaConfig(2, 8, 2, 1, 4, 16, 10, 64, 1e4, 1e-5, tied=True)
+
+    def flops(tokens: int, decided: int) -> int:
+        return decoder_flops(config, 0, tokens, layers=2, decided=decided)
+
+    reading = CloudCost(config, np.array([3, 5]), np.array([0, 4]))
     asked_N = np.zeros(8, bool)
-    assert reading.share(asked_N) == pytest.approx(2 * 8 / (2 * 14 + 8)), "prompts it reads in any case"
+    assert reading.share(asked_N) == 0, "it is opened at the first doubt"
     asked_N[[1, 2]] = True
-    assert reading.share(asked_N) == pytest.approx((2 * (5 + 5) + 2) / 36)
+    assert reading.share(asked_N) == pytest.approx(flops(5, 2) / (flops(6, 4) + flops(8, 4)))
     assert reading.share(np.ones(8, bool)) == 1

@@ -52,7 +52,7 @@ def generation(decoder: OnnxDecoder, cloud: Cloud) -> Iterator[Any]:
         replicas = Replicas([cloud], bound(), 0.05)  # type: ignore[list-item]
         settings_of_handoff: Any = None
         no_grammars: Any = None
-        resources = Resources(config, local, b"v" * 32, replicas, router, None, settings_of_handoff, no_grammars)
+        resources = Resources(config, local, b"v" * 32, replicas, router, settings_of_handoff, no_grammars)
         made.append(Generation(resources, GenerationRequest((1,) * tokens, 4, "auto"), ENDS))
         return made[-1]
 

@@ -24,12 +24,12 @@ from isthmus.edge_agent.policy.arms import (
 )
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
-from isthmus.models.language.handoff.manifest import OffloadLevel
+from tests.tiny_router import level as level_of
 
 LEVELS = (
-    OffloadLevel(likely=0.0, asked=0.0, wrong=0.04),
-    OffloadLevel(likely=0.6, asked=0.05, wrong=0.01),
-    OffloadLevel(likely=0.9, asked=0.2, wrong=0.001),
+    level_of(0.0, 0.0, 0.04),
+    level_of(0.6, 0.05, 0.01),
+    level_of(0.9, 0.2, 0.001),
 )
 EDGE_S = 0.016
 LOCAL = LocalEstimate(likely=0.6, offload_rate=0.05)

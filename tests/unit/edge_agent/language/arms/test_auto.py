@@ -20,9 +20,9 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm, ArmPlan, ConfidenceStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.errors import LinkDown
-from isthmus.models.language.handoff.manifest import OffloadLevel
 from isthmus.models.language.sampling import Floats
 from isthmus.models.messages import GREEDY, Sampling
+from tests.tiny_router import level
 from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, bound
 
 TOKENS = 60
@@ -290,7 +290,7 @@ def test_nothing_is_sent_for_what_the_device_is_sure_of() -> None:
 def test_what_a_query_takes_is_remembered() -> None:
     answer = auto(Cloud(BRAIN), always("edge"))
     assert len(answer.tokens()) == TOKENS
-    local = answer.confidence.local_estimate(OffloadLevel(likely=0.5, asked=0.25, wrong=0))
+    local = answer.confidence.local_estimate(level(0.5, 0.25, 0.0))
     assert 0 <= local.overhead_s < 1 and local.guess_rate > 0.8, "its guesses are the model's choices"
 
 
@@ -306,7 +306,7 @@ def test_time_spent_decoding_ahead_is_no_overhead_of_a_query(monkeypatch: pytest
     answer = auto(Cloud(BRAIN, rtt_s=0.0, step_s=0.0, seed=3), always("edge"), every=10, logits=logits)
     assert len(answer.tokens()) == TOKENS
     assert clock.now_s > TOKENS, "it decoded ahead"
-    assert answer.confidence.local_estimate(OffloadLevel(likely=0.5, asked=0.25, wrong=0)).overhead_s < 0.5
+    assert answer.confidence.local_estimate(level(0.5, 0.25, 0.0)).overhead_s < 0.5
 
 
 class Clock:

@@ -13,20 +13,17 @@ from pydantic import ValidationError
 from isthmus.models.language.handoff.manifest import (
     NEVER,
     HandoffManifest,
-    LocalModelEntry,
-    OffloadLevel,
     Threshold,
     least_likely,
 )
 
-FILES = ("exit3.safetensors", "exit5.safetensors", "states.safetensors", "fill.safetensors", "copy8.safetensors")
-LEVELS = [{"likely": 0.0, "asked": 0.0, "wrong": 0.04}, {"likely": 0.6, "asked": 0.05, "wrong": 0.01}]
+FILES = ("exit3.safetensors", "exit5.safetensors", "states.safetensors", "fill.safetensors")
 
 
 def content(**changes: Any) -> dict[str, Any]:
     """A valid manifest, with some fields replaced."""
     return {
-        "schema_version": 3,
+        "schema_version": 4,
         "kind": "handoff",
         "name": "tiny",
         "licence": "Apache-2.0",
@@ -46,7 +43,6 @@ def content(**changes: Any) -> dict[str, Any]:
         ],
         "max_state_bytes": 160,
         "fill": "fill.safetensors",
-        "copies": [{"bits": 8, "judge": "copy8.safetensors", "levels": LEVELS}],
         "training": {"command": "c", "seed": 0, "seconds": 1.0, "machine": "m", "data": "d", "versions": {}},
         "scores": {},
         "files": {name: {"size": 1, "sha256": "cd" * 32} for name in FILES},
@@ -62,13 +58,7 @@ def point(context_rate: int, rate: int, mean_bytes: float) -> dict[str, Any]:
 def test_a_valid_manifest_keeps_its_content() -> None:
     manifest = HandoffManifest.model_validate(content())
     assert manifest.model_dump(mode="json") == content()
-    assert [exit_.depth for exit_ in manifest.exits] == [3, 5] and manifest.copies[0].levels[1].asked == 0.05
-
-
-def test_local_models_are_optional() -> None:
-    without = content()
-    del without["copies"]
-    assert HandoffManifest.model_validate(without).copies == ()
+    assert [exit_.depth for exit_ in manifest.exits] == [3, 5]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +82,8 @@ def test_local_models_are_optional() -> None:
         ({"hidden": 0}, "greater than or equal to 1"),
         ({"max_state_bytes": 1 << 17}, "less than or equal to 65536"),
         ({"rates": [{"mean_bytes": float("nan"), "max_bytes": 60}]}, "finite number"),
-        ({"copies": [{"bits": 8, "judge": "copy8.safetensors", "levels": LEVELS}] * 3}, "at most 2 items"),
+        ({"copies": []}, "Extra inputs are not permitted"),
+        ({"schema_version": 3}, "expected 4"),
         ({"surprise": 1}, "Extra inputs are not permitted"),
     ],
     ids=str,
@@ -104,31 +95,13 @@ def test_invalid_values_are_refused(changes: dict[str, Any], words: str) -> None
 
 def test_all_missing_files_are_named() -> None:
     exits = [{"depth": 5, "weights": "b.safetensors", "agreement": 0.6}]
-    copies = [{"bits": 8, "judge": "a.safetensors", "levels": LEVELS}]
     with pytest.raises(ValidationError, match=r"files does not list a\.safetensors, b\.safetensors"):
-        HandoffManifest.model_validate(content(exits=exits, copies=copies))
-
-
-@pytest.mark.parametrize(
-    ("bits", "levels", "words"),
-    [
-        (8, LEVELS[1:], "levels of the 8-bit local model must rise from likely 0"),
-        (4, [LEVELS[0], LEVELS[0]], "levels of the 4-bit local model must rise from likely 0"),
-        (8, [LEVELS[0], LEVELS[1], {**LEVELS[1], "likely": 0.5}], "must rise from likely 0"),
-        (8, [{**LEVELS[0], "wrong": 1.5}], "less than or equal to 1"),
-        (8, [{"likely": 0.0}], "Field required"),
-        (5, LEVELS, "should be 4 or 8"),
-        (8, [], "at least 1 item"),
-    ],
-)
-def test_levels_of_a_local_model(bits: int, levels: list[Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
-        LocalModelEntry.model_validate({"bits": bits, "judge": "copy8.safetensors", "levels": levels})
+        HandoffManifest.model_validate(content(exits=exits, fill="a.safetensors"))
 
 
 def test_manifests_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        OffloadLevel(likely=0.0, asked=0.0, wrong=0.1).asked = 0.5  # type: ignore[misc]
+        Threshold(confidence=0.5, coverage=0.5, agreement=0.9).coverage = 0.6  # type: ignore[misc]
 
 
 def thresholds(*pairs: tuple[float, float]) -> list[Threshold]:

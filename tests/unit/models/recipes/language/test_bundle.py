@@ -64,7 +64,6 @@ def test_the_bundle_serves_its_model_and_no_other(made: Path, folder: Path, tmp_
     choice = ExitingDecoder(handoff, checkpoint, decoder, 1).choose([5, 6, 7], 2.0)
     assert choice.exit == 1 and 0 <= choice.likely <= 1
     assert handoff.manifest.training.command == "python -m isthmus.models.recipes language"
-    assert [entry.bits for entry in handoff.manifest.copies] == [8, 4]
     assert {"test exit0 agreement", "test rows agreement", "test point0 agreement"} <= set(handoff.manifest.scores)
     other = Checkpoint.open(write_tiny_llama(tmp_path / "other", layers=6, seed=1))
     with pytest.raises(Exception, match="belongs to the model"):
