@@ -77,7 +77,7 @@ class Replicas:
         model, request = self.model, sequence.request
         if model is None or request.vocabulary not in (b"", model.tokenizer.vocabulary):
             return False
-        if model.numerics == "engine" and request.sampling.temperature > 0 and request.arm != "cloud":
+        if model.numerics == "engine" and request.sampling.temperature > 0 and request.arm not in ("cloud", "cascade"):
             return False
         begins = not sequence.generated or not sequence.cloud_model
         return sequence.ends_at(model.end_ids) and (begins or sequence.cloud_model == model.fingerprint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 from isthmus.edge_agent.language.request import GenerationRequest
@@ -43,6 +44,10 @@ class AnswerSequence:
     def ends_at(self, ids: Iterable[int]) -> bool:
         """Whether these are the tokens that end it."""
         return self._eos_ids == frozenset(ids)
+
+    def fork(self, max_tokens: int) -> AnswerSequence:
+        """Another sequence with the same prompt, empty, which ends alike or after so many tokens."""
+        return AnswerSequence(replace(self.request, max_tokens=max_tokens), self._eos_ids)
 
     def append(self, token: int) -> None:
         """Commit one token."""

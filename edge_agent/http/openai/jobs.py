@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from isthmus.edge_agent.http.openai.errors import ApiError
@@ -56,6 +57,7 @@ class ChoiceSettings:
     tokenizer: Tokenizer
 
 
+Encode = Callable[[Tokenizer], Sequence[int]]
 JobParser = Callable[[bytes, bool, GenerationBackend], Job]
 
 
@@ -73,7 +75,7 @@ def chat_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
     max_tokens = body.max_completion_tokens or body.max_tokens or context
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     settings = ChoiceSettings(model, max_tokens, top_logprobs, context, tokenizer)
-    requests = requests_for(body, tuple(prompt), settings, "messages")
+    requests = requests_for(body, tuple(prompt), settings, "messages", lambda other: other.chat(messages, context))
     return build_job("chat", body, settings, requests, ("",) * len(requests))
 
 
@@ -89,8 +91,8 @@ def completion_job(data: bytes, private: bool, backend: GenerationBackend) -> Jo
     echoed_prompts: list[str] = []
     for prompt in body.prompt:
         ids = encode_prompt(prompt, tokenizer, context)
-        requests += requests_for(body, ids, settings, "prompt")
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        requests += requests_for(body, ids, settings, "prompt", partial(encoded, text))
         echoed_prompts += [text if body.echo else ""] * body.n
     return build_job("completion", body, settings, requests, echoed_prompts)
 
@@ -119,10 +121,18 @@ def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, context: in
     return tuple(prompt)
 
 
+def encoded(text: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """A text by any tokenizer."""
+    return tokenizer.encode(text)
+
+
 def requests_for(
-    body: BaseRequest, prompt: tuple[int, ...], settings: ChoiceSettings, param: str
+    body: BaseRequest, prompt: tuple[int, ...], settings: ChoiceSettings, param: str, encode: Encode
 ) -> list[GenerationRequest]:
-    """`n` requests for one prompt. Raises ApiError where it is empty or leaves no room for an answer."""
+    """`n` requests for one prompt, which `encode` encodes by another tokenizer.
+
+    Raises ApiError where it is empty or leaves no room for an answer.
+    """
     if not prompt:
         raise ApiError(400, f"{param}: the prompt is empty", param=param)
     room = settings.context - len(prompt)
@@ -140,6 +150,7 @@ def requests_for(
         top_logprobs=settings.top_logprobs,
         quality=model.quality,
         vocabulary=tokenizer.vocabulary,
+        encode=encode,
     )
     return [replace(shared, sampling=sampling) for sampling in samplings(body, tokenizer.sampling)]
 
