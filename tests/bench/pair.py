@@ -3,9 +3,9 @@
     tasks with right answers --both models--> whole answers   --routers--> accuracy
     prompts --cloud--> answers --device-----> its next tokens --routers--> share of the cloud's tokens
 
-Heads are fitted on one half of the prompts and measured on the other, and the reverse: every prompt is measured, none by
-a head that saw it. Whole answers: random, the prompt alone (its length), the query head, the mean log-probability of the
-device's answer, the cascade's verifier, and an oracle. Tokens: random, the prompt (query by its first token), the
+Heads are fitted on one half of the prompts and measured on the other, and the reverse: every prompt is measured, none
+by a head that saw it. Whole answers: random, the prompt alone (its length), the query head, the mean log-probability of
+the device's answer, the cascade's verifier, and an oracle. Tokens: random, the prompt (query by its first token), the
 softmax, the confidence head, and spans: the cloud writes from a doubt on to the end of the sentence or line.
 
 An interrupted run continues with the answers in --work.
@@ -254,7 +254,7 @@ def spans(asked_N: Bools, tokens: Tokens) -> Bools:
 def token_outcome(
     tokens: Tokens, confidence_N: Doubles, flops: CloudFlops, write: Callable[[Bools], Bools] | None = None
 ) -> Outcome:
-    """Tokens below a threshold are the cloud's, or with `write` all that it says of them; a call for each run of those."""
+    """Tokens below a threshold are the cloud's; with `write` what that makes of them, in one call for each run."""
     columns: list[list[Doubles]] = [[], [], [], []]
     for threshold in thresholds(confidence_N):
         asked_N = confidence_N < threshold
