@@ -163,12 +163,16 @@ class LanguageConfig(Settings):
         Path | None,
         AfterValidator(lambda path: path and find(path)),
         Field(
-            description="Router bundle of --model and the cloud's model (a folder or a name), for the arm auto. Without"
-            " it: the installed one that was made for both."
+            description="Router bundle of --model and the cloud's model (a folder or a name), for the arms auto and"
+            " cascade. Without it: the installed one that was made for both."
         ),
     ] = None
     quality: Annotated[
-        Share, Field(description="Arm auto: share of an answer's tokens that are to be those of the cloud's model.")
+        Share,
+        Field(
+            description="Arm auto: share of an answer's tokens that are to be those of the cloud's model. Arm cascade:"
+            " share of answers that are to be acceptable."
+        ),
     ] = 0.99
     objective: Best = "fastest"
     prices: Prices = Prices()
@@ -219,6 +223,7 @@ class ChatConfig(Settings):
         Field(
             description="How answers are made. auto: the router chooses, token by token. edge: by the device. cloud: by"
             " the cloud. verify: drafted by the device, checked by the cloud. handoff: easy tokens by the device."
+            " cascade: whole answers by the device, or by the cloud where those are not good enough."
         ),
     ] = "auto"
     system: Annotated[str, Field(description="System message: what the model reads before the first question.")] = ""

@@ -30,7 +30,9 @@ from isthmus.models.messages import GREEDY, Sampling
 COLOURS: dict[Source, str] = {"edge": "green", "draft": "cyan", "cloud": "magenta"}
 LEGEND: dict[Source, str] = {"edge": "the device", "draft": "device, confirmed by the cloud", "cloud": "the cloud"}
 MIN_ANSWER_TOKENS = 64  # of the context that are left for an answer; older messages are dropped to make room
-HELP = "/arm auto|edge|cloud|verify|handoff   /reset   /help   /quit      Ctrl-C ends an answer, Ctrl-D the chat"
+HELP = (
+    "/arm auto|edge|cloud|verify|handoff|cascade   /reset   /help   /quit      Ctrl-C ends an answer, Ctrl-D the chat"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,15 @@ class ChatSession:
             del self._messages[:2]
             self._note("the context is full: the oldest question and its answer were dropped")
         room = context - len(prompt)
-        max_tokens, vocabulary = min(settings.max_tokens or room, room), tokenizer.vocabulary
-        return GenerationRequest(prompt, max_tokens, self._arm, settings.sampling, vocabulary=vocabulary)
+        max_tokens, messages = min(settings.max_tokens or room, room), [*system, *self._messages]
+        return GenerationRequest(
+            prompt,
+            max_tokens,
+            self._arm,
+            settings.sampling,
+            vocabulary=tokenizer.vocabulary,
+            encode=lambda other: other.chat(messages, context),
+        )
 
     def _set_arm(self, name: str) -> None:
         arms = self._backend.arms()

@@ -4,6 +4,7 @@
                       -> cloud:   prompt up, tokens down
                       -> verify:  drafts up, accepted count and a correction down
                       -> handoff: exits here, coded hidden states up where none is confident
+                      -> cascade: the device's whole answer, or the cloud's where that is not good enough
                       -> auto:    whichever of these keeps the quality and is best now
 
 Either side may be absent. Knows nothing about text beyond the tokenizers that it hands on, and nothing about HTTP.
@@ -134,8 +135,9 @@ class LanguageAgent(TextInterface):
         device, model = self._device, self._cloud.info
         if device is not None and (arm in ("edge", "handoff") or not self.config.clouds):
             return device.context
-        if arm == "auto" and device is not None and not self._cloud_tokens(arm):
-            return device.context
+        if device is not None and not self._cloud_tokens(arm):
+            routed = arm == "cascade" or self._sides.routes_answers
+            return max(device.context, model.context) if model and routed else device.context
         if model is not None:
             return model.context
         return device.model_context if device else 0
@@ -226,7 +228,9 @@ class LanguageAgent(TextInterface):
         """Whether an arm's ids are of the cloud's vocabulary. Where the device's is another, one side answers alone."""
         if self._sides.one_vocabulary:
             return True
-        return arm in ("cloud", "verify") or (arm == "auto" and self.replicas.best() is not None)
+        if arm == "auto":
+            return self.replicas.best() is not None and not self._sides.routes_answers
+        return arm in ("cloud", "verify")
 
     def _checked(
         self, request: GenerationRequest, cancelled: threading.Event | None
@@ -268,7 +272,8 @@ class LanguageAgent(TextInterface):
         """An answer's tokens and last its summary; however it ends, its sessions are remembered."""
         end_ids = self._sides.end_ids(request)
         other = not self._sides.one_vocabulary and reason is not None and request.arm == "cloud"
-        with closing(Generation(self._resources, request, end_ids, cancelled, replaceable=other)) as generation:
+        made = Generation(self._resources, request, end_ids, cancelled, replaceable=other, free=reason is not None)
+        with closing(made) as generation:
             generation.stats.reason = reason or generation.stats.reason
             generation.stats.degraded = reason == NO_CLOUD
             try:
@@ -278,11 +283,11 @@ class LanguageAgent(TextInterface):
                 generation.close()
                 if self._metrics:
                     closed = isinstance(error, (GeneratorExit, AnswerCancelled))
-                    summary = generation.stats.summary(generation.sequence)
+                    summary = replace(generation.stats.summary(generation.answered), arm=request.arm)
                     self._metrics.count_unfinished(summary, "closed" if closed else "failed")
                 raise
             generation.close()  # counts what the streams carried
-            yield generation.stats.summary(generation.sequence)
+            yield replace(generation.stats.summary(generation.answered), arm=request.arm)
 
 
 def check_values(request: GenerationRequest) -> None:

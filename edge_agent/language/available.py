@@ -4,6 +4,7 @@
     cloud     a cloud
     verify    drafts in the cloud's vocabulary: of a model on the device, or looked up in the text
     handoff   a bundle of exits, and the same weights on both sides
+    cascade   a model on the device, and a bundle that says when its whole answers will do
     auto      any of them
 
 What the cloud's model declares counts once it is known.
@@ -60,13 +61,22 @@ class Sides:
             return "cloud", "the device has no model"
         if not self.one_vocabulary:
             if request.vocabulary == self.device.tokenizer.vocabulary:
-                return "edge", NO_CLOUD
-            return "cloud", f"{self.device.name} on the device has another vocabulary"
+                return ("cascade", self._another()) if self.routes_answers else ("edge", NO_CLOUD)
+            return "cloud", self._another()
         if refusal := self.sampling_refusal("cloud", request.sampling):
             return "edge", refusal
         if self.sampling_refusal("verify", request.sampling):
             return "cloud", "the engine in the cloud chooses by itself alone"
         return "auto", None
+
+    @property
+    def routes_answers(self) -> bool:
+        """Whether `auto` routes whole answers: tokens cannot be, and it is known which of them will do."""
+        return not self.one_vocabulary and self.refusal("cascade") is None
+
+    def _another(self) -> str:
+        assert self.device is not None  # else there is one vocabulary
+        return f"{self.device.name} on the device has another vocabulary"
 
     def vocab(self, arm: Arm, vocabulary: bytes) -> int:
         """Token ids that those who take part have in common. Raises InvalidInput for the ids of another vocabulary."""
@@ -86,7 +96,7 @@ class Sides:
         if self.one_vocabulary or arm == "auto":
             sides = [self.device, self.cloud]
         else:
-            sides = [self.device if arm == "edge" else self.cloud]
+            sides = [self.device if arm in ("edge", "cascade") else self.cloud]
         return [side for side in sides if side is not None]
 
     def arms(self) -> tuple[Arm, ...]:
@@ -101,8 +111,14 @@ class Sides:
             return None if self.device else "arm edge needs a model on the device, and none is configured"
         if not self.config.clouds:
             return f"arm {arm} needs a cloud, and none is configured"
-        missing = {"cloud": lambda: None, "verify": self._drafts_missing, "handoff": self._handoff_missing}[arm]()
-        declared = self.cloud is None or arm in self.cloud.arms or arm == "handoff"  # that goes on without the cloud
+        missing = {
+            "cloud": lambda: None,
+            "verify": self._drafts_missing,
+            "handoff": self._handoff_missing,
+            "cascade": self._verifier_missing,
+        }[arm]()
+        alone = arm in ("handoff", "cascade")  # they go on without the cloud
+        declared = self.cloud is None or arm in self.cloud.arms or alone
         if missing is None and self.cloud is not None and not declared:
             return f"arm {arm} is not served for {label(self.cloud)} in the cloud"
         return missing
@@ -148,6 +164,15 @@ class Sides:
             f"arm handoff shares one model by layers: the device holds {self.device.name}"
             f" {self.device.fingerprint.hex()[:12]}, the cloud {label(self.cloud)} {self.cloud.fingerprint.hex()[:12]}"
         )
+
+    def _verifier_missing(self) -> str | None:
+        if self.device is None:
+            return "arm cascade needs a model on the device, and none is configured"
+        if self.device.routers.for_answers(self.cloud) is not None:
+            return None
+        if self.cloud is None or self.device.routers.for_answers(None) is None:
+            return "arm cascade needs a router bundle that scores whole answers, and there is none"
+        return f"arm cascade: {self.device.routers.missing(self.cloud)}"
 
 
 def vocabulary_of(side: DeviceModel | ModelInfo) -> bytes:

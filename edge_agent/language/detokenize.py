@@ -52,24 +52,28 @@ class Detokenizer:
         self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, continues: bool = False, keeps_end: bool = False
     ) -> None:
         self._tokenizer = tokenizer
-        self._left_out = frozenset() if keeps_end else tokenizer.eos_ids
+        self._keeps_end = keeps_end
         self._stops = tuple(stop for stop in stops if stop)
-        self._stream = TextStream(0 if continues else tokenizer.leading_spaces)
+        self._continues = continues
+        self._stream: TextStream | None = None  # the first token says whose text it is
         self._held: list[TextDelta] = []
         self.stopped = False
 
     def push(self, token: Token) -> tuple[TextDelta, ...]:
         """Add a token; returns what can be released now. An end-of-text token has no text and is left out."""
-        if self.stopped or token.id in self._left_out:
+        tokenizer = token.tokenizer or self._tokenizer
+        if self.stopped or (token.id in tokenizer.eos_ids and not self._keeps_end):
             return ()
-        self._held.append(TextDelta(token, self._stream.push(bytes_of(self._tokenizer, token.id))))
+        if self._stream is None:
+            self._stream = TextStream(0 if self._continues else tokenizer.leading_spaces)
+        self._held.append(TextDelta(token, self._stream.push(bytes_of(tokenizer, token.id))))
         return self._release(final=False)
 
     def finish(self) -> tuple[TextDelta, ...]:
         """End the answer; returns what was held back."""
         if self.stopped:
             return ()
-        rest = self._stream.finish()
+        rest = self._stream.finish() if self._stream else ""
         if rest and self._held:
             last = self._held.pop()
             self._held.append(TextDelta(last.token, last.text + rest))
@@ -95,7 +99,7 @@ class Detokenizer:
             end += len(delta.text)
             if end > limit:
                 break
-            if delta.text or (delta.token and not bytes_of(self._tokenizer, delta.token.id)):
+            if delta.text or (delta.token and not bytes_of(delta.token.tokenizer or self._tokenizer, delta.token.id)):
                 count = index + 1
         return count
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.arms.auto import AutoArm, LocalPredictor, RunningArm
+from isthmus.edge_agent.language.arms.cascade import CascadeArm, DeviceDraft
 from isthmus.edge_agent.language.arms.local import LocalArm
 from isthmus.edge_agent.language.arms.remote import RemoteArm
 from isthmus.edge_agent.language.arms.rounds import Rounds
+from isthmus.edge_agent.language.arms.translated import TranslatedArm
 from isthmus.edge_agent.language.arms.verify import VerifyArm
 from isthmus.edge_agent.language.remote_query import RemoteQuery
 from isthmus.edge_agent.language.remote_session import Fallback, MakeOpening, RemoteSession, token_opening
@@ -22,7 +24,7 @@ from isthmus.edge_agent.language.router import Router
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.arms import Arm
-from isthmus.models.errors import LinkDown
+from isthmus.models.errors import ContextExceeded, InvalidInput, LinkDown
 from isthmus.models.language.drafts import Draft, LookupDraft, PredictionDraft
 from isthmus.models.language.grammar import Grammars, GrammarState
 from isthmus.models.messages import Grammar
@@ -61,13 +63,18 @@ class Generation:
         cancelled: threading.Event | None = None,
         *,
         replaceable: bool = False,
+        free: bool = False,
+        stats: GenerationStats | None = None,
     ) -> None:
         """`end_ids` end the answer. The device's model takes part where it reads the ids of the prompt.
 
-        `replaceable`: where no cloud begins the answer, it is given up at once, for the device to give another.
+        `replaceable`: where no cloud begins the answer, it is given up at once, for the device to give another. `free`:
+        whole answers may be the cloud's alone where that is best. `stats`: of another generation that this is part of.
         """
         self.sequence = AnswerSequence(request, end_ids, self._open_state)
-        self.stats = GenerationStats()
+        self.stats = stats or GenerationStats()
+        self._free = free
+        self._other: Generation | None = None  # of the cloud, in its vocabulary
         self._resources = resources
         self._cancelled = cancelled
         self._replaceable = replaceable
@@ -84,6 +91,8 @@ class Generation:
                 return self._auto()
             case "handoff":
                 return self._handoff()
+            case "cascade":
+                return self._cascade()
             case "verify" if (draft := self._draft()) is not None:
                 router = self._resources.router
                 speculation = router.predictions if self.sequence.request.prediction else router.drafts
@@ -92,6 +101,12 @@ class Generation:
                 session = self._token_session()
                 rounds = Rounds(session, self.sequence, self.stats, self._resources.router.local)
                 return RemoteArm(self.sequence, session, rounds, self._fallback())
+
+    @property
+    def answered(self) -> AnswerSequence:
+        """The sequence that has the answer: that of the cloud's vocabulary once it has begun."""
+        other = self._other.sequence if self._other else self.sequence
+        return other if other.generated else self.sequence
 
     def close(self) -> None:
         """End sessions, remembered for the next turn, and leave the local model to others."""
@@ -123,6 +138,47 @@ class Generation:
         handoff, settings = self._resources.handoff
         session = self._session(handoff.fingerprint, handoff_opening(self.sequence, handoff, settings))
         return HandoffArm(self.sequence, session, self.stats, self._model, handoff, settings, self._fallback())
+
+    def _cascade(self) -> CascadeArm:
+        resources, router = self._resources, self._resources.router
+        goal, draft = router.goal(self.sequence.request.quality), DeviceDraft(self.sequence, self._model)
+        bundle = router.bundles.for_answers(resources.replicas.model)
+        assert bundle is not None and bundle.verifier is not None  # checked before the answer begins
+        plan = router.plan_answer(goal, resources.replicas, bundle, cloud_alone=self._free)
+        cloud = partial(self._cloud_answer, draft)
+        return CascadeArm(self.sequence, self.stats, draft, bundle.verifier, plan, cloud)
+
+    def _cloud_answer(self, draft: DeviceDraft) -> RunningArm:
+        """The cloud in the device's place; where there is none, the draft. Raises ContextExceeded."""
+        alone = self._resources.config.on_loss == "alone"
+        bound = self._resources.replicas.cloud.bound
+        if bound is None or bound.info.tokenizer.vocabulary == self._resources.vocabulary:
+            session = self._token_session()
+            rounds = Rounds(session, self.sequence, self.stats, self._resources.router.local)
+            return RemoteArm(self.sequence, session, rounds, partial(self._draft_or_alone, draft) if alone else None)
+        request, info = self.sequence.request, bound.info
+        if request.encode is None:
+            raise InvalidInput(f"the prompt has no `encode`, which arm cascade needs for the vocabulary of {info.name}")
+        prompt = tuple(request.encode(bound.tokenizer))
+        if (room := info.context - len(prompt)) < 1:
+            raise ContextExceeded(
+                f"the prompt has {len(prompt)} tokens, the cloud holds {info.context} with the answer"
+            )
+        request = replace(
+            request,
+            prompt=prompt,
+            arm="cloud",
+            max_tokens=min(request.max_tokens, room),
+            vocabulary=info.tokenizer.vocabulary,
+        )
+        self._other = Generation(
+            self._resources, request, frozenset(info.end_ids), self._cancelled, replaceable=alone, stats=self.stats
+        )
+        next_token = partial(draft.next, self.sequence.tokens)
+        return TranslatedArm(self.sequence, self.stats, self._other, bound.tokenizer, next_token if alone else None)
+
+    def _draft_or_alone(self, draft: DeviceDraft, tokens: Sequence[int]) -> Token | None:
+        return draft.next(tokens) or self._decode_alone(tokens)
 
     def _token_session(self) -> RemoteSession:
         return self._session(b"", token_opening(self.sequence, self._resources.config.prefill_layers))

@@ -79,7 +79,7 @@ class Replicas:
             return False
         processors = request.sampling.processors
         alone = bool(processors) or request.sampling.temperature > 0  # an engine chooses so by itself only
-        if model.numerics == "engine" and alone and request.arm != "cloud":
+        if model.numerics == "engine" and alone and request.arm not in ("cloud", "cascade"):
             return False
         if not set(processors) <= set(model.processors):
             return False

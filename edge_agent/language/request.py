@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from isthmus.edge_agent.policy.arms import Arm
@@ -22,9 +22,11 @@ class GenerationRequest:
     """A request for one answer.
 
     top_logprobs: None for no log probabilities, 0 for the token's own, n for the n likeliest as well. quality, for
-    auto: the share of tokens that are what the cloud's model would choose; None for the owner's. vocabulary: of the
-    tokenizer that encoded the prompt; empty for the one that `tokenizer_for(arm)` gives. prediction: tokens that the
-    answer is expected to repeat in large part, which are drafts of verify.
+    auto: the share of tokens that are what the cloud's model would choose, for cascade: the share of answers that are
+    acceptable; None for the owner's. vocabulary: of the tokenizer that encoded the prompt; empty for the one that
+    `tokenizer_for(arm)` gives. prediction: tokens that the answer is expected to repeat in large part, which are drafts
+    of verify. encode: the same prompt by another tokenizer; where whole answers are routed between two vocabularies it
+    is needed.
     """
 
     prompt: tuple[int, ...]
@@ -35,16 +37,21 @@ class GenerationRequest:
     quality: float | None = None
     vocabulary: bytes = b""
     prediction: tuple[int, ...] = ()
+    encode: Callable[[Tokenizer], Sequence[int]] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A committed token: it will not be taken back. `top` holds (id, log probability), likeliest first."""
+    """A committed token: it will not be taken back. `top` holds (id, log probability), likeliest first.
+
+    `tokenizer`: whose ids these are; None: that of the prompt.
+    """
 
     id: int
     source: Source
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    tokenizer: Tokenizer | None = None
 
 
 def local_token(logits_V: Floats, id_: int, request: GenerationRequest) -> Token:
@@ -89,7 +96,7 @@ class Summary:
     rtt_s: float | None = None
     cloud_s: float = 0.0  # queue and compute
     degraded: bool = False  # the cloud was lost, and the device went on alone
-    spans: tuple[Span, ...] = ()  # of an answer by auto
+    spans: tuple[Span, ...] = ()  # of an answer by auto or cascade
     device: Processed = NOTHING  # by the device's model; exits count their own layers too
     cloud: Processed = NOTHING  # by the cloud's model for this session, as far as its replies have told
 

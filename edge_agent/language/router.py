@@ -20,11 +20,13 @@ from isthmus.edge_agent.policy.arms import (
     level_for,
 )
 from isthmus.edge_agent.policy.speculation import Acceptance, SpeculationStats
+from isthmus.edge_agent.policy.whole_answers import AnswerCosts, AnswerPlan, plan_answer
 from isthmus.models.language.router.bundle import RouterBundle
 from isthmus.models.language.router.manifest import OffloadLevel
 from isthmus.models.messages import ModelInfo
 
 NO_BUNDLES = RouterBundles()
+ANSWER_TOKENS = 64.0  # of a typical answer, for what a round trip is beside it
 PRIOR_ACCEPTANCE = {8: 0.95, 4: 0.75}  # of drafts by a local model with so many bits, until its own are known
 
 
@@ -94,6 +96,14 @@ class Router:
             return self.bundles.missing(model)
         best = 1 - min((level.certificate.epsilon for level in bundle.levels), default=1.0)
         return f"router bundle {bundle.manifest.name} is certified up to quality {best:.4f}"
+
+    def plan_answer(
+        self, goal: RoutingGoal, replicas: Replicas, bundle: RouterBundle, *, cloud_alone: bool
+    ) -> AnswerPlan:
+        """Who gives a whole answer. `cloud_alone`: whether that may be the cloud without asking the device."""
+        link, levels = replicas.best() or next(iter(replicas)), bundle.manifest
+        costs = AnswerCosts(ANSWER_TOKENS, self.local.draft_s.value, self.local.step_s.value, link.estimate.rtt_s)
+        return plan_answer(goal, levels.answer_levels, levels.query_levels, costs, cloud_alone=cloud_alone)
 
     def _local_estimate(self, goal: RoutingGoal, levels: Sequence[OffloadLevel]) -> LocalEstimate | None:
         if goal.quality <= 0:

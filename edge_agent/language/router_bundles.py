@@ -33,6 +33,11 @@ class RouterBundles:
         """The bundle of the pair; None where there is none, or no cloud is known."""
         return None if model is None else next((bundle for bundle in self.bundles if bundle.fits(model)), None)
 
+    def for_answers(self, model: ModelInfo | None) -> RouterBundle | None:
+        """The bundle of the pair that scores whole answers; the first that does while no cloud is known."""
+        scoring = (bundle for bundle in self.bundles if bundle.verifier is not None)
+        return next((bundle for bundle in scoring if model is None or bundle.fits(model)), None)
+
     def missing(self, model: ModelInfo) -> str:
         """Why there is no bundle for the pair, in one line."""
         if self.problem or not self.bundles:

@@ -6,6 +6,7 @@ Knows nothing about who generates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from isthmus.edge_agent.language.request import GenerationRequest, Token, local_token
@@ -21,6 +22,7 @@ class AnswerSequence:
     ) -> None:
         """`open_state`: compiles the request's grammar, if it has one."""
         self.request = request
+        self._open_state = open_state
         self.chooser = TokenChooser(request.sampling, len(request.prompt), open_state)
         self.tokens = list(request.prompt)
         self.finished = False  # an end-of-text token, or as many tokens as requested
@@ -69,6 +71,10 @@ class AnswerSequence:
     def ends_at(self, ids: Iterable[int]) -> bool:
         """Whether these are the tokens that end it."""
         return self.end_ids == frozenset(ids)
+
+    def fork(self, max_tokens: int) -> AnswerSequence:
+        """Another sequence with the same prompt, empty, which ends alike or after so many tokens."""
+        return AnswerSequence(replace(self.request, max_tokens=max_tokens), self.end_ids, self._open_state)
 
     def append(self, token: int) -> None:
         """Commit one token."""

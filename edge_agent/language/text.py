@@ -119,8 +119,14 @@ class TextInterface:
         def ask(tokenizer: Tokenizer) -> Iterator[AnswerEvent]:
             context = self.arm_context(arm)
             length = context if max_tokens is None else max_tokens
-            ids = tuple(tokenizer.chat(messages, context))
-            request = GenerationRequest(ids, length, arm, sampling, vocabulary=tokenizer.vocabulary)
+            request = GenerationRequest(
+                tuple(tokenizer.chat(messages, context)),
+                length,
+                arm,
+                sampling,
+                vocabulary=tokenizer.vocabulary,
+                encode=lambda other: other.chat(messages, context),
+            )
             return detokenize(self.generate(request), Detokenizer(tokenizer, stop))
 
         return ask_again(self, arm, ask)

@@ -25,8 +25,9 @@ from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
 from isthmus.models.language.router.manifest import OffloadLevel
 
-Arm = Literal["auto", "edge", "cloud", "verify", "handoff"]  # auto: the router chooses, token by token
-ARMS: tuple[Arm, ...] = ("auto", "edge", "cloud", "verify", "handoff")
+# auto: the router chooses, token by token; cascade: it does for whole answers
+Arm = Literal["auto", "edge", "cloud", "verify", "handoff", "cascade"]
+ARMS: tuple[Arm, ...] = ("auto", "edge", "cloud", "verify", "handoff", "cascade")
 
 RECENT_TOKENS, PRIOR_TOKENS = 128, 32  # whose confidences give the offload rate; what the bundle's rate counts as
 GUESS_RATE, PRIOR_GUESSES = 0.7, 16  # prior share of queries answered as the device guessed; what it counts as

@@ -119,22 +119,28 @@ def language(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Prompts as the device will get them: plain lines, or lines of JSON with turns, as in Spec-Bench.",
 )
+@click.option(
+    "--answers",
+    is_flag=True,
+    help="Route whole answers too, for the arm cascade. Where the models read different vocabularies, only these are.",
+)
 @out_option()
 @training_options("runs/router", apart=False)
 @manifest_as_json
 def router(
-    device: str, bits: str, cloud: str, prompts: Path, out: Path, run: Run, as_json: bool
+    device: str, bits: str, cloud: str, prompts: Path, answers: bool, out: Path, run: Run, as_json: bool
 ) -> None:  # fmt: skip
     """Router bundle of two language models: which tokens the device may decide. Under an hour on two cores.
 
-    Of the cloud's model only its greedy answers are needed, and made once.
+    Of the cloud's model only its greedy answers are needed, and made once. With --answers a prompt may have the right
+    answers beside it, "reference": [...]; then those count, else how far both models say the same.
     """
     from isthmus.models.recipes.language.router import make
 
     with failing_clearly(run.folder):
         models = shlex.join(["--device", device, "--bits", bits, "--cloud", cloud])
         command = f"python -m isthmus.models.recipes router --seed {run.seed} {models} --prompts FILE"
-        made = make(out, run, command, device, int(bits), cloud, prompts)
+        made = make(out, run, command, device, int(bits), cloud, prompts, whole=answers)
     if as_json:
         click.echo(made.manifest.model_dump_json(indent=1))
         return

@@ -28,8 +28,9 @@ def job_of_chat(body: ChatRequest, private: bool, backend: GenerationBackend) ->
     tokenizer = backend.tokenizer_for(model.arm)
     context = backend.arm_context(model.arm)
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    messages, functions = conversation(body.messages), tools.tools if tools else ()
     with naming("messages"):
-        prompt = tokenizer.chat(conversation(body.messages), context, tools.tools if tools else ())
+        prompt = tokenizer.chat(messages, context, functions)
     settings = ChoiceSettings(
         model,
         max_tokens=body.max_completion_tokens or body.max_tokens or context,
@@ -39,7 +40,11 @@ def job_of_chat(body: ChatRequest, private: bool, backend: GenerationBackend) ->
         grammar=chat_grammar(body, tools),
         prediction=predicted(body, tokenizer, context),
     )
-    requests = requests_for(body, tuple(prompt), settings, "messages")
+
+    def encode(other: Tokenizer) -> Sequence[int]:
+        return other.chat(messages, context, functions)
+
+    requests = requests_for(body, tuple(prompt), settings, "messages", encode)
     return build_job("chat", body, settings, requests, ("",) * len(requests), tools=tools)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from isthmus.edge_agent.http.openai.errors import ApiError
 from isthmus.edge_agent.http.openai.jobs import ChoiceSettings, Job, build_job, naming, requests_for
@@ -32,10 +33,15 @@ def job_of_completion(body: CompletionRequest, private: bool, backend: Generatio
     echoed_prompts: list[str] = []
     for prompt in body.prompt:
         ids = encode_prompt(prompt, tokenizer, context)
-        requests += requests_for(body, ids, settings, "prompt")
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        requests += requests_for(body, ids, settings, "prompt", partial(encoded, text))
         echoed_prompts += [text if body.echo and not scores else ""] * body.n
     return build_job("completion", body, settings, requests, echoed_prompts, scores_prompts=scores)
+
+
+def encoded(text: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """A text by any tokenizer."""
+    return tokenizer.encode(text)
 
 
 def check_completion(body: CompletionRequest) -> None:

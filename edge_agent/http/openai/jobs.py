@@ -73,13 +73,17 @@ class ChoiceSettings:
     prediction: tuple[int, ...] = ()
 
 
+Encode = Callable[[Tokenizer], Sequence[int]]
 JobParser = Callable[[bytes, bool, GenerationBackend], Job]
 
 
 def requests_for(
-    body: BaseRequest, prompt: tuple[int, ...], settings: ChoiceSettings, param: str
+    body: BaseRequest, prompt: tuple[int, ...], settings: ChoiceSettings, param: str, encode: Encode
 ) -> list[GenerationRequest]:
-    """`n` requests for one prompt. Raises ApiError where it is empty or leaves no room for an answer."""
+    """`n` requests for one prompt, which `encode` encodes by another tokenizer.
+
+    Raises ApiError where it is empty or leaves no room for an answer.
+    """
     if not prompt:
         raise ApiError(400, f"{param}: the prompt is empty", param=param)
     room = settings.context - len(prompt)
@@ -97,6 +101,7 @@ def requests_for(
         quality=model.quality,
         vocabulary=tokenizer.vocabulary,
         prediction=settings.prediction,
+        encode=encode,
     )
     return [replace(shared, sampling=sampling) for sampling in samplings(body, settings)]
 

@@ -3,6 +3,7 @@
 tiny, auto, tiny:auto    the arm is chosen for each request, in mid-answer too; an alias such as smollm2 is like tiny
 edge, tiny:edge, …       this arm
 auto-q0.9                auto, with this quality: the share of tokens that are to equal the cloud model's choice
+cascade-q0.9             cascade, with this quality: the share of answers that are to be acceptable
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from isthmus.edge_agent.policy.arms import Arm
 
 WITH_QUALITY = re.compile(r"(.+)-q(0(?:\.[0-9]{1,6})?|1(?:\.0{1,6})?)")
 AUTO: Arm = "auto"
-CLOUD_ARMS: tuple[Arm, ...] = ("cloud", "verify", "handoff")
+CLOUD_ARMS: tuple[Arm, ...] = ("cloud", "verify", "handoff", "cascade")
+ROUTED_ARMS: tuple[Arm, ...] = ("auto", "cascade")  # which have a quality
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def select_model(request: BaseRequest, private: bool, backend: GenerationBackend
         available |= {prefix + arm: arm for arm in CLOUD_ARMS for prefix in prefixes}
     if match := WITH_QUALITY.fullmatch(name):
         name, quality = match[1], float(match[2])
-    if name not in available or (match and available[name] != "auto"):
+    if name not in available or (match and available[name] not in ROUTED_ARMS):
         raise unknown_model(request.model, available)
     arm = "edge" if private else available[name]
     return SelectedModel(f"{backend.name}:{arm}", arm, quality)

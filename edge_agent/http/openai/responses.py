@@ -22,6 +22,7 @@ from isthmus.edge_agent.http.openai.tool_calls import AnswerReader, Piece, Plain
 from isthmus.edge_agent.http.openai.usage import isthmus_field, usage
 from isthmus.edge_agent.language.detokenize import Outcome, TextDelta, bytes_of
 from isthmus.edge_agent.language.request import Token
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.checkpoint.tool_format import ToolCall
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot represent
@@ -150,11 +151,12 @@ class ChatFormatter(ResponseFormatter):
         return {"content": [self._entry(token) for token in tokens_of(deltas)], "refusal": None}
 
     def _entry(self, token: Token) -> Json:
-        top = [self._logprob(id, logprob) for id, logprob in token.top]
-        return {**self._logprob(token.id, token.logprob), "top_logprobs": top}
+        tokenizer = token.tokenizer or self._tokenizer
+        top = [self._logprob(tokenizer, id, logprob) for id, logprob in token.top]
+        return {**self._logprob(tokenizer, token.id, token.logprob), "top_logprobs": top}
 
-    def _logprob(self, id: int, logprob: float | None) -> Json:
-        data = bytes_of(self._tokenizer, id)
+    def _logprob(self, tokenizer: Tokenizer, id: int, logprob: float | None) -> Json:
+        data = bytes_of(tokenizer, id)
         return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
 
 
@@ -198,17 +200,18 @@ class CompletionFormatter(ResponseFormatter):
                 offsets.append(offset)
             offset += len(delta.text)
         return {
-            "tokens": [self._text(token.id) for token in tokens],
+            "tokens": [self._text(token, token.id) for token in tokens],
             "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
             "top_logprobs": [None if token.logprob is None else self._top(token) for token in tokens],
             "text_offset": offsets,
         }
 
     def _top(self, token: Token) -> dict[str, float]:
-        return {self._text(id): finite(logprob) for id, logprob in reversed(((token.id, token.logprob), *token.top))}
+        found = reversed(((token.id, token.logprob), *token.top))
+        return {self._text(token, id): finite(logprob) for id, logprob in found}
 
-    def _text(self, id: int) -> str:
-        return bytes_of(self._tokenizer, id).decode("utf-8", "replace")
+    def _text(self, token: Token, id: int) -> str:
+        return bytes_of(token.tokenizer or self._tokenizer, id).decode("utf-8", "replace")
 
 
 def response_formatter(job: Job) -> ResponseFormatter:

@@ -1,7 +1,8 @@
 """A router bundle: what a device needs to decide, for one pair of models, when its own choice will do.
 
-    manifest.json      schema of `models.language.router.manifest`
-    head.safetensors   the confidence head of single tokens
+    manifest.json         schema of `models.language.router.manifest`
+    head.safetensors      the confidence head of single tokens
+    answers.safetensors   the heads that score prompts and whole answers
 
 It holds no weights of either model, both of which it names.
 """
@@ -13,18 +14,21 @@ from pathlib import Path
 
 from isthmus.models.bundle.files import Files, read_manifest
 from isthmus.models.language.handoff.confidence_head import ConfidenceHead
+from isthmus.models.language.router.answers import AnswerVerifier
 from isthmus.models.language.router.manifest import OffloadLevel, RouterManifest
 from isthmus.models.messages import ModelInfo
 
 
 class RouterBundle:
-    """An opened router bundle. `head`: None where single tokens are not routed."""
+    """An opened router bundle. `head`: None where single tokens are not routed; `verifier`: where answers are not."""
 
     def __init__(self, files: Files, manifest: RouterManifest) -> None:
-        """Raises BundleError for a confidence head that cannot be read."""
+        """Raises BundleError for a head that cannot be read."""
         self.manifest = manifest
         self.folder = files.folder
         self.head = ConfidenceHead.from_tensors(files.tensors(manifest.head)) if manifest.head else None
+        name = manifest.verifier
+        self.verifier = AnswerVerifier.from_tensors(files.tensors(name)) if name else None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> RouterBundle:

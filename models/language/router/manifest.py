@@ -61,13 +61,16 @@ Levels = Annotated[tuple[OffloadLevel, ...], Field(max_length=100)]  # by rising
 class RouterManifest(BundleManifest):
     """The content of `manifest.json`.
 
-    `head`: the file of the confidence head that `token_levels` are thresholds of; None without any.
+    `head`: the file of the confidence head that `token_levels` are thresholds of; None without any. `verifier`: that of
+    the heads that `answer_levels` and `query_levels` are thresholds of; there a level's loss is the share of answers
+    that the device gives and that are worse than the cloud's.
     """
 
     kind: Literal["router"]
     device: DeviceIdentity
     cloud: CloudIdentity
     head: FileName | None = None
+    verifier: FileName | None = None
     token_levels: Levels = ()
     answer_levels: Levels = ()
     query_levels: Levels = ()
@@ -78,10 +81,13 @@ class RouterManifest(BundleManifest):
             check_rising(name, getattr(self, name))
         if (self.head is None) == bool(self.token_levels):
             raise ValueError("head and token_levels need each other")
+        if (self.verifier is None) == bool(self.answer_levels or self.query_levels):
+            raise ValueError("verifier and levels of whole answers need each other")
         if not (self.token_levels or self.answer_levels or self.query_levels):
             raise ValueError("there are no levels")
-        if self.head is not None and self.head not in self.files:
-            raise ValueError(f"files does not list {self.head}")
+        for file in (self.head, self.verifier):
+            if file is not None and file not in self.files:
+                raise ValueError(f"files does not list {file}")
         if (total := sum(entry.size for entry in self.files.values())) > MAX_BYTES:
             raise ValueError(f"files have {total} bytes, at most {MAX_BYTES} are allowed")
         return self

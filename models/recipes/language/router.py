@@ -30,7 +30,7 @@ from isthmus.models.bundle.files import read_manifest, write_bundle
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.language.router.manifest import DeviceIdentity, OffloadLevel, RouterManifest
+from isthmus.models.language.router.manifest import OffloadLevel, RouterManifest
 from isthmus.models.recipes.common.origin import of_arrays
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language.confidence_head import confidences, head_tensors, train_confidence_head
@@ -44,6 +44,7 @@ from isthmus.models.recipes.language.router_levels import (
     thresholds,
     token_levels,
 )
+from isthmus.models.recipes.language.router_whole import VERIFIER, whole_part
 
 TRAINING_SHARE = 0.2  # of the prompts; the others certify
 MIN_PROMPTS = 40
@@ -77,39 +78,58 @@ class Routed:
     lines: list[str]
 
 
-def make(folder: Path, run: Run, command: str, device: str, bits: int, cloud: str, prompts: Path) -> Routed:
-    """Train and write a router bundle. A rerun continues after the last finished part. Raises IsthmusError."""
+def make(
+    folder: Path, run: Run, command: str, device: str, bits: int, cloud: str, prompts: Path, *, whole: bool = False
+) -> Routed:
+    """Train and write a router bundle. A rerun continues after the last finished part. Raises IsthmusError.
+
+    `whole`: whole answers are routed too; between two vocabularies they alone are.
+    """
     checkpoint = Checkpoint.open(device)
     with open_cloud(cloud) as opened:
-        answers = answers_of(run, opened, checkpoint, prompts)
+        tokens = opened.tokenizer.vocabulary == checkpoint.tokenizer.vocabulary
+        answers = answers_of(run, opened, prompts) if tokens else []
+        part = whole_part(run, opened, checkpoint, bits, prompts) if whole or not tokens else None
         identity = opened.identity
-    started = run_for(run, checkpoint, bits, answers)
-    choices = device_choices(started, checkpoint, bits, answers)
-    training, test = split(len(answers), run.seed)
-    tensors, levels, measured = fit(choices.of(training), choices.of(test), run.seed)
-    made_for = DeviceIdentity(name=checkpoint.name, weights=checkpoint.fingerprint.hex(), bits=bits)  # type: ignore[arg-type]
     manifest: dict[str, Any] = {
         "kind": "router",
         "name": f"{model_name(device, checkpoint.name)}-{bits}-{model_name(cloud, identity.name)}"[:64],
         "licence": "as the models'",
-        "device": made_for.model_dump(),
+        "device": {"name": checkpoint.name, "weights": checkpoint.fingerprint.hex(), "bits": bits},
         "cloud": identity.model_dump(),
-        "head": HEAD,
-        "token_levels": [level.model_dump() for level in levels],
-        "scores": scores(levels, measured, run.seed),
-        "training": describe_training(started, command, answers, len(training)),
+        "scores": {},
+        "training": describe_training(run, command, []),
     }
-    written = write_bundle(folder, manifest, {HEAD: safetensors.numpy.save(tensors)}, RouterManifest)
-    return Routed(read_manifest(written, RouterManifest), report(levels, measured))
+    files: dict[str, bytes] = {}
+    lines: list[str] = []
+    if tokens:
+        lines += add_tokens(manifest, files, run_for(run, checkpoint, bits, answers), checkpoint, answers)
+    if part is not None:
+        files[VERIFIER] = safetensors.numpy.save(part.tensors)
+        manifest |= part.fields
+        manifest["scores"] |= {name: score.model_dump() for name, score in part.scores.items()}
+        manifest["training"]["data"] = "; ".join(filter(None, (manifest["training"]["data"], part.data)))
+        lines += part.lines
+    written = write_bundle(folder, manifest, files, RouterManifest)
+    return Routed(read_manifest(written, RouterManifest), lines)
 
 
-def answers_of(run: Run, cloud: Cloud, checkpoint: Checkpoint, file: Path) -> list[Answer]:
-    """The cloud's answers to a file's prompts. Raises InvalidInput where tokens cannot be routed, and IsthmusError."""
-    if cloud.tokenizer.vocabulary != checkpoint.tokenizer.vocabulary:
-        raise InvalidInput(
-            f"{checkpoint.name} on the device and {cloud.identity.name} in the cloud have different vocabularies:"
-            " tokens of one mean nothing to the other"
-        )
+def add_tokens(
+    manifest: dict[str, Any], files: dict[str, bytes], run: Run, checkpoint: Checkpoint, answers: Sequence[Answer]
+) -> list[str]:
+    """Add the confidence head of single tokens and its levels; returns what they promise."""
+    choices = device_choices(run, checkpoint, manifest["device"]["bits"], answers)
+    training, test = split(len(answers), run.seed)
+    tensors, levels, measured = fit(choices.of(training), choices.of(test), run.seed)
+    files[HEAD] = safetensors.numpy.save(tensors)
+    manifest |= {"head": HEAD, "token_levels": [level.model_dump() for level in levels]}
+    manifest["scores"] |= scores(levels, measured, run.seed)
+    manifest["training"] = describe_training(run, manifest["training"]["command"], answers, len(training))
+    return report(levels, measured)
+
+
+def answers_of(run: Run, cloud: Cloud, file: Path) -> list[Answer]:
+    """The cloud's answers to a file's prompts. Raises InvalidInput where there are too few, and IsthmusError."""
     prompts = read_prompts(file, cloud.tokenizer)
     if len(prompts) < MIN_PROMPTS:
         raise InvalidInput(f"{file} has {len(prompts)} prompts that fit, at least {MIN_PROMPTS} are needed")
@@ -188,7 +208,7 @@ def scores(levels: Sequence[OffloadLevel], test: Choices, seed: int) -> dict[str
     return {name: score.model_dump() for name, score in found.items()}
 
 
-def describe_training(run: Run, command: str, answers: Sequence[Answer], training: int) -> dict[str, Any]:
+def describe_training(run: Run, command: str, answers: Sequence[Answer], training: int = 0) -> dict[str, Any]:
     """The manifest's record of the training run."""
     tokens = sum(len(answer.tokens) for answer in answers)
     return {
@@ -196,7 +216,9 @@ def describe_training(run: Run, command: str, answers: Sequence[Answer], trainin
         "seed": run.seed,
         "seconds": run.seconds(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "data": f"{tokens} tokens of the cloud's greedy answers to {len(answers)} prompts, {training} for training",
+        "data": f"{tokens} tokens of the cloud's greedy answers to {len(answers)} prompts, {training} for training"
+        if answers
+        else "",
         "versions": {name: version(name) for name in VERSIONS},
     }
 

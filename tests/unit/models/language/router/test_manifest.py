@@ -27,6 +27,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "device": {"name": "small", "weights": "ab" * 32, "bits": 8},
         "cloud": {"name": "Large/Model", "tokenizer": "cd" * 32, "weights": None},
         "head": "head.safetensors",
+        "verifier": None,
         "token_levels": LEVELS,
         "answer_levels": [],
         "query_levels": [],
@@ -45,7 +46,9 @@ def test_a_valid_manifest_keeps_its_content() -> None:
 
 
 def test_levels_of_whole_answers_need_no_head() -> None:
-    manifest = RouterManifest.model_validate(content(head=None, token_levels=[], answer_levels=LEVELS, files={}))
+    files = {"answers.safetensors": {"size": 900, "sha256": "ef" * 32}}
+    changes = {"head": None, "token_levels": [], "verifier": "answers.safetensors", "answer_levels": LEVELS}
+    manifest = RouterManifest.model_validate(content(**changes, files=files))
     assert not manifest.token_levels and len(manifest.answer_levels) == 2
 
 
@@ -64,6 +67,9 @@ def test_levels_of_whole_answers_need_no_head() -> None:
         ({"head": None}, "head and token_levels need each other"),
         ({"token_levels": []}, "head and token_levels need each other"),
         ({"token_levels": [], "head": None}, "there are no levels"),
+        ({"answer_levels": LEVELS}, "verifier and levels of whole answers need each other"),
+        ({"verifier": "answers.safetensors"}, "verifier and levels of whole answers need each other"),
+        ({"verifier": "no.safetensors", "query_levels": LEVELS}, r"files does not list no\.safetensors"),
         ({"head": "other.safetensors"}, r"files does not list other\.safetensors"),
         ({"head": "../head.safetensors"}, "should match pattern"),
         ({"files": {"head.safetensors": {"size": MAX_BYTES + 1, "sha256": "ef" * 32}}}, "files have 3000001 bytes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from isthmus.models.language.router.bundle import RouterBundle
 from isthmus.models.language.router.manifest import CloudIdentity
 from isthmus.models.recipes.__main__ import main
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.recipes.language import router, router_answers
+from isthmus.models.recipes.language import answered, router, router_answers, router_whole
 from isthmus.models.recipes.language.router import answer_choices, split
 from isthmus.models.recipes.language.router_answers import (
     Answer,
@@ -140,10 +141,24 @@ def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [[len(prompt) for prompt in batch] for batch in found] == [[2, 2, 2], [2], [20], [40]]
 
 
-def test_models_of_two_vocabularies_have_no_tokens_to_route(folder: Path, prompts: Path, tmp_path: Path) -> None:
-    other = write_tiny_llama(tmp_path / "other", vocab="pieces")
-    with pytest.raises(InvalidInput, match="different vocabularies"):
-        router.make(tmp_path / "out", Run(tmp_path / "work", 0), "command", str(folder), 8, str(other), prompts)
+def test_models_of_two_vocabularies_route_whole_answers_alone(
+    folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (router_answers, router_whole):
+        monkeypatch.setattr(module, "ANSWER_TOKENS", 9)
+    other, verdicts = write_tiny_llama(tmp_path / "other", vocab="pieces"), cycle([True, False])
+    monkeypatch.setattr(answered, "is_acceptable", lambda *answers: next(verdicts))
+    made = router.make(tmp_path / "out", Run(tmp_path / "work", 0), "command", str(folder), 8, str(other), prompts)
+    bundle, manifest = RouterBundle.open(tmp_path / "out"), made.manifest
+    assert bundle.head is None and bundle.verifier is not None and not manifest.token_levels
+    assert manifest.answer_levels[0].likely == manifest.query_levels[0].likely == 0
+    assert manifest.answer_levels[0].certificate.prompts == PROMPTS // 2
+    assert manifest.training.data == "answers of both models to 44 questions, 22 for training"
+    (kept,) = (tmp_path / "work").rglob("answered.jsonl")
+    assert len(answered.read_answered(kept)) == PROMPTS
+    monkeypatch.setattr(LocalCloud, "answers", None)  # a rerun asks nobody
+    again = router.make(tmp_path / "out", Run(tmp_path / "work", 0), "command", str(folder), 8, str(other), prompts)
+    assert again.manifest.answer_levels == manifest.answer_levels
 
 
 def test_too_few_prompts_are_refused(folder: Path, tmp_path: Path) -> None:
