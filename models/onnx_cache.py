@@ -1,7 +1,7 @@
-"""Opened ONNX graphs, kept on disk: built once, afterwards mapped into memory as ONNX Runtime has laid them out.
+"""ONNX graphs on disk: built once, afterwards opened with their constants mapped into memory.
 
-    FOLDER/<SHA-256 of the key>/graph.onnx     nodes, optimised for this processor
-                               /weights.bin    constants, in the layout that the kernels read
+    FOLDER/<SHA-256 of the key>/graph.onnx     nodes and small constants
+                               /weights.bin    large constants
                                /entry.json     the key, and size and SHA-256 of the other two
 
 What is read is verified first; anything else is built again. Entries are written aside and renamed, and only ever
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -21,15 +20,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import onnxruntime
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from isthmus.models.errors import BundleError
-from isthmus.models.onnx_session import SAVED_WEIGHTS, open_session
+from isthmus.models.onnx_session import open_session
 
-GRAPH, WEIGHTS, ENTRY, PART = "graph.onnx", SAVED_WEIGHTS, "entry.json", "part-"
+GRAPH, WEIGHTS, ENTRY, PART = "graph.onnx", "weights.bin", "entry.json", "part-"
+SMALL_BYTES = 1024  # below it a constant stays in its graph
+PAGE_BYTES = 4096  # of memory that is mapped
 MAX_ENTRY_BYTES = 1 << 16  # of entry.json
 MAX_GRAPH_BYTES = 1 << 28  # of graph.onnx, which is read into memory; its constants are apart
 MAX_CACHE_BYTES = 4 << 30  # of all entries: above it those go that were not opened for longest
@@ -48,17 +48,17 @@ class GraphCache:
     def open(self, key: Key, label: str, threads: int, build: Callable[[], ModelProto]) -> Any:
         """A session of the graph that `key` stands for, whose threads spin; `build` makes it where it is not here.
 
-        The runtime's version and the processor count as parts of the key. Raises BundleError, and as `build`.
+        Raises BundleError, and as `build`.
         """
-        key = {**key, "label": label, "runtime": onnxruntime.__version__, "processor": processor()}
+        key = {**key, "label": label}
         path = self.folder and self.folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         session = self._load(path, key, label, threads) if path else None
         if session is not None:
             return session
-        graph = build().SerializeToString()
-        if path and self._save(path, key, label, graph):
+        graph = build()
+        if path and self._save(path, key, graph):
             session = self._load(path, key, label, threads)
-        return open_session(graph, label, threads, spinning=True) if session is None else session
+        return session or open_session(graph.SerializeToString(), label, threads, spinning=True)
 
     def _load(self, path: Path, key: Key, label: str, threads: int) -> Any | None:
         """A session of an entry, which is marked as used; None where there is no sound one."""
@@ -67,22 +67,22 @@ class GraphCache:
             graph = verified(path, key)
             os.utime(path / ENTRY)
             return open_session(graph, label, threads, spinning=True, weights=path)
-        except (OSError, ValueError, BundleError):
+        except (OSError, ValueError, RecursionError, BundleError):
             return None
 
-    def _save(self, path: Path, key: Key, label: str, graph: bytes) -> bool:
+    def _save(self, path: Path, key: Key, graph: ModelProto) -> bool:
         """Whether an entry was made. Where the folder or the disk does not allow it, there is none."""
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_private(path.parent)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=PART) as part:
                 written = Path(part) / "entry"
-                size = write(written, key, label, graph)
+                size = write(written, key, graph)
                 self._evict(path.parent, size)
                 shutil.rmtree(path, ignore_errors=True)  # it was not sound
                 os.rename(written, path)
             return True
-        except (OSError, BundleError):
+        except OSError:
             return path.exists()  # another process may have been first
 
     def _evict(self, folder: Path, added_bytes: int) -> None:
@@ -124,14 +124,34 @@ def verified(path: Path, key: Key) -> bytes:
     return graph
 
 
-def write(path: Path, key: Key, label: str, graph: bytes) -> int:
-    """Write an entry and return its size in bytes. Raises OSError, BundleError."""
+def write(path: Path, key: Key, graph: ModelProto) -> int:
+    """Write an entry and return its size in bytes. Raises OSError."""
     path.mkdir(mode=0o700)
-    open_session(graph, label, 1, save=path / GRAPH)
-    (path / WEIGHTS).touch()  # a graph without large constants has none
+    with (path / WEIGHTS).open("wb") as weights:
+        nodes = without_constants(graph, weights)
+    (path / GRAPH).write_bytes(nodes.SerializeToString())
     entry = {"key": key, "graph": identity(path / GRAPH), "weights": identity(path / WEIGHTS)}
     (path / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
     return sum(file.stat().st_size for file in path.iterdir())
+
+
+def without_constants(model: ModelProto, weights: BinaryIO) -> ModelProto:
+    """The model with its large constants in a file, each at the start of a page. Raises OSError."""
+    graph, constants = model.graph, []
+    for constant in graph.initializer:
+        if len(constant.raw_data) < SMALL_BYTES:
+            constants.append(constant)
+            continue
+        weights.write(bytes(-weights.tell() % PAGE_BYTES))
+        place = {"location": WEIGHTS, "offset": weights.tell(), "length": len(constant.raw_data)}
+        weights.write(constant.raw_data)
+        moved = TensorProto(name=constant.name, dims=constant.dims, data_type=constant.data_type)
+        moved.data_location = TensorProto.EXTERNAL
+        for name, value in place.items():
+            moved.external_data.add(key=name, value=str(value))
+        constants.append(moved)
+    made = helper.make_graph(graph.node, graph.name, graph.input, graph.output, constants)
+    return helper.make_model(made, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def read(file: Path, limit_bytes: int) -> bytes:
@@ -146,14 +166,3 @@ def identity(file: Path) -> list[int | str]:
     """Size and SHA-256 of a file. Raises OSError."""
     with file.open("rb") as opened:
         return [os.fstat(opened.fileno()).st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
-
-
-def processor() -> str:
-    """What the layout of constants depends on: the architecture, and the instructions that this processor has."""
-    found = [platform.machine()]
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        named = [line.partition(":") for line in lines]
-        wanted = ("flags", "Features", "model name", "CPU part")
-        found += sorted({f"{name.strip()}:{value.strip()}" for name, _, value in named if name.strip() in wanted})
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()

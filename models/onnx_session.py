@@ -25,8 +25,6 @@ OP_TYPE = re.compile(
     rb"(?:\x22|\xa2\x80{0,3}\x00)(?:\x04|\x84\x80{0,8}\x00)\Z"
 )  # field 4, 4 bytes; numbers may be padded
 OP_TYPE_BYTES = 16
-SAVED_WEIGHTS = "weights.bin"
-SMALL_BYTES = 1024  # below it a constant is saved within its graph
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 FLOAT, INT64 = "tensor(float)", "tensor(int64)"
@@ -58,7 +56,6 @@ def open_session(
     spinning: bool = False,
     cuda: int | None = None,
     weights: Path | None = None,
-    save: Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession`; `threads` 0 for every core. `label` names the graph in errors.
 
@@ -67,7 +64,6 @@ def open_session(
     With `spinning`, threads spin while they wait for work within a run, which is faster for many small operators.
     Between runs they never spin: it drains the battery and takes the cores from the next session's run.
     `weights`: the folder of constants that the graph has in files, which are mapped into memory.
-    `save`: a file for the graph as it was optimised; its constants go to SAVED_WEIGHTS beside it, as kernels use them.
     Raises BundleError when `graph` is not a graph that ONNX Runtime can run, or holds one of UNBOUNDED.
     """
     check_bounded(graph, label)
@@ -82,22 +78,11 @@ def open_session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    if save is not None:
-        save_optimised(options, save)
     try:
         return onnxruntime.InferenceSession(graph, options, providers=providers(cuda))
     except Exception as error:  # onnxruntime's own classes share no public base
         reason = str(error).splitlines()[0][:200]
         raise BundleError(f"{label}: not a usable ONNX graph: {reason}") from error
-
-
-def save_optimised(options: Any, file: Path) -> None:
-    """Let a session write its graph to `file`, and its constants, laid out for this processor, beside it."""
-    options.optimized_model_filepath = str(file)
-    name = "session.optimized_model_external_initializers_"
-    options.add_session_config_entry(f"{name}file_name", SAVED_WEIGHTS)
-    options.add_session_config_entry(f"{name}min_size_in_bytes", str(SMALL_BYTES))
-    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
 
 
 def providers(cuda: int | None) -> list[str | tuple[str, dict[str, int]]]:

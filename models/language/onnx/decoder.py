@@ -24,7 +24,7 @@ from isthmus.models.language.onnx.graph import (
     embedding_graph,
     head_graph,
     layers_graph,
-    with_int8_caches,
+    use_int8_caches,
 )
 from isthmus.models.language.packing import Floats
 from isthmus.models.onnx_cache import GraphCache
@@ -134,7 +134,8 @@ class Builder:
             return graph
         exact = self._over(open_session(graph.SerializeToString(), "decoder layers", self.threads), layers)
         exact.run(states())
-        return with_int8_caches(graph, {name: scale_of(largest) for name, largest in exact.largest().items()})
+        use_int8_caches(graph, {name: scale_of(largest) for name, largest in exact.largest().items()})
+        return graph
 
     def _over(self, session: Any, layers: range) -> OnnxLayers:
         return OnnxLayers(session, self.checkpoint.config, layers, self.context)

@@ -87,25 +87,22 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Floats: ...
 
 
-def with_int8_caches(model: ModelProto, scales: Mapping[str, Floats]) -> ModelProto:
-    """A layers' graph with caches of 8 bits: those of its float32 caches, by `scales` (1, kv_heads, 1, head_dim).
+def use_int8_caches(model: ModelProto, scales: Mapping[str, Floats]) -> None:
+    """Turn a graph's float32 caches into ones of 8 bits: value / scale, rounded, and at most 127.
 
-    The scales are constants, one a channel of each cache, by the cache's name (`0.key`). Larger values saturate.
+    `scales` (1, kv_heads, 1, head_dim) by the cache's name (`0.key`): one for each channel.
     """
-    quantised = ModelProto()
-    quantised.CopyFrom(model)
-    for tensor in (*quantised.graph.input, *quantised.graph.output):
+    for tensor in (*model.graph.input, *model.graph.output):
         if tensor.name.startswith(("past.", "present.")):
             tensor.type.tensor_type.elem_type = TensorProto.INT8
-    for node in quantised.graph.node:
+    for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
             caches = [name.removeprefix("past.") for name in node.input[3:5]]
             for cache in caches:
-                quantised.graph.initializer.append(numpy_helper.from_array(scales[cache], f"{cache}.scale"))
+                model.graph.initializer.append(numpy_helper.from_array(scales[cache], f"{cache}.scale"))
             node.input.extend(["", "", "", *(f"{cache}.scale" for cache in caches)])
             node.attribute.extend(helper.make_attribute(f"{part}_quant_type", "PER_CHANNEL") for part in "kv")
             node.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
-    return quantised
 
 
 def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int) -> ModelProto:
