@@ -27,7 +27,7 @@ from isthmus.models.language.onnx.graph import (
     use_int8_caches,
 )
 from isthmus.models.language.packing import Floats
-from isthmus.models.onnx_cache import GraphCache
+from isthmus.models.onnx_cache import GraphCache, Key
 from isthmus.models.onnx_session import FLOAT, open_session, translated, zeros
 
 CALIBRATION_TOKENS = 512
@@ -118,8 +118,9 @@ class Builder:
 
     def open(self, label: str, build: Callable[[], ModelProto], settings: Mapping[str, int | list[int]] = {}) -> Any:
         """The session of a graph of the model. `settings` tell it from others with its label. Raises BundleError."""
-        key = {"model": self.checkpoint.fingerprint.hex(), "version": GRAPH_VERSION} if self.graphs.folder else {}
-        return self.graphs.open({**key, **settings}, label, self.threads, build)
+        model = self.checkpoint.fingerprint.hex() if self.graphs.folder else ""  # reading all weights takes time
+        key: Key = {"model": model, "version": GRAPH_VERSION, **settings}
+        return self.graphs.open(key, label, self.threads, build)
 
     def layers(self, layers: range, states: Callable[[], Floats]) -> OnnxLayers:
         """`states`: hidden states (N, hidden) before the layers, of a text that 8-bit caches are measured on."""
