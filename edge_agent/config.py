@@ -194,6 +194,17 @@ class LanguageConfig(Settings):
         int,
         Field(ge=0, le=512, description="Layers of the cloud's model that a prompt runs through; 0 for all, exact."),
     ] = 0
+    kv_bits: Annotated[
+        Literal[8, 32], Field(description="Bits of each key and value in the KV caches of the device's model.")
+    ] = 32
+    keep_graphs: Annotated[
+        bool,
+        Field(description="Keep the graphs of the device's model on disk, so that the next start does not build them."),
+    ] = True
+    graphs: Annotated[
+        Path | None,
+        Field(description="Folder of these graphs. Without it: isthmus/graphs in XDG_CACHE_HOME or ~/.cache."),
+    ] = None
     context: Annotated[int, Field(ge=16, description="Tokens that the device's model holds.")] = 2048
     max_answers: Annotated[
         int,

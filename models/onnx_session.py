@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from isthmus.models.errors import BundleError, Overloaded
 
@@ -46,13 +48,22 @@ class TensorSpec:
         return f"{self.type}[{', '.join('any' if size is None else str(size) for size in self.shape)}]"
 
 
-def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = False, cuda: int | None = None) -> Any:
+def open_session(
+    graph: bytes,
+    label: str,
+    threads: int,
+    *,
+    spinning: bool = False,
+    cuda: int | None = None,
+    weights: Path | None = None,
+) -> Any:
     """An `onnxruntime.InferenceSession`; `threads` 0 for every core. `label` names the graph in errors.
 
     With `cuda` on that CUDA device, where this ONNX Runtime can use it (`uses_cuda`), else on the CPU.
 
     With `spinning`, threads spin while they wait for work within a run, which is faster for many small operators.
     Between runs they never spin: it drains the battery and takes the cores from the next session's run.
+    `weights`: the folder of constants that the graph has in files, which are mapped into memory.
     Raises BundleError when `graph` is not a graph that ONNX Runtime can run, or holds one of UNBOUNDED.
     """
     check_bounded(graph, label)
@@ -65,6 +76,8 @@ def open_session(graph: bytes, label: str, threads: int, *, spinning: bool = Fal
         options.add_session_config_entry("session.force_spinning_stop", "1")
     else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     try:
         return onnxruntime.InferenceSession(graph, options, providers=providers(cuda))
     except Exception as error:  # onnxruntime's own classes share no public base
@@ -122,6 +135,6 @@ def check_signature(session: Any, label: str, inputs: Mapping[str, TensorSpec], 
             raise BundleError(f"{label}: {side} {node.name} is {node.type}{node.shape}, expected {spec}")
 
 
-def zeros(shape: Sequence[int]) -> Any:
-    """Float32 zeros as an `OrtValue`, to be bound as a session's input and output."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+def zeros(shape: Sequence[int], dtype: DTypeLike = np.float32) -> Any:
+    """Zeros as an `OrtValue`, to be bound as a session's input and output."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))

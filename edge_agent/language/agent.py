@@ -68,7 +68,7 @@ class LanguageAgent(TextInterface):
             weights = device.fingerprint if device.handoff else b""
             router = Router(config, device.routers, device.estimate, weights)
             local = device.start(router.local)
-        self._cloud = CloudModel(config.cloud_model, device, TokenizerCache(cache_folder()))
+        self._cloud = CloudModel(config.cloud_model, device, TokenizerCache(cache_folder("tokenizers")))
         links = [self._link(target) for target in config.clouds]
         self.replicas = Replicas(links, self._cloud, config.wait_s)
         self._resources = Resources(

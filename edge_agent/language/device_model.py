@@ -11,11 +11,13 @@ from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.arms.handoff import HandoffSettings, estimate_of, settings_of
 from isthmus.edge_agent.language.local_model import LocalModel
 from isthmus.edge_agent.language.router_bundles import open_bundles
+from isthmus.edge_agent.language.tokenizer_cache import cache_folder
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.onnx.exits import ExitingDecoder
+from isthmus.models.onnx_cache import GraphCache
 
 WARM_UP_TOKENS = 8  # drafted before the first prompt, to compile kernels and to learn what a draft costs
 
@@ -50,10 +52,17 @@ class DeviceModel:
         assert checkpoint is not None  # it is started once
         if handoff:
             _ = self.fingerprint
+        graphs = GraphCache((config.graphs or cache_folder("graphs")) if config.keep_graphs else None)
         decoder = OnnxDecoder(
-            checkpoint, self.context, config.device_bits, config.threads, handoff[0].depths if handoff else ()
+            checkpoint,
+            self.context,
+            config.device_bits,
+            config.threads,
+            handoff[0].depths if handoff else (),
+            kv_bits=config.kv_bits,
+            graphs=graphs,
         )
-        exits = ExitingDecoder(handoff[0], checkpoint, decoder, config.threads) if handoff else None
+        exits = ExitingDecoder(handoff[0], checkpoint, decoder, config.threads, graphs=graphs) if handoff else None
         local = LocalModel(decoder, exits, stats, caches=2 * config.max_answers)
         local.warm_up(WARM_UP_TOKENS)
         self._checkpoint = None  # its memory map counts as the agent's

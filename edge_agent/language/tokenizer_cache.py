@@ -23,10 +23,10 @@ from isthmus.models.messages import TokenizerInfo
 OTHERS_S = 5.0  # that one replica waits while another sends the same tokenizer, or sends it slowly
 
 
-def cache_folder() -> Path:
-    """Where fetched tokenizers are kept: `isthmus/tokenizers` in XDG_CACHE_HOME, by default ~/.cache."""
+def cache_folder(kind: str) -> Path:
+    """Where what can be fetched or made again is kept: `isthmus/KIND` in XDG_CACHE_HOME, by default ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "isthmus/tokenizers"
+    return (Path(home) if home else Path.home() / ".cache") / "isthmus" / kind
 
 
 class TokenizerCache:

@@ -83,7 +83,7 @@ class Bench:
     ) -> None:
         """`models`: drafts by the device's model, and the bits of its weights. `wait_s`: for a cloud that was lost."""
         self.checkpoint, self.tokens, self.sampling = checkpoint, tokens, sampling
-        cloud = CloudModel(None, checkpoint, TokenizerCache(cache_folder()))
+        cloud = CloudModel(None, checkpoint, TokenizerCache(cache_folder("tokenizers")))
         link = LanguageLink(target, ReplicaMatch(cloud, target), None, BREAKER)
         link.wait_probed(10.0)
         self.replicas = Replicas([link], cloud, wait_s)

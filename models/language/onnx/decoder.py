@@ -9,7 +9,9 @@ its output is needed. Knows nothing about sampling, drafts, exits or the cloud.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto
@@ -18,22 +20,48 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.flops import decoder_flops
-from isthmus.models.language.onnx.graph import head_graph, layers_graph
-from isthmus.models.language.packing import Floats, quantise8
+from isthmus.models.language.onnx.graph import (
+    GRAPH_VERSION,
+    embedding_graph,
+    head_graph,
+    layers_graph,
+    use_int8_caches,
+)
+from isthmus.models.language.packing import Floats
 from isthmus.models.messages import Processed
-from isthmus.models.onnx_session import open_session, translated, zeros
+from isthmus.models.onnx_cache import GraphCache, Key
+from isthmus.models.onnx_session import FLOAT, open_session, translated, zeros
 
+CALIBRATION_TOKENS = 512
+HEADROOM = 1.5  # of the largest value of a channel in an 8-bit cache over that on the calibration tokens
+TINY = 1e-8  # least scale, of a channel without values
+NOT_KEPT = GraphCache(None)
 PREFILL_TOKENS = 64  # of one run; more only increase the memory of intermediate results
+
+
+def calibration_ids(checkpoint: Checkpoint) -> list[int]:
+    """Tokens that the scales of 8-bit caches are measured on."""
+    generator = np.random.default_rng(0)
+    ids: list[int] = generator.integers(0, checkpoint.config.vocab, CALIBRATION_TOKENS).tolist()
+    return ids
+
+
+def scale_of(largest: Floats) -> Floats:
+    """Scales of 8-bit values from the largest magnitudes that were measured."""
+    return np.maximum(largest * (HEADROOM / 127), TINY).astype(np.float32)
 
 
 class OnnxLayers:
     """Consecutive layers over one sequence of at most `context` tokens, with their caches."""
 
-    def __init__(self, graph: ModelProto, config: LlamaConfig, layers: range, context: int, threads: int) -> None:
-        self._session = open_session(graph.SerializeToString(), "decoder layers", threads, spinning=True)
+    def __init__(self, session: Any, config: LlamaConfig, layers: range, context: int) -> None:
+        """`session`: of a graph of these layers, for that context."""
+        self._session = session
         self._shape = (1, config.kv_heads, context, config.head_dim)
         self._names = [f"{index}.{part}" for index in layers for part in ("key", "value")]
         self._config, self._count = config, len(layers)
+        kinds = {node.name: node.type for node in session.get_inputs()}
+        self._kind = np.float32 if kinds[f"past.{self._names[0]}"] == FLOAT else np.int8
         self._allocate()
 
     def fork(self) -> OnnxLayers:
@@ -44,12 +72,17 @@ class OnnxLayers:
 
     def _allocate(self) -> None:
         self._binding = self._session.io_binding()
-        self._caches = [zeros(self._shape) for _ in self._names]
+        self._caches = [zeros(self._shape, self._kind) for _ in self._names]
         for name, cache in zip(self._names, self._caches, strict=True):
             self._binding.bind_ortvalue_input(f"past.{name}", cache)
             self._binding.bind_ortvalue_output(f"present.{name}", cache)
         self.length = 0
         self.processed = Processed()  # since they were made
+
+    def largest(self) -> dict[str, Floats]:
+        """Largest magnitudes (1, kv_heads, 1, head_dim) of what each cache holds, by its name."""
+        caches = zip(self._names, self._caches, strict=True)
+        return {name: np.abs(cache.numpy()[:, :, : self.length]).max(2, keepdims=True) for name, cache in caches}
 
     def run(self, states_NH: Floats) -> Floats:
         """Run the layers on hidden states (N, hidden) of the next N tokens and return their output (N, hidden).
@@ -78,31 +111,83 @@ class OnnxLayers:
         return out_NH
 
 
+@dataclass(frozen=True)
+class Builder:
+    """Makes a model's sessions, or finds them in `graphs`."""
+
+    checkpoint: Checkpoint
+    context: int
+    bits: int
+    kv_bits: int
+    threads: int
+    graphs: GraphCache
+
+    def open(self, label: str, build: Callable[[], ModelProto], settings: Mapping[str, int | list[int]] = {}) -> Any:
+        """The session of a graph of the model. `settings` tell it from others with its label. Raises BundleError."""
+        model = self.checkpoint.fingerprint.hex() if self.graphs.folder else ""  # reading all weights takes time
+        key: Key = {"model": model, "version": GRAPH_VERSION, **settings}
+        return self.graphs.open(key, label, self.threads, build)
+
+    def layers(self, layers: range, states: Callable[[], Floats]) -> OnnxLayers:
+        """`states`: hidden states (N, hidden) before the layers, of a text that 8-bit caches are measured on."""
+        settings = {"context": self.context, "bits": self.bits, "kv_bits": self.kv_bits}
+        return self._over(
+            self.open("decoder layers", lambda: self._graph(layers, states), {"layers": [*layers], **settings}), layers
+        )
+
+    def _graph(self, layers: range, states: Callable[[], Floats]) -> ModelProto:
+        graph = layers_graph(self.checkpoint, layers, self.context, self.bits)
+        if self.kv_bits == 32:
+            return graph
+        exact = self._over(open_session(graph.SerializeToString(), "decoder layers", self.threads), layers)
+        exact.run(states())
+        use_int8_caches(graph, {name: scale_of(largest) for name, largest in exact.largest().items()})
+        return graph
+
+    def _over(self, session: Any, layers: range) -> OnnxLayers:
+        return OnnxLayers(session, self.checkpoint.config, layers, self.context)
+
+
 class OnnxDecoder:
     """A whole model on the CPU, over one sequence of at most `context` tokens."""
 
     def __init__(
-        self, checkpoint: Checkpoint, context: int, bits: int = 8, threads: int = 0, cuts: Sequence[int] = ()
+        self,
+        checkpoint: Checkpoint,
+        context: int,
+        bits: int = 8,
+        threads: int = 0,
+        cuts: Sequence[int] = (),
+        *,
+        kv_bits: int = 32,
+        graphs: GraphCache = NOT_KEPT,
     ) -> None:
         """`bits` of a weight: 4 or 8. `threads`: 0 for every core. `cuts`: rising depths at which the layers are cut.
 
-        Raises BundleError; InvalidInput for other `bits`.
+        `kv_bits` of a key or value in the cache: 8 or 32. `graphs` keeps what is built for the next start.
+        Raises BundleError; InvalidInput for other `bits` or `kv_bits`.
         """
-        if bits not in (4, 8):
-            raise InvalidInput(f"weights of {bits} bits, expected 4 or 8")
+        if bits not in (4, 8) or kv_bits not in (8, 32):
+            raise InvalidInput(f"weights of {bits} bits, expected 4 or 8; a cache of {kv_bits} bits, expected 8 or 32")
         config = checkpoint.config
         self.vocab, self.context, self.cuts = config.vocab, min(context, config.context), tuple(cuts)
-        embedding_VH = checkpoint.tensor("model.embed_tokens.weight")
-        codes_VGB, self._scale_VG = quantise8(embedding_VH)
-        self._codes_VGB = (codes_VGB.astype(np.int16) - 128).astype(np.int8)
-        self._parts = []
+        builder = Builder(checkpoint, self.context, bits, kv_bits, threads, graphs)
+        self._embedding = builder.open("embedding", lambda: embedding_graph(checkpoint))
+        self._parts: list[OnnxLayers] = []
         for start, stop in zip((0, *self.cuts), (*self.cuts, config.layers), strict=True):
-            graph = layers_graph(checkpoint, range(start, stop), self.context, bits)
-            self._parts.append(OnnxLayers(graph, config, range(start, stop), self.context, threads))
+            self._parts.append(builder.layers(range(start, stop), lambda: self._states_of(calibration_ids(checkpoint))))
         self._queued = [np.zeros((0, config.hidden), np.float32) for _ in self._parts]  # before each part
-        self._head = open_session(head_graph(checkpoint).SerializeToString(), "output head", threads, spinning=True)
+        self._head = builder.open("output head", lambda: head_graph(checkpoint))
         self._config, self._head_flops = config, 0
         self.ids: list[int] = []
+
+    def _states_of(self, ids: Sequence[int]) -> Floats:
+        """Hidden states (N, hidden) of a text after the parts that there are, which stay empty."""
+        states_NH = self.embed(ids[: self.context])
+        for part in self._parts:
+            states_NH = part.run(states_NH)
+            part.length = 0
+        return states_NH
 
     def fork(self) -> OnnxDecoder:
         """The same model over another sequence: weights are shared, the KV cache is new and empty."""
@@ -160,9 +245,9 @@ class OnnxDecoder:
 
     def embed(self, ids: Sequence[int]) -> Floats:
         """Embeddings (N, hidden) of tokens."""
-        ids_N = np.asarray(ids)
-        embedded_NGB: Floats = self._codes_VGB[ids_N].astype(np.float32) * self._scale_VG[ids_N][..., None]
-        return embedded_NGB.reshape(len(ids), -1)
+        with translated("embedding"):
+            embedded_NH: Floats = self._embedding.run(None, {"ids": np.asarray(ids, np.int64)})[0]
+        return embedded_NH
 
     def advance(self, part: int) -> Floats:
         """Run all queued tokens through `part`, counted from 0, and the parts before it.

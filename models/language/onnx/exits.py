@@ -22,10 +22,12 @@ from isthmus.models.language.checkpoint.weights import tensor_shapes
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import ConfidenceHead
-from isthmus.models.language.onnx.decoder import OnnxDecoder, OnnxLayers
-from isthmus.models.language.onnx.graph import TensorSource, exit_graph
+from isthmus.models.language.onnx.decoder import NOT_KEPT, OnnxDecoder, OnnxLayers
+from isthmus.models.language.onnx.graph import GRAPH_VERSION, TensorSource, exit_graph
 from isthmus.models.language.packing import Floats, matrix, unpacked
+from isthmus.models.onnx_cache import GraphCache, Key
 
+NO_KEY: Key = {}
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,3})\.")
 
 
@@ -65,20 +67,35 @@ def initial_matrix(base: TensorSource, layers: int, name: str) -> Floats:
     return base.tensor(f"model.layers.{base.config.layers - layers + int(match[1])}.{name[match.end() :]}")
 
 
-def exit_layers(weights: ExitWeights, context: int, threads: int) -> OnnxLayers:
-    """An exit's map, layers and norm: hidden states at its depth -> normed hidden states. Raises BundleError."""
+def exit_layers(
+    weights: ExitWeights, context: int, threads: int, *, graphs: GraphCache = NOT_KEPT, key: Key = NO_KEY
+) -> OnnxLayers:
+    """An exit's map, layers and norm: hidden states at its depth -> normed hidden states. Raises BundleError.
+
+    `key`: what `graphs` knows the exit by.
+    """
     config = weights.config
-    return OnnxLayers(exit_graph(weights, context), config, range(config.layers), context, threads)
+    key = {**key, "context": context, "version": GRAPH_VERSION}
+    session = graphs.open(key, "exit", threads, lambda: exit_graph(weights, context))
+    return OnnxLayers(session, config, range(config.layers), context)
 
 
 class OnnxExit:
     """One exit over one sequence, with its confidence head."""
 
     def __init__(
-        self, tensors: Mapping[str, NDArray[Any]], base: TensorSource, decoder: OnnxDecoder, threads: int
+        self,
+        tensors: Mapping[str, NDArray[Any]],
+        base: TensorSource,
+        decoder: OnnxDecoder,
+        threads: int,
+        *,
+        graphs: GraphCache = NOT_KEPT,
+        key: Key = NO_KEY,
     ) -> None:
-        """Raises BundleError."""
-        self._layers = exit_layers(ExitWeights(tensors, base), decoder.context, threads)
+        """`graphs` knows it by `key`. Raises BundleError."""
+        weights = ExitWeights(tensors, base)
+        self._layers = exit_layers(weights, decoder.context, threads, graphs=graphs, key=key)
         self._confidence_head = ConfidenceHead.from_tensors(tensors)
         self._decoder = decoder
 
@@ -124,12 +141,24 @@ class Choice:
 class ExitingDecoder:
     """A decoder cut at its exits, over one text at a time. The part after the last exit runs in the cloud only."""
 
-    def __init__(self, handoff: HandoffBundle, base: TensorSource, decoder: OnnxDecoder, threads: int) -> None:
+    def __init__(
+        self,
+        handoff: HandoffBundle,
+        base: TensorSource,
+        decoder: OnnxDecoder,
+        threads: int,
+        *,
+        graphs: GraphCache = NOT_KEPT,
+    ) -> None:
         """`decoder`: of the model `base`, cut at `handoff.depths`. Raises BundleError, InvalidInput."""
         if decoder.cuts != handoff.depths:
             raise InvalidInput(f"the decoder is cut at {decoder.cuts}, the exits are at {handoff.depths}")
         self._decoder = decoder
-        self._exits = [OnnxExit(handoff.exit(index), base, decoder, threads) for index in range(len(decoder.cuts))]
+        bundle = handoff.fingerprint.hex()
+        self._exits = [
+            OnnxExit(handoff.exit(exit_), base, decoder, threads, graphs=graphs, key={"bundle": bundle, "exit": exit_})
+            for exit_ in range(len(decoder.cuts))
+        ]
         self._states_NH = np.zeros((0, base.config.hidden), np.float32)  # at the last exit's depth
 
     def fork(self, decoder: OnnxDecoder) -> ExitingDecoder:

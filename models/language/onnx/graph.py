@@ -3,6 +3,7 @@
     hidden (1, S, H), caches, lengths -> [norm, qkv, attention, norm, feed-forward] * layers -> hidden (1, S, H)
     hidden (1, S, H), caches, lengths -> an exit: linear map, its layers, norm -> normed hidden states (1, S, H)
     normed hidden states (S, H) -> output head -> logits (S, V)
+    token ids (S,) -> embeddings (S, H)
 
 The graph of the last layer includes the model's final norm, so that the head takes the output of layers and of exits.
 
@@ -12,7 +13,7 @@ ONNX Runtime's GroupQueryAttention, which updates the caches in place. Knows not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.packing import BLOCK, Floats, quantise4, quantise8
 
 HEAD_STEP = 16  # elements; GroupQueryAttention with rotary embeddings needs head sizes that are multiples of this
+GRAPH_VERSION = 1  # of what this module builds of a model; graphs of another one are not opened again
 MAX_GRAPH_BYTES = 1_900_000_000  # protobuf's limit is 2 GiB
 ORT_DOMAIN = "com.microsoft"
 INTEGER_PRODUCTS = 4  # MatMulNBits' accuracy_level: activations are quantised to 8 bits for each block
@@ -85,6 +87,24 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Floats: ...
 
 
+def use_int8_caches(model: ModelProto, scales: Mapping[str, Floats]) -> None:
+    """Turn a graph's float32 caches into ones of 8 bits: value / scale, rounded, and at most 127.
+
+    `scales` (1, kv_heads, 1, head_dim) by the cache's name (`0.key`): one for each channel.
+    """
+    for tensor in (*model.graph.input, *model.graph.output):
+        if tensor.name.startswith(("past.", "present.")):
+            tensor.type.tensor_type.elem_type = TensorProto.INT8
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            caches = [name.removeprefix("past.") for name in node.input[3:5]]
+            for cache in caches:
+                model.graph.initializer.append(numpy_helper.from_array(scales[cache], f"{cache}.scale"))
+            node.input.extend(["", "", "", *(f"{cache}.scale" for cache in caches)])
+            node.attribute.extend(helper.make_attribute(f"{part}_quant_type", "PER_CHANNEL") for part in "kv")
+            node.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
+
+
 def layers_graph(checkpoint: Checkpoint, layers: range, context: int, bits: int) -> ModelProto:
     """A graph of consecutive layers; caches (1, kv_heads, context, head_dim) are inputs past.* and outputs present.*.
 
@@ -136,6 +156,20 @@ def head_graph(checkpoint: Checkpoint) -> ModelProto:
     weight_VH = checkpoint.tensor("model.embed_tokens.weight" if config.tied else "lm_head.weight")
     graph.node("Identity", [graph.linear("hidden", "head", weight_VH, bits=8)], ["logits"])
     return graph.model([value("hidden", ["S", config.hidden])], [value("logits", ["S", config.vocab])])
+
+
+def embedding_graph(checkpoint: Checkpoint) -> ModelProto:
+    """Token ids (S,) -> their embeddings (S, H), which have 8 bits each."""
+    graph = Graph()
+    codes_VGB, scale_VG = quantise8(checkpoint.tensor("model.embed_tokens.weight"))
+    codes = graph.node("Gather", [graph.constant("codes", codes_VGB), "ids"], ["chosen"])
+    floats = graph.node("Cast", [codes], ["floats"], to=TensorProto.FLOAT)
+    centred = graph.node("Sub", [floats, graph.constant("middle", np.array(128, np.float32))], ["centred"])
+    scale = graph.node("Gather", [graph.constant("scale", scale_VG[..., None]), "ids"], ["scales"])
+    blocks = graph.node("Mul", [centred, scale], ["blocks"])
+    graph.node("Reshape", [blocks, graph.constant("rows", np.array([0, -1], np.int64))], ["embedded"])
+    ids = value("ids", ["S"], TensorProto.INT64)
+    return graph.model([ids], [value("embedded", ["S", checkpoint.config.hidden])])
 
 
 def value(name: str, shape: Sequence[int | str], kind: int = TensorProto.FLOAT) -> Any:

@@ -79,9 +79,9 @@ def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
 
 def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert cache_folder() == Path("/cache/isthmus/tokenizers")
+    assert cache_folder("tokenizers") == Path("/cache/isthmus/tokenizers")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache/isthmus/tokenizers"
+    assert cache_folder("tokenizers") == Path.home() / ".cache/isthmus/tokenizers"
 
 
 def test_a_replica_that_sends_slowly_does_not_keep_another_away(

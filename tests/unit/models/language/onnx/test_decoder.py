@@ -15,11 +15,13 @@ import torch
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
+from isthmus.models.language.onnx import decoder as decoder_module
 from isthmus.models.language.onnx import graph as onnx_graph
 from isthmus.models.language.onnx.decoder import PREFILL_TOKENS, OnnxDecoder
 from isthmus.models.language.packing import Floats, quantise4, quantise8
 from isthmus.models.language.torch.batch_invariance import chunks, run_tokens
 from isthmus.models.language.torch.decoder import Decoder
+from isthmus.models.onnx_cache import GraphCache
 from tests.bench.tiny_llama import write_tiny_llama
 
 LLAMA3 = {
@@ -269,3 +271,106 @@ def test_runs_without_torch() -> None:
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Caches of 8 bits
+
+
+@pytest.fixture(scope="module")
+def loaded_int8(tiny: Checkpoint) -> OnnxDecoder:
+    return OnnxDecoder(tiny, CONTEXT, threads=1, kv_bits=8)
+
+
+@pytest.fixture
+def int8(loaded_int8: OnnxDecoder) -> OnnxDecoder:
+    loaded_int8.truncate(0)
+    return loaded_int8
+
+
+def cache_bytes(decoder: OnnxDecoder) -> int:
+    return sum(cache.numpy().nbytes for part in decoder._parts for cache in part._caches)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_8_bit_caches_are_close(tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint.open(write_tiny_llama(tmp_path, seed=5, **MODELS[name]))
+    exact, int8 = (OnnxDecoder(checkpoint, CONTEXT, threads=1, kv_bits=bits) for bits in (32, 8))
+    expected, found = exact.extend_all(IDS), int8.extend_all(IDS)
+    assert 4 * cache_bytes(int8) == cache_bytes(exact)
+    assert 0 < np.abs(found - expected).mean() < 0.05 * expected.std()
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.998
+
+
+def test_8_bit_caches_roll_back_exactly(int8: OnnxDecoder) -> None:
+    never = [int8.extend_all(IDS[:60]), int8.extend_all(IDS[60:80])]
+    for wrong in (IDS[:5], IDS[:120]):
+        int8.truncate(60)
+        int8.extend_all(wrong)
+        int8.truncate(60)
+        assert np.array_equal(int8.extend_all(IDS[60:80]), never[1])
+    int8.truncate(0)
+    assert np.array_equal(int8.extend_all(IDS[:60]), never[0])
+
+
+@pytest.mark.parametrize("length", [2, 20, PREFILL_TOKENS, PREFILL_TOKENS + 1, 150])
+def test_a_cached_prefix_changes_no_bit_with_8_bit_caches(int8: OnnxDecoder, length: int) -> None:
+    first_V = int8.extend(IDS[:length])
+    int8.truncate(length - 1)
+    np.testing.assert_array_equal(int8.extend(IDS[length - 1 : length]), first_V)
+
+
+def test_a_fork_with_8_bit_caches_has_a_text_of_its_own(int8: OnnxDecoder) -> None:
+    alone_V = int8.extend(IDS[:20])
+    fork = int8.fork()
+    fork.extend(IDS[50:80])
+    assert cache_bytes(fork) == cache_bytes(int8)
+    fork.truncate(0)
+    np.testing.assert_array_equal(fork.extend(IDS[:20]), alone_V)
+    int8.truncate(19)
+    np.testing.assert_array_equal(int8.extend(IDS[19:20]), alone_V)
+
+
+def test_8_bit_caches_of_a_cut_decoder(tiny: Checkpoint, int8: OnnxDecoder) -> None:
+    """Each part is measured on the output of the parts before it, which are empty again afterwards."""
+    cut = OnnxDecoder(tiny, CONTEXT, threads=1, cuts=(1,), kv_bits=8)
+    assert [cut.through(part) for part in (0, 1)] == [0, 0]
+    whole = int8.extend_all(IDS)
+    assert np.abs(cut.extend_all(IDS) - whole).mean() < 0.05 * whole.std()
+
+
+def test_values_above_the_scale_saturate(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "HEADROOM", 0.01)
+    found = OnnxDecoder(tiny, CONTEXT, threads=1, kv_bits=8)
+    assert np.isfinite(found.extend_all(IDS)).all()
+    codes = np.concatenate([c.numpy()[:, :, : len(IDS)].ravel() for part in found._parts for c in part._caches])
+    assert codes.max() == 127 and codes.min() >= -128
+
+
+# Kept graphs
+
+
+@pytest.mark.parametrize("kv_bits", [8, 32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kept_graphs_have_the_same_bits(
+    tmp_path: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, bits: int, kv_bits: int
+) -> None:
+    """The second start builds nothing, and the weights that it reads are those of that checkpoint."""
+    built = OnnxDecoder(tiny, CONTEXT, bits, 1, (1,), kv_bits=kv_bits).extend_all(IDS)
+    graphs = GraphCache(tmp_path)
+    saved = OnnxDecoder(tiny, CONTEXT, bits, 1, (1,), kv_bits=kv_bits, graphs=graphs).extend_all(IDS)
+    assert len(list(tmp_path.iterdir())) == 4  # the embedding, two parts, the head
+    monkeypatch.setattr(Checkpoint, "tensor", None)
+    kept = OnnxDecoder(tiny, CONTEXT, bits, 1, (1,), kv_bits=kv_bits, graphs=graphs).extend_all(IDS)
+    np.testing.assert_array_equal(saved, built)
+    np.testing.assert_array_equal(kept, built)
+
+
+def test_other_settings_have_graphs_of_their_own(tmp_path: Path, tiny: Checkpoint) -> None:
+    graphs = GraphCache(tmp_path / "graphs")
+    other = Checkpoint.open(write_tiny_llama(tmp_path / "other", seed=4, tied=False))
+    OnnxDecoder(tiny, CONTEXT, threads=1, graphs=graphs)
+    for added, changed in enumerate(({"context": 100}, {"bits": 4}, {"kv_bits": 8}, {"cuts": (1,)})):
+        OnnxDecoder(tiny, **{"context": CONTEXT, **changed}, threads=1, graphs=graphs)  # type: ignore[arg-type]
+        assert len(list(graphs.folder.iterdir())) == 4 + added + (added == 3)  # type: ignore[union-attr]
+    found = OnnxDecoder(other, CONTEXT, threads=1, graphs=graphs).extend(IDS)
+    np.testing.assert_array_equal(found, OnnxDecoder(other, CONTEXT, threads=1).extend(IDS))
