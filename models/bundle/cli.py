@@ -18,6 +18,7 @@ from isthmus.models.errors import BundleError
 WINGS: dict[str | None, str] = {
     None: "isthmus.models.vision.inspect",
     "handoff": "isthmus.models.language.handoff.inspect",
+    "language": "isthmus.models.language.checkpoint.inspect",
 }
 
 

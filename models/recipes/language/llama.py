@@ -68,10 +68,22 @@ class Layer(nn.Module):
         mixed_BHTD = F.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask, scale=scale, enable_gqa=True
         )
-        x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj")).float()
+        return self.after_attention(x_BTH, mixed_BHTD.transpose(1, 2).flatten(2))
+
+    def after_attention(self, x_BTH: Tensor, mixed_BTO: Tensor) -> Tensor:
+        """The output (B, T, H) from the input and what the heads found (B, T, heads * D)."""
+        x_BTH = self.add_attention(x_BTH, mixed_BTO)
+        return x_BTH + F.linear(self.activations(x_BTH), self.weight("mlp.down_proj")).float()
+
+    def add_attention(self, x_BTH: Tensor, mixed_BTO: Tensor) -> Tensor:
+        """The stream (B, T, H) after attention."""
+        return x_BTH + F.linear(mixed_BTO, self.weight("self_attn.o_proj")).float()
+
+    def activations(self, x_BTH: Tensor) -> Tensor:
+        """Activations (B, T, ffn) of the feed-forward network, before its down projection."""
         h_BTH = self.norm(x_BTH, "post_attention_layernorm")
         gate, up = (F.linear(h_BTH, self.weight(f"mlp.{part}_proj")) for part in ("gate", "up"))
-        return x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj")).float()
+        return F.silu(gate) * up
 
     def project(self, x_BTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, heads, D), rotated keys and values (B, T, kv_heads, D)."""
@@ -122,6 +134,12 @@ class Llama(nn.Module):
         self.embedding_VH = nn.Parameter(torch.zeros(config.vocab, config.hidden))
         self.layers: Sequence[Layer] = nn.ModuleList(Layer(config) for _ in range(config.layers))  # type: ignore[assignment]
         self.norm_H = nn.Parameter(torch.ones(config.hidden))
+        self.own_head_VH = None if config.tied else nn.Parameter(torch.zeros(config.vocab, config.hidden))
+
+    @property
+    def head_VH(self) -> nn.Parameter:
+        """The output head: the embedding in a tied model."""
+        return self.embedding_VH if self.own_head_VH is None else self.own_head_VH
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Llama:
@@ -129,6 +147,8 @@ class Llama(nn.Module):
         model = cls(checkpoint.config).requires_grad_(False)
         model.embedding_VH.copy_(torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight")))
         model.norm_H.copy_(torch.from_numpy(checkpoint.tensor("model.norm.weight")))
+        if model.own_head_VH is not None:
+            model.own_head_VH.copy_(torch.from_numpy(checkpoint.tensor("lm_head.weight")))
         for index, layer in enumerate(model.layers):
             for name in layer_shapes(checkpoint.config):
                 path, _, leaf = name.rpartition(".")
@@ -144,5 +164,5 @@ class Llama(nn.Module):
         return F.rms_norm(x, self.norm_H.shape, self.norm_H.float(), self.config.norm_eps)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of the last layer's output. The output head is the embedding: untied models are not supported."""
-        return F.linear(self.normed(x).to(self.embedding_VH.dtype), self.embedding_VH)
+        """Logits of the last layer's output."""
+        return F.linear(self.normed(x).to(self.head_VH.dtype), self.head_VH)
