@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from isthmus.models.bundle.files import MANIFEST, Files, read_manifest
+from isthmus.models.bundle.files import MANIFEST, Files, kind_of, read_manifest
 from isthmus.models.bundle.manifest import BundleManifest, FileName, Sha256
 from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig
@@ -29,6 +29,7 @@ from isthmus.models.language.checkpoint.weights import Blocks, Shape, tensor_sha
 from isthmus.models.language.packing import STORED_BLOCK, Floats, from_pairs, quantise_symmetric4
 from isthmus.models.messages import MAX_TOKENIZER_BYTES
 
+KIND = "language"
 CODE_BYTES = STORED_BLOCK // 2  # of a block
 MAX_HEADER_BYTES = 200  # of a tensor in a safetensors header
 MAX_SETTINGS = 64
@@ -72,6 +73,8 @@ class BundleWeights:
                 if array.dtype != np.float32 or array.ndim != 1:
                     raise BundleError(f"tensor {name[:100]} is {array.dtype} with {array.ndim} axes, expected a vector")
                 self._vectors[name] = array
+        if twice := self._matrices.keys() & self._vectors.keys():
+            raise BundleError(f"tensor {min(twice)[:100]} is there as a vector and as codes")
         self.shapes: dict[str, Shape] = {
             **{name: matrix.shape for name, matrix in self._matrices.items()},
             **{name: vector.shape for name, vector in self._vectors.items()},
@@ -117,7 +120,7 @@ def is_bundle(path: Path) -> bool:
 
 def read(folder: Path) -> tuple[LanguageManifest, LlamaConfig, Tokenizer, BundleWeights]:
     """Raises BundleError naming what is missing, broken or inconsistent."""
-    manifest = read_manifest(folder, LanguageManifest)
+    manifest = read_language_manifest(folder)
     config = huggingface.read_config(manifest.config)
     for name, limit in ((manifest.weights, weights_limit(config)), (manifest.tokenizer, MAX_TOKENIZER_BYTES)):
         if name not in manifest.files:
@@ -129,9 +132,16 @@ def read(folder: Path) -> tuple[LanguageManifest, LlamaConfig, Tokenizer, Bundle
     return manifest, config, tokenizer, BundleWeights(files.tensors(manifest.weights))
 
 
+def read_language_manifest(folder: Path) -> LanguageManifest:
+    """Raises BundleError, for bundles of another kind too."""
+    if (kind := kind_of(folder)) != KIND:
+        raise BundleError(f"{folder}: a bundle of {(kind or 'a vision model')[:40]!a}, expected kind {KIND}")
+    return read_manifest(folder, LanguageManifest)
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer alone. Raises BundleError."""
-    manifest = read_manifest(folder, LanguageManifest)
+    manifest = read_language_manifest(folder)
     if manifest.tokenizer not in manifest.files or manifest.files[manifest.tokenizer].size > MAX_TOKENIZER_BYTES:
         raise BundleError(f"{folder}: the manifest lists no tokenizer of at most {MAX_TOKENIZER_BYTES} bytes")
     return Tokenizer.from_bytes(Files(folder, manifest.files).read(manifest.tokenizer))

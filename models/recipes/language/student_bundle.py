@@ -26,6 +26,7 @@ from isthmus.models.bundle.manifest import Interval
 from isthmus.models.language.checkpoint.bundle import LanguageManifest, stored_tensors
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.checkpoint.export import model_settings
+from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.checkpoint.weights import layer_shapes
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.packing import Floats
@@ -70,17 +71,12 @@ def make(
     def part_of(number: int) -> TeacherOutputs:
         return student_texts.part(run.folder, teacher, checkpoint.tokenizer, entries, run.seed, number)
 
-    stage = f"student{layers}"
     kept = chosen_layers(run, teacher, layers, part_of)
-    resumed = run.checkpoint(stage).exists()
-    depths = [*kept[1:], checkpoint.config.layers]
-    student, head_VH = student_of(
-        start(teacher, kept, None if resumed else run_some(teacher, part_of(0), START_CHATS, depths))
-    )
+    stage = f"student{layers}"
+    student, head_VH = begun(run, stage, teacher, kept, part_of)
     if train:
-        part_tokens = part_of(0).ends[-1]
-        pieces = max(round(tokens / part_tokens / (NEW_PARTS + REPLAYED)), 1)
-        student = distil(run, stage, student, head_VH, part_of, pieces)
+        pieces = round(tokens / part_of(0).ends[-1] / (NEW_PARTS + REPLAYED))
+        student = distil(run, stage, student, head_VH, part_of, max(pieces, 1))
     else:
         run.load_average(stage, student)
     _, answers = greedy_answers(run.folder, teacher, checkpoint.tokenizer.eos_ids, test_prompts)
@@ -95,17 +91,30 @@ def make(
         "tokenizer": "tokenizer",
         "training": describe_training(run, stage, command),
     }
+    return write(folder, manifest, tensors_of(student, checkpoint), checkpoint.tokenizer, answers)
+
+
+def write(
+    folder: Path, manifest: dict[str, Any], tensors: dict[str, Floats], tokenizer: Tokenizer, answers: Corpus
+) -> LanguageManifest:
+    """Write the bundle, with the score that it has as a device runs it. Raises BundleError, InvalidInput."""
     files = {
-        "weights.safetensors": safetensors.numpy.save(stored_tensors(tensors_of(student, checkpoint))),
-        "tokenizer": checkpoint.tokenizer.to_bytes(),
+        manifest["weights"]: safetensors.numpy.save(stored_tensors(tensors)),
+        manifest["tokenizer"]: tokenizer.to_bytes(),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        write_bundle(Path(scratch) / "student", {**manifest, "scores": {}}, files, LanguageManifest)
-        score = agreement(Checkpoint.open(Path(scratch) / "student"), answers)
-    scores = {"agreement": score.model_dump()}
-    return read_manifest(
-        write_bundle(folder, {**manifest, "scores": scores}, files, LanguageManifest), LanguageManifest
-    )
+        unscored = write_bundle(Path(scratch) / folder.name, {**manifest, "scores": {}}, files, LanguageManifest)
+        score = agreement(Checkpoint.open(unscored), answers)
+    content = {**manifest, "scores": {"agreement": score.model_dump()}}
+    return read_manifest(write_bundle(folder, content, files, LanguageManifest), LanguageManifest)
+
+
+def begun(run: Run, stage: str, teacher: Llama, kept: Sequence[int], part_of: PartOf) -> tuple[Student, torch.Tensor]:
+    """A student in its closed form, and its output head. What a checkpoint has is not fitted, as it is overwritten."""
+    some = None
+    if not run.checkpoint(stage).exists():
+        some = run_some(teacher, part_of(0), START_CHATS, [*kept[1:], teacher.config.layers])
+    return student_of(start(teacher, kept, some))
 
 
 def chosen_layers(run: Run, teacher: Llama, count: int, part_of: PartOf) -> list[int]:
