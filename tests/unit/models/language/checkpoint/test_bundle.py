@@ -101,7 +101,7 @@ def test_fingerprint_depends_on_codes_and_scales_and_not_on_the_folder(source: C
 
 
 def test_bytes_are_golden(golden: Callable[[str, bytes], None]) -> None:
-    """The largest weight of a block has code 0, whatever its sign; of two codes in a byte, the first is the low half."""
+    """The largest weight of a block has code 0, whatever its sign; the first of two codes is the low half of a byte."""
     rising = np.arange(STORED_BLOCK, dtype=np.float32) / 8 - 4
     stored = stored_tensors({"a.weight": np.stack([rising, -rising, 0 * rising]), "b.weight": rising[:4]})
     assert stored["a.weight.scale"].tolist() == [[0.5], [-0.5], [0.0]]

@@ -16,11 +16,9 @@ from isthmus.models.recipes.language.teacher import TeacherOutputs, run_teacher
 def test_both_ends_are_kept_and_between_them_the_most_influential() -> None:
     influence_L = [0.1] * 12
     influence_L[4], influence_L[7], influence_L[9] = 0.3, 0.2, 0.5
-    assert kept_layers(influence_L, 7) == [0, 1, 4, 7, 9, 10, 11]
+    assert kept_layers(influence_L, 7) == [0, 1, 2, 4, 9, 10, 11]  # groups 2 to 3, 4 to 6, 7 to 9
     assert kept_layers(influence_L, 4) == [0, 1, 10, 11]
-    assert (
-        kept_layers(influence_L, 11) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11] or len(kept_layers(influence_L, 11)) == 11
-    )
+    assert len(set(kept_layers(influence_L, 11))) == 11
     for count in (3, 12):
         with pytest.raises(InvalidInput, match="expected 4 to 11"):
             kept_layers(influence_L, count)
