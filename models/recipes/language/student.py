@@ -45,16 +45,16 @@ class Rounded(torch.autograd.Function):
         return rounded(weight_OI)
 
     @staticmethod
-    def backward(ctx: object, gradient_OI: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient_OI: Tensor) -> Tensor:
         return gradient_OI
 
 
 def rounded(weight_OI: Tensor) -> Tensor:
     """What a bundle's codes and scales of a matrix stand for, see `packing.quantise_symmetric4`."""
-    blocks_OGB = weight_OI.unflatten(1, (-1, STORED_BLOCK))
+    blocks_OGB = weight_OI.view(len(weight_OI), -1, STORED_BLOCK)
     low_OG1, high_OG1 = blocks_OGB.aminmax(dim=-1, keepdim=True)
     scale_OG1 = (torch.where(high_OG1 > -low_OG1, high_OG1, low_OG1) / -8).half().float()
-    codes_OGB = (blocks_OGB / torch.where(scale_OG1 == 0, 1, scale_OG1)).round_().clamp_(-8, 7)
+    codes_OGB: Tensor = (blocks_OGB / torch.where(scale_OG1 == 0, 1, scale_OG1)).round_().clamp_(-8, 7)
     return (codes_OGB * scale_OG1).flatten(1)
 
 

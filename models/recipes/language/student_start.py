@@ -109,7 +109,7 @@ def causal_attention(layer: Layer, x_BTH: Tensor) -> Tensor:
     scores_BKNT = (q_BKND * config.head_dim**-0.5) @ k_BTKD.permute(0, 2, 3, 1)
     later_TT = torch.ones(tokens, tokens, dtype=torch.bool).triu(1).repeat(groups, 1)
     weights_BKNT = scores_BKNT.masked_fill(later_TT, -torch.inf).softmax(-1)
-    mixed_BKND = weights_BKNT.to(v_BTKD.dtype) @ v_BTKD.transpose(1, 2)
+    mixed_BKND: Tensor = weights_BKNT.to(v_BTKD.dtype) @ v_BTKD.transpose(1, 2)
     return mixed_BKND.view(batch, config.kv_heads, groups, tokens, -1).permute(0, 3, 1, 2, 4).flatten(2)
 
 

@@ -129,7 +129,7 @@ def answer(
             top_BK, logprobs_BK = likely(model, batch.step(ids_B))
             top_BTK[rows_B, step], logprobs_BTK[rows_B, step] = top_BK, logprobs_BK
     found = []
-    of_prompts = zip(prompts, *(values_MK.split(counts) for values_MK in prompt_MK), strict=True)
+    of_prompts = zip(prompts, *(torch.split(values_MK, counts) for values_MK in prompt_MK), strict=True)
     for row, (prompt, top_NK, logprobs_NK) in enumerate(of_prompts):
         ids = truncate_at_end(ids_BT[row].tolist(), eos_ids)
         top_NK = torch.cat([top_NK, top_BTK[row, : len(ids) - 1]])
@@ -141,7 +141,7 @@ def answer(
 def likely(model: Llama, x_MH: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities (M, K) of the most likely tokens after outputs of the last layer (M, H)."""
     top, logprobs = [], []
-    for x_RH in x_MH.split(HEAD_ROWS):
+    for x_RH in torch.split(x_MH, HEAD_ROWS):
         logits_RV = model.logits(x_RH)
         values_RK, ids_RK = logits_RV.topk(TEACHER_TOKENS)
         top.append(ids_RK)
@@ -203,7 +203,8 @@ def attention(q_BTHD: Tensor, keys_BKDS: Tensor, values_BKSD: Tensor, padding_BS
     kv_heads = keys_BKDS.shape[1]
     scores_BKGS = (q_BTHD.view(batch, kv_heads, heads // kv_heads, size) * size**-0.5) @ keys_BKDS
     weights_BKGS = scores_BKGS.float().masked_fill(padding_BS[:, None, None], -torch.inf).softmax(-1)
-    return (weights_BKGS.to(values_BKSD.dtype) @ values_BKSD).view(batch, 1, -1)
+    mixed_BKGD: Tensor = weights_BKGS.to(values_BKSD.dtype) @ values_BKSD
+    return mixed_BKGD.view(batch, 1, -1)
 
 
 def part(
