@@ -76,7 +76,7 @@ def in_pairs(codes: Bytes) -> Bytes:
 
 def from_pairs(pairs: Bytes) -> Bytes:
     """The inverse of `in_pairs`, for an even number of codes."""
-    return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], -1)
+    return np.asarray(np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], -1), np.uint8)
 
 
 def packed(weight_OI: Floats, name: str, bits: int) -> dict[str, NDArray[Any]]:
