@@ -71,9 +71,9 @@ def make(
     def part_of(number: int) -> TeacherOutputs:
         return student_texts.part(run.folder, teacher, checkpoint.tokenizer, entries, run.seed, number)
 
-    kept = chosen_layers(run, teacher, layers, part_of)
+    retained = chosen_layers(run, teacher, layers, part_of)
     stage = f"student{layers}"
-    student, head_VH = begun(run, stage, teacher, kept, part_of)
+    student, head_VH = begun(run, stage, teacher, retained, part_of)
     if train:
         pieces = round(tokens / part_of(0).ends[-1] / (NEW_PARTS + REPLAYED))
         student = distil(run, stage, student, head_VH, part_of, max(pieces, 1))
@@ -85,7 +85,7 @@ def make(
         "licence": "Apache-2.0" if source == SMOLLM2 else "as the model's",
         "kind": "language",
         "base": checkpoint.fingerprint.hex(),
-        "layers": kept,
+        "layers": retained,
         "config": model_settings(replace(checkpoint.config, layers=layers)),
         "weights": "weights.safetensors",
         "tokenizer": "tokenizer",
@@ -109,12 +109,14 @@ def write(
     return read_manifest(write_bundle(folder, content, files, LanguageManifest), LanguageManifest)
 
 
-def begun(run: Run, stage: str, teacher: Llama, kept: Sequence[int], part_of: PartOf) -> tuple[Student, torch.Tensor]:
+def begun(
+    run: Run, stage: str, teacher: Llama, retained: Sequence[int], part_of: PartOf
+) -> tuple[Student, torch.Tensor]:
     """A student in its closed form, and its output head. What a checkpoint has is not fitted, as it is overwritten."""
     some = None
     if not run.checkpoint(stage).exists():
-        some = run_some(teacher, part_of(0), START_CHATS, [*kept[1:], teacher.config.layers])
-    return student_of(start(teacher, kept, some))
+        some = run_some(teacher, part_of(0), START_CHATS, [*retained[1:], teacher.config.layers])
+    return student_of(start(teacher, retained, some))
 
 
 def chosen_layers(run: Run, teacher: Llama, count: int, part_of: PartOf) -> list[int]:

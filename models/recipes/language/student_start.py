@@ -50,22 +50,22 @@ def influence(outputs: TeacherOutputs) -> list[float]:
     return [1 - float(F.cosine_similarity(a, b, dim=1).mean()) for a, b in itertools.pairwise(states)]
 
 
-def start(teacher: Llama, kept: Sequence[int], outputs: TeacherOutputs | None) -> Llama:
-    """A student in float32 of the layers `kept`, refitted on `outputs` if there are any.
+def start(teacher: Llama, retained: Sequence[int], outputs: TeacherOutputs | None) -> Llama:
+    """A student in float32 of the layers `retained`, refitted on `outputs` if there are any.
 
     These have hidden states at the depth of each kept layer but the first, and after the last layer.
     """
-    config = replace(teacher.config, layers=len(kept))
+    config = replace(teacher.config, layers=len(retained))
     student = Llama(config).requires_grad_(False)
     with torch.no_grad():
         student.embedding_VH.copy_(teacher.embedding_VH)
         student.norm_H.copy_(teacher.norm_H)
         if student.own_head_VH is not None:
             student.own_head_VH.copy_(teacher.head_VH)
-        for own, index in zip(student.layers, kept, strict=True):
+        for own, index in zip(student.layers, retained, strict=True):
             own.load_state_dict(teacher.layers[index].state_dict())
     if outputs is not None:
-        fit(student, [*kept[1:], teacher.config.layers], outputs)
+        fit(student, [*retained[1:], teacher.config.layers], outputs)
     return student
 
 
