@@ -170,7 +170,10 @@ class CloudConfig(Settings):
     ] = ()
     models: Annotated[
         tuple[str, ...],
-        Field(description="Language model to serve: a GGUF file, a Hugging Face folder, or smollm2; repeatable."),
+        Field(
+            description="Language model to serve: a GGUF file, a Hugging Face folder, a language bundle, or smollm2;"
+            " repeatable."
+        ),
         Flag("model"),
     ] = ()
     handoffs: Annotated[

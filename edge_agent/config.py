@@ -134,8 +134,8 @@ class LanguageConfig(Settings):
     model: Annotated[
         str | None,
         Field(
-            description="The device's own language model: a GGUF file, a Hugging Face folder, or smollm2. Without it,"
-            " the cloud's model answers."
+            description="The device's own language model: a GGUF file, a Hugging Face folder, a language bundle or its"
+            " name, or smollm2. Without it, the cloud's model answers."
         ),
     ] = None
     clouds: Clouds = ()

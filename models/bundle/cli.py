@@ -19,6 +19,7 @@ WINGS: dict[str | None, str] = {
     None: "isthmus.models.vision.inspect",
     "handoff": "isthmus.models.language.handoff.inspect",
     "router": "isthmus.models.language.router.inspect",
+    "language": "isthmus.models.language.checkpoint.inspect",
 }
 
 

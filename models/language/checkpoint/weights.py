@@ -28,7 +28,7 @@ MAX_CONTEXT = 1 << 24  # tokens
 
 @dataclass(frozen=True)
 class Blocks:
-    """4-bit weights as stored, in groups of 32 along a row: weight = code * scale + minimum."""
+    """4-bit weights as stored, in groups of 32 or 64 along a row: weight = code * scale + minimum."""
 
     codes_NK: NDArray[np.uint8]  # 0 to 15
     scale_NG: NDArray[np.float32]

@@ -58,6 +58,10 @@ class ExitWeights:
             raise BundleError(f"tensor {name} has shape {found.shape}, expected {expected}")
         return found + initial_matrix(self._base, self.config.layers, name) if len(expected) == 2 else found
 
+    def blocks(self, name: str) -> None:
+        """Exits are quantised again: their matrices are sums."""
+        return None
+
 
 def initial_matrix(base: TensorSource, layers: int, name: str) -> Floats:
     """A matrix of an exit with `layers` layers before training: the identity, or one of the model's last layers."""

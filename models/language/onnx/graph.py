@@ -7,7 +7,8 @@
 
 The graph of the last layer includes the model's final norm, so that the head takes the output of layers and of exits.
 
-Weights are blocks of 32 with a float32 scale each (MatMulNBits); products are computed on 8-bit integers. Attention is
+Weights are blocks of 32, or as a model stores them in 4 bits around code 8, with a float32 scale each (MatMulNBits);
+products are computed on 8-bit integers. Attention is
 ONNX Runtime's GroupQueryAttention, which updates the caches in place. Knows nothing about running a graph.
 """
 
@@ -22,8 +23,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from isthmus.models.errors import BundleError
 from isthmus.models.language.architecture import LlamaConfig, rope_frequencies
-from isthmus.models.language.checkpoint.checkpoint import Checkpoint
-from isthmus.models.language.packing import BLOCK, Floats, quantise4, quantise8
+from isthmus.models.language.checkpoint.checkpoint import Blocks, Checkpoint
+from isthmus.models.language.packing import BLOCK, Floats, in_pairs, quantise4, quantise8
 
 HEAD_STEP = 16  # elements; GroupQueryAttention with rotary embeddings needs head sizes that are multiples of this
 GRAPH_VERSION = 1  # of what this module builds of a model; graphs of another one are not opened again
@@ -53,17 +54,25 @@ class Graph:
         self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 
-    def linear(self, x: str, name: str, weight_OI: Floats, bits: int, bias_O: Floats | None = None) -> str:
-        """Multiply x (.., I) by quantised weights and return the name of the product (.., O)."""
-        rows, columns = weight_OI.shape
-        if bits == 8:
+    def linear(self, x: str, name: str, weight_OI: Floats | Blocks, bits: int, bias_O: Floats | None = None) -> str:
+        """Multiply x (.., I) by quantised weights and return the name of the product (.., O).
+
+        `weight_OI`: floats, which are quantised to `bits` bits, or 4-bit blocks that are used as they are stored.
+        """
+        rows, columns = (weight_OI.codes_NK if isinstance(weight_OI, Blocks) else weight_OI).shape
+        block = BLOCK
+        if isinstance(weight_OI, Blocks):
+            bits, block = 4, columns // weight_OI.scale_NG.shape[1]
+            codes = in_pairs(weight_OI.codes_NK.reshape(rows, -1, block))
+            inputs = [x, self.constant(f"{name}.codes", codes), self.constant(f"{name}.scale", weight_OI.scale_NG)]
+        elif bits == 8:
             codes, scale_OG = quantise8(weight_OI)
             inputs = [x, self.constant(f"{name}.codes", codes), self.constant(f"{name}.scale", scale_OG)]
         else:
             codes, scale_OG, zero = quantise4(weight_OI)
             inputs = [x, self.constant(f"{name}.codes", codes), self.constant(f"{name}.scale", scale_OG)]
             inputs.append(self.constant(f"{name}.zero", zero))
-        settings = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": INTEGER_PRODUCTS}
+        settings = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": INTEGER_PRODUCTS}
         y = self.node("MatMulNBits", inputs, [name], ORT_DOMAIN, **settings)
         return y if bias_O is None else self.node("Add", [y, self.constant(f"{name}.bias", bias_O)], [f"{name}.sum"])
 
@@ -85,6 +94,21 @@ class TensorSource(Protocol):
     def config(self) -> LlamaConfig: ...
 
     def tensor(self, name: str) -> Floats: ...
+
+    def blocks(self, name: str) -> Blocks | None: ...
+
+
+def stored_matrix(source: TensorSource, *names: str) -> Floats | Blocks:
+    """Matrices, one below another: their 4-bit blocks where all are stored around code 8, or else floats."""
+    parts = [source.blocks(name) for name in names]
+    found = [part for part in parts if part and (part.minimum_NG == -8 * part.scale_NG).all()]
+    if len(found) < len(parts):
+        return np.concatenate([source.tensor(name) for name in names])
+    codes_NK, scale_NG, minimum_NG = (
+        np.concatenate(arrays)
+        for arrays in zip(*((part.codes_NK, part.scale_NG, part.minimum_NG) for part in found), strict=True)
+    )
+    return Blocks(codes_NK, scale_NG, minimum_NG)
 
 
 def use_int8_caches(model: ModelProto, scales: Mapping[str, Floats]) -> None:
@@ -151,9 +175,9 @@ def finished(graph: Graph, config: LlamaConfig, layers: range, x: str, context: 
 
 
 def head_graph(checkpoint: Checkpoint) -> ModelProto:
-    """The output head: normed hidden states (S, H) -> logits (S, V), always 8 bits since close logits need it."""
+    """The output head: normed hidden states (S, H) -> logits (S, V), as stored or in 8 bits: close logits need it."""
     config, graph = checkpoint.config, Graph()
-    weight_VH = checkpoint.tensor("model.embed_tokens.weight" if config.tied else "lm_head.weight")
+    weight_VH = stored_matrix(checkpoint, "model.embed_tokens.weight" if config.tied else "lm_head.weight")
     graph.node("Identity", [graph.linear("hidden", "head", weight_VH, bits=8)], ["logits"])
     return graph.model([value("hidden", ["S", config.hidden])], [value("logits", ["S", config.vocab])])
 
@@ -180,8 +204,8 @@ def add_layer(graph: Graph, source: TensorSource, index: int, x: str, rotation: 
     """Append one layer to `x` and return the name of its output."""
     config, prefix = source.config, f"model.layers.{index}."
 
-    def matrix(*names: str) -> Floats:
-        return np.concatenate([source.tensor(f"{prefix}{name}.weight") for name in names])
+    def matrix(*names: str) -> Floats | Blocks:
+        return stored_matrix(source, *(f"{prefix}{name}.weight" for name in names))
 
     normed = graph.norm(x, f"{index}.in", source.tensor(f"{prefix}input_layernorm.weight"), config.norm_eps)
     query_key_value = add_projections(graph, source, index, normed, bits)
@@ -212,14 +236,15 @@ def add_projections(graph: Graph, source: TensorSource, index: int, x: str, bits
     """Query, key and value inputs of GroupQueryAttention: one packed tensor, or three with Qwen 3's norms."""
     config, prefix = source.config, f"model.layers.{index}.self_attn."
     parts = ("q", "k", "v")
-    weights = [source.tensor(f"{prefix}{part}_proj.weight") for part in parts]
+    matrix = stored_matrix(source, *(f"{prefix}{part}_proj.weight" for part in parts))
     biases = [source.tensor(f"{prefix}{part}_proj.bias") for part in parts] if config.qkv_bias else None
     bias_O = np.concatenate(biases) if biases else None
-    packed = graph.linear(x, f"{index}.qkv", np.concatenate(weights), bits, bias_O)
+    packed = graph.linear(x, f"{index}.qkv", matrix, bits, bias_O)
     if not config.qk_norm:
         return [packed, "", ""]
     names = [f"{index}.{part}" for part in parts]
-    sizes = graph.constant(f"{index}.sizes", np.array([len(weight) for weight in weights], np.int64))
+    rows = [config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    sizes = graph.constant(f"{index}.sizes", np.array(rows, np.int64))
     graph.node("Split", [packed, sizes], names, axis=-1)
     return [*(normed_heads(graph, source, index, part, config) for part in ("q", "k")), names[2]]
 

@@ -106,7 +106,7 @@ class Run:
         groups = [{"params": [p for p in trainable if getattr(p, "lr_scale", 1.0) == scale]} for scale in scales]
         optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, weight_decay=schedule.weight_decay)
         average = deepcopy(module).requires_grad_(False)
-        checkpoint = self.folder / f"{stage}.ckpt"
+        checkpoint = self.checkpoint(stage)
         first = self._resume(checkpoint, module, average, optimizer)
         steps = first * schedule.steps
         with progress_bar() as bar:
@@ -135,6 +135,16 @@ class Run:
                 text = " ".join(f"{key} {value:.3f}" for key, value in means.items())
                 bar.update(task, completed=epoch + 1, figures=text)
         return average.eval()
+
+    def checkpoint(self, stage: str) -> Path:
+        """The file that a stage resumes from."""
+        return self.folder / f"{stage}.ckpt"
+
+    def load_average(self, stage: str, module: nn.Module) -> None:
+        """Load what an unfinished stage would return if it ended now. Raises InvalidInput before the first epoch."""
+        if not self.checkpoint(stage).exists():
+            raise InvalidInput(f"{self.checkpoint(stage)}: no such file, nothing is trained yet")
+        module.load_state_dict(torch.load(self.checkpoint(stage), weights_only=True, mmap=True)["average"])
 
     def _resume(self, path: Path, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         if not path.exists():
@@ -181,13 +191,14 @@ class Run:
 
     def seconds(self) -> float:
         """Training time in seconds, over all stages and resumed runs."""
-        return sum(float(line["seconds"]) for line in self._logged())
+        return sum(float(line["seconds"]) for line in self.logged())
 
     def last_figures(self) -> dict[str, dict[str, float]]:
         """The metrics of the last epoch of every stage."""
-        return {line.pop("stage"): line for line in self._logged()}
+        return {line.pop("stage"): line for line in self.logged()}
 
-    def _logged(self) -> list[dict[str, Any]]:
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of the log."""
         lines = self.log.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 

@@ -68,10 +68,22 @@ class Layer(nn.Module):
         mixed_BHTD = F.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask, scale=scale, enable_gqa=True
         )
-        x_BTH = x_BTH + F.linear(mixed_BHTD.transpose(1, 2).flatten(2), self.weight("self_attn.o_proj")).float()
+        return self.after_attention(x_BTH, mixed_BHTD.transpose(1, 2).flatten(2))
+
+    def after_attention(self, x_BTH: Tensor, mixed_BTO: Tensor) -> Tensor:
+        """The output (B, T, H) from the input and what the heads found (B, T, heads * D)."""
+        x_BTH = self.add_attention(x_BTH, mixed_BTO)
+        return x_BTH + F.linear(self.activations(x_BTH), self.weight("mlp.down_proj")).float()
+
+    def add_attention(self, x_BTH: Tensor, mixed_BTO: Tensor) -> Tensor:
+        """The stream (B, T, H) after attention."""
+        return x_BTH + F.linear(mixed_BTO, self.weight("self_attn.o_proj")).float()
+
+    def activations(self, x_BTH: Tensor) -> Tensor:
+        """Activations (B, T, ffn) of the feed-forward network, before its down projection."""
         h_BTH = self.norm(x_BTH, "post_attention_layernorm")
         gate, up = (F.linear(h_BTH, self.weight(f"mlp.{part}_proj")) for part in ("gate", "up"))
-        return x_BTH + F.linear(F.silu(gate) * up, self.weight("mlp.down_proj")).float()
+        return F.silu(gate) * up
 
     def project(self, x_BTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, heads, D), rotated keys and values (B, T, kv_heads, D)."""

@@ -117,12 +117,12 @@ def outputs_by_depth(model: Llama, ids_BT: Tensor) -> list[Tensor]:
     return outputs
 
 
-def length_batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Group sequences in this order into batches of at most BATCH_TOKENS with padding, or of one sequence."""
+def length_batches(order: Sequence[int], lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Group sequences in this order into batches of at most `tokens` with padding, or of one sequence."""
     batch: list[int] = []
     for sequence in order:
         longest = max(lengths[other] for other in [*batch, sequence])
-        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+        if batch and longest * (len(batch) + 1) > tokens:
             yield batch
             batch = []
         batch.append(sequence)
