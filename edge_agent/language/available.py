@@ -130,7 +130,7 @@ class Sides:
         unknown = [name for name in sampling.processors if name not in self.cloud.processors]
         if unknown:
             return f"{label(self.cloud)} in the cloud cannot apply {', '.join(unknown)}"
-        if arm == "cloud" or self.cloud.numerics == "bitwise":
+        if arm in ("cloud", "cascade") or self.cloud.numerics == "bitwise":
             return None
         if sampling.temperature > 0:
             return (

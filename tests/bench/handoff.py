@@ -40,10 +40,11 @@ from isthmus.models.language.flops import layer_weights
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import ConfidenceHead
 from isthmus.models.language.handoff.manifest import StatePoint, least_likely
+from isthmus.models.language.processors import TokenChooser
 from isthmus.models.language.torch.batch_invariance import chunks
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_cache import KVCache
-from isthmus.models.messages import Committed, Opening, Round
+from isthmus.models.messages import GREEDY, Committed, Opening, Round
 from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.language.confidence_head import ExitDecisions, decide
 from isthmus.models.recipes.language.corpus import Corpus
@@ -240,7 +241,8 @@ def other_domain(
 
 def prefill(runner: FullRunner, prompt: Sequence[int], prefill_layers: int) -> tuple[KVCache, int, float]:
     """Prefill as in the service: the KV cache, the next token, seconds. `prefill_layers`: 0 for all layers."""
-    text = runner.new_sequence(prompt, Opening(b"", b"", 0, (), 0, prefill_layers=prefill_layers))
+    opening = Opening(b"", b"", 0, (), 0, prefill_layers=prefill_layers)
+    text = runner.new_sequence(prompt, opening, TokenChooser(GREEDY))
     text.cache = runner.decoder.new_cache()
     started_s = time.perf_counter()
     text.begin(Round(len(prompt)), 0.0)

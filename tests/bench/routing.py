@@ -317,7 +317,7 @@ def main(
     pairs: Row = {}
     for bundle in map(RouterBundle.open, routers):
         run, bits = Run(work, bundle.manifest.training.seed), bundle.manifest.device.bits
-        answers = answers_of(run, LocalCloud(cloud), checkpoint, prompts)
+        answers = answers_of(run, LocalCloud(cloud), prompts)
         found = device_choices(run_for(run, checkpoint, bits, answers), checkpoint, bits, answers)
         chosen = sorted(split(len(answers), run.seed)[1])
         test, lengths = found.of(chosen), [len(answers[index].tokens) for index in chosen]

@@ -19,7 +19,7 @@ from isthmus.edge_agent.language.request import Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.whole_answers import AnswerPlan
-from isthmus.models.language.router.answers import CUT, ENDED, RUNNING, AnswerEvidence, AnswerVerifier, is_due
+from isthmus.models.language.router.answers import CUT, ENDED, RUNNING, AnswerFeatures, AnswerVerifier, is_due
 
 if TYPE_CHECKING:  # it brings ONNX Runtime
     from isthmus.edge_agent.language.local_model import LocalSession
@@ -34,7 +34,7 @@ class DeviceDraft:
         self._local, self._request = local, sequence.request
         self.room = max(local.context - len(sequence), 0)
         self._sequence = sequence.fork(min(sequence.request.max_tokens, self.room))
-        self.evidence = AnswerEvidence(len(sequence))
+        self.features = AnswerFeatures(len(sequence))
         self.tokens: list[Token] = []
 
     @property
@@ -53,7 +53,7 @@ class DeviceDraft:
         """One more token."""
         logits_V = self._local.logits(self._sequence.tokens)
         token = self._sequence.choose(logits_V, self._sequence.tokens)
-        self.evidence.add(logits_V, token.id)
+        self.features.add(logits_V, token.id)
         self._sequence.append(token.id)
         self.tokens.append(token)
         return token
@@ -107,7 +107,7 @@ class CascadeArm:
         if plan.way == "edge":
             return None
         draft.extend()
-        score = self._verifier.query_score(draft.evidence)
+        score = self._verifier.query_score(draft.features)
         if score < plan.query:
             return f"the prompt scored {score:.0%}, {plan.query:.0%} needed"
         return self._verify() if plan.way == "cascade" else None
@@ -117,7 +117,7 @@ class CascadeArm:
         draft, least = self._draft, self._plan.accept
         while True:
             if is_due(len(draft.tokens), draft.state):
-                score = self._verifier.running_score(draft.evidence, draft.state)
+                score = self._verifier.running_score(draft.features, draft.state)
                 if score < least:
                     return (
                         f"the device's answer scored {score:.0%} after {len(draft.tokens)} tokens, {least:.0%} needed"

@@ -162,7 +162,9 @@ class VerifyArm:
         return True
 
     def _next(self, text: Sequence[int]) -> tuple[int, float] | None:
-        """A draft; no source is asked for what the grammar forces."""
+        """A draft, none after the end of a text; no source is asked for what the grammar forces."""
+        if self._rounds.drafts and self._sequence.ends(text[-1]):
+            return None
         chooser = self._sequence.chooser
         forced = chooser.forced(text)
         return self._draft.next(text, chooser) if forced is None else (forced, 1.0)

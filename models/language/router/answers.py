@@ -39,7 +39,7 @@ def token_likelihoods(logits_V: Floats, token: int) -> tuple[float, float, float
     return float(gaps_V[token]) - math.log(total), entropy, float(first - second)
 
 
-class AnswerEvidence:
+class AnswerFeatures:
     """What is known of one answer, token by token."""
 
     def __init__(self, prompt_tokens: int) -> None:
@@ -126,13 +126,13 @@ class AnswerVerifier:
         """As a bundle stores them."""
         return {**self.query.tensors("query"), **self.answer.tensors("answer")}
 
-    def query_score(self, evidence: AnswerEvidence) -> float:
+    def query_score(self, features: AnswerFeatures) -> float:
         """How likely the answer will do, by its first token."""
-        return self.query(evidence.query_features())
+        return self.query(features.query_features())
 
-    def running_score(self, evidence: AnswerEvidence, state: float) -> float:
+    def running_score(self, features: AnswerFeatures, state: float) -> float:
         """How likely the answer does, by what there is of it."""
-        return self.answer(evidence.features(state))
+        return self.answer(features.features(state))
 
 
 def is_due(tokens: int, state: float) -> bool:
@@ -140,6 +140,6 @@ def is_due(tokens: int, state: float) -> bool:
     return state != RUNNING or tokens % CHECK_TOKENS == 0
 
 
-def least_score(verifier: AnswerVerifier, evidence: Sequence[Floats]) -> float:
-    """The score of an answer whose features at each check are `evidence`."""
-    return float(verifier.answer.predict(np.stack(evidence)).min())
+def least_score(verifier: AnswerVerifier, features: Sequence[Floats]) -> float:
+    """The score of an answer whose features at each check are `features`."""
+    return float(verifier.answer.predict(np.stack(features)).min())

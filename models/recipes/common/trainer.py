@@ -198,7 +198,9 @@ class Run:
         return {line.pop("stage"): line for line in self.logged()}
 
     def logged(self) -> list[dict[str, Any]]:
-        """The lines of the log."""
+        """The lines of the log; none before the first stage has ended."""
+        if not self.log.exists():
+            return []
         lines = self.log.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 

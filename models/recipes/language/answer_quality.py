@@ -33,11 +33,11 @@ def is_right(answer: str, references: Sequence[str]) -> bool:
     Of a reference in the format of GSM8K only the number after #### counts.
     """
     for reference in references:
-        wanted = reference.rpartition(FINAL)[2].strip()
-        if NUMBER.fullmatch(wanted):
-            if last_number(answer) == float(wanted.replace(",", "")):
+        expected = reference.rpartition(FINAL)[2].strip()
+        if NUMBER.fullmatch(expected):
+            if last_number(answer) == float(expected.replace(",", "")):
                 return True
-        elif f" {' '.join(words(wanted))} " in f" {' '.join(words(answer))} ":
+        elif f" {' '.join(words(expected))} " in f" {' '.join(words(answer))} ":
             return True
     return False
 

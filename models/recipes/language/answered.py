@@ -15,7 +15,7 @@ from typing import Any
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.packing import Floats
-from isthmus.models.language.router.answers import CUT, ENDED, RUNNING, AnswerEvidence, is_due
+from isthmus.models.language.router.answers import CUT, ENDED, RUNNING, AnswerFeatures, is_due
 from isthmus.models.recipes.language.answer_quality import is_acceptable
 from isthmus.models.recipes.language.prompts import LONGEST_PROMPT
 from isthmus.models.recipes.language.router_answers import Cloud
@@ -46,16 +46,16 @@ class AnsweredPrompt:
 
 def device_answer(logits: Logits, tokenizer: Tokenizer, prompt: Sequence[int], most: int) -> WholeAnswer:
     """A greedy answer of at most so many tokens with what the device would know of it. `logits`: after a text."""
-    text, evidence, checks = list(prompt), AnswerEvidence(len(prompt)), []
+    text, features, checks = list(prompt), AnswerFeatures(len(prompt)), []
     state = RUNNING
     while state == RUNNING:
         logits_V = logits(text)
         token = int(logits_V.argmax())
-        evidence.add(logits_V, token)
+        features.add(logits_V, token)
         text.append(token)
-        state = ENDED if token in tokenizer.eos_ids else CUT if len(evidence) == most else RUNNING
-        if is_due(len(evidence), state):
-            checks.append(tuple(map(float, evidence.features(state))))
+        state = ENDED if token in tokenizer.eos_ids else CUT if len(features) == most else RUNNING
+        if is_due(len(features), state):
+            checks.append(tuple(map(float, features.features(state))))
     answer = text[len(prompt) :]
     return WholeAnswer(
         tokenizer.decode([id_ for id_ in answer if id_ not in tokenizer.eos_ids]), len(answer), tuple(checks)

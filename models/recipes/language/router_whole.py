@@ -66,9 +66,9 @@ def collect(run: Run, cloud: Cloud, checkpoint: Checkpoint, bits: int, file: Pat
     """Both answers to each question that fits; a rerun continues. Raises InvalidInput where there are too few."""
     began_s = time.monotonic()
     decoder = OnnxDecoder(checkpoint, LONGEST_PROMPT + ANSWER_TOKENS, bits, torch.get_num_threads())
-    kept, logits = run.folder / "answered.jsonl", ModelDraft(decoder).logits
+    cached, logits = run.folder / "answered.jsonl", ModelDraft(decoder).logits
     questions = read_questions(file)
-    answered = list(answered_prompts(kept, logits, checkpoint.tokenizer, cloud, questions, ANSWER_TOKENS))
+    answered = list(answered_prompts(cached, logits, checkpoint.tokenizer, cloud, questions, ANSWER_TOKENS))
     run.record("answered", time.monotonic() - began_s)
     if len(answered) < MIN_QUESTIONS:
         raise InvalidInput(f"{file} has {len(answered)} prompts that fit, at least {MIN_QUESTIONS} are needed")

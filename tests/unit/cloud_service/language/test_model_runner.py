@@ -17,19 +17,21 @@ from isthmus.cloud_service.language.sequence import TokenSequence
 from isthmus.models.errors import InvalidInput, PayloadCorrupt
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
+from isthmus.models.language.processors import TokenChooser
 from isthmus.models.language.torch import kv_fill
 from isthmus.models.language.torch.decoder import Decoder
 from isthmus.models.language.torch.kv_cache import KVCache
 from isthmus.models.language.torch.kv_fill import EXACT_FIRST
 from isthmus.models.language.torch.kv_pool import KVPool
 from isthmus.models.language.torch.paged_decoder import PagedDecoder, record_nothing
-from isthmus.models.messages import Committed, Opening, Round
+from isthmus.models.messages import GREEDY, Committed, Opening, Round
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.one_device import META, OneDevice, without_pinning
 from tests.tiny_handoff import write_tiny_handoff
 from tests.unit.cloud_service.language.tiny import CONTEXT, ENDS, WIDTH, InstrumentedDecoder, plain, prompts, states_of
 
 PROMPT = prompts(1, longest=60, seed=4)[0]
+CHOOSER = TokenChooser(GREEDY)
 
 
 def opening(**fields: Any) -> Opening:
@@ -42,7 +44,7 @@ def full_runner(decoder: Any, *handoffs: HandoffBundle) -> FullRunner:
 
 def token_sequence(runner: FullRunner, tokens: Sequence[int], round_: Round, prefill_layers: int = 0) -> TokenSequence:
     """With an empty cache and a scheduled round."""
-    sequence = runner.new_sequence(tokens, opening(prefill_layers=prefill_layers))
+    sequence = runner.new_sequence(tokens, opening(prefill_layers=prefill_layers), CHOOSER)
     sequence.cache = runner.decoder.new_cache()
     sequence.begin(round_, 0.0)
     return sequence
@@ -50,7 +52,9 @@ def token_sequence(runner: FullRunner, tokens: Sequence[int], round_: Round, pre
 
 def handoff_sequence(runner: SuffixRunner, round_: Round, fill: int = 0) -> HandoffSequence:
     """With an empty cache and a scheduled round, whose states are at rate 0, the last one at rate 1."""
-    sequence = runner.new_sequence((), opening(handoff=runner.name, rate=1, context_rate=0, prefill_layers=fill))
+    sequence = runner.new_sequence(
+        (), opening(handoff=runner.name, rate=1, context_rate=0, prefill_layers=fill), CHOOSER
+    )
     sequence.cache = runner.decoder.new_cache()
     sequence.begin(round_, 0.0)
     return sequence
@@ -172,9 +176,9 @@ def test_of_several_handoffs_the_deepest_that_fits_fills(tmp_path: Path) -> None
 
 def test_prefill_layers_that_no_fill_allows_are_refused(decoder: Decoder, handoff: HandoffBundle) -> None:
     with pytest.raises(InvalidInput, match="no handoff bundle is held here"):
-        full_runner(decoder).new_sequence(PROMPT, opening(prefill_layers=1))
+        full_runner(decoder).new_sequence(PROMPT, opening(prefill_layers=1), CHOOSER)
     with pytest.raises(InvalidInput, match="2 layers of a prompt, expected 1 to 1, or 0 for all"):
-        full_runner(decoder, handoff).new_sequence(PROMPT, opening(prefill_layers=2))
+        full_runner(decoder, handoff).new_sequence(PROMPT, opening(prefill_layers=2), CHOOSER)
 
 
 def test_a_step_of_states_decides_a_token_from_the_last(decoder: Decoder, handoff: HandoffBundle) -> None:
@@ -238,9 +242,9 @@ def test_rates_and_depths_that_the_bundle_lacks_are_refused(decoder: Decoder, ha
     runner = SuffixRunner(handoff, decoder)
     for fields in ({"rate": 2}, {"context_rate": 2}):
         with pytest.raises(InvalidInput, match="rate 2 does not exist, the handoff has rates 0 to 1"):
-            runner.new_sequence((), opening(**fields))
+            runner.new_sequence((), opening(**fields), CHOOSER)
     with pytest.raises(InvalidInput, match=f"the handoff is after layer {handoff.depth}"):
-        runner.new_sequence((), opening(prefill_layers=handoff.depth + 1))
+        runner.new_sequence((), opening(prefill_layers=handoff.depth + 1), CHOOSER)
 
 
 def test_on_a_device_steps_compute_with_nothing_that_is_elsewhere(

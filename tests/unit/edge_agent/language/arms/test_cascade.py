@@ -20,7 +20,7 @@ from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
 from isthmus.edge_agent.policy.whole_answers import AnswerPlan
 from isthmus.models.errors import LinkDown
-from isthmus.models.language.router.answers import CHECK_TOKENS, ENDED, AnswerEvidence
+from isthmus.models.language.router.answers import CHECK_TOKENS, ENDED, AnswerFeatures
 from isthmus.models.language.sampling import Floats
 from tests.unit.edge_agent.language.scripted_cloud import ENDS, EOS, Brain, Cloud, bound
 
@@ -52,11 +52,11 @@ class Verifier:
     prompt: float = 1.0
     answer: Callable[[int], float] = lambda tokens: 1.0
 
-    def query_score(self, evidence: AnswerEvidence) -> float:
+    def query_score(self, features: AnswerFeatures) -> float:
         return self.prompt
 
-    def running_score(self, evidence: AnswerEvidence, state: float) -> float:
-        return self.answer(len(evidence))
+    def running_score(self, features: AnswerFeatures, state: float) -> float:
+        return self.answer(len(features))
 
 
 @dataclass
@@ -168,7 +168,7 @@ def test_it_ends_at_an_end_of_text() -> None:
     states: list[float] = []
 
     class Watching(Verifier):
-        def running_score(self, evidence: AnswerEvidence, state: float) -> float:
+        def running_score(self, features: AnswerFeatures, state: float) -> float:
             states.append(state)
             return 1.0
 

@@ -16,7 +16,7 @@ from isthmus.models.language.router.answers import (
     ENDED,
     QUERY_FEATURES,
     RUNNING,
-    AnswerEvidence,
+    AnswerFeatures,
     AnswerVerifier,
     LogisticHead,
     is_due,
@@ -28,8 +28,8 @@ from isthmus.models.language.sampling import log_softmax
 VOCAB = 11
 
 
-def evidence(ids: list[int], seed: int = 0, prompt: int = 5) -> AnswerEvidence:
-    made, generator = AnswerEvidence(prompt), np.random.default_rng(seed)
+def features(ids: list[int], seed: int = 0, prompt: int = 5) -> AnswerFeatures:
+    made, generator = AnswerFeatures(prompt), np.random.default_rng(seed)
     for id_ in ids:
         made.add(generator.standard_normal(VOCAB).astype(np.float32), id_)
     return made
@@ -47,20 +47,20 @@ def test_likelihoods_are_those_of_the_softmax(logits: list[float], token: int) -
 
 
 def test_features_of_an_answer() -> None:
-    made = evidence([1, 2, 3, 1, 2, 3])
+    made = features([1, 2, 3, 1, 2, 3])
     query_E, answer_E = made.query_features(), made.features(ENDED)
     assert query_E.shape == (QUERY_FEATURES,) and answer_E.shape == (ANSWER_FEATURES,)
     assert (answer_E[:QUERY_FEATURES] == query_E).all() and query_E[3] == pytest.approx(math.log(6))
     assert answer_E[-3] == pytest.approx(math.log(7)) and answer_E[-2] == ENDED
     assert answer_E[-1] == pytest.approx(1 / 6), "1 2 3 comes twice"
-    assert np.isfinite(evidence([4]).features(CUT)).all()
+    assert np.isfinite(features([4]).features(CUT)).all()
 
 
 def test_a_score_is_the_least_of_its_running_scores() -> None:
     generator = np.random.default_rng(1)
     heads = [LogisticHead(generator.standard_normal(n).astype(np.float32), 0.1) for n in (4, ANSWER_FEATURES)]
     verifier = AnswerVerifier(*heads)
-    made, checks, running = AnswerEvidence(3), [], []
+    made, checks, running = AnswerFeatures(3), [], []
     for index in range(20):
         made.add(generator.standard_normal(VOCAB).astype(np.float32), index % 3)
         state = ENDED if index == 19 else RUNNING
