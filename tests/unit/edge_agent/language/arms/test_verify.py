@@ -201,7 +201,8 @@ def test_a_good_source_saves_passes_and_a_bad_one_costs_none() -> None:
     assert bad.passes <= 64 and bad.rejected > 0
 
 
-def test_nothing_is_drafted_behind_an_end_of_text() -> None:
+@pytest.mark.parametrize("draft_s", [0.005, 0.0])
+def test_nothing_is_drafted_behind_an_end_of_text(draft_s: float) -> None:
     brain = Brain(3, ends=False)
 
     class Ending(Source):
@@ -210,7 +211,7 @@ def test_nothing_is_drafted_behind_an_end_of_text() -> None:
             found = super().next(text, chooser)
             return (EOS, 0.9) if len(text) % 3 == 0 else found
 
-    answer = Answer(Cloud(brain), count=30, draft=Ending(brain, 1.0)).run()
+    answer = Answer(Cloud(brain), count=30, draft=Ending(brain, 1.0), latency=speculation(draft_s)).run()
     assert answer.ids == brain.answer(PROMPT, 30)
 
 
