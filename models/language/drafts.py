@@ -107,7 +107,7 @@ class PredictionDraft:
         for count in range(common + 1, len(answer) + 1):
             self._places.append(self._place(answer[:count], self._places[-1]))
         place = self._places[-1]
-        if place is not None and place < len(self._prediction):
+        if place is not None and place < len(self._prediction) and chooser.allows(text, self._prediction[place]):
             return self._prediction[place], PREDICTED_CONFIDENCE
         return self._lookup.next(text, chooser)
 

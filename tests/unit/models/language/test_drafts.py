@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -183,3 +185,14 @@ def test_a_prediction_does_not_depend_on_what_was_drafted_before(prediction: lis
     used = PredictionDraft(prediction, 0)
     for text in (answer[:5], [*answer[:3], 9, 9], answer):
         assert used.next(text, PLAIN) == PredictionDraft(prediction, 0).next(text, PLAIN)
+
+
+def test_a_prediction_that_the_grammar_does_not_allow_is_no_draft() -> None:
+    class Refusing(TokenChooser):
+        def allows(self, text: Sequence[int], token: int) -> bool:
+            return token != 2
+
+    draft = PredictionDraft([1, 2, 3], len(PROMPT))
+    assert draft.next(PROMPT, Refusing(GREEDY)) == PredictionDraft([1, 2, 3], len(PROMPT)).next(PROMPT, PLAIN)
+    assert draft.next([*PROMPT, 1], Refusing(GREEDY)) is None
+    assert draft.next([*PROMPT, 1], PLAIN) is not None
