@@ -98,9 +98,7 @@ class Generation:
                 speculation = router.predictions if self.sequence.request.prediction else router.drafts
                 return VerifyArm(self.sequence, self._token_session(), self.stats, speculation, draft, self._fallback())
             case _:
-                session = self._token_session()
-                rounds = Rounds(session, self.sequence, self.stats, self._resources.router.local)
-                return RemoteArm(self.sequence, session, rounds, self._fallback())
+                return self._remote(self._fallback())
 
     @property
     def answered(self) -> AnswerSequence:
@@ -116,6 +114,11 @@ class Generation:
         if self._local is not None:
             self._local.close()
             self.stats.device = self._local.processed
+
+    def _remote(self, fallback: Fallback | None) -> RemoteArm:
+        session = self._token_session()
+        rounds = Rounds(session, self.sequence, self.stats, self._resources.router.local)
+        return RemoteArm(self.sequence, session, rounds, fallback)
 
     def _auto(self) -> AutoArm:
         resources, router = self._resources, self._resources.router
@@ -153,9 +156,7 @@ class Generation:
         alone = self._resources.config.on_loss == "alone"
         bound = self._resources.replicas.cloud.bound
         if bound is None or bound.info.tokenizer.vocabulary == self._resources.vocabulary:
-            session = self._token_session()
-            rounds = Rounds(session, self.sequence, self.stats, self._resources.router.local)
-            return RemoteArm(self.sequence, session, rounds, partial(self._draft_or_alone, draft) if alone else None)
+            return self._remote(partial(self._draft_or_alone, draft) if alone else None)
         request, info = self.sequence.request, bound.info
         if request.encode is None:
             raise InvalidInput(f"the prompt has no `encode`, which arm cascade needs for the vocabulary of {info.name}")

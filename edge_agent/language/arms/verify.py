@@ -7,7 +7,7 @@ does not pay, the cloud decodes by itself; drafts that cost nothing are still se
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.remote_session import Fallback, RemoteSession
@@ -22,6 +22,7 @@ from isthmus.edge_agent.policy.speculation import (
     next_action,
 )
 from isthmus.models.language.drafts import Draft
+from isthmus.models.language.processors import TokenChooser
 from isthmus.models.messages import Committed
 from isthmus.protos.limits import MAX_DRAFT
 
@@ -29,6 +30,8 @@ FREE_S = 0.001  # drafts that cost less are sent beside a stream, not instead of
 FREE_DRAFTS = 3  # of them, at least, before a stream is interrupted
 PAUSE_SHARE = 0.1  # of the time between tokens, in which their reader has not asked; with more it is not measured
 LEAST_LIKELY = 0.3  # free drafts that are all right with less probability are not sent
+
+AskSource = Callable[[Sequence[int], TokenChooser], tuple[int, float] | None]  # as Draft.next
 
 
 class VerifyArm:
@@ -94,7 +97,7 @@ class VerifyArm:
         count, likely = min(count, MAX_DRAFT, self._sequence.remaining - 1), 1.0
         drafts = self._rounds.drafts
         while len(drafts) < count and likely > LEAST_LIKELY:
-            found = self._next(self._drafted_text())
+            found = self._next(self._draft.next)
             if found is None:
                 break
             likely *= self._speculation.acceptance.calibrated(found[1])
@@ -146,31 +149,25 @@ class VerifyArm:
 
     def _draft_one(self) -> bool:
         """Draft one more token; False when the source has none."""
-        drafts, text = self._rounds.drafts, self._drafted_text()
-        if drafts and self._sequence.ends(text[-1]):
-            return False
-        if (forced := self._sequence.chooser.forced(text)) is not None:
-            drafts.append((forced, 1.0))
-            return True
-        started_s = time.monotonic()
-        found = self._draft.next(text, self._sequence.chooser)
-        if self._sequence.generated or drafts:  # the first one reads the prompt
-            self._speculation.draft_s.observe(time.monotonic() - started_s)
-        if found is None:
-            return False
-        drafts.append(found)
-        return True
+        if (found := self._next(self._timed)) is not None:
+            self._rounds.drafts.append(found)
+        return found is not None
 
-    def _next(self, text: Sequence[int]) -> tuple[int, float] | None:
-        """A draft, none after the end of a text; no source is asked for what the grammar forces."""
+    def _next(self, ask: AskSource) -> tuple[int, float] | None:
+        """A draft by `ask`, which is not asked after the end of a text, nor for what the grammar forces."""
+        text, chooser = [*self._sequence.tokens, *(id_ for id_, _ in self._rounds.drafts)], self._sequence.chooser
         if self._rounds.drafts and self._sequence.ends(text[-1]):
             return None
-        chooser = self._sequence.chooser
         forced = chooser.forced(text)
-        return self._draft.next(text, chooser) if forced is None else (forced, 1.0)
+        return ask(text, chooser) if forced is None else (forced, 1.0)
 
-    def _drafted_text(self) -> list[int]:
-        return [*self._sequence.tokens, *(id_ for id_, _ in self._rounds.drafts)]
+    def _timed(self, text: Sequence[int], chooser: TokenChooser) -> tuple[int, float] | None:
+        """A draft of the source, whose time counts unless it had to read the prompt."""
+        started_s = time.monotonic()
+        found = self._draft.next(text, chooser)
+        if self._sequence.generated or self._rounds.drafts:
+            self._speculation.draft_s.observe(time.monotonic() - started_s)
+        return found
 
 
 class TokenTimer:
