@@ -37,6 +37,7 @@ from isthmus.edge_agent.transport.language_link import LanguageLink
 from isthmus.models.errors import AnswerCancelled, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.grammar import Grammars, LastGrammars
+from isthmus.models.language.router.manifest import best_quality
 from isthmus.models.messages import Sampling
 
 if TYPE_CHECKING:
@@ -162,13 +163,12 @@ class LanguageAgent(TextInterface):
         model, bundles = self._cloud.info, self._resources.router.bundles
         bundle = bundles.for_cloud(model)
         missing = self._device is not None and model is not None and bundle is None
-        levels = bundle.levels if bundle else ()
         return {
             "model": self._device.name if self._device else None,
             "cloud_model": self.cloud_name,
             "router": bundle.manifest.name if bundle else None,
             "router_problem": bundles.missing(model) if missing and model is not None else None,
-            "router_quality": 1 - min(level.certificate.epsilon for level in levels) if levels else None,
+            "router_quality": best_quality(bundle.levels) if bundle else None,
         }
 
     def generate(

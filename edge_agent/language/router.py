@@ -17,12 +17,11 @@ from isthmus.edge_agent.policy.arms import (
     RoutingGoal,
     choose,
     estimate_arms,
-    level_for,
 )
 from isthmus.edge_agent.policy.speculation import Acceptance, SpeculationStats
 from isthmus.edge_agent.policy.whole_answers import AnswerCosts, AnswerPlan, plan_answer
 from isthmus.models.language.router.bundle import RouterBundle
-from isthmus.models.language.router.manifest import OffloadLevel
+from isthmus.models.language.router.manifest import OffloadLevel, best_quality, level_for
 from isthmus.models.messages import ModelInfo
 
 NO_BUNDLES = RouterBundles()
@@ -94,8 +93,9 @@ class Router:
             return ""
         if bundle is None:
             return self.bundles.missing(model)
-        best = 1 - min((level.certificate.epsilon for level in bundle.levels), default=1.0)
-        return f"router bundle {bundle.manifest.name} is certified up to quality {best:.4f}"
+        return (
+            f"router bundle {bundle.manifest.name} is certified up to quality {best_quality(bundle.levels) or 0.0:.4f}"
+        )
 
     def plan_answer(
         self, goal: RoutingGoal, replicas: Replicas, bundle: RouterBundle, *, cloud_alone: bool

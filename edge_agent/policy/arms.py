@@ -169,11 +169,6 @@ class ConfidenceStats:
             self._likely.popleft()
 
 
-def level_for(levels: Sequence[OffloadLevel], quality: float) -> OffloadLevel | None:
-    """The level that queries least and is certified to keep the quality; None when none is. `levels` rise."""
-    return next((level for level in levels if 1 - level.certificate.epsilon >= quality), None)
-
-
 def estimate_arms(
     goal: RoutingGoal,
     latency: LatencyModel,

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from isthmus.edge_agent.policy.arms import STREAM_BYTES, RoutingGoal, level_for
-from isthmus.models.language.router.manifest import OffloadLevel
+from isthmus.edge_agent.policy.arms import STREAM_BYTES, RoutingGoal
+from isthmus.models.language.router.manifest import OffloadLevel, level_for
 
 Way = Literal["edge", "query", "cascade", "cloud"]
 ALWAYS, NEVER = 0.0, 2.0  # scores that every answer reaches, and none

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from isthmus.edge_agent.policy.arms import level_for
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.flops import decoder_flops
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.router.bundle import RouterBundle
+from isthmus.models.language.router.manifest import level_for
 from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.common.learn_then_test import certify
 from isthmus.models.recipes.common.trainer import Run

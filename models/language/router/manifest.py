@@ -5,6 +5,7 @@ Values only. Units: sizes in bytes, fractions in [0, 1].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
@@ -91,6 +92,16 @@ class RouterManifest(BundleManifest):
         if (total := sum(entry.size for entry in self.files.values())) > MAX_BYTES:
             raise ValueError(f"files have {total} bytes, at most {MAX_BYTES} are allowed")
         return self
+
+
+def level_for(levels: Sequence[OffloadLevel], quality: float) -> OffloadLevel | None:
+    """The level that queries least and is certified to keep the quality; None when none is. `levels` rise."""
+    return next((level for level in levels if 1 - level.certificate.epsilon >= quality), None)
+
+
+def best_quality(levels: Sequence[OffloadLevel]) -> float | None:
+    """The best that a level is certified to keep; None without levels."""
+    return 1 - min(level.certificate.epsilon for level in levels) if levels else None
 
 
 def check_rising(name: str, levels: tuple[OffloadLevel, ...]) -> None:

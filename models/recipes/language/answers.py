@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.language.router.answers import QUERY_FEATURES, AnswerVerifier, LogisticHead
-from isthmus.models.language.router.manifest import Certificate, OffloadLevel
-from isthmus.models.recipes.common.learn_then_test import DELTA, certify
+from isthmus.models.language.router.answers import QUERY_FEATURES, AnswerVerifier, LogisticHead, least_score
+from isthmus.models.language.router.manifest import OffloadLevel
 from isthmus.models.recipes.language.answered import AnsweredPrompt
-from isthmus.models.recipes.language.router_levels import mean_interval
+from isthmus.models.recipes.language.router_levels import certified_levels, thresholds
 
 DECAY = 0.01  # of squared weights, for features in standard deviations
 # Offload rates of the levels
@@ -63,8 +62,8 @@ def fit_logistic(features_NE: Doubles, right_N: NDArray[np.bool_], weight_N: Dou
 
 def answer_scores(verifier: AnswerVerifier, prompts: Sequence[AnsweredPrompt]) -> Doubles:
     """The score of each answer (P,)."""
-    scores = [verifier.answer.predict(np.array(each.device.checks, np.float32)).min() for each in prompts]
-    return np.array(scores, np.float64)
+    checks = ([np.array(check, np.float32) for check in each.device.checks] for each in prompts)
+    return np.array([least_score(verifier, each) for each in checks])
 
 
 def query_scores(verifier: AnswerVerifier, prompts: Sequence[AnsweredPrompt]) -> Doubles:
@@ -77,19 +76,10 @@ def answer_levels(
     training_P: Doubles, test_P: Doubles, acceptable_P: NDArray[np.bool_], seed: int
 ) -> list[OffloadLevel]:
     """Levels at thresholds from the scores of training prompts, certified on those of test prompts, in random order."""
-    quantiles = {float(np.quantile(training_P, rate)) for rate in RATES if rate}
-    likely = [0.0, *sorted(quantiles - {0.0})]
+    likely = thresholds(training_P, RATES)
+    asked = [float((test_P < each).mean()) for each in likely]
     losses_LP = [((test_P >= each) & ~acceptable_P).astype(np.float64) for each in likely]
-    certified = certify(losses_LP[::-1])[::-1]
-    return [
-        OffloadLevel(
-            likely=each,
-            asked=float((test_P < each).mean()),
-            wrong=mean_interval(losses_P, seed),
-            certificate=Certificate(epsilon=epsilon, delta=DELTA, prompts=len(losses_P)),
-        )
-        for each, losses_P, epsilon in zip(likely, losses_LP, certified, strict=True)
-    ]
+    return certified_levels(likely, asked, losses_LP, seed)
 
 
 @dataclass(frozen=True)

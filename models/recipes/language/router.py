@@ -30,7 +30,7 @@ from isthmus.models.bundle.files import read_manifest, write_bundle
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
-from isthmus.models.language.router.manifest import OffloadLevel, RouterManifest
+from isthmus.models.language.router.manifest import OffloadLevel, RouterManifest, level_for
 from isthmus.models.recipes.common.origin import of_arrays
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language.confidence_head import confidences, head_tensors, train_confidence_head
@@ -195,14 +195,14 @@ def fit(
         )
         for each in (training, test)
     )
-    return head_tensors(head), token_levels(thresholds(known), measured, seed), measured
+    return head_tensors(head), token_levels(thresholds(known.confidence_N), measured, seed), measured
 
 
 def scores(levels: Sequence[OffloadLevel], test: Choices, seed: int) -> dict[str, Any]:
     """Shares of the tokens of test answers that are the cloud's: by the device alone, and at each certified quality."""
     found = {"test device alone": mean_interval(1 - test.losses(0), seed)}
     for quality in QUALITIES:
-        level = next((each for each in levels if 1 - each.certificate.epsilon >= quality), None)
+        level = level_for(levels, quality)
         if level is not None:
             found[f"test quality {quality:g}"] = mean_interval(1 - test.losses(level.likely), seed)
     return {name: score.model_dump() for name, score in found.items()}

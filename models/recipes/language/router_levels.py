@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.bundle.manifest import Interval
-from isthmus.models.language.router.manifest import Certificate, OffloadLevel
+from isthmus.models.language.router.manifest import Certificate, OffloadLevel, level_for
 from isthmus.models.recipes.common.learn_then_test import DELTA, certify, samples_needed
 
 # Offload rates of the levels, in percent: more of them cost no certainty, as they are tested in one fixed order
@@ -51,24 +51,30 @@ class Choices:
         return shares_P
 
 
-def thresholds(training: Choices) -> list[float]:
-    """Rising thresholds, from 0, that offload RATES of the training tokens."""
-    quantiles = {float(np.quantile(training.confidence_N, rate)) for rate in RATES if rate}
+def thresholds(confidence_N: Floats, rates: Sequence[float] = RATES) -> list[float]:
+    """Rising thresholds, from 0, that offload `rates` of what is trained on."""
+    quantiles = {float(np.quantile(confidence_N, rate)) for rate in rates if rate}
     return [0.0, *sorted(quantiles - {0.0})]
 
 
 def token_levels(likely: Sequence[float], test: Choices, seed: int) -> list[OffloadLevel]:
     """A level for each of some thresholds, which nothing of the test prompts has chosen."""
-    losses_LP = [test.losses(each) for each in likely]
+    return certified_levels(likely, [test.asked(each) for each in likely], [test.losses(each) for each in likely], seed)
+
+
+def certified_levels(
+    likely: Sequence[float], asked: Sequence[float], losses_LP: Sequence[Floats], seed: int
+) -> list[OffloadLevel]:
+    """Levels of rising thresholds with their offload rates and the losses of test prompts (P,), in random order."""
     certified = certify(losses_LP[::-1])[::-1]
     return [
         OffloadLevel(
-            likely=each,
-            asked=test.asked(each),
+            likely=threshold,
+            asked=rate,
             wrong=mean_interval(losses_P, seed),
             certificate=Certificate(epsilon=epsilon, delta=DELTA, prompts=len(losses_P)),
         )
-        for each, losses_P, epsilon in zip(likely, losses_LP, certified, strict=True)
+        for threshold, rate, losses_P, epsilon in zip(likely, asked, losses_LP, certified, strict=True)
     ]
 
 
@@ -84,7 +90,7 @@ def report(levels: Sequence[OffloadLevel], test: Choices) -> list[str]:
     """For each quality of the dial, one line: the level that keeps it, or how many prompts would certify it."""
     lines = []
     for quality in QUALITIES:
-        level = next((each for each in levels if 1 - each.certificate.epsilon >= quality), None)
+        level = level_for(levels, quality)
         if level is None:
             lines.append(f"quality {quality:g}: not certified, {needed(levels, test, quality)}")
             continue

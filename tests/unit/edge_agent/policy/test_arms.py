@@ -20,10 +20,10 @@ from isthmus.edge_agent.policy.arms import (
     RoutingGoal,
     choose,
     estimate_arms,
-    level_for,
 )
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
+from isthmus.models.language.router.manifest import level_for
 from tests.tiny_router import level as level_of
 
 LEVELS = (

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from isthmus.edge_agent.policy.arms import RoutingGoal, level_for
+from isthmus.edge_agent.policy.arms import RoutingGoal
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.whole_answers import NEVER, AnswerCosts, plan_answer
-from isthmus.models.language.router.manifest import OffloadLevel
+from isthmus.models.language.router.manifest import OffloadLevel, level_for
 
 COSTS = AnswerCosts(tokens=50, device_s=0.01, cloud_s=0.1, rtt_s=0.05)
 

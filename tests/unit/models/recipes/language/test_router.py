@@ -211,7 +211,7 @@ def test_losses_are_shares_of_each_answer() -> None:
 
 
 def test_levels_keep_what_they_promise_on_other_prompts() -> None:
-    likely = thresholds(choices(50, 40, 0))
+    likely = thresholds(choices(50, 40, 0).confidence_N)
     levels, fresh = token_levels(likely, choices(200, 40, 1), 0), choices(2000, 40, 2)
     assert likely == sorted(set(likely)) and likely[0] == 0
     for level in levels:
@@ -221,7 +221,7 @@ def test_levels_keep_what_they_promise_on_other_prompts() -> None:
 
 def test_a_report_says_which_quality_is_kept_or_what_would_be_needed() -> None:
     test = choices(60, 40, 1)
-    lines = report(token_levels(thresholds(choices(50, 40, 0)), test, 0), test)
+    lines = report(token_levels(thresholds(choices(50, 40, 0).confidence_N), test, 0), test)
     assert lines[0].startswith("quality 0.9: asks ") and "certified at most" in lines[0]
     assert lines[-1].startswith("quality 0.999: not certified")
     assert any("test prompts would be needed, there are 60" in line for line in lines)
