@@ -16,7 +16,7 @@ from isthmus.edge_agent.http.openai.chat_jobs import job_of_chat
 from isthmus.edge_agent.http.openai.completion_jobs import job_of_completion
 from isthmus.edge_agent.http.openai.errors import ApiError
 from isthmus.edge_agent.http.openai.jobs import Job
-from isthmus.edge_agent.http.openai.responses import answer_reader, text_of
+from isthmus.edge_agent.http.openai.responses import answer_reader, pieces_of
 from isthmus.edge_agent.http.openai.schema import ChatRequest, CompletionRequest, validate
 from isthmus.edge_agent.http.openai.streaming import ChoiceEvent
 from isthmus.edge_agent.http.openai.tool_calls import Piece
@@ -90,8 +90,7 @@ class OllamaDialect:
         first_s: float | None = None
         async for _, event in events:
             first_s = first_s or time.monotonic()
-            pieces = reader.finish() if isinstance(event, Outcome) else reader.push(text_of(event))
-            for piece in pieces:
+            for piece in pieces_of(reader, event):
                 yield {**stamp(job), **self._piece(piece), "done": False}
             if isinstance(event, Outcome):
                 times = durations(started_s, first_s, time.monotonic())

@@ -224,6 +224,11 @@ def answer_reader(job: Job) -> AnswerReader:
     return ToolCallReader(tools.names, parallel=tools.parallel) if tools else PlainReader()
 
 
+def pieces_of(reader: AnswerReader, event: Sequence[TextDelta] | Outcome) -> list[Piece]:
+    """What an answer's next event releases."""
+    return reader.finish() if isinstance(event, Outcome) else reader.push(text_of(event))
+
+
 def call_object(call: ToolCall) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 

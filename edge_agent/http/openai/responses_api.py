@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from isthmus.edge_agent.http.openai.dialect import EVENT_STREAM
 from isthmus.edge_agent.http.openai.errors import ApiError
 from isthmus.edge_agent.http.openai.jobs import Job
-from isthmus.edge_agent.http.openai.responses import answer_reader, text_of
+from isthmus.edge_agent.http.openai.responses import answer_reader, pieces_of
 from isthmus.edge_agent.http.openai.responses_body import response_job
 from isthmus.edge_agent.http.openai.streaming import ChoiceEvent, server_sent_event
 from isthmus.edge_agent.http.openai.tool_calls import Piece
@@ -153,8 +153,7 @@ async def response_events(job: Job, events: AsyncIterator[ChoiceEvent]) -> Async
             begun = True
             for each in made.opening():
                 yield each
-        pieces: Sequence[Piece] = reader.finish() if isinstance(event, Outcome) else reader.push(text_of(event))
-        for piece in pieces:
+        for piece in pieces_of(reader, event):
             for each in made.piece(piece):
                 yield each
         if isinstance(event, Outcome):

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from isthmus.models.errors import InvalidInput
+from isthmus.models.recipes.common.json_lines import read_lines
 
 ORIGIN = "made-from.json"  # beside the checkpoints
 
@@ -199,10 +200,7 @@ class Run:
 
     def logged(self) -> list[dict[str, Any]]:
         """The lines of the log; none before the first stage has ended."""
-        if not self.log.exists():
-            return []
-        lines = self.log.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        return read_lines(self.log)
 
 
 def read_origin(folder: Path) -> dict[str, str] | None:

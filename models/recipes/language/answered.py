@@ -16,8 +16,9 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.packing import Floats
 from isthmus.models.language.router.answers import CUT, ENDED, RUNNING, AnswerFeatures, is_due
+from isthmus.models.recipes.common.json_lines import read_lines
 from isthmus.models.recipes.language.answer_quality import is_acceptable
-from isthmus.models.recipes.language.prompts import LONGEST_PROMPT
+from isthmus.models.recipes.language.prompts import EXPECTED, LONGEST_PROMPT, first_turn, prompt_records
 from isthmus.models.recipes.language.router_answers import Cloud
 
 AT_ONCE = 8  # prompts whose answers are saved together
@@ -76,16 +77,12 @@ def read_questions(file: Path) -> list[Question]:
     Raises InvalidInput.
     """
     questions: dict[str, Question] = {}
-    try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.lstrip().startswith("{"):
-                content = json.loads(line)
-                question = Question(str(content["turns"][0]), tuple(map(str, content.get("reference") or ())))
-                questions[question.prompt] = question
-            elif line.strip():
-                questions[line] = Question(line)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise InvalidInput(f"{file}: expected plain prompts, or lines of JSON with turns: {error!r}") from error
+    for where, record in prompt_records(file):
+        try:
+            references = tuple(map(str, record.get("reference") or ()))
+        except TypeError as error:
+            raise InvalidInput(f"{where}: {EXPECTED}, and a list of references: {error}") from error
+        questions[first_turn(record)] = Question(first_turn(record), references)
     return list(questions.values())
 
 
@@ -123,11 +120,8 @@ def append(file: Path, made: AnsweredPrompt) -> None:
 
 def read_answered(file: Path) -> dict[str, AnsweredPrompt]:
     """Prompts by their text; an interrupted run may leave half a line. Raises InvalidInput for another file."""
-    if not file.exists():
-        return {}
-    lines = (line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
     try:
-        found = [answered_from(json.loads(line)) for line in lines]
+        found = [answered_from(line) for line in read_lines(file)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidInput(f"{file}: not the answers of a router recipe: {error}") from error
     return {each.prompt: each for each in found}

@@ -8,12 +8,9 @@ Of the held-out sequences, some tokens train confidence heads and the others mea
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2
 from isthmus.models.language.handoff.hidden_states import StateCodec
 from isthmus.models.language.handoff.manifest import HandoffManifest
+from isthmus.models.recipes.common.environment import environment
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language import corpus
 from isthmus.models.recipes.language.device_outputs import DeviceOutputs, Tensors, exit_tensors, run_device
@@ -203,9 +201,8 @@ def describe_training(prepared: Prepared, command: str) -> dict[str, Any]:
         "command": command,
         "seed": prepared.run.seed,
         "seconds": prepared.run.seconds(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **environment(VERSIONS),
         "data": f"{tokens} tokens: the model's chats with itself, entries of FOLDOC and the Jargon File",
-        "versions": {name: version(name) for name in VERSIONS},
     }
 
 

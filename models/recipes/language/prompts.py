@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -18,6 +19,7 @@ from isthmus.models.recipes.language.llama import Llama
 ANSWER_TOKENS = 96
 LONGEST_PROMPT = 512  # tokens; longer ones are left out
 BATCH_PROMPTS = 32
+EXPECTED = "expected plain prompts, or lines of JSON with turns"
 
 
 def load_prompts(file: Path, tokenizer: Tokenizer, every: int = 1) -> list[list[int]]:
@@ -34,6 +36,32 @@ def load_prompts(file: Path, tokenizer: Tokenizer, every: int = 1) -> list[list[
     if not prompts:
         raise InvalidInput(f"{file} contains no prompt of at most {LONGEST_PROMPT} tokens")
     return prompts
+
+
+def prompt_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place of each prompt of a file, and its record, which has "turns": a line of JSON, or a plain prompt.
+
+    Raises InvalidInput.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{file}: not a text file in UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(line) if line.lstrip().startswith("{") else {"turns": [line]}
+            first_turn(record)
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            raise InvalidInput(f"{where}: {EXPECTED}: {error!r}") from error
+        yield where, record
+
+
+def first_turn(record: dict[str, Any]) -> str:
+    """The prompt of a record."""
+    return str(record["turns"][0])
 
 
 def greedy_answers(

@@ -9,13 +9,10 @@ Of the cloud's model only its choices are needed. Prompts are split at random; n
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.router.manifest import OffloadLevel, RouterManifest, level_for
+from isthmus.models.recipes.common.environment import environment
 from isthmus.models.recipes.common.origin import of_arrays
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language.confidence_head import confidences, head_tensors, train_confidence_head
@@ -215,11 +213,10 @@ def describe_training(run: Run, command: str, answers: Sequence[Answer], trainin
         "command": command,
         "seed": run.seed,
         "seconds": run.seconds(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **environment(VERSIONS),
         "data": f"{tokens} tokens of the cloud's greedy answers to {len(answers)} prompts, {training} for training"
         if answers
         else "",
-        "versions": {name: version(name) for name in VERSIONS},
     }
 
 

@@ -25,9 +25,10 @@ from isthmus.models.errors import InvalidInput, LinkDown
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.router.manifest import CloudIdentity
+from isthmus.models.recipes.common.json_lines import read_lines
 from isthmus.models.recipes.language.corpus import generate
 from isthmus.models.recipes.language.llama import Llama
-from isthmus.models.recipes.language.prompts import ANSWER_TOKENS, LONGEST_PROMPT
+from isthmus.models.recipes.language.prompts import ANSWER_TOKENS, LONGEST_PROMPT, first_turn, prompt_records
 
 BATCH_TOKENS = 32 * 300  # of a batch's prompts, with padding
 MOST_BATCH = 32  # prompts
@@ -124,23 +125,9 @@ def read_prompts(file: Path, tokenizer: Tokenizer) -> list[Ids]:
 
     Lines of JSON with "turns", as in Spec-Bench, or plain lines. Raises InvalidInput.
     """
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{file}: not a text file in UTF-8: {error}") from error
-    texts = dict.fromkeys(first_turn(line, f"{file}, line {number}") for number, line in enumerate(lines, 1))
+    texts = dict.fromkeys(first_turn(record) for _, record in prompt_records(file))
     prompts = (tuple(tokenizer.chat([Message("user", text)])) for text in texts)
     return sorted((prompt for prompt in prompts if len(prompt) <= LONGEST_PROMPT), key=len)
-
-
-def first_turn(line: str, where: str) -> str:
-    """The prompt of a line. Raises InvalidInput for JSON without turns."""
-    if not line.lstrip().startswith("{"):
-        return line
-    try:
-        return str(json.loads(line)["turns"][0])
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise InvalidInput(f'{where}: expected a plain prompt, or JSON with "turns"') from error
 
 
 def cloud_answers(file: Path, cloud: Cloud, prompts: Sequence[Ids]) -> list[Answer]:
@@ -157,11 +144,8 @@ def cloud_answers(file: Path, cloud: Cloud, prompts: Sequence[Ids]) -> list[Answ
 
 def read_answers(file: Path) -> dict[Ids, Answer]:
     """Answers by prompt; an interrupted run may leave half a line. Raises InvalidInput for another file."""
-    if not file.exists():
-        return {}
-    lines = (line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
     try:
-        found = [Answer(**{name: tuple(map(int, ids)) for name, ids in json.loads(line).items()}) for line in lines]
+        found = [Answer(**{name: tuple(map(int, ids)) for name, ids in line.items()}) for line in read_lines(file)]
     except (ValueError, TypeError, AttributeError) as error:
         raise InvalidInput(f"{file}: not the answers of a router recipe: {error}") from error
     return {answer.prompt: answer for answer in found}

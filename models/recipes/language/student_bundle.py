@@ -6,13 +6,10 @@ teacher --chats--> texts --closed form--> start --distil--> student --4 bits--> 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.checkpoint.weights import layer_shapes
 from isthmus.models.language.onnx.decoder import OnnxDecoder
 from isthmus.models.language.packing import Floats
+from isthmus.models.recipes.common.environment import environment
 from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.language import corpus, student_texts
@@ -169,8 +167,7 @@ def describe_training(run: Run, stage: str, command: str) -> dict[str, Any]:
         "command": command,
         "seed": run.seed,
         "seconds": sum(float(line["seconds"]) for line in logged),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **environment(VERSIONS),
         "data": f"{sum(tokens[number] for number in read)} tokens, {sum(tokens.values())} of them distinct: the"
         " teacher's chats with itself and about entries of FOLDOC and the Jargon File",
-        "versions": {name: version(name) for name in VERSIONS},
     }

@@ -5,16 +5,14 @@ Everything measured here runs the shipped parts: ONNX Runtime's head, the entrop
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from isthmus.models.bundle.files import write_bundle
+from isthmus.models.recipes.common.environment import environment
 from isthmus.models.recipes.vision.measure import Samples, calibrated, final_scores, measure
 from isthmus.models.recipes.vision.parts import Parts, Trained, cloud_parts, head_parts, macs
 from isthmus.models.vision.bundle import Bundle
@@ -68,8 +66,7 @@ def entries(trained: Trained, parts: Parts, training: dict[str, Any]) -> dict[st
         ),
         "training": {
             **training,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in VERSIONS},
+            **environment(VERSIONS),
         },
         "units": UNITS,
     }
