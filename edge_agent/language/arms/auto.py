@@ -99,13 +99,8 @@ class AutoArm:
         why = f"the cloud reads the prompt meanwhile; {plan.why}"
         plan = replace(plan, likely=plan.begins, why=why)
         for _ in range(SPAN_TOKENS):
-            choice, likely = self._choose(self._sequence.tokens)
-            self._observe(likely)
-            if likely >= plan.likely:
-                yield self._commit(choice, plan)
-            elif self._query.is_pending:
-                yield from self._ask_cloud(choice, likely, plan)
-            if likely < plan.likely or self._sequence.finished or len(self._sequence) >= self._local.model.context:
+            sure = yield from self._decide(plan, may_ask=self._query.is_pending)
+            if not sure or self._sequence.finished or len(self._sequence) >= self._local.model.context:
                 return
 
     def _decode_span(self, plan: ArmPlan) -> Generator[Token, None, None]:
@@ -113,15 +108,23 @@ class AutoArm:
         until = min(len(self._sequence) + SPAN_TOKENS, self._local.model.context)
         generated, started_s = self._sequence.generated, self._stats.clock.now_s()
         while len(self._sequence) < until and not self._sequence.finished:
-            choice, likely = self._choose(self._sequence.tokens)
-            self._observe(likely)
-            if likely >= plan.likely:
-                yield self._commit(choice, plan)
-            else:
-                yield from self._ask_cloud(choice, likely, plan)
+            yield from self._decide(plan, may_ask=True)
         if generated:  # the first span reads the prompt
             predicted_s = (self._sequence.generated - generated) * plan.predicted_s
             self._local.stats.record_latency(self._stats.clock.now_s() - started_s, predicted_s)
+
+    def _decide(self, plan: ArmPlan, *, may_ask: bool) -> Generator[Token, None, bool]:
+        """The next token, of the local model if it is confident, else of the cloud if that may be asked.
+
+        Returns whether the local model was confident.
+        """
+        choice, likely = self._choose(self._sequence.tokens)
+        self._observe(likely)
+        if likely >= plan.likely:
+            yield self._commit(choice, plan)
+        elif may_ask:
+            yield from self._ask_cloud(choice, likely, plan)
+        return likely >= plan.likely
 
     def _choose(self, text: Sequence[int]) -> tuple[Token, float]:
         """The local model's next token, and how likely right that is."""

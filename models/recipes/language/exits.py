@@ -24,7 +24,7 @@ from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.recipes.common.ridge import affine_ridge
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.language.llama import Layer, Llama
-from isthmus.models.recipes.language.teacher import TeacherOutputs, length_batches
+from isthmus.models.recipes.language.teacher import TeacherOutputs, random_batches
 
 RIDGE = 1e-2  # of the mean variance
 HEAD_ROWS = 512  # positions for which the output head is computed at once
@@ -74,13 +74,9 @@ class Batch:
 
 
 def batches(teacher: TeacherOutputs, depth: int, chosen: Sequence[int], generator: torch.Generator) -> Iterator[Batch]:
-    """All chosen sequences once, in random order, in batches of similar length."""
-    lengths = teacher.lengths
-    jitter = (1 + 0.2 * torch.rand(len(teacher), generator=generator)).tolist()
-    order = sorted(chosen, key=lambda s: lengths[s] * jitter[s])
-    groups = list(length_batches(order, lengths))
-    for index in torch.randperm(len(groups), generator=generator).tolist():
-        spans = [teacher.bounds(s) for s in groups[index]]
+    """As `random_batches`."""
+    for group in random_batches(teacher, chosen, generator):
+        spans = [teacher.bounds(s) for s in group]
         parts = [teacher.states[depth][start:end].float() for start, end in spans]
         real = [torch.ones(len(part), dtype=torch.bool) for part in parts]
         yield Batch(
@@ -141,6 +137,15 @@ class HeadLoss(torch.autograd.Function):
         return gradients[0] * gradient_MH, None, None, None, None
 
 
+def head_loss(h_MH: Tensor, head_VH: Tensor, top_MK: Tensor, weight_MK: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The loss of hidden states against the teacher's ids and probabilities, and on some rows how many agree."""
+    part = sample_vocab(top_MK, len(head_VH), SAMPLED_TOKENS)
+    loss: Tensor = HeadLoss.apply(h_MH, head_VH[part.ids_V], part.shift_V, part.top_MK, weight_MK)  # type: ignore[no-untyped-call]
+    some = slice(None, None, len(h_MH) // AGREEMENT_ROWS + 1)
+    agree = F.linear(h_MH.detach()[some].to(head_VH.dtype), head_VH).argmax(1) == top_MK[some, 0]
+    return loss, {"agree": float(agree.float().mean())}
+
+
 def train_exit(run: Run, exit_: Exit, model: Llama, teacher: TeacherOutputs, chosen: Sequence[int]) -> Exit:
     """Distil an exit from the full model's most likely tokens; returns the moving average of its weights."""
     head_VH = model.embedding_VH
@@ -149,12 +154,7 @@ def train_exit(run: Run, exit_: Exit, model: Llama, teacher: TeacherOutputs, cho
         with torch.autocast("cpu", torch.bfloat16):
             h_MH = exit_(batch.x_BTH)[batch.real_BT]
         top_MK = teacher.top_NK[batch.positions_M].long()
-        weight_MK = teacher.logprobs_NK[batch.positions_M].exp()
-        part = sample_vocab(top_MK, len(head_VH), SAMPLED_TOKENS)
-        loss: Tensor = HeadLoss.apply(h_MH, head_VH[part.ids_V], part.shift_V, part.top_MK, weight_MK)  # type: ignore[no-untyped-call]
-        some_MH = h_MH.detach()[:: len(h_MH) // AGREEMENT_ROWS + 1].to(head_VH.dtype)
-        agree = F.linear(some_MH, head_VH).argmax(1) == top_MK[:: len(h_MH) // AGREEMENT_ROWS + 1, 0]
-        return loss, {"agree": float(agree.float().mean())}
+        return head_loss(h_MH, head_VH, top_MK, teacher.logprobs_NK[batch.positions_M].exp())
 
     def epoch_batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         return batches(teacher, exit_.depth, chosen, generator)

@@ -24,15 +24,14 @@ from torch.nn import functional as F
 from isthmus.models.language.architecture import LlamaConfig
 from isthmus.models.language.packing import STORED_BLOCK
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.language.exits import SAMPLED_TOKENS, HeadLoss, sample_vocab
+from isthmus.models.recipes.language.exits import head_loss
 from isthmus.models.recipes.language.llama import Layer, Llama
 from isthmus.models.recipes.language.student_start import before_down, padded
-from isthmus.models.recipes.language.teacher import TeacherOutputs, length_batches
+from isthmus.models.recipes.language.teacher import TeacherOutputs, random_batches
 
 NEW_PARTS, REPLAYED = 2, 4  # files of texts of a piece
 STEP_TOKENS = 1536
 PEAK_LR = 1e-3
-AGREEMENT_ROWS = 64  # positions of a batch whose agreement is logged
 
 PartOf = Callable[[int], TeacherOutputs]  # the file of texts of a number, made where missing
 
@@ -107,13 +106,9 @@ class Batch:
 
 
 def batches(outputs: TeacherOutputs, generator: torch.Generator) -> Iterator[Batch]:
-    """All sequences once, in random order, in batches of similar length."""
-    jitter = (1 + 0.2 * torch.rand(len(outputs), generator=generator)).tolist()
-    lengths = outputs.lengths
-    order = sorted(range(len(outputs)), key=lambda s: lengths[s] * jitter[s])
-    groups = list(length_batches(order, lengths, STEP_TOKENS))
-    for index in torch.randperm(len(groups), generator=generator).tolist():
-        spans = [slice(*outputs.bounds(s)) for s in groups[index]]
+    """As `random_batches`, of all sequences."""
+    for group in random_batches(outputs, range(len(outputs)), generator, STEP_TOKENS):
+        spans = [slice(*outputs.bounds(s)) for s in group]
         learnt = [outputs.logprobs_NK[span, 0].isfinite() for span in spans]
         yield Batch(
             padded([outputs.ids_N[span] for span in spans]),
@@ -137,11 +132,7 @@ def distil(run: Run, stage: str, student: Student, head_VH: Tensor, part_of: Par
     def loss_of(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16):
             h_MH = student(batch.ids_BT)[batch.learnt_BT]
-        part = sample_vocab(batch.top_MK, len(head_VH), SAMPLED_TOKENS)
-        loss: Tensor = HeadLoss.apply(h_MH, head_VH[part.ids_V], part.shift_V, part.top_MK, batch.weight_MK)  # type: ignore[no-untyped-call]
-        some = slice(None, None, len(h_MH) // AGREEMENT_ROWS + 1)
-        agree = F.linear(h_MH.detach()[some].to(head_VH.dtype), head_VH).argmax(1) == batch.top_MK[some, 0]
-        return loss, {"agree": float(agree.float().mean())}
+        return head_loss(h_MH, head_VH, batch.top_MK, batch.weight_MK)
 
     def piece(number: int, generator: torch.Generator) -> Iterator[Batch]:
         return batches(TeacherOutputs.concatenate([part_of(index) for index in parts_of_piece(number)]), generator)

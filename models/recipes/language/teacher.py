@@ -117,6 +117,17 @@ def outputs_by_depth(model: Llama, ids_BT: Tensor) -> list[Tensor]:
     return outputs
 
 
+def random_batches(
+    outputs: TeacherOutputs, chosen: Sequence[int], generator: torch.Generator, tokens: int = BATCH_TOKENS
+) -> Iterator[list[int]]:
+    """All chosen sequences once, in random order, in batches of similar length."""
+    lengths = outputs.lengths
+    jitter = (1 + 0.2 * torch.rand(len(outputs), generator=generator)).tolist()
+    groups = list(length_batches(sorted(chosen, key=lambda s: lengths[s] * jitter[s]), lengths, tokens))
+    for index in torch.randperm(len(groups), generator=generator).tolist():
+        yield groups[index]
+
+
 def length_batches(order: Sequence[int], lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """Group sequences in this order into batches of at most `tokens` with padding, or of one sequence."""
     batch: list[int] = []
