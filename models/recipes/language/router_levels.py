@@ -17,7 +17,7 @@ from isthmus.models.language.router.manifest import Certificate, OffloadLevel, l
 from isthmus.models.recipes.common.learn_then_test import DELTA, certify, samples_needed
 
 # Offload rates of the levels, in percent: more of them cost no certainty, as they are tested in one fixed order
-PERCENT = (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, *range(4, 16), 17, 19, 21, 23, 25, 28, 31, 35, 40, 45, 50, 60, 70, 80, 90)
+PERCENT = (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, *range(4, 16), *range(16, 30, 2), *range(30, 98, 3), 98)
 RATES = tuple(each / 100 for each in PERCENT)
 QUALITIES = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)  # of the dial, that a report is about
 RESAMPLES = 1000
