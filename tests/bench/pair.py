@@ -327,14 +327,15 @@ def plot(result: Row, file: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [(name, row) for name, row in result["quality"].items() if name in ("tokens", "tasks")]
-    figure = Figure(figsize=(5.4 * len(shown) * 2, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4 * len(shown)), layout="constrained")
     panels = [(name, row, cost) for name, row in shown for cost in ("calls", "flops")]
     for index, (name, row, cost) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
+        axes = figure.add_subplot(len(shown), 2, index + 1)
         for router, each in row["routers"].items():
-            order = np.argsort(each["curve"][cost])
-            axes.plot(*(100 * np.array(each["curve"][key])[order] for key in (cost, "quality")), label=router)
-        axes.set(title=f"quality of {name}", xlabel=f"cloud {cost}, % of the cloud alone", ylabel="%")
+            axes.plot(*(100 * np.array(each["curve"][key]) for key in (cost, "quality")), label=router)
+        each_of = f"calls for 100 {'tokens' if name == 'tokens' else 'prompts'}"
+        axes.set(xlabel=each_of if cost == "calls" else "cloud FLOPs, % of the cloud alone")
+        axes.set(ylabel="tokens as the cloud's, %" if name == "tokens" else "right answers, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6)
     figure.savefig(file, dpi=110)

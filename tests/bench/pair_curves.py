@@ -39,10 +39,11 @@ class Outcome:
     cost: str = "tokens"
 
     def curve(self, drawn_P: NDArray[np.int64] | None = None) -> dict[str, Doubles]:
-        """Quality, and each cost as a share of that of the cloud alone, at each threshold (T,)."""
+        """Quality, calls a prompt or token, other costs as shares of the cloud's alone, at each threshold (T,)."""
         chosen = slice(None) if drawn_P is None else drawn_P
-        found = {"quality": self.right_PT[chosen].sum(0) / self.weight_P[chosen].sum()}
-        for name, table_PT in (("calls", self.calls_PT), ("tokens", self.tokens_PT), ("flops", self.flops_PT)):
+        weight = self.weight_P[chosen].sum()
+        found = {"quality": self.right_PT[chosen].sum(0) / weight, "calls": self.calls_PT[chosen].sum(0) / weight}
+        for name, table_PT in (("tokens", self.tokens_PT), ("flops", self.flops_PT)):
             found[name] = table_PT[chosen].sum(0) / max(float(table_PT[chosen, -1].sum()), TINY)
         return found
 
@@ -68,10 +69,11 @@ def figures(curve: Mapping[str, Doubles], cost: str) -> dict[str, float]:
     }
 
 
-def at_quality(curve: Mapping[str, Doubles], quality: float) -> dict[str, float]:
-    """The least of each cost at which a share of the cloud's quality is kept."""
+def at_quality(curve: Mapping[str, Doubles], quality: float, cost: str) -> dict[str, float]:
+    """All costs where a share of the cloud's quality is kept at the least `cost`."""
     kept_T = curve["quality"] >= quality * curve["quality"][-1] - TINY
-    return {name: float(curve[name][kept_T].min()) for name in ("calls", "tokens", "flops")}
+    best = int(np.argmin(np.where(kept_T, curve[cost], np.inf)))
+    return {name: float(curve[name][best]) for name in ("calls", "tokens", "flops")}
 
 
 def measure(outcomes: Mapping[str, Outcome], qualities: tuple[float, ...], resamples: int, best: str) -> Row:
@@ -88,7 +90,7 @@ def measure(outcomes: Mapping[str, Outcome], qualities: tuple[float, ...], resam
         rows[name] = {
             **{figure: finite(value) for figure, value in found.items()},
             "intervals": {figure: bounds(np.array([each[figure] for each in drawn])) for figure in found},
-            "at": {f"{quality:g}": at_quality(curve, quality) for quality in qualities},
+            "at": {f"{quality:g}": at_quality(curve, quality, outcome.cost) for quality in qualities},
             "curve": {key: values.round(5).tolist() for key, values in curve.items()},
         }
     above = {name: bounds(samples[best] - each) for name, each in samples.items() if name != best}

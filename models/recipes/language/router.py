@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from isthmus.models.bundle.files import read_manifest, write_bundle
+from isthmus.models.bundle.manifest import Interval
 from isthmus.models.errors import InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import SMOLLM2, Checkpoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
@@ -42,7 +43,7 @@ from isthmus.models.recipes.language.router_levels import (
     thresholds,
     token_levels,
 )
-from isthmus.models.recipes.language.router_whole import VERIFIER, whole_part
+from isthmus.models.recipes.language.router_whole import RouterPart, whole_part
 
 TRAINING_SHARE = 0.2  # of the prompts; the others certify
 MIN_PROMPTS = 40
@@ -89,41 +90,41 @@ def make(
         answers = answers_of(run, opened, prompts) if tokens else []
         part = whole_part(run, opened, checkpoint, bits, prompts) if whole or not tokens else None
         identity = opened.identity
+    parts = [part] if part else []
+    if tokens:
+        parts.insert(0, token_part(run_for(run, checkpoint, bits, answers), checkpoint, bits, answers))
+    data = [each.data for each in parts]
     manifest: dict[str, Any] = {
         "kind": "router",
         "name": f"{model_name(device, checkpoint.name)}-{bits}-{model_name(cloud, identity.name)}"[:64],
         "licence": "as the models'",
         "device": {"name": checkpoint.name, "weights": checkpoint.fingerprint.hex(), "bits": bits},
         "cloud": identity.model_dump(),
-        "scores": {},
-        "training": describe_training(run, command, []),
+        "scores": {name: score.model_dump() for each in parts for name, score in each.scores.items()},
+        "training": describe_training(command, run.seed, sum(each.seconds for each in parts), data),
     }
-    files: dict[str, bytes] = {}
-    lines: list[str] = []
-    if tokens:
-        lines += add_tokens(manifest, files, run_for(run, checkpoint, bits, answers), checkpoint, answers)
-    if part is not None:
-        files[VERIFIER] = safetensors.numpy.save(part.tensors)
-        manifest |= part.fields
-        manifest["scores"] |= {name: score.model_dump() for name, score in part.scores.items()}
-        manifest["training"]["data"] = "; ".join(filter(None, (manifest["training"]["data"], part.data)))
-        lines += part.lines
+    for each in parts:
+        manifest |= each.fields
+    files = {each.file: safetensors.numpy.save(each.tensors) for each in parts}
     written = write_bundle(folder, manifest, files, RouterManifest)
-    return Routed(read_manifest(written, RouterManifest), lines)
+    return Routed(read_manifest(written, RouterManifest), [line for each in parts for line in each.lines])
 
 
-def add_tokens(
-    manifest: dict[str, Any], files: dict[str, bytes], run: Run, checkpoint: Checkpoint, answers: Sequence[Answer]
-) -> list[str]:
-    """Add the confidence head of single tokens and its levels; returns what they promise."""
-    choices = device_choices(run, checkpoint, manifest["device"]["bits"], answers)
+def token_part(run: Run, checkpoint: Checkpoint, bits: int, answers: Sequence[Answer]) -> RouterPart:
+    """The confidence head of single tokens and its levels."""
+    choices = device_choices(run, checkpoint, bits, answers)
     training, test = split(len(answers), run.seed)
     tensors, levels, measured = fit(choices.of(training), choices.of(test), run.seed)
-    files[HEAD] = safetensors.numpy.save(tensors)
-    manifest |= {"head": HEAD, "token_levels": [level.model_dump() for level in levels]}
-    manifest["scores"] |= scores(levels, measured, run.seed)
-    manifest["training"] = describe_training(run, manifest["training"]["command"], answers, len(training))
-    return report(levels, measured)
+    tokens = sum(len(answer.tokens) for answer in answers)
+    return RouterPart(
+        {"head": HEAD, "token_levels": [level.model_dump() for level in levels]},
+        HEAD,
+        tensors,
+        scores(levels, measured, run.seed),
+        report(levels, measured),
+        run.seconds(),
+        f"{tokens} tokens of the cloud's greedy answers to {len(answers)} prompts, {len(training)} for training",
+    )
 
 
 def answers_of(run: Run, cloud: Cloud, file: Path) -> list[Answer]:
@@ -196,27 +197,24 @@ def fit(
     return head_tensors(head), token_levels(thresholds(known.confidence_N), measured, seed), measured
 
 
-def scores(levels: Sequence[OffloadLevel], test: Choices, seed: int) -> dict[str, Any]:
+def scores(levels: Sequence[OffloadLevel], test: Choices, seed: int) -> dict[str, Interval]:
     """Shares of the tokens of test answers that are the cloud's: by the device alone, and at each certified quality."""
     found = {"test device alone": mean_interval(1 - test.losses(0), seed)}
     for quality in QUALITIES:
         level = level_for(levels, quality)
         if level is not None:
             found[f"test quality {quality:g}"] = mean_interval(1 - test.losses(level.likely), seed)
-    return {name: score.model_dump() for name, score in found.items()}
+    return found
 
 
-def describe_training(run: Run, command: str, answers: Sequence[Answer], training: int = 0) -> dict[str, Any]:
+def describe_training(command: str, seed: int, seconds: float, data: Sequence[str]) -> dict[str, Any]:
     """The manifest's record of the training run."""
-    tokens = sum(len(answer.tokens) for answer in answers)
     return {
         "command": command,
-        "seed": run.seed,
-        "seconds": run.seconds(),
+        "seed": seed,
+        "seconds": seconds,
         **environment(VERSIONS),
-        "data": f"{tokens} tokens of the cloud's greedy answers to {len(answers)} prompts, {training} for training"
-        if answers
-        else "",
+        "data": "; ".join(data),
     }
 
 

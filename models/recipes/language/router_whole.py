@@ -29,17 +29,23 @@ VERIFIER = "answers.safetensors"
 
 
 @dataclass(frozen=True)
-class WholePart:
-    """Fields of the manifest, the tensors of VERIFIER, measured scores, what is promised, and what it was made from."""
+class RouterPart:
+    """A part of a router bundle, of tokens or of whole answers.
+
+    fields: of the manifest. file, tensors: what it adds to the bundle. lines: what it promises. seconds, data: what it
+    took and was made from.
+    """
 
     fields: dict[str, Any]
+    file: str
     tensors: dict[str, NDArray[Any]]
     scores: dict[str, Interval]
     lines: list[str]
+    seconds: float
     data: str
 
 
-def whole_part(run: Run, cloud: Cloud, checkpoint: Checkpoint, bits: int, file: Path) -> WholePart:
+def whole_part(run: Run, cloud: Cloud, checkpoint: Checkpoint, bits: int, file: Path) -> RouterPart:
     """Both models answer the questions of a file; half of them train, the others certify. Raises IsthmusError."""
     origin = {"device": checkpoint.fingerprint.hex(), "bits": str(bits), "cloud": str(cloud.identity)}
     started = Run(run.folder / "whole", run.seed, apart=True).of(recipe="router whole answers", **origin)
@@ -53,11 +59,13 @@ def whole_part(run: Run, cloud: Cloud, checkpoint: Checkpoint, bits: int, file: 
     if accepted_P.any():
         scores["test answers acceptable of those scored 0.5"] = interval(acceptable_P[accepted_P])
     levels = {"answer_levels": trained.answer_levels, "query_levels": trained.query_levels}
-    return WholePart(
+    return RouterPart(
         {"verifier": VERIFIER, **{name: [each.model_dump() for each in found] for name, found in levels.items()}},
+        VERIFIER,
         trained.verifier.tensors(),
         scores,
         [line for name, found in levels.items() for line in described(name.partition("_")[0], found)],
+        started.seconds(),
         f"answers of both models to {len(answered)} questions, {len(training)} for training",
     )
 
