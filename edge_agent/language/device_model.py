@@ -36,7 +36,7 @@ class DeviceModel:
         self.model_context = checkpoint.config.context
         self.context = min(config.context, self.model_context)
         self.handoff = open_handoff(config, checkpoint)
-        self.routers = open_bundles(config.router, self.name, config.device_bits, lambda: self.fingerprint)
+        self.routers = open_bundles(config, self.name, lambda: self.fingerprint)
         self.estimate = (
             estimate_of(self.handoff[0].manifest, self.handoff[1], checkpoint.config) if self.handoff else None
         )

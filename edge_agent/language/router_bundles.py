@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.cloud_model import described
 from isthmus.models.bundle.files import kind_of
 from isthmus.models.bundle.installed import folders
@@ -19,6 +20,7 @@ from isthmus.models.language.router.bundle import RouterBundle
 from isthmus.models.messages import ModelInfo
 
 KIND = "router"
+CERTIFIED_KV_BITS = 32
 log = logging.getLogger(__name__)
 
 
@@ -46,13 +48,18 @@ class RouterBundles:
         return f"no router bundle is for {described(model)} in the cloud: {made_for}"
 
 
-def open_bundles(configured: Path | None, name: str, bits: int, weights: Callable[[], bytes]) -> RouterBundles:
+def open_bundles(config: LanguageConfig, name: str, weights: Callable[[], bytes]) -> RouterBundles:
     """The bundles for a device's model of this name; `weights` gives its fingerprint, and reads all of them.
 
-    Raises BundleError for a configured bundle that is broken. An installed one that is broken is passed over.
+    None with an 8-bit KV cache: it changes some choices, and the levels are certified without it. Raises BundleError
+    for a configured bundle that is broken. An installed one that is broken is passed over.
     """
-    if configured is not None:
-        bundle = RouterBundle.open(configured)
+    bits = config.device_bits
+    if config.kv_bits != CERTIFIED_KV_BITS:
+        certified = f"router bundles are certified for KV caches of {CERTIFIED_KV_BITS} bits"
+        return RouterBundles(problem=f"{certified}, and not used with {config.kv_bits}")
+    if config.router is not None:
+        bundle = RouterBundle.open(config.router)
         if problem := mismatch(bundle, bits, weights):
             log.warning("%s", problem)
             return RouterBundles(problem=problem)

@@ -234,7 +234,7 @@ def end_ids_of(tokenizer: Tokenizer) -> list[int]:
 
 
 def source_of(grammar: Grammar) -> str:
-    """A grammar as llguidance reads it. Raises InvalidInput for JSON that is none, and for what is nested too deep."""
+    """A grammar as llguidance reads it. Raises InvalidGrammar for what is no JSON, or nested too deep."""
     check_nesting(grammar.text)
     check_repeats(grammar)
     match grammar.kind:
@@ -255,7 +255,7 @@ def json_rule(schema: object) -> str:
 
 
 def read_schema(text: str) -> dict[str, object]:
-    """A JSON schema that is an object; true is {}. Raises InvalidInput."""
+    """A JSON schema that is an object; true is {}. Raises InvalidGrammar."""
     try:
         schema = json.loads(text)
     except ValueError as error:
@@ -268,7 +268,7 @@ def read_schema(text: str) -> dict[str, object]:
 
 
 def check_nesting(text: str) -> None:
-    """Raises InvalidInput for more than MAX_NESTING brackets within each other, wherever they are."""
+    """Raises InvalidGrammar for more than MAX_NESTING brackets within each other, wherever they are."""
     depth = 0
     for character in text:
         if character in "([{":
@@ -280,7 +280,7 @@ def check_nesting(text: str) -> None:
 
 
 def check_repeats(grammar: Grammar) -> None:
-    """Raises InvalidInput for counted repetitions within each other, `(a{9}){9}`, that make more than MAX_REPEATS.
+    """Raises InvalidGrammar for counted repetitions within each other, `(a{9}){9}`, that make more than MAX_REPEATS.
 
     Their derivatives are as large as the product of the counts, and no limit of the library counts that. Between rules
     of a Lark grammar, `a~9`, every product may come about.
@@ -291,7 +291,7 @@ def check_repeats(grammar: Grammar) -> None:
     if grammar.kind == "lark":
         between = math.prod(max(int(found[1]), 1) for found in COUNTED.finditer(grammar.text))
     if between * max(map(repeats, texts), default=1) > MAX_REPEATS:
-        raise InvalidInput(f"the grammar repeats a part more than {MAX_REPEATS} times by counts within each other")
+        raise InvalidGrammar(f"the grammar repeats a part more than {MAX_REPEATS} times by counts within each other")
 
 
 def repeats(expression: str) -> int:

@@ -7,7 +7,7 @@ max_output_tokens    -> max_completion_tokens       tools, tool_choice -> of a c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,7 @@ def response_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
         request = validate(ChatRequest, chat)
         job = job_of_chat(request, private, backend)
     except ApiError as error:
-        raise renamed(error, shift=bool(body.get("instructions"))) from None
+        raise renamed(error, places_of(body)) from None
     echoed = {
         "instructions": body.get("instructions"),
         "max_output_tokens": request.max_completion_tokens,
@@ -68,12 +68,12 @@ def response_job(data: bytes, private: bool, backend: GenerationBackend) -> Job:
     return replace(job, echoed=echoed, grammar_field=job.grammar_field.replace("response_format", "text.format"))
 
 
-def renamed(error: ApiError, shift: int) -> ApiError:
-    """The error of a chat with the names of a response's fields; `shift`: messages before those of the input."""
+def renamed(error: ApiError, places: Sequence[int]) -> ApiError:
+    """The error of a chat with the names of a response's fields; `places`: see `places_of`."""
     param, message = error.error["param"] or "", error.error["message"] or ""
     name = next((name for name in NAMES if param.startswith(name)), "")
     if name:
-        ours = NAMES[name] + INDEX.sub(lambda found: f"[{int(found[1]) - shift}]", param[len(name) :], count=1)
+        ours = NAMES[name] + INDEX.sub(lambda found: f"[{places[int(found[1])]}]", param[len(name) :], count=1)
         message = message.replace(param, ours, 1)
         error.error |= {"param": ours, "message": message}
     return error
@@ -92,11 +92,23 @@ def messages_of(body: Mapping[str, Any]) -> list[Json]:
     messages: list[Json] = [{"role": "system", "content": instructions}] if instructions else []
     for index, item in enumerate(items):
         message = message_of(item, f"input[{index}]")
-        if item.get("type") == "function_call" and messages and "tool_calls" in messages[-1]:
+        if index and is_call(item) and is_call(items[index - 1]):
             messages[-1]["tool_calls"] += message["tool_calls"]
         else:
             messages.append(message)
     return messages
+
+
+def is_call(item: Json) -> bool:
+    """Whether it is a function call; those that follow one another are one message."""
+    return item.get("type") == "function_call"
+
+
+def places_of(body: Mapping[str, Any]) -> list[int]:
+    """For each message of `messages_of` the index of the item of the input that it begins with; of instructions -1."""
+    items = body["input"] if isinstance(body["input"], list) else [{}]
+    begins = [index for index, item in enumerate(items) if not (index and is_call(item) and is_call(items[index - 1]))]
+    return [-1, *begins] if body.get("instructions") else begins
 
 
 def message_of(item: object, place: str) -> Json:

@@ -74,14 +74,15 @@ class Question:
 def read_questions(file: Path) -> list[Question]:
     """The questions of a file, each once: JSON lines with "turns" and perhaps "reference", or plain lines.
 
-    Raises InvalidInput.
+    "reference" is a right answer or a list of them. Raises InvalidInput.
     """
     questions: dict[str, Question] = {}
     for where, record in prompt_records(file):
         try:
-            references = tuple(map(str, record.get("reference") or ()))
+            found = record.get("reference") or ()
+            references = (found,) if isinstance(found, str) else tuple(map(str, found))
         except TypeError as error:
-            raise InvalidInput(f"{where}: {EXPECTED}, and a list of references: {error}") from error
+            raise InvalidInput(f"{where}: {EXPECTED}, and a reference or a list of them: {error}") from error
         questions[first_turn(record)] = Question(first_turn(record), references)
     return list(questions.values())
 

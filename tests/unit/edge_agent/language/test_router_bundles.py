@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from isthmus.edge_agent.config import LanguageConfig
 from isthmus.edge_agent.language.router_bundles import installed, open_bundles
 from isthmus.models.bundle.installed import NAME
 from isthmus.models.errors import BundleError
@@ -29,6 +31,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def config(**settings: Any) -> LanguageConfig:
+    return LanguageConfig(model="tiny", **settings)
+
+
 def never() -> bytes:
     raise AssertionError("weights are read for nothing")
 
@@ -42,7 +48,7 @@ def test_the_installed_bundle_of_both_models_is_used(place: Path, checkpoint: Ch
     write_tiny_router(place / "a", checkpoint)
     write_tiny_router(place / "b", checkpoint, name="b", cloud=other)
     write_tiny_router(place / "c", checkpoint, name="c", device={**device(checkpoint), "bits": 4})
-    found = open_bundles(None, checkpoint.name, 8, weights(checkpoint))
+    found = open_bundles(config(), checkpoint.name, weights(checkpoint))
     assert [each.manifest.name for each in found.bundles] == ["tiny-router", "b"]
     bundle = found.for_cloud(declared())
     assert bundle is not None and bundle.manifest.name == "b"
@@ -58,13 +64,20 @@ def device(checkpoint: Checkpoint) -> dict[str, object]:
 
 def test_weights_are_read_only_for_a_bundle_of_the_same_name_and_bits(place: Path, checkpoint: Checkpoint) -> None:
     write_tiny_router(place / "a", checkpoint)
-    assert open_bundles(None, "other", 8, never).bundles == ()
-    assert open_bundles(None, checkpoint.name, 4, never).bundles == ()
+    assert open_bundles(config(), "other", never).bundles == ()
+    assert open_bundles(config(device_bits=4), checkpoint.name, never).bundles == ()
 
 
 def test_without_bundles_it_says_so(place: Path) -> None:
-    found = open_bundles(None, "tiny", 8, never)
+    found = open_bundles(config(), "tiny", never)
     assert found.missing(declared()) == "no router bundle is installed for the device's model"
+
+
+def test_a_cache_of_8_bits_has_no_certified_levels(place: Path, checkpoint: Checkpoint) -> None:
+    write_tiny_router(place / "a", checkpoint)
+    found = open_bundles(config(kv_bits=8), checkpoint.name, never)
+    assert found.bundles == ()
+    assert found.missing(declared()) == "router bundles are certified for KV caches of 32 bits, and not used with 8"
 
 
 @pytest.mark.parametrize(
@@ -79,14 +92,14 @@ def test_a_configured_bundle_of_another_model_is_named_and_not_used(
 ) -> None:
     folder = write_tiny_router(tmp_path / "a", checkpoint)
     with caplog.at_level(logging.WARNING):
-        found = open_bundles(folder, checkpoint.name, bits, lambda: fingerprint)
+        found = open_bundles(config(router=folder, device_bits=bits), checkpoint.name, lambda: fingerprint)
     assert found.bundles == () and found.missing(declared()).endswith(words)
     assert [record.message for record in caplog.records] == [found.problem]
 
 
 def test_a_configured_bundle_that_is_broken_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such bundle folder"):
-        open_bundles(tmp_path / "missing", "tiny", 8, never)
+        open_bundles(config(router=tmp_path / "missing"), "tiny", never)
 
 
 def test_an_installed_bundle_that_is_broken_is_passed_over(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isthmus.models.errors import InvalidInput
+from isthmus.models.errors import InvalidGrammar, InvalidInput
 from isthmus.models.language.checkpoint.checkpoint import open_tokenizer
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.grammar import MAX_COMPILED, Grammars, GrammarState, LastGrammars, json_rule
@@ -238,7 +238,7 @@ def test_counts_within_counts_are_bounded(words: Tokenizer, kind: str, text: str
     if fits:
         state_of(words, kind, text)
         return
-    with pytest.raises(InvalidInput, match="repeats a part more than 4000 times"):
+    with pytest.raises(InvalidGrammar, match="repeats a part more than 4000 times"):
         state_of(words, kind, text)
 
 

@@ -68,6 +68,9 @@ def test_limits_and_formats_are_those_of_a_chat() -> None:
     assert job(text={"format": {"type": "text"}}, store=True, metadata={"a": "b"}).requests[0].sampling.grammar is None
 
 
+CALLED = {"type": "function_call", "call_id": "a", "name": "add", "arguments": "{}"}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -78,6 +81,8 @@ def test_limits_and_formats_are_those_of_a_chat() -> None:
         ({"input": [{"type": ["x"]}]}, "input[0].type"),
         ({"input": [{"role": "user"}], "instructions": "x"}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        ({"input": [CALLED, CALLED, {"role": "user"}], "instructions": "x"}, "input[2].content"),
+        ({"input": [{"role": "user", "content": "x"}, CALLED, CALLED, {"role": "user"}]}, "input[3].content"),
         ({"instructions": 3}, "instructions"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),

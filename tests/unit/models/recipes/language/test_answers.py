@@ -86,6 +86,8 @@ def test_questions_are_read_and_what_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "questions"
     file.write_text('plain\n\n{"turns": ["why?"], "reference": ["so", 7]}\nplain\n')
     assert read_questions(file) == [Question("plain"), Question("why?", ("so", "7"))]
+    file.write_text('{"turns": ["6 * 7?"], "reference": "42"}\n')
+    assert read_questions(file) == [Question("6 * 7?", ("42",))]
     for broken in ("{}", '{"turns": []}', "{"):
         file.write_text(broken)
         with pytest.raises(InvalidInput, match="expected plain prompts, or lines of JSON with turns"):
