@@ -24,7 +24,7 @@ from isthmus.models.vision.architecture import TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Manifest
 from isthmus.models.vision.split import SplitClassifier
-from tests.tiny_bundle import SIDE, TINY, random_split, write_tiny_bundle
+from tests.tiny_bundle import SIDE, TINY, certificate, depends_on, random_split, write_tiny_bundle
 
 settings.register_profile("isthmus", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("isthmus")
@@ -163,9 +163,8 @@ def paper() -> Parts:
             "fp32": {
                 "files": ["head0.onnx"],
                 "exits": [{"name": "exit0", **figures}],
-                "thresholds": [
-                    {"epsilon": 0.01, "delta": 0.1, "confidence": 0.9, "coverage": 0.5, "loss": 0.0, "samples": 300}
-                ],
+                "thresholds": [certificate(0.01, (0.9,))],
+                "depends_on": depends_on("fp32"),
             }
         },
         "taps": [
@@ -185,6 +184,8 @@ def paper() -> Parts:
                 ],
             }
         ],
+        "images": [{"form": "jpeg", "quality": 75, "mean_bytes": 90.0, **figures}],
+        "calibration_samples": 300,
         "tail_macs": 2000,
         "training": {
             "command": "none",

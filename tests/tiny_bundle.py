@@ -21,6 +21,7 @@ from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.vision.parts import Parts, Trained, TrainedTap, halve, head_parts
 from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.certificates import dependencies
 from isthmus.models.vision.manifest import Manifest, Preprocessing, Task
 from isthmus.models.vision.split import SplitClassifier
 
@@ -48,6 +49,12 @@ TINY = Architecture(
 )
 PREPROCESSING = Preprocessing(resize=SIDE, crop=(SIDE, SIDE), mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.5))
 GAINS = (1.0, 3.0, 6.0)  # of the rates of a tap
+IMAGES = (
+    ("jpeg", 50, 1500.0, 0.9),
+    ("jpeg", 75, 2200.0, 0.98),
+    ("webp", 75, 1800.0, 0.97),
+    ("png", 100, 12_000.0, 1.0),
+)
 CAP = 4096  # bytes of a payload
 
 Floats = NDArray[np.float32]
@@ -104,7 +111,11 @@ def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
     ranges = random_images(4, seed=9)
     parts = head_parts(Trained(split, tuple(trained_taps), tasks, TINY, PREPROCESSING, ranges))
     files = {**parts.files, "weights.safetensors": safetensors.torch.save(weights)}
-    return Bundle.open(write_bundle(folder, manifest_of(parts), files, Manifest))
+    content = manifest_of(parts)
+    draft = Bundle.open(write_bundle(folder, content, files, Manifest)).manifest
+    for precision, head in content["heads"].items():
+        head["depends_on"] = dependencies(draft, precision).model_dump()  # so that its certificates hold
+    return Bundle.open(write_bundle(folder, content, files, Manifest))
 
 
 def manifest_of(parts: Parts) -> dict[str, Any]:
@@ -117,11 +128,10 @@ def manifest_of(parts: Parts) -> dict[str, Any]:
             {"width": width, "encoder_macs": int(8_000_000 * width), "rates": rates_of(built.rates, width)}
             for width in built.widths
         ]
-    threshold = {"delta": 0.1, "coverage": 0.5, "loss": 0.0, "samples": 300}
     exits = [{"name": f"exit{index}", "accuracy": 0.7, "agreement": 0.8} for index in range(len(parts.segments))]
     confidences = {"fp32": (0.99, 0.97), "int8": (0.98, 0.96)}
     thresholds = {
-        precision: [{"epsilon": e, "confidence": c, **threshold} for e, c in zip((0.005, 0.02), sure, strict=True)]
+        precision: [certificate(e, (c, round(c - 0.01, 2))) for e, c in zip((0.005, 0.02), sure, strict=True)]
         for precision, sure in confidences.items()
     }
     return {
@@ -133,10 +143,20 @@ def manifest_of(parts: Parts) -> dict[str, Any]:
         "weights": "weights.safetensors",
         "segments": parts.segments,
         "heads": {
-            precision: {"files": names, "exits": exits, "thresholds": thresholds[precision]}
+            precision: {
+                "files": names,
+                "exits": exits,
+                "thresholds": thresholds[precision],
+                "depends_on": depends_on(precision),
+            }
             for precision, names in parts.heads.items()
         },
         "taps": parts.taps,
+        "images": [
+            {"form": form, "quality": quality, "mean_bytes": size, "accuracy": 0.8, "agreement": agreement}
+            for form, quality, size, agreement in IMAGES
+        ],
+        "calibration_samples": 300,
         "tail_macs": 20_000_000,
         "training": {
             "command": "tests/tiny_bundle.py",
@@ -149,6 +169,21 @@ def manifest_of(parts: Parts) -> dict[str, Any]:
         "units": {},
         "scores": {"test cloud accuracy": {"value": 0.75, "low": 0.5, "high": 0.9, "samples": 20}},
     }
+
+
+def certificate(epsilon: float, confidences: tuple[float, ...]) -> dict[str, Any]:
+    """A certificate about accuracy among all inputs, of which half exit."""
+    count = len(confidences)
+    return {
+        "promise": "accuracy", "among": "all", "epsilon": epsilon, "delta": 0.1, "confidences": list(confidences),
+        "shares": [0.5 / count] * count, "accuracy": 0.9, "agreement": 0.95, "loss": 0.0, "samples": 300,
+    }  # fmt: skip
+
+
+def depends_on(precision: str) -> dict[str, str]:
+    """Dependencies of no meaning."""
+    parts = {"graphs": "0" * 64, "cloud": "1" * 64, "preprocessing": "2" * 64}
+    return {**parts, "precision": precision, "runtime": "onnxruntime 1.0"}
 
 
 def rates_of(count: int, width: float) -> list[dict[str, Any]]:

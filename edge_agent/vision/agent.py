@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,14 @@ from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan
 from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.batch import in_order
 from isthmus.edge_agent.vision.costs import Costs
+from isthmus.edge_agent.vision.exit_rule import exit_rule
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.replicas import connect
 from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_deadline, resolve_request
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
-from isthmus.edge_agent.vision.router import Router, exit_confidence
+from isthmus.edge_agent.vision.router import Router
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.messages import CloudReply, Payload
@@ -70,7 +72,8 @@ class EdgeAgent:
         )
         described = bundle.manifest.heads[config.precision]
         self._exits = [exit_.name for exit_ in described.exits]
-        self.goal = Goal(config.objective, exit_confidence(described.thresholds, config.epsilon))
+        self.exit_rule = exit_rule(described, config.epsilon)
+        self.goal = Goal(config.objective, min(self.exit_rule.confidences))
         self._router = Router(self.costs, self._exits)
         self._slots = FairSlots(compute_slots(config.threads))
         self._batch = compute_slots(config.threads) + BATCH_SENT
@@ -203,7 +206,8 @@ class EdgeAgent:
     def _next(self, state: RequestState) -> RoutePlan:
         link = self.replicas.best()
         estimate, refused = (link.estimate, None) if link else (None, self.replicas.unavailable_reason())
-        return self._router.next(state, self.config.mode, self.goal, estimate, refused)
+        goal = replace(self.goal, exit_confidence=self.exit_rule.confidence(len(state.exits)))
+        return self._router.next(state, self.config.mode, goal, estimate, refused)
 
     def _run_segment(self, state: RequestState, pixels_CHW: Floats) -> None:
         """Run the next segment of the head and its exit."""
@@ -214,9 +218,10 @@ class EdgeAgent:
             source_CHW = pixels_CHW if state.features is None else state.features
             state.features, probabilities_K = self._head.segment(index, source_CHW)
         state.exits.append(probabilities_K)
+        state.score = self.exit_rule.score(state.exits)
         self.costs.segment_s[index].observe((state.stage_ms["head"] - before_ms) / 1000)
         if self.metrics:
-            self.metrics.passed(self._exits[index], float(probabilities_K.max()))
+            self.metrics.passed(self._exits[index], state.score)
 
     def _compute_step(
         self, step: RoutePlan, state: RequestState, image: Image.Image, pixels_CHW: Floats

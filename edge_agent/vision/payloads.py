@@ -19,7 +19,7 @@ from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.errors import PayloadTooLarge
 from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.images import encode_image, is_grey, shrink
+from isthmus.models.vision.images import encode_whole
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 
@@ -62,8 +62,7 @@ class PayloadEncoder:
         Raises PayloadTooLarge.
         """
         with state.stage("encode"):
-            small = shrink(image, self._resize)
-            data = encode_image(small.convert("L") if is_grey(small) else small, settings.form, settings.quality)
+            data = encode_whole(image, self._resize, settings.form, settings.quality)
         if len(data) > MAX_IMAGE_BYTES:
             raise PayloadTooLarge(f"the photo has {len(data)} bytes as {settings.form}, the cap is {MAX_IMAGE_BYTES}")
         self._costs.image_encode_s.observe(state.stage_ms["encode"] / 1000)

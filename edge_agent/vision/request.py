@@ -57,6 +57,7 @@ class RequestState:
         self.deadline_s = self.started_s + deadline_s
         self.stage_ms: dict[str, float] = {}
         self.exits: list[Floats] = []  # class probabilities of each exit run
+        self.score: float | None = None  # of the last exit run, as `exit_score` says
         self.features: Floats | None = None
         self.up_bytes = 0
         self.down_bytes = 0

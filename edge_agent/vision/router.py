@@ -14,9 +14,7 @@ from isthmus.edge_agent.policy.estimates import Exploration, LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal, RoutePlan, Situation, describe, plan
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import RequestState
-from isthmus.models.vision.manifest import Threshold
 
-NEVER = 2.0  # a confidence that no exit reaches
 FALLBACK_RESERVE_S = 0.02  # of the deadline, reserved for the device's own answer after a late cloud
 EXPLORE_LEFT_S = 0.05  # with less time left no excluded route is explored: hardly any link replies so soon
 TIME_IS_UP = "the photo waited for others of this device until no reply of the cloud would be in time"
@@ -108,15 +106,9 @@ class Router:
         passed, request = len(state.exits), state.request
         return Situation(
             exit_name=self._exits[passed - 1] if passed else None,
-            confidence=float(state.exits[-1].max()) if passed else None,
+            confidence=state.score,
             routes=self._costs.routes(passed, estimate if refused is None else None, request),
             left_s=math.inf if request.forced_split else self.cloud_left_s(state),
             cloud_refused=refused,
             no_exit=request.no_exit,
         )
-
-
-def exit_confidence(thresholds: Sequence[Threshold], epsilon: float) -> float:
-    """The threshold certified for the largest epsilon up to the given one; NEVER if there is none."""
-    allowed = [threshold for threshold in thresholds if threshold.epsilon <= epsilon + 1e-12]
-    return max(allowed, key=lambda threshold: threshold.epsilon).confidence if allowed else NEVER

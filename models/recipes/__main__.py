@@ -11,7 +11,15 @@ from pathlib import Path
 import click
 
 from isthmus.models.recipes.common.trainer import Run
-from isthmus.models.recipes.options import Size, failing_clearly, manifest_as_json, out_option, report, training_options
+from isthmus.models.recipes.options import (
+    Size,
+    failing_clearly,
+    manifest_as_json,
+    out_option,
+    report,
+    training_options,
+    use_threads,
+)
 from isthmus.models.vision.manifest import DEFAULT_EPSILON, Preprocessing
 
 
@@ -209,6 +217,29 @@ def fashion(out: Path, data: Path, run: Run, as_json: bool) -> None:
     with failing_clearly(run.folder):
         bundle = make(out, run, f"python -m isthmus.models.recipes fashion --seed {run.seed}", data)
     report(out, bundle, as_json)
+
+
+@main.command(epilog="Example: python -m isthmus.models.recipes measure models/zoo/fashion --out models/zoo/fashion")
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@out_option()
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Images that did not train it: the folder that `split` was given, the labelled photographs of `photos`, or"
+    " Fashion-MNIST.  [default: ELPV, or the folder of the recipe]",
+)
+@click.option("--threads", default=0, show_default=True, expose_value=False, callback=use_threads, help="0: all cores.")
+@manifest_as_json
+def measure(bundle: Path, out: Path, data: Path | None, as_json: bool) -> None:
+    """Measure every way of an existing BUNDLE anew and certify its exits, without training.
+
+    For a bundle of the schema before, or where ONNX Runtime, or what else certificates depend on, has changed.
+    """
+    from isthmus.models.recipes.vision.remeasure import remeasure
+
+    with failing_clearly(bundle):
+        measured = remeasure(bundle, out, data)
+    report(out, measured, as_json)
 
 
 @main.command(epilog="Example: python -m isthmus.models.recipes baselines n0 entropic-student --work runs/sc2")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -64,6 +65,11 @@ def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
     if form is None:
         raise InvalidInput(f"not a readable {', '.join(FORMATS)} image: {name_of(data)} ({len(data)} bytes)")
     return guarded(lambda: decode(data, form, max_pixels), lambda: defect(data, form))
+
+
+def open_file(path: Path) -> Image.Image:
+    """As `open_image`, of a file. Raises OSError when it cannot be read."""
+    return open_image(path.read_bytes())
 
 
 def guarded(read: Callable[[], Image.Image], defect: Callable[[], str]) -> Image.Image:
@@ -188,6 +194,12 @@ def encode_image(image: Image.Image, form: FileFormat, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form.upper(), quality=quality)
     return buffer.getvalue()
+
+
+def encode_whole(image: Image.Image, resize: int, form: FileFormat, quality: int) -> bytes:
+    """An RGB photo as a device sends it whole: its shorter side at most `resize` pixels, one channel if it is grey."""
+    small = shrink(image, resize)
+    return encode_image(small.convert("L") if is_grey(small) else small, form, quality)
 
 
 def is_grey(image: Image.Image) -> bool:

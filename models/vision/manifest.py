@@ -1,18 +1,25 @@
-"""The schema of a vision bundle's `manifest.json`, version 3.
+"""The schema of a vision bundle's `manifest.json`, version 4.
 
 Values only: `bundle.files` reads and writes. Units: sizes in pixels and bytes, times in seconds, fractions in [0, 1].
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from isthmus.models.bundle.manifest import BundleManifest, FileEntry, FileName, Fraction, Name, Part
+from isthmus.models.bundle.manifest import BundleManifest, FileEntry, FileName, Fraction, Name, Part, Sha256
 from isthmus.models.vision.architecture import Architecture, Shape, Side, TapArchitecture
 
 Precision = Literal["fp32", "int8"]
+ImageForm = Literal["jpeg", "webp", "png"]
+Promise = Literal["accuracy", "agreement"]
+Among = Literal["all", "exited"]
+
+NEVER = 2.0  # a score that no exit reaches
+FEATURES = 5  # of a correctness head
 
 DEFAULT_EPSILON = 0.005  # half a point: the loss of accuracy that a device allows its exits by default
 
@@ -54,12 +61,23 @@ class Segment(Part):
     macs: Annotated[int, Field(ge=0)]
 
 
+class CorrectnessHead(Part):
+    """Logistic regression: the chance that an exit's answer costs nothing against the cloud's. See `exit_score`."""
+
+    bias: float
+    weights: Annotated[tuple[float, ...], Field(min_length=FEATURES, max_length=FEATURES)]
+
+
 class Exit(Part):
-    """An early exit after the segment of its index, measured on the calibration part as if every input took it."""
+    """An early exit after the segment of its index, measured on the calibration part as if every input took it.
+
+    Its answer is judged by `score`, or by its highest probability where there is none.
+    """
 
     name: Name
     accuracy: Fraction
     agreement: Fraction  # with the cloud model
+    score: CorrectnessHead | None = None
 
 
 class Rate(Part):
@@ -91,32 +109,79 @@ class Tap(Part):
     widths: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)]
 
 
-class Threshold(Part):
-    """Exit when the confidence is at least `confidence`; certified: P(loss of accuracy > epsilon) <= delta.
+class ImageWay(Part):
+    """A whole photo sent as a file, shrunk to the network's `resize`, measured on the calibration part."""
 
-    Learn-then-test (Angelopoulos et al., 2021), exact binomial, fixed sequence, on `samples` calibration inputs.
-    A confidence above 1 means that no exit can be certified.
+    form: ImageForm
+    quality: Annotated[int, Field(ge=1, le=100)]  # 100 for PNG, which is lossless
+    mean_bytes: Annotated[float, Field(ge=0)]
+    accuracy: Fraction
+    agreement: Fraction  # with the cloud model on the photo as it is
+
+
+def wilson(fraction: float, samples: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson interval of a fraction measured on so many samples; 95 % by default."""
+    spread = z * math.sqrt(fraction * (1 - fraction) / samples + (z / (2 * samples)) ** 2)
+    middle, width = fraction + z * z / (2 * samples), 1 + z * z / samples
+    return max(0.0, (middle - spread) / width), min(1.0, (middle + spread) / width)
+
+
+class Threshold(Part):
+    """A certificate: leave at the first exit whose score reaches its own confidence; P(mean loss > epsilon) <= delta.
+
+    promise: what is lost. accuracy: the exit is wrong where the cloud model is right. agreement: another answer than
+    the cloud model's, which takes no labels and is the larger of the two.
+    among: over which inputs the loss is averaged, all or those that leave at an exit.
+
+    Learn-then-test (Angelopoulos et al., 2021), exact binomial, on `samples` calibration inputs that chose nothing. A
+    confidence above 1 means that the exit never answers.
     """
 
+    promise: Promise
+    among: Among
     epsilon: Fraction
     delta: Fraction
-    confidence: Annotated[float, Field(ge=0, le=2)]
-    coverage: Fraction  # share answered on the device
-    loss: Fraction  # observed on the calibration part
+    confidences: Annotated[tuple[Annotated[float, Field(ge=0, le=2)], ...], Field(min_length=1, max_length=8)]
+    shares: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=8)]  # of all inputs, answered at each exit
+    accuracy: Fraction  # of the answers at exits, 0 where there is none
+    agreement: Fraction
+    loss: Fraction  # observed
     samples: Annotated[int, Field(ge=1)]
+
+    @property
+    def coverage(self) -> float:
+        """The share of all inputs that is answered on the device."""
+        return min(1.0, sum(self.shares))
+
+    @property
+    def answers(self) -> bool:
+        """Whether any exit answers."""
+        return min(self.confidences) <= 1
+
+
+class Dependencies(Part):
+    """What the certificates of a head depend on: where any of it differs, they are void."""
+
+    graphs: Sha256  # of the segments at this precision
+    cloud: Sha256  # of the cloud's weights or graphs
+    preprocessing: Sha256
+    precision: Precision
+    runtime: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32} [0-9]{1,4}\.[0-9]{1,4}$")]  # as "onnxruntime 1.31"
 
 
 class Head(Part):
-    """All segments at one precision, an ONNX graph each, their exits, and the exits' certified thresholds."""
+    """All segments at one precision, an ONNX graph each, their exits, and the exits' certificates."""
 
     files: Annotated[tuple[FileName, ...], Field(min_length=1, max_length=8)]
     exits: Annotated[tuple[Exit, ...], Field(min_length=1, max_length=8)]
-    thresholds: tuple[Threshold, ...]
+    thresholds: Annotated[tuple[Threshold, ...], Field(max_length=256)]
+    depends_on: Dependencies
 
 
 class Manifest(BundleManifest):
     """The whole of `manifest.json`."""
 
+    VERSION: ClassVar[int] = 4
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=8)]
     preprocessing: Preprocessing
     architecture: Architecture
@@ -125,6 +190,8 @@ class Manifest(BundleManifest):
     segments: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=8)]
     heads: dict[Precision, Head]  # fp32 is required; figures of taps are measured with it
     taps: Annotated[tuple[Tap, ...], Field(min_length=1, max_length=8)]
+    images: Annotated[tuple[ImageWay, ...], Field(min_length=1, max_length=16)]
+    calibration_samples: Annotated[int, Field(ge=1)]  # of which every way's figures are
     tail_macs: Annotated[int, Field(ge=0)]  # after the last segment, first task
     units: dict[str, str]
 
@@ -169,6 +236,10 @@ class Manifest(BundleManifest):
                 raise ValueError(f"segments, architecture.cuts, files and exits of {precision} must be of one length")
             if [exit_.name for exit_ in head.exits] != [exit_.name for exit_ in self.heads["fp32"].exits]:
                 raise ValueError(f"exits of {precision} must be named like those of fp32")
+            if any({len(each.confidences), len(each.shares)} != {len(head.exits)} for each in head.thresholds):
+                raise ValueError(f"thresholds of {precision} must have a confidence and a share for each exit")
+            if head.depends_on.precision != precision:
+                raise ValueError(f"certificates of {precision} depend on {head.depends_on.precision}")
 
     def _segments_fit(self) -> None:
         if self.segments[0].input != (3, *self.preprocessing.crop):
@@ -185,6 +256,8 @@ class Manifest(BundleManifest):
         for what, names in (("tasks", [t.name for t in self.tasks]), ("taps", [t.name for t in self.taps])):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what} must have different names")
+        if len({(image.form, image.quality) for image in self.images}) < len(self.images):
+            raise ValueError("images must differ in form or quality")
 
     def _tap_fits(self, tap: Tap, built: TapArchitecture) -> None:
         if built.after > len(self.segments):

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -22,6 +23,7 @@ from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.vision.calibrate import first_exit
 from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.exit_score import exit_score
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Precision
@@ -36,24 +38,28 @@ def exits(bundle: Bundle, photos: Photos, count: int | None, precision: Precisio
     """All figures, as the JSON that `--json` writes."""
     head, tail, manifest = Head(bundle, precision=precision), open_tail(bundle), bundle.manifest
     labels_N = photos.labels_N[:count]
-    confidence_NE = np.zeros((len(labels_N), head.exits), np.float32)
+    score_NE = np.zeros((len(labels_N), head.exits))
     answer_NE = np.zeros((len(labels_N), head.exits + 1), np.int64)  # the cloud's last
     for photo in track(range(len(labels_N)), "photos", console=Console(stderr=True), transient=True):
         x_CHW = image_CHW = preprocess(photos.image(photo), manifest.preprocessing)
-        for index in range(head.exits):
+        answers: list[NDArray[np.float32]] = []
+        for index, exit_ in enumerate(manifest.heads[precision].exits):
             x_CHW, probabilities_K = head.segment(index, x_CHW)
-            confidence_NE[photo, index] = probabilities_K.max()
+            answers.append(probabilities_K)
+            score_NE[photo, index] = exit_score(answers, exit_)
             answer_NE[photo, index] = probabilities_K.argmax()
         answer_NE[photo, -1] = tail.answer_images([image_CHW])[0].argmax()
     right_NE = answer_NE == labels_N[:, None]
     thresholds = []
     for threshold in manifest.heads[precision].thresholds:
-        taken_N = first_exit(confidence_NE.T, threshold.confidence)
+        if (threshold.promise, threshold.among) != ("accuracy", "all"):
+            continue
+        taken_N = first_exit(score_NE.T, threshold.confidences)
         right_N = right_NE[np.arange(len(labels_N)), taken_N]
         thresholds.append(
             {
                 "epsilon": threshold.epsilon,
-                "confidence": threshold.confidence,
+                "confidences": threshold.confidences,
                 "on_device": interval(taken_N < head.exits).model_dump(),
                 "each_exit": [float((taken_N == index).mean()) for index in range(head.exits)],
                 "accuracy": interval(right_N).model_dump(),
@@ -79,7 +85,7 @@ def table(result: Row) -> str:
     for row in result["thresholds"]:
         device, accuracy = row["on_device"], row["accuracy"]
         lines.append(
-            f"| {row['epsilon']:.1%} | {'never' if row['confidence'] > 1 else format(row['confidence'], '.3f')}"
+            f"| {row['epsilon']:.1%} | {', '.join('never' if x > 1 else f'{x:.3f}' for x in row['confidences'])}"
             f" | {device['value']:.1%} [{device['low']:.1%}, {device['high']:.1%}]"
             f" | {accuracy['value']:.2%} [{accuracy['low']:.2%}, {accuracy['high']:.2%}] | {100 * row['lost']:+.2f} |"
         )

@@ -19,7 +19,7 @@ def answer(photo: Path, folder: Path) -> str:
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     split = load_split(bundle)
-    sure = max((threshold.confidence for threshold in manifest.heads["fp32"].thresholds), default=1.0)
+    sure = max((min(each.confidences) for each in manifest.heads["fp32"].thresholds if each.answers), default=1.0)
     x_BCHW = torch.from_numpy(preprocess(open_image(photo.read_bytes()), manifest.preprocessing))[None]
     probabilities_K = torch.zeros(len(manifest.tasks[0].labels))
     for index, head in enumerate(split.exits):

@@ -31,23 +31,25 @@ HOSTILE = {
     "a list": b"[]",
     "a number": b"1",
     "deeply nested": b"[" * 1_000_000,
-    "deeply nested object": b'{"schema_version":3,"a":' * 200_000,
+    "deeply nested object": b'{"schema_version":4,"a":' * 200_000,
     "number of a million digits": b'{"schema_version":' + b"9" * 1_000_000 + b"}",
     "larger than the limit": b" " * (MAX_MANIFEST_BYTES + 1),
-    "a field that no terminal can print": b'{"schema_version":3,"\\ud800":1}',
-    "a field with line breaks": b'{"schema_version":3,"\\n\\u001b[2J":1}',
+    "a field that no terminal can print": b'{"schema_version":4,"\\ud800":1}',
+    "a field with line breaks": b'{"schema_version":4,"\\n\\u001b[2J":1}',
     "version of a megabyte": b'{"schema_version":"' + b"1" * 1_000_000 + b'"}',
-    "field name of a megabyte": b'{"schema_version":3,"' + b"a" * 1_000_000 + b'":1}',
+    "field name of a megabyte": b'{"schema_version":4,"' + b"a" * 1_000_000 + b'":1}',
 }
 
 
-OPENERS: tuple[Callable[[Path], object], ...] = (Bundle.open, RouterBundle.open)
+OPENERS: tuple[tuple[int, Callable[[Path], object]], ...] = ((4, Bundle.open), (3, RouterBundle.open))
 
 
-@pytest.mark.parametrize("open_bundle", OPENERS, ids=["vision", "router"])
+@pytest.mark.parametrize(("version", "open_bundle"), OPENERS, ids=["vision", "router"])
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_manifests_end_in_one_line(tmp_path: Path, data: bytes, open_bundle: Callable[[Path], object]) -> None:
-    (tmp_path / "manifest.json").write_bytes(data)
+def test_hostile_manifests_end_in_one_line(
+    tmp_path: Path, data: bytes, version: int, open_bundle: Callable[[Path], object]
+) -> None:
+    (tmp_path / "manifest.json").write_bytes(data.replace(b'"schema_version":4', b'"schema_version":%d' % version))
     with pytest.raises(BundleError) as caught:
         open_bundle(tmp_path)
     message = str(caught.value)
@@ -62,8 +64,8 @@ def test_any_json_object_is_refused_as_a_bundle_error(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, object]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": 3}), encoding="utf-8")
-    for open_bundle in OPENERS:
+    for version, open_bundle in OPENERS:
+        (folder / "manifest.json").write_text(json.dumps({**content, "schema_version": version}), encoding="utf-8")
         with pytest.raises(BundleError):
             open_bundle(folder)
 

@@ -24,7 +24,7 @@ from isthmus.models.recipes.vision.distil import Distillation, train_in_stages
 from isthmus.models.recipes.vision.elpv_cloud import PREPROCESSING, PhotoBatch, batches, normalise, train_cloud
 from isthmus.models.recipes.vision.elpv_data import Photos, load
 from isthmus.models.recipes.vision.heads import train_head
-from isthmus.models.recipes.vision.imagenet import DEVIATION, MEAN, imagenet_file
+from isthmus.models.recipes.vision.imagenet import imagenet_file
 from isthmus.models.recipes.vision.measure import Samples
 from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.recipes.vision.rates import Rates, integers
@@ -32,6 +32,7 @@ from isthmus.models.recipes.vision.views import BATCH, Views
 from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite
+from isthmus.models.vision.images import open_file, preprocess
 from isthmus.models.vision.manifest import Task
 from isthmus.models.vision.slim import SlimEncoder
 from isthmus.models.vision.split import SplitClassifier
@@ -141,16 +142,15 @@ def tap_tables(views: Views, split: SplitClassifier, deep: Rates, shallow: Rates
     )
 
 
-def samples(photos: Photos, count: int | None = None) -> Samples:
-    """The first `count` photographs (None: all), preprocessed as on the device."""
-    images = [
-        np.ascontiguousarray(
-            np.broadcast_to((grey_HW.astype(np.float32) / 255 - MEAN) / DEVIATION, (3, *grey_HW.shape))
-        )
-        for grey_HW in photos.images_NHW[:count]
-    ]
-    labels_TN = (photos.labels_N[:count], photos.cell_types_N[:count])
-    return Samples([image.astype(np.float32) for image in images], labels_TN)
+def samples(photos: Photos) -> Samples:
+    """Photographs as a device gets them."""
+    opened = [partial(open_file, path) for path in photos.paths]
+    return Samples(opened, (photos.labels_N, photos.cell_types_N))
+
+
+def measuring_data() -> export.Data:
+    """The parts that nothing is trained on."""
+    return export.Data(samples(load("calibration")), samples(load("test")))
 
 
 def hash_of(photos: Photos) -> str:
@@ -168,7 +168,14 @@ def make(folder: Path, run: Run, command: str) -> Bundle:
     taps = tap_tables(views, deep.split, deep.rates, bottleneck.rates)
     return export.write(
         folder,
-        Trained(deep.split, taps, TASKS, ARCHITECTURE, PREPROCESSING, samples(train, RANGE_PHOTOS).images),
+        Trained(
+            deep.split,
+            taps,
+            TASKS,
+            ARCHITECTURE,
+            PREPROCESSING,
+            [preprocess(photo(), PREPROCESSING) for photo in samples(train).photos[:RANGE_PHOTOS]],
+        ),
         about={"name": "elpv", "licence": LICENCE},
         training={
             "command": command,
@@ -176,8 +183,7 @@ def make(folder: Path, run: Run, command: str) -> Bundle:
             "seconds": run.seconds(),
             "data": f"ELPV (PyPI elpv-dataset), train part, {len(train)} photographs",
         },
-        calibration=samples(load("calibration")),
-        test=samples(load("test")),
+        data=measuring_data(),
     )
 
 

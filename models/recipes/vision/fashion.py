@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from isthmus.models.recipes.common import debian, origin
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.vision import own
+from isthmus.models.recipes.vision import export, own, own_data
 from isthmus.models.recipes.vision.augment import random_affine, random_mirror
 from isthmus.models.recipes.vision.cutting import capture
 from isthmus.models.recipes.vision.own_data import Images
@@ -136,6 +136,12 @@ def train_cloud(run: Run, part: Images) -> FashionNet:
     average = run.fit("cloud", net, batches, loss_of, Schedule(EPOCHS, len(part) // BATCH, peak_lr=PEAK_LR))
     assert isinstance(average, FashionNet)
     return average
+
+
+def measuring_data(folder: Path) -> export.Data:
+    """The parts that nothing is trained on. Raises InvalidInput when they cannot be downloaded."""
+    parts = load(folder)
+    return export.Data(own_data.samples(parts["calibration"]), own_data.samples(parts["test"]))
 
 
 def make(folder: Path, run: Run, command: str, data: Path) -> Bundle:

@@ -99,13 +99,10 @@ def build(
     torch.manual_seed(run.seed)
     split = SplitClassifier(built, backbone(captured, cuts))
     split.eval()
-    labels = {
-        name: answers(split, part, spec).numpy() if part.labels_N is None else part.labels_N
-        for name, part in parts.items()
-    }
+    labels_N = answers(split, train_part, spec).numpy() if train_part.labels_N is None else train_part.labels_N
     if (true_N := parts["calibration"].labels_N) is not None:
         check_order(answers(split, parts["calibration"], spec).numpy(), true_N, names)
-    targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels["train"])]
+    targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels_N)]
     finished = distilled(run, split, train_part, targets_NK, spec)
     split, tap = finished.split.eval(), trained_tap(finished, train_part, spec)
     ranges = [normalise(image_3HW, spec) for image_3HW in train_part.images_N3HW[:RANGE_IMAGES]]
@@ -119,8 +116,7 @@ def build(
             "seconds": run.seconds(),
             "data": f"{what}; cut after {', '.join(cuts)}",
         },
-        calibration=own_data.samples(parts["calibration"], labels["calibration"], spec),
-        test=own_data.samples(parts["test"], labels["test"], spec),
+        data=export.Data(own_data.samples(parts["calibration"]), own_data.samples(parts["test"])),
     )
 
 

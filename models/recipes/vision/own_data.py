@@ -10,6 +10,7 @@ import io
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from rich.progress import track
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.vision.measure import Samples
-from isthmus.models.vision.images import FileFormat, encode_image, open_image, preprocess
+from isthmus.models.vision.images import FileFormat, encode_image, open_file, open_image, preprocess
 from isthmus.models.vision.manifest import Preprocessing
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -175,9 +176,11 @@ def normalise(images_N3HW: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np
     return normal
 
 
-def samples(part: Images, labels_N: NDArray[np.int64], spec: Preprocessing) -> Samples:
-    """A part as `export.write` takes it."""
-    return Samples([normalise(image_3HW, spec) for image_3HW in part.images_N3HW], (labels_N,))
+def samples(part: Images) -> Samples:
+    """A part as it is measured: the files themselves, or the images where there are none."""
+    files = [partial(open_file, path) for path in part.paths]
+    pixels = [partial(Image.fromarray, image_3HW.transpose(1, 2, 0)) for image_3HW in part.images_N3HW]
+    return Samples(files or pixels, () if part.labels_N is None else (part.labels_N,))
 
 
 def recoded(image_3HW: NDArray[np.uint8], form: FileFormat, quality: int) -> tuple[bytes, NDArray[np.uint8]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from isthmus.models.recipes.vision.views import BATCH, Views, extend
 from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite, fuse_batch_norms
-from isthmus.models.vision.images import open_image, preprocess
+from isthmus.models.vision.images import open_file
 from isthmus.models.vision.manifest import Preprocessing, Task
 from isthmus.models.vision.split import SplitClassifier
 
@@ -119,10 +120,14 @@ def train_bottleneck(run: Run, views: Views, split: SplitClassifier) -> Bottlene
 
 
 def samples(folder: Path, part: str) -> Samples:
-    """A part of the labelled photographs, preprocessed as on the device."""
+    """A part of the labelled photographs."""
     found = labelled(folder, part)
-    images = [preprocess(open_image(path.read_bytes()), PREPROCESSING) for path in found.paths]
-    return Samples(images, (found.labels_N,))
+    return Samples([partial(open_file, path) for path in found.paths], (found.labels_N,))
+
+
+def measuring_data(folder: Path) -> export.Data:
+    """The labelled parts. Of the training part no label is trained on, and the exit is not trained: it may choose."""
+    return export.Data(*(samples(folder, part) for part in ("calibration", "test", "train")))
 
 
 def ranges(views: Views) -> list[NDArray[np.float32]]:
@@ -169,6 +174,5 @@ def make(folder: Path, run: Run, command: str, photos: Path, labelled_photos: Pa
             "seconds": run.seconds(),
             "data": f"{len(sources.photos)} photographs, {len(sources.objects)} objects; Debian packages, no labels",
         },
-        calibration=samples(labelled_photos, "calibration"),
-        test=samples(labelled_photos, "test"),
+        data=measuring_data(labelled_photos),
     )

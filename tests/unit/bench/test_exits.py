@@ -33,7 +33,7 @@ def bundle(tiny_bundle: Bundle, photos: Photos, monkeypatch: pytest.MonkeyPatch)
     surest = sorted(head.segment(0, preprocess(photos.image(index), spec))[1].max() for index in range(COUNT))
     manifest = tiny_bundle.manifest
     some = manifest.heads["fp32"].thresholds[0]
-    thresholds = tuple(some.model_copy(update={"confidence": float(x)}) for x in (0, surest[COUNT // 2], 2))
+    thresholds = tuple(some.model_copy(update={"confidences": (float(x),) * 2}) for x in (0, surest[COUNT // 2], 2))
     heads = {**manifest.heads, "fp32": manifest.heads["fp32"].model_copy(update={"thresholds": thresholds})}
     monkeypatch.setattr(tiny_bundle, "manifest", manifest.model_copy(update={"heads": heads}))
     return tiny_bundle
@@ -47,9 +47,9 @@ def test_who_is_sure_enough_exits_and_the_cloud_answers_the_rest(bundle: Bundle,
         for index in range(COUNT):
             image_CHW = x_CHW = preprocess(photos.image(index), spec)
             answers = []
-            for segment in range(head.exits):
+            for segment, confidence in enumerate(threshold.confidences):
                 x_CHW, answer_K = head.segment(segment, x_CHW)
-                answers += [answer_K] * bool(answer_K.max() >= threshold.confidence)
+                answers += [answer_K] * bool(answer_K.max() >= confidence)
             left += bool(answers)
             right += int([*answers, tail.answer_images([image_CHW])[0]][0].argmax() == index % 2)
         assert row["on_device"]["value"] == pytest.approx(left / COUNT) == pytest.approx(sum(row["each_exit"]))

@@ -22,10 +22,11 @@ from isthmus.edge_agent.policy.estimates import EXPLORE_EVERY, LinkEstimate
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.edge_agent.vision.costs import Costs
+from isthmus.edge_agent.vision.exit_rule import exit_rule
 from isthmus.edge_agent.vision.metrics import REASONS, EdgeMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import TaskAnswer
-from isthmus.edge_agent.vision.router import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST, NEVER, exit_confidence
+from isthmus.edge_agent.vision.router import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST
 from isthmus.models.errors import (
     AgentClosed,
     DeadlineExceeded,
@@ -38,6 +39,7 @@ from isthmus.models.errors import (
 from isthmus.models.messages import CloudReply, Codec, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
+from isthmus.models.vision.manifest import NEVER
 
 PROBABILITIES = ((0.25, 0.75), (0.5, 0.125, 0.375))  # of defect and colour
 POINTS = [("light", 0.5, rate) for rate in range(3)] + [("light", 1.0, rate) for rate in range(3)]
@@ -103,8 +105,13 @@ def in_mode(case: Case, mode: str) -> Case:
     return case
 
 
+def exits_from(case: Case, confidence: float) -> None:
+    """Both exits answer from this score on."""
+    case.agent.exit_rule = replace(case.agent.exit_rule, confidences=(confidence, confidence))
+
+
 def test_a_confident_exit_answers_and_sends_nothing(case: Case, photo: Image.Image) -> None:
-    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    exits_from(case, 0.0)
     case.link.estimate = LinkEstimate(10.0, 1.0)  # too slow to be tried before the first exit
     answer = case.agent.infer(photo)
     assert (answer.route, answer.exit, answer.degraded, answer.bytes_up) == ("exit", "exit0", False, 0)
@@ -114,10 +121,10 @@ def test_a_confident_exit_answers_and_sends_nothing(case: Case, photo: Image.Ima
 def test_the_share_of_inputs_that_each_exit_answers_is_recorded(case: Case, photo: Image.Image) -> None:
     case.link.estimate = LinkEstimate(10.0, 1.0)  # too slow to be tried
     shares = case.agent.costs.exit_share
-    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    exits_from(case, 0.0)
     case.agent.infer(photo)
     assert [share.value for share in shares] == [1.0, 0.3], "exit0 answered the first input, exit1 has seen none"
-    case.agent.goal = replace(case.agent.goal, exit_confidence=NEVER)
+    exits_from(case, NEVER)
     case.agent.infer(photo)
     assert [share.value for share in shares] == [0.5, 0.0], "one of two at exit0, none of one at exit1"
 
@@ -175,7 +182,7 @@ def test_the_router_chooses_what_a_request_leaves_open(case: Case, photo: Image.
 def test_a_forced_split_is_sent_however_confident_an_exit_is_and_however_slow_the_link(
     case: Case, photo: Image.Image
 ) -> None:
-    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    exits_from(case, 0.0)
     case.link.estimate = LinkEstimate(10.0, 1.0)
     assert case.agent.infer(photo, tap="deep").route == "split"
     assert case.agent.infer(photo, rate=0).route == "split"
@@ -218,7 +225,7 @@ def test_a_device_without_a_configured_cloud_is_not_degraded(
     case: Case, photo: Image.Image, arguments: dict[str, Any], confidence: float
 ) -> None:
     case.agent.replicas = Replicas([])
-    case.agent.goal = replace(case.agent.goal, exit_confidence=confidence)
+    exits_from(case, confidence)
     answer = case.agent.infer(photo, **arguments)
     assert (answer.route, answer.degraded) == ("exit", False)
     assert confidence < 2 or "no cloud is configured" in answer.why
@@ -277,7 +284,7 @@ def test_the_agents_own_tasks_are_answered_when_none_is_named(case: Case, photo:
 
 
 def test_no_exit_answers_a_task_that_it_does_not_have(case: Case, photo: Image.Image) -> None:
-    case.agent.goal = replace(case.agent.goal, exit_confidence=0.0)
+    exits_from(case, 0.0)
     answer = case.agent.infer(photo, tasks=["colour"])
     assert answer.route in ("split", "offload")
     assert answer.why.startswith("exits do not answer colour; fastest: ")
@@ -462,19 +469,19 @@ def test_answers_are_json(case: Case, photo: Image.Image) -> None:
     assert shown["answers"]["colour"] == {"label": "red", "index": 0, "probabilities": [0.5, 0.125, 0.375]}
 
 
-def test_epsilon_picks_the_certified_threshold(tiny_bundle: Bundle) -> None:
-    thresholds = tiny_bundle.manifest.heads["fp32"].thresholds
-    by_epsilon = {threshold.epsilon: threshold.confidence for threshold in thresholds}
-    assert exit_confidence(thresholds, 0.02) == by_epsilon[0.02]
-    assert exit_confidence(thresholds, 0.025) == by_epsilon[0.02]
-    assert exit_confidence(thresholds, 0.0) == NEVER
+def test_epsilon_picks_the_certified_thresholds(tiny_bundle: Bundle) -> None:
+    head = tiny_bundle.manifest.heads["fp32"]
+    by_epsilon = {each.epsilon: each.confidences for each in head.thresholds if each.among == "all"}
+    assert exit_rule(head, 0.02).confidences == by_epsilon[0.02] == (0.97, 0.96)
+    assert exit_rule(head, 0.025).confidences == by_epsilon[0.02]
+    assert exit_rule(head, 0.02, "agreement").confidences == exit_rule(head, 0.0).confidences == (NEVER, NEVER)
 
 
 def test_precision_picks_head_and_thresholds(tiny_bundle: Bundle, photo: Image.Image) -> None:
     answers = {}
     for precision, confidence in (("fp32", 0.99), ("int8", 0.98)):
         with EdgeAgent(EdgeConfig(tiny_bundle.folder, precision=precision)) as agent:  # type: ignore[arg-type]
-            assert agent.goal.exit_confidence == confidence
+            assert agent.exit_rule.confidences[0] == confidence
             answers[precision] = agent.infer(photo).probabilities
     np.testing.assert_allclose(answers["int8"], answers["fp32"], atol=0.1)
     assert answers["int8"] != answers["fp32"]

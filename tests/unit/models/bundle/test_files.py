@@ -16,7 +16,7 @@ from isthmus.models.vision.bundle import Bundle
 from tests.conftest import Parts
 
 # Of the paper bundle: canonical JSON and hashing may never change.
-FINGERPRINT = "203fa4437e743bc23770d3ee39c309608f34fc513309c9f31cc6c3af5c856647"
+FINGERPRINT = "0424597c8780fbe981b6e087584444ace94461b7bd8f21b8d00a79b3535df4f2"
 
 
 def refused(folder: Path, *words: str) -> None:
@@ -40,7 +40,7 @@ def test_weights_come_back_as_arrays(paper: Parts, tmp_path: Path) -> None:
 
 
 def test_manifest_bytes_are_golden(paper: Parts, tmp_path: Path, golden: Callable[[str, bytes], None]) -> None:
-    golden("manifest_v3.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
+    golden("manifest_v4.json", (paper.write(tmp_path / "b") / "manifest.json").read_bytes())
 
 
 def test_fingerprint_is_golden(paper: Parts, tmp_path: Path) -> None:

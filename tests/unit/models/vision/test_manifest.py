@@ -35,16 +35,25 @@ def list_file(new: str) -> Callable[[Content], None]:
 
 
 TAP = ("architecture", "taps", 0)
+EXIT = ("heads", "fp32", "exits", 0)
+CERTIFICATE = ("heads", "fp32", "thresholds", 0)
+DEPENDS = ("heads", "fp32", "depends_on")
 
 
 def tap(content: Content, **fields: Any) -> Content:
     return {**content["taps"][0], **fields}
 
 
+def int8_of(content: Content) -> Content:
+    """The head at fp32 as one at int8."""
+    head = content["heads"]["fp32"]
+    return {**head, "depends_on": {**head["depends_on"], "precision": "int8"}}
+
+
 WRONG = {
-    "version before": (put("schema_version", 2), "schema_version 2, this program reads 3"),
-    "unknown version": (put("schema_version", 4), "schema_version 4, this program reads 3"),
-    "version as text": (put("schema_version", "3"), "schema_version"),
+    "version before": (put("schema_version", 3), "schema_version 3, this program reads 4"),
+    "unknown version": (put("schema_version", 5), "schema_version 5, this program reads 4"),
+    "version as text": (put("schema_version", "4"), "schema_version"),
     "no version": (lambda content: content.pop("schema_version"), "schema_version None"),
     "unknown field": (put("surprise", 1), "surprise"),
     "missing field": (lambda content: content.pop("licence"), "licence"),
@@ -100,6 +109,36 @@ WRONG = {
     "no exit": (put("heads", "fp32", "exits", []), "heads.fp32.exits"),
     "cap without a bound": (put("taps", 0, "max_payload_bytes", 1 << 30), "taps.0.max_payload_bytes"),
     "accuracy above one": (put("heads", "fp32", "exits", 0, "accuracy", 1.5), "heads.fp32.exits.0.accuracy"),
+    "no whole image": (put("images", []), "images"),
+    "a whole image twice": (lambda content: put("images", content["images"] * 2)(content), "images must differ"),
+    "17 whole images": (
+        lambda content: put("images", [{**content["images"][0], "quality": q} for q in range(1, 18)])(content),
+        "images",
+    ),
+    "a form that no device writes": (put("images", 0, "form", "avif"), "images.0.form"),
+    "a quality of nothing": (put("images", 0, "quality", 0), "images.0.quality"),
+    "an image of fewer than no bytes": (put("images", 0, "mean_bytes", -1), "images.0.mean_bytes"),
+    "figures of no samples": (put("calibration_samples", 0), "calibration_samples"),
+    "a threshold for no exit": (put(*CERTIFICATE, "confidences", [0.9, 0.9]), "a confidence and a share for each exit"),
+    "a share of no exit": (put(*CERTIFICATE, "shares", [0.1, 0.1]), "a confidence and a share for each exit"),
+    "a confidence that is no number": (put(*CERTIFICATE, "confidences", [float("nan")]), "confidences.0"),
+    "a promise of nothing": (put(*CERTIFICATE, "promise", "everything"), "thresholds.0.promise"),
+    "an average over nobody": (put(*CERTIFICATE, "among", "none"), "thresholds.0.among"),
+    "257 certificates": (
+        lambda content: content["heads"]["fp32"].update(thresholds=content["heads"]["fp32"]["thresholds"] * 257),
+        "heads.fp32.thresholds",
+    ),
+    "certificates that depend on nothing": (
+        lambda content: content["heads"]["fp32"].pop("depends_on"),
+        "heads.fp32.depends_on",
+    ),
+    "certificates of another precision": (put(*DEPENDS, "precision", "int8"), "certificates of fp32 depend on int8"),
+    "a runtime of many lines": (put(*DEPENDS, "runtime", "onnxruntime 1.31\nand more"), "depends_on.runtime"),
+    "a correctness head of one weight": (put(*EXIT, "score", {"bias": 0, "weights": [1]}), "exits.0.score.weights"),
+    "a correctness head without a bound": (
+        put(*EXIT, "score", {"bias": float("inf"), "weights": [0] * 5}),
+        "exits.0.score.bias",
+    ),
     "text as number": (put("tail_macs", "many"), "tail_macs"),
     "a precision that does not exist": (put("heads", "int4", {}), "heads.int4"),
     "no fp32 head": (lambda content: content.update(heads={"int8": content["heads"]["fp32"]}), "heads must have fp32"),
@@ -109,12 +148,12 @@ WRONG = {
     ),
     "other exits at int8": (
         lambda content: content["heads"].update(
-            int8={**content["heads"]["fp32"], "exits": [{"name": "late", "accuracy": 0.5, "agreement": 0.5}]}
+            int8={**int8_of(content), "exits": [{"name": "late", "accuracy": 0.5, "agreement": 0.5}]}
         ),
         "exits of int8 must be named like those of fp32",
     ),
     "an int8 file that is not listed": (
-        lambda content: content["heads"].update(int8={**content["heads"]["fp32"], "files": ["head0.int8.onnx"]}),
+        lambda content: content["heads"].update(int8={**int8_of(content), "files": ["head0.int8.onnx"]}),
         "files does not list head0.int8.onnx",
     ),
     "101 files": (
@@ -141,6 +180,7 @@ def test_segments_must_fit_each_other(paper: Parts, tmp_path: Path) -> None:
         head = content["heads"]["fp32"]
         head["exits"] *= 2
         head["files"] *= 2
+        head["thresholds"] = []
         content["architecture"]["cuts"] = [2, 5]
 
     folder = paper.tamper(tmp_path / "b", change)

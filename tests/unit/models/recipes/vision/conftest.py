@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.vision import export
@@ -21,8 +23,12 @@ LABELS = (np.arange(6) % 2, np.arange(6) % 3)
 
 
 def random_samples(count: int, seed: int) -> Samples:
-    """Smooth random images with labels of no meaning."""
-    return Samples(random_images(count, seed), [labels_N[:count] for labels_N in LABELS])
+    """Smooth random photos with labels of no meaning."""
+    pixels = [
+        ((image_CHW + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+        for image_CHW in random_images(count, seed)
+    ]
+    return Samples([partial(Image.fromarray, each) for each in pixels], [labels_N[:count] for labels_N in LABELS])
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_split: SplitClassifier
             trained,
             about={"name": "tiny", "licence": "none: random weights"},
             training={"command": "tests", "seed": 0, "seconds": 0.0, "data": "none"},
-            calibration=random_samples(6, seed=1),
-            test=random_samples(4, seed=2),
+            data=export.Data(random_samples(6, seed=1), random_samples(4, seed=2)),
         )
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from isthmus.models.recipes.common.intervals import interval
-from isthmus.models.recipes.vision.calibrate import certify
-from isthmus.models.recipes.vision.measure import Measurements, measure
+from isthmus.models.recipes.vision.calibrate import Answers, calibrate
+from isthmus.models.recipes.vision.measure import IMAGE_WAYS, Measurements, Samples, measure
 from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.certificates import dependencies
+from isthmus.models.vision.images import encode_whole
 from tests.unit.models.recipes.vision.conftest import LABELS, random_samples
 
 
@@ -31,7 +33,9 @@ def test_accuracy_and_agreement_are_counted(bundle: Bundle, measured: Measuremen
         rates = [rate for width in tap.widths for rate in width.rates]
         answers = found.first_WRNK.argmax(3).reshape(len(rates), -1)
         ways += [(r.accuracy, r.agreement, answer_N) for r, answer_N in zip(rates, answers, strict=True)]
-    assert len(ways) == 2 * 2 + 2 * 3 + 2
+    whole = zip(manifest.images, measured.images.first_WNK.argmax(2), strict=True)
+    ways += [(image.accuracy, image.agreement, answer_N) for image, answer_N in whole]
+    assert len(ways) == 2 * 2 + 2 * 3 + 2 + len(IMAGE_WAYS) and manifest.calibration_samples == 6
     for accuracy, agreement, answer_N in ways:
         assert accuracy == pytest.approx((answer_N == LABELS[0]).mean())
         assert agreement == pytest.approx((answer_N == cloud_N).mean())
@@ -50,10 +54,10 @@ def test_every_way_to_answer_gives_probabilities(measured: Measurements) -> None
 
 
 def test_each_head_has_exits_and_thresholds_of_its_own(bundle: Bundle, measured: Measurements) -> None:
-    right_N = measured.cloud_TNK[0].argmax(1) == LABELS[0]
     for precision, head in bundle.manifest.heads.items():
-        exits_ENK = measured.exits[precision]
-        assert head.thresholds == certify(exits_ENK.max(2), exits_ENK.argmax(2) == LABELS[0], right_N)
+        answers = Answers(measured.exits[precision], LABELS[0], measured.cloud_N)
+        assert head.thresholds == calibrate(answers).thresholds and len(head.thresholds) >= 24
+        assert head.depends_on == dependencies(bundle.manifest, precision)
     assert not np.array_equal(measured.exits["fp32"], measured.exits["int8"])
 
 
@@ -69,3 +73,19 @@ def test_scores_are_of_the_test_samples(bundle: Bundle) -> None:
         found.taps[1].others_TNK[0].argmax(1) == samples.labels_TN[1]
     )
     assert {score.samples for score in scores.values()} == {4}
+
+
+def test_whole_images_are_measured_as_the_files_that_a_device_sends(bundle: Bundle, measured: Measurements) -> None:
+    photo = random_samples(6, seed=1).photos[2]()
+    sizes = [len(encode_whole(photo, bundle.manifest.preprocessing.resize, *way)) for way in IMAGE_WAYS]
+    assert measured.images.bytes_WN[:, 2].tolist() == sizes
+    assert [(image.form, image.quality) for image in bundle.manifest.images] == list(IMAGE_WAYS)
+    means = [image.mean_bytes for image in bundle.manifest.images]
+    assert means == measured.images.bytes_WN.mean(1).tolist() and means[:3] == sorted(means[:3])
+
+
+def test_without_labels_the_clouds_answers_count(bundle: Bundle) -> None:
+    unlabelled = measure(bundle, Samples(random_samples(3, seed=1).photos), "unlabelled")
+    assert [labels_N.tolist() for labels_N in unlabelled.labels_TN] == [
+        answers_NK.argmax(1).tolist() for answers_NK in unlabelled.cloud_TNK
+    ]

@@ -1,0 +1,40 @@
+"""When an exit's answer is good enough: what it is judged by, and the certified score of each exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.models.vision.exit_score import exit_score
+from isthmus.models.vision.manifest import NEVER, Among, Exit, Head, Promise
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRule:
+    """`confidences`: the score from which each exit answers; NEVER where it does not."""
+
+    exits: Sequence[Exit]
+    confidences: Sequence[float]
+
+    def score(self, exits_K: Sequence[NDArray[np.float32]]) -> float:
+        """Of the last of the exits run so far, from their class probabilities."""
+        return exit_score(exits_K, self.exits[len(exits_K) - 1])
+
+    def confidence(self, passed: int) -> float:
+        """From which the last of the `passed` exits answers; NEVER before the first."""
+        return self.confidences[passed - 1] if passed else NEVER
+
+
+def exit_rule(head: Head, epsilon: float, promise: Promise = "accuracy", among: Among = "all") -> ExitRule:
+    """The rule that is certified for the largest epsilon up to the given one; no exit answers if there is none."""
+    allowed = [
+        each
+        for each in head.thresholds
+        if (each.promise, each.among) == (promise, among) and each.epsilon <= epsilon + 1e-12
+    ]
+    never = (NEVER,) * len(head.exits)
+    best = max(allowed, key=lambda threshold: threshold.epsilon, default=None)
+    return ExitRule(head.exits, best.confidences if best else never)

@@ -1,0 +1,57 @@
+"""What an exit's answer is judged by: its highest probability, or its correctness head.
+
+A correctness head is a logistic regression of a handful of features. It predicts whether an answer costs nothing
+against the cloud model's; what counts is how it ranks answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.models.vision.manifest import Exit
+
+Floats = NDArray[np.float32]
+
+LEAST = 1e-6  # a probability below it counts as it
+
+
+def exit_score(exits_K: Sequence[Floats], exit_: Exit) -> float:
+    """The score, 0 to 1, of the last of the exits run so far; `exits_K` are their class probabilities."""
+    if exit_.score is None:
+        return float(exits_K[-1].max())
+    return sigmoid(exit_.score.bias + float(np.dot(features(exits_K), exit_.score.weights)))
+
+
+def features(exits_K: Sequence[Floats]) -> Floats:
+    """FEATURES numbers about the last of the exits run so far.
+
+    Log-odds of its answer, logarithm of how much more likely it is than the second, entropy of its probabilities,
+    whether the exit before has the same answer, and the logarithm of the probability there. Without one before: 0, 0.
+    """
+    last_K = exits_K[-1]
+    answer = int(last_K.argmax())
+    first, second = (float(value) for value in np.partition(last_K, -2)[:-3:-1])
+    clipped_K = np.maximum(last_K, LEAST)
+    entropy = -float(np.dot(clipped_K, np.log(clipped_K)))
+    same, before = 0.0, 0.0
+    if len(exits_K) > 1:
+        same = float(int(exits_K[-2].argmax()) == answer)
+        before = math.log(max(float(exits_K[-2][answer]), LEAST))
+    return np.array(
+        [log_odds(first), math.log(max(first, LEAST) / max(second, LEAST)), entropy, same, before], np.float32
+    )
+
+
+def log_odds(probability: float) -> float:
+    """Of a probability, which is kept LEAST away from 0 and 1."""
+    kept = min(max(probability, LEAST), 1 - LEAST)
+    return math.log(kept / (1 - kept))
+
+
+def sigmoid(logit: float) -> float:
+    """The probability of log-odds."""
+    return 1 / (1 + math.exp(-min(max(logit, -60.0), 60.0)))
