@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass
 
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
-from isthmus.edge_agent.policy.prices import Objective, Prices
+from isthmus.edge_agent.policy.budgets import AMOUNTS, PERIODS, Budget
+from isthmus.edge_agent.policy.prices import PRESETS, Objective, Prices, Weights
 from isthmus.models.address import ListenAddress, PeerAddress
 from isthmus.models.bundle.installed import find
 from isthmus.models.settings import Flag, Settings
@@ -39,7 +40,27 @@ Clouds = Annotated[
     Flag("cloud", separator=",", metavar="HOST:PORT"),
 ]
 Threads = Annotated[int, Field(ge=0, le=256, description="Threads of ONNX Runtime; 0 for one a core.")]
-Best = Annotated[Objective, Field(description="What the router minimises among the ways that keep the quality.")]
+Best = Annotated[
+    Objective,
+    Field(
+        description="What the router minimises among the ways that keep the quality and every constraint: time, money,"
+        " modelled energy, or disagreement with the cloud's model."
+    ),
+]
+Profile = Annotated[
+    str,
+    Field(
+        description="Prices and modelled energy of the device and its link: wifi, lte, lte-m, wired, or a TOML file.",
+        min_length=1,
+    ),
+]
+LedgerFile = Annotated[
+    Path | None,
+    Field(
+        description="File of what the budgets have left. Without it: isthmus/ledger.db in XDG_STATE_HOME or"
+        " ~/.local/state."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,97 @@ class WholeImage(Settings):
 
 
 @dataclass(frozen=True)
+class Budgets(Settings):
+    """Hard limits of what is sent in any hour and in any day, over photos, prompts, probes and audits together."""
+
+    bytes_hour: Annotated[
+        float | None,
+        Field(gt=0, description="Most bytes sent and received in any hour, as whole messages. Without it: any."),
+        Flag("budget_bytes_per_hour"),
+    ] = None
+    bytes_day: Annotated[
+        float | None,
+        Field(gt=0, description="Most bytes sent and received in any day, as whole messages. Without it: any."),
+        Flag("budget_bytes_per_day"),
+    ] = None
+    usd_hour: Annotated[
+        float | None,
+        Field(gt=0, description="Most US dollars spent on the link and the cloud in any hour. Without it: any."),
+        Flag("budget_usd_per_hour"),
+    ] = None
+    usd_day: Annotated[
+        float | None,
+        Field(gt=0, description="Most US dollars spent on the link and the cloud in any day. Without it: any."),
+        Flag("budget_usd_per_day"),
+    ] = None
+    joules_hour: Annotated[
+        float | None,
+        Field(gt=0, description="Most modelled joules of sending and waiting in any hour. Without it: any."),
+        Flag("budget_joules_per_hour"),
+    ] = None
+    joules_day: Annotated[
+        float | None,
+        Field(gt=0, description="Most modelled joules of sending and waiting in any day. Without it: any."),
+        Flag("budget_joules_per_day"),
+    ] = None
+    calls_hour: Annotated[
+        int | None,
+        Field(ge=1, description="Most calls of a cloud in any hour. Without it: any."),
+        Flag("budget_calls_per_hour"),
+    ] = None
+    calls_day: Annotated[
+        int | None,
+        Field(ge=1, description="Most calls of a cloud in any day. Without it: any."),
+        Flag("budget_calls_per_day"),
+    ] = None
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Those that are set."""
+        limits = (
+            (amount, period_s, getattr(self, f"{amount}_{PERIODS[period_s]}"))
+            for amount in AMOUNTS
+            for period_s in PERIODS
+        )
+        return tuple(Budget(amount, limit, period_s) for amount, period_s, limit in limits if limit is not None)
+
+
+@dataclass(frozen=True)
+class OwnWeights(Settings):
+    """Weights in place of the objective's own, on one scale."""
+
+    seconds: Annotated[
+        float | None,
+        Field(ge=0, description="What a second costs the router, in place of the objective's own weight."),
+        Flag("weight_second"),
+    ] = None
+    usd: Annotated[
+        float | None,
+        Field(ge=0, description="What a US dollar costs the router, in place of the objective's own weight."),
+        Flag("weight_usd"),
+    ] = None
+    joules: Annotated[
+        float | None,
+        Field(ge=0, description="What a modelled joule costs the router, in place of the objective's own weight."),
+        Flag("weight_joule"),
+    ] = None
+    quality: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="What a point of agreement with the cloud's model is worth to the router, in place of the"
+            " objective's own weight.",
+        ),
+        Flag("weight_point", 0.01),
+    ] = None
+
+    def over(self, objective: Objective) -> Weights:
+        """The objective's weights, with these in their place."""
+        own = {name: value for name in Weights._fields if (value := getattr(self, name)) is not None}
+        return PRESETS[objective]._replace(**own)
+
+
+@dataclass(frozen=True)
 class EdgeConfig(Settings):
     """An agent for photos. `mode` other than auto pins one arm, for comparison.
 
@@ -101,6 +213,21 @@ class EdgeConfig(Settings):
     ] = "auto"
     precision: Annotated[Precision, Field(description="Precision of the head on the device.")] = "fp32"
     objective: Best = "fastest"
+    weights: OwnWeights = OwnWeights()
+    target_s: Annotated[
+        float | None,
+        Field(
+            ge=MIN_DEADLINE_S,
+            le=MAX_DEADLINE_S,
+            description="Milliseconds within which the share --target-share of photos is to be answered. Without it:"
+            " none.",
+        ),
+        Flag("target_ms", 1000),
+    ] = None
+    target_share: Annotated[
+        float,
+        Field(ge=0.5, le=0.9999, description="Share of photos that is to be answered within --target-ms."),
+    ] = 0.95
     epsilon: Annotated[
         Share,
         Field(description="Certified loss of accuracy at the exits: it picks the bundle's confidence threshold."),
@@ -121,7 +248,10 @@ class EdgeConfig(Settings):
     ] = 1.0
     connect_s: ConnectSeconds = 2.0
     threads: Threads = 0
+    profile: Profile = "wifi"
     prices: Prices = Prices()
+    budgets: Budgets = Budgets()
+    ledger: LedgerFile = None
     whole_image: WholeImage = WholeImage()
     breaker: BreakerLimits = BreakerLimits()
     tls: Tls | None = None
@@ -175,7 +305,10 @@ class LanguageConfig(Settings):
         ),
     ] = 0.99
     objective: Best = "fastest"
+    profile: Profile = "wifi"
     prices: Prices = Prices()
+    budgets: Budgets = Budgets()
+    ledger: LedgerFile = None
     agreement: Annotated[
         Share,
         Field(description="Agreement with the full model of tokens that exits decide: it picks their thresholds."),

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from isthmus.edge_agent.config import MAX_DEADLINE_S
+from isthmus.edge_agent.policy.budgets import Spend
 from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
-from isthmus.edge_agent.policy.exits import OperatingPoint, RouteEstimate
-from isthmus.edge_agent.policy.prices import Prices
+from isthmus.edge_agent.policy.exits import FREE, Goal, Limits, OperatingPoint, RouteEstimate, best_way
+from isthmus.edge_agent.policy.prices import CostProfile, Weights
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.messages import Codec, Payload
-from isthmus.models.vision.manifest import Manifest
-from isthmus.protos.limits import MAX_FRAMING_BYTES
+from isthmus.models.vision.manifest import Manifest, Precision
+from isthmus.protos.limits import MAX_ERROR_CHARACTERS, MAX_FRAMING_BYTES
 
 CLOUD_MACS_PER_S = 20e9  # prior for the cloud's speed, replaced by the first reply
 DEVICE_MACS_PER_S = 10e9  # prior for the device's speed
 IMAGE_BYTES_PER_PIXEL = 0.1  # prior for a compressed photo
 IMAGE_ENCODE_S = 0.005
+QUICKEST = Goal("fastest", 2.0, Weights(1.0, 0.0, 0.0, 0.0))  # by seconds alone
+BYTES_PER_LABEL, REPLY_FRAMING_BYTES = 4, 32  # of an answer: a probability each, and what is around them
+
+
+class Reply(NamedTuple):
+    """Of the cloud: its bytes, the seconds that it computed, and those that the device waited for it."""
+
+    bytes: int
+    cloud_s: float
+    waited_s: float
+
+
+class Ahead(NamedTuple):
+    """What a way that sends takes: seconds to encode, bytes up, seconds in the cloud; seconds since the last one."""
+
+    encode_s: float
+    up_bytes: float
+    cloud_s: float
+    since_s: float
 
 
 class Costs:
     """Running averages, shared by all requests of an agent. A race between threads may lose one observation."""
 
-    def __init__(self, manifest: Manifest, prices: Prices) -> None:
-        self._prices = prices
+    def __init__(self, manifest: Manifest, profile: CostProfile, precision: Precision = "fp32") -> None:
+        self._profile, self._prices = profile, profile.prices
+        self._exits = manifest.heads[precision].exits
+        labels = sum(len(task.labels) for task in manifest.tasks)
+        self.reply_bytes = float(BYTES_PER_LABEL * labels + REPLY_FRAMING_BYTES)  # of an answer to every task
+        self._most_reply_bytes = max(self.reply_bytes, MAX_ERROR_CHARACTERS + REPLY_FRAMING_BYTES)
         height, width = manifest.preprocessing.crop
         head_macs = [segment.macs for segment in manifest.segments]
         self.whole_macs = sum(head_macs) + manifest.tail_macs
@@ -54,43 +83,148 @@ class Costs:
     def _macs(self, payload: Payload) -> int:
         return self.whole_macs if payload.codec is Codec.IMAGE else self.tail_macs[payload.tap]
 
-    def split(self, point: OperatingPoint, link: LinkEstimate) -> RouteEstimate:
+    def margin(self, left_s: float) -> Spend:
+        """What is reserved for a message beyond what a route is predicted to take.
+
+        The cloud and the wait may take all the time that is left, and the reply may be an error.
+        """
+        wait_s = min(max(left_s, 0.0), MAX_DEADLINE_S)
+        return Spend(
+            self._most_reply_bytes - self.reply_bytes,
+            self._prices.usd(0, wait_s, 0),
+            wait_s * self._profile.energy.idle_w,
+            0.0,
+        )
+
+    def reserve(self, up_bytes: float, left_s: float, since_s: float) -> Spend:
+        """An upper bound of what a message of so many bytes takes of the budgets, with its reply within `left_s`."""
+        margin, energy = self.margin(left_s), self._profile.energy
+        reply_bytes = self._most_reply_bytes
+        usd = self._prices.usd(up_bytes, 0, 0, reply_bytes) + margin.usd
+        joules = energy.radio_j(up_bytes, reply_bytes, since_s) + margin.joules
+        return Spend(up_bytes + reply_bytes, usd, joules, 1.0)
+
+    def spent(self, up_bytes: float, reply: Reply, since_s: float) -> Spend:
+        """What a message that was answered took of the budgets."""
+        energy = self._profile.energy
+        usd = self._prices.usd(up_bytes, reply.cloud_s, 0, reply.bytes)
+        joules = energy.radio_j(up_bytes, reply.bytes, since_s) + reply.waited_s * energy.idle_w
+        return Spend(up_bytes + reply.bytes, usd, joules, 1.0)
+
+    def own(self, device_s: float) -> Spend:
+        """What the device's own computation takes; no budget limits it."""
+        return Spend(0.0, self._prices.usd(0, 0, device_s), device_s * self._profile.energy.compute_w, 0.0)
+
+    def split(self, point: OperatingPoint, link: LinkEstimate, since_s: float = math.inf) -> RouteEstimate:
         """Encode a bottleneck and send it. The segments before it have run already."""
         up_bytes = self.point_bytes[point].value + MAX_FRAMING_BYTES
-        cloud_s = self.cloud_s(self.tail_macs[point.tap])
-        device_s = self.encode_s[point.tap][point.width].value
-        seconds = device_s + link.transfer_s(up_bytes) + cloud_s
-        usd = self._prices.usd(up_bytes, cloud_s, device_s)
-        return RouteEstimate("split", f"{self.points.name(point)} ({up_bytes:.0f} B)", seconds, usd, point)
+        figures, macs = self.points.figures[point], self.tail_macs[point.tap]
+        encode_s = self.encode_s[point.tap][point.width].value
+        name = f"{self.points.name(point)} ({up_bytes:.0f} B)"
+        ahead = Ahead(encode_s, up_bytes, self.cloud_s(macs), since_s)
+        return self._sent("split", name, ahead, link, point, figures.agreement, figures.accuracy)
 
-    def offload(self, link: LinkEstimate) -> RouteEstimate:
+    def offload(self, link: LinkEstimate, since_s: float = math.inf) -> RouteEstimate:
         """Compress and send the whole photo."""
         up_bytes = self.image_bytes.value + MAX_FRAMING_BYTES
-        cloud_s, device_s = self.cloud_s(self.whole_macs), self.image_encode_s.value
-        seconds = device_s + link.transfer_s(up_bytes) + cloud_s
-        usd = self._prices.usd(up_bytes, cloud_s, device_s)
-        return RouteEstimate("offload", f"whole image ({up_bytes:.0f} B)", seconds, usd)
+        name = f"whole image ({up_bytes:.0f} B)"
+        ahead = Ahead(self.image_encode_s.value, up_bytes, self.cloud_s(self.whole_macs), since_s)
+        return self._sent("offload", name, ahead, link, None, 1.0, None)
 
-    def routes(self, passed: int, link: LinkEstimate | None, request: InferenceRequest) -> list[RouteEstimate]:
+    def _sent(
+        self,
+        route: Literal["split", "offload"],
+        name: str,
+        ahead: Ahead,
+        link: LinkEstimate,
+        point: OperatingPoint | None,
+        agreement: float,
+        right: float | None,
+    ) -> RouteEstimate:
+        """A way that sends one message."""
+        device_s, up_bytes, cloud_s, since_s = ahead
+        wait_s = link.transfer_s(up_bytes) + cloud_s
+        usd = self._prices.usd(up_bytes, cloud_s, device_s, self.reply_bytes)
+        energy = self._profile.energy
+        joules = device_s * energy.compute_w + wait_s * energy.idle_w
+        joules += energy.radio_j(up_bytes, self.reply_bytes, since_s)
+        size, spread_s = up_bytes + self.reply_bytes, link.spread_s(up_bytes)
+        return RouteEstimate(
+            route, name, device_s + wait_s, usd, point, size, joules, 1.0, agreement, right, spread_s
+        )  # fmt: skip
+
+    def routes(
+        self,
+        passed: int,
+        link: LinkEstimate | None,
+        request: InferenceRequest,
+        goal: Goal = QUICKEST,
+        limits: Limits = FREE,
+    ) -> list[RouteEstimate]:
         """The routes open to `request` after `passed` segments. Without a link that is only the next segment.
 
         A tap that encodes the image itself stays available after any segment.
         """
-        last = passed == len(self.segment_s)
         if link is None:
-            return [] if last else [RouteEstimate("continue", "continue", self.segment_s[passed].value, 0.0)]
-        routes = [] if request.forced_split else [self.offload(link)]
-        routes += [self.split(point, link) for point in request.points if self.points.after(point) in (0, passed)]
-        deeper = any(self.points.after(point) > passed for point in request.points)
+            return [] if passed == len(self.segment_s) else [self._segment(passed)]
+        since_s = limits.since_s
+        at_any_time = [] if request.forced_split else [self.offload(link, since_s)]
+        at_any_time += [self.split(point, link, since_s) for point in request.points if not self.points.after(point)]
+        return self._routes(passed, link, request, goal, limits, at_any_time)
+
+    def _routes(
+        self,
+        passed: int,
+        link: LinkEstimate,
+        request: InferenceRequest,
+        goal: Goal,
+        limits: Limits,
+        at_any_time: Sequence[RouteEstimate],
+    ) -> list[RouteEstimate]:
+        """`at_any_time`: ways that do not depend on the head."""
+        after, last = self.points.after, passed == len(self.segment_s)
+        routes = list(at_any_time)
+        if passed:
+            routes += [self.split(point, link, limits.since_s) for point in request.points if after(point) == passed]
+        deeper = any(after(point) > passed for point in request.points)
         if deeper or (not last and request.no_exit is None):
-            routes.append(self.continue_route(passed, link, request))
+            left_s = limits.left_s - self.segment_s[passed].value
+            later = self._routes(passed + 1, link, request, goal, limits._replace(left_s=left_s), at_any_time)
+            routes.append(self._continued(passed, request, best_way(later, goal, limits)))
         return routes
 
     def continue_route(self, passed: int, link: LinkEstimate, request: InferenceRequest) -> RouteEstimate:
         """Run the next segment, then take the best route after it unless its exit answers."""
-        later = self.routes(passed + 1, link, request)
-        share = 1.0 if request.no_exit else 1 - self.exit_share[passed].value
-        device_s = self.segment_s[passed].value
-        seconds = device_s + share * min(route.seconds for route in later)
-        usd = self._prices.usd(0, 0, device_s) + share * min(route.usd for route in later)
-        return RouteEstimate("continue", "continue", seconds, usd)
+        return self._continued(passed, request, best_way(self.routes(passed + 1, link, request), QUICKEST, FREE))
+
+    def _segment(self, passed: int) -> RouteEstimate:
+        """The next segment of the head alone."""
+        device_s, energy = self.segment_s[passed].value, self._profile.energy
+        usd = self._prices.usd(0, 0, device_s)
+        exit_ = self._exits[passed]
+        return RouteEstimate(
+            "continue", "continue", device_s, usd, joules=device_s * energy.compute_w, agreement=exit_.agreement,
+            right=exit_.accuracy,
+        )  # fmt: skip
+
+    def _continued(self, passed: int, request: InferenceRequest, later: RouteEstimate | None) -> RouteEstimate:
+        """The next segment, and `later` for the share of inputs that its exit does not answer."""
+        segment = self._segment(passed)
+        if later is None:
+            return segment
+        answered = 0.0 if request.no_exit else self.exit_share[passed].value
+        share = 1 - answered
+        right = None if later.right is None else answered + share * later.right
+        return RouteEstimate(
+            "continue",
+            "continue",
+            segment.seconds + share * later.seconds,
+            segment.usd + share * later.usd,
+            None,
+            share * later.bytes,
+            segment.joules + share * later.joules,
+            share * later.calls,
+            answered + share * later.agreement,
+            right,
+            share * later.spread_s,
+        )

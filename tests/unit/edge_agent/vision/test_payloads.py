@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from isthmus.edge_agent.config import WholeImage
+from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.policy.exits import OperatingPoint
-from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision import payloads as module
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
@@ -27,7 +27,7 @@ DEAREST = OperatingPoint(tap=0, width=0, rate=2)
 
 @pytest.fixture
 def costs(tiny_bundle: Bundle) -> Costs:
-    return Costs(tiny_bundle.manifest, Prices())
+    return Costs(tiny_bundle.manifest, open_profile("wifi"))
 
 
 @pytest.fixture
