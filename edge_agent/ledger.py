@@ -124,8 +124,7 @@ class Ledger:
         """What may be spent now, as far as this process knows: another may have spent since. Reads no disk."""
         if not self.budgets:
             return UNLIMITED
-        passed_s = self._clock().seconds - self._seen_s
-        return allowance([bucket.refilled(passed_s) for bucket in self._buckets])
+        return allowance(self._buckets, self._clock().seconds - self._seen_s)
 
     def buckets(self) -> tuple[Bucket, ...]:
         """Every budget with what is left of it now, for metrics."""

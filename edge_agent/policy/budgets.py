@@ -11,7 +11,8 @@ is settled, and takes its place in the bucket meanwhile: giving some back never 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 Amount = Literal["bytes", "usd", "joules", "calls"]
@@ -51,21 +52,14 @@ class Budget:
     amount: Amount
     limit: float
     period_s: float
+    capacity: float = field(init=False)  # what may be spent at once
+    per_s: float = field(init=False)  # what is gained in a second
 
-    @property
-    def _least(self) -> float:
-        """What is spent at once at least: a call is not divided."""
-        return 1.0 if self.amount == "calls" else 0.0
-
-    @property
-    def capacity(self) -> float:
-        """What may be spent at once."""
-        return max(BURST * self.limit, self._least)
-
-    @property
-    def per_s(self) -> float:
-        """What is gained in a second."""
-        return (self.limit - self.capacity + self._least) * (1 - ROUNDING) / self.period_s
+    def __post_init__(self) -> None:
+        least = 1.0 if self.amount == "calls" else 0.0  # a call is not divided
+        capacity = max(BURST * self.limit, least)
+        object.__setattr__(self, "capacity", capacity)
+        object.__setattr__(self, "per_s", (self.limit - capacity + least) * (1 - ROUNDING) / self.period_s)
 
     @property
     def name(self) -> str:
@@ -97,11 +91,14 @@ class Bucket:
         return replace(self, level=self.level + amount - spent, held=max(self.held - amount, 0.0))
 
 
-def allowance(buckets: tuple[Bucket, ...] | list[Bucket]) -> Spend:
-    """What may be spent now of each amount; infinite where there is no budget."""
+def allowance(buckets: Sequence[Bucket], seconds: float = 0.0) -> Spend:
+    """What may be spent of each amount after so many seconds; infinite where there is no budget."""
     left = dict.fromkeys(AMOUNTS, math.inf)
     for bucket in buckets:
-        left[bucket.budget.amount] = min(left[bucket.budget.amount], bucket.level)
+        level, budget = bucket.level, bucket.budget
+        if seconds > 0:
+            level = min(level + budget.per_s * seconds, budget.capacity - bucket.held)
+        left[budget.amount] = min(left[budget.amount], level)
     return Spend(**left)
 
 

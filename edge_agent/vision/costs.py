@@ -25,6 +25,18 @@ QUICKEST = Goal("fastest", 2.0, Weights(1.0, 0.0, 0.0, 0.0))  # by seconds alone
 BYTES_PER_LABEL, REPLY_FRAMING_BYTES = 4, 32  # of an answer: a probability each, and what is around them
 
 
+class Known(NamedTuple):
+    """What is known of an operating point, looked up once; its averages go on."""
+
+    name: str
+    bytes: GuardedAverage
+    encode_s: GraphLatency
+    macs: int
+    agreement: float
+    right: float
+    after: int  # segments that must run first
+
+
 class Reply(NamedTuple):
     """Of the cloud: its bytes, the seconds that it computed, and those that the device waited for it."""
 
@@ -65,6 +77,18 @@ class Costs:
         self.image_bytes = GuardedAverage(height * width * IMAGE_BYTES_PER_PIXEL)
         self.points = OperatingPoints(manifest)
         self.point_bytes = {point: GuardedAverage(rate.mean_bytes) for point, rate in self.points.figures.items()}
+        self._known = {
+            point: Known(
+                self.points.name(point),
+                self.point_bytes[point],
+                self.encode_s[point.tap][point.width],
+                self.tail_macs[point.tap],
+                rate.agreement,
+                rate.accuracy,
+                self.points.after(point),
+            )
+            for point, rate in self.points.figures.items()
+        }
         self.cloud_s_per_mac = GuardedAverage(1 / CLOUD_MACS_PER_S)
         self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
 
@@ -117,12 +141,11 @@ class Costs:
 
     def split(self, point: OperatingPoint, link: LinkEstimate, since_s: float = math.inf) -> RouteEstimate:
         """Encode a bottleneck and send it. The segments before it have run already."""
-        up_bytes = self.point_bytes[point].value + MAX_FRAMING_BYTES
-        figures, macs = self.points.figures[point], self.tail_macs[point.tap]
-        encode_s = self.encode_s[point.tap][point.width].value
-        name = f"{self.points.name(point)} ({up_bytes:.0f} B)"
-        ahead = Ahead(encode_s, up_bytes, self.cloud_s(macs), since_s)
-        return self._sent("split", name, ahead, link, point, figures.agreement, figures.accuracy)
+        known = self._known[point]
+        up_bytes = known.bytes.value + MAX_FRAMING_BYTES
+        ahead = Ahead(known.encode_s.value, up_bytes, self.cloud_s(known.macs), since_s)
+        name = f"{known.name} ({up_bytes:.0f} B)"
+        return self._sent("split", name, ahead, link, point, known.agreement, known.right)
 
     def offload(self, link: LinkEstimate, since_s: float = math.inf) -> RouteEstimate:
         """Compress and send the whole photo."""
@@ -169,8 +192,9 @@ class Costs:
             return [] if passed == len(self.segment_s) else [self._segment(passed)]
         since_s = limits.since_s
         at_any_time = [] if request.forced_split else [self.offload(link, since_s)]
-        at_any_time += [self.split(point, link, since_s) for point in request.points if not self.points.after(point)]
-        return self._routes(passed, link, request, goal, limits, at_any_time)
+        ways = [(self._known[point].after, point) for point in request.points]
+        at_any_time += [self.split(point, link, since_s) for after, point in ways if not after]
+        return self._routes(passed, link, request, goal, limits, at_any_time, ways)
 
     def _routes(
         self,
@@ -180,16 +204,17 @@ class Costs:
         goal: Goal,
         limits: Limits,
         at_any_time: Sequence[RouteEstimate],
+        ways: Sequence[tuple[int, OperatingPoint]],
     ) -> list[RouteEstimate]:
-        """`at_any_time`: ways that do not depend on the head."""
-        after, last = self.points.after, passed == len(self.segment_s)
+        """`at_any_time`: ways that do not depend on the head. `ways`: segments before each point."""
+        last = passed == len(self.segment_s)
         routes = list(at_any_time)
         if passed:
-            routes += [self.split(point, link, limits.since_s) for point in request.points if after(point) == passed]
-        deeper = any(after(point) > passed for point in request.points)
+            routes += [self.split(point, link, limits.since_s) for after, point in ways if after == passed]
+        deeper = any(after > passed for after, _ in ways)
         if deeper or (not last and request.no_exit is None):
             left_s = limits.left_s - self.segment_s[passed].value
-            later = self._routes(passed + 1, link, request, goal, limits._replace(left_s=left_s), at_any_time)
+            later = self._routes(passed + 1, link, request, goal, limits._replace(left_s=left_s), at_any_time, ways)
             routes.append(self._continued(passed, request, best_way(later, goal, limits)))
         return routes
 
@@ -214,7 +239,6 @@ class Costs:
             return segment
         answered = 0.0 if request.no_exit else self.exit_share[passed].value
         share = 1 - answered
-        right = None if later.right is None else answered + share * later.right
         return RouteEstimate(
             "continue",
             "continue",
@@ -224,7 +248,7 @@ class Costs:
             share * later.bytes,
             segment.joules + share * later.joules,
             share * later.calls,
-            answered + share * later.agreement,
-            right,
+            later.agreement,  # an exit that answers keeps the promise as well
+            later.right,
             share * later.spread_s,
         )

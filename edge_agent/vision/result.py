@@ -75,8 +75,8 @@ def build_answer(
     exit_name: str | None,
     point: tuple[str, float, int] | tuple[None, None, None],
     cost_usd: float,
-    modelled_joules: float,
     why: str,
+    modelled_joules: float = 0.0,
 ) -> Answer:
     """`tasks` are the bundle's, `found` the class probabilities of those that were answered, by index."""
     requested = state.request.tasks

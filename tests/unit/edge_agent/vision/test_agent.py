@@ -64,7 +64,14 @@ class FakeLink:
     def unavailable_reason(self) -> str | None:
         return self.refusal
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...], sent: Callable[[int], None]) -> Exchange:
+    def infer(
+        self,
+        payload: Payload,
+        budget_s: float,
+        tasks: tuple[int, ...],
+        sent: Callable[[int], None],
+        charge: Callable[[int], None],
+    ) -> Exchange:
         self.payloads.append(payload)
         sent(len(payload.data) + 30)
         self.tasks.append(tasks)
