@@ -22,6 +22,7 @@ DEVICE_MACS_PER_S = 10e9  # prior for the device's speed
 IMAGE_BYTES_PER_PIXEL = 0.1  # prior for a compressed photo
 IMAGE_ENCODE_S = 0.005
 QUICKEST = Goal("fastest", 2.0, Weights(1.0, 0.0, 0.0, 0.0))  # by seconds alone
+COMPUTE_SPREAD = 0.25  # relative standard deviation of computing on either side
 BYTES_PER_LABEL, REPLY_FRAMING_BYTES = 4, 32  # of an answer: a probability each, and what is around them
 
 
@@ -171,7 +172,8 @@ class Costs:
         energy = self._profile.energy
         joules = device_s * energy.compute_w + wait_s * energy.idle_w
         joules += energy.radio_j(up_bytes, self.reply_bytes, since_s)
-        size, spread_s = up_bytes + self.reply_bytes, link.spread_s(up_bytes)
+        size = up_bytes + self.reply_bytes
+        spread_s = math.hypot(link.spread_s(up_bytes), COMPUTE_SPREAD * (device_s + cloud_s))
         return RouteEstimate(
             route, name, device_s + wait_s, usd, point, size, joules, 1.0, agreement, right, spread_s
         )  # fmt: skip
