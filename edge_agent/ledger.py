@@ -155,6 +155,13 @@ class Ledger:
             return None
         return reservation
 
+    def spend(self, spend: Spend) -> bool:
+        """Whether it may be spent; if so it is: for messages whose end nobody watches, such as probes."""
+        reservation = self.reserve(spend)
+        if reservation is not None:
+            reservation.settle(spend)
+        return reservation is not None
+
     def refusal(self, spend: Spend) -> str:
         """Why `reserve` refused it, in one line."""
         left = self.allowance()

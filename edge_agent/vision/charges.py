@@ -31,6 +31,18 @@ class Radio:
         return since_s
 
 
+def probe_charge(ledger: Ledger, costs: Costs, radio: Radio) -> Callable[[int], bool]:
+    """What a probe calls before it moves so many bytes both ways: whether the budgets allow it, which pay for it then."""
+
+    def charge(size: int) -> bool:
+        allowed = ledger.spend(costs.probe(size, radio.since_s()))
+        if allowed:
+            radio.sends()
+        return allowed
+
+    return charge
+
+
 class Charges:
     """Those of one photo. Close it when nothing more is sent."""
 

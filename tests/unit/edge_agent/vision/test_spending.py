@@ -16,6 +16,7 @@ from isthmus.edge_agent.config import Budgets, OwnWeights
 from isthmus.edge_agent.policy.budgets import UNLIMITED
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.transport.exchanges import Exchange
+from isthmus.edge_agent.vision.charges import Radio, probe_charge
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.models.errors import InvalidInput, LinkDown
@@ -174,6 +175,13 @@ def test_an_explained_answer_has_every_way_and_others_have_none(
     assert answer.as_dict()["candidates"][0].keys() >= {"name", "seconds", "usd", "joules", "right", "excluded"}
     plain = agent.infer(photo)
     assert plain.candidates is None and "candidates" not in plain.as_dict()
+
+
+def test_probes_are_charged_to_the_same_budget_but_are_no_calls(new_case: Callable[..., Case]) -> None:
+    agent = new_case(budgets=Budgets(bytes_day=100_000, calls_hour=20)).agent
+    charge = probe_charge(agent.ledger, agent.costs, Radio())
+    assert [charge(4000) for _ in range(4)] == [True, True, False, False], "a tenth of the day's bytes at once"
+    assert agent.ledger.totals.spent[::3] == (8000, 0)
 
 
 def test_settings_become_a_goal(new_case: Callable[..., Case]) -> None:
