@@ -157,8 +157,8 @@ def plan(situation: Situation, goal: Goal) -> RoutePlan:
         chosen = best_way(situation.routes, goal, situation.limits)
     if chosen is None:
         return fall_back(situation, goal, reason)
-    if situation.cloud_refused and chosen.route == "continue":
-        return RoutePlan("continue", f"{reason}{situation.cloud_refused}")
+    if chosen.route == "continue":  # of an answer only the last step's reason is told: no alternatives are named here
+        return RoutePlan("continue", f"{reason}{situation.cloud_refused or f'{goal.objective}: {describe(chosen)}'}")
     return RoutePlan(chosen.route, f"{reason}{goal.objective}: {why_chosen(chosen, situation, goal)}", chosen.point)
 
 
@@ -167,21 +167,23 @@ def best_way(routes: Iterable[RouteEstimate], goal: Goal, limits: Limits) -> Rou
 
     None where the deadline or the budgets exclude all. Running the head on is never excluded by them.
     """
-    weights, spreads = goal.weights or PRESETS[goal.objective], deviations(goal.target_share)
-    target_s, allowance, limited = goal.target_s - limits.spent_s, limits.allowance, limits.allowance is not UNLIMITED
+    per_s, per_usd, per_joule, per_share = goal.weights or PRESETS[goal.objective]
+    spreads, target_s, left_s = deviations(goal.target_share), goal.target_s - limits.spent_s, limits.left_s
+    most_bytes, most_usd, most_joules, most_calls = limits.allowance
     best = soonest = None
     best_cost = soonest_s = math.inf
     for each in routes:
+        _, _, seconds, usd, _, size, joules, calls, agreement, _, spread_s = each
         if each.route != "continue" and (
-            each.seconds > limits.left_s or (limited and shortage(each.spend, allowance) is not None)
+            seconds > left_s or size > most_bytes or calls > most_calls or usd > most_usd or joules > most_joules
         ):
             continue
-        likely_s = each.seconds + spreads * each.spread_s
+        likely_s = seconds + spreads * spread_s
         if likely_s > target_s:
             if likely_s < soonest_s:
                 soonest, soonest_s = each, likely_s
             continue
-        cost = weights.cost(each.seconds, each.usd, each.joules, each.agreement)
+        cost = per_s * seconds + per_usd * usd + per_joule * joules + per_share * (1.0 - agreement)
         if best is None or cost < best_cost:
             best, best_cost = each, cost
     return best or soonest

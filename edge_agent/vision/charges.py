@@ -32,7 +32,7 @@ class Radio:
 
 
 def probe_charge(ledger: Ledger, costs: Costs, radio: Radio) -> Callable[[int], bool]:
-    """What a probe calls before it moves so many bytes both ways: whether the budgets allow it, which pay for it then."""
+    """What a probe calls before it moves so many bytes both ways: whether the budgets allow it, and if so they pay."""
 
     def charge(size: int) -> bool:
         allowed = ledger.spend(costs.probe(size, radio.since_s()))

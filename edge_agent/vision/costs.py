@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S
@@ -47,12 +47,14 @@ class Reply(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What a way that sends takes: seconds to encode, bytes up, seconds in the cloud; seconds since the last one."""
+    """What a way that sends takes: seconds to encode, bytes up, seconds in the cloud, and modelled joules of the reply
+    and the radio's tail.
+    """
 
     encode_s: float
     up_bytes: float
     cloud_s: float
-    since_s: float
+    radio_j: float
 
 
 class Costs:
@@ -68,6 +70,13 @@ class Costs:
         head_macs = [segment.macs for segment in manifest.segments]
         self.whole_macs = sum(head_macs) + manifest.tail_macs
         self.tail_macs = [tap.tail_macs for tap in manifest.taps]
+        prices = profile.prices
+        self._usd = (  # a byte up, a second of the cloud, a second of the device, a reply
+            prices.usd(1, 0, 0),
+            prices.usd(0, 1, 0),
+            prices.usd(0, 0, 1),
+            prices.usd(0, 0, 0, self.reply_bytes),
+        )
         load = DeviceLoad()
         self.segment_s = [GraphLatency(macs / DEVICE_MACS_PER_S, load) for macs in head_macs]
         self.encode_s = [
@@ -145,19 +154,19 @@ class Costs:
         """What the device's own computation takes; no budget limits it."""
         return Spend(0.0, self._prices.usd(0, 0, device_s), device_s * self._profile.energy.compute_w, 0.0)
 
-    def split(self, point: OperatingPoint, link: LinkEstimate, since_s: float = math.inf) -> RouteEstimate:
+    def split(self, point: OperatingPoint, link: LinkEstimate, radio_j: float = 0.0) -> RouteEstimate:
         """Encode a bottleneck and send it. The segments before it have run already."""
         known = self._known[point]
         up_bytes = known.bytes.value + MAX_FRAMING_BYTES
-        ahead = Ahead(known.encode_s.value, up_bytes, self.cloud_s(known.macs), since_s)
+        ahead = Ahead(known.encode_s.value, up_bytes, self.cloud_s(known.macs), radio_j)
         name = f"{known.name} ({up_bytes:.0f} B)"
         return self._sent("split", name, ahead, link, point, known.agreement, known.right)
 
-    def offload(self, link: LinkEstimate, since_s: float = math.inf) -> RouteEstimate:
+    def offload(self, link: LinkEstimate, radio_j: float = 0.0) -> RouteEstimate:
         """Compress and send the whole photo."""
         up_bytes = self.image_bytes.value + MAX_FRAMING_BYTES
         name = f"whole image ({up_bytes:.0f} B)"
-        ahead = Ahead(self.image_encode_s.value, up_bytes, self.cloud_s(self.whole_macs), since_s)
+        ahead = Ahead(self.image_encode_s.value, up_bytes, self.cloud_s(self.whole_macs), radio_j)
         return self._sent("offload", name, ahead, link, None, 1.0, None)
 
     def _sent(
@@ -171,12 +180,12 @@ class Costs:
         right: float | None,
     ) -> RouteEstimate:
         """A way that sends one message."""
-        device_s, up_bytes, cloud_s, since_s = ahead
+        device_s, up_bytes, cloud_s, radio_j = ahead
         wait_s = link.transfer_s(up_bytes) + cloud_s
-        usd = self._prices.usd(up_bytes, cloud_s, device_s, self.reply_bytes)
+        per_byte, per_cloud_s, per_device_s, reply = self._usd
+        usd = up_bytes * per_byte + cloud_s * per_cloud_s + device_s * per_device_s + reply
         energy = self._profile.energy
-        joules = device_s * energy.compute_w + wait_s * energy.idle_w
-        joules += energy.radio_j(up_bytes, self.reply_bytes, since_s)
+        joules = device_s * energy.compute_w + wait_s * energy.idle_w + up_bytes * energy.up_j_per_byte + radio_j
         size = up_bytes + self.reply_bytes
         spread_s = math.hypot(link.spread_s(up_bytes), COMPUTE_SPREAD * (device_s + cloud_s))
         return RouteEstimate(
@@ -197,32 +206,28 @@ class Costs:
         """
         if link is None:
             return [] if passed == len(self.segment_s) else [self._segment(passed)]
-        since_s = limits.since_s
-        at_any_time = [] if request.forced_split else [self.offload(link, since_s)]
-        ways = [(self._known[point].after, point) for point in request.points]
-        at_any_time += [self.split(point, link, since_s) for after, point in ways if not after]
-        return self._routes(passed, link, request, goal, limits, at_any_time, ways)
+        radio_j = self._profile.energy.radio_j(0, self.reply_bytes, limits.since_s)
+        sent: dict[int, list[RouteEstimate]] = {0: [] if request.forced_split else [self.offload(link, radio_j)]}
+        for point in request.points:
+            after = self._known[point].after
+            if not after or after >= passed:
+                sent.setdefault(after, []).append(self.split(point, link, radio_j))
+        return self._routes(passed, sent, request, goal, limits)
 
     def _routes(
         self,
         passed: int,
-        link: LinkEstimate,
+        sent: Mapping[int, list[RouteEstimate]],
         request: InferenceRequest,
         goal: Goal,
         limits: Limits,
-        at_any_time: Sequence[RouteEstimate],
-        ways: Sequence[tuple[int, OperatingPoint]],
     ) -> list[RouteEstimate]:
-        """`at_any_time`: ways that do not depend on the head. `ways`: segments before each point."""
-        last = passed == len(self.segment_s)
-        routes = list(at_any_time)
-        if passed:
-            routes += [self.split(point, link, limits.since_s) for after, point in ways if after == passed]
-        deeper = any(after > passed for after, _ in ways)
-        if deeper or (not last and request.no_exit is None):
-            left_s = limits.left_s - self.segment_s[passed].value
-            later = self._routes(passed + 1, link, request, goal, limits._replace(left_s=left_s), at_any_time, ways)
-            routes.append(self._continued(passed, request, best_way(later, goal, limits)))
+        """`sent`: the ways that send, by the number of segments that must run first; 0 for any."""
+        routes = [*sent[0], *sent[passed]] if passed and passed in sent else list(sent[0])
+        if max(sent) > passed or (passed < len(self.segment_s) and request.no_exit is None):
+            rest = limits._replace(left_s=limits.left_s - self.segment_s[passed].value)
+            later = best_way(self._routes(passed + 1, sent, request, goal, rest), goal, rest)
+            routes.append(self._continued(passed, request, later))
         return routes
 
     def continue_route(self, passed: int, link: LinkEstimate, request: InferenceRequest) -> RouteEstimate:

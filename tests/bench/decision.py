@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.edge_agent.config import Budgets, EdgeConfig
+from isthmus.edge_agent.config import EdgeConfig
 from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.ledger import Ledger
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal
+from isthmus.edge_agent.spending import Budgets
 from isthmus.edge_agent.vision.charges import Radio
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import Overrides, RequestState, resolve_request

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent
-from isthmus.edge_agent.config import Budgets
+from isthmus.edge_agent.spending import Budgets
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import CloudProcess, EdgeProcess
 from tests.bench.proxy import LinkProxy, LinkSpec
