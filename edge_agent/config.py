@@ -15,10 +15,11 @@ from pydantic.dataclasses import dataclass
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.prices import Objective, Prices
+from isthmus.edge_agent.spending import Budgets, OwnWeights
 from isthmus.models.address import ListenAddress, PeerAddress
 from isthmus.models.bundle.installed import find
 from isthmus.models.settings import Flag, Settings
-from isthmus.models.vision.manifest import DEFAULT_EPSILON, Precision
+from isthmus.models.vision.manifest import DEFAULT_EPSILON, Among, Precision, Promise
 
 PREFIX = "ISTHMUS_EDGE"  # of names in the environment
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC obeys, in its order
@@ -39,7 +40,27 @@ Clouds = Annotated[
     Flag("cloud", separator=",", metavar="HOST:PORT"),
 ]
 Threads = Annotated[int, Field(ge=0, le=256, description="Threads of ONNX Runtime; 0 for one a core.")]
-Best = Annotated[Objective, Field(description="What the router minimises among the ways that keep the quality.")]
+Best = Annotated[
+    Objective,
+    Field(
+        description="What the router minimises among the ways that keep the quality and every constraint: time, money,"
+        " modelled energy, or disagreement with the cloud's model."
+    ),
+]
+Profile = Annotated[
+    str,
+    Field(
+        description="Prices and modelled energy of the device and its link: wifi, lte, lte-m, wired, or a TOML file.",
+        min_length=1,
+    ),
+]
+LedgerFile = Annotated[
+    Path | None,
+    Field(
+        description="File of what the budgets have left. Without it: isthmus/ledger.db in XDG_STATE_HOME or"
+        " ~/.local/state."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -65,18 +86,23 @@ class Tls(Settings):
 
 @dataclass(frozen=True)
 class WholeImage(Settings):
-    """How a photo is stored when it is sent whole."""
+    """How a photo is stored when it is sent whole; where neither is given, the router chooses by the bundle's figures."""
 
     form: Annotated[
-        Literal["jpeg", "png", "webp"],
-        Field(description="Format of a photo that is sent whole."),
+        Literal["jpeg", "png", "webp"] | None,
+        Field(description="Format of a photo that is sent whole. Without it: the router chooses."),
         Flag("image_format"),
-    ] = "jpeg"
+    ] = None
     quality: Annotated[
-        int,
-        Field(ge=1, le=100, description="Quality of a photo that is sent whole as JPEG or WebP; PNG is lossless."),
+        int | None,
+        Field(
+            ge=1,
+            le=100,
+            description="Quality of a photo that is sent whole as JPEG or WebP; PNG is lossless. Without it: the router"
+            " chooses, or 75 of a given format.",
+        ),
         Flag("image_quality"),
-    ] = 75
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +127,41 @@ class EdgeConfig(Settings):
     ] = "auto"
     precision: Annotated[Precision, Field(description="Precision of the head on the device.")] = "fp32"
     objective: Best = "fastest"
+    weights: OwnWeights = OwnWeights()
+    target_s: Annotated[
+        float | None,
+        Field(
+            ge=MIN_DEADLINE_S,
+            le=MAX_DEADLINE_S,
+            description="Milliseconds within which the share --target-share of photos is to be answered. Without it:"
+            " none.",
+        ),
+        Flag("target_ms", 1000),
+    ] = None
+    target_share: Annotated[
+        float,
+        Field(ge=0.5, le=0.9999, description="Share of photos that is to be answered within --target-ms."),
+    ] = 0.95
     epsilon: Annotated[
         Share,
         Field(description="Certified loss of accuracy at the exits: it picks the bundle's confidence threshold."),
     ] = DEFAULT_EPSILON
+    promise: Annotated[
+        Promise,
+        Field(
+            description="What --epsilon is of. accuracy: exits that are wrong where the cloud model is right. agreement:"
+            " other answers than the cloud model's."
+        ),
+    ] = "accuracy"
+    among: Annotated[
+        Among, Field(description="Over which photos the loss is averaged: all, or those that an exit answers.")
+    ] = "all"
     min_agreement: Annotated[
         Share,
-        Field(description="Least agreement with the cloud model, on the calibration part, of an operating point."),
+        Field(
+            description="Least agreement with the cloud model, on the calibration part, of what is sent: a bottleneck or a"
+            " whole image. Where no bottleneck reaches it, the best one's is enough."
+        ),
     ] = 0.96
     tasks: Annotated[
         tuple[str, ...],
@@ -121,7 +175,10 @@ class EdgeConfig(Settings):
     ] = 1.0
     connect_s: ConnectSeconds = 2.0
     threads: Threads = 0
+    profile: Profile = "wifi"
     prices: Prices = Prices()
+    budgets: Budgets = Budgets()
+    ledger: LedgerFile = None
     whole_image: WholeImage = WholeImage()
     breaker: BreakerLimits = BreakerLimits()
     tls: Tls | None = None
@@ -175,7 +232,10 @@ class LanguageConfig(Settings):
         ),
     ] = 0.99
     objective: Best = "fastest"
+    profile: Profile = "wifi"
     prices: Prices = Prices()
+    budgets: Budgets = Budgets()
+    ledger: LedgerFile = None
     agreement: Annotated[
         Share,
         Field(description="Agreement with the full model of tokens that exits decide: it picks their thresholds."),

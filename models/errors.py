@@ -9,6 +9,7 @@
     │   ├── ContextGone         the service no longer holds this session's KV cache: open it again
     │   ├── PayloadCorrupt      checksum, truncation or symbols that the tables cannot produce
     │   ├── PayloadTooLarge     over a cap, whether met when encoding or when receiving
+    │   ├── OverBudget          the device's budgets allow no more to be sent
     │   ├── AgentClosed         a request after `close()`
     │   └── AnswerCancelled     an answer that its caller gave up while it waited
     ├── LinkError               the link failed; trying again later can help
@@ -65,6 +66,10 @@ class PayloadCorrupt(CallerError):
 
 class PayloadTooLarge(CallerError):
     """A payload over its cap."""
+
+
+class OverBudget(CallerError):
+    """The budgets of this device allow no more to be sent."""
 
 
 class AgentClosed(CallerError):

@@ -18,6 +18,7 @@ CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
     errors.PayloadCorrupt: grpc.StatusCode.DATA_LOSS,
     errors.PayloadTooLarge: grpc.StatusCode.OUT_OF_RANGE,
     errors.AgentClosed: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.OverBudget: grpc.StatusCode.INVALID_ARGUMENT,
     errors.AnswerCancelled: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LinkError: grpc.StatusCode.UNAVAILABLE,
     errors.LinkDown: grpc.StatusCode.UNAVAILABLE,

@@ -28,8 +28,11 @@ Examples:
 @click.option("--tap", help="Bottleneck to send, by name. Of tap, width and rate the router chooses what is not named.")
 @click.option("--width", type=click.FloatRange(0, 1), help="Width of the encoder, as a share of its channels.")
 @click.option("--rate", type=click.IntRange(0), help="Rate of the bottleneck; 0 is the smallest.")
+@click.option("--private", is_flag=True, help="Nothing of the photos leaves the device.")
 @settings("Cloud and device", "Photos")
-def infer(files: tuple[Path, ...], as_json: bool, tap: str | None, width: float | None, rate: int | None) -> None:
+def infer(
+    files: tuple[Path, ...], as_json: bool, tap: str | None, width: float | None, rate: int | None, private: bool
+) -> None:
     """Answer photos from files.
 
     FILES are JPEG, PNG or WebP. Each answer says its label, where it was made, how long that took, and why. Without
@@ -43,7 +46,7 @@ def infer(files: tuple[Path, ...], as_json: bool, tap: str | None, width: float 
     with agent:
         for file in progress(files):
             try:
-                answer = agent.infer(file, tap=tap, width=width, rate=rate)
+                answer = agent.infer(file, tap=tap, width=width, rate=rate, private=private)
             except IsthmusError as error:
                 failed += 1
                 click.echo(f"error: {file}: {error}", err=True)

@@ -2,6 +2,8 @@
 
 POST /v1/infer    body: a JPEG, PNG or WebP file -> the answer as JSON; ?deadline_ms=
                   ?task= names a task, repeatable; ?tap= ?width= ?rate= force a split at that operating point
+                  ?private=1, or the header X-Isthmus-Private: nothing leaves the device
+                  ?explain=1: with every way that was considered
 GET  /v1/status   bundle, whether the cloud answers, link estimates
 """
 
@@ -22,6 +24,7 @@ from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, HttpConfig
 from isthmus.edge_agent.http.admission import AdmissionSlots
 from isthmus.edge_agent.http.disconnect import while_connected
 from isthmus.edge_agent.http.guard import CLIENT_LEFT, problem
+from isthmus.edge_agent.http.privacy import is_private, is_true
 from isthmus.edge_agent.http.uploads import UploadRefused, Uploads
 from isthmus.edge_agent.policy.breaker import WORDS
 from isthmus.edge_agent.vision.agent import EdgeAgent
@@ -31,7 +34,7 @@ from isthmus.models.settings import MAX_SHOWN, nearest
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 MAX_COMPUTING = 4  # requests in threads at once; ONNX Runtime uses every core for each
-PARAMETERS = ("deadline_ms", "task", "tap", "width", "rate")
+PARAMETERS = ("deadline_ms", "task", "tap", "width", "rate", "private", "explain")
 MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES  # an original from a camera; it is made smaller before it is sent on
 MAX_HELD_BYTES = 8 * MAX_BODY_BYTES  # of all bodies together, arriving, waiting and being answered
 
@@ -51,13 +54,16 @@ class InferApi:
         return [Route("/v1/infer", self.infer, methods=["POST"])]
 
     def update_metrics(self) -> None:
-        """Export the current state of the links."""
+        """Export the current state of the links and the budgets."""
         self._metrics.replicas(self._agent.replicas)
+        self._metrics.budgets(self._agent.ledger)
 
     async def infer(self, request: Request) -> Response:
         received_s = time.monotonic()
         try:
             arguments = query(request)
+            if is_private(request.headers):
+                arguments["private"] = True
             self._slots.check()
             async with self._uploads.body(request) as photo, while_connected(request.receive):
                 if not photo:
@@ -100,7 +106,19 @@ class InferApi:
             },
             "mode": self._agent.config.mode,
             "objective": self._agent.config.objective,
+            "profile": self._agent.profile.name,
+            "budgets": [
+                {
+                    "amount": each.budget.amount,
+                    "period_s": each.budget.period_s,
+                    "limit": each.budget.limit,
+                    "left": max(each.level, 0.0),
+                }
+                for each in self._agent.ledger.buckets()
+            ],
             "exit_confidence": threshold if (threshold := self._agent.goal.exit_confidence) <= 1 else None,
+            "exit_confidences": [each if each <= 1 else None for each in self._agent.exit_rule.confidences],
+            "certificates_void": self._agent.certificates_void,
             "cloud": WORDS[link.state] if link else None,
             "cloud_problem": link.refusal if link else None,
             "clouds": [
@@ -127,6 +145,7 @@ def query(request: Request) -> dict[str, Any]:
         if not (rate := given["rate"]).isdecimal() or len(rate) > 9:
             raise InvalidInput(f"rate is {rate[:20]!r}, expected a whole number")
         arguments["rate"] = int(rate)
+    arguments |= {name: True for name in ("private", "explain") if is_true(given.get(name, ""))}
     return arguments
 
 

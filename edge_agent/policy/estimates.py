@@ -12,6 +12,7 @@ from statistics import median_low
 
 FORGET = 0.98  # the weight of an observation halves after 34 others
 MEMORY_BYTES2 = 1000.0**2  # variance of sizes below which the old bandwidth counts more than new observations
+SPREAD = 0.25  # relative standard deviation of a transfer
 OUTLIER = 4.0  # an observation is clipped to this many predictions: one stall is no slow link or busy device
 GUARDED_WEIGHT = 1.5  # of observations, from which the link's outliers are clipped: after a small and a large probe
 QUICK = 2  # observations in a row, each below 1 / OUTLIER of the prediction, that replace the estimate
@@ -31,6 +32,10 @@ class LinkEstimate:
     def transfer_s(self, up_bytes: float) -> float:
         """Predicted seconds from sending `up_bytes` to the reply, without the cloud's own time."""
         return self.rtt_s + up_bytes / self.bytes_per_s
+
+    def spread_s(self, up_bytes: float) -> float:
+        """Standard deviation of `transfer_s(up_bytes)`."""
+        return SPREAD * self.transfer_s(up_bytes)
 
 
 class LinkEstimator:

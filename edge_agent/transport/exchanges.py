@@ -51,7 +51,7 @@ class Exchanges:
     ) -> Exchange:
         """Send a payload and wait for its reply. After a goodbye it is sent once more, if `again` and time allow it.
 
-        Raises LinkDown, DeadlineExceeded, or the error that the cloud replied with.
+        Raises LinkDown, DeadlineExceeded, OverBudget, or the error that the cloud replied with.
         """
         try:
             return self._exchange(payload, tasks, attempt)
@@ -90,6 +90,7 @@ class Exchanges:
         left_s = attempt.deadline_s - started_s
         message = wire.pack_request(CloudRequest(request_id, self._fingerprint, left_s, payload, tasks))
         up_bytes = message.ByteSize() + GRPC_PREFIX_BYTES
+        attempt.charge(up_bytes)
         stream, future = self._send(message)
         attempt.sent(up_bytes)
         try:

@@ -24,6 +24,7 @@ from isthmus.models.errors import (
     DeadlineExceeded,
     LinkDown,
     LinkError,
+    OverBudget,
     Overloaded,
     Refused,
     ServiceError,
@@ -39,14 +40,19 @@ NOT_ANSWERING = "the cloud is not answering"
 class Attempt:
     """One request: the seconds it may take, when it was first sent, what was sent, and whether the cloud replied."""
 
-    def __init__(self, budget_s: float, on_sent: Callable[[int], None] = lambda up_bytes: None) -> None:
-        """Begins now. `on_sent` is called with the bytes of each message sent."""
+    def __init__(
+        self,
+        budget_s: float,
+        on_sent: Callable[[int], None] = lambda up_bytes: None,
+        charge: Callable[[int], None] = lambda up_bytes: None,
+    ) -> None:
+        """Begins now. `on_sent` is called with the bytes of each message sent; `charge` before it is, and may raise."""
         self.deadline_s = time.monotonic() + budget_s
         self.budget_s = budget_s  # of the wait for a reply, from the moment when it may be sent
         self.sent_s: float | None = None
         self.up_bytes = 0
         self.replied = False
-        self._on_sent = on_sent
+        self._on_sent, self.charge = on_sent, charge
 
     def admitted(self) -> None:
         """It has a slot: what is left of its time is for the exchange."""
@@ -120,6 +126,8 @@ class CloudHealth:
         """What the error of a request says about the cloud, which may be nothing."""
         if isinstance(error, Refused):
             self.trip(str(error))
+        elif isinstance(error, OverBudget):
+            self._record_nothing(suspected=attempt.up_bytes > 0)
         elif attempt.sent_s is None and not isinstance(error, LinkError | ServiceError):
             self._record_nothing(suspected=False)
         elif self._overloaded(error, attempt):

@@ -50,16 +50,18 @@ class Link(CloudLink):
         budget_s: float,
         tasks: tuple[int, ...] = (0,),
         sent: Callable[[int], None] = lambda up_bytes: None,
+        charge: Callable[[int], None] = lambda up_bytes: None,
     ) -> Exchange:
         """Send one payload and wait at most `budget_s` for answers to `tasks`: the bundle's indices, in rising order.
 
         Waits within that time while as many requests are in flight as the cloud answers, and while the cloud has said
         that it has no room. Sends it once more if the stream ends with a goodbye before the reply. `sent` is called
-        with the bytes of each message sent, whatever becomes of it. Raises LinkDown, DeadlineExceeded, Overloaded,
+        with the bytes of each message sent, whatever becomes of it; `charge` before it is sent, and may raise
+        OverBudget. Raises LinkDown, DeadlineExceeded, Overloaded,
         AgentClosed after `close`, or the error that the cloud replied with.
         """
         self._lifetime.check()
-        attempt = Attempt(budget_s, sent)
+        attempt = Attempt(budget_s, sent, charge)
         with self._slot(attempt, len(payload.data)):
             self._health.admit(attempt.deadline_s - time.monotonic() - self.estimate.transfer_s(len(payload.data)))
             self._lifetime.check()

@@ -6,6 +6,8 @@ What computes holds one of the device's slots, granted in order of arrival; wait
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,26 +21,40 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from isthmus.edge_agent.config import MODES, EdgeConfig
+from isthmus.edge_agent.cost_profiles import open_profile
+from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan
 from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.batch import in_order
-from isthmus.edge_agent.vision.costs import Costs
+from isthmus.edge_agent.vision.charges import Charges, Radio
+from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.edge_agent.vision.exit_rule import exit_rule
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.replicas import connect
-from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_deadline, resolve_request
+from isthmus.edge_agent.vision.request import (
+    Floats,
+    Overrides,
+    RequestState,
+    image_of,
+    resolve_deadline,
+    resolve_request,
+)
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.router import Router
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.certificates import void_because
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 
+log = logging.getLogger(__name__)
+
+VOID = "no exit answers early, as its certificates are void: {}"
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
 BATCH_SENT = 4  # photos of a batch under way beside those that are computed, so that the link is used as well
 
@@ -63,8 +79,12 @@ class EdgeAgent:
         self.config = config
         self.manifest = bundle.manifest
         self.metrics = metrics
-        self.costs = Costs(bundle.manifest, config.prices)
+        self.profile = open_profile(config.profile, config.prices)
+        self.costs = Costs(bundle.manifest, self.profile, config.precision)
+        self.ledger = Ledger(config.budgets.budgets, config.ledger or default_path())
+        self._radio = Radio()
         resolve_request(self.costs.points, self.manifest, config, None, Overrides())  # unknown tasks are refused now
+        self.costs.send_whole_as(image_of(self.costs.points, config))
         self._codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
         self._head = Head(bundle, config.threads, config.precision)
         self._payloads = PayloadEncoder(
@@ -72,9 +92,20 @@ class EdgeAgent:
         )
         described = bundle.manifest.heads[config.precision]
         self._exits = [exit_.name for exit_ in described.exits]
-        self.exit_rule = exit_rule(described, config.epsilon)
-        self.goal = Goal(config.objective, min(self.exit_rule.confidences))
-        self._router = Router(self.costs, self._exits)
+        self.exit_rule = exit_rule(described, config.epsilon, config.promise, config.among)
+        self.certificates_void = void_because(self.manifest, config.precision)
+        if self.certificates_void:
+            log.warning("%s", VOID.format(self.certificates_void))
+        if metrics:
+            metrics.certificates(bool(self.certificates_void))
+        self.goal = Goal(
+            config.objective,
+            min(self.exit_rule.confidences),
+            config.weights.over(config.objective),
+            math.inf if config.target_s is None else config.target_s,
+            config.target_share,
+        )
+        self._router = Router(self.costs, self._exits, self.ledger, self._radio)
         self._slots = FairSlots(compute_slots(config.threads))
         self._batch = compute_slots(config.threads) + BATCH_SENT
         self._threads = ThreadPoolExecutor(MAX_THREADS, "isthmus-photo")
@@ -95,6 +126,8 @@ class EdgeAgent:
         if not inherited:
             self._threads.shutdown(wait=False, cancel_futures=True)
         self.replicas.close()
+        if not inherited:
+            self.ledger.close()
 
     def infer(
         self,
@@ -105,12 +138,15 @@ class EdgeAgent:
         tap: str | None = None,
         width: float | None = None,
         rate: int | None = None,
+        private: bool = False,
+        explain: bool = False,
     ) -> Answer:
         """Answer one photo: a JPEG, PNG or WebP file (path, bytes or file object), a PIL image, or an array of pixels.
 
         `tasks` are names, all answered from one upload; the agent's own tasks if there are none. With `tap` (a name),
         `width` (the share of its encoder's channels) or `rate` the photo is encoded at that operating point and sent;
-        the router chooses what is left open.
+        the router chooses what is left open. A `private` photo is answered by the exits: nothing of it leaves the
+        device. With `explain` the answer holds every way that was considered.
 
         Where the cloud is configured and does not answer, the best exit does, and the answer is marked degraded. Where
         none is configured, the answer of the exits is not. Tasks without an exit are listed as missing.
@@ -118,7 +154,7 @@ class EdgeAgent:
         Raises InvalidInput if the photo cannot be read, if a task, tap, width or rate does not exist, or for a deadline
         out of range; AgentClosed after `close`.
         """
-        return self._answer_photo(photo, self._begin(deadline_s, tasks, Overrides(tap, width, rate)))
+        return self._answer_photo(photo, self._begin(deadline_s, tasks, Overrides(tap, width, rate, private), explain))
 
     async def ainfer(
         self,
@@ -129,12 +165,14 @@ class EdgeAgent:
         tap: str | None = None,
         width: float | None = None,
         rate: int | None = None,
+        private: bool = False,
+        explain: bool = False,
     ) -> Answer:
         """As `infer`, for asyncio: the event loop goes on meanwhile.
 
         A task that is cancelled ends at once; its photo is computed no further, and nothing more is sent for it.
         """
-        state = self._begin(deadline_s, tasks, Overrides(tap, width, rate))
+        state = self._begin(deadline_s, tasks, Overrides(tap, width, rate, private), explain)
         work = partial(self._answer_photo, photo, state)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -153,6 +191,8 @@ class EdgeAgent:
         tap: str | None = None,
         width: float | None = None,
         rate: int | None = None,
+        private: bool = False,
+        explain: bool = False,
     ) -> Iterator[Answer]:
         """Answers in the order of `photos`, some of which are under way at once, each with a deadline of its own.
 
@@ -161,17 +201,21 @@ class EdgeAgent:
         """
         if isinstance(photos, str | bytes) or not isinstance(photos, Iterable):
             raise InvalidInput(f"photos is {type(photos).__name__}, expected a list or another iterable of photos")
-        begin = partial(self._begin, deadline_s, tasks, Overrides(tap, width, rate))
+        begin = partial(self._begin, deadline_s, tasks, Overrides(tap, width, rate, private), explain)
         begin()  # what is wrong for every photo is raised at once
         return self._lifetime.until_closed(
             in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
         )
 
-    def _begin(self, deadline_s: float | None, tasks: Sequence[str] | None, overrides: Overrides) -> RequestState:
+    def _begin(
+        self, deadline_s: float | None, tasks: Sequence[str] | None, overrides: Overrides, explain: bool
+    ) -> RequestState:
         """A request, whose deadline counts from now. Raises AgentClosed, InvalidInput."""
         self._lifetime.check()
         request = resolve_request(self.costs.points, self.manifest, self.config, tasks, overrides)
-        return RequestState(request, resolve_deadline(self.config, deadline_s))
+        if self.certificates_void and self.config.mode != "edge" and request.no_exit is None:
+            request = replace(request, no_exit=VOID.format(self.certificates_void))
+        return RequestState(request, resolve_deadline(self.config, deadline_s), explain)
 
     def _answer_photo(self, photo: Photo, state: RequestState) -> Answer:
         """Compute on the device, then send if the route says so. Raises InvalidInput, CancelledError."""
@@ -230,11 +274,11 @@ class EdgeAgent:
         if step.route == "exit":
             return self._answer_locally(step.why, state, pixels_CHW, None)
         if step.route == "fallback":
-            reason = "deadline" if self.replicas.best() else "cloud_down"
+            reason = step.lacking or ("deadline" if self.replicas.best() else "cloud_down")
             return self._answer_locally(step.why, state, pixels_CHW, reason)
         try:
             if step.point is None:
-                return None, self._payloads.whole_image(state, image, self.config.whole_image)
+                return None, self._payloads.whole_image(state, image, image_of(self.costs.points, self.config))
             return self._payloads.bottleneck(state, step.point, pixels_CHW)
         except IsthmusError as error:
             return self._answer_locally(f"{step.why}; but {error}", state, pixels_CHW, degraded_reason(error))
@@ -257,12 +301,19 @@ class EdgeAgent:
         return self._answer("split" if point else "offload", answers, state, why, point)
 
     def _exchange(self, payload: Payload, tasks: tuple[int, ...], state: RequestState) -> CloudReply:
-        """A cloud's reply; its bytes and times go into `state` and the cost model."""
+        """A cloud's reply; its bytes and times go into `state`, the cost model and the ledger."""
         left_s, cloud_s = partial(self._router.cloud_left_s, state), self.costs.payload_s(payload)
-        with state.stage("cloud"):
-            exchange = self.replicas.infer(payload, tasks, state, left_s, cloud_s)
+        charges = Charges(self.ledger, self.costs, self._radio, left_s)
+        state.charge = charges.before_sending
+        try:
+            with state.stage("cloud"):
+                exchange = self.replicas.infer(payload, tasks, state, left_s, cloud_s)
+            reply = exchange.reply
+            charges.answered(Reply(exchange.down_bytes, reply.compute_s, exchange.elapsed_s))
+        finally:
+            charges.close()
+            state.joules = charges.spent.joules
         self._router.replied()
-        reply = exchange.reply
         state.add_reply(reply, exchange.down_bytes)
         self.costs.record_cloud(payload, min(reply.queue_s + reply.compute_s, exchange.elapsed_s))
         return reply
@@ -271,7 +322,7 @@ class EdgeAgent:
         """The answer of the deepest exit that has run; runs the first one if none has."""
         if not state.exits:
             self._run_segment(state, pixels_CHW)
-        if not self.replicas:
+        if not self.replicas or state.request.private:
             degraded = None  # the owner chose the device alone
         if degraded and self.metrics:
             self.metrics.degraded(degraded)
@@ -295,6 +346,7 @@ class EdgeAgent:
             route=route,
             exit_name=self._exits[len(state.exits) - 1] if route in ("exit", "fallback") else None,
             point=self.costs.points.parts(point) if point else (None, None, None),
-            cost_usd=self.config.prices.usd(state.up_bytes, state.cloud_s, state.device_s),
+            cost_usd=self.profile.prices.usd(state.up_bytes, state.cloud_s, state.device_s, state.down_bytes),
+            modelled_joules=self.costs.own(state.device_s).joules + state.joules,
             why=why,
         )

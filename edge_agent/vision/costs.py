@@ -2,30 +2,81 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from isthmus.edge_agent.config import MAX_DEADLINE_S
+from isthmus.edge_agent.policy.budgets import Spend
 from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
-from isthmus.edge_agent.policy.exits import OperatingPoint, RouteEstimate
-from isthmus.edge_agent.policy.prices import Prices
+from isthmus.edge_agent.policy.exits import FREE, Goal, Limits, OperatingPoint, RouteEstimate, best_way
+from isthmus.edge_agent.policy.prices import CostProfile, Weights
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.messages import Codec, Payload
-from isthmus.models.vision.manifest import Manifest
-from isthmus.protos.limits import MAX_FRAMING_BYTES
+from isthmus.models.vision.manifest import ImageWay, Manifest, Precision
+from isthmus.protos.limits import MAX_ERROR_CHARACTERS, MAX_FRAMING_BYTES
 
 CLOUD_MACS_PER_S = 20e9  # prior for the cloud's speed, replaced by the first reply
 DEVICE_MACS_PER_S = 10e9  # prior for the device's speed
 IMAGE_BYTES_PER_PIXEL = 0.1  # prior for a compressed photo
 IMAGE_ENCODE_S = 0.005
+QUICKEST = Goal("fastest", 2.0, Weights(1.0, 0.0, 0.0, 0.0))  # by seconds alone
+COMPUTE_SPREAD = 0.25  # relative standard deviation of computing on either side
+BYTES_PER_LABEL, REPLY_FRAMING_BYTES = 4, 32  # of an answer: a probability each, and what is around them
+
+
+class Known(NamedTuple):
+    """What is known of an operating point, looked up once; its averages go on."""
+
+    name: str
+    bytes: GuardedAverage
+    encode_s: GraphLatency
+    macs: int
+    agreement: float
+    right: float
+    after: int  # segments that must run first
+
+
+class Reply(NamedTuple):
+    """Of the cloud: its bytes, the seconds that it computed, and those that the device waited for it."""
+
+    bytes: int
+    cloud_s: float
+    waited_s: float
+
+
+class Ahead(NamedTuple):
+    """What a way that sends takes: seconds to encode, bytes up, seconds in the cloud, and modelled joules of the reply
+    and the radio's tail.
+    """
+
+    encode_s: float
+    up_bytes: float
+    cloud_s: float
+    radio_j: float
 
 
 class Costs:
     """Running averages, shared by all requests of an agent. A race between threads may lose one observation."""
 
-    def __init__(self, manifest: Manifest, prices: Prices) -> None:
-        self._prices = prices
+    def __init__(self, manifest: Manifest, profile: CostProfile, precision: Precision = "fp32") -> None:
+        self._profile, self._prices = profile, profile.prices
+        self._exits = manifest.heads[precision].exits
+        labels = sum(len(task.labels) for task in manifest.tasks)
+        self.reply_bytes = float(BYTES_PER_LABEL * labels + REPLY_FRAMING_BYTES)  # of an answer to every task
+        self._most_reply_bytes = max(self.reply_bytes, MAX_ERROR_CHARACTERS + REPLY_FRAMING_BYTES)
         height, width = manifest.preprocessing.crop
         head_macs = [segment.macs for segment in manifest.segments]
         self.whole_macs = sum(head_macs) + manifest.tail_macs
         self.tail_macs = [tap.tail_macs for tap in manifest.taps]
+        prices = profile.prices
+        self._usd = (  # a byte up, a second of the cloud, a second of the device, a reply
+            prices.usd(1, 0, 0),
+            prices.usd(0, 1, 0),
+            prices.usd(0, 0, 1),
+            prices.usd(0, 0, 0, self.reply_bytes),
+        )
         load = DeviceLoad()
         self.segment_s = [GraphLatency(macs / DEVICE_MACS_PER_S, load) for macs in head_macs]
         self.encode_s = [
@@ -34,8 +85,21 @@ class Costs:
         ]
         self.image_encode_s = GuardedAverage(IMAGE_ENCODE_S)
         self.image_bytes = GuardedAverage(height * width * IMAGE_BYTES_PER_PIXEL)
+        self._image: ImageWay | None = None
         self.points = OperatingPoints(manifest)
         self.point_bytes = {point: GuardedAverage(rate.mean_bytes) for point, rate in self.points.figures.items()}
+        self._known = {
+            point: Known(
+                self.points.name(point),
+                self.point_bytes[point],
+                self.encode_s[point.tap][point.width],
+                self.tail_macs[point.tap],
+                rate.agreement,
+                rate.accuracy,
+                self.points.after(point),
+            )
+            for point, rate in self.points.figures.items()
+        }
         self.cloud_s_per_mac = GuardedAverage(1 / CLOUD_MACS_PER_S)
         self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
 
@@ -54,43 +118,158 @@ class Costs:
     def _macs(self, payload: Payload) -> int:
         return self.whole_macs if payload.codec is Codec.IMAGE else self.tail_macs[payload.tap]
 
-    def split(self, point: OperatingPoint, link: LinkEstimate) -> RouteEstimate:
-        """Encode a bottleneck and send it. The segments before it have run already."""
-        up_bytes = self.point_bytes[point].value + MAX_FRAMING_BYTES
-        cloud_s = self.cloud_s(self.tail_macs[point.tap])
-        device_s = self.encode_s[point.tap][point.width].value
-        seconds = device_s + link.transfer_s(up_bytes) + cloud_s
-        usd = self._prices.usd(up_bytes, cloud_s, device_s)
-        return RouteEstimate("split", f"{self.points.name(point)} ({up_bytes:.0f} B)", seconds, usd, point)
+    def margin(self, left_s: float) -> Spend:
+        """What is reserved for a message beyond what a route is predicted to take.
 
-    def offload(self, link: LinkEstimate) -> RouteEstimate:
+        The cloud and the wait may take all the time that is left, and the reply may be an error.
+        """
+        wait_s = min(max(left_s, 0.0), MAX_DEADLINE_S)
+        return Spend(
+            self._most_reply_bytes - self.reply_bytes,
+            self._prices.usd(0, wait_s, 0),
+            wait_s * self._profile.energy.idle_w,
+            0.0,
+        )
+
+    def reserve(self, up_bytes: float, left_s: float, since_s: float) -> Spend:
+        """An upper bound of what a message of so many bytes takes of the budgets, with its reply within `left_s`."""
+        margin, energy = self.margin(left_s), self._profile.energy
+        reply_bytes = self._most_reply_bytes
+        usd = self._prices.usd(up_bytes, 0, 0, reply_bytes) + margin.usd
+        joules = energy.radio_j(up_bytes, reply_bytes, since_s) + margin.joules
+        return Spend(up_bytes + reply_bytes, usd, joules, 1.0)
+
+    def spent(self, up_bytes: float, reply: Reply, since_s: float) -> Spend:
+        """What a message that was answered took of the budgets."""
+        energy = self._profile.energy
+        usd = self._prices.usd(up_bytes, reply.cloud_s, 0, reply.bytes)
+        joules = energy.radio_j(up_bytes, reply.bytes, since_s) + reply.waited_s * energy.idle_w
+        return Spend(up_bytes + reply.bytes, usd, joules, 1.0)
+
+    def probe(self, size: float, since_s: float) -> Spend:
+        """What messages of so many bytes, that only measure the link, take of the budgets; they are no calls."""
+        usd, energy = self._prices.usd(size, 0, 0), self._profile.energy
+        return Spend(size, usd, energy.radio_j(size, 0, since_s), 0.0)
+
+    def own(self, device_s: float) -> Spend:
+        """What the device's own computation takes; no budget limits it."""
+        return Spend(0.0, self._prices.usd(0, 0, device_s), device_s * self._profile.energy.compute_w, 0.0)
+
+    def split(self, point: OperatingPoint, link: LinkEstimate, radio_j: float = 0.0) -> RouteEstimate:
+        """Encode a bottleneck and send it. The segments before it have run already."""
+        known = self._known[point]
+        up_bytes = known.bytes.value + MAX_FRAMING_BYTES
+        ahead = Ahead(known.encode_s.value, up_bytes, self.cloud_s(known.macs), radio_j)
+        name = f"{known.name} ({up_bytes:.0f} B)"
+        return self._sent("split", name, ahead, link, point, known.agreement, known.right)
+
+    def offload(self, link: LinkEstimate, radio_j: float = 0.0) -> RouteEstimate:
         """Compress and send the whole photo."""
         up_bytes = self.image_bytes.value + MAX_FRAMING_BYTES
-        cloud_s, device_s = self.cloud_s(self.whole_macs), self.image_encode_s.value
-        seconds = device_s + link.transfer_s(up_bytes) + cloud_s
-        usd = self._prices.usd(up_bytes, cloud_s, device_s)
-        return RouteEstimate("offload", f"whole image ({up_bytes:.0f} B)", seconds, usd)
+        name = f"whole image ({up_bytes:.0f} B)"
+        ahead = Ahead(self.image_encode_s.value, up_bytes, self.cloud_s(self.whole_macs), radio_j)
+        agreement, right = (self._image.agreement, self._image.accuracy) if self._image else (1.0, None)
+        return self._sent("offload", name, ahead, link, None, agreement, right)
 
-    def routes(self, passed: int, link: LinkEstimate | None, request: InferenceRequest) -> list[RouteEstimate]:
+    def send_whole_as(self, image: ImageWay) -> None:
+        """Whole photos are sent so: their figures are those of the bundle until some are measured."""
+        self._image = image
+        self.image_bytes = GuardedAverage(image.mean_bytes)
+
+    def _sent(
+        self,
+        route: Literal["split", "offload"],
+        name: str,
+        ahead: Ahead,
+        link: LinkEstimate,
+        point: OperatingPoint | None,
+        agreement: float,
+        right: float | None,
+    ) -> RouteEstimate:
+        """A way that sends one message."""
+        device_s, up_bytes, cloud_s, radio_j = ahead
+        wait_s = link.transfer_s(up_bytes) + cloud_s
+        per_byte, per_cloud_s, per_device_s, reply = self._usd
+        usd = up_bytes * per_byte + cloud_s * per_cloud_s + device_s * per_device_s + reply
+        energy = self._profile.energy
+        joules = device_s * energy.compute_w + wait_s * energy.idle_w + up_bytes * energy.up_j_per_byte + radio_j
+        size = up_bytes + self.reply_bytes
+        spread_s = math.hypot(link.spread_s(up_bytes), COMPUTE_SPREAD * (device_s + cloud_s))
+        return RouteEstimate(
+            route, name, device_s + wait_s, usd, point, size, joules, 1.0, agreement, right, spread_s
+        )  # fmt: skip
+
+    def routes(
+        self,
+        passed: int,
+        link: LinkEstimate | None,
+        request: InferenceRequest,
+        goal: Goal = QUICKEST,
+        limits: Limits = FREE,
+    ) -> list[RouteEstimate]:
         """The routes open to `request` after `passed` segments. Without a link that is only the next segment.
 
         A tap that encodes the image itself stays available after any segment.
         """
-        last = passed == len(self.segment_s)
         if link is None:
-            return [] if last else [RouteEstimate("continue", "continue", self.segment_s[passed].value, 0.0)]
-        routes = [] if request.forced_split else [self.offload(link)]
-        routes += [self.split(point, link) for point in request.points if self.points.after(point) in (0, passed)]
-        deeper = any(self.points.after(point) > passed for point in request.points)
-        if deeper or (not last and request.no_exit is None):
-            routes.append(self.continue_route(passed, link, request))
+            return [] if passed == len(self.segment_s) else [self._segment(passed)]
+        radio_j = self._profile.energy.radio_j(0, self.reply_bytes, limits.since_s)
+        sent: dict[int, list[RouteEstimate]] = {0: []}
+        if request.whole and not request.forced_split:
+            sent[0].append(self.offload(link, radio_j))
+        for point in request.points:
+            after = self._known[point].after
+            if not after or after >= passed:
+                sent.setdefault(after, []).append(self.split(point, link, radio_j))
+        return self._routes(passed, sent, request, goal, limits)
+
+    def _routes(
+        self,
+        passed: int,
+        sent: Mapping[int, list[RouteEstimate]],
+        request: InferenceRequest,
+        goal: Goal,
+        limits: Limits,
+    ) -> list[RouteEstimate]:
+        """`sent`: the ways that send, by the number of segments that must run first; 0 for any."""
+        routes = [*sent[0], *sent[passed]] if passed and passed in sent else list(sent[0])
+        if max(sent) > passed or (passed < len(self.segment_s) and request.no_exit is None):
+            rest = limits._replace(left_s=limits.left_s - self.segment_s[passed].value)
+            later = best_way(self._routes(passed + 1, sent, request, goal, rest), goal, rest)
+            routes.append(self._continued(passed, request, later))
         return routes
 
     def continue_route(self, passed: int, link: LinkEstimate, request: InferenceRequest) -> RouteEstimate:
         """Run the next segment, then take the best route after it unless its exit answers."""
-        later = self.routes(passed + 1, link, request)
-        share = 1.0 if request.no_exit else 1 - self.exit_share[passed].value
-        device_s = self.segment_s[passed].value
-        seconds = device_s + share * min(route.seconds for route in later)
-        usd = self._prices.usd(0, 0, device_s) + share * min(route.usd for route in later)
-        return RouteEstimate("continue", "continue", seconds, usd)
+        return self._continued(passed, request, best_way(self.routes(passed + 1, link, request), QUICKEST, FREE))
+
+    def _segment(self, passed: int) -> RouteEstimate:
+        """The next segment of the head alone."""
+        device_s, energy = self.segment_s[passed].value, self._profile.energy
+        usd = self._prices.usd(0, 0, device_s)
+        exit_ = self._exits[passed]
+        return RouteEstimate(
+            "continue", "continue", device_s, usd, joules=device_s * energy.compute_w, agreement=exit_.agreement,
+            right=exit_.accuracy,
+        )  # fmt: skip
+
+    def _continued(self, passed: int, request: InferenceRequest, later: RouteEstimate | None) -> RouteEstimate:
+        """The next segment, and `later` for the share of inputs that its exit does not answer."""
+        segment = self._segment(passed)
+        if later is None:
+            return segment
+        answered = 0.0 if request.no_exit else self.exit_share[passed].value
+        share = 1 - answered
+        return RouteEstimate(
+            "continue",
+            "continue",
+            segment.seconds + share * later.seconds,
+            segment.usd + share * later.usd,
+            None,
+            share * later.bytes,
+            segment.joules + share * later.joules,
+            share * later.calls,
+            later.agreement,  # an exit that answers keeps the promise as well
+            later.right,
+            share * later.spread_s,
+        )

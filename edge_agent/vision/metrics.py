@@ -6,17 +6,19 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from isthmus.edge_agent.ledger import Ledger
 from isthmus.edge_agent.policy.breaker import STATES
+from isthmus.edge_agent.policy.budgets import PERIODS
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import Answer
-from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, PayloadTooLarge
+from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, OverBudget, PayloadTooLarge
 from isthmus.models.vision.manifest import Manifest
 
 LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 CONFIDENCE_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
 SIZE_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROUTES = ("exit", "split", "offload", "fallback")
-REASONS = ("cloud_down", "deadline", "rejected", "too_large")
+REASONS = ("cloud_down", "deadline", "rejected", "too_large", "budget")
 
 
 class EdgeMetrics:
@@ -26,6 +28,7 @@ class EdgeMetrics:
         self._requests = RequestMetrics(registry, manifest)
         self._graphs = GraphMetrics(registry, manifest)
         self._link = LinkMetrics(registry)
+        self._spend = SpendMetrics(registry)
         build = Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry)
         build.labels(version("isthmus")).set(1)
         model_info = Gauge("isthmus_model_info", "Bundle in use.", ["model", "version"], registry=registry)
@@ -37,6 +40,8 @@ class EdgeMetrics:
         self._graphs.answered(answer)
         self._link.sent.inc(answer.bytes_up)
         self._link.received.inc(answer.bytes_down)
+        self._spend.usd.inc(answer.cost_usd)
+        self._spend.joules.inc(answer.modelled_joules)
 
     def refused(self) -> None:
         """A photo could not be read."""
@@ -54,6 +59,10 @@ class EdgeMetrics:
         """One answer is below the owner's quality, for one of REASONS."""
         self._requests.degraded.labels(reason).inc()
 
+    def certificates(self, void: bool) -> None:
+        """Export whether the certificates of the exits are void."""
+        self._graphs.void.set(void)
+
     def late(self) -> None:
         """One reply of the cloud came after its deadline."""
         self._link.late.inc()
@@ -61,6 +70,35 @@ class EdgeMetrics:
     def replicas(self, replicas: Replicas) -> None:
         """Export the clouds' states, and the estimates of the link that is used; nothing without one."""
         self._link.observe(replicas)
+
+    def budgets(self, ledger: Ledger) -> None:
+        """Export what the budgets have left."""
+        self._spend.observe(ledger)
+
+
+class SpendMetrics:
+    """What answers cost by the profile, and what the budgets have left."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.usd = Counter(
+            "isthmus_edge_spent_usd", "US dollars spent on photos, by the cost profile.", registry=registry
+        )
+        self.joules = Counter(
+            "isthmus_edge_modelled_joules",
+            "Energy spent on photos, by the cost profile's model; never measured.",
+            registry=registry,
+        )
+        self._left = Gauge(
+            "isthmus_edge_budget_left_ratio",
+            "What may be spent of a budget now, as a share of what may be spent at once.",
+            ["amount", "period"],
+            registry=registry,
+        )
+
+    def observe(self, ledger: Ledger) -> None:
+        for bucket in ledger.buckets():
+            left = self._left.labels(bucket.budget.amount, PERIODS[bucket.budget.period_s])
+            left.set(max(bucket.level, 0.0) / bucket.budget.capacity)
 
 
 class RequestMetrics:
@@ -134,6 +172,11 @@ class GraphMetrics:
             "isthmus_edge_bottlenecks",
             "Latents encoded, by operating point.",
             ["model", "tap", "width", "rate"],
+            registry=registry,
+        )
+        self.void = Gauge(
+            "isthmus_edge_certificates_void",
+            "Whether the certificates of the exits are void, so that none answers early.",
             registry=registry,
         )
         self._stages = {
@@ -210,6 +253,8 @@ def degraded_reason(error: IsthmusError) -> str:
     """The label, one of REASONS, under which isthmus_edge_degraded_responses_total counts an error of the cloud."""
     if isinstance(error, DeadlineExceeded):
         return "deadline"
+    if isinstance(error, OverBudget):
+        return "budget"
     if isinstance(error, PayloadTooLarge):
         return "too_large"
     return "cloud_down" if isinstance(error, LinkDown) else "rejected"

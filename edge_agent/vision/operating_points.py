@@ -1,4 +1,4 @@
-"""The operating points of a bundle: their figures, their names, and which of them a request may use."""
+"""The operating points and image formats of a bundle: their figures, their names, and which a request may use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.models.errors import InvalidInput
-from isthmus.models.vision.manifest import Manifest, Rate
+from isthmus.models.vision.manifest import ImageForm, ImageWay, Manifest, Rate
+
+PINNED_QUALITY = 75  # of a format for which none is given
 
 
 class OperatingPoints:
@@ -14,6 +16,7 @@ class OperatingPoints:
 
     def __init__(self, manifest: Manifest) -> None:
         self._taps = manifest.taps
+        self.images = manifest.images
         self._after = [tap.after for tap in manifest.architecture.taps]
         self.figures: dict[OperatingPoint, Rate] = {
             OperatingPoint(t, w, r): rate
@@ -39,6 +42,28 @@ class OperatingPoints:
         """Those of `points` whose agreement with the cloud model is at least `min_agreement`, or else the best one."""
         good = tuple(point for point in points if self.figures[point].agreement >= min_agreement)
         return good or (max(points, key=lambda point: self.figures[point].agreement),)
+
+    def least(self, points: Sequence[OperatingPoint], min_agreement: float) -> float:
+        """The agreement below which nothing is sent: `min_agreement`, or the best point's where none reaches it."""
+        return min(min_agreement, max(self.figures[point].agreement for point in points))
+
+    def image(self, least: float, *, best: bool, form: ImageForm | None, quality: int | None) -> ImageWay:
+        """How a whole photo is sent: as pinned by `form` or `quality`, or else by the figures.
+
+        Of the ways that agree with the cloud model on at least the share `least`, that of the fewest bytes takes the
+        least time, money and energy; `best` takes the one that agrees most. Where no way agrees that much, the one that
+        agrees most. A pinned quality that was not measured has the figures of the nearest one.
+        """
+        if form or quality:
+            form, quality = form or "jpeg", quality or PINNED_QUALITY
+            same = [way for way in self.images if way.form == form]
+            measured = min(same, key=lambda way: abs(way.quality - quality), default=self.images[0])
+            pinned = 100 if form == "png" else quality
+            return measured.model_copy(update={"form": form, "quality": pinned})
+        good = [way for way in self.images if way.agreement >= least]
+        if best or not good:
+            return max(self.images, key=lambda way: (way.agreement, -way.mean_bytes))
+        return min(good, key=lambda way: way.mean_bytes)
 
     def select(self, tap: str | None, width: float | None, rate: int | None) -> tuple[OperatingPoint, ...]:
         """The points of this tap, at this share of its encoder's channels, at this rate; None matches all.

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from PIL import Image
 
-from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.policy.exits import OperatingPoint
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
@@ -20,6 +19,7 @@ from isthmus.models.errors import PayloadTooLarge
 from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import encode_whole
+from isthmus.models.vision.manifest import ImageWay
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 
@@ -56,15 +56,15 @@ class PayloadEncoder:
             self._metrics.encoded(len(data), *self._costs.points.parts(point))
         return point, Payload(Codec.BOTTLENECK, tap, rate, data)
 
-    def whole_image(self, state: RequestState, image: Image.Image, settings: WholeImage) -> Payload:
+    def whole_image(self, state: RequestState, image: Image.Image, way: ImageWay) -> Payload:
         """The photo in an image format: no larger than the network's input, with one channel if it is grey.
 
         Raises PayloadTooLarge.
         """
         with state.stage("encode"):
-            data = encode_whole(image, self._resize, settings.form, settings.quality)
+            data = encode_whole(image, self._resize, way.form, way.quality)
         if len(data) > MAX_IMAGE_BYTES:
-            raise PayloadTooLarge(f"the photo has {len(data)} bytes as {settings.form}, the cap is {MAX_IMAGE_BYTES}")
+            raise PayloadTooLarge(f"the photo has {len(data)} bytes as {way.form}, the cap is {MAX_IMAGE_BYTES}")
         self._costs.image_encode_s.observe(state.stage_ms["encode"] / 1000)
         self._costs.image_bytes.observe(len(data))
         return Payload(Codec.IMAGE, 0, 0, data)

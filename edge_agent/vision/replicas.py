@@ -88,7 +88,7 @@ class Replicas:
             tried.append(link)
             budget_s = self._budget_s(link, self.best(tried), left_s(), size, cloud_s)
             try:
-                return link.infer(payload, budget_s, tasks, state.add_up_bytes)
+                return link.infer(payload, budget_s, tasks, state.add_up_bytes, state.charge)
             except (LinkError, ServiceError) as error:
                 following = self.best(tried)
                 if following is None or left_s() < following.estimate.transfer_s(size):

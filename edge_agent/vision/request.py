@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, EdgeConfig
-from isthmus.edge_agent.policy.exits import OperatingPoint
+from isthmus.edge_agent.policy.exits import Candidate, OperatingPoint
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.errors import InvalidInput
 from isthmus.models.messages import CloudReply
-from isthmus.models.vision.manifest import Manifest
+from isthmus.models.vision.manifest import ImageWay, Manifest
 
 Floats = NDArray[np.float32]
 
@@ -26,21 +26,30 @@ class InferenceRequest:
     """`tasks`: indices, in the order requested. `points`: the operating points that may be sent.
 
     `forced_split`: a bottleneck must be sent, whatever the router prefers. `no_exit`: why no exit may answer, or None.
+    `private`: nothing of it leaves the device. `whole`: a whole image is good enough.
     """
 
     tasks: tuple[int, ...]
     points: tuple[OperatingPoint, ...]
     forced_split: bool
     no_exit: str | None
+    private: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """The operating point that a request asks for. None leaves the choice to the router."""
+    """What a request asks for: an operating point, of which None leaves the choice to the router; to stay private."""
 
     tap: str | None = None
     width: float | None = None
     rate: int | None = None
+    private: bool = False
+
+    @property
+    def forces(self) -> bool:
+        """Whether a bottleneck must be sent."""
+        return (self.tap, self.width, self.rate) != (None, None, None)
 
     def __str__(self) -> str:
         named = (("tap", self.tap), ("width", self.width), ("rate", self.rate))
@@ -50,9 +59,12 @@ class Overrides:
 class RequestState:
     """Progress of one request: exits run, features after the last of them, bytes sent, and the time of each stage."""
 
-    def __init__(self, request: InferenceRequest, deadline_s: float) -> None:
-        """The clock of the deadline starts now."""
-        self.request = request
+    def __init__(self, request: InferenceRequest, deadline_s: float, explain: bool = False) -> None:
+        """The clock of the deadline starts now. `explain`: the ways that were considered are kept."""
+        self.request, self.explain = request, explain
+        self.candidates: tuple[Candidate, ...] | None = None  # at the last step
+        self.charge: Callable[[int], None] = lambda up_bytes: None  # called before a message is sent; may raise
+        self.joules = 0.0  # modelled, of what was sent and waited for
         self.started_s = time.monotonic()
         self.deadline_s = self.started_s + deadline_s
         self.stage_ms: dict[str, float] = {}
@@ -119,13 +131,27 @@ def resolve_request(
     tasks = task_indices(manifest, names or config.tasks)
     selected = points.select(overrides.tap, overrides.width, overrides.rate)
     good = points.good_enough(selected, config.min_agreement)
-    if overrides != Overrides():
+    if overrides.private:
+        if overrides.forces:
+            raise InvalidInput(f"private photos are not sent, but {overrides} was requested")
+        others = [manifest.tasks[task].name for task in tasks if task]
+        lacking = f"exits do not answer {', '.join(others)}" if others else None
+        return InferenceRequest(tasks, good, False, lacking, private=True)
+    if overrides.forces:
         return InferenceRequest(tasks, good, True, f"{overrides} requested")
     if config.mode == "split":
         return InferenceRequest(tasks, good, True, "mode split")
     others = [manifest.tasks[task].name for task in tasks if task]
     no_exit = f"exits do not answer {', '.join(others)}" if others else None
-    return InferenceRequest(tasks, good, False, no_exit)
+    image, least = image_of(points, config), points.least(selected, config.min_agreement)
+    return InferenceRequest(tasks, good, False, no_exit, whole=image.agreement >= least)
+
+
+def image_of(points: OperatingPoints, config: EdgeConfig) -> ImageWay:
+    """How the agent sends a whole photo."""
+    least, pinned = points.least(tuple(points.figures), config.min_agreement), config.whole_image
+    best = config.objective == "best"
+    return points.image(least, best=best, form=pinned.form, quality=pinned.quality)
 
 
 def resolve_deadline(config: EdgeConfig, requested_s: float | None) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from isthmus.edge_agent.policy.exits import Candidate
 from isthmus.edge_agent.vision.request import RequestState
 from isthmus.models.vision.manifest import Task
 
@@ -34,7 +35,8 @@ class Answer:
     bytes_up, bytes_down: our messages with gRPC's 5-byte prefix, without HTTP/2. stage_ms: wait (for other photos of
     the device, if it had to), decode, head, encode, cloud (which includes cloud_queue and cloud_compute), total.
     degraded: a cloud is configured and should have answered, but was late or unreachable.
-    cost_usd: at the configured prices.
+    cost_usd, modelled_joules: by the cost profile; the joules are a model's, not measured. candidates: the ways that
+    were considered at the last step, where that was asked for.
     """
 
     label: str
@@ -53,10 +55,15 @@ class Answer:
     degraded: bool
     cost_usd: float
     why: str
+    modelled_joules: float = 0.0
+    candidates: tuple[Candidate, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
-        return dataclasses.asdict(self)
+        """The fields as JSON has them; candidates only where they were asked for."""
+        fields = dataclasses.asdict(self)
+        if self.candidates is None:
+            del fields["candidates"]
+        return fields
 
 
 def build_answer(
@@ -69,6 +76,7 @@ def build_answer(
     point: tuple[str, float, int] | tuple[None, None, None],
     cost_usd: float,
     why: str,
+    modelled_joules: float = 0.0,
 ) -> Answer:
     """`tasks` are the bundle's, `found` the class probabilities of those that were answered, by index."""
     requested = state.request.tasks
@@ -92,7 +100,9 @@ def build_answer(
         stage_ms={name: round(value, 3) for name, value in state.stage_ms.items()},
         degraded=route == "fallback",
         cost_usd=cost_usd,
+        modelled_joules=modelled_joules,
         why=why,
+        candidates=state.candidates,
     )
 
 

@@ -10,11 +10,15 @@ import time
 from collections.abc import Sequence
 
 from isthmus.edge_agent.config import Mode
+from isthmus.edge_agent.ledger import Ledger
+from isthmus.edge_agent.policy.budgets import UNLIMITED, Spend
 from isthmus.edge_agent.policy.estimates import Exploration, LinkEstimate
-from isthmus.edge_agent.policy.exits import Goal, RoutePlan, Situation, describe, plan
+from isthmus.edge_agent.policy.exits import Goal, Limits, RoutePlan, Situation, candidates, describe, plan
+from isthmus.edge_agent.vision.charges import Radio
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import RequestState
 
+PRIVATE = "the photo is private"
 FALLBACK_RESERVE_S = 0.02  # of the deadline, reserved for the device's own answer after a late cloud
 EXPLORE_LEFT_S = 0.05  # with less time left no excluded route is explored: hardly any link replies so soon
 TIME_IS_UP = "the photo waited for others of this device until no reply of the cloud would be in time"
@@ -24,9 +28,9 @@ HEAD_IDLE_AT_MOST = 20  # photos; then the head runs once, so that a wrong estim
 class Router:
     """Routes of one agent's photos. A race between threads may lose one count."""
 
-    def __init__(self, costs: Costs, exits: Sequence[str]) -> None:
+    def __init__(self, costs: Costs, exits: Sequence[str], ledger: Ledger, radio: Radio) -> None:
         """`exits` are the names of the head's exits, in order."""
-        self._costs, self._exits = costs, exits
+        self._costs, self._exits, self._ledger, self._radio = costs, exits, ledger, radio
         self._head_idle = 0  # photos since the head last ran
         self._exploration = Exploration(time.monotonic())
 
@@ -37,13 +41,22 @@ class Router:
 
         `estimate` is of the link; `refused` says why the cloud may not be used, None if it may.
         """
-        passed, situation = len(state.exits), self._situation(state, estimate, refused)
+        if state.request.private:
+            estimate, refused = None, PRIVATE
+        situation = self._situation(state, estimate, refused, goal)
+        step = self._next(state, mode, goal, situation)
+        if state.explain:
+            state.candidates = candidates(situation, goal, step)
+        return step
+
+    def _next(self, state: RequestState, mode: Mode, goal: Goal, situation: Situation) -> RoutePlan:
+        passed, refused = len(state.exits), situation.cloud_refused
         step = self._fixed_by_mode(state, mode) or plan(situation, goal)
-        if mode == "edge":
+        if mode == "edge" or state.request.private:
             return step
         if (mode == "offload" or state.request.forced_split) and self._time_is_up(state, situation):
             return RoutePlan("fallback", TIME_IS_UP)
-        if step.route == "fallback" and not refused and situation.left_s >= EXPLORE_LEFT_S:
+        if step.route == "fallback" and not refused and step.lacking is None and situation.left_s >= EXPLORE_LEFT_S:
             step = self._explored(step, situation)
         if state.request.no_exit is not None or mode == "offload":
             return step
@@ -88,6 +101,8 @@ class Router:
     def _fixed_by_mode(self, state: RequestState, mode: Mode) -> RoutePlan | None:
         """The next step where the mode leaves no choice, else None."""
         request, passed = state.request, len(state.exits)
+        if request.private and mode != "auto":
+            mode = "edge"
         if request.forced_split:
             return None
         if mode == "offload" and not passed:
@@ -102,13 +117,27 @@ class Router:
             else RoutePlan("exit", "mode edge")
         )
 
-    def _situation(self, state: RequestState, estimate: LinkEstimate | None, refused: str | None) -> Situation:
+    def _situation(
+        self, state: RequestState, estimate: LinkEstimate | None, refused: str | None, goal: Goal
+    ) -> Situation:
         passed, request = len(state.exits), state.request
+        left_s = math.inf if request.forced_split else self.cloud_left_s(state)
+        limits = self._limits(state, left_s)
         return Situation(
             exit_name=self._exits[passed - 1] if passed else None,
             confidence=state.score,
-            routes=self._costs.routes(passed, estimate if refused is None else None, request),
-            left_s=math.inf if request.forced_split else self.cloud_left_s(state),
+            routes=self._costs.routes(passed, estimate if refused is None else None, request, goal, limits),
+            left_s=left_s,
             cloud_refused=refused,
             no_exit=request.no_exit,
+            spent_s=limits.spent_s,
+            allowance=limits.allowance,
         )
+
+    def _limits(self, state: RequestState, left_s: float) -> Limits:
+        """What is left of the request's time and of the budgets, less what is reserved beyond the expected."""
+        allowance = self._ledger.allowance()
+        if allowance is not UNLIMITED:
+            reserve = self._costs.margin(self.cloud_left_s(state))
+            allowance = Spend(*(has - margin for has, margin in zip(allowance, reserve, strict=True)))
+        return Limits(left_s, time.monotonic() - state.started_s, allowance, self._radio.since_s())

@@ -21,12 +21,11 @@ from isthmus.edge_agent.http.openai.errors import ApiError, translate
 from isthmus.edge_agent.http.openai.jobs import Job
 from isthmus.edge_agent.http.openai.state import ApiState
 from isthmus.edge_agent.http.openai.streaming import generate_choices, in_thread
+from isthmus.edge_agent.http.privacy import is_private
 from isthmus.edge_agent.http.uploads import UploadRefused
 from isthmus.edge_agent.language.switching import is_left_to_device
 from isthmus.models.errors import Overloaded
 
-PRIVATE_HEADER = "x-isthmus-private"
-FALSE_VALUES = ("", "0", "false", "no")  # any other value of that header keeps the request on the device
 JSON = "application/json"
 HEADERS = {405: {"Allow": "POST"}, 503: {"Retry-After": "1"}}  # of error responses, by status
 OPENAI = OpenAiDialect(chat_job)
@@ -65,8 +64,7 @@ class Endpoint:
 
         A device without a model first waits for a cloud, as long for each request.
         """
-        values = request.headers.getlist(PRIVATE_HEADER)
-        private = any(value.strip().lower() not in FALSE_VALUES for value in values)
+        private = is_private(request.headers)
         backend, waiting = self._state.backend, self._state.waiting
         try:
             if not private:

@@ -123,6 +123,7 @@ def test_an_error_arrives_as_an_error(kind: type[IsthmusError]) -> None:
         errors.ContextExceeded: errors.InvalidInput,
         errors.InvalidGrammar: errors.InvalidInput,
         errors.InvalidReply: errors.ServiceError,
+        errors.OverBudget: errors.InvalidInput,
     }
     assert type(caught.value) is same_or_known.get(kind, kind)
 

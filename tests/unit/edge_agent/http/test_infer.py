@@ -228,3 +228,41 @@ def test_a_body_that_is_no_image_file_is_named(client: TestClient, png: bytes) -
     for reply, words in zip(replies, ("this is a multipart form", "this is gzip data"), strict=True):
         assert reply.status_code == 400
         assert words in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "expected"),
+    [
+        ("?private=1", {}, {"private": True}),
+        ("?private=no&explain=true", {}, {"explain": True}),
+        ("", {"X-Isthmus-Private": "yes"}, {"private": True}),
+        ("", {"X-Isthmus-Private": "0"}, {}),
+    ],
+)
+def test_privacy_and_explanations_are_asked_for_by_query_or_header(
+    client: TestClient,
+    png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    query: str,
+    headers: dict[str, str],
+    expected: dict[str, bool],
+) -> None:
+    calls: list[dict[str, Any]] = []
+    infer = EdgeAgent.infer
+
+    def recording(agent: EdgeAgent, photo: bytes, **arguments: Any) -> Any:
+        calls.append(arguments)
+        return infer(agent, photo, **arguments)
+
+    monkeypatch.setattr(EdgeAgent, "infer", recording)
+    reply = client.post(f"/v1/infer{query}", content=png, headers=headers)
+    assert calls == [{"tap": None, "tasks": None} | expected]
+    assert ("candidates" in reply.json()) == ("explain" in expected)
+    private_and_forced = client.post("/v1/infer?private=1&rate=1", content=png)
+    assert private_and_forced.status_code == 400
+    assert "private photos are not sent" in private_and_forced.json()["error"]["message"]
+
+
+def test_the_status_names_profile_and_budgets(client: TestClient) -> None:
+    status = client.get("/v1/status").json()
+    assert (status["profile"], status["budgets"]) == ("wifi", [])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RouteEstimate, Situation, plan
-from isthmus.edge_agent.policy.prices import Objective
+from isthmus.edge_agent.policy.prices import PRESETS, Objective
 
 ON = RouteEstimate("continue", "continue", 0.020, 1e-6)
 DEEP = OperatingPoint(1, 0, 1)
@@ -105,12 +105,18 @@ estimates = st.lists(
         seconds=st.floats(0, 10),
         usd=st.floats(0, 1),
         point=st.builds(OperatingPoint, st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
+        bytes=st.just(0.0),
+        joules=st.floats(0, 10),
+        calls=st.just(1.0),
+        agreement=st.floats(0, 1),
+        right=st.none(),
+        spread_s=st.just(0.0),
     ),
     max_size=6,
 )
 
 
-@given(estimates, st.floats(0, 1), st.floats(0, 5), st.sampled_from(["fastest", "cheapest"]))
+@given(estimates, st.floats(0, 1), st.floats(0, 5), st.sampled_from(["fastest", "cheapest", "greenest"]))
 def test_the_plan_is_pure_explained_and_the_best_allowed(
     routes: list[RouteEstimate], confidence: float, left_s: float, objective: Objective
 ) -> None:
@@ -124,6 +130,7 @@ def test_the_plan_is_pure_explained_and_the_best_allowed(
     elif not allowed:
         assert step.route == "fallback"
     else:
-        cost = [route.seconds if objective == "fastest" else route.usd for route in allowed]
+        weights = PRESETS[objective]
+        cost = [weights.cost(route.seconds, route.usd, route.joules, route.agreement) for route in allowed]
         best = allowed[cost.index(min(cost))]
         assert (step.route, step.point) == (best.route, best.point)

@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
+from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.policy.estimates import EXPLORE_EVERY, LinkEstimate
-from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.exit_rule import exit_rule
@@ -66,7 +66,14 @@ class FakeLink:
     def unavailable_reason(self) -> str | None:
         return self.refusal
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...], sent: Callable[[int], None]) -> Exchange:
+    def infer(
+        self,
+        payload: Payload,
+        budget_s: float,
+        tasks: tuple[int, ...],
+        sent: Callable[[int], None],
+        charge: Callable[[int], None],
+    ) -> Exchange:
         self.payloads.append(payload)
         sent(len(payload.data) + 30)
         self.tasks.append(tasks)
@@ -325,7 +332,7 @@ def test_the_deadline_of_the_cloud_leaves_time_for_the_devices_own_answer(case: 
 
 
 def test_every_graph_is_calibrated_before_the_first_photo(case: Case) -> None:
-    costs, guesses = case.agent.costs, Costs(case.agent.manifest, Prices())
+    costs, guesses = case.agent.costs, Costs(case.agent.manifest, open_profile("wifi"))
     for tap in range(2):
         for measured, guessed in zip(costs.encode_s[tap], guesses.encode_s[tap], strict=True):
             assert measured.value not in (0.0, guessed.value)

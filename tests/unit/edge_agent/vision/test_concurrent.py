@@ -43,7 +43,14 @@ class HeldLink:
     def unavailable_reason(self) -> str | None:
         return None
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...], sent: Callable[[int], None]) -> Exchange:
+    def infer(
+        self,
+        payload: Payload,
+        budget_s: float,
+        tasks: tuple[int, ...],
+        sent: Callable[[int], None],
+        charge: Callable[[int], None],
+    ) -> Exchange:
         self.sent += 1
         self.arrived.release()
         assert self.release.wait(WAIT_S)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from isthmus.edge_agent.config import EdgeConfig
+from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RouteEstimate, Situation, plan
 from isthmus.edge_agent.policy.prices import Prices
@@ -21,7 +22,7 @@ SIZES = {LIGHT: 300, NARROW: 200, DEEP: 400}
 @pytest.fixture
 def costs(tiny_bundle: Bundle) -> Costs:
     """Calibrated: 10 and 20 ms of head; 4 and 8 ms of the light encoder, 3 ms of the deep one."""
-    made = Costs(tiny_bundle.manifest, Prices(1e-6, 1e-3, 1e-4))
+    made = Costs(tiny_bundle.manifest, open_profile("wifi", Prices(1e-6, 1e-3, 1e-4)))
     made.cloud_s_per_mac.value = 0.0
     graphs = [*made.segment_s, *made.encode_s[0], *made.encode_s[1]]
     for graph, seconds in zip(graphs, (0.010, 0.020, 0.004, 0.008, 0.003), strict=True):
@@ -42,7 +43,7 @@ def names(routes: list[RouteEstimate]) -> list[OperatingPoint | str]:
 
 
 def test_bytes_start_from_the_manifest_and_follow_measurements(tiny_bundle: Bundle) -> None:
-    costs = Costs(tiny_bundle.manifest, Prices())
+    costs = Costs(tiny_bundle.manifest, open_profile("wifi"))
     assert costs.split(LIGHT, LINK).name == f"light 1 rate 2 ({120 + MAX_FRAMING_BYTES} B)"
     costs.point_bytes[LIGHT].observe(300)
     assert costs.split(LIGHT, LINK).name == f"light 1 rate 2 ({300 + MAX_FRAMING_BYTES} B)"

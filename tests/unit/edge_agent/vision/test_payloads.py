@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isthmus.edge_agent.config import WholeImage
+from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.policy.exits import OperatingPoint
-from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision import payloads as module
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
@@ -21,13 +20,18 @@ from isthmus.models.messages import Codec
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.manifest import ImageForm, ImageWay
 
 DEAREST = OperatingPoint(tap=0, width=0, rate=2)
 
 
+def way(form: ImageForm) -> ImageWay:
+    return ImageWay(form=form, quality=75, mean_bytes=1000, accuracy=1, agreement=1)
+
+
 @pytest.fixture
 def costs(tiny_bundle: Bundle) -> Costs:
-    return Costs(tiny_bundle.manifest, Prices())
+    return Costs(tiny_bundle.manifest, open_profile("wifi"))
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def test_over_the_cap_at_every_rate_nothing_is_recorded(
 def test_a_whole_image_is_shrunk_and_its_size_is_recorded(
     encoder: PayloadEncoder, state: RequestState, costs: Costs, photo: Image.Image
 ) -> None:
-    payload = encoder.whole_image(state, photo.resize((640, 320)).convert("L"), WholeImage("png"))
+    payload = encoder.whole_image(state, photo.resize((640, 320)).convert("L"), way("png"))
     assert payload.codec is Codec.IMAGE and costs.image_bytes.value == len(payload.data)
     with Image.open(io.BytesIO(payload.data)) as sent:
         assert (sent.size, sent.mode, sent.format) == ((128, 64), "L", "PNG")
@@ -108,5 +112,5 @@ def test_a_whole_image_over_the_cap_is_refused_and_not_recorded(
     monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 10)
     before = costs.image_bytes.value
     with pytest.raises(PayloadTooLarge, match="as jpeg, the cap is 10"):
-        encoder.whole_image(state, photo, WholeImage("jpeg"))
+        encoder.whole_image(state, photo, way("jpeg"))
     assert costs.image_bytes.value == before

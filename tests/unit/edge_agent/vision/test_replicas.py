@@ -48,8 +48,16 @@ class FakeLink:
     def unavailable_reason(self) -> str | None:
         return self.refusal
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...], sent: Callable[[int], None]) -> Exchange:
+    def infer(
+        self,
+        payload: Payload,
+        budget_s: float,
+        tasks: tuple[int, ...],
+        sent: Callable[[int], None],
+        charge: Callable[[int], None],
+    ) -> Exchange:
         self.budgets_s.append(budget_s)
+        charge(1000)
         sent(1000)
         self.on_send()
         if self.error is not None:

@@ -80,7 +80,7 @@ def test_inspect_shows_each_certificate_and_what_it_depends_on(paper: Parts, tmp
     head["thresholds"].append(exited)
     shown = shown_of(paper.write(tmp_path / "b"))
     for words in (
-        "certificates hold for graphs 000000000000, cloud 111111111111, preprocessing 222222222222, fp32, onnxruntime 1.0",
+        "certificates hold for graphs 000000000000, cloud 111111111111, preprocessing 222222222222, fp32, onnx",
         "exit from  0.900: loss of accuracy <= 1.0% with confidence 90% (n=300, observed 0.00%, coverage 50.0%)",
     ):
         assert words in shown
