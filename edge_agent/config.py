@@ -86,7 +86,7 @@ class Tls(Settings):
 
 @dataclass(frozen=True)
 class WholeImage(Settings):
-    """How a photo is stored when it is sent whole; where neither is given, the router chooses by the bundle's figures."""
+    """How a photo is stored when it is sent whole; without either, as the bundle's figures say is best."""
 
     form: Annotated[
         Literal["jpeg", "png", "webp"] | None,
@@ -149,8 +149,8 @@ class EdgeConfig(Settings):
     promise: Annotated[
         Promise,
         Field(
-            description="What --epsilon is of. accuracy: exits that are wrong where the cloud model is right. agreement:"
-            " other answers than the cloud model's."
+            description="What --epsilon is of. accuracy: exits that are wrong where the cloud model is right."
+            " agreement: other answers than the cloud model's."
         ),
     ] = "accuracy"
     among: Annotated[
