@@ -159,8 +159,8 @@ class EdgeConfig(Settings):
     min_agreement: Annotated[
         Share,
         Field(
-            description="Least agreement with the cloud model, on the calibration part, of what is sent: a bottleneck or a"
-            " whole image. Where no bottleneck reaches it, the best one's is enough."
+            description="Least agreement with the cloud model, on the calibration part, of what is sent: a bottleneck"
+            " or a whole image. Where no bottleneck reaches it, the best one's is enough."
         ),
     ] = 0.96
     tasks: Annotated[

@@ -52,7 +52,7 @@ from isthmus.models.vision.certificates import void_because
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("isthmus.edge")
 
 VOID = "no exit answers early, as its certificates are void: {}"
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud

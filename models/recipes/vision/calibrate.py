@@ -68,15 +68,21 @@ def calibrate(answers: Answers, design: Answers | None = None) -> Certified:
     taken where there are enough: that depends on their number alone, or the certificates would not hold.
     """
     if design is None:
-        order_N = np.random.default_rng(0).permutation(len(answers))
-        count = int(len(answers) * DESIGN_SHARE)
-        if count >= LEAST_DESIGN:
-            design, answers = answers.some(order_N[:count]), answers.some(order_N[count:])
+        design, answers = divided(answers)
     if design is None or exit_losses(design.exits_ENK, design.labels_N, design.cloud_N).sum(1).min() < LEAST_LOSSES:
         scores: tuple[CorrectnessHead | None, ...] = (None,) * len(answers.exits_ENK)
         return Certified(scores, certify(answers, scores, common_path(len(scores))))
     scores = choose_scores(design.exits_ENK, design.labels_N, design.cloud_N)
     return Certified(scores, certify(answers, scores, own_path(design, scores)))
+
+
+def divided(answers: Answers) -> tuple[Answers | None, Answers]:
+    """The samples that choose, None where there are too few, and those that certify."""
+    count = int(len(answers) * DESIGN_SHARE)
+    if count < LEAST_DESIGN:
+        return None, answers
+    order_N = np.random.default_rng(0).permutation(len(answers))
+    return answers.some(order_N[:count]), answers.some(order_N[count:])
 
 
 def common_path(exits: int) -> Path:

@@ -36,10 +36,12 @@ def exit_losses(exits_ENK: Floats, labels_N: Integers, cloud_N: Integers) -> Boo
 
 def scores_of(exits_ENK: Floats, scores: Sequence[CorrectnessHead | None]) -> Doubles:
     """`exit_score` of each exit and sample, (E, N)."""
-    exits = [Exit(name="exit", accuracy=0, agreement=0, score=score) for score in scores]
-    rows_NEK = list(exits_ENK.transpose(1, 0, 2))
-    each = [[exit_score(list(row_EK[: index + 1]), exit_) for row_EK in rows_NEK] for index, exit_ in enumerate(exits)]
-    return np.array(each, np.float64)
+    found_EN = exits_ENK.max(2).astype(np.float64)
+    for index, score in enumerate(scores):
+        if score is not None:
+            exit_ = Exit(name="exit", accuracy=0, agreement=0, score=score)
+            found_EN[index] = [exit_score(list(row), exit_) for row in exits_ENK[: index + 1].transpose(1, 0, 2)]
+    return found_EN
 
 
 def choose_scores(exits_ENK: Floats, labels_N: Integers, cloud_N: Integers) -> tuple[CorrectnessHead | None, ...]:
