@@ -39,6 +39,7 @@ from isthmus.edge_agent.vision.request import (
     Overrides,
     RequestState,
     image_of,
+    images_of,
     resolve_deadline,
     resolve_request,
 )
@@ -84,7 +85,7 @@ class EdgeAgent:
         self.ledger = Ledger(config.budgets.budgets, config.ledger or default_path())
         self._radio = Radio()
         resolve_request(self.costs.points, self.manifest, config, None, Overrides())  # unknown tasks are refused now
-        self.costs.send_whole_as(image_of(self.costs.points, config))
+        self.costs.send_whole_as(image_of(self.costs.points, config), images_of(self.costs.points, config))
         self._codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
         self._head = Head(bundle, config.threads, config.precision)
         self._payloads = PayloadEncoder(
@@ -278,7 +279,9 @@ class EdgeAgent:
             return self._answer_locally(step.why, state, pixels_CHW, reason)
         try:
             if step.point is None:
-                return None, self._payloads.whole_image(state, image, image_of(self.costs.points, self.config))
+                return None, self._payloads.whole_image(
+                    state, image, state.image or image_of(self.costs.points, self.config)
+                )
             return self._payloads.bottleneck(state, step.point, pixels_CHW)
         except IsthmusError as error:
             return self._answer_locally(f"{step.why}; but {error}", state, pixels_CHW, degraded_reason(error))

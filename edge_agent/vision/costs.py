@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S
 from isthmus.edge_agent.policy.budgets import Spend
 from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
 from isthmus.edge_agent.policy.exits import FREE, Goal, Limits, OperatingPoint, RouteEstimate, best_way
-from isthmus.edge_agent.policy.prices import CostProfile, Weights
+from isthmus.edge_agent.policy.prices import PRESETS, CostProfile, Weights
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.messages import Codec, Payload
@@ -86,6 +86,7 @@ class Costs:
         self.image_encode_s = GuardedAverage(IMAGE_ENCODE_S)
         self.image_bytes = GuardedAverage(height * width * IMAGE_BYTES_PER_PIXEL)
         self._image: ImageWay | None = None
+        self._images: dict[ImageWay, GuardedAverage] = {}  # bytes of each that may be sent
         self.points = OperatingPoints(manifest)
         self.point_bytes = {point: GuardedAverage(rate.mean_bytes) for point, rate in self.points.figures.items()}
         self._known = {
@@ -163,18 +164,33 @@ class Costs:
         name = f"{known.name} ({up_bytes:.0f} B)"
         return self._sent("split", name, ahead, link, point, known.agreement, known.right)
 
-    def offload(self, link: LinkEstimate, radio_j: float = 0.0) -> RouteEstimate:
+    def offload(self, link: LinkEstimate, radio_j: float = 0.0, image: ImageWay | None = None) -> RouteEstimate:
         """Compress and send the whole photo."""
-        up_bytes = self.image_bytes.value + MAX_FRAMING_BYTES
+        image = image or self._image
+        up_bytes = self.bytes_of(image).value + MAX_FRAMING_BYTES
         name = f"whole image ({up_bytes:.0f} B)"
         ahead = Ahead(self.image_encode_s.value, up_bytes, self.cloud_s(self.whole_macs), radio_j)
-        agreement, right = (self._image.agreement, self._image.accuracy) if self._image else (1.0, None)
+        agreement, right = (image.agreement, image.accuracy) if image else (1.0, None)
         return self._sent("offload", name, ahead, link, None, agreement, right)
 
-    def send_whole_as(self, image: ImageWay) -> None:
-        """Whole photos are sent so: their figures are those of the bundle until some are measured."""
-        self._image = image
-        self.image_bytes = GuardedAverage(image.mean_bytes)
+    def send_whole_as(self, image: ImageWay, others: Sequence[ImageWay] = ()) -> None:
+        """Whole photos are sent so, or as one of the others; sizes are the bundle's until some are measured."""
+        self._image, self._images = image, {each: GuardedAverage(each.mean_bytes) for each in (image, *others)}
+        self.image_bytes = self._images[image]
+
+    def bytes_of(self, image: ImageWay | None) -> GuardedAverage:
+        """The size of whole photos sent so."""
+        return self.image_bytes if image is None else self._images.get(image, self.image_bytes)
+
+    def best_image(self, link: LinkEstimate, goal: Goal) -> ImageWay | None:
+        """How a whole photo costs least by the goal: more bytes against more agreement. All else is alike."""
+        weights, best, least = goal.weights or PRESETS[goal.objective], self._image, math.inf
+        for image, size in self._images.items():
+            seconds, usd = link.transfer_s(size.value), size.value * self._usd[0]
+            joules = size.value * self._profile.energy.up_j_per_byte
+            if (cost := weights.cost(seconds, usd, joules, image.agreement)) < least:
+                best, least = image, cost
+        return best
 
     def _sent(
         self,
@@ -216,7 +232,7 @@ class Costs:
         radio_j = self._profile.energy.radio_j(0, self.reply_bytes, limits.since_s)
         sent: dict[int, list[RouteEstimate]] = {0: []}
         if request.whole and not request.forced_split:
-            sent[0].append(self.offload(link, radio_j))
+            sent[0].append(self.offload(link, radio_j, self.best_image(link, goal)))
         for point in request.points:
             after = self._known[point].after
             if not after or after >= passed:

@@ -66,5 +66,5 @@ class PayloadEncoder:
         if len(data) > MAX_IMAGE_BYTES:
             raise PayloadTooLarge(f"the photo has {len(data)} bytes as {way.form}, the cap is {MAX_IMAGE_BYTES}")
         self._costs.image_encode_s.observe(state.stage_ms["encode"] / 1000)
-        self._costs.image_bytes.observe(len(data))
+        self._costs.bytes_of(way).observe(len(data))
         return Payload(Codec.IMAGE, 0, 0, data)

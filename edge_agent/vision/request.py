@@ -71,6 +71,7 @@ class RequestState:
         self.exits: list[Floats] = []  # class probabilities of each exit run
         self.score: float | None = None  # of the last exit run, as `exit_score` says
         self.features: Floats | None = None
+        self.image: ImageWay | None = None  # how the router would send it whole
         self.up_bytes = 0
         self.down_bytes = 0
         self.detours: list[str] = []  # clouds that it was sent to in vain, and where it was sent then
@@ -145,6 +146,14 @@ def resolve_request(
     no_exit = f"exits do not answer {', '.join(others)}" if others else None
     image, least = image_of(points, config), points.least(selected, config.min_agreement)
     return InferenceRequest(tasks, good, False, no_exit, whole=image.agreement >= least)
+
+
+def images_of(points: OperatingPoints, config: EdgeConfig) -> Sequence[ImageWay]:
+    """All that are good enough for the agent to send a whole photo so; none beside a pinned one."""
+    if config.whole_image.form or config.whole_image.quality:
+        return ()
+    least = points.least(tuple(points.figures), config.min_agreement)
+    return [way for way in points.images if way.agreement >= least]
 
 
 def image_of(points: OperatingPoints, config: EdgeConfig) -> ImageWay:

@@ -123,6 +123,8 @@ class Router:
         passed, request = len(state.exits), state.request
         left_s = math.inf if request.forced_split else self.cloud_left_s(state)
         limits = self._limits(state, left_s)
+        if estimate is not None and request.whole:
+            state.image = self._costs.best_image(estimate, goal)
         return Situation(
             exit_name=self._exits[passed - 1] if passed else None,
             confidence=state.score,
