@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 ALPHA = 0.01  # chance of a false alarm in HORIZON inputs
 HORIZON = 20_000
@@ -42,10 +43,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A threshold of each exit, and the share of inputs that they answer as far as is known."""
+    """A threshold of each exit, and the share of all inputs that the first exit that may answer is known to answer."""
 
     confidences: tuple[float, ...]
-    coverage: float
+    first_share: float
+
+    @property
+    def first(self) -> int | None:
+        """The first exit that may answer."""
+        return next((index for index, confidence in enumerate(self.confidences) if confidence <= 1), None)
 
     def exit(self, scores: Sequence[float]) -> int | None:
         """The first exit whose score reaches its threshold."""
@@ -115,8 +121,9 @@ class Audit:
         self.evidence = [Evidence(epsilon) for _ in self.levels]
         self.pairs_in_alarm = 0
         self._random = random.Random(seed)
-        self._exit_share, self._watched, self._checked, self._learnt = ExitShare(0.5), -1, 0, (0, 0)
         self._inputs = 0  # since the last pair
+        self._watched: Level | None = None
+        self._exit_share, self._learnt = ExitShare(0.5), (0, 0)
         self._watch()
 
     @property
@@ -148,12 +155,48 @@ class Audit:
         """Audited pairs after an alarm from which a recalibration is worth trying."""
         return 4 * pairs_needed(self.epsilon)
 
-    def draw(self, exited: bool | None) -> bool:
-        """Whether to audit the next input. `exited`: whether an exit answers it, None where none was asked."""
+    @property
+    def in_force(self) -> Level | None:
+        """None where no exit may answer."""
+        return self.levels[self.level] if self.level < len(self.levels) else None
+
+    def draw(self, reached: bool | None) -> bool:
+        """Whether to audit the next input.
+
+        reached: whether the first exit that may answer did, None where it did not run.
+        """
         self._inputs += 1
-        if exited is not None and self.level < len(self.levels):
-            self._exit_share.observe(exited)
+        if reached is not None:
+            self._exit_share.observe(reached)
         return self._random.random() < self.share
+
+    def dump(self) -> dict[str, Any]:
+        """What was found so far, for JSON."""
+        return {
+            "epsilon": self.epsilon,
+            "levels": [[list(level.confidences), level.first_share] for level in self.levels],
+            "evidence": [[each.capitals, each.lately] for each in self.evidence],
+            "pairs_in_alarm": self.pairs_in_alarm,
+        }
+
+    def load(self, found: Mapping[str, Any]) -> bool:
+        """Go on from what `dump` wrote, with its levels. False, and nothing changes, where it is not for this epsilon."""
+        if found["epsilon"] != self.epsilon:
+            return False
+        levels = tuple(Level(tuple(confidences), share) for confidences, share in found["levels"])
+        if levels != self.levels:
+            self.levels, self.evidence = levels, [Evidence(self.epsilon) for _ in levels]
+        for each, (capitals, lately) in zip(self.evidence, found["evidence"], strict=True):
+            each.capitals, each.lately = list(capitals), list(lately)
+        self.pairs_in_alarm = found["pairs_in_alarm"]
+        self._watch()
+        return True
+
+    def renew(self, levels: Sequence[Level]) -> None:
+        """Other levels from now on, of which nothing is known yet. The alarm ends."""
+        self.levels, self.evidence = tuple(levels), [Evidence(self.epsilon) for _ in levels]
+        self.pairs_in_alarm = 0
+        self._watch()
 
     def judge(self, pair: Pair) -> bool:
         """One audited input, in whatever order they come back. Returns whether another level is in force now."""
@@ -166,21 +209,21 @@ class Audit:
         return self.level != before
 
     def _watch(self, pair: Pair | None = None) -> None:
-        """Watch the share of exits of the level in force.
+        """Watch how often the first exit of the level in force answers.
 
         What has been looked into without finding more disagreement than promised is how things are now.
         """
-        level = self.level
-        if level == len(self.levels):
-            return
-        if level != self._watched:
-            self._watched, self._exit_share, self._learnt = level, ExitShare(self.levels[level].coverage), (0, 0)
-        if pair is None or not self._exit_share.odd:
+        level = self.in_force
+        if level is not self._watched:
+            self._watched, self._learnt = level, (0, 0)
+            self._exit_share = ExitShare(level.first_share if level else 0.0)
+        first = level.first if level else None
+        if pair is None or level is None or first is None or not self._exit_share.odd:
             self._learnt = (0, 0)
             return
-        exits, count = self._learnt
-        self._learnt = (exits + (self.levels[level].exit(pair.scores) is not None), count + 1)
-        if self._learnt[1] >= self.wanted and self.evidence[level].suspicion < ODD:
+        reached, count = self._learnt
+        self._learnt = (reached + (pair.scores[first] >= level.confidences[first]), count + 1)
+        if self._learnt[1] >= self.wanted and self.evidence[self.level].suspicion < ODD:
             self._exit_share, self._learnt = ExitShare(self._learnt[0] / self._learnt[1]), (0, 0)
 
 

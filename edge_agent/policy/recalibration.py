@@ -24,6 +24,7 @@ class Certificate:
     epsilon: float
     delta: float
     level: Level
+    coverage: float  # share of the pairs that exits answer
     disagreement: float  # observed
     pairs: int
 
@@ -37,9 +38,10 @@ def certify(pairs: Sequence[Pair], epsilon: float, delta: float = DELTA) -> Cert
         if binomial_cdf(differing, len(pairs), epsilon) > delta:
             break
         coverage = sum(level.exit(pair.scores) is not None for pair in pairs) / len(pairs)
-        level = Level(level.confidences, coverage)
-        found = Certificate(epsilon, delta, level, differing / len(pairs), len(pairs))
-    return found if found and found.level.coverage else None
+        first = sum(pair.scores[0] >= confidence for pair in pairs) / len(pairs)
+        level = Level(level.confidences, first)
+        found = Certificate(epsilon, delta, level, coverage, differing / len(pairs), len(pairs))
+    return found if found and found.coverage else None
 
 
 def recalibrated(pairs: Sequence[Pair], epsilon: float, delta: float = DELTA) -> list[Certificate]:
