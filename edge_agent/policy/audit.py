@@ -180,7 +180,7 @@ class Audit:
         }
 
     def load(self, found: Mapping[str, Any]) -> bool:
-        """Go on from what `dump` wrote, with its levels. False, and nothing changes, where it is not for this epsilon."""
+        """Go on from what `dump` wrote, with its levels. False, and nothing changes, where it has another epsilon."""
         if found["epsilon"] != self.epsilon:
             return False
         levels = tuple(Level(tuple(confidences), share) for confidences, share in found["levels"])

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from isthmus.edge_agent.policy.audit import DELTA, UNKNOWN, Audit, Level, Pair
@@ -29,7 +28,6 @@ from isthmus.edge_agent.vision.audited_pairs import AuditedPairs
 from isthmus.edge_agent.vision.exit_rule import ExitRule
 from isthmus.edge_agent.vision.request import Floats, RequestState
 from isthmus.edge_agent.vision.result import Answer
-from isthmus.models.errors import IsthmusError
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.manifest import NEVER, Threshold
 from isthmus.models.vision.manifest import Head as Described
@@ -64,7 +62,10 @@ class Job:
 
 
 class Auditor:
-    """The audit of one agent's exits, and its thread, which starts with the first photo that is drawn."""
+    """The audit of one agent's exits, and its thread, which starts with the first photo that is drawn.
+
+    Answers read the audit while the thread writes: a race may lose one count of inputs.
+    """
 
     def __init__(
         self,
@@ -79,11 +80,13 @@ class Auditor:
         self.audit, self.pairs = audit, pairs
         self._rule, self._device, self._metrics, self._auto = rule, device, metrics, auto
         self._jobs: queue.Queue[Job | None] = queue.Queue(MOST_QUEUED)
-        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        with pairs.entry() as state:
-            self._load(state)
+        try:
+            with pairs.entry() as state:
+                self._load(state)
+        except sqlite3.Error as error:  # another process writes; the next pair finds the state
+            log.warning("the audit's state cannot be read: %s", error)
         self._apply()
 
     def answered(self, state: RequestState, answer: Answer, image: Image.Image, pixels_CHW: Floats) -> None:
@@ -91,9 +94,7 @@ class Auditor:
         if not auditable(state) or answer.route == "fallback":
             return
         exits_K = tuple(state.exits)
-        with self._lock:
-            drawn = self.audit.draw(self._reached(exits_K))
-        if not drawn or self._closed:
+        if not self.audit.draw(self._reached(exits_K)) or self._closed:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="isthmus-audit", daemon=True)
@@ -130,7 +131,7 @@ class Auditor:
             try:
                 if job is not None and not self._closed:
                     self._count(self._judge(job))
-            except (IsthmusError, OSError, sqlite3.Error, RuntimeError) as error:
+            except Exception as error:  # whatever it is, no answer depends on it
                 log.info("a photo could not be audited: %s", error)
                 self._count("failed")
             finally:
@@ -177,7 +178,7 @@ class Auditor:
 
     def _record(self, pair: Pair) -> None:
         """Keep a pair, and act on it."""
-        with self._lock, self.pairs.entry() as state:
+        with self.pairs.entry() as state:
             self._load(state)
             alarm = self.audit.alarm
             changed = self.audit.judge(pair)
@@ -213,8 +214,11 @@ class Auditor:
 
     def _load(self, state: dict[str, Any]) -> None:
         """Go on from what this or another process has found."""
-        if STATE in state:
-            self.audit.load(state[STATE])
+        try:
+            if STATE in state:
+                self.audit.load(state[STATE])
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("the audit's state is not readable and begins anew: %r", error)
 
     def _apply(self) -> None:
         level = self.audit.in_force

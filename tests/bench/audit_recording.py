@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from isthmus.models.recipes.vision.elpv_data import load as load_elpv
 from isthmus.models.recipes.vision import fashion
+from isthmus.models.recipes.vision.elpv_data import load as load_elpv
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import open_image, preprocess
