@@ -28,9 +28,5 @@ def main() -> None:
     """The edge half of Isthmus: answers photos and prompts on this device, and sends what is hard to the cloud."""
 
 
-<<<<<<< HEAD
-for command in (infer, explain, run, chat, config):
-=======
-for command in (infer, recalibrate, run, chat, config):
->>>>>>> 0746f18 (edge-agent recalibrate; an alert, panels and a page for the audit's alarm)
+for command in (infer, explain, recalibrate, run, chat, config):
     main.add_command(command)

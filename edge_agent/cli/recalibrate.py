@@ -68,7 +68,8 @@ def renew(config: EdgeConfig) -> tuple[Audit, list[Certificate]]:
     path = pairs_path(config.audits.folder, manifest.name, manifest.fingerprint, config.precision)
     if not path.exists():
         raise InvalidInput(f"there are no audited pairs in {path}: an agent audits photos while it has a cloud")
-    audit = Audit(*audited_levels(manifest.heads[config.precision], config.epsilon), share=config.audits.share)
+    described = manifest.heads[config.precision]
+    audit = Audit(*audited_levels(described, config.epsilon, config.promise, config.among), share=config.audits.share)
     pairs = AuditedPairs(path)
     try:
         with pairs.entry() as state:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from isthmus.edge_agent.config import MODES, EdgeConfig, WholeImage
+from isthmus.edge_agent.config import MODES, EdgeConfig
 from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
@@ -49,17 +49,19 @@ from isthmus.edge_agent.vision.request import (
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.router import Router
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import InvalidInput, IsthmusError
-from isthmus.models.messages import CloudReply, Payload
+from isthmus.models.errors import InvalidInput, IsthmusError, PayloadTooLarge
+from isthmus.models.messages import CloudReply, Codec, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import void_because
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.images import encode_whole, preprocess
 from isthmus.models.vision.manifest import Head as Described
+from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 log = logging.getLogger(__name__)
 
 VOID = "no exit answers early, as its certificates are void: {}"
+LOSSLESS = 100  # quality of a PNG
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
 BATCH_SENT = 4  # photos of a batch under way beside those that are computed, so that the link is used as well
 
@@ -141,8 +143,8 @@ class EdgeAgent:
     def _open_audit(self, described: Described) -> Auditor | None:
         """The audit of the exits' promise; None where no exit may answer, or nothing may be sent."""
         config = self.config
-        epsilon, levels = audited_levels(described, config.epsilon)
-        if not levels or config.mode != "auto" or not config.clouds or not config.audits.share:
+        epsilon, levels = audited_levels(described, config.epsilon, config.promise, config.among)
+        if self.certificates_void or not levels or config.mode != "auto" or not config.clouds or not config.audits.share:
             return None
         file = pairs_path(config.audits.folder, self.manifest.name, self.manifest.fingerprint, config.precision)
         device = Device(self._head, self._slots, lambda: self._answering > 0, self._ask_cloud, self._use_thresholds)
@@ -159,8 +161,10 @@ class EdgeAgent:
         """The index of the cloud model's answer to a photo as it is. Raises IsthmusError."""
         self._lifetime.check()
         state = RequestState(InferenceRequest((0,), (), True, "audited"), DEADLINE_S)
-        payload = self._payloads.whole_image(state, image, WholeImage("png"))
-        reply = self._exchange(payload, (0,), state)
+        data = encode_whole(image, self.manifest.preprocessing.resize, "png", LOSSLESS)
+        if len(data) > MAX_IMAGE_BYTES:
+            raise PayloadTooLarge(f"the photo has {len(data)} bytes as PNG, the cap is {MAX_IMAGE_BYTES}")
+        reply = self._exchange(Payload(Codec.IMAGE, 0, 0, data), (0,), state)
         if self.metrics:
             self.metrics.audited(state.up_bytes, state.down_bytes)
         return int(np.argmax(reply.probabilities[0]))

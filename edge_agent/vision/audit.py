@@ -29,7 +29,7 @@ from isthmus.edge_agent.vision.exit_rule import ExitRule
 from isthmus.edge_agent.vision.request import Floats, RequestState
 from isthmus.edge_agent.vision.result import Answer
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.manifest import NEVER, Threshold
+from isthmus.models.vision.manifest import NEVER, Among, Promise, Threshold
 from isthmus.models.vision.manifest import Head as Described
 
 MOST_QUEUED = 4  # photos in memory
@@ -234,17 +234,19 @@ class Auditor:
 def auditable(state: RequestState) -> bool:
     """Whether an exit might have answered this photo, and it may be sent."""
     request = state.request
-    return not request.forced_split and request.no_exit is None and request.tasks == (0,)
+    return not (request.private or request.forced_split) and request.no_exit is None and request.tasks == (0,)
 
 
-def audited_levels(described: Described, epsilon: float) -> tuple[float, tuple[Level, ...]]:
+def audited_levels(
+    described: Described, epsilon: float, promise: Promise = "accuracy", among: Among = "all"
+) -> tuple[float, tuple[Level, ...]]:
     """The rate of disagreement that is promised at the owner's epsilon, and its levels, strictest last.
 
     A certificate of accuracy says nothing about disagreement without a loss, so that what its calibration part showed
-    counts: the upper bound with the certificate's own confidence.
+    counts: the upper bound with the certificate's own confidence. The rate is among all inputs, whichever `among` is.
     """
     allowed = sorted(
-        (each for each in described.thresholds if (each.promise, each.among) == ("accuracy", "all")),
+        (each for each in described.thresholds if (each.promise, each.among) == (promise, among)),
         key=lambda each: -each.epsilon,
     )
     usable = [each for each in allowed if each.epsilon <= epsilon + 1e-12 and each.answers]
@@ -253,7 +255,8 @@ def audited_levels(described: Described, epsilon: float) -> tuple[float, tuple[L
         level = Level(tuple(each.confidences), first_share(each))
         if not levels or level.confidences != levels[-1].confidences:
             levels.append(level)
-    return (max(epsilon, promised(usable[0])) if usable else epsilon), tuple(levels)
+    bound = promised(usable[0]) if usable and promise == "accuracy" else 0.0
+    return max(epsilon, bound), tuple(levels)
 
 
 def first_share(threshold: Threshold) -> float:
