@@ -106,6 +106,37 @@ class WholeImage(Settings):
 
 
 @dataclass(frozen=True)
+class Audits(Settings):
+    """How the exits' promise is checked while the agent runs."""
+
+    share: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of photos whose answer by an exit is checked by the cloud, at random and in the"
+            " background; more while something looks odd. 0 for none.",
+        ),
+        Flag("audit_share"),
+    ] = 0.01
+    seed: Annotated[int, Field(ge=0, description="Seed of the choice of these photos."), Flag("audit_seed")] = 0
+    recalibrate: Annotated[
+        Literal["ask", "auto"],
+        Field(
+            description="After an alarm of these checks. ask: stricter thresholds until `edge-agent recalibrate` makes"
+            " new ones. auto: the agent makes them itself when it has enough pairs."
+        ),
+    ] = "ask"
+    folder: Annotated[
+        Path | None,
+        Field(
+            description="Folder of the audited pairs' files. Without it: isthmus in XDG_STATE_HOME or ~/.local/state."
+        ),
+        Flag("audit_folder"),
+    ] = None
+
+
+@dataclass(frozen=True)
 class EdgeConfig(Settings):
     """An agent for photos. `mode` other than auto pins one arm, for comparison.
 
@@ -180,6 +211,7 @@ class EdgeConfig(Settings):
     budgets: Budgets = Budgets()
     ledger: LedgerFile = None
     whole_image: WholeImage = WholeImage()
+    audits: Audits = Audits()
     breaker: BreakerLimits = BreakerLimits()
     tls: Tls | None = None
 

@@ -8,6 +8,7 @@ from isthmus.edge_agent.cli.chat_command import chat
 from isthmus.edge_agent.cli.config import config
 from isthmus.edge_agent.cli.explain import explain
 from isthmus.edge_agent.cli.infer import infer
+from isthmus.edge_agent.cli.recalibrate import recalibrate
 from isthmus.edge_agent.cli.run import run
 from isthmus.models.options import WIDE
 
@@ -17,7 +18,8 @@ Examples:
   edge-agent infer photo.jpg --cloud cloud:50051    hard photos go to the cloud
   edge-agent explain photo.jpg --cloud cloud:50051  why, and what else was considered
   edge-agent chat --cloud cloud:50051               the cloud's language model in the terminal
-  edge-agent run --cloud cloud:50051                the same over HTTP"""
+  edge-agent run --cloud cloud:50051                the same over HTTP
+  edge-agent recalibrate                            new thresholds from audited photos, after an alarm"""
 
 
 @click.group(epilog=EXAMPLES, context_settings=WIDE)
@@ -26,5 +28,5 @@ def main() -> None:
     """The edge half of Isthmus: answers photos and prompts on this device, and sends what is hard to the cloud."""
 
 
-for command in (infer, explain, run, chat, config):
+for command in (infer, explain, recalibrate, run, chat, config):
     main.add_command(command)

@@ -24,8 +24,11 @@ from isthmus.edge_agent.config import MODES, EdgeConfig
 from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
+from isthmus.edge_agent.policy.audit import Audit
 from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan
 from isthmus.edge_agent.slots import FairSlots, compute_slots
+from isthmus.edge_agent.vision.audit import DEADLINE_S, Auditor, Device, audited_levels
+from isthmus.edge_agent.vision.audited_pairs import AuditedPairs, pairs_path
 from isthmus.edge_agent.vision.batch import in_order
 from isthmus.edge_agent.vision.charges import Charges, Radio
 from isthmus.edge_agent.vision.costs import Costs, Reply
@@ -36,6 +39,7 @@ from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.replicas import connect
 from isthmus.edge_agent.vision.request import (
     Floats,
+    InferenceRequest,
     Overrides,
     RequestState,
     image_of,
@@ -46,16 +50,19 @@ from isthmus.edge_agent.vision.request import (
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.router import Router
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import InvalidInput, IsthmusError
-from isthmus.models.messages import CloudReply, Payload
+from isthmus.models.errors import InvalidInput, IsthmusError, PayloadTooLarge
+from isthmus.models.messages import CloudReply, Codec, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import void_because
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.images import encode_whole, preprocess
+from isthmus.models.vision.manifest import Head as Described
+from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 log = logging.getLogger("isthmus.edge")
 
 VOID = "no exit answers early, as its certificates are void: {}"
+LOSSLESS = 100  # quality of a PNG
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
 BATCH_SENT = 4  # photos of a batch under way beside those that are computed, so that the link is used as well
 
@@ -114,6 +121,8 @@ class EdgeAgent:
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
         warm_up(self._head, self._codecs, self.costs, blank_CHW)
         self.replicas = connect(config, self.manifest, bundle.fingerprint, metrics.late if metrics else lambda: None)
+        self._answering = 0  # photos; a race between threads may miscount, and an audit then waits its patience out
+        self._auditor = self._open_audit(described)
 
     def __enter__(self) -> EdgeAgent:
         return self
@@ -126,9 +135,43 @@ class EdgeAgent:
         inherited, self._lifetime.closed = self._lifetime.inherited, True
         if not inherited:
             self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._auditor:
+            self._auditor.close()
         self.replicas.close()
         if not inherited:
             self.ledger.close()
+
+    def _open_audit(self, described: Described) -> Auditor | None:
+        """The audit of the exits' promise; None where no exit may answer, or nothing may be sent."""
+        config = self.config
+        epsilon, levels = audited_levels(described, config.epsilon, config.promise, config.among)
+        if self.certificates_void or not levels or config.mode != "auto" or not config.clouds or not config.audits.share:
+            return None
+        file = pairs_path(config.audits.folder, self.manifest.name, self.manifest.fingerprint, config.precision)
+        device = Device(self._head, self._slots, lambda: self._answering > 0, self._ask_cloud, self._use_thresholds)
+        return Auditor(
+            Audit(epsilon, levels, config.audits.share, config.audits.seed),
+            AuditedPairs.kept_in(file),
+            self.exit_rule,
+            device,
+            self.metrics.audit if self.metrics else None,
+            config.audits.recalibrate == "auto",
+        )
+
+    def _ask_cloud(self, image: Image.Image) -> int:
+        """The index of the cloud model's answer to a photo as it is. Raises IsthmusError."""
+        self._lifetime.check()
+        state = RequestState(InferenceRequest((0,), (), True, "audited"), DEADLINE_S)
+        data = encode_whole(image, self.manifest.preprocessing.resize, "png", LOSSLESS)
+        if len(data) > MAX_IMAGE_BYTES:
+            raise PayloadTooLarge(f"the photo has {len(data)} bytes as PNG, the cap is {MAX_IMAGE_BYTES}")
+        reply = self._exchange(Payload(Codec.IMAGE, 0, 0, data), (0,), state)
+        if self.metrics:
+            self.metrics.audited(state.up_bytes, state.down_bytes)
+        return int(np.argmax(reply.probabilities[0]))
+
+    def _use_thresholds(self, confidences: Sequence[float]) -> None:
+        self.exit_rule = replace(self.exit_rule, confidences=tuple(confidences))
 
     def infer(
         self,
@@ -220,6 +263,17 @@ class EdgeAgent:
 
     def _answer_photo(self, photo: Photo, state: RequestState) -> Answer:
         """Compute on the device, then send if the route says so. Raises InvalidInput, CancelledError."""
+        self._answering += 1
+        try:
+            answer, image, pixels_CHW = self._answer_image(photo, state)
+        finally:
+            self._answering -= 1
+        if self._auditor:
+            self._auditor.answered(state, answer, image, pixels_CHW)
+        return answer
+
+    def _answer_image(self, photo: Photo, state: RequestState) -> tuple[Answer, Image.Image, Floats]:
+        """The answer, and the photo that was decoded for it."""
         with self._computing(state):
             with state.stage("decode"):
                 image = as_image(photo)
@@ -234,7 +288,7 @@ class EdgeAgent:
         if self.metrics:
             self.metrics.answered(answer)
             self.metrics.replicas(self.replicas)
-        return answer
+        return answer, image, pixels_CHW
 
     @contextmanager
     def _computing(self, state: RequestState, urgent: bool = False) -> Iterator[None]:

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from isthmus.edge_agent.ledger import Ledger
 from isthmus.edge_agent.policy.breaker import STATES
 from isthmus.edge_agent.policy.budgets import PERIODS
+from isthmus.edge_agent.vision.audit_metrics import AuditMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import Answer
 from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, OverBudget, PayloadTooLarge
@@ -29,6 +30,7 @@ class EdgeMetrics:
         self._graphs = GraphMetrics(registry, manifest)
         self._link = LinkMetrics(registry)
         self._spend = SpendMetrics(registry)
+        self.audit = AuditMetrics(registry, manifest.name)
         build = Gauge("isthmus_build_info", "Software version.", ["version"], registry=registry)
         build.labels(version("isthmus")).set(1)
         model_info = Gauge("isthmus_model_info", "Bundle in use.", ["model", "version"], registry=registry)
@@ -62,6 +64,11 @@ class EdgeMetrics:
     def certificates(self, void: bool) -> None:
         """Export whether the certificates of the exits are void."""
         self._graphs.void.set(void)
+
+    def audited(self, up_bytes: int, down_bytes: int) -> None:
+        """One photo was sent to be audited."""
+        self._link.sent.inc(up_bytes)
+        self._link.received.inc(down_bytes)
 
     def late(self) -> None:
         """One reply of the cloud came after its deadline."""

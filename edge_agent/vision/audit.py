@@ -1,0 +1,270 @@
+"""The audit of photos: sends some that an exit answered, in the background, and moves to a stricter threshold.
+
+    answer is ready -> drawn? -> bounded queue -> a thread of low priority -> rest of the head, whole photo to the cloud
+                                                                           -> pair on disk -> policy.audit -> thresholds
+
+Never delays an answer, nor fails one: what cannot be audited is counted and forgotten. The photo is sent as PNG: the
+cloud model's answer to the photo as it is decides, and every other way would add disagreement of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from isthmus.edge_agent.policy.audit import DELTA, UNKNOWN, Audit, Level, Pair
+from isthmus.edge_agent.policy.recalibration import recalibrated, upper_bound
+from isthmus.edge_agent.slots import FairSlots
+from isthmus.edge_agent.vision.audit_metrics import AuditMetrics, Result
+from isthmus.edge_agent.vision.audited_pairs import AuditedPairs
+from isthmus.edge_agent.vision.exit_rule import ExitRule
+from isthmus.edge_agent.vision.request import Floats, RequestState
+from isthmus.edge_agent.vision.result import Answer
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.manifest import NEVER, Among, Promise, Threshold
+from isthmus.models.vision.manifest import Head as Described
+
+MOST_QUEUED = 4  # photos in memory
+PATIENCE_S = 5.0  # that an audited photo waits for a device without work
+POLL_S = 0.02
+DEADLINE_S = 15.0  # of an audited photo's exchange
+STATE = "audit"  # key of the audit's state
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the audit needs of an agent. `cloud`: index of the cloud's answer to a photo; raises IsthmusError."""
+
+    head: Head
+    slots: FairSlots
+    busy: Callable[[], bool]
+    cloud: Callable[[Image.Image], int]
+    use: Callable[[Sequence[float]], None]  # thresholds from now on, of each exit
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A photo that was drawn. `exits_K`: probabilities of the exits that ran; `exited`: one of them answered."""
+
+    image: Image.Image
+    pixels_CHW: Floats
+    exits_K: tuple[Floats, ...]
+    exited: bool
+
+
+class Auditor:
+    """The audit of one agent's exits, and its thread, which starts with the first photo that is drawn.
+
+    Answers read the audit while the thread writes: a race may lose one count of inputs.
+    """
+
+    def __init__(
+        self,
+        audit: Audit,
+        pairs: AuditedPairs,
+        rule: ExitRule,
+        device: Device,
+        metrics: AuditMetrics | None,
+        auto: bool,
+    ) -> None:
+        """`auto`: make new thresholds without being asked. Goes on from what `pairs` holds."""
+        self.audit, self.pairs = audit, pairs
+        self._rule, self._device, self._metrics, self._auto = rule, device, metrics, auto
+        self._jobs: queue.Queue[Job | None] = queue.Queue(MOST_QUEUED)
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        try:
+            with pairs.entry() as state:
+                self._load(state)
+        except sqlite3.Error as error:  # another process writes; the next pair finds the state
+            log.warning("the audit's state cannot be read: %s", error)
+        self._apply()
+
+    def answered(self, state: RequestState, answer: Answer, image: Image.Image, pixels_CHW: Floats) -> None:
+        """A photo was answered; draws it or not. Returns at once."""
+        if not auditable(state) or answer.route == "fallback":
+            return
+        exits_K = tuple(state.exits)
+        if not self.audit.draw(self._reached(exits_K)) or self._closed:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="isthmus-audit", daemon=True)
+            self._thread.start()
+        try:
+            self._jobs.put_nowait(Job(image, pixels_CHW, exits_K, answer.route == "exit"))
+        except queue.Full:
+            self._count("skipped")
+
+    def wait(self) -> None:
+        """Wait until nothing is queued."""
+        self._jobs.join()
+
+    def close(self) -> None:
+        """Drop what is queued."""
+        self._closed = True
+        if self._thread is None:
+            self.pairs.close()
+
+    def _reached(self, exits_K: Sequence[Floats]) -> bool | None:
+        """Whether the first exit that may answer did; None where it did not run."""
+        level = self.audit.in_force
+        first = level.first if level else None
+        if level is None or first is None or len(exits_K) <= first:
+            return None
+        return self._rule.score(exits_K[: first + 1]) >= level.confidences[first]
+
+    def _work(self) -> None:
+        while not self._closed:
+            try:
+                job = self._jobs.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            try:
+                if job is not None and not self._closed:
+                    self._count(self._judge(job))
+            except Exception as error:  # whatever it is, no answer depends on it
+                log.info("a photo could not be audited: %s", error)
+                self._count("failed")
+            finally:
+                self._jobs.task_done()
+        self.pairs.close()
+
+    def _judge(self, job: Job) -> Result:
+        """Audit one photo. Raises what the link and the file raise."""
+        until_s = time.monotonic() + PATIENCE_S
+        while self._device.busy() and time.monotonic() < until_s and not self._closed:
+            time.sleep(POLL_S)
+        exits_K = self._all_exits(job, until_s)
+        if exits_K is None:
+            return "skipped"
+        scores = tuple(self._rule.score(exits_K[: index + 1]) for index in range(len(exits_K)))
+        asked = job.exited or self.audit.alarm
+        cloud = self._device.cloud(job.image) if asked else UNKNOWN
+        pair = Pair(scores, tuple(int(row.argmax()) for row in exits_K), cloud)
+        if not asked and any(level.exit(scores) is not None for level in self.audit.levels[self.audit.level :]):
+            pair = Pair((0.0,) * len(scores), pair.answers, UNKNOWN)  # sent before the exit that would have answered
+        level = self.audit.in_force
+        self._record(pair)
+        if level is None or level.exit(pair.scores) is None:
+            return "sent"
+        return "differ" if level.differs(pair) else "agree"
+
+    def _all_exits(self, job: Job, until_s: float) -> list[Floats] | None:
+        """Probabilities of every exit, each segment computed while a slot is free; None if none is for long."""
+        head = self._device.head
+        if len(job.exits_K) == head.exits:
+            return list(job.exits_K)
+        x_CHW, found = job.pixels_CHW, list[Floats]()
+        for index in range(head.exits):
+            while not self._device.slots.acquire(0):
+                if time.monotonic() > until_s or self._closed:
+                    return None
+                time.sleep(POLL_S)
+            try:
+                x_CHW, probabilities_K = head.segment(index, x_CHW)
+            finally:
+                self._device.slots.release()
+            found.append(probabilities_K)
+        return found
+
+    def _record(self, pair: Pair) -> None:
+        """Keep a pair, and act on it."""
+        with self.pairs.entry() as state:
+            self._load(state)
+            alarm = self.audit.alarm
+            changed = self.audit.judge(pair)
+            self.pairs.add(pair, alarm)
+            if self._auto and self.audit.alarm:
+                self._recalibrate()
+            state[STATE] = self.audit.dump()
+        if changed and not alarm and self._metrics:
+            self._metrics.alarmed()
+        if changed:
+            log.warning(
+                "exits differ from the cloud model in more than %.2g %% of all photos: %s",
+                100 * self.audit.epsilon,
+                "a stricter threshold is used" if self.audit.in_force else "no exit answers any more",
+            )
+        self._apply()
+
+    def _recalibrate(self) -> None:
+        """Make new levels, at numbers of pairs that double; the chance of a wrong certificate is divided among them."""
+        count, attempt, due = self.audit.pairs_in_alarm, 1, self.audit.wanted
+        while due < count:
+            attempt, due = attempt + 1, 2 * due
+        if due != count:
+            return
+        found = recalibrated(self.pairs.pairs(in_alarm=True), self.audit.epsilon, DELTA / 2**attempt)
+        if not found:
+            return
+        self.audit.renew([each.level for each in found])
+        self.pairs.alarm_ended()
+        log.warning("new thresholds from %d audited pairs: exits answer %.0f %%", count, 100 * found[0].coverage)
+        if self._metrics:
+            self._metrics.renewed()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Go on from what this or another process has found."""
+        try:
+            if STATE in state:
+                self.audit.load(state[STATE])
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("the audit's state is not readable and begins anew: %r", error)
+
+    def _apply(self) -> None:
+        level = self.audit.in_force
+        self._device.use(level.confidences if level else (NEVER,) * self._device.head.exits)
+        if self._metrics:
+            self._metrics.observe(self.audit)
+
+    def _count(self, result: Result) -> None:
+        if self._metrics:
+            self._metrics.result(result)
+
+
+def auditable(state: RequestState) -> bool:
+    """Whether an exit might have answered this photo, and it may be sent."""
+    request = state.request
+    return not (request.private or request.forced_split) and request.no_exit is None and request.tasks == (0,)
+
+
+def audited_levels(
+    described: Described, epsilon: float, promise: Promise = "accuracy", among: Among = "all"
+) -> tuple[float, tuple[Level, ...]]:
+    """The rate of disagreement that is promised at the owner's epsilon, and its levels, strictest last.
+
+    A certificate of accuracy says nothing about disagreement without a loss, so that what its calibration part showed
+    counts: the upper bound with the certificate's own confidence. The rate is among all inputs, whichever `among` is.
+    """
+    allowed = sorted(
+        (each for each in described.thresholds if (each.promise, each.among) == (promise, among)),
+        key=lambda each: -each.epsilon,
+    )
+    usable = [each for each in allowed if each.epsilon <= epsilon + 1e-12 and each.answers]
+    levels: list[Level] = []
+    for each in usable:
+        level = Level(tuple(each.confidences), first_share(each))
+        if not levels or level.confidences != levels[-1].confidences:
+            levels.append(level)
+    bound = promised(usable[0]) if usable and promise == "accuracy" else 0.0
+    return max(epsilon, bound), tuple(levels)
+
+
+def first_share(threshold: Threshold) -> float:
+    """The share of all inputs that the first exit that may answer does."""
+    return next(share for share, c in zip(threshold.shares, threshold.confidences, strict=True) if c <= 1)
+
+
+def promised(threshold: Threshold) -> float:
+    """The rate of disagreement among all inputs that its calibration part bounds."""
+    differing = round(threshold.coverage * (1 - threshold.agreement) * threshold.samples)
+    return upper_bound(differing, threshold.samples, threshold.delta)
