@@ -214,7 +214,7 @@ class EdgeAgent:
             source_CHW = pixels_CHW if state.features is None else state.features
             state.features, probabilities_K = self._head.segment(index, source_CHW)
         state.exits.append(probabilities_K)
-        self.costs.segment_s[index].observe((state.stage_ms["head"] - before_ms) / 1000)
+        self.costs.segment_s[index].observe((state.stage_ms["head"] - before_ms) / 1000, time.monotonic())
         if self.metrics:
             self.metrics.passed(self._exits[index], float(probabilities_K.max()))
 
@@ -259,7 +259,7 @@ class EdgeAgent:
         self._router.replied()
         reply = exchange.reply
         state.add_reply(reply, exchange.down_bytes)
-        self.costs.record_cloud(payload, min(reply.queue_s + reply.compute_s, exchange.elapsed_s))
+        self.costs.record_cloud(payload, min(reply.compute_s, exchange.elapsed_s))
         return reply
 
     def _answer_locally(self, why: str, state: RequestState, pixels_CHW: Floats, degraded: str | None) -> Answer:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
+from isthmus.edge_agent.policy.averages import Average, DeviceLoad, GraphLatency, GuardedAverage
+from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import OperatingPoint, RouteEstimate
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
@@ -40,15 +41,15 @@ class Costs:
         self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
 
     def cloud_s(self, macs: int) -> float:
-        """Predicted seconds in the cloud, queue included, for `macs` multiply-accumulates."""
+        """Predicted seconds that the cloud computes for `macs` multiply-accumulates; its queue is the link's estimate."""
         return macs * self.cloud_s_per_mac.value
 
     def record_cloud(self, payload: Payload, seconds: float) -> None:
-        """Record what the cloud spent on a payload, queue included."""
+        """Record how long the cloud computed for a payload."""
         self.cloud_s_per_mac.observe(seconds / max(self._macs(payload), 1))
 
     def payload_s(self, payload: Payload) -> float:
-        """Predicted seconds of the cloud for a payload, queue included."""
+        """Predicted seconds that the cloud computes for a payload."""
         return self.cloud_s(self._macs(payload))
 
     def _macs(self, payload: Payload) -> int:
@@ -59,7 +60,7 @@ class Costs:
         up_bytes = self.point_bytes[point].value + MAX_FRAMING_BYTES
         cloud_s = self.cloud_s(self.tail_macs[point.tap])
         device_s = self.encode_s[point.tap][point.width].value
-        seconds = device_s + link.transfer_s(up_bytes) + cloud_s
+        seconds = device_s + link.transfer_s(up_bytes) + link.queue_s + cloud_s
         usd = self._prices.usd(up_bytes, cloud_s, device_s)
         return RouteEstimate("split", f"{self.points.name(point)} ({up_bytes:.0f} B)", seconds, usd, point)
 
@@ -67,7 +68,7 @@ class Costs:
         """Compress and send the whole photo."""
         up_bytes = self.image_bytes.value + MAX_FRAMING_BYTES
         cloud_s, device_s = self.cloud_s(self.whole_macs), self.image_encode_s.value
-        seconds = device_s + link.transfer_s(up_bytes) + cloud_s
+        seconds = device_s + link.transfer_s(up_bytes) + link.queue_s + cloud_s
         usd = self._prices.usd(up_bytes, cloud_s, device_s)
         return RouteEstimate("offload", f"whole image ({up_bytes:.0f} B)", seconds, usd)
 

@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 
 from isthmus.edge_agent.config import Mode
-from isthmus.edge_agent.policy.estimates import Exploration, LinkEstimate
+from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal, RoutePlan, Situation, describe, plan
+from isthmus.edge_agent.policy.exploration import Exploration
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import RequestState
 from isthmus.models.vision.manifest import Threshold

@@ -18,7 +18,8 @@ from prometheus_client import CollectorRegistry
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
-from isthmus.edge_agent.policy.estimates import EXPLORE_EVERY, LinkEstimate
+from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.policy.exploration import EXPLORE_EVERY
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.edge_agent.vision.costs import Costs
