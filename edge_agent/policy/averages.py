@@ -15,6 +15,7 @@ from isthmus.edge_agent.policy.changes import ChangeTest
 RECENT = 16  # observations kept, of which an average starts over after a change
 FIRST = 3  # observations before the test for changes begins; until then the lower median counts
 SMALLEST = 1e-15  # keeps logarithms finite
+MOST_LOAD = 1000.0  # times its idle latency that a graph takes at most, so that a stall is not remembered for hours
 LOAD_WEIGHT = 0.2  # of one run of a graph in the device's load
 IDLE_WEIGHT = 0.01  # of one run in the graph's idle latency: nearly all change is a change of load
 
@@ -35,10 +36,10 @@ class Average:
 class GuardedAverage(Average):
     """An average that no single outlier moves, and that a lasting change replaces after two or three observations."""
 
-    def __init__(self, prior: float, weight: float = 0.1, floor: float = SMALLEST) -> None:
-        """Differences well below `floor` are none."""
+    def __init__(self, prior: float, weight: float = 0.1, *, trusted: bool = False) -> None:
+        """`trusted`: the prior is a measurement, which the first observations do not replace."""
         super().__init__(prior, weight)
-        self._floor = floor
+        self._count = self._first = FIRST if trusted else 0
         self._last: deque[float] = deque(maxlen=RECENT)
         self._test = ChangeTest()
 
@@ -49,10 +50,11 @@ class GuardedAverage(Average):
 
     def observe(self, value: float) -> None:
         self._last.append(value)
-        if len(self._last) <= FIRST:
+        if self._first < FIRST:
+            self._first += 1
             self._count, self.value = 1, median_low(self._last)
             return
-        verdict = self._test.observe(math.log((value + self._floor) / (self.value + self._floor)))
+        verdict = self._test.observe(math.log((value + SMALLEST) / (self.value + SMALLEST)))
         if verdict == "changed":
             latest = list(self._last)[-self._test.run :]
             self._count, self.value = len(latest), fmean(latest)
@@ -64,7 +66,7 @@ class DeviceLoad:
     """Current latency of graphs over their idle latency: one factor for all, be it of heat or of other work."""
 
     def __init__(self) -> None:
-        self._average = GuardedAverage(1.0, LOAD_WEIGHT)
+        self._average = GuardedAverage(1.0, LOAD_WEIGHT, trusted=True)
         self.observed_s: float | None = None  # when a graph last ran
 
     @property
@@ -78,7 +80,7 @@ class DeviceLoad:
 
     def observe(self, load: float, now_s: float) -> None:
         """One run took `load` times its idle latency."""
-        self._average.observe(load)
+        self._average.observe(min(load, MOST_LOAD))
         self.observed_s = now_s
 
 

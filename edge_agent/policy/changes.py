@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Literal
 
 SLACK = 0.5  # standard deviations: half of the smallest lasting change that is to be found soon
-ALARM = 6.0  # standard deviations: a normal quantity raises it falsely about once in a thousand observations
+ALARM = 7.4  # standard deviations: a normal quantity raises it falsely once in some thousand observations
 OUTLIER = 3.0  # standard deviations beyond which an observation says nothing until others confirm it
-MOST_HIGH, MOST_LOW = 3.0, 4.0  # of one observation: three high ones in a row are a change, but two low ones are, since
+MOST_HIGH, MOST_LOW = 3.0, 4.5  # of one observation: three high ones in a row are a change, but two low ones are, since
 # a stall may make anything slow, and nothing is quicker than the link or the machine allows
 FIRST_SPREAD, LEAST_SPREAD = 0.25, 0.05  # standard deviation of a logarithm: before any observation, and at least
 SPREAD_WEIGHT = 0.05  # of one observation in the spread

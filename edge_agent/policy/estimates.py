@@ -23,7 +23,7 @@ DRIFT = 0.03  # relative standard deviation that the link gains in a second, ten
 DOWN_BYTES = 4096  # by which a probe's reply must be larger than another's to measure the downlink
 LOSS_WEIGHT, REPLY_WEIGHT = 0.05, 0.05  # of one request in the share that is lost, and in the usual size of a reply
 QUEUE_WEIGHT, QUEUE_FORGET_S = 0.3, 10.0  # of one reply in the cloud's queue, which halves in so many seconds unseen
-LEAST_SLOPE = 1e-10  # seconds a byte: 80 Gbit/s
+LEAST_SLOPE, LEAST_S = 1e-10, 1e-9  # seconds a byte (80 Gbit/s), seconds of an exchange: they keep logarithms finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,10 @@ class LinkEstimate:
         """Predicted seconds from sending `up_bytes` to the reply, without the cloud's own time."""
         up_s = (self.ahead_bytes + up_bytes) / self.bytes_per_s
         return self.rtt_s + up_s + self.reply_bytes / self.down_bytes_per_s
+
+    def reply_s(self, up_bytes: float) -> float:
+        """`transfer_s`, and the wait in the cloud's queue."""
+        return self.transfer_s(up_bytes) + self.queue_s
 
     def spread_s(self, up_bytes: float) -> float:
         """Standard deviation of `transfer_s(up_bytes)`."""
@@ -102,7 +106,7 @@ class Fit:
 
     def predict_s(self, size: float) -> float:
         """Predicted seconds of an upload."""
-        return max(self.base_s + self.slope * size, 1e-9)
+        return max(self.base_s + self.slope * size, LEAST_S)
 
     def leverage(self, size: float) -> float:
         """Variance of the prediction, in variances of one observation: large for a size unlike those before."""
@@ -147,7 +151,7 @@ class LinkEstimator:
         self._loss -= LOSS_WEIGHT * self._loss
         if self._fit.weight:
             self._fit.fade(0.5 ** (max(now_s - self._observed_s, 0.0) / FORGET_S))
-        size, up_s = up_bytes + ahead_bytes, max(seconds - down_bytes * self._down.value, 0.1 * seconds)
+        size, up_s = up_bytes + ahead_bytes, max(seconds - down_bytes * self._down.value, 0.1 * seconds, LEAST_S)
         predicted_s, weight = self._fit.predict_s(size), self._fit.weight
         self._recent.append((size, up_s))
         verdict: Verdict = "usual"

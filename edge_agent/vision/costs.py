@@ -41,7 +41,7 @@ class Costs:
         self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
 
     def cloud_s(self, macs: int) -> float:
-        """Predicted seconds that the cloud computes for `macs` multiply-accumulates; its queue is the link's estimate."""
+        """Predicted seconds that the cloud computes for `macs` multiply-accumulates; without its queue."""
         return macs * self.cloud_s_per_mac.value
 
     def record_cloud(self, payload: Payload, seconds: float) -> None:
@@ -60,7 +60,7 @@ class Costs:
         up_bytes = self.point_bytes[point].value + MAX_FRAMING_BYTES
         cloud_s = self.cloud_s(self.tail_macs[point.tap])
         device_s = self.encode_s[point.tap][point.width].value
-        seconds = device_s + link.transfer_s(up_bytes) + link.queue_s + cloud_s
+        seconds = device_s + link.reply_s(up_bytes) + cloud_s
         usd = self._prices.usd(up_bytes, cloud_s, device_s)
         return RouteEstimate("split", f"{self.points.name(point)} ({up_bytes:.0f} B)", seconds, usd, point)
 
@@ -68,7 +68,7 @@ class Costs:
         """Compress and send the whole photo."""
         up_bytes = self.image_bytes.value + MAX_FRAMING_BYTES
         cloud_s, device_s = self.cloud_s(self.whole_macs), self.image_encode_s.value
-        seconds = device_s + link.transfer_s(up_bytes) + link.queue_s + cloud_s
+        seconds = device_s + link.reply_s(up_bytes) + cloud_s
         usd = self._prices.usd(up_bytes, cloud_s, device_s)
         return RouteEstimate("offload", f"whole image ({up_bytes:.0f} B)", seconds, usd)
 

@@ -103,7 +103,7 @@ class Replicas:
         if following is None:
             return left_s
         least_s, reserve_s = (
-            max(MARGIN * (each.estimate.transfer_s(size) + cloud_s), FAIR_WAIT_S) for each in (link, following)
+            max(MARGIN * (each.estimate.reply_s(size) + cloud_s), FAIR_WAIT_S) for each in (link, following)
         )
         return left_s - reserve_s if left_s >= least_s + reserve_s else left_s
 
