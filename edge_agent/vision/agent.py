@@ -38,7 +38,7 @@ from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
-BATCH_SENT = 4  # photos of a batch under way beside those that are computed, so that the link is used as well
+BATCH_SENT = 16  # photos of a batch under way beside those that are computed: they wait for the cloud meanwhile
 
 
 class EdgeAgent:
@@ -202,6 +202,10 @@ class EdgeAgent:
 
     def _next(self, state: RequestState) -> RoutePlan:
         link = self.replicas.best()
+        if state.device_only:
+            return self._router.next(state, self.config.mode, self.goal, None, state.device_only)
+        if link:
+            link.planned()
         estimate, refused = (link.estimate, None) if link else (None, self.replicas.unavailable_reason())
         return self._router.next(state, self.config.mode, self.goal, estimate, refused)
 
@@ -226,6 +230,7 @@ class EdgeAgent:
             return self._answer_locally(step.why, state, pixels_CHW, None)
         if step.route == "fallback":
             reason = "deadline" if self.replicas.best() else "cloud_down"
+            reason = "back_pressure" if state.device_only else reason
             return self._answer_locally(step.why, state, pixels_CHW, reason)
         try:
             if step.point is None:

@@ -16,7 +16,7 @@ LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75
 CONFIDENCE_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
 SIZE_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROUTES = ("exit", "split", "offload", "fallback")
-REASONS = ("cloud_down", "deadline", "rejected", "too_large")
+REASONS = ("cloud_down", "deadline", "rejected", "too_large", "back_pressure")
 
 
 class EdgeMetrics:
