@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.batch import in_order
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.image_input import Photo, as_image
+from isthmus.edge_agent.vision.live import Dropped, LiveWork, WhenFull
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.replicas import connect
@@ -37,6 +38,7 @@ from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import preprocess
 
+BACK_PRESSURE = "more photos came than the cloud answers in time"
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
 BATCH_SENT = 16  # photos of a batch under way beside those that are computed: they wait for the cloud meanwhile
 
@@ -150,19 +152,36 @@ class EdgeAgent:
         tap: str | None = None,
         width: float | None = None,
         rate: int | None = None,
-    ) -> Iterator[Answer]:
-        """Answers in the order of `photos`, some of which are under way at once, each with a deadline of its own.
+        when_full: WhenFull = "block",
+    ) -> Iterator[Answer | Dropped]:
+        """Answers in the order of `photos`, of which several are computed or sent at once, each within its deadline.
 
-        Photos are taken from the iterable as they are needed. Arguments and errors are those of `infer`; an error ends
-        the iteration, with a note that names the photo by its index.
+        `block` takes photos from the iterable as they are needed. The other values of `when_full` are for a live source,
+        which is read as fast as it gives: where more comes than is answered, `drop_oldest` and `drop_newest` leave out
+        photos that wait, and a Dropped stands in their place; `degrade` answers on the device alone, marked degraded.
+
+        Other arguments and errors are those of `infer`; an error ends the iteration, with a note that names the photo
+        by its index.
         """
         if isinstance(photos, str | bytes) or not isinstance(photos, Iterable):
             raise InvalidInput(f"photos is {type(photos).__name__}, expected a list or another iterable of photos")
         begin = partial(self._begin, deadline_s, tasks, Overrides(tap, width, rate))
         begin()  # what is wrong for every photo is raised at once
-        return self._lifetime.until_closed(
-            in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
-        )
+        if when_full == "block":
+            return self._lifetime.until_closed(
+                in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
+            )
+        if when_full not in get_args(WhenFull):
+            raise InvalidInput(f"when_full is {when_full!r:.32}, expected one of {', '.join(get_args(WhenFull))}")
+        dropped = partial(self.metrics.dropped, when_full) if self.metrics else lambda: None
+
+        def work(photo: Photo, degraded: bool) -> Answer:
+            state = begin()
+            state.device_only = BACK_PRESSURE if degraded else None
+            return self._answer_photo(photo, state)
+
+        live = LiveWork(self._threads, work, photos, self._batch, when_full, dropped)
+        return self._lifetime.until_closed(live.results())
 
     def _begin(self, deadline_s: float | None, tasks: Sequence[str] | None, overrides: Overrides) -> RequestState:
         """A request, whose deadline counts from now. Raises AgentClosed, InvalidInput."""

@@ -62,6 +62,10 @@ class FakeLink:
     def state(self) -> str:
         return "open" if self.refusal else "closed"
 
+    changes = 0
+
+    def planned(self) -> None: ...
+
     def unavailable_reason(self) -> str | None:
         return self.refusal
 
