@@ -156,8 +156,8 @@ class EdgeAgent:
     ) -> Iterator[Answer | Dropped]:
         """Answers in the order of `photos`, of which several are computed or sent at once, each within its deadline.
 
-        `block` takes photos from the iterable as they are needed. The other values of `when_full` are for a live source,
-        which is read as fast as it gives: where more comes than is answered, `drop_oldest` and `drop_newest` leave out
+        `block` takes photos from the iterable as they are needed. The other values of `when_full` are for a live
+        source, which is read as fast as it gives: where more comes than is answered, `drop_oldest` and `drop_newest` leave out
         photos that wait, and a Dropped stands in their place; `degrade` answers on the device alone, marked degraded.
 
         Other arguments and errors are those of `infer`; an error ends the iteration, with a note that names the photo

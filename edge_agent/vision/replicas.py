@@ -119,8 +119,8 @@ def connect(
 ) -> Replicas:
     """Links to the clouds of `config`, none in mode edge; waits for one up to `connect_s`.
 
-    `fingerprint` is the bundle's. `late` is called for each reply that nobody waits for any more, `spend` with the bytes
-    of each probe before it is sent: it may refuse them.
+    `fingerprint` is the bundle's. `late` is called for each reply that nobody waits for any more, `spend` with the
+    bytes of each probe before it is sent: it may refuse them.
     """
     labels = tuple(len(task.labels) for task in manifest.tasks)
     clouds = config.clouds if config.mode != "edge" else ()
