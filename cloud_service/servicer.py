@@ -124,17 +124,15 @@ class Servicer(pb_grpc.IsthmusServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         started_s = time.monotonic()
-        if len(request.padding) > limits.MAX_PROBE_BYTES:
-            error = InvalidInput(
-                f"padding has {len(request.padding)} bytes, at most {limits.MAX_PROBE_BYTES} are accepted"
-            )
+        if (size := max(len(request.padding), request.reply_bytes)) > limits.MAX_PROBE_BYTES:
+            error = InvalidInput(f"padding has {size} bytes, at most {limits.MAX_PROBE_BYTES} are accepted")
             code, text = status.of_error(error)
             self._metrics.answered("Describe", code.name, time.monotonic() - started_s)
             await context.abort(code, text)
         self._metrics.answered("Describe", "OK", time.monotonic() - started_s)
         language = self._language
         info = ServiceInfo(self._version, limits.WIRE_VERSION, self._vision.bundles, language.models, language.problems)
-        return wire_describe.pack_service(info)
+        return wire_describe.pack_service(info, request.reply_bytes)
 
     async def Tokenizer(self, request: pb.TokenizerRequest, context: Context) -> AsyncIterator[pb.TokenizerPart]:
         started_s = time.monotonic()

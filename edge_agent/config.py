@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from isthmus.edge_agent.policy.arms import Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.policy.exploration import PROBE_BYTES_PER_HOUR
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.spending import Budgets, OwnWeights
 from isthmus.models.address import ListenAddress, PeerAddress
@@ -38,6 +39,13 @@ Clouds = Annotated[
     tuple[PeerAddress, ...],
     Field(description="Cloud services, in order of preference; without any the device answers alone."),
     Flag("cloud", separator=",", metavar="HOST:PORT"),
+]
+ProbeBytes = Annotated[
+    int,
+    Field(
+        ge=0,
+        description="Bytes an hour that may be spent on measuring links that no request measures; 0 turns that off.",
+    ),
 ]
 Threads = Annotated[int, Field(ge=0, le=256, description="Threads of ONNX Runtime; 0 for one a core.")]
 Best = Annotated[
@@ -205,6 +213,7 @@ class EdgeConfig(Settings):
         Flag("deadline_ms", 1000),
     ] = 1.0
     connect_s: ConnectSeconds = 2.0
+    probe_bytes_per_hour: ProbeBytes = PROBE_BYTES_PER_HOUR
     threads: Threads = 0
     profile: Profile = "wifi"
     prices: Prices = Prices()
@@ -313,6 +322,7 @@ class LanguageConfig(Settings):
     ] = "alone"
     wait_s: Annotated[float, Field(ge=0, le=3600, description="Seconds to wait then, with --on-loss wait.")] = 30.0
     connect_s: ConnectSeconds = 2.0
+    probe_bytes_per_hour: ProbeBytes = PROBE_BYTES_PER_HOUR
     threads: Threads = 0
     tls: Tls | None = None
 

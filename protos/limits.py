@@ -11,7 +11,7 @@ MAX_REQUEST_ID = (1 << 21) - 1  # a device wraps around here, so that an id neve
 
 MAX_IMAGE_BYTES = 4 << 20  # a 12-megapixel JPEG at quality 90
 MAX_MESSAGE_BYTES = MAX_IMAGE_BYTES + 4096  # gRPC rejects larger messages, measured after decompression
-MAX_PROBE_BYTES = 64 << 10  # padding of a bandwidth probe: a quarter of a second at 2 Mbit/s
+MAX_PROBE_BYTES = 64 << 10  # padding of a bandwidth probe, each way: a quarter of a second at 2 Mbit/s
 MAX_LABELS = 100_000  # of a task
 MAX_TASKS = 8  # of a bundle, as in its manifest
 MAX_TAPS = 8  # of a bundle, as in its manifest

@@ -33,6 +33,7 @@ from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache, cache_fo
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.arms import ARMS, Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.policy.exploration import ProbeSchedule
 from isthmus.edge_agent.transport.language_link import LanguageLink
 from isthmus.models.errors import AnswerCancelled, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
@@ -210,7 +211,8 @@ class LanguageAgent(TextInterface):
         self.close()
 
     def _link(self, target: str) -> LanguageLink:
-        return LanguageLink(target, ReplicaMatch(self._cloud, target), self.config.tls, BREAKER)
+        probes = ProbeSchedule(self.config.probe_bytes_per_hour / len(self.config.clouds))
+        return LanguageLink(target, ReplicaMatch(self._cloud, target), self.config.tls, BREAKER, probes=probes)
 
     def _grammars_of(self, vocabulary: bytes) -> Grammars:
         """Of a tokenizer that reads the ids of an answer: the cloud's, or the device's own."""

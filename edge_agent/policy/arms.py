@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from isthmus.edge_agent.policy.estimates import Average
+from isthmus.edge_agent.policy.averages import Average
 from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, LatencyModel
 from isthmus.models.language.router.manifest import OffloadLevel

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from isthmus.edge_agent.policy.estimates import Average
+from isthmus.edge_agent.policy.averages import Average
 from isthmus.models.messages import Committed
 
 MIN_DRAFTS, MAX_DRAFTS = 4, 16  # of a round

@@ -11,6 +11,7 @@ from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.breaker import BreakerLimits, State
 from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.policy.exploration import ProbeSchedule
 from isthmus.edge_agent.transport.channel import open_channel
 from isthmus.edge_agent.transport.health import NOT_ANSWERING, CloudHealth
 from isthmus.edge_agent.transport.prober import Match, Prober
@@ -23,13 +24,23 @@ class CloudLink:
     A subclass sends the requests, and ends its constructor with `_start`.
     """
 
-    def __init__(self, target: str, tls: Tls | None, breaker: BreakerLimits, opened: Callable[[], None]) -> None:
-        """`opened` is called when the breaker opens. Does not wait for the cloud."""
+    def __init__(
+        self,
+        target: str,
+        tls: Tls | None,
+        breaker: BreakerLimits,
+        opened: Callable[[], None],
+        probes: ProbeSchedule | None,
+    ) -> None:
+        """`opened` is called when the breaker opens. `probes` says when the link is measured that no request measures.
+
+        Does not wait for the cloud.
+        """
         self.target = target
         self._lifetime = Lifetime()
         self._channel = open_channel(target, tls)
         self._stub = pb_grpc.IsthmusStub(self._channel)
-        self._health = CloudHealth(breaker, opened)
+        self._health = CloudHealth(breaker, opened, probes or ProbeSchedule())
 
     def _start(self, match: Match, retire_idle: Callable[[], None]) -> None:
         """Begin to probe. `retire_idle` is called now and then."""
@@ -52,6 +63,15 @@ class CloudLink:
     @property
     def estimate(self) -> LinkEstimate:
         return self._health.estimate
+
+    @property
+    def changes(self) -> int:
+        """How often a lasting change of the link was noticed."""
+        return self._health.changes
+
+    def planned(self) -> None:
+        """A request was planned with the estimate, whether it is sent or not: the estimate is not to grow old."""
+        self._health.planned()
 
     def unavailable_reason(self) -> str | None:
         """Why no request may be sent now; None when one may."""

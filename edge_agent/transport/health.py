@@ -13,10 +13,11 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from isthmus.edge_agent.policy.breaker import Breaker, BreakerLimits, State
-from isthmus.edge_agent.policy.estimates import LinkEstimate, LinkEstimator
+from isthmus.edge_agent.policy.estimates import LinkEstimate, LinkEstimator, Probe
+from isthmus.edge_agent.policy.exploration import ProbeSchedule
 from isthmus.edge_agent.policy.window import Window
 from isthmus.edge_agent.slots import FairSlots
 from isthmus.models.errors import (
@@ -29,6 +30,7 @@ from isthmus.models.errors import (
     Refused,
     ServiceError,
 )
+from isthmus.models.messages import CloudReply
 
 PROBE_TIMEOUT_S = 2.0
 FAIR_WAIT_S = 0.1  # a shorter wait without a reply says nothing about the cloud, whatever the estimate of the link
@@ -44,15 +46,20 @@ class Attempt:
         self,
         budget_s: float,
         on_sent: Callable[[int], None] = lambda up_bytes: None,
+        queued: Callable[[int], float] = lambda up_bytes: 0.0,
         charge: Callable[[int], None] = lambda up_bytes: None,
     ) -> None:
-        """Begins now. `on_sent` is called with the bytes of each message sent; `charge` before it is, and may raise."""
+        """Begins now. `on_sent` is called with the bytes of each message sent; `charge` before it is, and may raise.
+
+        `queued` says how many bytes are before them.
+        """
         self.deadline_s = time.monotonic() + budget_s
         self.budget_s = budget_s  # of the wait for a reply, from the moment when it may be sent
         self.sent_s: float | None = None
         self.up_bytes = 0
+        self.ahead_bytes = 0.0  # of other messages, which were on their way up when the last one of it was sent
         self.replied = False
-        self._on_sent, self.charge = on_sent, charge
+        self._on_sent, self._queued, self.charge = on_sent, queued, charge
 
     def admitted(self) -> None:
         """It has a slot: what is left of its time is for the exchange."""
@@ -62,18 +69,20 @@ class Attempt:
         """One message of it was sent."""
         self.sent_s = time.monotonic() if self.sent_s is None else self.sent_s
         self.up_bytes += up_bytes
+        self.ahead_bytes = self._queued(up_bytes)
         self._on_sent(up_bytes)
 
 
 class CloudHealth:
     """Starts without a cloud: the first probe decides whether it may be used."""
 
-    def __init__(self, breaker: BreakerLimits, opened: Callable[[], None] = lambda: None) -> None:
-        """`opened` is called when the breaker opens."""
+    def __init__(self, breaker: BreakerLimits, opened: Callable[[], None], probes: ProbeSchedule) -> None:
+        """`opened` is called when the breaker opens. `probes`: when to measure a link that requests do not measure."""
         self._lock = threading.Lock()
         self._breaker = Breaker(breaker)
         self._estimator = LinkEstimator()
         self._window = Window()
+        self._probes = probes
         self._opened = opened
         self._answered_s = self._checked_s = float("-inf")  # when a request was last answered, the cloud checked
         self._hold_until_s = float("-inf")  # the cloud has said that it has no room before
@@ -94,7 +103,24 @@ class CloudHealth:
     @property
     def estimate(self) -> LinkEstimate:
         with self._lock:
-            return self._estimator.estimate
+            return self._estimator.at(time.monotonic())
+
+    @property
+    def changes(self) -> int:
+        """How often the link has changed, as far as was noticed."""
+        return self._estimator.changes
+
+    def planned(self) -> None:
+        """A request was planned with the estimate. The prober measures the link if no request did for long."""
+        now_s = time.monotonic()
+        self._probes.planned(now_s)
+        if self._probe_due(now_s):
+            self.wake.set()
+
+    def record_sent(self, up_bytes: int) -> float:
+        """A message is sent. Returns the bytes of earlier ones that are still on their way up, as predicted."""
+        with self._lock:
+            return self._estimator.sent(up_bytes, time.monotonic())
 
     def admit(self, patience_s: float) -> None:
         """Raises LinkDown unless a request may be sent now.
@@ -116,11 +142,19 @@ class CloudHealth:
         """A request was answered after `elapsed_s` without the cloud's own time; None if that is not known."""
         with self._lock:
             self._breaker.record_success()
-            self._answered_s = time.monotonic()
+            self._answered_s = now_s = time.monotonic()
             self._window.answered(self.slots.full)
             if elapsed_s is not None:
-                self._estimator.observe(up_bytes, elapsed_s)
+                self._estimator.observe(up_bytes, elapsed_s, now_s)
         self._resize()
+
+    def record_reply(self, reply: CloudReply, elapsed_s: float, *, up: int, down: int, ahead: float) -> None:
+        """A photo was answered after `elapsed_s`: bytes of both messages, and of those before it on their way up."""
+        now_s, transit_s = time.monotonic(), elapsed_s - reply.queue_s - reply.compute_s
+        with self._lock:
+            self._estimator.observe(up, transit_s, now_s, down_bytes=down, ahead_bytes=ahead)
+            self._estimator.replied(down, reply.queue_s, now_s)
+        self.record_answer()
 
     def record_error(self, error: BaseException, attempt: Attempt) -> None:
         """What the error of a request says about the cloud, which may be nothing."""
@@ -143,20 +177,35 @@ class CloudHealth:
 
     def record_failure(self, reason: str, sent_s: float | None = None) -> None:
         """A request failed because the cloud is down, or late with everything."""
+        with self._lock:
+            self._estimator.lost()
         self._record(reason, lambda now_s: self._breaker.record_failure(now_s, now_s if sent_s is None else sent_s))
 
     def trip(self, reason: str) -> None:
         """Send nothing more until a probe finds that the cloud serves this device."""
         self._record(reason, self._breaker.trip)
 
-    def record_probe(self, refusal: str | None, measured: Iterable[tuple[float, int]] = ()) -> None:
-        """A probe was answered, with seconds and bytes `measured`, or failed with `refusal`."""
+    def record_probe(self, refusal: str | None, measured: Sequence[Probe] = ()) -> None:
+        """A probe was answered, or failed with `refusal`."""
+        self.record_measured(measured)
         with self._lock:
-            for seconds, size in measured:
-                self._estimator.observe(size, seconds)
             self.refusal = refusal
             self._breaker.record_probe(refusal is None, time.monotonic())
         self._resize()
+
+    def record_measured(self, measured: Sequence[Probe]) -> None:
+        """Probes were answered, whose sizes differ."""
+        with self._lock:
+            self._estimator.measure(measured, time.monotonic())
+
+    def take_probe(self, size: int, *, needed: bool = False) -> bool:
+        """Whether `size` bytes may be sent now to measure the link: if that is due or `needed`."""
+        now_s = time.monotonic()
+        return (needed or self._probe_due(now_s)) and self._probes.take(size, self.changes, now_s)
+
+    def may_spend(self, size: int) -> bool:
+        """Whether `size` bytes may be sent now to find out whether the cloud answers."""
+        return self._probes.spend(size)
 
     def probe_wait_s(self) -> float:
         """Seconds until the next probe is due; infinite unless the breaker is open."""
@@ -171,6 +220,9 @@ class CloudHealth:
             if due:
                 self._suspected, self._checked_s = False, time.monotonic()
             return due
+
+    def _probe_due(self, now_s: float) -> bool:
+        return self.state == "closed" and self._probes.due(self.estimate.age_s, self.changes, now_s)
 
     def _overloaded(self, error: BaseException, attempt: Attempt) -> bool:
         """Whether the cloud is alive and has too much to do: it says so, or others were answered meanwhile."""

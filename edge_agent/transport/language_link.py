@@ -6,6 +6,7 @@ from weakref import WeakSet
 
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.policy.exploration import ProbeSchedule
 from isthmus.edge_agent.transport.cloud_link import CloudLink
 from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation
 from isthmus.edge_agent.transport.prober import Match
@@ -16,10 +17,19 @@ class LanguageLink(CloudLink):
     """Opens `Generate` streams. Safe to call from several threads."""
 
     def __init__(
-        self, target: str, match: Match, tls: Tls | None = None, breaker: BreakerLimits = BreakerLimits()
+        self,
+        target: str,
+        match: Match,
+        tls: Tls | None = None,
+        breaker: BreakerLimits = BreakerLimits(),
+        *,
+        probes: ProbeSchedule | None = None,
     ) -> None:
-        """`match` checks what the cloud holds. Does not wait for the cloud."""
-        super().__init__(target, tls, breaker, match.lost)
+        """`match` checks what the cloud holds. `probes` says when the link is measured that no answer measures.
+
+        Does not wait for the cloud.
+        """
+        super().__init__(target, tls, breaker, match.lost, probes)
         self._generating = WeakSet[GenerateStream]()
         self._start(match, self._retire_idle)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.policy.breaker import BreakerLimits
+from isthmus.edge_agent.policy.exploration import ProbeSchedule
 from isthmus.edge_agent.transport.cloud_link import CloudLink
 from isthmus.edge_agent.transport.exchanges import Exchange, Exchanges
 from isthmus.edge_agent.transport.health import Attempt
@@ -30,12 +31,15 @@ class Link(CloudLink):
         tls: Tls | None = None,
         breaker: BreakerLimits = BreakerLimits(),
         late: Callable[[], None] = lambda: None,
+        *,
+        probes: ProbeSchedule | None = None,
     ) -> None:
         """`fingerprint` is of a bundle with `labels` classes per task.
 
-        `late` is called for each reply that came after its deadline. Does not wait for the cloud.
+        `late` is called for each reply that came after its deadline; `probes` says when the link is measured that no
+        photo measures. Does not wait for the cloud.
         """
-        super().__init__(target, tls, breaker, self._abandon)
+        super().__init__(target, tls, breaker, self._abandon, probes)
         self._exchanges = Exchanges(self._stub, fingerprint, labels, late)
         self._start(HeldBundle(fingerprint), self._exchanges.retire_idle)
 
@@ -61,7 +65,7 @@ class Link(CloudLink):
         AgentClosed after `close`, or the error that the cloud replied with.
         """
         self._lifetime.check()
-        attempt = Attempt(budget_s, sent, charge)
+        attempt = Attempt(budget_s, sent, self._health.record_sent, charge)
         with self._slot(attempt, len(payload.data)):
             self._health.admit(attempt.deadline_s - time.monotonic() - self.estimate.transfer_s(len(payload.data)))
             self._lifetime.check()
@@ -71,8 +75,13 @@ class Link(CloudLink):
             except BaseException as error:  # an interrupt too: it may end the trial request of a half-open breaker
                 self._health.record_error(error, attempt)
                 raise
-            cloud_s = exchange.reply.queue_s + exchange.reply.compute_s
-            self._health.record_answer(exchange.up_bytes, exchange.elapsed_s - cloud_s)
+            self._health.record_reply(
+                exchange.reply,
+                exchange.elapsed_s,
+                up=exchange.up_bytes,
+                down=exchange.down_bytes,
+                ahead=attempt.ahead_bytes,
+            )
         return exchange
 
     @contextmanager

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,11 @@ from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.audit import DEADLINE_S, Auditor, Device, audited_levels
 from isthmus.edge_agent.vision.audited_pairs import AuditedPairs, pairs_path
 from isthmus.edge_agent.vision.batch import in_order
-from isthmus.edge_agent.vision.charges import Charges, Radio
+from isthmus.edge_agent.vision.charges import Charges, Radio, probe_charge
 from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.edge_agent.vision.exit_rule import exit_rule
 from isthmus.edge_agent.vision.image_input import Photo, as_image
+from isthmus.edge_agent.vision.live import Dropped, LiveWork, WhenFull
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.replicas import connect
@@ -63,8 +64,9 @@ log = logging.getLogger("isthmus.edge")
 
 VOID = "no exit answers early, as its certificates are void: {}"
 LOSSLESS = 100  # quality of a PNG
+BACK_PRESSURE = "more photos came than the cloud answers in time"
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
-BATCH_SENT = 4  # photos of a batch under way beside those that are computed, so that the link is used as well
+BATCH_SENT = 16  # photos of a batch under way beside those that are computed: they wait for the cloud meanwhile
 
 
 class EdgeAgent:
@@ -120,7 +122,9 @@ class EdgeAgent:
         self._lifetime = Lifetime()
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
         warm_up(self._head, self._codecs, self.costs, blank_CHW)
-        self.replicas = connect(config, self.manifest, bundle.fingerprint, metrics.late if metrics else lambda: None)
+        late = metrics.late if metrics else lambda: None
+        spend = probe_charge(self.ledger, self.costs, self._radio)
+        self.replicas = connect(config, self.manifest, bundle.fingerprint, late, spend)
         self._answering = 0  # photos; a race between threads may miscount, and an audit then waits its patience out
         self._auditor = self._open_audit(described)
 
@@ -145,7 +149,13 @@ class EdgeAgent:
         """The audit of the exits' promise; None where no exit may answer, or nothing may be sent."""
         config = self.config
         epsilon, levels = audited_levels(described, config.epsilon, config.promise, config.among)
-        if self.certificates_void or not levels or config.mode != "auto" or not config.clouds or not config.audits.share:
+        if (
+            self.certificates_void
+            or not levels
+            or config.mode != "auto"
+            or not config.clouds
+            or not config.audits.share
+        ):
             return None
         file = pairs_path(config.audits.folder, self.manifest.name, self.manifest.fingerprint, config.precision)
         device = Device(self._head, self._slots, lambda: self._answering > 0, self._ask_cloud, self._use_thresholds)
@@ -237,19 +247,37 @@ class EdgeAgent:
         rate: int | None = None,
         private: bool = False,
         explain: bool = False,
-    ) -> Iterator[Answer]:
-        """Answers in the order of `photos`, some of which are under way at once, each with a deadline of its own.
+        when_full: WhenFull = "block",
+    ) -> Iterator[Answer | Dropped]:
+        """Answers in the order of `photos`, of which several are computed or sent at once, each within its deadline.
 
-        Photos are taken from the iterable as they are needed. Arguments and errors are those of `infer`; an error ends
-        the iteration, with a note that names the photo by its index.
+        `block` takes photos from the iterable as they are needed. The other values of `when_full` are for a live
+        source, which is read as fast as it gives: where more comes than is answered, `drop_oldest` and `drop_newest`
+        leave out photos that wait, and a Dropped stands in their place; `degrade` answers on the device alone, marked
+        degraded.
+
+        Other arguments and errors are those of `infer`; an error ends the iteration, with a note that names the photo
+        by its index.
         """
         if isinstance(photos, str | bytes) or not isinstance(photos, Iterable):
             raise InvalidInput(f"photos is {type(photos).__name__}, expected a list or another iterable of photos")
         begin = partial(self._begin, deadline_s, tasks, Overrides(tap, width, rate, private), explain)
         begin()  # what is wrong for every photo is raised at once
-        return self._lifetime.until_closed(
-            in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
-        )
+        if when_full == "block":
+            return self._lifetime.until_closed(
+                in_order(self._threads, lambda photo: self._answer_photo(photo, begin()), photos, self._batch)
+            )
+        if when_full not in get_args(WhenFull):
+            raise InvalidInput(f"when_full is {when_full!r:.32}, expected one of {', '.join(get_args(WhenFull))}")
+        dropped = partial(self.metrics.dropped, when_full) if self.metrics else lambda: None
+
+        def work(photo: Photo, degraded: bool) -> Answer:
+            state = begin()
+            state.device_only = BACK_PRESSURE if degraded else None
+            return self._answer_photo(photo, state)
+
+        live = LiveWork(self._threads, work, photos, self._batch, when_full, dropped)
+        return self._lifetime.until_closed(live.results())
 
     def _begin(
         self, deadline_s: float | None, tasks: Sequence[str] | None, overrides: Overrides, explain: bool
@@ -304,6 +332,10 @@ class EdgeAgent:
 
     def _next(self, state: RequestState) -> RoutePlan:
         link = self.replicas.best()
+        if state.device_only:
+            return self._router.next(state, self.config.mode, self.goal, None, state.device_only)
+        if link:
+            link.planned()
         estimate, refused = (link.estimate, None) if link else (None, self.replicas.unavailable_reason())
         goal = replace(self.goal, exit_confidence=self.exit_rule.confidence(len(state.exits)))
         return self._router.next(state, self.config.mode, goal, estimate, refused)
@@ -318,7 +350,7 @@ class EdgeAgent:
             state.features, probabilities_K = self._head.segment(index, source_CHW)
         state.exits.append(probabilities_K)
         state.score = self.exit_rule.score(state.exits)
-        self.costs.segment_s[index].observe((state.stage_ms["head"] - before_ms) / 1000)
+        self.costs.segment_s[index].observe((state.stage_ms["head"] - before_ms) / 1000, time.monotonic())
         if self.metrics:
             self.metrics.passed(self._exits[index], state.score)
 
@@ -329,8 +361,9 @@ class EdgeAgent:
         if step.route == "exit":
             return self._answer_locally(step.why, state, pixels_CHW, None)
         if step.route == "fallback":
-            reason = step.lacking or ("deadline" if self.replicas.best() else "cloud_down")
-            return self._answer_locally(step.why, state, pixels_CHW, reason)
+            reason = "deadline" if self.replicas.best() else "cloud_down"
+            lacking = step.lacking or ("back_pressure" if state.device_only else reason)
+            return self._answer_locally(step.why, state, pixels_CHW, lacking)
         try:
             if step.point is None:
                 return None, self._payloads.whole_image(
@@ -372,7 +405,7 @@ class EdgeAgent:
             state.joules = charges.spent.joules
         self._router.replied()
         state.add_reply(reply, exchange.down_bytes)
-        self.costs.record_cloud(payload, min(reply.queue_s + reply.compute_s, exchange.elapsed_s))
+        self.costs.record_cloud(payload, min(reply.compute_s, exchange.elapsed_s))
         return reply
 
     def _answer_locally(self, why: str, state: RequestState, pixels_CHW: Floats, degraded: str | None) -> Answer:

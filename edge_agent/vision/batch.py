@@ -1,4 +1,7 @@
-"""Work on many items, some at once, with the results in the order of the items."""
+"""Work on many items, some at once, with the results in the order of the items; for live sources with back-pressure.
+
+Knows nothing about photos or the cloud.
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S
+from isthmus.edge_agent.policy.averages import Average, DeviceLoad, GraphLatency, GuardedAverage
 from isthmus.edge_agent.policy.budgets import Spend
-from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
+from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import FREE, Goal, Limits, OperatingPoint, RouteEstimate, best_way
 from isthmus.edge_agent.policy.prices import PRESETS, CostProfile, Weights
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
@@ -105,15 +106,15 @@ class Costs:
         self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
 
     def cloud_s(self, macs: int) -> float:
-        """Predicted seconds in the cloud, queue included, for `macs` multiply-accumulates."""
+        """Predicted seconds that the cloud computes for `macs` multiply-accumulates; without its queue."""
         return macs * self.cloud_s_per_mac.value
 
     def record_cloud(self, payload: Payload, seconds: float) -> None:
-        """Record what the cloud spent on a payload, queue included."""
+        """Record how long the cloud computed for a payload."""
         self.cloud_s_per_mac.observe(seconds / max(self._macs(payload), 1))
 
     def payload_s(self, payload: Payload) -> float:
-        """Predicted seconds of the cloud for a payload, queue included."""
+        """Predicted seconds that the cloud computes for a payload."""
         return self.cloud_s(self._macs(payload))
 
     def _macs(self, payload: Payload) -> int:
@@ -204,7 +205,7 @@ class Costs:
     ) -> RouteEstimate:
         """A way that sends one message."""
         device_s, up_bytes, cloud_s, radio_j = ahead
-        wait_s = link.transfer_s(up_bytes) + cloud_s
+        wait_s = link.reply_s(up_bytes) + cloud_s
         per_byte, per_cloud_s, per_device_s, reply = self._usd
         usd = up_bytes * per_byte + cloud_s * per_cloud_s + device_s * per_device_s + reply
         energy = self._profile.energy

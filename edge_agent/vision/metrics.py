@@ -10,6 +10,7 @@ from isthmus.edge_agent.ledger import Ledger
 from isthmus.edge_agent.policy.breaker import STATES
 from isthmus.edge_agent.policy.budgets import PERIODS
 from isthmus.edge_agent.vision.audit_metrics import AuditMetrics
+from isthmus.edge_agent.vision.live import DROPPING
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import Answer
 from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, OverBudget, PayloadTooLarge
@@ -19,7 +20,14 @@ LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75
 CONFIDENCE_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
 SIZE_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROUTES = ("exit", "split", "offload", "fallback")
-REASONS = ("cloud_down", "deadline", "rejected", "too_large", "budget")
+LINK_GAUGES = (
+    ("link_down_throughput_bytes_per_second", "Estimated downlink bandwidth; infinite until it is measured."),
+    ("cloud_queue_seconds", "Estimated wait of a photo in the cloud before it is computed."),
+    ("link_loss_ratio", "Share of requests that remained without a reply."),
+    ("link_spread_ratio", "Relative standard deviation of the predicted transfer time."),
+    ("link_age_seconds", "Time since the link was last measured; infinite before."),
+)
+REASONS = ("cloud_down", "deadline", "rejected", "too_large", "budget", "back_pressure")
 
 
 class EdgeMetrics:
@@ -69,6 +77,10 @@ class EdgeMetrics:
         """One photo was sent to be audited."""
         self._link.sent.inc(up_bytes)
         self._link.received.inc(down_bytes)
+
+    def dropped(self, policy: str) -> None:
+        """One photo of a live source was not answered, as `policy` of DROPPING says."""
+        self._requests.dropped.labels(policy).inc()
 
     def late(self) -> None:
         """One reply of the cloud came after its deadline."""
@@ -130,6 +142,12 @@ class RequestMetrics:
         self.degraded = Counter(
             "isthmus_edge_degraded_responses", "Answers below the owner's quality.", ["reason"], registry=registry
         )
+        self.dropped = Counter(
+            "isthmus_edge_dropped_photos",
+            "Photos of a live source that were not answered, since more came than there was room for.",
+            ["policy"],
+            registry=registry,
+        )
         self._start_at_zero(manifest)
 
     def answered(self, answer: Answer) -> None:
@@ -154,6 +172,8 @@ class RequestMetrics:
             self._missing.labels(task.name)
         for reason in REASONS:
             self.degraded.labels(reason)
+        for policy in DROPPING:
+            self.dropped.labels(policy)
 
 
 class GraphMetrics:
@@ -234,6 +254,10 @@ class LinkMetrics:
             "isthmus_edge_clouds", "Clouds in each state of their circuit breakers.", ["state"], registry=registry
         )
         self._rtt = Gauge("isthmus_edge_link_rtt_seconds", "Estimated round trip.", registry=registry)
+        self._more = [Gauge(f"isthmus_edge_{name}", text, registry=registry) for name, text in LINK_GAUGES]
+        self._changes = Gauge(
+            "isthmus_edge_link_changes", "Lasting changes of the link that were noticed.", registry=registry
+        )
         self._throughput = Gauge(
             "isthmus_edge_link_throughput_bytes_per_second", "Estimated uplink bandwidth.", registry=registry
         )
@@ -246,6 +270,13 @@ class LinkMetrics:
         for name in STATES:
             self._breaker.labels(name).set(name == state)
             self._clouds.labels(name).set(states.count(name))
+        for gauge, value in zip(
+            self._more,
+            (estimate.down_bytes_per_s, estimate.queue_s, estimate.loss, estimate.spread, estimate.age_s),
+            strict=True,
+        ):
+            gauge.set(value)
+        self._changes.set(link.changes)
         self._rtt.set(estimate.rtt_s)
         self._throughput.set(estimate.bytes_per_s)
 

@@ -5,6 +5,7 @@ Knows nothing about the link or the router.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -50,7 +51,7 @@ class PayloadEncoder:
             latent_CHW = self._head.encode(tap, source_CHW, planned.width)
             rate, data = self._codecs[tap].compress(latent_CHW, planned.rate)
         point = replace(planned, rate=rate)
-        self._costs.encode_s[tap][point.width].observe(state.stage_ms["encode"] / 1000)
+        self._costs.encode_s[tap][point.width].observe(state.stage_ms["encode"] / 1000, time.monotonic())
         self._costs.point_bytes[point].observe(len(data))
         if self._metrics:
             self._metrics.encoded(len(data), *self._costs.points.parts(point))

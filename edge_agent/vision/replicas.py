@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from time import monotonic
 
 from isthmus.edge_agent.config import EdgeConfig
+from isthmus.edge_agent.policy.exploration import ProbeSchedule, Spend, always
 from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.edge_agent.transport.health import FAIR_WAIT_S, NOT_ANSWERING
 from isthmus.edge_agent.transport.link import Link
@@ -103,7 +104,7 @@ class Replicas:
         if following is None:
             return left_s
         least_s, reserve_s = (
-            max(MARGIN * (each.estimate.transfer_s(size) + cloud_s), FAIR_WAIT_S) for each in (link, following)
+            max(MARGIN * (each.estimate.reply_s(size) + cloud_s), FAIR_WAIT_S) for each in (link, following)
         )
         return left_s - reserve_s if left_s >= least_s + reserve_s else left_s
 
@@ -113,13 +114,22 @@ class Replicas:
             link.close()
 
 
-def connect(config: EdgeConfig, manifest: Manifest, fingerprint: bytes, late: Callable[[], None]) -> Replicas:
+def connect(
+    config: EdgeConfig, manifest: Manifest, fingerprint: bytes, late: Callable[[], None], spend: Spend = always
+) -> Replicas:
     """Links to the clouds of `config`, none in mode edge; waits for one up to `connect_s`.
 
-    `fingerprint` is the bundle's. `late` is called for each reply that nobody waits for any more.
+    `fingerprint` is the bundle's. `late` is called for each reply that nobody waits for any more, `spend` with the
+    bytes of each probe before it is sent: it may refuse them.
     """
     labels = tuple(len(task.labels) for task in manifest.tasks)
     clouds = config.clouds if config.mode != "edge" else ()
-    replicas = Replicas([Link(cloud, fingerprint, labels, config.tls, config.breaker, late) for cloud in clouds])
+    each = config.probe_bytes_per_hour / max(len(clouds), 1)
+    replicas = Replicas(
+        [
+            Link(cloud, fingerprint, labels, config.tls, config.breaker, late, probes=ProbeSchedule(each, spend))
+            for cloud in clouds
+        ]
+    )
     replicas.wait_probed(config.connect_s)
     return replicas

@@ -76,6 +76,7 @@ class RequestState:
         self.down_bytes = 0
         self.detours: list[str] = []  # clouds that it was sent to in vain, and where it was sent then
         self.cancelled = False  # nobody waits for the answer any more
+        self.device_only: str | None = None  # why nothing of it may be sent
 
     @property
     def left_s(self) -> float:

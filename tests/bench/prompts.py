@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.edge_agent.language.arms.verify import SpeculationStats
-from isthmus.edge_agent.policy.estimates import Average
+from isthmus.edge_agent.policy.averages import Average
 from isthmus.edge_agent.policy.speculation import Acceptance, MeasuredLatency
 from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.processors import TokenChooser

@@ -54,6 +54,10 @@ class Recorder:
     state: str = "closed"
     ready: bool = True
 
+    changes = 0
+
+    def planned(self) -> None: ...
+
     def unavailable_reason(self) -> str | None:
         return None
 

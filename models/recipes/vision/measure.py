@@ -69,7 +69,8 @@ class Measurements:
     @property
     def cloud_N(self) -> NDArray[np.int64]:
         """The cloud model's answers to the first task."""
-        return self.cloud_TNK[0].argmax(1)
+        answers_N: NDArray[np.int64] = self.cloud_TNK[0].argmax(1)
+        return answers_N
 
 
 def measure(opened: Bundle, samples: Samples, title: str) -> Measurements:

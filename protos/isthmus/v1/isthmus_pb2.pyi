@@ -512,16 +512,20 @@ class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PADDING_FIELD_NUMBER: _builtins.int
+    REPLY_BYTES_FIELD_NUMBER: _builtins.int
     padding: _builtins.bytes
     """at most limits.MAX_PROBE_BYTES; the content is ignored"""
+    reply_bytes: _builtins.int
+    """at most limits.MAX_PROBE_BYTES: of padding in the response, to measure the way down"""
     def __init__(
         self,
         *,
         padding: _builtins.bytes = ...,
+        reply_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["padding", b"padding"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["padding", b"padding", "reply_bytes", b"reply_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -536,10 +540,13 @@ class DescribeResponse(_message.Message):
     BUNDLES_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """of the service's software"""
     wire_version: _builtins.int
     """the only version that the service reads"""
+    padding: _builtins.bytes
+    """as many bytes as requested; the content is to be ignored"""
     @_builtins.property
     def bundles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bundle]: ...
     @_builtins.property
@@ -556,10 +563,11 @@ class DescribeResponse(_message.Message):
         bundles: _abc.Iterable[Global___Bundle] | None = ...,
         models: _abc.Iterable[Global___Model] | None = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        padding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "models", b"models", "problems", b"problems", "version", b"version", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "models", b"models", "padding", b"padding", "problems", b"problems", "version", b"version", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -365,7 +365,7 @@ def test_a_stream_updates_the_estimate_of_its_link(
     link: LanguageLink, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(link._health._estimator, "observe", lambda up_bytes, seconds: sizes.append(up_bytes))
+    monkeypatch.setattr(link._health._estimator, "observe", lambda up_bytes, seconds, now_s: sizes.append(up_bytes))
     opened = link.open_generate_stream(VOCAB)
     opened.open(OPENING)
     opened.send(Round(3))

@@ -125,7 +125,9 @@ def test_a_reply_comes_with_its_bytes_and_one_stream_is_kept(cloud: Cloud, link:
 def test_the_clouds_own_time_is_no_part_of_the_links(cloud: Cloud, link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     observed: list[tuple[int, float]] = []
     monkeypatch.setattr(
-        link._health._estimator, "observe", lambda up_bytes, seconds: observed.append((up_bytes, seconds))
+        link._health._estimator,
+        "observe",
+        lambda up_bytes, seconds, now_s, **sizes: observed.append((up_bytes, seconds)),
     )
     reply = CloudReply(((0.25, 0.75),), queue_s=64.0, compute_s=32.0)
     cloud.servicer.react = lambda request: [wire.pack_answer(request.request_id, reply)]

@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.cost_profiles import open_profile
-from isthmus.edge_agent.policy.estimates import EXPLORE_EVERY, LinkEstimate
+from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.policy.exploration import EXPLORE_EVERY
 from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.exit_rule import exit_rule
@@ -62,6 +63,10 @@ class FakeLink:
     @property
     def state(self) -> str:
         return "open" if self.refusal else "closed"
+
+    changes = 0
+
+    def planned(self) -> None: ...
 
     def unavailable_reason(self) -> str | None:
         return self.refusal

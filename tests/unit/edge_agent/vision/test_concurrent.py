@@ -40,6 +40,10 @@ class HeldLink:
         self.arrived = threading.Semaphore(0)
         self.sent = 0
 
+    changes = 0
+
+    def planned(self) -> None: ...
+
     def unavailable_reason(self) -> str | None:
         return None
 

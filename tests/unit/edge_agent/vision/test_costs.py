@@ -129,10 +129,10 @@ def test_a_busy_device_narrows_its_encoder_by_itself_and_an_idle_one_widens_it_a
     request = InferenceRequest((0,), (NARROW, LIGHT), forced_split=False, no_exit="exits do not answer colour")
     assert chosen(costs, request) == LIGHT
     for _ in range(10):
-        costs.encode_s[0][1].observe(4 * 0.008)
+        costs.encode_s[0][1].observe(4 * 0.008, 0.0)
     assert chosen(costs, request) == NARROW
     for _ in range(30):
-        costs.encode_s[0][0].observe(0.004)
+        costs.encode_s[0][0].observe(0.004, 0.0)
     assert chosen(costs, request) == LIGHT
 
 
@@ -144,7 +144,7 @@ def test_a_busy_device_sends_instead_of_running_its_head(costs: Costs) -> None:
     request = InferenceRequest((0,), (NARROW, DEEP), forced_split=False, no_exit=None)
     assert chosen(costs, request) is None
     for _ in range(10):
-        costs.encode_s[0][0].observe(4 * 0.004)
+        costs.encode_s[0][0].observe(4 * 0.004, 0.0)
     assert chosen(costs, request) == NARROW
 
 

@@ -45,6 +45,10 @@ class FakeLink:
     budgets_s: list[float] = field(default_factory=list)
     on_send: Callable[[], None] = lambda: None
 
+    changes = 0
+
+    def planned(self) -> None: ...
+
     def unavailable_reason(self) -> str | None:
         return self.refusal
 

@@ -18,7 +18,7 @@ from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats, WorkClock
-from isthmus.edge_agent.policy.estimates import Average
+from isthmus.edge_agent.policy.averages import Average
 from isthmus.edge_agent.policy.speculation import RETRY_ANSWERS, Acceptance, MeasuredLatency, SpeculationStats
 from isthmus.models.errors import ContextGone, DeadlineExceeded, InvalidInput, LinkDown, Overloaded, ServiceError
 from isthmus.models.language.drafts import LookupDraft
