@@ -36,7 +36,7 @@ def exit_losses(exits_ENK: Floats, labels_N: Integers, cloud_N: Integers) -> Boo
 
 def scores_of(exits_ENK: Floats, scores: Sequence[CorrectnessHead | None]) -> Doubles:
     """`exit_score` of each exit and sample, (E, N)."""
-    found_EN = exits_ENK.max(2).astype(np.float64)
+    found_EN: Doubles = exits_ENK.max(2).astype(np.float64)
     for index, score in enumerate(scores):
         if score is not None:
             exit_ = Exit(name="exit", accuracy=0, agreement=0, score=score)
