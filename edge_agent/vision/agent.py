@@ -366,9 +366,9 @@ class EdgeAgent:
             return self._answer_locally(step.why, state, pixels_CHW, lacking)
         try:
             if step.point is None:
-                return None, self._payloads.whole_image(
-                    state, image, state.image or image_of(self.costs.points, self.config)
-                )
+                planned = None if self.config.mode == "offload" else state.image
+                way = planned or image_of(self.costs.points, self.config)
+                return None, self._payloads.whole_image(state, image, way)
             return self._payloads.bottleneck(state, step.point, pixels_CHW)
         except IsthmusError as error:
             return self._answer_locally(f"{step.why}; but {error}", state, pixels_CHW, degraded_reason(error))

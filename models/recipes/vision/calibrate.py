@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +106,7 @@ def score_at(risk: float, bias: float, slope: float) -> float:
     return math.ceil(1e6 * score) / 1e6 if score <= 1 - LEAST else NEVER
 
 
-def first_exit(scores_EN: NDArray[np.floating[Any]], confidences: Sequence[float]) -> Integers:
+def first_exit(scores_EN: Doubles, confidences: Sequence[float]) -> Integers:
     """The index of the first exit whose score reaches its confidence, or the number of exits when none does."""
     leaves_EN = scores_EN >= np.array(confidences, scores_EN.dtype)[:, None]
     return np.where(leaves_EN.any(0), leaves_EN.argmax(0), len(scores_EN))

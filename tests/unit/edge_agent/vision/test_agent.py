@@ -38,6 +38,7 @@ from isthmus.models.errors import (
     PayloadTooLarge,
 )
 from isthmus.models.messages import CloudReply, Codec, Payload
+from isthmus.models.vision import certificates
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
 from isthmus.models.vision.manifest import NEVER
@@ -556,3 +557,20 @@ def test_a_wild_time_claimed_by_the_cloud_is_bounded_by_the_time_that_passed(cas
     for _ in range(5):
         assert case.agent.infer(photo, rate=0).route == "split"
     assert costs.cloud_s(min(costs.tail_macs)) <= 0.02
+
+
+def test_void_certificates_keep_exits_from_answering(
+    photo: Image.Image, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    certified = tiny_bundle.manifest.heads["fp32"].depends_on.runtime
+    monkeypatch.setattr(certificates, "runtime", lambda: "onnxruntime 9.9")
+    why = f"no exit answers early, as its certificates are void: certified with {certified}, this is onnxruntime 9.9"
+    registry = CollectorRegistry()
+    with EdgeAgent(EdgeConfig(tiny_bundle.folder, threads=1), EdgeMetrics(registry, tiny_bundle.manifest)) as agent:
+        agent.exit_rule = replace(agent.exit_rule, confidences=(0.0, 0.0))
+        answer = agent.infer(photo)
+        agent.config = replace(agent.config, mode="edge")
+        alone = agent.infer(photo)
+    assert answer.why.startswith(why) and why in caplog.text
+    assert (alone.route, alone.why) == ("exit", "mode edge")
+    assert registry.get_sample_value("isthmus_edge_certificates_void") == 1

@@ -20,7 +20,7 @@ from tests.bench.processes import ROOT
 
 LINKS = [LinkEstimate(rtt_s, rate) for rate in (3e4, 1.25e5, 6e5, 3e6, 1.25e7, 1.25e8) for rtt_s in (0.005, 0.05, 0.15)]
 EQUAL_S = 0.001
-SAMPLING = 0.02  # of a difference of accuracy on 300 photos, most of which are answered alike
+SAMPLING = 0.0
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_no_way_that_is_passed_over_at_equal_predicted_time_is_more_accurate(
         name = f"test {image.form} {image.quality} accuracy"
     for other, estimate in ways.items():
         if estimate.seconds <= ways[name].seconds + EQUAL_S:
-            assert manifest.scores[other].value <= manifest.scores[name].value + SAMPLING, (other, name, step.why)
+            assert manifest.scores[other].value <= manifest.scores[name].value, (other, name, step.why)
 
 
 def test_a_jpeg_below_the_wished_agreement_is_no_option(manifest: Manifest) -> None:
