@@ -149,13 +149,8 @@ class EdgeAgent:
         """The audit of the exits' promise; None where no exit may answer, or nothing may be sent."""
         config = self.config
         epsilon, levels = audited_levels(described, config.epsilon, config.promise, config.among)
-        if (
-            self.certificates_void
-            or not levels
-            or config.mode != "auto"
-            or not config.clouds
-            or not config.audits.share
-        ):
+        audited = config.mode == "auto" and config.clouds and config.audits.share
+        if self.certificates_void or not levels or not audited:
             return None
         file = pairs_path(config.audits.folder, self.manifest.name, self.manifest.fingerprint, config.precision)
         device = Device(self._head, self._slots, lambda: self._answering > 0, self._ask_cloud, self._use_thresholds)

@@ -1,0 +1,160 @@
+"""The audit in an agent: what is sent, what is kept, and what it changes. The link is a fake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from prometheus_client import CollectorRegistry
+
+from isthmus.edge_agent import EdgeAgent, EdgeConfig
+from isthmus.edge_agent.cli.main import main
+from isthmus.edge_agent.config import Audits
+from isthmus.edge_agent.policy.audit import Audit, Level, Pair
+from isthmus.edge_agent.vision.audit import Auditor, Device
+from isthmus.edge_agent.vision.audited_pairs import AuditedPairs
+from isthmus.edge_agent.vision.exit_rule import exit_rule
+from isthmus.edge_agent.vision.metrics import EdgeMetrics
+from isthmus.models.errors import LinkDown
+from isthmus.models.vision.bundle import Bundle
+
+
+class Case:
+    """An agent whose first exit answers everything, and whose cloud says `label`."""
+
+    def __init__(self, bundle: Bundle, folder: Path, auto: bool = False, share: float = 1.0) -> None:
+        self.registry, self.asked, self.label, self.error = CollectorRegistry(), 0, 0, False
+        metrics = EdgeMetrics(self.registry, bundle.manifest)
+        self.agent = EdgeAgent(EdgeConfig(bundle.folder, threads=1), metrics)
+        self.file = folder / "pairs.db"
+        self.pairs = AuditedPairs(self.file)
+        device = Device(self.agent._head, self.agent._slots, lambda: False, self.cloud, self.agent._use_thresholds)
+        levels = [Level((0.0, 0.0), 1.0), Level((2.0, 2.0), 0.0)]
+        rule = exit_rule(bundle.manifest.heads["fp32"], 0.0)
+        self.agent._auditor = self.auditor = Auditor(
+            Audit(0.05, levels, share), self.pairs, rule, device, metrics.audit, auto
+        )
+
+    def cloud(self, image: Image.Image) -> int:
+        self.asked += 1
+        if self.error:
+            raise LinkDown("gone")
+        return self.label
+
+    def count(self, result: str) -> float | None:
+        labels = {"model": "tiny", "result": result}
+        return self.registry.get_sample_value("isthmus_edge_audited_photos_total", labels)
+
+
+@pytest.fixture
+def case(tiny_bundle: Bundle, tmp_path: Path) -> Case:
+    return Case(tiny_bundle, tmp_path)
+
+
+def answer(case: Case, photo: Image.Image, times: int = 1) -> None:
+    for _ in range(times):
+        case.agent.infer(photo)
+        case.auditor.wait()
+
+
+def test_an_exits_answer_is_checked_and_the_pair_is_kept(case: Case, photo: Image.Image) -> None:
+    found = case.agent.infer(photo)
+    case.auditor.wait()
+    (pair,) = case.pairs.pairs(in_alarm=False)
+    assert case.asked == 1 and len(pair.scores) == len(pair.answers) == 2, "every exit is judged"
+    case.label = pair.answers[0]
+    answer(case, photo)
+    assert case.count("agree") == 1 + (found.index == 0)
+    case.agent.close()
+
+
+def test_disagreement_raises_the_alarm_and_exits_answer_no_more(case: Case, photo: Image.Image) -> None:
+    case.label = 7  # what no exit answers
+    answer(case, photo, 8)
+    assert case.auditor.audit.alarm and min(case.agent.exit_rule.confidences) > 1
+    assert case.registry.get_sample_value("isthmus_edge_audit_alarm", {"model": "tiny"}) == 1
+    assert case.registry.get_sample_value("isthmus_edge_audit_alarms_total", {"model": "tiny"}) == 1
+    case.agent.close()
+
+
+def test_a_cloud_that_fails_costs_an_audit_and_no_answer(case: Case, photo: Image.Image) -> None:
+    case.error = True
+    answer(case, photo, 3)
+    assert (case.count("failed"), case.pairs.pairs(in_alarm=False)) == (3, [])
+    case.agent.close()
+
+
+def test_private_photos_are_never_sent(case: Case, photo: Image.Image) -> None:
+    case.agent.infer(photo, private=True)
+    case.auditor.wait()
+    assert case.asked == 0
+    case.agent.close()
+
+
+def test_a_share_of_zero_audits_nothing(tiny_bundle: Bundle, tmp_path: Path, photo: Image.Image) -> None:
+    case = Case(tiny_bundle, tmp_path, share=0.0)
+    answer(case, photo, 5)
+    assert case.asked == 0
+    assert EdgeAgent(EdgeConfig(tiny_bundle.folder, audits=Audits(share=0.0)))._auditor is None
+    case.agent.close()
+
+
+def test_pairs_are_bounded_and_stay_after_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.edge_agent.vision.audited_pairs.MOST_PAIRS", 3)
+    pairs = AuditedPairs(tmp_path / "deep" / "pairs.db")
+    for cloud in range(5):
+        with pairs.entry() as state:
+            pairs.add(Pair((0.5,), (1,), cloud), alarm=cloud > 3)
+            state["audit"] = {"count": cloud}
+    again = AuditedPairs(tmp_path / "deep" / "pairs.db")  # the first was never closed, as after a kill
+    assert [pair.cloud for pair in again.pairs(in_alarm=False)] == [2, 3, 4]
+    assert [pair.cloud for pair in again.pairs(in_alarm=True)] == [4]
+    with again.entry() as state:
+        assert state == {"audit": {"count": 4}}
+
+
+def test_an_entry_that_fails_changes_nothing(tmp_path: Path) -> None:
+    pairs = AuditedPairs(tmp_path / "pairs.db")
+    with pytest.raises(ZeroDivisionError), pairs.entry() as state:
+        pairs.add(Pair((0.5,), (1,), 1), alarm=False)
+        state["audit"] = 1 // 0
+    assert pairs.pairs(in_alarm=False) == []
+
+
+def test_a_file_that_cannot_be_used_is_replaced_by_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "pairs.db").write_bytes(b"not a database" * 100)
+    pairs = AuditedPairs.kept_in(tmp_path / "pairs.db")
+    with pairs.entry():
+        pairs.add(Pair((0.5,), (1,), 1), alarm=False)
+    assert len(pairs.pairs(in_alarm=False)) == 1 and "kept in memory" in caplog.text
+
+
+def recalibrate(bundle: Bundle, folder: Path, *options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(
+        main, ["recalibrate", "--bundle", str(bundle.folder), "--audit-folder", str(folder), *options]
+    )
+    return done.exit_code, done.output
+
+
+def test_recalibrate_says_what_is_lacking(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    code, output = recalibrate(tiny_bundle, tmp_path)
+    assert code != 0 and "there are no audited pairs" in output
+    name = f"audit-tiny-{tiny_bundle.manifest.fingerprint[:12]}-fp32.db"
+    pairs = AuditedPairs(tmp_path / name)
+    with pairs.entry():
+        pairs.add(Pair((0.9, 0.9), (1, 1), 1), alarm=False)
+    code, output = recalibrate(tiny_bundle, tmp_path)
+    assert code != 0 and "1 audited pairs are too few: at least" in output
+
+
+def test_recalibrate_certifies_and_keeps_new_thresholds(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    pairs = AuditedPairs(tmp_path / f"audit-tiny-{tiny_bundle.manifest.fingerprint[:12]}-fp32.db")
+    with pairs.entry():
+        for _ in range(1200):
+            pairs.add(Pair((0.9, 0.9), (1, 1), 1), alarm=False)
+    code, output = recalibrate(tiny_bundle, tmp_path)
+    assert code == 0 and "1200 audited photos" in output
+    with pairs.entry() as state:
+        assert state["audit"]["levels"]
