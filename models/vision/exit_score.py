@@ -47,9 +47,9 @@ def features(exits_K: Sequence[Floats]) -> Floats:
 
 
 def log_odds(probability: float) -> float:
-    """Of a probability, which is kept LEAST away from 0 and 1."""
-    kept = min(max(probability, LEAST), 1 - LEAST)
-    return math.log(kept / (1 - kept))
+    """Of a probability, at least LEAST away from 0 and 1."""
+    inside = min(max(probability, LEAST), 1 - LEAST)
+    return math.log(inside / (1 - inside))
 
 
 def sigmoid(logit: float) -> float:
