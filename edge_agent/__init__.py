@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Dropped",
     "EdgeAgent",
     "EdgeConfig",
     "GenerationRequest",
@@ -40,6 +41,7 @@ __all__ = [
 
 MODULES = {
     "Answer": "edge_agent.vision.result",
+    "Dropped": "edge_agent.vision.live",
     "EdgeAgent": "edge_agent.vision.agent",
     "EdgeConfig": "edge_agent.config",
     "GenerationRequest": "edge_agent.language.request",

@@ -38,6 +38,9 @@ class FakeLink:
     error: Exception | None = None
     estimate: LinkEstimate = LinkEstimate(0.001, 1e9)
     sizes: list[int] = field(default_factory=list)
+    changes = 0
+
+    def planned(self) -> None: ...
 
     def unavailable_reason(self) -> str | None:
         return None
