@@ -30,7 +30,7 @@ from isthmus.models.recipes.language.student_start import before_down, padded
 from isthmus.models.recipes.language.teacher import TeacherOutputs, random_batches
 
 NEW_PARTS, REPLAYED = 2, 4  # files of texts of a piece
-STEP_TOKENS = 1536
+STEP_TOKENS = 640
 PEAK_LR = 1e-3
 
 PartOf = Callable[[int], TeacherOutputs]  # the file of texts of a number, made where missing

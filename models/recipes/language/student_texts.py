@@ -21,8 +21,6 @@ from isthmus.models.language.checkpoint.tokenizer import Message, Tokenizer
 from isthmus.models.language.drafts import shared_length
 from isthmus.models.recipes.language.corpus import (
     GREEDY_SHARE,
-    OWN_SHARE,
-    QUESTION_TOKENS,
     TEMPERATURE,
     Entry,
     question_about,
@@ -32,10 +30,22 @@ from isthmus.models.recipes.language.llama import Llama
 from isthmus.models.recipes.language.teacher import TEACHER_TOKENS, TeacherOutputs
 
 PART_CHATS = 128
-ANSWER_TOKENS = 128
+OWN_SHARE, FREE_SHARE = 0.75, 0.3  # of questions that the model samples itself, and of those that begin anyhow
+QUESTION_TOKENS, ANSWER_TOKENS = 64, 128
 BATCH_TOKENS = 28_000  # of a batch's KV caches: 0.65 GB for SmolLM2
 HEAD_ROWS = 512  # positions for which the output head is computed at once
 LEAVING = 0.25  # share of a batch that has ended before its KV caches are copied without it
+BEGINNINGS = (  # of questions, so that they are of many kinds; the model samples the rest
+    "who", "Who was the first", "who wrote", "when did", "When was", "where is", "where does the", "what is the",
+    "What was", "how many", "how much does", "how do you", "why do", "which", "what does it mean", "is it",
+    "Can you explain", "Explain", "Describe", "Compare", "Compose", "Draft", "Suggest", "Imagine you are",
+    "Pretend to be", "Write a", "Write a function", "Implement", "Solve", "Calculate the", "Find the", "If", "Given",
+    "Suppose", "Evaluate", "Extract", "Rewrite", "Correct the following sentence:", "Classify", "List", "Summarize:",
+    "Translate German to English:", "Translate German to English: Die", "Translate German to English: Der",
+    "Translate German to English: Ich", "Translate German to English: Es", "A farmer has", "A store sells",
+    "A train travels at", "A baker makes", "Tom has", "Maria buys", "James earns $", "Lily is", "Each box holds",
+    "In a class of", "There are", "A pool", "Sam wants to",
+)  # fmt: skip
 
 
 @dataclass
@@ -55,8 +65,11 @@ def make_part(model: Llama, tokenizer: Tokenizer, entries: Sequence[Entry], seed
     opening, other = (tokenizer.chat([Message("user", word)]) for word in ("Hello", "Why"))
     opening = opening[: shared_length(opening, other)]
     own = round(OWN_SHARE * chats)
-    sampled = answer(model, [opening] * own, QUESTION_TOKENS, tokenizer.eos_ids, generator, [1.0] * own, 0)
-    questions = [tokenizer.decode(each.ids[each.prompt :]).strip() or "Hello" for each in sampled]
+    begun = [tokenizer.encode("" if chance.random() < FREE_SHARE else chance.choice(BEGINNINGS)) for _ in range(own)]
+    sampled = answer(
+        model, [[*opening, *ids] for ids in begun], QUESTION_TOKENS, tokenizer.eos_ids, generator, [1.0] * own, 0
+    )
+    questions = [tokenizer.decode(each.ids[len(opening) :]).strip() or "Hello" for each in sampled]
     questions += [question_about(chance, chance.choice(entries), tokenizer) for _ in range(chats - own)]
     prompts = sorted((tokenizer.chat([Message("user", question)]) for question in questions), key=len)
     answers: list[Answer] = []
