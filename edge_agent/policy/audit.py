@@ -1,10 +1,10 @@
 """Whether the exits keep their promise now: a betting test on audited answers. Pure; knows no network and no file.
 
-    each input -> drawn with the probability `share` -> its exits' answers beside the cloud model's -> Evidence
+    each input -> drawn with the probability `share` -> its exits' answers beside the cloud model's -> Bets
 
 What is drawn depends on earlier inputs only, so that audited inputs are a fair sample of those that come. A bettor
 stakes on "they differ more often than promised" (Waudby-Smith & Ramdas, "Estimating means of bounded random variables
-by betting", JRSS B 2023): where the promise is kept, the capital grows a hundredfold with a probability of 1 %. Part of
+by betting", JRSS B 2023): where the promise holds, the capital grows a hundredfold with a probability of 1 %. Part of
 the capital is brought in evenly over time (Shiryaev's and Roberts's way), so that a shift that comes late is seen too.
 
 An audit costs an upload, so few are made until something looks odd: bets that a shift began lately (Page's test), on
@@ -63,7 +63,7 @@ class Level:
         return found is not None and pair.answers[found] != pair.cloud
 
 
-class Evidence:
+class Bets:
     """The capital of bets that something happens at more than a given rate, one for each of ODDS."""
 
     def __init__(self, rate: float) -> None:
@@ -75,7 +75,7 @@ class Evidence:
 
     @property
     def capital(self) -> float:
-        """Of all bets. Where the rate is kept, it is at most 1 on average after HORIZON inputs."""
+        """Of all bets. Where the rate holds, it is at most 1 on average after HORIZON inputs."""
         return sum(self.capitals) / len(self.capitals)
 
     @property
@@ -96,7 +96,7 @@ class ExitShare:
     """Bets that the share of inputs that exit is not the predicted one, in either direction."""
 
     def __init__(self, coverage: float) -> None:
-        self._more, self._fewer = Evidence(coverage + TOLERANCE), Evidence(1 - coverage + TOLERANCE)
+        self._more, self._fewer = Bets(coverage + TOLERANCE), Bets(1 - coverage + TOLERANCE)
 
     @property
     def odd(self) -> bool:
@@ -112,13 +112,13 @@ class ExitShare:
 class Audit:
     """The audit of one promise: among all inputs, exits differ from the cloud model in at most `epsilon`.
 
-    levels: strictest last; the first is the owner's. The one in force is the first that no evidence speaks against;
+    levels: strictest last; the first is the owner's. The one in force is the first that no bet has won against;
     after the last one no exit answers.
     """
 
     def __init__(self, epsilon: float, levels: Sequence[Level], share: float, seed: int = 0) -> None:
         self.epsilon, self.levels, self._share = epsilon, tuple(levels), share
-        self.evidence = [Evidence(epsilon) for _ in self.levels]
+        self.bets = [Bets(epsilon) for _ in self.levels]
         self.pairs_in_alarm = 0
         self._random = random.Random(seed)
         self._inputs = 0  # since the last pair
@@ -129,8 +129,8 @@ class Audit:
     @property
     def level(self) -> int:
         """Index of the level in force; the number of levels where no exit may answer."""
-        kept = (index for index, each in enumerate(self.evidence) if each.capital < 1 / ALPHA)
-        return next(kept, len(self.levels))
+        holding = (index for index, each in enumerate(self.bets) if each.capital < 1 / ALPHA)
+        return next(holding, len(self.levels))
 
     @property
     def alarm(self) -> bool:
@@ -143,15 +143,15 @@ class Audit:
         if self._share == 0:
             return 0.0
         level = self.level
-        if level and self.pairs_in_alarm < self.wanted:
+        if level and self.pairs_in_alarm < self.pairs_due:
             return max(self._share, RAISED)  # pairs for a recalibration
         if level == len(self.levels):
             return self._share
-        raised = RAISED if self._exit_share.odd else self._share * self.evidence[level].suspicion
+        raised = RAISED if self._exit_share.odd else self._share * self.bets[level].suspicion
         return max(self._share, min(raised, RAISED))
 
     @property
-    def wanted(self) -> int:
+    def pairs_due(self) -> int:
         """Audited pairs after an alarm from which a recalibration is worth trying."""
         return 4 * pairs_needed(self.epsilon)
 
@@ -175,7 +175,7 @@ class Audit:
         return {
             "epsilon": self.epsilon,
             "levels": [[list(level.confidences), level.first_share] for level in self.levels],
-            "evidence": [[each.capitals, each.lately] for each in self.evidence],
+            "bets": [[each.capitals, each.lately] for each in self.bets],
             "pairs_in_alarm": self.pairs_in_alarm,
         }
 
@@ -185,8 +185,8 @@ class Audit:
             return False
         levels = tuple(Level(tuple(confidences), share) for confidences, share in found["levels"])
         if levels != self.levels:
-            self.levels, self.evidence = levels, [Evidence(self.epsilon) for _ in levels]
-        for each, (capitals, lately) in zip(self.evidence, found["evidence"], strict=True):
+            self.levels, self.bets = levels, [Bets(self.epsilon) for _ in levels]
+        for each, (capitals, lately) in zip(self.bets, found["bets"], strict=True):
             each.capitals, each.lately = list(capitals), list(lately)
         self.pairs_in_alarm = found["pairs_in_alarm"]
         self._watch()
@@ -194,16 +194,16 @@ class Audit:
 
     def renew(self, levels: Sequence[Level]) -> None:
         """Other levels from now on, of which nothing is known yet. The alarm ends."""
-        self.levels, self.evidence = tuple(levels), [Evidence(self.epsilon) for _ in levels]
+        self.levels, self.bets = tuple(levels), [Bets(self.epsilon) for _ in levels]
         self.pairs_in_alarm = 0
         self._watch()
 
-    def judge(self, pair: Pair) -> bool:
+    def add(self, pair: Pair) -> bool:
         """One audited input, in whatever order they come back. Returns whether another level is in force now."""
         before = self.level
         inputs, self._inputs = self._inputs, 0
-        for level, evidence in zip(self.levels, self.evidence, strict=True):
-            evidence.observe(level.differs(pair), inputs)
+        for level, bets in zip(self.levels, self.bets, strict=True):
+            bets.observe(level.differs(pair), inputs)
         self.pairs_in_alarm += before > 0
         self._watch(pair)
         return self.level != before
@@ -223,7 +223,7 @@ class Audit:
             return
         reached, count = self._learnt
         self._learnt = (reached + (pair.scores[first] >= level.confidences[first]), count + 1)
-        if self._learnt[1] >= self.wanted and self.evidence[self.level].suspicion < ODD:
+        if self._learnt[1] >= self.pairs_due and self.bets[self.level].suspicion < ODD:
             self._exit_share, self._learnt = ExitShare(self._learnt[0] / self._learnt[1]), (0, 0)
 
 

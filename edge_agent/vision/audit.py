@@ -181,7 +181,7 @@ class Auditor:
         with self.pairs.entry() as state:
             self._load(state)
             alarm = self.audit.alarm
-            changed = self.audit.judge(pair)
+            changed = self.audit.add(pair)
             self.pairs.add(pair, alarm)
             if self._auto and self.audit.alarm:
                 self._recalibrate()
@@ -198,7 +198,7 @@ class Auditor:
 
     def _recalibrate(self) -> None:
         """Make new levels, at numbers of pairs that double; the chance of a wrong certificate is divided among them."""
-        count, attempt, due = self.audit.pairs_in_alarm, 1, self.audit.wanted
+        count, attempt, due = self.audit.pairs_in_alarm, 1, self.audit.pairs_due
         while due < count:
             attempt, due = attempt + 1, 2 * due
         if due != count:

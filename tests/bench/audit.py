@@ -65,7 +65,7 @@ def run(audit: Audit, stream: Stream, inputs: int, random: np.random.Generator) 
         reached = None if level is None or first is None else pair.scores[first] >= level.confidences[first]
         if audit.draw(reached):
             sent += level is not None and level.exit(pair.scores) is not None
-            if audit.judge(pair):
+            if audit.add(pair):
                 return count, sent
     return None, sent
 
@@ -96,7 +96,7 @@ def shifted(
 
 
 def divergence(rate: float, epsilon: float) -> float:
-    """Of one observation, in nats: what evidence for `rate` against `epsilon` it gives on average; 0 below epsilon."""
+    """Of one observation, in nats: what bets for `rate` against `epsilon` it gives on average; 0 below epsilon."""
     if rate <= epsilon:
         return 0.0
     rest = (1 - rate) * math.log((1 - rate) / (1 - epsilon)) if rate < 1 else 0.0

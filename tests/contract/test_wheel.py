@@ -15,7 +15,7 @@ from tests.bench.processes import ROOT
 
 FOLDERS = ("edge_agent", "cloud_service", "protos", "models")
 SHIPPED = {"fashion", "smollm2-4-smollm2", "smollm2-8-smollm2"}
-SPARED = shutil.ignore_patterns("__pycache__", "*.pyc", "elpv", "photos", "smollm2", "smollm2-25")
+SPARED = shutil.ignore_patterns("__pycache__", "*.pyc", "elpv", "photos", "smollm2", "smollm2-25", "student")
 
 
 def build(place: Path, *folders: str) -> Path:

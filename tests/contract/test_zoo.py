@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.models.bundle.files import kind_of
+from isthmus.models.bundle.files import kind_of, read_manifest
 from isthmus.models.codecs.context_model import Integers
+from isthmus.models.language.checkpoint.bundle import LanguageManifest
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
 from isthmus.models.language.handoff.confidence_head import ConfidenceHead
@@ -30,7 +31,7 @@ from tests.bench.sc2_ways import uncapped
 
 FOLDERS = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manifest.json"))
 ZOO = [folder for folder in FOLDERS if kind_of(folder) is None]
-MAX_ZOO_BYTES = 60_000_000
+MAX_ZOO_BYTES, MAX_STUDENT_BYTES = 120_000_000, 40_000_000
 ROUTERS = {"smollm2-4-smollm2": 4, "smollm2-8-smollm2": 8}  # bits on the device
 
 
@@ -40,7 +41,15 @@ def shipped(request: pytest.FixtureRequest) -> Bundle:
 
 
 def test_the_zoo_is_complete_and_small() -> None:
-    assert [folder.name for folder in FOLDERS] == ["elpv", "fashion", "photos", "smollm2", "smollm2-25", *ROUTERS]
+    assert [folder.name for folder in FOLDERS] == [
+        "elpv",
+        "fashion",
+        "photos",
+        "smollm2",
+        "smollm2-25",
+        *ROUTERS,
+        "student",
+    ]
     assert sum(path.stat().st_size for path in (ROOT / "models" / "zoo").rglob("*") if path.is_file()) <= MAX_ZOO_BYTES
 
 
@@ -71,6 +80,17 @@ def test_router_bundles_are_of_the_language_model_with_itself(name: str, bits: i
     assert manifest.training.command.startswith("python -m isthmus.models.recipes router")
     assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
     assert 1 - min(level.certificate.epsilon for level in bundle.levels) >= 0.99, "the default quality is kept"
+
+
+def test_the_student_is_small_and_has_its_teachers_tokenizer() -> None:
+    teacher, student = Checkpoint.open("smollm2"), Checkpoint.open("student")
+    folder = ROOT / "models" / "zoo" / "student"
+    manifest = read_manifest(folder, LanguageManifest)
+    assert student.tokenizer.fingerprint == teacher.tokenizer.fingerprint
+    assert bytes.fromhex(manifest.base) == teacher.fingerprint and student.config.layers == len(manifest.layers)
+    assert manifest.name == "student" and manifest.scores["agreement"].low >= 0.5
+    assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_STUDENT_BYTES
 
 
 def test_manifest_has_its_training_command_and_its_scores(shipped: Bundle) -> None:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from isthmus.edge_agent.policy.audit import ALPHA, RAISED, Audit, Evidence, Level, Pair, pairs_needed
+from isthmus.edge_agent.policy.audit import ALPHA, RAISED, Audit, Bets, Level, Pair, pairs_needed
 from isthmus.edge_agent.policy.recalibration import binomial_cdf, certify, recalibrated, upper_bound
 
 LEVELS = (Level((0.7, 0.7), 0.5), Level((0.9, 0.9), 0.2))
@@ -13,8 +13,8 @@ RIGHT, WRONG, SENT = Pair((0.8, 0.9), (1, 1), 1), Pair((0.8, 0.95), (0, 1), 1), 
 
 
 def test_a_bet_never_gains_on_average_where_the_rate_is_kept() -> None:
-    evidence = Evidence(0.02)
-    for less, more in evidence._gains:
+    bets = Bets(0.02)
+    for less, more in bets._gains:
         assert 0.98 * less + 0.02 * more == pytest.approx(1)
         assert less < 1 < more
 
@@ -31,19 +31,19 @@ def test_disagreement_raises_the_alarm_and_the_next_level_that_keeps_the_promise
     count = 0
     while not audit.alarm and count < 50:
         count += 1
-        audit.judge(WRONG)
+        audit.add(WRONG)
     assert count <= 4 and audit.in_force == LEVELS[1]
-    assert audit.evidence[0].capital >= 1 / ALPHA and audit.share == RAISED, "pairs for a recalibration are wanted"
+    assert audit.bets[0].capital >= 1 / ALPHA and audit.share == RAISED, "pairs for a recalibration are due"
     worse = Pair((0.95, 0.95), (0, 0), 1)
     for _ in range(6):
-        audit.judge(worse)
+        audit.add(worse)
     assert audit.in_force is None and audit.level == 2, "no exit answers any more"
 
 
 def test_a_promise_that_is_kept_gives_no_alarm() -> None:
     audit, draw = Audit(0.02, LEVELS, 0.01), random.Random(0)
     for _ in range(3000):
-        audit.judge(WRONG if draw.random() < 0.015 else RIGHT)
+        audit.add(WRONG if draw.random() < 0.015 else RIGHT)
     assert not audit.alarm
 
 
@@ -60,24 +60,24 @@ def test_another_share_of_exits_raises_the_audits_and_never_the_alarm() -> None:
     for _ in range(200):
         audit.draw(True)  # half of them are expected
     assert audit.share == RAISED and not audit.alarm
-    for _ in range(audit.wanted):
-        audit.judge(RIGHT)
+    for _ in range(audit.pairs_due):
+        audit.add(RIGHT)
     assert audit.share < RAISED, "they were looked into, and agree"
 
 
 def test_a_single_difference_raises_the_share_for_a_while() -> None:
     audit = Audit(0.01, LEVELS, 0.01)
-    audit.judge(WRONG)
+    audit.add(WRONG)
     assert audit.share > 0.05 and not audit.alarm
     for _ in range(200):
-        audit.judge(RIGHT)
+        audit.add(RIGHT)
     assert audit.share == pytest.approx(0.01, rel=0.2)
 
 
 def test_an_audit_goes_on_from_its_dump_and_ends_its_alarm_with_other_levels() -> None:
     audit, other = Audit(0.01, LEVELS, 0.01), Audit(0.01, LEVELS, 0.01)
     for _ in range(6):
-        audit.judge(WRONG)
+        audit.add(WRONG)
     assert other.load(json.loads(json.dumps(audit.dump()))) and other.dump() == audit.dump() and other.alarm
     assert not Audit(0.02, LEVELS, 0.01).load(audit.dump())
     other.renew([LEVELS[1]])

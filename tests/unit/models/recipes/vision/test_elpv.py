@@ -7,9 +7,7 @@ import pytest
 from PIL import Image
 
 from isthmus.models.recipes.vision import elpv
-from isthmus.models.recipes.vision.elpv_cloud import PREPROCESSING
 from isthmus.models.recipes.vision.elpv_data import Photos
-from isthmus.models.vision.images import preprocess
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +20,9 @@ def photos() -> Photos:
     )
 
 
-def test_measuring_sees_photos_as_the_device_preprocesses_them(photos: Photos) -> None:
-    image = Image.fromarray(photos.images_NHW[3]).convert("RGB")
-    np.testing.assert_allclose(elpv.samples(photos).images[3], preprocess(image, PREPROCESSING), atol=1e-5)
+def test_measuring_sees_photos_as_the_device_gets_them(photos: Photos, tmp_path: Path) -> None:
+    image, file = Image.fromarray(photos.images_NHW[3]), tmp_path / "photo.png"
+    image.save(file)
+    one = Photos((file,), photos.images_NHW[3:4], photos.defect_N[3:4], photos.poly_N[3:4])
+    (opened,) = elpv.samples(one).photos
+    np.testing.assert_array_equal(np.asarray(opened()), np.asarray(image.convert("RGB")))

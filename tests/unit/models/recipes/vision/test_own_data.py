@@ -9,6 +9,7 @@ from PIL import Image
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.vision import own_data
 from isthmus.models.recipes.vision.own_data import PARTS, find, jpeg_bytes, load, normalise, part_of, samples
+from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Preprocessing
 
 SPEC = Preprocessing(resize=8, crop=(8, 8), mean=(0.5, 0.25, 0.0), deviation=(0.5, 0.25, 1.0))
@@ -133,8 +134,7 @@ def test_pixels_are_normalised_as_the_device_does(tmp_path: Path) -> None:
     (image_3HW,) = normalise(part.images_N3HW[:1], SPEC)
     value = part.images_N3HW[0, 0, 0, 0] / 255
     np.testing.assert_allclose(image_3HW[:, 0, 0], [(value - 0.5) / 0.5, (value - 0.25) / 0.25, value], rtol=1e-5)
-    measured = samples(part, np.zeros(len(part), np.int64), SPEC)
-    np.testing.assert_array_equal(measured.images[0], image_3HW)
+    np.testing.assert_array_equal(preprocess(samples(part).photos[0](), SPEC), image_3HW)
 
 
 def test_too_few_images_for_a_part_are_refused(tmp_path: Path) -> None:
