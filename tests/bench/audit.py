@@ -5,7 +5,7 @@
 
 Every photo is answered once a corruption; streams of any length are drawn from that. A corruption under which exits
 differ from the cloud model no more often than promised gives no reason for an alarm, and is marked so; `every` says in
-how many runs an audit of every photo would have alarmed, which no share of audits beats.
+how many runs an audit of every photo would have alarmed.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def cases(bundle: Bundle, answers: dict[str, Recorded], epsilon: float) -> list[
 
 
 @click.command(epilog="Example: python -m tests.bench.audit --json runs/audit.json")
-@click.option("--bundle", "bundles", multiple=True, default=("fashion", "elpv"), show_default=True)
+@click.option("--bundle", "bundles", multiple=True, default=("fashion",), show_default=True)
 @click.option("--recordings", default="runs/audit", show_default=True, type=click.Path(path_type=Path))
 @click.option("--data", default="runs/fashion/data", show_default=True, type=click.Path(path_type=Path))
 @click.option("--photos", default=4000, show_default=True, type=click.IntRange(10), help="Photos answered a bundle.")
