@@ -13,12 +13,12 @@ from isthmus.edge_agent.cli.photos import check
 from isthmus.edge_agent.cli.settings import settings
 from isthmus.edge_agent.config import EdgeConfig
 from isthmus.edge_agent.policy.audit import Audit, Pair, pairs_needed
-from isthmus.edge_agent.policy.recalibration import Certificate, recalibrated
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.fail import fail, needing
 from isthmus.models.options import Command, read
 
 if TYPE_CHECKING:
+    from isthmus.edge_agent.policy.recalibration import Certificate
     from isthmus.edge_agent.vision.audited_pairs import AuditedPairs
 
 EXAMPLES = """\b
@@ -81,6 +81,9 @@ def renew(config: EdgeConfig) -> tuple[Audit, list[Certificate]]:
 
 def certified(audit: Audit, pairs: AuditedPairs, state: dict[str, Any], key: str) -> list[Certificate]:
     """New levels from the pairs, put into `state`. Raises InvalidInput where the pairs do not certify any."""
+    with needing("edge"):
+        from isthmus.edge_agent.policy.recalibration import recalibrated
+
     try:
         if key in state:
             audit.load(state[key])

@@ -73,6 +73,15 @@ class Bets:
         self.capitals = [AT_START] * len(ODDS)
         self.lately = [1.0] * len(ODDS)
 
+    @classmethod
+    def of(cls, rate: float, capitals: Sequence[float], lately: Sequence[float]) -> Bets:
+        """With what each has gained. Raises TypeError, ValueError for other than one number each."""
+        bets = cls(rate)
+        bets.capitals, bets.lately = [float(each) for each in capitals], [float(each) for each in lately]
+        if (len(bets.capitals), len(bets.lately)) != (len(ODDS), len(ODDS)):
+            raise ValueError(f"{len(bets.capitals)} and {len(bets.lately)} bets, expected {len(ODDS)}")
+        return bets
+
     @property
     def capital(self) -> float:
         """Of all bets. Where the rate holds, it is at most 1 on average after HORIZON inputs."""
@@ -118,6 +127,7 @@ class Audit:
 
     def __init__(self, epsilon: float, levels: Sequence[Level], share: float, seed: int = 0) -> None:
         self.epsilon, self.levels, self._share = epsilon, tuple(levels), share
+        self._owners = self.levels
         self.bets = [Bets(epsilon) for _ in self.levels]
         self.pairs_in_alarm = 0
         self._random = random.Random(seed)
@@ -174,21 +184,28 @@ class Audit:
         """What was found so far, for JSON."""
         return {
             "epsilon": self.epsilon,
-            "levels": [[list(level.confidences), level.first_share] for level in self.levels],
+            "owners": dumped(self._owners),
+            "levels": dumped(self.levels),
             "bets": [[each.capitals, each.lately] for each in self.bets],
             "pairs_in_alarm": self.pairs_in_alarm,
         }
 
     def load(self, found: Mapping[str, Any]) -> bool:
-        """Go on from what `dump` wrote, with its levels. False, and nothing changes, where it has another epsilon."""
-        if found["epsilon"] != self.epsilon:
+        """Go on from what `dump` wrote, with its levels. False, and nothing changes, where it has another promise.
+
+        Raises KeyError, TypeError, ValueError, without a change, for what `dump` did not write.
+        """
+        if (found["epsilon"], found["owners"]) != (self.epsilon, dumped(self._owners)):
             return False
-        levels = tuple(Level(tuple(confidences), share) for confidences, share in found["levels"])
+        levels = tuple(Level(tuple(map(float, confidences)), float(share)) for confidences, share in found["levels"])
+        bets = [Bets.of(self.epsilon, capitals, lately) for capitals, lately in found["bets"]]
+        exits = len(self._owners[0].confidences)
+        if len(levels) != len(bets) or any(len(level.confidences) != exits for level in levels):
+            raise ValueError(f"{len(bets)} bets on {len(levels)} levels, not all of {exits} exits")
+        pairs_in_alarm = int(found["pairs_in_alarm"])
         if levels != self.levels:
-            self.levels, self.bets = levels, [Bets(self.epsilon) for _ in levels]
-        for each, (capitals, lately) in zip(self.bets, found["bets"], strict=True):
-            each.capitals, each.lately = list(capitals), list(lately)
-        self.pairs_in_alarm = found["pairs_in_alarm"]
+            self.levels = levels
+        self.bets, self.pairs_in_alarm = bets, pairs_in_alarm
         self._watch()
         return True
 
@@ -225,6 +242,11 @@ class Audit:
         self._learnt = (reached + (pair.scores[first] >= level.confidences[first]), count + 1)
         if self._learnt[1] >= self.pairs_due and self.bets[self.level].suspicion < ODD:
             self._exit_share, self._learnt = ExitShare(self._learnt[0] / self._learnt[1]), (0, 0)
+
+
+def dumped(levels: Sequence[Level]) -> list[Any]:
+    """For JSON."""
+    return [[list(level.confidences), level.first_share] for level in levels]
 
 
 def pairs_needed(epsilon: float, delta: float = DELTA) -> int:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from isthmus.edge_agent.policy.audit import DELTA, Level, Pair
 
 GRID = tuple(round(1 - step / 200, 3) for step in range(101))  # 1.000, 0.995 ... 0.500
@@ -31,16 +33,19 @@ class Certificate:
 
 def certify(pairs: Sequence[Pair], epsilon: float, delta: float = DELTA) -> Certificate | None:
     """The most permissive level that is certified; None if there is none."""
-    found = None
-    for confidence in GRID if pairs else ():
-        level = Level((confidence,) * len(pairs[0].scores), 0.0)
-        differing = sum(level.differs(pair) for pair in pairs)
-        if binomial_cdf(differing, len(pairs), epsilon) > delta:
+    count, found = len(pairs), None
+    if not count:
+        return None
+    scores_NE = np.array([pair.scores for pair in pairs])
+    differ_NE = np.array([pair.answers for pair in pairs]) != np.array([[pair.cloud] for pair in pairs])
+    for confidence in GRID:
+        reached_NE = scores_NE >= confidence
+        exits_N, first_N = reached_NE.any(1), reached_NE.argmax(1)
+        differing = int((exits_N & differ_NE[np.arange(count), first_N]).sum())
+        if binomial_cdf(differing, count, epsilon) > delta:
             break
-        coverage = sum(level.exit(pair.scores) is not None for pair in pairs) / len(pairs)
-        first = sum(pair.scores[0] >= confidence for pair in pairs) / len(pairs)
-        level = Level(level.confidences, first)
-        found = Certificate(epsilon, delta, level, coverage, differing / len(pairs), len(pairs))
+        level = Level((confidence,) * scores_NE.shape[1], float(reached_NE[:, 0].mean()))
+        found = Certificate(epsilon, delta, level, float(exits_N.mean()), differing / count, count)
     return found if found and found.coverage else None
 
 

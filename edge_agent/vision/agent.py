@@ -51,7 +51,7 @@ from isthmus.edge_agent.vision.request import (
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.router import Router
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import InvalidInput, IsthmusError, PayloadTooLarge
+from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown, PayloadTooLarge
 from isthmus.models.messages import CloudReply, Codec, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import void_because
@@ -139,10 +139,10 @@ class EdgeAgent:
         inherited, self._lifetime.closed = self._lifetime.inherited, True
         if not inherited:
             self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._auditor:
-            self._auditor.close()
         self.replicas.close()
         if not inherited:
+            if self._auditor:
+                self._auditor.close()
             self.ledger.close()
 
     def _open_audit(self, described: Described) -> Auditor | None:
@@ -166,6 +166,9 @@ class EdgeAgent:
     def _ask_cloud(self, image: Image.Image) -> int:
         """The index of the cloud model's answer to a photo as it is. Raises IsthmusError."""
         self._lifetime.check()
+        link = self.replicas.best()
+        if link is None or link.state != "closed" or not link.ready:
+            raise LinkDown("no cloud has room for a photo that nobody waits for")
         state = RequestState(InferenceRequest((0,), (), True, "audited"), DEADLINE_S)
         data = encode_whole(image, self.manifest.preprocessing.resize, "png", LOSSLESS)
         if len(data) > MAX_IMAGE_BYTES:
@@ -381,6 +384,7 @@ class EdgeAgent:
             why = "; but ".join((step.why, *state.detours, str(error)))
             with self._computing(state, urgent=True) if not state.exits else nullcontext():
                 return self._answer_locally(why, state, pixels_CHW, degraded_reason(error))
+        self._router.replied()
         answers = dict(zip(tasks, map(np.array, reply.probabilities), strict=True))
         why = "; but ".join((step.why, *state.detours))
         return self._answer("split" if point else "offload", answers, state, why, point)
@@ -398,7 +402,6 @@ class EdgeAgent:
         finally:
             charges.close()
             state.joules = charges.spent.joules
-        self._router.replied()
         state.add_reply(reply, exchange.down_bytes)
         self.costs.record_cloud(payload, min(reply.compute_s, exchange.elapsed_s))
         return reply

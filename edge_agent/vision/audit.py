@@ -1,10 +1,12 @@
 """The audit of photos: sends some that an exit answered, in the background, and moves to a stricter threshold.
 
-    answer is ready -> drawn? -> bounded queue -> a thread of low priority -> rest of the head, whole photo to the cloud
-                                                                           -> pair on disk -> policy.audit -> thresholds
+    answer is ready -> drawn? -> bounded queue -> a thread of its own -> rest of the head, whole photo to the cloud
+                                                                      -> pair on disk -> policy.audit -> thresholds
 
-Never delays an answer, nor fails one: what cannot be audited is counted and forgotten. The photo is sent as PNG: the
-cloud model's answer to the photo as it is decides, and every other way would add disagreement of its own.
+No answer waits for it, nor fails with it: what cannot be audited is counted and forgotten. It begins while no photo is
+being answered, and goes on after PATIENCE_S where that never happens; it takes a slot for one segment at a time, if one
+is free. What it shares with answers is the link, one photo at a time. The photo is sent as PNG: the cloud model's
+answer to the photo as it is decides, and every other way would add disagreement of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +39,7 @@ MOST_QUEUED = 4  # photos in memory
 PATIENCE_S = 5.0  # that an audited photo waits for a device without work
 POLL_S = 0.02
 DEADLINE_S = 15.0  # of an audited photo's exchange
+CLOSE_S = 2.0  # that `close` waits for the photo under way
 STATE = "audit"  # key of the audit's state
 log = logging.getLogger(__name__)
 
@@ -64,7 +68,7 @@ class Job:
 class Auditor:
     """The audit of one agent's exits, and its thread, which starts with the first photo that is drawn.
 
-    Answers read the audit while the thread writes: a race may lose one count of inputs.
+    The lock is held for what is computed in microseconds, never while a file or the cloud is waited for.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Auditor:
         self._jobs: queue.Queue[Job | None] = queue.Queue(MOST_QUEUED)
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._lock = threading.Lock()  # of the audit, and the start of the thread
         try:
             with pairs.entry() as state:
                 self._load(state)
@@ -90,29 +95,44 @@ class Auditor:
         self._apply()
 
     def answered(self, state: RequestState, answer: Answer, image: Image.Image, pixels_CHW: Floats) -> None:
-        """A photo was answered; draws it or not. Returns at once."""
-        if not auditable(state) or answer.route == "fallback":
+        """A photo was answered; draws it or not. Returns at once, and raises nothing."""
+        if self._closed or not auditable(state) or answer.route == "fallback":
             return
-        exits_K = tuple(state.exits)
-        if not self.audit.draw(self._reached(exits_K)) or self._closed:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="isthmus-audit", daemon=True)
-            self._thread.start()
         try:
-            self._jobs.put_nowait(Job(image, pixels_CHW, exits_K, answer.route == "exit"))
-        except queue.Full:
-            self._count("skipped")
+            exits_K = tuple(state.exits)
+            with self._lock:
+                drawn = self.audit.draw(self._reached(exits_K))
+            if drawn and self._jobs.full():
+                self._count("skipped")
+            elif drawn:  # the caller may change its image after the answer
+                self._put(Job(image.copy(), pixels_CHW, exits_K, answer.route == "exit"))
+        except Exception as error:  # out of memory or threads: the answer is right all the same
+            self._failed(error)
 
     def wait(self) -> None:
         """Wait until nothing is queued."""
         self._jobs.join()
 
     def close(self) -> None:
-        """Drop what is queued."""
+        """Drop what is queued, and wait CLOSE_S at most for the photo under way, whose link is closed already."""
         self._closed = True
         if self._thread is None:
             self.pairs.close()
+            return
+        with suppress(queue.Full):  # the thread is not waiting then
+            self._jobs.put_nowait(None)
+        self._thread.join(CLOSE_S)
+
+    def _put(self, job: Job) -> None:
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="isthmus-audit", daemon=True)
+                thread.start()
+                self._thread = thread
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            self._count("skipped")
 
     def _reached(self, exits_K: Sequence[Floats]) -> bool | None:
         """Whether the first exit that may answer did; None where it did not run."""
@@ -124,21 +144,22 @@ class Auditor:
 
     def _work(self) -> None:
         while not self._closed:
-            try:
-                job = self._jobs.get(timeout=1.0)
-            except queue.Empty:
-                continue
+            job = self._jobs.get()
             try:
                 if job is not None and not self._closed:
-                    self._count(self._judge(job))
+                    self._count(self._audit(job))
             except Exception as error:  # whatever it is, no answer depends on it
-                log.info("a photo could not be audited: %s", error)
-                self._count("failed")
+                self._failed(error)
             finally:
                 self._jobs.task_done()
         self.pairs.close()
 
-    def _judge(self, job: Job) -> Result:
+    def _failed(self, error: Exception) -> None:
+        if not self._closed:
+            log.info("a photo could not be audited: %s", error)
+            self._count("failed")
+
+    def _audit(self, job: Job) -> Result:
         """Audit one photo. Raises what the link and the file raise."""
         until_s = time.monotonic() + PATIENCE_S
         while self._device.busy() and time.monotonic() < until_s and not self._closed:
@@ -179,9 +200,10 @@ class Auditor:
     def _record(self, pair: Pair) -> None:
         """Keep a pair, and act on it."""
         with self.pairs.entry() as state:
-            self._load(state)
-            alarm = self.audit.alarm
-            changed = self.audit.add(pair)
+            with self._lock:
+                self._load(state)
+                alarm = self.audit.alarm
+                changed = self.audit.add(pair)
             self.pairs.add(pair, alarm)
             if self._auto and self.audit.alarm:
                 self._recalibrate()
@@ -206,7 +228,8 @@ class Auditor:
         found = recalibrated(self.pairs.pairs(in_alarm=True), self.audit.epsilon, DELTA / 2**attempt)
         if not found:
             return
-        self.audit.renew([each.level for each in found])
+        with self._lock:
+            self.audit.renew([each.level for each in found])
         self.pairs.alarm_ended()
         log.warning("new thresholds from %d audited pairs: exits answer %.0f %%", count, 100 * found[0].coverage)
         if self._metrics:
@@ -234,7 +257,8 @@ class Auditor:
 def auditable(state: RequestState) -> bool:
     """Whether an exit might have answered this photo, and it may be sent."""
     request = state.request
-    return not (request.private or request.forced_split) and request.no_exit is None and request.tasks == (0,)
+    barred = request.private or request.forced_split or state.cancelled or state.device_only
+    return not barred and request.no_exit is None and request.tasks == (0,)
 
 
 def audited_levels(

@@ -13,7 +13,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ class AuditedPairs:
         with self._lock:
             self._file.execute("BEGIN IMMEDIATE")
             try:
-                rows = self._file.execute("SELECT key, value FROM state")
-                state = {key: json.loads(value) for key, value in rows}
+                state = dict(readable(self._file.execute("SELECT key, value FROM state")))
                 yield state
                 changed = [(key, json.dumps(value)) for key, value in state.items()]
                 self._file.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", changed)
@@ -93,6 +92,15 @@ class AuditedPairs:
         """Close the file."""
         with self._lock:
             self._file.close()
+
+
+def readable(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
+    """What is JSON of the rows; something else was not written here, and begins anew."""
+    for key, value in rows:
+        try:
+            yield key, json.loads(value)
+        except ValueError as error:
+            log.warning("%s in the audited pairs is not readable: %s", key, error)
 
 
 def opened(path: Path) -> sqlite3.Connection:

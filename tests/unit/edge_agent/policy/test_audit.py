@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -80,8 +81,27 @@ def test_an_audit_goes_on_from_its_dump_and_ends_its_alarm_with_other_levels() -
         audit.add(WRONG)
     assert other.load(json.loads(json.dumps(audit.dump()))) and other.dump() == audit.dump() and other.alarm
     assert not Audit(0.02, LEVELS, 0.01).load(audit.dump())
+    assert not Audit(0.01, LEVELS[:1], 0.01).load(audit.dump()), "of another promise's thresholds"
     other.renew([LEVELS[1]])
     assert not other.alarm and other.in_force == LEVELS[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"levels": [[[0.7], 0.5], [[0.9], 0.2]]},
+        {"levels": [[["a", "b"], 0.5], [[0.9, 0.9], 0.2]]},
+        {"bets": []},
+        {"bets": [[[1.0], [1.0]]] * 2},
+        {"pairs_in_alarm": None},
+    ],
+)
+def test_what_no_audit_has_dumped_changes_nothing(change: dict[str, Any]) -> None:
+    audit = Audit(0.01, LEVELS, 0.01)
+    before = audit.dump()
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        audit.load({**before, **change})
+    assert audit.dump() == before
 
 
 def test_the_fewest_pairs_are_those_that_certify_without_a_difference() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.cli.main import main
 from isthmus.edge_agent.config import Audits
 from isthmus.edge_agent.policy.audit import Audit, Level, Pair
-from isthmus.edge_agent.vision.audit import Auditor, Device
+from isthmus.edge_agent.vision.audit import MOST_QUEUED, Auditor, Device
 from isthmus.edge_agent.vision.audited_pairs import AuditedPairs
 from isthmus.edge_agent.vision.exit_rule import exit_rule
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
@@ -89,7 +92,89 @@ def test_a_cloud_that_fails_costs_an_audit_and_no_answer(case: Case, photo: Imag
 def test_private_photos_are_never_sent(case: Case, photo: Image.Image) -> None:
     case.agent.infer(photo, private=True)
     case.auditor.wait()
-    assert case.asked == 0
+    assert case.asked == 0 and case.auditor._thread is None
+    case.agent.close()
+
+
+def test_what_the_caller_does_with_its_image_later_is_not_sent(case: Case, photo: Image.Image) -> None:
+    mine, sent, goes_on = photo.copy(), list[Image.Image](), threading.Event()
+
+    def cloud(image: Image.Image) -> int:
+        goes_on.wait(10)
+        sent.append(image)
+        return 0
+
+    object.__setattr__(case.auditor._device, "cloud", cloud)
+    case.agent.infer(mine)
+    mine.paste((0, 0, 0), (0, 0, *mine.size))  # a buffer that the next photo goes into, which may be a private one
+    goes_on.set()
+    case.auditor.wait()
+    assert [image.tobytes() for image in sent] == [photo.tobytes()]
+    case.agent.close()
+
+
+def test_whatever_is_wrong_with_an_audit_the_photo_is_answered(
+    case: Case, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    assert case.agent.infer(photo).route == "exit"
+    assert case.count("failed") == 1
+    monkeypatch.undo()
+    answer(case, photo)
+    assert case.asked == 1, "the next one is audited"
+    case.agent.close()
+
+
+def test_answers_do_not_wait_for_a_cloud_that_hangs_and_the_queue_is_bounded(case: Case, photo: Image.Image) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def cloud(image: Image.Image) -> int:
+        begun.set()
+        goes_on.wait(10)
+        return 0
+
+    object.__setattr__(case.auditor._device, "cloud", cloud)
+    case.agent.infer(photo)
+    assert begun.wait(10)
+    for _ in range(MOST_QUEUED + 3):
+        assert case.agent.infer(photo).route == "exit"
+    assert case.count("skipped") == 3
+    goes_on.set()
+    case.auditor.wait()
+    case.agent.close()
+
+
+def test_after_close_nothing_is_sent_and_the_thread_has_ended(case: Case, photo: Image.Image) -> None:
+    answer(case, photo)
+    case.agent.close()
+    assert case.auditor._thread is not None and not case.auditor._thread.is_alive()
+    with pytest.raises(sqlite3.ProgrammingError):
+        case.pairs.pairs(in_alarm=False)
+
+
+def test_a_child_of_a_fork_leaves_the_audit_to_its_parent(
+    case: Case, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(case, photo)
+    with monkeypatch.context() as child:
+        child.setattr("os.getpid", lambda: -1)
+        case.agent.close()
+    assert len(case.pairs.pairs(in_alarm=False)) == 1, "the file is open, the thread goes on"
+    case.auditor.close()
+
+
+def test_a_state_that_is_not_readable_begins_anew(case: Case, photo: Image.Image) -> None:
+    with case.pairs.entry() as state:
+        state["audit"] = {**case.auditor.audit.dump(), "levels": [[[0.5], 1.0], [["a", "b"], 1.0]]}
+    answer(case, photo)
+    case.pairs._file.execute("UPDATE state SET value = 'no JSON'")
+    answer(case, photo)
+    assert len(case.pairs.pairs(in_alarm=False)) == 2 and case.agent.exit_rule.confidences == (0.0, 0.0)
+    with case.pairs.entry() as state:
+        assert state["audit"] == case.auditor.audit.dump()
     case.agent.close()
 
 
@@ -156,5 +241,8 @@ def test_recalibrate_certifies_and_keeps_new_thresholds(tiny_bundle: Bundle, tmp
             pairs.add(Pair((0.9, 0.9), (1, 1), 1), alarm=False)
     code, output = recalibrate(tiny_bundle, tmp_path)
     assert code == 0 and "1200 audited photos" in output
+    code, output = recalibrate(tiny_bundle, tmp_path, "--json")
+    (first, *_) = json.loads(output)["certificates"]
+    assert code == 0 and (first["pairs"], first["disagreement"], first["coverage"]) == (1200, 0, 1)
     with pairs.entry() as state:
         assert state["audit"]["levels"]
