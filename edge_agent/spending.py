@@ -14,7 +14,7 @@ from isthmus.models.settings import Flag, Settings
 
 @dataclass(frozen=True)
 class Budgets(Settings):
-    """Hard limits of what is sent in any hour and in any day, over photos, prompts, probes and audits together."""
+    """Hard limits of what photos, probes and audits send in any hour and in any day. Prompts are not charged."""
 
     bytes_hour: Annotated[
         float | None,

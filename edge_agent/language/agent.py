@@ -12,6 +12,7 @@ Either side may be absent. Knows nothing about text beyond the tokenizers that i
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
+UNCHARGED = "budgets limit photos; prompts are not charged, and no budget limits them"
+log = logging.getLogger("isthmus.edge")
 UNKNOWN_NAME = "cloud"  # of the model, until a cloud has answered
 
 
@@ -60,6 +63,8 @@ class LanguageAgent(TextInterface):
         """Raises BundleError, InvalidInput."""
         if not isinstance(config, LanguageConfig):
             raise InvalidInput(f"config is {type(config).__name__}, expected a LanguageConfig")
+        if config.budgets.budgets:
+            log.warning(UNCHARGED)
         self.config = config
         self._lifetime = Lifetime()
         self._metrics = metrics

@@ -61,7 +61,14 @@ class Recorder:
     def unavailable_reason(self) -> str | None:
         return None
 
-    def infer(self, payload: Payload, budget_s: float, tasks: tuple[int, ...], sent: Callable[[int], None]) -> Exchange:
+    def infer(
+        self,
+        payload: Payload,
+        budget_s: float,
+        tasks: tuple[int, ...],
+        sent: Callable[[int], None],
+        charge: Callable[[int], None],
+    ) -> Exchange:
         self.payloads.append(payload)
         return Exchange(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
 

@@ -137,7 +137,7 @@ def distil(run: Run, stage: str, student: Student, head_VH: Tensor, part_of: Par
     def piece(number: int, generator: torch.Generator) -> Iterator[Batch]:
         return batches(TeacherOutputs.concatenate([part_of(index) for index in parts_of_piece(number)]), generator)
 
-    steps = (NEW_PARTS + REPLAYED) * part_of(0).ends[-1] // STEP_TOKENS
+    steps = max((NEW_PARTS + REPLAYED) * part_of(0).ends[-1] // STEP_TOKENS, 1)
     schedule = Schedule(pieces, steps, PEAK_LR, warmup_epochs=0.5, weight_decay=0.01, ema_decay=0.99)
     finished = run.fit(stage, student, piece, loss_of, schedule)
     if not isinstance(finished, Student):
