@@ -1,4 +1,4 @@
-"""The budgets' ledger on disk: one for photos, prompts, probes and audits, and for every process of this user.
+"""The budgets' ledger on disk: one for photos, probes and audits, and for every process of this user.
 
     reserve an upper bound -> on disk -> send -> settle what was spent; the rest is given back
 
@@ -9,7 +9,6 @@ the disk before anything is sent.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 import time
@@ -21,10 +20,11 @@ from functools import cache
 from pathlib import Path
 
 from isthmus.edge_agent.policy.budgets import AMOUNTS, UNLIMITED, Bucket, Budget, Spend, allowance, describe_shortage
+from isthmus.edge_agent.state_file import open_state, transaction
 from isthmus.models.errors import InvalidInput
+from isthmus.models.user_folders import user_folder
 
 HELD_S = 900.0  # after so long a reservation counts as spent: no request lasts longer, whoever made it was killed
-BUSY_S = 5.0  # that a process waits for another one's entry
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS buckets (
@@ -112,7 +112,7 @@ class Ledger:
         self._file: sqlite3.Connection | None = None
         if self.budgets:
             try:
-                self._file = open_file(path)
+                self._file = open_state(path, SCHEMA)
                 with self._entry():
                     pass
             except (sqlite3.Error, OSError) as error:
@@ -192,16 +192,13 @@ class Ledger:
         assert self._file is not None  # without budgets there are no entries
         with self._lock:
             before, now = self._buckets, self._clock()
-            self._file.execute("BEGIN IMMEDIATE")
             try:
-                self._load(self._file, now)
-                yield self._file
-                self._save(self._file, now)
-                self._file.execute("COMMIT")
+                with transaction(self._file):
+                    self._load(self._file, now)
+                    yield self._file
+                    self._save(self._file, now)
             except BaseException:
                 self._buckets = before
-                with suppress(sqlite3.Error):
-                    self._file.execute("ROLLBACK")
                 raise
             self._seen_s = now.seconds
 
@@ -231,22 +228,6 @@ def passed_s(now: Moment, boot: str, seconds: float) -> float:
     return now.seconds - seconds if boot == now.boot else now.gained_s
 
 
-def open_file(path: Path | None) -> sqlite3.Connection:
-    """A connection for several threads, whose every commit is on disk. Raises OSError, sqlite3.Error."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    file = sqlite3.connect(path or ":memory:", timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    try:
-        file.execute("PRAGMA journal_mode = WAL")
-        file.execute("PRAGMA synchronous = FULL")
-        file.executescript(SCHEMA)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
 def default_path() -> Path:
     """isthmus/ledger.db in XDG_STATE_HOME or ~/.local/state."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local/state") / "isthmus" / "ledger.db"
+    return user_folder("state") / "ledger.db"

@@ -19,14 +19,14 @@ from pathlib import Path
 from isthmus.models.errors import BundleError, InvalidReply
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.messages import TokenizerInfo
+from isthmus.models.user_folders import user_folder
 
 OTHERS_S = 5.0  # that one replica waits while another sends the same tokenizer, or sends it slowly
 
 
 def cache_folder(kind: str) -> Path:
     """Where what can be fetched or made again is kept: `isthmus/KIND` in XDG_CACHE_HOME, by default ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "isthmus" / kind
+    return user_folder("cache") / kind
 
 
 class TokenizerCache:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.edge_agent.policy.audit import Pair
+from isthmus.edge_agent.state_file import open_state, transaction
 from isthmus.models.errors import InvalidInput
+from isthmus.models.user_folders import user_folder
 
 MOST_PAIRS = 20_000  # about 2 MB
-BUSY_S = 5.0  # that a process waits for another one's entry
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS pairs (
   id INTEGER PRIMARY KEY AUTOINCREMENT, alarm INTEGER NOT NULL, scores TEXT NOT NULL, answers TEXT NOT NULL,
@@ -35,12 +35,11 @@ log = logging.getLogger(__name__)
 class AuditedPairs:
     """Pairs of one bundle at one precision. Safe to call from several threads and processes."""
 
-    def __init__(self, path: Path) -> None:
-        """Made where it is missing. Raises InvalidInput for a file that cannot be used."""
+    def __init__(self, path: Path | None) -> None:
+        """Made where it is missing; in memory without a path. Raises InvalidInput for a file that cannot be used."""
         self._lock = threading.Lock()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = opened(path)
+            self._file = open_state(path, SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise InvalidInput(f"the audited pairs in {path} cannot be used: {error}") from error
 
@@ -51,22 +50,16 @@ class AuditedPairs:
             return cls(path)
         except InvalidInput as error:
             log.warning("%s; they are kept in memory until the agent ends", error)
-            return cls(Path(":memory:"))
+            return cls(None)
 
     @contextmanager
     def entry(self) -> Iterator[dict[str, Any]]:
         """What is under `state` now; how the block leaves it is on disk after it, or nothing is."""
-        with self._lock:
-            self._file.execute("BEGIN IMMEDIATE")
-            try:
-                state = dict(readable(self._file.execute("SELECT key, value FROM state")))
-                yield state
-                changed = [(key, json.dumps(value)) for key, value in state.items()]
-                self._file.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", changed)
-                self._file.execute("COMMIT")
-            except BaseException:
-                self._file.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._file):
+            state = dict(readable(self._file.execute("SELECT key, value FROM state")))
+            yield state
+            changed = [(key, json.dumps(value)) for key, value in state.items()]
+            self._file.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", changed)
 
     def add(self, pair: Pair, alarm: bool) -> None:
         """Within `entry`: one more pair; `alarm`: whether it came while the alarm was on. The oldest are dropped."""
@@ -103,20 +96,6 @@ def readable(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
             log.warning("%s in the audited pairs is not readable: %s", key, error)
 
 
-def opened(path: Path) -> sqlite3.Connection:
-    """A connection for several threads. Raises OSError, sqlite3.Error."""
-    file = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    try:
-        file.execute("PRAGMA journal_mode = WAL")
-        file.executescript(SCHEMA)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
 def pairs_path(folder: Path | None, bundle: str, fingerprint: str, precision: str) -> Path:
     """A file for each bundle and precision in `folder`, or in isthmus in XDG_STATE_HOME or ~/.local/state."""
-    state = os.environ.get("XDG_STATE_HOME")
-    folder = folder or (Path(state) if state else Path.home() / ".local/state") / "isthmus"
-    return folder / f"audit-{bundle}-{fingerprint[:12]}-{precision}.db"
+    return (folder or user_folder("state")) / f"audit-{bundle}-{fingerprint[:12]}-{precision}.db"

@@ -6,14 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from isthmus.models import user_folders
+
 NAME = "ISTHMUS_BUNDLES"  # in the environment: a folder of bundles, or an http(s) address of one
 SHIPPED = Path(__file__).resolve().parent.parent / "zoo"  # every bundle of a checkout, a small one of a wheel
 
 
 def user_folder() -> Path:
     """Where pulled bundles are kept: `isthmus/bundles` in XDG_DATA_HOME, by default ~/.local/share."""
-    home = os.environ.get("XDG_DATA_HOME")
-    return (Path(home) if home else Path.home() / ".local/share") / "isthmus/bundles"
+    return user_folders.user_folder("data") / "bundles"
 
 
 def folders() -> tuple[Path, ...]:
