@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,13 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
-from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.models.bundle.files import write_bundle
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.manifest import Manifest
+from tests.fake_link import AnyLink, Asked
 from tests.tiny_bundle import SIDE
 
 CAP = 120  # bytes: over what a plain photo costs at the cheapest rate, under what a costly one does
@@ -45,35 +44,15 @@ def patterns() -> dict[str, Pixels]:
     return {name: pixels.astype(np.uint8) for name, pixels in found.items()}
 
 
-@dataclass
-class Recorder:
-    """A link that answers everything and remembers what it was given."""
+class Recorder(AnyLink):
+    """Answers everything, and remembers what it was given."""
 
-    payloads: list[Payload] = field(default_factory=list)
-    estimate: LinkEstimate = LinkEstimate(0.01, 1e6)
-    state: str = "closed"
-    ready: bool = True
+    def __init__(self) -> None:
+        self.payloads: list[Payload] = []
 
-    changes = 0
-
-    def planned(self) -> None: ...
-
-    def unavailable_reason(self) -> str | None:
-        return None
-
-    def infer(
-        self,
-        payload: Payload,
-        budget_s: float,
-        tasks: tuple[int, ...],
-        sent: Callable[[int], None],
-        charge: Callable[[int], None],
-    ) -> Exchange:
-        self.payloads.append(payload)
-        return Exchange(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(payload.data), 20, 0.01)
-
-    def close(self) -> None:
-        pass
+    def answer(self, asked: Asked) -> Exchange:
+        self.payloads.append(asked.payload)
+        return Exchange(CloudReply(((0.25, 0.75),), 0.0, 0.0), len(asked.payload.data), 20, 0.01)
 
 
 @pytest.fixture(scope="module")

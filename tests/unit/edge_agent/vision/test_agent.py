@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from isthmus.models.vision import certificates
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.images import open_image, preprocess
 from isthmus.models.vision.manifest import NEVER
+from tests.fake_link import AnyLink, Asked
 
 PROBABILITIES = ((0.25, 0.75), (0.5, 0.125, 0.375))  # of defect and colour
 POINTS = [("light", 0.5, rate) for rate in range(3)] + [("light", 1.0, rate) for rate in range(3)]
@@ -49,8 +50,8 @@ POINTS += [("deep", 1.0, rate) for rate in range(2)]
 
 
 @dataclass
-class FakeLink:
-    """Answers PROBABILITIES, or raises; records the payloads it is given."""
+class FakeLink(AnyLink):
+    """Answers PROBABILITIES, or raises; records the payloads it is given. It is lost while it has a refusal."""
 
     error: IsthmusError | None = None
     refusal: str | None = None
@@ -62,35 +63,18 @@ class FakeLink:
     budgets_s: list[float] = field(default_factory=list)
 
     @property
-    def state(self) -> str:
+    def state(self) -> str:  # type: ignore[override]
         return "open" if self.refusal else "closed"
 
-    changes = 0
-
-    def planned(self) -> None: ...
-
-    def unavailable_reason(self) -> str | None:
-        return self.refusal
-
-    def infer(
-        self,
-        payload: Payload,
-        budget_s: float,
-        tasks: tuple[int, ...],
-        sent: Callable[[int], None],
-        charge: Callable[[int], None],
-    ) -> Exchange:
-        self.payloads.append(payload)
-        sent(len(payload.data) + 30)
-        self.tasks.append(tasks)
-        self.budgets_s.append(budget_s)
+    def answer(self, asked: Asked) -> Exchange:
+        size = len(asked.payload.data) + 30
+        self.payloads.append(asked.payload)
+        asked.sent(size)
+        self.tasks.append(asked.tasks)
+        self.budgets_s.append(asked.budget_s)
         if self.error is not None:
             raise self.error
-        answer = CloudReply(tuple(PROBABILITIES[task] for task in tasks), 0.001, 0.002)
-        return Exchange(answer, len(payload.data) + 30, 25, 0.02)
-
-    def close(self) -> None:
-        pass
+        return Exchange(CloudReply(tuple(PROBABILITIES[task] for task in asked.tasks), 0.001, 0.002), size, 25, 0.02)
 
 
 @dataclass

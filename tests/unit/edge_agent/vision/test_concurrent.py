@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,41 +20,24 @@ from isthmus.edge_agent.vision.agent import BATCH_SENT, MAX_THREADS
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.router import TIME_IS_UP
 from isthmus.models.errors import AgentClosed, InvalidInput
-from isthmus.models.messages import CloudReply, Payload
+from isthmus.models.messages import CloudReply
 from isthmus.models.vision.bundle import Bundle
+from tests.fake_link import AnyLink, Asked
 
 WAIT_S = 30.0
 
 
-class HeldLink:
+class HeldLink(AnyLink):
     """Answers each request when `release` is set."""
 
     estimate = LinkEstimate(0.001, 1e9)
-    state = "closed"
-    ready = True
-    target = "cloud:1"
-    refusal = None
 
     def __init__(self) -> None:
         self.release = threading.Event()
         self.arrived = threading.Semaphore(0)
         self.sent = 0
 
-    changes = 0
-
-    def planned(self) -> None: ...
-
-    def unavailable_reason(self) -> str | None:
-        return None
-
-    def infer(
-        self,
-        payload: Payload,
-        budget_s: float,
-        tasks: tuple[int, ...],
-        sent: Callable[[int], None],
-        charge: Callable[[int], None],
-    ) -> Exchange:
+    def answer(self, asked: Asked) -> Exchange:
         self.sent += 1
         self.arrived.release()
         assert self.release.wait(WAIT_S)

@@ -27,13 +27,14 @@ from isthmus.models.errors import (
     UnknownBundle,
 )
 from isthmus.models.messages import CloudReply, Codec, Payload
+from tests.fake_link import AnyLink, Asked
 
 PAYLOAD = Payload(Codec.BOTTLENECK, 0, 0, bytes(1000))
 REPLY = Exchange(CloudReply(((0.25, 0.75),), 0.0, 0.0), 1000, 25, 0.01)
 
 
 @dataclass(eq=False)
-class FakeLink:
+class FakeLink(AnyLink):
     """Answers REPLY, or raises; records the seconds it was given."""
 
     target: str
@@ -45,24 +46,10 @@ class FakeLink:
     budgets_s: list[float] = field(default_factory=list)
     on_send: Callable[[], None] = lambda: None
 
-    changes = 0
-
-    def planned(self) -> None: ...
-
-    def unavailable_reason(self) -> str | None:
-        return self.refusal
-
-    def infer(
-        self,
-        payload: Payload,
-        budget_s: float,
-        tasks: tuple[int, ...],
-        sent: Callable[[int], None],
-        charge: Callable[[int], None],
-    ) -> Exchange:
-        self.budgets_s.append(budget_s)
-        charge(1000)
-        sent(1000)
+    def answer(self, asked: Asked) -> Exchange:
+        self.budgets_s.append(asked.budget_s)
+        asked.charge(1000)
+        asked.sent(1000)
         self.on_send()
         if self.error is not None:
             raise self.error

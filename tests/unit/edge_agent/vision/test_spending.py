@@ -20,50 +20,31 @@ from isthmus.edge_agent.vision.charges import Radio, probe_charge
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.models.errors import InvalidInput, LinkDown
-from isthmus.models.messages import CloudReply, Payload
+from isthmus.models.messages import CloudReply
 from isthmus.models.vision.bundle import Bundle
+from tests.fake_link import AnyLink, Asked
 
 PROBABILITIES = (np.float32([0.25, 0.75]), np.float32([0.1, 0.2, 0.7]))
 DOWN_BYTES = 25
 
 
 @dataclass
-class FakeLink:
+class FakeLink(AnyLink):
     """A cloud that answers in no time, or fails after a message was sent."""
 
-    target: str = "fake:1"
-    state: str = "closed"
-    ready: bool = True
-    refusal: str | None = None
     error: Exception | None = None
     estimate: LinkEstimate = LinkEstimate(0.001, 1e9)
     sizes: list[int] = field(default_factory=list)
-    changes = 0
 
-    def planned(self) -> None: ...
-
-    def unavailable_reason(self) -> str | None:
-        return None
-
-    def infer(
-        self,
-        payload: Payload,
-        budget_s: float,
-        tasks: tuple[int, ...],
-        sent: Callable[[int], None],
-        charge: Callable[[int], None],
-    ) -> Exchange:
-        up_bytes = len(payload.data) + 30
-        charge(up_bytes)
-        sent(up_bytes)
+    def answer(self, asked: Asked) -> Exchange:
+        up_bytes = len(asked.payload.data) + 30
+        asked.charge(up_bytes)
+        asked.sent(up_bytes)
         self.sizes.append(up_bytes)
         if self.error is not None:
             raise self.error
-        answer = CloudReply(tuple(tuple(map(float, PROBABILITIES[task])) for task in tasks), 0.001, 0.002)
+        answer = CloudReply(tuple(tuple(map(float, PROBABILITIES[task])) for task in asked.tasks), 0.001, 0.002)
         return Exchange(answer, up_bytes, DOWN_BYTES, 0.02)
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass
