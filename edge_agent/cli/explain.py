@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from isthmus.edge_agent.cli.photos import open_photos
+from isthmus.edge_agent.cli.photos import answer_files, open_photos
 from isthmus.edge_agent.cli.settings import settings
-from isthmus.models.errors import IsthmusError
 from isthmus.models.options import Command
 
 if TYPE_CHECKING:
@@ -45,20 +43,9 @@ def explain(files: tuple[Path, ...], as_json: bool, private: bool) -> None:
     agent = open_photos()
     from isthmus.edge_agent.vision.result import format_answer
 
-    failed = 0
     with agent:
-        for file in files:
-            try:
-                answer = agent.infer(file, private=private, explain=True)
-            except IsthmusError as error:
-                failed += 1
-                click.echo(f"error: {file}: {error}", err=True)
-                continue
-            if as_json:
-                click.echo(json.dumps({"file": str(file), **answer.as_dict()}))
-            else:
-                click.echo("\n".join([*format_answer(str(file), answer)[:2], *table(answer)]))
-    sys.exit(1 if failed else 0)
+        ask = partial(agent.infer, private=private, explain=True)
+        answer_files(files, ask, as_json, lambda file, answer: [*format_answer(str(file), answer)[:2], *table(answer)])
 
 
 def table(answer: Answer) -> list[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
 
-from isthmus.edge_agent.cli.photos import open_photos
+from isthmus.edge_agent.cli.photos import answer_files, open_photos
 from isthmus.edge_agent.cli.settings import settings
-from isthmus.models.errors import IsthmusError
 from isthmus.models.options import Command
 
 PROGRESS_FROM = 10  # photos; fewer are done before a bar could be read
@@ -42,18 +41,9 @@ def infer(
     agent = open_photos()
     from isthmus.edge_agent.vision.result import format_answer
 
-    failed = 0
     with agent:
-        for file in progress(files):
-            try:
-                answer = agent.infer(file, tap=tap, width=width, rate=rate, private=private)
-            except IsthmusError as error:
-                failed += 1
-                click.echo(f"error: {file}: {error}", err=True)
-                continue
-            row = {"file": str(file), **answer.as_dict()}
-            click.echo(json.dumps(row) if as_json else "\n".join(format_answer(str(file), answer)))
-    sys.exit(1 if failed else 0)
+        ask = partial(agent.infer, tap=tap, width=width, rate=rate, private=private)
+        answer_files(progress(files), ask, as_json, lambda file, answer: format_answer(str(file), answer))
 
 
 def progress(files: Sequence[Path]) -> Iterable[Path]:

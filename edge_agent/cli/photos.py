@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from isthmus.edge_agent.config import EdgeConfig
 from isthmus.models.bundle.installed import missing
@@ -15,6 +21,7 @@ if TYPE_CHECKING:  # ONNX Runtime takes half a second to import, which `--help` 
 
     from isthmus.edge_agent.vision.agent import EdgeAgent
     from isthmus.edge_agent.vision.metrics import EdgeMetrics
+    from isthmus.edge_agent.vision.result import Answer
 
 
 def open_photos() -> EdgeAgent:
@@ -46,6 +53,22 @@ def opened(config: EdgeConfig, metrics: EdgeMetrics | None) -> EdgeAgent:
         return EdgeAgent(config, metrics)
     except (IsthmusError, OSError) as error:
         fail(error)
+
+
+def answer_files(
+    files: Iterable[Path], ask: Callable[[Path], Answer], as_json: bool, lines: Callable[[Path, Answer], list[str]]
+) -> None:
+    """Print the answer to each photo: one line of JSON, or `lines`. Ends the program, with 1 if one has none."""
+    failed = 0
+    for file in files:
+        try:
+            answer = ask(file)
+        except IsthmusError as error:
+            failed += 1
+            click.echo(f"error: {file}: {error}", err=True)
+            continue
+        click.echo(json.dumps({"file": str(file), **answer.as_dict()}) if as_json else "\n".join(lines(file, answer)))
+    sys.exit(1 if failed else 0)
 
 
 def check(config: EdgeConfig) -> None:

@@ -36,7 +36,7 @@ from isthmus.edge_agent.vision.exit_rule import exit_rule
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.live import Dropped, LiveWork, WhenFull
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
-from isthmus.edge_agent.vision.payloads import PayloadEncoder
+from isthmus.edge_agent.vision.payloads import PayloadEncoder, image_payload
 from isthmus.edge_agent.vision.replicas import connect
 from isthmus.edge_agent.vision.request import (
     Floats,
@@ -51,14 +51,13 @@ from isthmus.edge_agent.vision.request import (
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.router import Router
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown, PayloadTooLarge
-from isthmus.models.messages import CloudReply, Codec, Payload
+from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
+from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import void_because
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.images import encode_whole, preprocess
+from isthmus.models.vision.images import preprocess
 from isthmus.models.vision.manifest import Head as Described
-from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 log = logging.getLogger("isthmus.edge")
 
@@ -170,10 +169,8 @@ class EdgeAgent:
         if link is None or not link.ready:
             raise LinkDown("no cloud has room for a photo that nobody waits for")
         state = RequestState(InferenceRequest((0,), (), True, "audited"), DEADLINE_S)
-        data = encode_whole(image, self.manifest.preprocessing.resize, "png", LOSSLESS)
-        if len(data) > MAX_IMAGE_BYTES:
-            raise PayloadTooLarge(f"the photo has {len(data)} bytes as PNG, the cap is {MAX_IMAGE_BYTES}")
-        reply = self._exchange(Payload(Codec.IMAGE, 0, 0, data), (0,), state)
+        payload = image_payload(image, self.manifest.preprocessing.resize, "png", LOSSLESS)
+        reply = self._exchange(payload, (0,), state)
         if self.metrics:
             self.metrics.audited(state.up_bytes, state.down_bytes)
         return int(np.argmax(reply.probabilities[0]))

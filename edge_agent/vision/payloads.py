@@ -19,7 +19,7 @@ from isthmus.models.codecs.checkerboard import ContextualCodec
 from isthmus.models.errors import PayloadTooLarge
 from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.images import encode_whole
+from isthmus.models.vision.images import FileFormat, encode_whole
 from isthmus.models.vision.manifest import ImageWay
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
@@ -63,9 +63,15 @@ class PayloadEncoder:
         Raises PayloadTooLarge.
         """
         with state.stage("encode"):
-            data = encode_whole(image, self._resize, way.form, way.quality)
-        if len(data) > MAX_IMAGE_BYTES:
-            raise PayloadTooLarge(f"the photo has {len(data)} bytes as {way.form}, the cap is {MAX_IMAGE_BYTES}")
+            payload = image_payload(image, self._resize, way.form, way.quality)
         self._costs.image_encode_s.observe(state.stage_ms["encode"] / 1000)
-        self._costs.bytes_of(way).observe(len(data))
-        return Payload(Codec.IMAGE, 0, 0, data)
+        self._costs.bytes_of(way).observe(len(payload.data))
+        return payload
+
+
+def image_payload(image: Image.Image, resize: int, form: FileFormat, quality: int) -> Payload:
+    """A photo as an image file. Raises PayloadTooLarge."""
+    data = encode_whole(image, resize, form, quality)
+    if len(data) > MAX_IMAGE_BYTES:
+        raise PayloadTooLarge(f"the photo has {len(data)} bytes as {form}, the cap is {MAX_IMAGE_BYTES}")
+    return Payload(Codec.IMAGE, 0, 0, data)

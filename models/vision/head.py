@@ -46,6 +46,15 @@ class Head:
             features_1CHW, logits_1K = self._segments[index].run(None, {"x": x_CHW[None]})
         return features_1CHW[0], softmax(logits_1K[0])
 
+    def run(self, image_CHW: Floats) -> tuple[list[Floats], list[Floats]]:
+        """All segments: the image and the features after each of them; the probabilities of each exit."""
+        inputs, exits_K = [image_CHW], list[Floats]()
+        for index in range(self.exits):
+            features_CHW, probabilities_K = self.segment(index, inputs[-1])
+            inputs.append(features_CHW)
+            exits_K.append(probabilities_K)
+        return inputs, exits_K
+
     def encode(self, tap: int, x_CHW: Floats, width: int) -> Floats:
         """Input of a tap -> latent_CHW, not quantised. The input is the image, or the features after the tap's segment.
 

@@ -65,10 +65,7 @@ def answer(bundle: Bundle, photos: list[Image.Image], kind: str) -> Recorded:
         batch = [preprocess(corrupted(photo, kind, random), spec) for photo in photos[first : first + BATCH]]
         cloud += tail.answer_images(batch).argmax(1).tolist()
         for x_CHW in batch:
-            rows = []
-            for index in range(head.exits):
-                x_CHW, probabilities_K = head.segment(index, x_CHW)
-                rows.append(probabilities_K)
+            _, rows = head.run(x_CHW)
             scores.append([row.max() for row in rows])
             answers.append([row.argmax() for row in rows])
     return Recorded(np.array(scores, np.float32), np.array(answers), np.array(cloud))

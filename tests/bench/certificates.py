@@ -28,6 +28,7 @@ from isthmus.models.errors import IsthmusError
 from isthmus.models.recipes.common.learn_then_test import DELTA
 from isthmus.models.recipes.vision import elpv, fashion
 from isthmus.models.recipes.vision.calibrate import Answers, certify, common_path, divided, first_exit, own_path
+from isthmus.models.recipes.vision.correctness import exit_losses
 from isthmus.models.recipes.vision.measure import Samples
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.head import Head
@@ -46,12 +47,8 @@ def answered(bundle: Bundle, samples: Samples) -> Answers:
     head, tail, spec = Head(bundle), open_tail(bundle), bundle.manifest.preprocessing
     exits, cloud = [], []
     for photo in track(samples.photos, bundle.manifest.name, console=Console(stderr=True), transient=True):
-        x_CHW = image_CHW = preprocess(photo(), spec)
-        each = []
-        for index in range(head.exits):
-            x_CHW, probabilities_K = head.segment(index, x_CHW)
-            each.append(probabilities_K)
-        exits.append(each)
+        image_CHW = preprocess(photo(), spec)
+        exits.append(head.run(image_CHW)[1])
         cloud.append(int(tail.answer_images([image_CHW])[0].argmax()))
     return Answers(np.array(exits).transpose(1, 0, 2), np.asarray(samples.labels_TN[0]), np.array(cloud))
 
@@ -85,10 +82,9 @@ def certificates(everybody: Answers, samples: int, calibrations: int, seed: int 
     """For each promise, kind of average and epsilon: how often the loss is above it, and how many photos exit."""
     rng, exits = np.random.default_rng(seed), len(everybody.exits_ENK)
     scores_EN, answers_EN = everybody.exits_ENK.max(2).astype(np.float64), everybody.exits_ENK.argmax(2)
-    same_EN = answers_EN == everybody.cloud_N
     lost = {
-        "accuracy": (answers_EN != everybody.labels_N) & (everybody.cloud_N == everybody.labels_N),
-        "agreement": ~same_EN,
+        "accuracy": exit_losses(everybody.exits_ENK, everybody.labels_N, everybody.cloud_N),
+        "agreement": answers_EN != everybody.cloud_N,
     }
     found: dict[tuple[str, str, float], list[tuple[float, float]]] = {}
     for _ in track(range(calibrations), "calibrating", console=Console(stderr=True), transient=True):

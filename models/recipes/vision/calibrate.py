@@ -146,7 +146,7 @@ class Steps:
     def __init__(self, answers: Answers, scores_EN: Doubles, path: Path) -> None:
         answers_EN = answers.exits_ENK.argmax(2)
         right_EN, same_EN = answers_EN == answers.labels_N, answers_EN == answers.cloud_N
-        lost_EN = ~right_EN & (answers.cloud_N == answers.labels_N)
+        lost_EN = exit_losses(answers.exits_ENK, answers.labels_N, answers.cloud_N)
         self._path, self._samples, self._exits = path, len(answers), len(scores_EN)
         self._taken = [first_exit(scores_EN, confidences) for confidences in path]
         self._right = [self._count(taken_N, right_EN) for taken_N in self._taken]

@@ -120,7 +120,7 @@ class Measuring:
     def photo(self, photo: Image.Image) -> PhotoAnswers:
         """One RGB photo, answered every way."""
         image_CHW = preprocess(photo, self._manifest.preprocessing)
-        passed = {name: self._pass(head, image_CHW) for name, head in self.heads.items()}
+        passed = {name: head.run(image_CHW) for name, head in self.heads.items()}
         files = [encode_whole(photo, self._manifest.preprocessing.resize, *way) for way in IMAGE_WAYS]
         decoded = [preprocess(open_image(file), self._manifest.preprocessing) for file in files]
         return PhotoAnswers(
@@ -130,15 +130,6 @@ class Measuring:
             image_bytes=list(map(len, files)),
             cloud=[rows[0] for rows in self._tail.images_to_tasks([image_CHW], range(len(self._manifest.tasks)))],
         )
-
-    def _pass(self, head: Head, image_CHW: Floats) -> tuple[list[Floats], list[Floats]]:
-        """The image and the features after each segment; the probabilities of each exit."""
-        inputs, answers = [image_CHW], []
-        for index in range(head.exits):
-            features_CHW, probabilities_K = head.segment(index, inputs[-1])
-            inputs.append(features_CHW)
-            answers.append(probabilities_K)
-        return inputs, answers
 
     def _tap(self, tap: int, features: Sequence[Floats]) -> tuple[list[Floats], list[list[int]], list[Floats]]:
         """First task's probabilities and sizes at every width and rate, other tasks' at the last of both."""

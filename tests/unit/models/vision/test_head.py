@@ -31,6 +31,16 @@ def test_every_segment_and_exit_equals_pytorchs(tiny_bundle: Bundle) -> None:
         np.testing.assert_allclose(probabilities_K, split.exits[index](x_1CHW).softmax(1)[0], atol=1e-3)
 
 
+def test_a_run_is_all_segments_one_after_another(tiny_bundle: Bundle) -> None:
+    head = Head(tiny_bundle, threads=1)
+    inputs, exits_K = head.run(IMAGE)
+    assert len(inputs) == head.exits + 1 and len(exits_K) == head.exits
+    for index, probabilities_K in enumerate(exits_K):
+        features_CHW, expected_K = head.segment(index, inputs[index])
+        np.testing.assert_array_equal(features_CHW, inputs[index + 1])
+        np.testing.assert_array_equal(probabilities_K, expected_K)
+
+
 def test_the_int8_head_is_close_to_the_float_one_and_not_the_same(tiny_bundle: Bundle) -> None:
     float_head, head = Head(tiny_bundle, threads=1), Head(tiny_bundle, threads=1, precision="int8")
     x_CHW = IMAGE
