@@ -71,6 +71,11 @@ class Goal:
     target_s: float = math.inf
     target_share: float = 0.95
 
+    @property
+    def scale(self) -> Weights:
+        """What ways are weighed by."""
+        return self.weights or PRESETS[self.objective]
+
 
 class Limits(NamedTuple):
     """What a request may still take.
@@ -167,7 +172,7 @@ def best_way(routes: Iterable[RouteEstimate], goal: Goal, limits: Limits) -> Rou
 
     None where the deadline or the budgets exclude all. Running the head on is never excluded by them.
     """
-    per_s, per_usd, per_joule, per_share = goal.weights or PRESETS[goal.objective]
+    per_s, per_usd, per_joule, per_share = goal.scale
     spreads, target_s, left_s = deviations(goal.target_share), goal.target_s - limits.spent_s, limits.left_s
     most_bytes, most_usd, most_joules, most_calls = limits.allowance
     best = soonest = None
@@ -187,6 +192,12 @@ def best_way(routes: Iterable[RouteEstimate], goal: Goal, limits: Limits) -> Rou
         if best is None or cost < best_cost:
             best, best_cost = each, cost
     return best or soonest
+
+
+def by_cost(routes: Iterable[RouteEstimate], goal: Goal) -> list[RouteEstimate]:
+    """The ways in the order of their cost, whether they keep the constraints or not."""
+    scale = goal.scale
+    return sorted(routes, key=lambda each: scale.cost(each.seconds, each.usd, each.joules, each.agreement))
 
 
 @cache
@@ -236,10 +247,7 @@ def why_no_exit(situation: Situation, threshold: float) -> str:
 
 def why_chosen(chosen: RouteEstimate, situation: Situation, goal: Goal) -> str:
     """The chosen way, its alternatives, and the constraint that decided where the objective alone did not."""
-    weights, limits = goal.weights or PRESETS[goal.objective], situation.limits
-    ranked = sorted(
-        situation.routes, key=lambda each: weights.cost(each.seconds, each.usd, each.joules, each.agreement)
-    )
+    ranked, limits = by_cost(situation.routes, goal), situation.limits
     others = ", ".join(
         describe(each) for each in alternatives([chosen, *ranked]) if exclusion(each, goal, limits) is None
     )
@@ -267,12 +275,9 @@ def describe(estimate: RouteEstimate) -> str:
 
 def candidates(situation: Situation, goal: Goal, step: RoutePlan) -> tuple[Candidate, ...]:
     """Every way that was considered for a step, the cheapest by the objective first; and the last exit."""
-    weights, limits = goal.weights or PRESETS[goal.objective], situation.limits
-    ranked = sorted(
-        situation.routes, key=lambda each: weights.cost(each.seconds, each.usd, each.joules, each.agreement)
-    )
+    limits = situation.limits
     found = [] if situation.exit_name is None else [exit_candidate(situation, goal, step)]
-    for each in ranked:
+    for each in by_cost(situation.routes, goal):
         chosen = each.route == step.route and each.point == step.point
         excluded = None if chosen else exclusion(each, goal, limits)
         found.append(

@@ -11,7 +11,7 @@ from isthmus.edge_agent.policy.averages import Average, DeviceLoad, GraphLatency
 from isthmus.edge_agent.policy.budgets import Spend
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import FREE, Goal, Limits, OperatingPoint, RouteEstimate, best_way
-from isthmus.edge_agent.policy.prices import PRESETS, CostProfile, Weights
+from isthmus.edge_agent.policy.prices import CostProfile, Weights
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.messages import Codec, Payload
@@ -185,7 +185,7 @@ class Costs:
 
     def best_image(self, link: LinkEstimate, goal: Goal) -> ImageWay | None:
         """How a whole photo costs least by the goal: more bytes against more agreement. All else is alike."""
-        weights, best, least = goal.weights or PRESETS[goal.objective], self._image, math.inf
+        weights, best, least = goal.scale, self._image, math.inf
         for image, size in self._images.items():
             seconds, usd = link.transfer_s(size.value), size.value * self._usd[0]
             joules = size.value * self._profile.energy.up_j_per_byte
@@ -223,17 +223,19 @@ class Costs:
         request: InferenceRequest,
         goal: Goal = QUICKEST,
         limits: Limits = FREE,
+        image: ImageWay | None = None,
     ) -> list[RouteEstimate]:
         """The routes open to `request` after `passed` segments. Without a link that is only the next segment.
 
-        A tap that encodes the image itself stays available after any segment.
+        `image`: how the photo is sent whole, where `best_image` has said so already. A tap that encodes the image
+        itself stays available after any segment.
         """
         if link is None:
             return [] if passed == len(self.segment_s) else [self._segment(passed)]
         radio_j = self._profile.energy.radio_j(0, self.reply_bytes, limits.since_s)
         sent: dict[int, list[RouteEstimate]] = {0: []}
         if request.whole and not request.forced_split:
-            sent[0].append(self.offload(link, radio_j, self.best_image(link, goal)))
+            sent[0].append(self.offload(link, radio_j, image or self.best_image(link, goal)))
         for point in request.points:
             after = self._known[point].after
             if not after or after >= passed:

@@ -129,7 +129,9 @@ class Router:
         return Situation(
             exit_name=self._exits[passed - 1] if passed else None,
             confidence=state.score,
-            routes=self._costs.routes(passed, estimate if refused is None else None, request, goal, limits),
+            routes=self._costs.routes(
+                passed, estimate if refused is None else None, request, goal, limits, state.image
+            ),
             left_s=left_s,
             cloud_refused=refused,
             no_exit=request.no_exit,
