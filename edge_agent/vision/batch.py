@@ -1,7 +1,4 @@
-"""Work on many items, some at once, with the results in the order of the items; for live sources with back-pressure.
-
-Knows nothing about photos or the cloud.
-"""
+"""Work on many items, some at once, with the results in the order of the items."""
 
 from __future__ import annotations
 

@@ -122,9 +122,8 @@ class LiveWork(Generic[Item, Result]):
             self._changed.notify_all()
 
     def _add(self, entry: Entry[Item, Result]) -> None:
-        begun = sum(other.future is not None for other in self._entries)
         waiting = [other for other in self._entries if other.waits]
-        if begun < self._at_once and not waiting:
+        if self._begun() < self._at_once and not waiting:
             self._begin(entry, degraded=False)
         elif self._when_full == "degrade":
             self._changed.wait_for(lambda: self._ended or self._begun() < 2 * self._at_once)

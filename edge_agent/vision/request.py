@@ -133,18 +133,16 @@ def resolve_request(
     tasks = task_indices(manifest, names or config.tasks)
     selected = points.select(overrides.tap, overrides.width, overrides.rate)
     good = points.good_enough(selected, config.min_agreement)
+    others = [manifest.tasks[task].name for task in tasks if task]
+    no_exit = f"exits do not answer {', '.join(others)}" if others else None
     if overrides.private:
         if overrides.forces:
             raise InvalidInput(f"private photos are not sent, but {overrides} was requested")
-        others = [manifest.tasks[task].name for task in tasks if task]
-        lacking = f"exits do not answer {', '.join(others)}" if others else None
-        return InferenceRequest(tasks, good, False, lacking, private=True)
+        return InferenceRequest(tasks, good, False, no_exit, private=True)
     if overrides.forces:
         return InferenceRequest(tasks, good, True, f"{overrides} requested")
     if config.mode == "split":
         return InferenceRequest(tasks, good, True, "mode split")
-    others = [manifest.tasks[task].name for task in tasks if task]
-    no_exit = f"exits do not answer {', '.join(others)}" if others else None
     image, least = image_of(points, config), points.least(selected, config.min_agreement)
     return InferenceRequest(tasks, good, False, no_exit, whole=image.agreement >= least)
 

@@ -92,22 +92,22 @@ def messages_of(body: Mapping[str, Any]) -> list[Json]:
     messages: list[Json] = [{"role": "system", "content": instructions}] if instructions else []
     for index, item in enumerate(items):
         message = message_of(item, f"input[{index}]")
-        if index and is_call(item) and is_call(items[index - 1]):
+        if follows_call(items, index):
             messages[-1]["tool_calls"] += message["tool_calls"]
         else:
             messages.append(message)
     return messages
 
 
-def is_call(item: Json) -> bool:
-    """Whether it is a function call; those that follow one another are one message."""
-    return item.get("type") == "function_call"
+def follows_call(items: Sequence[Json], index: int) -> bool:
+    """Whether it is a function call after another one, and so of the same message."""
+    return index > 0 and all(item.get("type") == "function_call" for item in items[index - 1 : index + 1])
 
 
 def places_of(body: Mapping[str, Any]) -> list[int]:
     """For each message of `messages_of` the index of the item of the input that it begins with; of instructions -1."""
     items = body["input"] if isinstance(body["input"], list) else [{}]
-    begins = [index for index, item in enumerate(items) if not (index and is_call(item) and is_call(items[index - 1]))]
+    begins = [index for index in range(len(items)) if not follows_call(items, index)]
     return [-1, *begins] if body.get("instructions") else begins
 
 
