@@ -7,6 +7,7 @@ import click
 from isthmus.edge_agent.cli.chat_command import chat
 from isthmus.edge_agent.cli.config import config
 from isthmus.edge_agent.cli.infer import infer
+from isthmus.edge_agent.cli.plan import plan
 from isthmus.edge_agent.cli.run import run
 from isthmus.models.options import WIDE
 
@@ -15,7 +16,8 @@ Examples:
   edge-agent infer photo.jpg                        one answer, made on this device
   edge-agent infer photo.jpg --cloud cloud:50051    hard photos go to the cloud
   edge-agent chat --cloud cloud:50051               the cloud's language model in the terminal
-  edge-agent run --cloud cloud:50051                the same over HTTP"""
+  edge-agent run --cloud cloud:50051                the same over HTTP
+  edge-agent plan --bundle elpv                     what the router would do on 25 links"""
 
 
 @click.group(epilog=EXAMPLES, context_settings=WIDE)
@@ -24,5 +26,5 @@ def main() -> None:
     """The edge half of Isthmus: answers photos and prompts on this device, and sends what is hard to the cloud."""
 
 
-for command in (infer, run, chat, config):
+for command in (infer, run, chat, plan, config):
     main.add_command(command)

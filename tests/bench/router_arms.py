@@ -115,7 +115,13 @@ def seconds(world: World, walk: Walk, now_s: float) -> float:
     if not found.mbit:
         return float("inf")
     sent_bytes = float(size.bytes_N.mean()) + FRAMING_BYTES + REPLY_BYTES
-    return total + world.device * mean(encode_s) + found.rtt_s + 8e-6 * sent_bytes / found.mbit + found.cloud * mean(cloud_s)
+    return (
+        total
+        + world.device * mean(encode_s)
+        + found.rtt_s
+        + 8e-6 * sent_bytes / found.mbit
+        + found.cloud * mean(cloud_s)
+    )
 
 
 def mean(samples: Sequence[float]) -> float:

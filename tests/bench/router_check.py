@@ -84,7 +84,8 @@ def stages_of(answers: Sequence[Answer], bench: Bench) -> Stages:
         decode=found["decode"],
         segments=[found["segment", i] or runs for i, runs in enumerate(recorded.segments)],
         encode=[
-            [found["encode", (t, w)] or runs for w, runs in enumerate(widths)] for t, widths in enumerate(recorded.encode)
+            [found["encode", (t, w)] or runs for w, runs in enumerate(widths)]
+            for t, widths in enumerate(recorded.encode)
         ],
         image_encode={form: found["encode", "image"] or runs for form, runs in recorded.image_encode.items()},
         cloud_image=found["cloud", "image"] or recorded.cloud_image,

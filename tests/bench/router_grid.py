@@ -101,7 +101,8 @@ def once(cells: Sequence[Row]) -> Row:
     names = [name for name in cells[0]["runs"] if name.startswith("arm ") or name == "router"]
     rows = {
         name: {
-            key: float(np.mean([cell["runs"][name][key] for cell in cells])) for key in ("mean_ms", "accuracy", "agreement")
+            key: float(np.mean([cell["runs"][name][key] for cell in cells]))
+            for key in ("mean_ms", "accuracy", "agreement")
         }
         for name in names
     }

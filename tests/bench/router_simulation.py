@@ -1,4 +1,4 @@
-"""The agent's router in a simulated world: its policy, cost model, link estimates and circuit breaker are the real ones.
+"""The agent's router in a simulated world, with its real policy, cost model, link estimates and circuit breaker.
 
 What is replayed is what they decide about: the head's confidences, payloads' bytes, answers, and every stage's seconds.
 A photo goes through the steps of `EdgeAgent`; the prober's through those of `Prober`.
@@ -189,4 +189,3 @@ def route(world: World, manifest: Manifest, config: EdgeConfig, photos: int, per
         agent = SimulatedAgent(world, manifest, config, clock)
         clock.now_s = 0.0
         return [agent.answer(photo, arrives_s) for photo, arrives_s in arrivals(world, photos, period_s)]
-

@@ -65,6 +65,9 @@ class Clock:
 
     now_s: float = 0.0
 
+    def monotonic(self) -> float:
+        return self.now_s
+
     def sleep(self, seconds: float) -> None:
         self.now_s += max(seconds, 0.0)
 
@@ -72,7 +75,7 @@ class Clock:
 @contextmanager
 def simulated(clock: Clock) -> Iterator[None]:
     """`time.monotonic` and `time.sleep` are those of `clock`. For one thread."""
-    with mock.patch.object(time, "monotonic", lambda: clock.now_s), mock.patch.object(time, "sleep", clock.sleep):
+    with mock.patch.object(time, "monotonic", clock.monotonic), mock.patch.object(time, "sleep", clock.sleep):
         yield
 
 

@@ -1,0 +1,197 @@
+"""What the router would do with a photo of a device on a link, before there is either: the planner's arithmetic.
+
+    measure   the bundle's graphs on this machine -> Speeds, which can be kept and used on another machine
+    expect    Speeds, a link, a cloud -> the ways that the agent's own router takes, and what they cost on average
+
+The walk is that of an agent's photo: the same router, cost model and policy; where an exit would be asked for its
+confidence, the share of photos that it answers on the calibration part takes its place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from isthmus.edge_agent.config import EdgeConfig
+from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.policy.exits import Goal, RoutePlan
+from isthmus.edge_agent.vision.costs import Costs
+from isthmus.edge_agent.vision.request import Overrides, RequestState, resolve_request
+from isthmus.edge_agent.vision.router import Router, exit_confidence
+from isthmus.edge_agent.vision.warm_up import warm_up
+from isthmus.models.bundle.manifest import Part
+from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.head import Head
+from isthmus.models.vision.images import encode_image
+from isthmus.models.vision.manifest import Manifest, Precision, Threshold
+
+NO_LINK = "no link"
+DEVICE = "device alone"
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class Speeds(Part):
+    """Seconds of one run of each graph of a bundle at one precision, on an otherwise idle device."""
+
+    segments_s: tuple[Seconds, ...]
+    encode_s: tuple[tuple[Seconds, ...], ...]  # of each tap at each width, codec included
+    image_encode_s: Seconds
+
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether it has a figure for every graph of the bundle."""
+        widths = tuple(len(tap.widths) for tap in manifest.taps)
+        return len(self.segments_s) == len(manifest.segments) and tuple(map(len, self.encode_s)) == widths
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Of a photo, on average. `ways`: the share of photos that each way answers. `agreement`: with the cloud's model.
+
+    `way` is where the photos go that no exit answers, which is what changes with the link.
+    """
+
+    way: str
+    ways: Mapping[str, float]
+    seconds: float
+    up_bytes: float
+    usd: float
+    agreement: float
+    why: str
+
+
+def measure(bundle: Bundle, precision: Precision, threads: int) -> Speeds:
+    """The speeds of this machine, by the agent's own warm-up. Seconds."""
+    manifest = bundle.manifest
+    costs = Costs(manifest, EdgeConfig(bundle.folder).prices)
+    head = Head(bundle, threads, precision)
+    codecs = [bundle.codec(tap) for tap in range(len(manifest.taps))]
+    blank_CHW = np.zeros((3, *manifest.preprocessing.crop), np.float32)
+    warm_up(head, codecs, costs, blank_CHW)
+    return Speeds(
+        segments_s=tuple(each.value for each in costs.segment_s),
+        encode_s=tuple(tuple(each.value for each in widths) for widths in costs.encode_s),
+        image_encode_s=image_encode_s(manifest.preprocessing.crop),
+    )
+
+
+def image_encode_s(crop: tuple[int, int]) -> float:
+    """Seconds to compress a whole photo of this size: noise on a ramp, the quicker of two runs."""
+    height, width = crop
+    rng = np.random.default_rng(0)
+    ramp_HW3 = np.linspace(0, 200, width)[None, :, None] + rng.integers(0, 56, (height, width, 3))
+    image, found = Image.fromarray(ramp_HW3.astype(np.uint8)), []
+    for _ in range(2):
+        started_s = time.perf_counter()
+        encode_image(image, "jpeg", 75)
+        found.append(time.perf_counter() - started_s)
+    return max(min(found), 1e-6)
+
+
+def expect(
+    manifest: Manifest, speeds: Speeds, config: EdgeConfig, link: LinkEstimate | None, cloud_s: float | None
+) -> Expectation:
+    """What to expect of a photo. `cloud_s`: of the cloud for a whole photo; None for the agent's own assumption."""
+    costs = costs_of(manifest, speeds, config, cloud_s)
+    head = manifest.heads[config.precision]
+    certified = certified_threshold(head.thresholds, config.epsilon)
+    shares = exit_shares(certified, len(head.exits))
+    for average, share in zip(costs.exit_share, shares, strict=True):
+        average.value = share
+    router = Router(costs, [each.name for each in head.exits])
+    state = RequestState(resolve_request(costs.points, manifest, config, None, Overrides()), config.deadline_s)
+    goal = Goal(config.objective, exit_confidence(head.thresholds, config.epsilon))
+    return Walk(manifest, costs, certified).run(router, state, config, goal, link, shares)
+
+
+class Walk:
+    """The mean of what photos meet on their way through the exits and beyond."""
+
+    def __init__(self, manifest: Manifest, costs: Costs, certified: Threshold | None) -> None:
+        self._manifest, self._costs = manifest, costs
+        self._exit_agreement = 1 - certified.loss if certified else 0.0
+        self._reach, self._passed_s = 1.0, 0.0  # share of photos that are not answered yet; seconds until here
+        self._seconds = self._bytes = self._usd = self._agreement = 0.0
+        self._ways: dict[str, float] = {}
+
+    def run(
+        self,
+        router: Router,
+        state: RequestState,
+        config: EdgeConfig,
+        goal: Goal,
+        link: LinkEstimate | None,
+        shares: tuple[float, ...],
+    ) -> Expectation:
+        names = [each.name for each in self._manifest.heads[config.precision].exits]
+        unsure_K = np.zeros(len(self._manifest.tasks[0].labels), np.float32)
+        refused = None if link else NO_LINK
+        step = router.next(state, config.mode, goal, link, refused)
+        first = step.why
+        while step.route == "continue":
+            passed = len(state.exits)
+            segment_s = self._costs.segment_s[passed].value
+            self._passed_s += segment_s
+            state.deadline_s -= segment_s
+            state.exits.append(unsure_K)
+            if state.request.no_exit is None and config.mode != "edge":
+                self._take(names[passed], shares[passed], self._passed_s, self._exit_agreement)
+            step = router.next(state, config.mode, goal, link, refused)
+        way = self._end(step, names[max(len(state.exits) - 1, 0)], link)
+        return Expectation(way, self._ways, self._seconds, self._bytes, self._usd, self._agreement, first)
+
+    def _take(self, way: str, share: float, seconds: float, agreement: float) -> None:
+        """This share of the photos that are left are answered here."""
+        taken = self._reach * share
+        self._ways[way] = self._ways.get(way, 0.0) + taken
+        self._seconds += taken * seconds
+        self._agreement += taken * agreement
+        self._reach -= taken
+
+    def _end(self, step: RoutePlan, exit_name: str, link: LinkEstimate | None) -> str:
+        """The photos that are left go the way of the last step. Returns its name."""
+        left = self._reach
+        if link is None or step.route not in ("split", "offload"):
+            exits = {each.name: each for each in self._manifest.heads["fp32"].exits}
+            self._take(exit_name, 1.0, self._passed_s, exits[exit_name].agreement)
+            return DEVICE
+        if step.point is None:
+            route, agreement, size, name = self._costs.offload(link), 1.0, self._costs.image_bytes.value, "whole image"
+        else:
+            route, agreement = self._costs.split(step.point, link), self._costs.points.figures[step.point].agreement
+            size, name = self._costs.point_bytes[step.point].value, self._costs.points.name(step.point)
+        self._take(name, 1.0, self._passed_s + route.seconds, agreement)
+        self._bytes += left * size
+        self._usd += left * route.usd
+        return name
+
+
+def costs_of(manifest: Manifest, speeds: Speeds, config: EdgeConfig, cloud_s: float | None) -> Costs:
+    """The agent's cost model, as if the device had measured these speeds and the cloud had answered."""
+    costs = Costs(manifest, config.prices)
+    for segment_s, found in zip(costs.segment_s, speeds.segments_s, strict=True):
+        segment_s.calibrate(found)
+    for widths, founds in zip(costs.encode_s, speeds.encode_s, strict=True):
+        for encode_s, found in zip(widths, founds, strict=True):
+            encode_s.calibrate(found)
+    costs.image_encode_s.observe(speeds.image_encode_s)
+    if cloud_s is not None:
+        costs.cloud_s_per_mac.observe(cloud_s / costs.whole_macs)
+    return costs
+
+
+def certified_threshold(thresholds: tuple[Threshold, ...], epsilon: float) -> Threshold | None:
+    """The one that the agent uses for this epsilon; None if no exit may answer."""
+    usable = [each for each in thresholds if each.epsilon <= epsilon + 1e-12 and each.confidence <= 1]
+    return max(usable, key=lambda each: each.epsilon) if usable else None
+
+
+def exit_shares(certified: Threshold | None, exits: int) -> tuple[float, ...]:
+    """The share of the photos that reach an exit which it answers; the bundle states it for all exits together."""
+    covered = certified.coverage if certified else 0.0
+    return (1 - (1 - covered) ** (1 / exits),) * exits
