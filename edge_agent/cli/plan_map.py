@@ -73,7 +73,7 @@ def ways(expected: Expectation) -> str:
 
 
 def draw(found: Sequence[Candidate], links: Links, path: Path) -> None:
-    """A map for each device's best candidate: bandwidth across, round trip up, coloured by the way of hard photos.
+    """A map for each device's best candidate: bandwidth across, round trip up, coloured by the way.
 
     Raises InvalidInput without matplotlib.
     """
@@ -103,6 +103,6 @@ def draw(found: Sequence[Candidate], links: Links, path: Path) -> None:
         axis.set_ylabel("round trip, ms")
         axis.set_title(f"{each.device}: {each.bundle} at {each.precision}")
     patches = [Patch(color=colours[name], alpha=0.6, label=name) for name in names]
-    figure.legend(handles=patches, title="photos that no exit answers go by", loc="outside lower center", ncols=4)
+    figure.legend(handles=patches, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -53,7 +53,7 @@ class Speeds(Part):
 class Expectation:
     """Of a photo, on average. `ways`: the share of photos that each way answers. `agreement`: with the cloud's model.
 
-    `way` is where the photos go that no exit answers, which is what changes with the link.
+    `way` sums up the plan, for a map: where the photos go that no exit answers, and whether exits are asked before.
     """
 
     way: str
@@ -143,6 +143,8 @@ class Walk:
                 self._take(names[passed], shares[passed], self._passed_s, self._exit_agreement)
             step = router.next(state, config.mode, goal, link, refused)
         way = self._end(step, names[max(len(state.exits) - 1, 0)], link)
+        if way != DEVICE and len(self._ways) > 1:
+            way = f"exits, then {way}"
         return Expectation(way, self._ways, self._seconds, self._bytes, self._usd, self._agreement, first)
 
     def _take(self, way: str, share: float, seconds: float, agreement: float) -> None:
