@@ -83,6 +83,19 @@ def report(found: Row) -> str:
     return "\n".join(lines)
 
 
+def slim(value: Any) -> Any:
+    """For the file: fractions with four places, and of single arms only what they are compared by."""
+    if isinstance(value, dict):
+        return {key: slim(arm(item) if key.startswith("arm ") else item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [slim(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def arm(row: Row) -> Row:
+    return {key: row[key] for key in ("mean_ms", "accuracy", "agreement")}
+
+
 @click.command(epilog="Example: python -m tests.bench.router --json runs/router.json --plot runs/router.png")
 @click.option("--bundle", default=ROOT / "models" / "zoo" / "elpv", type=click.Path(path_type=Path))
 @click.option(
@@ -134,7 +147,7 @@ def main(
         click.echo(f"check: {json.dumps(row)}")
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(slim(result), separators=(",", ":")) + "\n", encoding="utf-8")
         click.echo(f"figures: {json_path}")
     if plot_path:
         from tests.bench.router_plot import plot

@@ -69,15 +69,20 @@ def compare(bench: Bench, world: World, photos: int, period_s: float) -> tuple[R
     return {"best_arm": best, "ratio": ratio(rows, best), "runs": rows}, runs
 
 
-def hindsight(rows: Mapping[str, Row]) -> str | None:
-    """The fastest arm of at least the router's quality."""
+def equals(rows: Mapping[str, Row]) -> list[str]:
+    """The arms of at least the router's quality."""
     router = rows["router"]
-    equal = [
+    return [
         name
         for name, row in rows.items()
         if name.startswith("arm ") and row["agreement"] >= router["agreement"] and row["accuracy"] >= router["accuracy"]
     ]
-    return min(equal, key=lambda name: float(rows[name]["mean_ms"]), default=None)
+
+
+def hindsight(rows: Mapping[str, Row], names: Sequence[str] | None = None) -> str | None:
+    """The fastest of `names`, by default of the arms of at least the router's quality."""
+    chosen = equals(rows) if names is None else names
+    return min(chosen, key=lambda name: float(rows[name]["mean_ms"]), default=None)
 
 
 def ratio(rows: Mapping[str, Row], best: str | None) -> float | None:
@@ -138,15 +143,18 @@ def run_traces(bench: Bench, quick: bool) -> dict[str, Row]:
 
 
 def settled(recording: Recording, runs: Mapping[str, Sequence[Outcome]], steps: Sequence[float]) -> list[Row]:
-    """From the settling time after each step to the next step: the router's mean over the best arm's."""
-    rows = []
+    """From the settling time after each step to the next step: the router's mean over the best arm's.
+
+    Quality is that of the whole run: a few photos say little about it.
+    """
+    names, rows = equals({name: figures(recording, run) for name, run in runs.items()}), []
     for start_s, end_s in zip(steps, [*steps[1:], TRACE_S], strict=True):
         parts = {
             name: [each for each in run if start_s + SETTLE_S <= each.started_s < end_s] for name, run in runs.items()
         }
         if len(parts["router"]) < 8:
             continue
-        rows_here = {name: figures(recording, part) for name, part in parts.items() if part}
-        best = hindsight(rows_here)
-        rows.append({"from_s": start_s + SETTLE_S, "best_arm": best, "ratio": ratio(rows_here, best)})
+        here = {name: figures(recording, part) for name, part in parts.items() if part}
+        best = hindsight(here, [name for name in names if name in here])
+        rows.append({"from_s": start_s + SETTLE_S, "best_arm": best, "ratio": ratio(here, best)})
     return rows

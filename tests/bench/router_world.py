@@ -170,4 +170,4 @@ def pick(samples: Sequence[float], photo: int) -> float:
 
 
 def way_name(way: Way) -> str:
-    return way if isinstance(way, str) else f"tap{way.tap} width{way.width} rate{way.rate}"
+    return way if isinstance(way, str) else f"tap {way.tap} width {way.width} rate {way.rate}"
