@@ -29,7 +29,7 @@ from isthmus.edge_agent.vision.payloads import PayloadEncoder
 from isthmus.edge_agent.vision.replicas import connect
 from isthmus.edge_agent.vision.request import Floats, Overrides, RequestState, resolve_deadline, resolve_request
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
-from isthmus.edge_agent.vision.router import Router, exit_confidence
+from isthmus.edge_agent.vision.router import Router, certified_threshold, exit_confidence, exit_shares
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.messages import CloudReply, Payload
@@ -71,6 +71,8 @@ class EdgeAgent:
         described = bundle.manifest.heads[config.precision]
         self._exits = [exit_.name for exit_ in described.exits]
         self.goal = Goal(config.objective, exit_confidence(described.thresholds, config.epsilon))
+        certified = certified_threshold(described.thresholds, config.epsilon)
+        self.costs.expect_exits(exit_shares(certified, len(self._exits)))
         self._router = Router(self.costs, self._exits)
         self._slots = FairSlots(compute_slots(config.threads))
         self._batch = compute_slots(config.threads) + BATCH_SENT

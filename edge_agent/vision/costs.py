@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from isthmus.edge_agent.policy.estimates import Average, DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
+from collections.abc import Sequence
+
+from isthmus.edge_agent.policy.estimates import DeviceLoad, GraphLatency, GuardedAverage, LinkEstimate
 from isthmus.edge_agent.policy.exits import OperatingPoint, RouteEstimate
 from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
@@ -15,6 +17,22 @@ CLOUD_MACS_PER_S = 20e9  # prior for the cloud's speed, replaced by the first re
 DEVICE_MACS_PER_S = 10e9  # prior for the device's speed
 IMAGE_BYTES_PER_PIXEL = 0.1  # prior for a compressed photo
 IMAGE_ENCODE_S = 0.005
+EXIT_SHARE = 0.3  # prior, replaced by the bundle's figure
+SHARE_WEIGHT = 0.02  # of one photo: a share is estimated from noughts and ones
+
+
+class ExitShare:
+    """Share of the inputs reaching an exit that it answers: what was expected, moved little by each input.
+
+    Were it replaced by the first inputs, a few hard ones would let whole images pass for the fastest way; exits would
+    then be asked no more, and the mistake would stay.
+    """
+
+    def __init__(self, expected: float) -> None:
+        self.value = expected
+
+    def observe(self, answered: bool) -> None:
+        self.value += SHARE_WEIGHT * (answered - self.value)
 
 
 class Costs:
@@ -37,7 +55,11 @@ class Costs:
         self.points = OperatingPoints(manifest)
         self.point_bytes = {point: GuardedAverage(rate.mean_bytes) for point, rate in self.points.figures.items()}
         self.cloud_s_per_mac = GuardedAverage(1 / CLOUD_MACS_PER_S)
-        self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
+        self.exit_share = [ExitShare(EXIT_SHARE) for _ in head_macs]
+
+    def expect_exits(self, shares: Sequence[float]) -> None:
+        """Before the first photo: the share of the photos reaching each exit that the bundle says it answers."""
+        self.exit_share = [ExitShare(share) for share in shares]
 
     def cloud_s(self, macs: int) -> float:
         """Predicted seconds in the cloud, queue included, for `macs` multiply-accumulates."""

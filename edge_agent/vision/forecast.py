@@ -23,7 +23,7 @@ from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal, RoutePlan
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import Overrides, RequestState, resolve_request
-from isthmus.edge_agent.vision.router import Router, exit_confidence
+from isthmus.edge_agent.vision.router import Router, certified_threshold, exit_confidence, exit_shares
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.bundle.manifest import Part
 from isthmus.models.vision.bundle import Bundle
@@ -101,8 +101,7 @@ def expect(
     head = manifest.heads[config.precision]
     certified = certified_threshold(head.thresholds, config.epsilon)
     shares = exit_shares(certified, len(head.exits))
-    for average, share in zip(costs.exit_share, shares, strict=True):
-        average.value = share
+    costs.expect_exits(shares)
     router = Router(costs, [each.name for each in head.exits])
     state = RequestState(resolve_request(costs.points, manifest, config, None, Overrides()), config.deadline_s)
     goal = Goal(config.objective, exit_confidence(head.thresholds, config.epsilon))
@@ -126,7 +125,7 @@ class Walk:
         config: EdgeConfig,
         goal: Goal,
         link: LinkEstimate | None,
-        shares: tuple[float, ...],
+        shares: list[float],
     ) -> Expectation:
         names = [each.name for each in self._manifest.heads[config.precision].exits]
         unsure_K = np.zeros(len(self._manifest.tasks[0].labels), np.float32)
@@ -185,15 +184,3 @@ def costs_of(manifest: Manifest, speeds: Speeds, config: EdgeConfig, cloud_s: fl
     if cloud_s is not None:
         costs.cloud_s_per_mac.observe(cloud_s / costs.whole_macs)
     return costs
-
-
-def certified_threshold(thresholds: tuple[Threshold, ...], epsilon: float) -> Threshold | None:
-    """The one that the agent uses for this epsilon; None if no exit may answer."""
-    usable = [each for each in thresholds if each.epsilon <= epsilon + 1e-12 and each.confidence <= 1]
-    return max(usable, key=lambda each: each.epsilon) if usable else None
-
-
-def exit_shares(certified: Threshold | None, exits: int) -> tuple[float, ...]:
-    """The share of the photos that reach an exit which it answers; the bundle states it for all exits together."""
-    covered = certified.coverage if certified else 0.0
-    return (1 - (1 - covered) ** (1 / exits),) * exits

@@ -116,7 +116,19 @@ class Router:
         )
 
 
-def exit_confidence(thresholds: Sequence[Threshold], epsilon: float) -> float:
-    """The threshold certified for the largest epsilon up to the given one; NEVER if there is none."""
+def certified_threshold(thresholds: Sequence[Threshold], epsilon: float) -> Threshold | None:
+    """The one certified for the largest epsilon up to the given one; None if there is none."""
     allowed = [threshold for threshold in thresholds if threshold.epsilon <= epsilon + 1e-12]
-    return max(allowed, key=lambda threshold: threshold.epsilon).confidence if allowed else NEVER
+    return max(allowed, key=lambda threshold: threshold.epsilon, default=None)
+
+
+def exit_confidence(thresholds: Sequence[Threshold], epsilon: float) -> float:
+    """The certified confidence; NEVER if there is none."""
+    certified = certified_threshold(thresholds, epsilon)
+    return certified.confidence if certified else NEVER
+
+
+def exit_shares(certified: Threshold | None, exits: int) -> list[float]:
+    """The share of the inputs reaching an exit that it answers; the bundle states one for all exits together."""
+    covered = certified.coverage if certified and certified.confidence <= 1 else 0.0
+    return [1 - (1 - covered) ** (1 / exits)] * exits

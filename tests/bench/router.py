@@ -53,6 +53,7 @@ def summary(cells: list[Row], traces: dict[str, Row]) -> Row:
         "worst_ratio": max(ratios, default=None),
         "worst_cell": {key: worst[key] for key in ("mbit", "rtt_ms", "device", "cloud", "best_arm")},
         "cells_above": sum(ratio > NEAR for ratio in ratios),
+        "worst_ratio_allowed": max((cell["ratio_allowed"] for cell in cells if cell["ratio_allowed"]), default=None),
         "chosen_once": once(cells),
         "whole_grid": means,
         "settled_worst": max(settled, default=None),
@@ -78,6 +79,7 @@ def report(found: Row) -> str:
         f"{found['cells']} cells; against the best arm in hindsight of at least its quality: at worst "
         f"{found['worst_ratio']} of its mean latency, more than {NEAR:g} in {found['cells_above']} cells "
         f"(no such arm in {found['cells'] - found['cells_with_an_arm_of_that_quality']}).",
+        f"Of those arms that the bundle's figures allow: at worst {found['worst_ratio_allowed']}.",
         f"Against the arm chosen once: {chosen['ratio']}. Ten seconds after a step: at worst {found['settled_worst']}.",
     ]
     return "\n".join(lines)

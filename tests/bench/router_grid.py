@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from isthmus.edge_agent.config import EdgeConfig
+from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.vision.manifest import Manifest
 from tests.bench.router_arms import always, baselines, follow, oracle, single_arms
 from tests.bench.router_recording import Recording
 from tests.bench.router_simulation import route
-from tests.bench.router_world import Conditions, Outcome, World
+from tests.bench.router_world import Conditions, Outcome, World, way_name
 
 MBITS, RTTS_MS, SLOWER = (0.25, 1, 5, 25, 100), (5, 20, 50, 100, 150), (1, 4)
 TRACE_S, PERIOD_S = 120.0, 0.5
@@ -66,7 +67,21 @@ def compare(bench: Bench, world: World, photos: int, period_s: float) -> tuple[R
     rows = {name: figures(bench.recording, run) for name, run in runs.items()}
     rows["router"]["ways"] = dict(Counter(found.way for found in runs["router"]).most_common())
     best = hindsight(rows)
-    return {"best_arm": best, "ratio": ratio(rows, best), "runs": rows}, runs
+    found = {
+        "best_arm": best,
+        "ratio": ratio(rows, best),
+        "ratio_allowed": ratio(rows, hindsight(rows, allowed(bench, rows))),
+    }
+    return {**found, "runs": rows}, runs
+
+
+def allowed(bench: Bench, rows: Mapping[str, Row]) -> list[str]:
+    """The arms of at least the router's quality that the bundle's figures do not exclude for an agent."""
+    least, manifest = bench.config.min_agreement, bench.manifest
+    exits = {f"exit{index}": each.agreement for index, each in enumerate(manifest.heads["fp32"].exits)}
+    points = {way_name(point): rate.agreement for point, rate in OperatingPoints(manifest).figures.items()}
+    known = {**exits, **points}
+    return [name for name in equals(rows) if known.get(name.removeprefix("arm "), 1.0) >= least]
 
 
 def equals(rows: Mapping[str, Row]) -> list[str]:

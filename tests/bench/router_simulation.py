@@ -17,7 +17,7 @@ from isthmus.edge_agent.transport.health import PROBE_TIMEOUT_S, Attempt, CloudH
 from isthmus.edge_agent.transport.prober import PROBE_BYTES
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import Overrides, RequestState, resolve_request
-from isthmus.edge_agent.vision.router import Router, exit_confidence
+from isthmus.edge_agent.vision.router import Router, certified_threshold, exit_confidence, exit_shares
 from isthmus.models.errors import DeadlineExceeded, IsthmusError
 from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.manifest import Manifest
@@ -80,6 +80,7 @@ class SimulatedAgent:
         self._exits = [each.name for each in head.exits]
         self.costs = Costs(manifest, config.prices)
         self._goal = Goal(config.objective, exit_confidence(head.thresholds, config.epsilon))
+        self.costs.expect_exits(exit_shares(certified_threshold(head.thresholds, config.epsilon), len(self._exits)))
         self._router = Router(self.costs, self._exits)
         self._request = resolve_request(self.costs.points, manifest, config, None, Overrides())
         self._health = CloudHealth(config.breaker)
