@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from isthmus.edge_agent.config import EdgeConfig
-from isthmus.models.errors import IsthmusError
+from isthmus.edge_agent.vision.operating_points import OperatingPoints
+from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import ROOT
 from tests.bench.router_grid import Bench, grid, once, run_traces
@@ -30,7 +31,15 @@ Row = dict[str, Any]
 
 
 def bench_of(bundle: Bundle, recording: Recording) -> Bench:
-    """Raises InvalidInput if the recording is of another bundle."""
+    """Raises InvalidInput if the recording has other ways than the bundle.
+
+    Fingerprints may differ: a bundle whose figures are measured anew has another one, and answers as before.
+    """
+    exits, points = len(bundle.manifest.segments), OperatingPoints(bundle.manifest).figures.keys()
+    if recording.points.keys() != points or recording.exits_NEK.shape[1] != exits:
+        raise InvalidInput(
+            f"the recording of bundle {recording.name} has other exits, taps or rates than {bundle.folder}"
+        )
     return Bench(recording, bundle.manifest, EdgeConfig(bundle.folder, ("simulated:1",), deadline_s=DEADLINE_S))
 
 
@@ -107,6 +116,7 @@ def arm(row: Row) -> Row:
 @click.option("--check", "checked", type=click.IntRange(2), help="Compare with real runs of this many photos; minutes.")
 @labelled_option
 @click.option("--photos", default=160, show_default=True, type=click.IntRange(2), help="Photos in each cell.")
+@click.option("--order", type=click.IntRange(0), help="Shuffle the recorded photos with this seed.")
 @click.option("--quick", is_flag=True, help="The corners of the grid, and one trace.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the picture here (PNG).")
@@ -117,6 +127,7 @@ def main(
     checked: int | None,
     labelled: Path | None,
     photos: int,
+    order: int | None,
     quick: bool,
     json_path: Path | None,
     plot_path: Path | None,
@@ -129,10 +140,12 @@ def main(
 
             part = photos_of(opened.manifest.tasks[0].name, labelled)
             record(opened, part, count, recorded.with_suffix(".jsonl")).save(recorded)
-        bench = bench_of(opened, Recording.load(recorded))
+        recording = Recording.load(recorded)
+        bench = bench_of(opened, recording if order is None else recording.shuffled(order))
         cells, traces = grid(bench, photos, quick), run_traces(bench, quick)
         result = {
-            "recording": {"machine": bench.recording.machine, "photos": len(bench.recording)},
+            "recording": {"machine": recording.machine, "photos": len(recording), "bundle": recording.fingerprint},
+            "bundle": opened.fingerprint.hex(),
             "summary": summary(cells, traces),
             "cells": cells,
             "traces": traces,

@@ -6,8 +6,9 @@ Measured by `router_record`; the simulator replays it, so that it needs neither 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,22 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def shuffled(self, seed: int) -> Recording:
+        """The same photos in another order."""
+        order_N = np.random.default_rng(seed).permutation(len(self))
+
+        def taken(ways: dict[Any, Sent]) -> dict[Any, Sent]:
+            return {way: Sent(sent.bytes_N[order_N], sent.answer_N[order_N]) for way, sent in ways.items()}
+
+        return replace(
+            self,
+            labels_N=self.labels_N[order_N],
+            cloud_N=self.cloud_N[order_N],
+            exits_NEK=self.exits_NEK[order_N],
+            points=taken(self.points),
+            images=taken(self.images),
+        )
 
     def save(self, path: Path) -> None:
         """Write it as JSON, answers as digits, probabilities with four places."""

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from isthmus.edge_agent.config import EdgeConfig
+from isthmus.edge_agent.spending import Budgets
+from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.bundle import Bundle
 from tests.bench import router
 from tests.bench.router_arms import always, follow, oracle, single_arms
@@ -58,6 +60,31 @@ def test_a_recording_survives_its_file(recorded: Recording, tmp_path: Path) -> N
     assert again.stages == recorded.stages and again.points.keys() == recorded.points.keys()
     assert np.array_equal(again.exits_NEK, recorded.exits_NEK) and len(again) == COUNT
     assert all(np.array_equal(again.images[form].bytes_N, recorded.images[form].bytes_N) for form in FORMS)
+
+
+def test_another_order_has_the_same_photos(recorded: Recording) -> None:
+    again = recorded.shuffled(1)
+    assert again.labels_N.tolist() != recorded.labels_N.tolist()
+    rows, others = (
+        sorted(zip(each.exits_NEK[:, 0, 0], each.labels_N, each.images["png"].bytes_N, strict=True))
+        for each in (recorded, again)
+    )
+    assert rows == others
+
+
+def test_a_recording_with_other_ways_is_refused(tiny_bundle: Bundle, elpv_bundle: Bundle, recorded: Recording) -> None:
+    assert router.bench_of(tiny_bundle, recorded).recording is recorded
+    with pytest.raises(InvalidInput, match="recording of bundle tiny has other exits, taps or rates than .*elpv"):
+        router.bench_of(elpv_bundle, recorded)
+
+
+def test_a_budget_of_calls_is_never_overspent(bench: Bench) -> None:
+    world = bench.world([(0.0, Conditions(25, 0.01))], device=4.0)
+    free = route(world, bench.manifest, bench.config, 60, 1.0)
+    few = replace(bench.config, budgets=Budgets(calls_hour=40))
+    sent = [found.up_bytes > 0 for found in route(world, bench.manifest, few, 60, 1.0)]
+    assert sum(found.up_bytes > 0 for found in free) > 40
+    assert 0 < sum(sent) <= 4 + 36 * 60 / 3600, "a tenth at once, the rest evenly over the hour"
 
 
 def test_bytes_take_their_time_and_wait_for_the_end_of_an_outage(recorded: Recording) -> None:
