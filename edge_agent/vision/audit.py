@@ -104,8 +104,8 @@ class Auditor:
                 drawn = self.audit.draw(self._reached(exits_K))
             if drawn and self._jobs.full():
                 self._count("skipped")
-            elif drawn:  # the caller may change its image after the answer
-                self._put(Job(image.copy(), pixels_CHW, exits_K, answer.route == "exit"))
+            elif drawn:
+                self._put(Job(image, pixels_CHW, exits_K, answer.route == "exit"))
         except Exception as error:  # out of memory or threads: the answer is right all the same
             self._failed(error)
 

@@ -1,6 +1,6 @@
 """What the exits and the cloud model of a bundle answer to test photos as they are, and under each corruption.
 
-Computed once and kept as a NumPy file, so that streams of any length are drawn from it without a model.
+Computed once and stored as a NumPy file, so that streams of any length are drawn from it without a model.
 """
 
 from __future__ import annotations
@@ -75,12 +75,11 @@ def answer(bundle: Bundle, photos: list[Image.Image], kind: str) -> Recorded:
 
 
 def photos_for(bundle: Bundle, data: Path, count: int) -> list[Image.Image]:
-    """Photos of a bundle's own data that no training used; solar cells of both other parts, since they are few."""
+    """Photos of a bundle's test part, which no training and no certificate used."""
     if bundle.manifest.tasks[0].name == "garment":
         part = fashion.load(data)["test"]
         return [Image.fromarray(image.transpose(1, 2, 0)) for image in part.images_N3HW[:count]]
-    paths = [path for part in ("calibration", "test") for path in load_elpv(part).paths]  # type: ignore[arg-type]
-    return [open_image(path.read_bytes()) for path in paths[:count]]
+    return [open_image(path.read_bytes()) for path in load_elpv("test").paths[:count]]
 
 
 def recorded(bundle: Bundle, file: Path, data: Path, count: int) -> dict[str, Recorded]:
