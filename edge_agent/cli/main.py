@@ -8,6 +8,7 @@ from isthmus.edge_agent.cli.chat_command import chat
 from isthmus.edge_agent.cli.config import config
 from isthmus.edge_agent.cli.explain import explain
 from isthmus.edge_agent.cli.infer import infer
+from isthmus.edge_agent.cli.plan import plan
 from isthmus.edge_agent.cli.recalibrate import recalibrate
 from isthmus.edge_agent.cli.run import run
 from isthmus.models.options import WIDE
@@ -19,6 +20,7 @@ Examples:
   edge-agent explain photo.jpg --cloud cloud:50051  why, and what else was considered
   edge-agent chat --cloud cloud:50051               the cloud's language model in the terminal
   edge-agent run --cloud cloud:50051                the same over HTTP
+  edge-agent plan --bundle elpv                     what the router would do on 25 links
   edge-agent recalibrate                            new thresholds from audited photos, after an alarm"""
 
 
@@ -28,5 +30,5 @@ def main() -> None:
     """The edge half of Isthmus: answers photos and prompts on this device, and sends what is hard to the cloud."""
 
 
-for command in (infer, explain, recalibrate, run, chat, config):
+for command in (infer, explain, recalibrate, run, chat, plan, config):
     main.add_command(command)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +24,14 @@ from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.audit import Audit
-from isthmus.edge_agent.policy.exits import Goal, OperatingPoint, RoutePlan
+from isthmus.edge_agent.policy.exits import OperatingPoint, RoutePlan
 from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.audit import DEADLINE_S, Auditor, Device, audited_levels
 from isthmus.edge_agent.vision.audited_pairs import AuditedPairs, pairs_path
 from isthmus.edge_agent.vision.batch import in_order
 from isthmus.edge_agent.vision.charges import Charges, Radio, probe_charge
 from isthmus.edge_agent.vision.costs import Costs, Reply
-from isthmus.edge_agent.vision.exit_rule import exit_rule
+from isthmus.edge_agent.vision.exit_rule import VOID, certified, exit_rule, exit_shares
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.live import Dropped, LiveWork, WhenFull
 from isthmus.edge_agent.vision.metrics import EdgeMetrics, degraded_reason
@@ -49,7 +48,7 @@ from isthmus.edge_agent.vision.request import (
     resolve_request,
 )
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
-from isthmus.edge_agent.vision.router import Router
+from isthmus.edge_agent.vision.router import Router, goal_of
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
 from isthmus.models.messages import CloudReply, Payload
@@ -61,7 +60,6 @@ from isthmus.models.vision.manifest import Head as Described
 
 log = logging.getLogger("isthmus.edge")
 
-VOID = "no exit answers early, as its certificates are void: {}"
 LOSSLESS = 100  # quality of a PNG
 BACK_PRESSURE = "more photos came than the cloud answers in time"
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
@@ -107,13 +105,9 @@ class EdgeAgent:
             log.warning("%s", VOID.format(self.certificates_void))
         if metrics:
             metrics.certificates(bool(self.certificates_void))
-        self.goal = Goal(
-            config.objective,
-            min(self.exit_rule.confidences),
-            config.weights.over(config.objective),
-            math.inf if config.target_s is None else config.target_s,
-            config.target_share,
-        )
+        self.goal = goal_of(config, min(self.exit_rule.confidences))
+        best = certified(described, config.epsilon, config.promise, config.among)
+        self.costs.expect_exits(exit_shares(described, best))
         self._router = Router(self.costs, self._exits, self.ledger, self._radio)
         self._slots = FairSlots(compute_slots(config.threads))
         self._batch = compute_slots(config.threads) + BATCH_SENT

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S
-from isthmus.edge_agent.policy.averages import Average, DeviceLoad, GraphLatency, GuardedAverage
+from isthmus.edge_agent.policy.averages import DeviceLoad, GraphLatency, GuardedAverage
 from isthmus.edge_agent.policy.budgets import Spend
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import FREE, Goal, Limits, OperatingPoint, RouteEstimate, best_way
@@ -25,6 +25,8 @@ IMAGE_ENCODE_S = 0.005
 QUICKEST = Goal("fastest", 2.0, Weights(1.0, 0.0, 0.0, 0.0))  # by seconds alone
 COMPUTE_SPREAD = 0.25  # relative standard deviation of computing on either side
 BYTES_PER_LABEL, REPLY_FRAMING_BYTES = 4, 32  # of an answer: a probability each, and what is around them
+EXIT_SHARE = 0.3  # prior, replaced by the bundle's figure
+SHARE_WEIGHT = 0.02  # of one photo: a share is estimated from noughts and ones
 
 
 class Known(NamedTuple):
@@ -56,6 +58,20 @@ class Ahead(NamedTuple):
     up_bytes: float
     cloud_s: float
     radio_j: float
+
+
+class ExitShare:
+    """Share of the inputs reaching an exit that it answers: what was expected, moved little by each input.
+
+    Were it replaced by the first inputs, a few hard ones would let whole images pass for the fastest way; exits would
+    then be asked no more, and the mistake would stay.
+    """
+
+    def __init__(self, expected: float) -> None:
+        self.value = expected
+
+    def observe(self, answered: bool) -> None:
+        self.value += SHARE_WEIGHT * (answered - self.value)
 
 
 class Costs:
@@ -103,7 +119,11 @@ class Costs:
             for point, rate in self.points.figures.items()
         }
         self.cloud_s_per_mac = GuardedAverage(1 / CLOUD_MACS_PER_S)
-        self.exit_share = [Average(0.3) for _ in head_macs]  # share of the inputs reaching an exit that it answers
+        self.exit_share = [ExitShare(EXIT_SHARE) for _ in head_macs]
+
+    def expect_exits(self, shares: Sequence[float]) -> None:
+        """Before the first photo: the share of the photos reaching each exit that the bundle says it answers."""
+        self.exit_share = [ExitShare(share) for share in shares]
 
     def cloud_s(self, macs: int) -> float:
         """Predicted seconds that the cloud computes for `macs` multiply-accumulates; without its queue."""

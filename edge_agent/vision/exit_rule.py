@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.vision.exit_score import exit_score
-from isthmus.models.vision.manifest import NEVER, Among, Exit, Head, Promise
+from isthmus.models.vision.manifest import NEVER, Among, Exit, Head, Promise, Threshold
+
+VOID = "no exit answers early, as its certificates are void: {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,26 @@ class ExitRule:
         return self.confidences[passed - 1] if passed else NEVER
 
 
-def exit_rule(head: Head, epsilon: float, promise: Promise = "accuracy", among: Among = "all") -> ExitRule:
-    """The rule that is certified for the largest epsilon up to the given one; no exit answers if there is none."""
+def certified(head: Head, epsilon: float, promise: Promise = "accuracy", among: Among = "all") -> Threshold | None:
+    """The certificate for the largest epsilon up to the given one; None if there is none."""
     allowed = [
         each
         for each in head.thresholds
         if (each.promise, each.among) == (promise, among) and each.epsilon <= epsilon + 1e-12
     ]
-    never = (NEVER,) * len(head.exits)
-    best = max(allowed, key=lambda threshold: threshold.epsilon, default=None)
-    return ExitRule(head.exits, best.confidences if best else never)
+    return max(allowed, key=lambda threshold: threshold.epsilon, default=None)
+
+
+def exit_rule(head: Head, epsilon: float, promise: Promise = "accuracy", among: Among = "all") -> ExitRule:
+    """The rule of that certificate; no exit answers if there is none."""
+    best = certified(head, epsilon, promise, among)
+    return ExitRule(head.exits, best.confidences if best else (NEVER,) * len(head.exits))
+
+
+def exit_shares(head: Head, best: Threshold | None) -> list[float]:
+    """The share of the inputs reaching each exit that it answers, on the calibration part; none if there is no rule."""
+    found, reach = [], 1.0
+    for share in best.shares if best else (0.0,) * len(head.exits):
+        found.append(min(share / reach, 1.0) if reach > 0 else 0.0)
+        reach -= share
+    return found

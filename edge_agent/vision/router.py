@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from isthmus.edge_agent.config import Mode
+from isthmus.edge_agent.config import EdgeConfig, Mode
 from isthmus.edge_agent.ledger import Ledger
 from isthmus.edge_agent.policy.budgets import UNLIMITED, Spend
 from isthmus.edge_agent.policy.estimates import LinkEstimate
@@ -146,3 +146,14 @@ class Router:
             reserve = self._costs.margin(self.cloud_left_s(state))
             allowance = Spend(*(has - margin for has, margin in zip(allowance, reserve, strict=True)))
         return Limits(left_s, time.monotonic() - state.started_s, allowance, self._radio.since_s())
+
+
+def goal_of(config: EdgeConfig, exit_confidence: float) -> Goal:
+    """What an agent of these settings aims at."""
+    return Goal(
+        config.objective,
+        exit_confidence,
+        config.weights.over(config.objective),
+        math.inf if config.target_s is None else config.target_s,
+        config.target_share,
+    )

@@ -34,11 +34,15 @@ def joined(hashes: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def void_because(manifest: Manifest, precision: Precision) -> str | None:
-    """Why the certificates of a head say nothing here, in one line; None where they hold."""
+def void_because(manifest: Manifest, precision: Precision, here: str | None = None) -> str | None:
+    """Why the certificates of a head say nothing with the runtime `here`, in one line; None where they hold.
+
+    Without one: this process's.
+    """
     certified, found = manifest.heads[precision].depends_on, dependencies(manifest, precision)
-    if certified.runtime != found.runtime:
-        return f"certified with {certified.runtime}, this is {found.runtime}"
+    here = here or found.runtime
+    if certified.runtime != here:
+        return f"certified with {certified.runtime}, this is {here}"
     changed = [
         name for name in ("graphs", "cloud", "preprocessing") if getattr(certified, name) != getattr(found, name)
     ]

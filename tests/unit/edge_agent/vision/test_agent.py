@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exploration import EXPLORE_EVERY
 from isthmus.edge_agent.transport.exchanges import Exchange
 from isthmus.edge_agent.vision.costs import Costs
-from isthmus.edge_agent.vision.exit_rule import exit_rule
+from isthmus.edge_agent.vision.exit_rule import certified, exit_rule
 from isthmus.edge_agent.vision.metrics import REASONS, EdgeMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import TaskAnswer
@@ -117,17 +118,27 @@ def test_a_confident_exit_answers_and_sends_nothing(case: Case, photo: Image.Ima
 
 def test_the_share_of_inputs_that_each_exit_answers_is_recorded(case: Case, photo: Image.Image) -> None:
     case.link.estimate = LinkEstimate(10.0, 1.0)  # too slow to be tried
+    case.agent.costs.expect_exits([0.5, 0.5])
     shares = case.agent.costs.exit_share
     exits_from(case, 0.0)
     case.agent.infer(photo)
-    assert [share.value for share in shares] == [1.0, 0.3], "exit0 answered the first input, exit1 has seen none"
+    assert [share.value for share in shares] == pytest.approx([0.51, 0.5]), "exit0 answered it, exit1 has seen none"
     exits_from(case, NEVER)
     case.agent.infer(photo)
-    assert [share.value for share in shares] == [0.5, 0.0], "one of two at exit0, none of one at exit1"
+    assert [share.value for share in shares] == pytest.approx([0.4998, 0.49]), "neither answered the second"
+
+
+def test_the_bundle_says_how_many_inputs_exits_answer_at_first(case: Case) -> None:
+    head = case.agent.manifest.heads["fp32"]
+    best = certified(head, case.agent.config.epsilon)
+    assert best is not None and best.coverage > 0
+    left = math.prod(1 - share.value for share in case.agent.costs.exit_share)
+    assert 1 - left == pytest.approx(best.coverage)
 
 
 @pytest.mark.parametrize("mode", ["edge", "offload"])
 def test_a_mode_that_fixes_the_route_says_nothing_about_the_exits(case: Case, photo: Image.Image, mode: str) -> None:
+    case.agent.costs.expect_exits([0.3, 0.3])
     in_mode(case, mode).agent.infer(photo)
     assert [share.value for share in case.agent.costs.exit_share] == [0.3, 0.3]
 
@@ -281,6 +292,7 @@ def test_the_agents_own_tasks_are_answered_when_none_is_named(case: Case, photo:
 
 
 def test_no_exit_answers_a_task_that_it_does_not_have(case: Case, photo: Image.Image) -> None:
+    case.agent.costs.expect_exits([0.3, 0.3])
     exits_from(case, 0.0)
     answer = case.agent.infer(photo, tasks=["colour"])
     assert answer.route in ("split", "offload")
