@@ -72,7 +72,7 @@ def test_chunks_of_a_stream_add_up_to_the_response(client: openai.OpenAI) -> Non
 
 
 def test_a_completion_with_logprobs(client: openai.OpenAI) -> None:
-    response = client.completions.create(model="cloud", prompt="The bridge", max_tokens=8, logprobs=2)
+    response = client.completions.create(model="cloud", prompt="The bridge", max_tokens=8, logprobs=2, temperature=0)
     logprobs = response.choices[0].logprobs
     assert logprobs is not None and logprobs.token_logprobs is not None and len(logprobs.token_logprobs) == 8
     assert all(value is not None and value <= 0 for value in logprobs.token_logprobs)
@@ -124,7 +124,7 @@ def test_a_client_that_disconnects_ends_the_work_in_the_cloud(
 
 
 def test_health_and_metrics(edge: EdgeProcess, client: openai.OpenAI) -> None:
-    client.chat.completions.create(model="edge", messages=HI, max_tokens=3)
+    client.chat.completions.create(model="edge", messages=HI, max_tokens=3, temperature=0)
     assert httpx.get(f"{edge.url}/healthz").json() == {"status": "ok"}
     page = httpx.get(f"{edge.url}/metrics")
     assert page.status_code == 200
