@@ -28,6 +28,11 @@ class Average:
         self._count = 0
         self.value = prior
 
+    @property
+    def measured(self) -> bool:
+        """Whether anything was observed."""
+        return self._count > 0
+
     def observe(self, value: float) -> None:
         self._count += 1
         self.value += (value - self.value) * max(self._weight, 1 / self._count)

@@ -382,7 +382,7 @@ class EdgeAgent:
 
     def _exchange(self, payload: Payload, tasks: tuple[int, ...], state: RequestState) -> CloudReply:
         """A cloud's reply; its bytes and times go into `state`, the cost model and the ledger."""
-        left_s, cloud_s = partial(self._router.cloud_left_s, state), self.costs.payload_s(payload)
+        left_s, cloud_s = partial(self._router.cloud_left_s, state), self.costs.cloud_s(payload.codec, payload.tap)
         charges = Charges(self.ledger, self.costs, self._radio, left_s)
         state.charge = charges.before_sending
         try:

@@ -15,13 +15,14 @@ from isthmus.edge_agent.policy.prices import CostProfile, Weights
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.messages import Codec, Payload
-from isthmus.models.vision.manifest import ImageWay, Manifest, Precision
+from isthmus.models.vision.manifest import ImageForm, ImageWay, Manifest, Precision
 from isthmus.protos.limits import MAX_ERROR_CHARACTERS, MAX_FRAMING_BYTES
 
+PAYLOAD_CODECS = (Codec.BOTTLENECK, Codec.IMAGE)
 CLOUD_MACS_PER_S = 20e9  # prior for the cloud's speed, replaced by the first reply
 DEVICE_MACS_PER_S = 10e9  # prior for the device's speed
 IMAGE_BYTES_PER_PIXEL = 0.1  # prior for a compressed photo
-IMAGE_ENCODE_S = 0.005
+IMAGE_ENCODE_S: dict[ImageForm, float] = {"jpeg": 0.002, "webp": 0.015, "png": 0.027}  # priors for a whole photo
 QUICKEST = Goal("fastest", 2.0, Weights(1.0, 0.0, 0.0, 0.0))  # by seconds alone
 COMPUTE_SPREAD = 0.25  # relative standard deviation of computing on either side
 BYTES_PER_LABEL, REPLY_FRAMING_BYTES = 4, 32  # of an answer: a probability each, and what is around them
@@ -35,7 +36,6 @@ class Known(NamedTuple):
     name: str
     bytes: GuardedAverage
     encode_s: GraphLatency
-    macs: int
     agreement: float
     right: float
     after: int  # segments that must run first
@@ -100,7 +100,7 @@ class Costs:
             [GraphLatency(width.encoder_macs / DEVICE_MACS_PER_S, load) for width in tap.widths]
             for tap in manifest.taps
         ]
-        self.image_encode_s = GuardedAverage(IMAGE_ENCODE_S)
+        self.image_encode_s = {form: GuardedAverage(seconds) for form, seconds in IMAGE_ENCODE_S.items()}
         self.image_bytes = GuardedAverage(height * width * IMAGE_BYTES_PER_PIXEL)
         self._image: ImageWay | None = None
         self._images: dict[ImageWay, GuardedAverage] = {}  # bytes of each that may be sent
@@ -111,34 +111,36 @@ class Costs:
                 self.points.name(point),
                 self.point_bytes[point],
                 self.encode_s[point.tap][point.width],
-                self.tail_macs[point.tap],
                 rate.agreement,
                 rate.accuracy,
                 self.points.after(point),
             )
             for point, rate in self.points.figures.items()
         }
-        self.cloud_s_per_mac = GuardedAverage(1 / CLOUD_MACS_PER_S)
+        self.cloud_s_per_mac = {codec: GuardedAverage(1 / CLOUD_MACS_PER_S) for codec in PAYLOAD_CODECS}
         self.exit_share = [ExitShare(EXIT_SHARE) for _ in head_macs]
 
     def expect_exits(self, shares: Sequence[float]) -> None:
         """Before the first photo: the share of the photos reaching each exit that the bundle says it answers."""
         self.exit_share = [ExitShare(share) for share in shares]
 
-    def cloud_s(self, macs: int) -> float:
-        """Predicted seconds that the cloud computes for `macs` multiply-accumulates; without its queue."""
-        return macs * self.cloud_s_per_mac.value
+    def cloud_s(self, codec: Codec, tap: int = 0) -> float:
+        """Predicted seconds that the cloud computes for a whole image or a bottleneck; without its queue."""
+        return self._macs(codec, tap) * self.cloud_s_per_mac[codec].value
 
     def record_cloud(self, payload: Payload, seconds: float) -> None:
-        """Record how long the cloud computed for a payload."""
-        self.cloud_s_per_mac.observe(seconds / max(self._macs(payload), 1))
+        """Record how long the cloud computed for a payload.
 
-    def payload_s(self, payload: Payload) -> float:
-        """Predicted seconds that the cloud computes for a payload."""
-        return self.cloud_s(self._macs(payload))
+        Images and bottlenecks are decoded in other ways, and are averaged apart; a cloud that has had only one of the
+        two is taken to be as quick at the other.
+        """
+        self.cloud_s_per_mac[payload.codec].observe(seconds / max(self._macs(payload.codec, payload.tap), 1))
+        for average in self.cloud_s_per_mac.values():
+            if not average.measured:
+                average.value = self.cloud_s_per_mac[payload.codec].value
 
-    def _macs(self, payload: Payload) -> int:
-        return self.whole_macs if payload.codec is Codec.IMAGE else self.tail_macs[payload.tap]
+    def _macs(self, codec: Codec, tap: int) -> int:
+        return self.whole_macs if codec is Codec.IMAGE else self.tail_macs[tap]
 
     def margin(self, left_s: float) -> Spend:
         """What is reserved for a message beyond what a route is predicted to take.
@@ -181,7 +183,7 @@ class Costs:
         """Encode a bottleneck and send it. The segments before it have run already."""
         known = self._known[point]
         up_bytes = known.bytes.value + MAX_FRAMING_BYTES
-        ahead = Ahead(known.encode_s.value, up_bytes, self.cloud_s(known.macs), radio_j)
+        ahead = Ahead(known.encode_s.value, up_bytes, self.cloud_s(Codec.BOTTLENECK, point.tap), radio_j)
         name = f"{known.name} ({up_bytes:.0f} B)"
         return self._sent("split", name, ahead, link, point, known.agreement, known.right)
 
@@ -190,7 +192,8 @@ class Costs:
         image = image or self._image
         up_bytes = self.bytes_of(image).value + MAX_FRAMING_BYTES
         name = f"whole image ({up_bytes:.0f} B)"
-        ahead = Ahead(self.image_encode_s.value, up_bytes, self.cloud_s(self.whole_macs), radio_j)
+        encode_s = self.image_encode_s[image.form if image else "jpeg"].value
+        ahead = Ahead(encode_s, up_bytes, self.cloud_s(Codec.IMAGE), radio_j)
         agreement, right = (image.agreement, image.accuracy) if image else (1.0, None)
         return self._sent("offload", name, ahead, link, None, agreement, right)
 
@@ -204,11 +207,14 @@ class Costs:
         return self.image_bytes if image is None else self._images.get(image, self.image_bytes)
 
     def best_image(self, link: LinkEstimate, goal: Goal) -> ImageWay | None:
-        """How a whole photo costs least by the goal: more bytes against more agreement. All else is alike."""
+        """How a whole photo costs least by the goal: time and bytes against agreement. The cloud's part is alike."""
         weights, best, least = goal.scale, self._image, math.inf
+        energy = self._profile.energy
         for image, size in self._images.items():
-            seconds, usd = link.transfer_s(size.value), size.value * self._usd[0]
-            joules = size.value * self._profile.energy.up_j_per_byte
+            encode_s = self.image_encode_s[image.form].value
+            seconds = encode_s + link.transfer_s(size.value)
+            usd = size.value * self._usd[0] + encode_s * self._usd[2]
+            joules = size.value * energy.up_j_per_byte + encode_s * energy.compute_w
             if (cost := weights.cost(seconds, usd, joules, image.agreement)) < least:
                 best, least = image, cost
         return best

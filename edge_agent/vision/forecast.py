@@ -9,13 +9,11 @@ confidence, the share of photos that it answers on the calibration part takes it
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from isthmus.edge_agent.config import EdgeConfig
@@ -30,11 +28,11 @@ from isthmus.edge_agent.vision.request import Overrides, RequestState, image_of,
 from isthmus.edge_agent.vision.router import Router, goal_of
 from isthmus.edge_agent.vision.warm_up import warm_up
 from isthmus.models.bundle.manifest import Part
+from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import runtime, void_because
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.images import encode_image
-from isthmus.models.vision.manifest import Manifest, Precision
+from isthmus.models.vision.manifest import ImageForm, Manifest, Precision
 
 NO_LINK = "no link"
 DEVICE = "device alone"
@@ -48,13 +46,17 @@ class Speeds(Part):
 
     segments_s: tuple[Seconds, ...]
     encode_s: tuple[tuple[Seconds, ...], ...]  # of each tap at each width, codec included
-    image_encode_s: Seconds
+    image_encode_s: dict[ImageForm, Seconds]
     runtime: Annotated[str, Field(min_length=1, max_length=64)]  # that ran them, which certificates depend on
 
     def fits(self, manifest: Manifest) -> bool:
         """Whether it has a figure for every graph of the bundle."""
         widths = tuple(len(tap.widths) for tap in manifest.taps)
-        return len(self.segments_s) == len(manifest.segments) and tuple(map(len, self.encode_s)) == widths
+        return (
+            len(self.segments_s) == len(manifest.segments)
+            and tuple(map(len, self.encode_s)) == widths
+            and all(each.form in self.image_encode_s for each in manifest.images)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +87,9 @@ def measure(bundle: Bundle, precision: Precision, threads: int) -> Speeds:
     return Speeds(
         segments_s=tuple(each.value for each in costs.segment_s),
         encode_s=tuple(tuple(each.value for each in widths) for widths in costs.encode_s),
-        image_encode_s=image_encode_s(manifest.preprocessing.crop),
+        image_encode_s={form: each.value for form, each in costs.image_encode_s.items()},
         runtime=runtime(),
     )
-
-
-def image_encode_s(crop: tuple[int, int]) -> float:
-    """Seconds to compress a whole photo of this size: noise on a ramp, the quicker of two runs."""
-    height, width = crop
-    rng = np.random.default_rng(0)
-    ramp_HW3 = np.linspace(0, 200, width)[None, :, None] + rng.integers(0, 56, (height, width, 3))
-    image, found = Image.fromarray(ramp_HW3.astype(np.uint8)), []
-    for _ in range(2):
-        started_s = time.perf_counter()
-        encode_image(image, "jpeg", 75)
-        found.append(time.perf_counter() - started_s)
-    return max(min(found), 1e-6)
 
 
 def expect(
@@ -194,7 +183,8 @@ def costs_of(manifest: Manifest, speeds: Speeds, config: EdgeConfig, cloud_s: fl
     for widths, founds in zip(costs.encode_s, speeds.encode_s, strict=True):
         for encode_s, found in zip(widths, founds, strict=True):
             encode_s.calibrate(found)
-    costs.image_encode_s.observe(speeds.image_encode_s)
+    for form, seconds in speeds.image_encode_s.items():
+        costs.image_encode_s[form].observe(seconds)
     if cloud_s is not None:
-        costs.cloud_s_per_mac.observe(cloud_s / costs.whole_macs)
+        costs.record_cloud(Payload(Codec.IMAGE, 0, 0, b""), cloud_s)
     return costs

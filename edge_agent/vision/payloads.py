@@ -64,7 +64,7 @@ class PayloadEncoder:
         """
         with state.stage("encode"):
             payload = image_payload(image, self._resize, way.form, way.quality)
-        self._costs.image_encode_s.observe(state.stage_ms["encode"] / 1000)
+        self._costs.image_encode_s[way.form].observe(state.stage_ms["encode"] / 1000)
         self._costs.bytes_of(way).observe(len(payload.data))
         return payload
 

@@ -214,7 +214,7 @@ class SimulatedAgent:
         self._spend(state, "encode", seconds)
         if isinstance(way, str):
             payload = Payload(Codec.IMAGE, 0, 0, bytes(size))
-            self.costs.image_encode_s.observe(seconds)
+            self.costs.image_encode_s[image.form].observe(seconds)
             self.costs.bytes_of(image).observe(size)
         else:
             payload = Payload(Codec.BOTTLENECK, way.tap, way.rate, bytes(size))

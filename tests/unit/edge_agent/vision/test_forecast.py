@@ -21,7 +21,7 @@ def speeds(factor: float = 1.0) -> Speeds:
     return Speeds(
         segments_s=(0.04 * factor, 0.02 * factor),
         encode_s=((0.02 * factor, 0.03 * factor, 0.05 * factor), (0.001 * factor,)),
-        image_encode_s=0.002 * factor,
+        image_encode_s={"jpeg": 0.002 * factor, "webp": 0.014 * factor, "png": 0.027 * factor},
         runtime=runtime(),
     )
 
@@ -90,7 +90,7 @@ def test_a_profile_without_this_bundle_says_what_it_has(tiny_bundle: Bundle, elp
         ('{"device": "x", "bundles": {}, "more": 1}', "more"),
         (
             '{"device": "x", "bundles": {"a": {"name": "a", "precisions": {"fp32":'
-            ' {"segments_s": [-1], "encode_s": [], "image_encode_s": 1, "runtime": "any 1.0"}}}}}',
+            ' {"segments_s": [-1], "encode_s": [], "image_encode_s": {}, "runtime": "any 1.0"}}}}}',
             "segments_s.0",
         ),
         (" " * (1 << 20) + "{}", "larger than"),
@@ -105,7 +105,9 @@ def test_what_is_no_profile_is_refused_by_file_and_field(tmp_path: Path, content
 
 
 def test_a_profile_of_another_shape_is_refused(elpv_bundle: Bundle) -> None:
-    wrong = Speeds(segments_s=(1.0,), encode_s=(), image_encode_s=1.0, runtime="any 1.0")
+    wrong = Speeds(
+        segments_s=(1.0,), encode_s=(), image_encode_s={"jpeg": 1.0, "webp": 1.0, "png": 1.0}, runtime="any 1.0"
+    )
     bundles = {elpv_bundle.fingerprint.hex(): {"name": "elpv", "precisions": {"fp32": wrong}}}
     profile = DeviceProfile.model_validate({"device": "x", "bundles": bundles})
     with pytest.raises(InvalidInput, match="no speeds of bundle elpv"):
