@@ -54,10 +54,6 @@ class LinkEstimate:
         """`transfer_s`, and the wait in the cloud's queue."""
         return self.transfer_s(up_bytes) + self.queue_s
 
-    def spread_s(self, up_bytes: float) -> float:
-        """Standard deviation of `transfer_s(up_bytes)`."""
-        return self.spread * self.transfer_s(up_bytes)
-
 
 class Probe(NamedTuple):
     """A message that was sent only to measure: the seconds until its reply, and the bytes of both."""

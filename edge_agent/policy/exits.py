@@ -23,8 +23,7 @@ from isthmus.edge_agent.policy.prices import PRESETS, Objective, Weights
 Route = Literal["exit", "continue", "split", "offload", "fallback"]
 
 
-@dataclass(frozen=True, slots=True)
-class OperatingPoint:
+class OperatingPoint(NamedTuple):
     """An operating point of the bottlenecks: indices of a tap, of one of its widths and of one of its rates."""
 
     tap: int
@@ -33,14 +32,15 @@ class OperatingPoint:
 
 
 class RouteEstimate(NamedTuple):
-    """One way with what it is predicted to take from here on. `point` is for split; `name` is for people.
+    """One way with what it is predicted to take from here on. `point` is for split; `way` is for people.
 
-    bytes: up and down. joules: modelled. calls: of a cloud. spread_s: standard deviation of the seconds. agreement: of
-    its answers with the cloud model; right: chance that they are right; both from the bundle, None where it has none.
+    bytes: up and down; up_bytes: of the message that it sends, 0 where it sends none. joules: modelled. calls: of a
+    cloud. spread_s: standard deviation of the seconds. agreement: of its answers with the cloud model; right: chance
+    that they are right; both from the bundle, None where it has none.
     """
 
     route: Literal["continue", "split", "offload"]
-    name: str
+    way: str
     seconds: float
     usd: float
     point: OperatingPoint | None = None
@@ -50,6 +50,12 @@ class RouteEstimate(NamedTuple):
     agreement: float = 1.0
     right: float | None = None
     spread_s: float = 0.0
+    up_bytes: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For people; for example "deep rate 3 (939 B)"."""
+        return f"{self.way} ({self.up_bytes:.0f} B)" if self.up_bytes else self.way
 
     @property
     def spend(self) -> Spend:
@@ -178,7 +184,7 @@ def best_way(routes: Iterable[RouteEstimate], goal: Goal, limits: Limits) -> Rou
     best = soonest = None
     best_cost = soonest_s = math.inf
     for each in routes:
-        _, _, seconds, usd, _, size, joules, calls, agreement, _, spread_s = each
+        _, _, seconds, usd, _, size, joules, calls, agreement, _, spread_s, _ = each
         if each.route != "continue" and (
             seconds > left_s or size > most_bytes or calls > most_calls or usd > most_usd or joules > most_joules
         ):

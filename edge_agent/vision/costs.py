@@ -18,7 +18,6 @@ from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.manifest import ImageForm, ImageWay, Manifest, Precision
 from isthmus.protos.limits import MAX_ERROR_CHARACTERS, MAX_FRAMING_BYTES
 
-PAYLOAD_CODECS = (Codec.BOTTLENECK, Codec.IMAGE)
 CLOUD_MACS_PER_S = 20e9  # prior for the cloud's speed, replaced by the first reply
 DEVICE_MACS_PER_S = 10e9  # prior for the device's speed
 IMAGE_BYTES_PER_PIXEL = 0.1  # prior for a compressed photo
@@ -36,6 +35,7 @@ class Known(NamedTuple):
     name: str
     bytes: GuardedAverage
     encode_s: GraphLatency
+    macs: int  # of the cloud
     agreement: float
     right: float
     after: int  # segments that must run first
@@ -111,13 +111,15 @@ class Costs:
                 self.points.name(point),
                 self.point_bytes[point],
                 self.encode_s[point.tap][point.width],
+                self.tail_macs[point.tap],
                 rate.agreement,
                 rate.accuracy,
                 self.points.after(point),
             )
             for point, rate in self.points.figures.items()
         }
-        self.cloud_s_per_mac = {codec: GuardedAverage(1 / CLOUD_MACS_PER_S) for codec in PAYLOAD_CODECS}
+        self._split_s_per_mac, self._image_s_per_mac = (GuardedAverage(1 / CLOUD_MACS_PER_S) for _ in range(2))
+        self.cloud_s_per_mac = {Codec.BOTTLENECK: self._split_s_per_mac, Codec.IMAGE: self._image_s_per_mac}
         self.exit_share = [ExitShare(EXIT_SHARE) for _ in head_macs]
 
     def expect_exits(self, shares: Sequence[float]) -> None:
@@ -183,19 +185,17 @@ class Costs:
         """Encode a bottleneck and send it. The segments before it have run already."""
         known = self._known[point]
         up_bytes = known.bytes.value + MAX_FRAMING_BYTES
-        ahead = Ahead(known.encode_s.value, up_bytes, self.cloud_s(Codec.BOTTLENECK, point.tap), radio_j)
-        name = f"{known.name} ({up_bytes:.0f} B)"
-        return self._sent("split", name, ahead, link, point, known.agreement, known.right)
+        ahead = Ahead(known.encode_s.value, up_bytes, known.macs * self._split_s_per_mac.value, radio_j)
+        return self._sent("split", known.name, ahead, link, point, known.agreement, known.right)
 
     def offload(self, link: LinkEstimate, radio_j: float = 0.0, image: ImageWay | None = None) -> RouteEstimate:
         """Compress and send the whole photo."""
         image = image or self._image
         up_bytes = self.bytes_of(image).value + MAX_FRAMING_BYTES
-        name = f"whole image ({up_bytes:.0f} B)"
         encode_s = self.image_encode_s[image.form if image else "jpeg"].value
-        ahead = Ahead(encode_s, up_bytes, self.cloud_s(Codec.IMAGE), radio_j)
+        ahead = Ahead(encode_s, up_bytes, self.whole_macs * self._image_s_per_mac.value, radio_j)
         agreement, right = (image.agreement, image.accuracy) if image else (1.0, None)
-        return self._sent("offload", name, ahead, link, None, agreement, right)
+        return self._sent("offload", "whole image", ahead, link, None, agreement, right)
 
     def send_whole_as(self, image: ImageWay, others: Sequence[ImageWay] = ()) -> None:
         """Whole photos are sent so, or as one of the others; sizes are the bundle's until some are measured."""
@@ -222,7 +222,7 @@ class Costs:
     def _sent(
         self,
         route: Literal["split", "offload"],
-        name: str,
+        way: str,
         ahead: Ahead,
         link: LinkEstimate,
         point: OperatingPoint | None,
@@ -231,15 +231,16 @@ class Costs:
     ) -> RouteEstimate:
         """A way that sends one message."""
         device_s, up_bytes, cloud_s, radio_j = ahead
-        wait_s = link.reply_s(up_bytes) + cloud_s
+        transfer_s = link.transfer_s(up_bytes)
+        wait_s = transfer_s + link.queue_s + cloud_s
         per_byte, per_cloud_s, per_device_s, reply = self._usd
         usd = up_bytes * per_byte + cloud_s * per_cloud_s + device_s * per_device_s + reply
         energy = self._profile.energy
         joules = device_s * energy.compute_w + wait_s * energy.idle_w + up_bytes * energy.up_j_per_byte + radio_j
         size = up_bytes + self.reply_bytes
-        spread_s = math.hypot(link.spread_s(up_bytes), COMPUTE_SPREAD * (device_s + cloud_s))
+        spread_s = math.hypot(link.spread * transfer_s, COMPUTE_SPREAD * (device_s + cloud_s))
         return RouteEstimate(
-            route, name, device_s + wait_s, usd, point, size, joules, 1.0, agreement, right, spread_s
+            route, way, device_s + wait_s, usd, point, size, joules, 1.0, agreement, right, spread_s, up_bytes
         )  # fmt: skip
 
     def routes(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, EdgeConfig
+from isthmus.edge_agent.policy.budgets import Spend
 from isthmus.edge_agent.policy.exits import Candidate, OperatingPoint
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.errors import InvalidInput
@@ -64,6 +65,9 @@ class RequestState:
         self.request, self.explain = request, explain
         self.candidates: tuple[Candidate, ...] | None = None  # at the last step
         self.charge: Callable[[int], None] = lambda up_bytes: None  # called before a message is sent; may raise
+        self.allowance: Spend | None = (
+            None  # of the budgets at its first step, less what is reserved beyond the expected
+        )
         self.joules = 0.0  # modelled, of what was sent and waited for
         self.started_s = time.monotonic()
         self.deadline_s = self.started_s + deadline_s

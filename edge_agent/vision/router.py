@@ -140,12 +140,21 @@ class Router:
         )
 
     def _limits(self, state: RequestState, left_s: float) -> Limits:
-        """What is left of the request's time and of the budgets, less what is reserved beyond the expected."""
+        """What is left of the request's time and of the budgets.
+
+        The budgets are looked up once a photo: what holds is the reservation before anything is sent.
+        """
+        if state.allowance is None:
+            state.allowance = self._allowance(state)
+        return Limits(left_s, time.monotonic() - state.started_s, state.allowance, self._radio.since_s())
+
+    def _allowance(self, state: RequestState) -> Spend:
+        """What is left of the budgets, less what is reserved beyond the expected."""
         allowance = self._ledger.allowance()
-        if allowance is not UNLIMITED:
-            reserve = self._costs.margin(self.cloud_left_s(state))
-            allowance = Spend(*(has - margin for has, margin in zip(allowance, reserve, strict=True)))
-        return Limits(left_s, time.monotonic() - state.started_s, allowance, self._radio.since_s())
+        if allowance is UNLIMITED:
+            return allowance
+        reserve = self._costs.margin(self.cloud_left_s(state))
+        return Spend(*(has - margin for has, margin in zip(allowance, reserve, strict=True)))
 
 
 def goal_of(config: EdgeConfig, exit_confidence: float) -> Goal:
