@@ -14,7 +14,7 @@ from isthmus.models.settings import Flag, Settings
 
 @dataclass(frozen=True)
 class Budgets(Settings):
-    """Hard limits of what photos, probes and audits send in any hour and in any day. Prompts are not charged."""
+    """Hard limits of what photos, prompts, probes and audits send in any hour and in any day."""
 
     bytes_hour: Annotated[
         float | None,

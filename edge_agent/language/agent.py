@@ -21,7 +21,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from isthmus.edge_agent.config import LanguageConfig
+from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.language.available import NO_CLOUD, Sides
+from isthmus.edge_agent.language.charges import Tariff
 from isthmus.edge_agent.language.cloud_model import CloudModel, ReplicaMatch, label
 from isthmus.edge_agent.language.generation import Generation, Resources
 from isthmus.edge_agent.language.metrics import LanguageMetrics
@@ -31,6 +33,7 @@ from isthmus.edge_agent.language.router import Router
 from isthmus.edge_agent.language.scoring import score_locally
 from isthmus.edge_agent.language.text import TextInterface
 from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache, cache_folder
+from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.arms import ARMS, Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
@@ -47,7 +50,6 @@ if TYPE_CHECKING:
 
 # A stream that breaks says so at once, and others wait: one failure is enough, and probes come soon and often.
 BREAKER = BreakerLimits(failures=1, first_s=0.25, last_s=2.0)
-UNCHARGED = "budgets limit photos; prompts are not charged, and no budget limits them"
 log = logging.getLogger("isthmus.edge")
 UNKNOWN_NAME = "cloud"  # of the model, until a cloud has answered
 
@@ -63,9 +65,9 @@ class LanguageAgent(TextInterface):
         """Raises BundleError, InvalidInput."""
         if not isinstance(config, LanguageConfig):
             raise InvalidInput(f"config is {type(config).__name__}, expected a LanguageConfig")
-        if config.budgets.budgets:
-            log.warning(UNCHARGED)
         self.config = config
+        self.ledger = Ledger(config.budgets.budgets, config.ledger or default_path())
+        self._tariff = Tariff(self.ledger, open_profile(config.profile, config.prices))
         self._lifetime = Lifetime()
         self._metrics = metrics
         self._device = device = open_device(config)
@@ -86,6 +88,7 @@ class LanguageAgent(TextInterface):
             router=router,
             handoff=device.handoff if device else None,
             grammars=self._grammars_of,
+            tariff=self._tariff,
         )
         until_s = time.monotonic() + config.connect_s
         for link in links:
@@ -208,6 +211,7 @@ class LanguageAgent(TextInterface):
         """End the links. Later requests raise AgentClosed."""
         self._lifetime.closed = True
         self.replicas.close()
+        self.ledger.close()
 
     def __enter__(self) -> LanguageAgent:
         return self
@@ -216,7 +220,7 @@ class LanguageAgent(TextInterface):
         self.close()
 
     def _link(self, target: str) -> LanguageLink:
-        probes = ProbeSchedule(self.config.probe_bytes_per_hour / len(self.config.clouds))
+        probes = ProbeSchedule(self.config.probe_bytes_per_hour / len(self.config.clouds), self._tariff.probe)
         return LanguageLink(target, ReplicaMatch(self._cloud, target), self.config.tls, BREAKER, probes=probes)
 
     def _grammars_of(self, vocabulary: bytes) -> Grammars:

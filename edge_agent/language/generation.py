@@ -16,6 +16,7 @@ from isthmus.edge_agent.language.arms.remote import RemoteArm
 from isthmus.edge_agent.language.arms.rounds import Rounds
 from isthmus.edge_agent.language.arms.translated import TranslatedArm
 from isthmus.edge_agent.language.arms.verify import VerifyArm
+from isthmus.edge_agent.language.charges import FREE, Tariff
 from isthmus.edge_agent.language.remote_query import RemoteQuery
 from isthmus.edge_agent.language.remote_session import Fallback, MakeOpening, RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
@@ -50,6 +51,7 @@ class Resources:
     router: Router
     handoff: tuple[HandoffBundle, HandoffSettings] | None
     grammars: Callable[[bytes], Grammars]
+    tariff: Tariff = FREE
 
 
 class Generation:
@@ -188,7 +190,9 @@ class Generation:
         """The answer's session of a kind, which all its arms share."""
         if kind not in self._sessions:
             replicas = self._resources.replicas
-            session = RemoteSession(replicas, self.sequence, self.stats, opening, kind, self._cancelled)
+            session = RemoteSession(
+                replicas, self.sequence, self.stats, opening, kind, self._cancelled, tariff=self._resources.tariff
+            )
             self._sessions[kind] = session
         return self._sessions[kind]
 

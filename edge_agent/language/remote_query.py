@@ -16,7 +16,7 @@ from isthmus.edge_agent.language.request import Token, cloud_token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.policy.speculation import SpeculationStats
-from isthmus.models.errors import ContextGone, InvalidReply, IsthmusError, LinkError, ServiceError
+from isthmus.models.errors import ContextGone, InvalidReply, IsthmusError, LinkError, OverBudget, ServiceError
 from isthmus.models.messages import Committed, Round
 
 
@@ -49,7 +49,7 @@ class RemoteQuery:
         if self._session.prepare():
             try:
                 self._send()
-            except (LinkError, ServiceError):
+            except (LinkError, OverBudget, ServiceError):
                 self._session.disconnect()
                 self._asked = None
 

@@ -13,13 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+from isthmus.edge_agent.language.charges import FREE, StreamCharges, Tariff
 from isthmus.edge_agent.language.replicas import Replicas, SessionHandle
 from isthmus.edge_agent.language.request import Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
 from isthmus.edge_agent.transport.generate_stream import GenerateStream
 from isthmus.edge_agent.transport.language_link import LanguageLink
-from isthmus.models.errors import AnswerCancelled, DeadlineExceeded, IsthmusError, LinkDown, LinkError, ServiceError
+from isthmus.models.errors import (
+    AnswerCancelled,
+    DeadlineExceeded,
+    IsthmusError,
+    LinkDown,
+    LinkError,
+    OverBudget,
+    ServiceError,
+)
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos.wire_session import checksum
 
@@ -63,9 +72,10 @@ class RemoteSession:
         make_opening: MakeOpening,
         kind: bytes = b"",
         cancelled: threading.Event | None = None,
+        *,
+        tariff: Tariff = FREE,
     ) -> None:
         """`kind` tells sessions apart whose KV caches cannot be reused for each other.
-
         A wait for the cloud ends with AnswerCancelled soon after `cancelled` is set.
         """
         self._replicas, self._sequence, self._stats = replicas, sequence, stats
@@ -74,6 +84,8 @@ class RemoteSession:
         self._cancelled = cancelled or threading.Event()
         self._link: LanguageLink | None = None  # of the stream, or of the attempt that may open one
         self._stream: GenerateStream | None = None
+        self._tariff, self._charges = tariff, StreamCharges(tariff, 0)
+        self._over: OverBudget | None = None  # for the rest of this answer
         self._closed = False
         self._patience_s = PATIENCE_S
         self._stalled: list[LanguageLink] = []  # alive, but without a reply in time: not tried again for this answer
@@ -98,8 +110,8 @@ class RemoteSession:
     ) -> Generator[Token, None, None]:
         """Tokens of `remote`, by one replica after another, and of `fallback` while there is none, until `done`.
 
-        Raises what the cloud says of an invalid request, and LinkDown when nobody can go on. Without a fallback it
-        waits for a replica.
+        Raises what the cloud says of an invalid request, LinkDown when nobody can go on, and OverBudget when
+        nothing more may be spent. Without a fallback it waits for a replica.
         """
         attempts, failure = 0, None
         self._patience_s = FALLBACK_PATIENCE_S if fallback else PATIENCE_S
@@ -107,7 +119,8 @@ class RemoteSession:
             generated = self._sequence.generated
             link = self._best() if attempts < ATTEMPTS else None
             if link is None:
-                yield from self._fall_back(fallback, failure if attempts == ATTEMPTS else None, done)
+                final = self._over or (failure if attempts == ATTEMPTS else None)
+                yield from self._fall_back(fallback, final, done)
             else:
                 failure = yield from self._attempt(link, remote)
             if self._sequence.generated > generated:
@@ -154,15 +167,21 @@ class RemoteSession:
 
     def poll(self) -> Committed | None:
         """A reply that is there already. Raises ContextGone when the replica lacks the session."""
-        return self._open_stream.poll()
+        committed = self._open_stream.poll()
+        if committed is not None:
+            self._charges.replied(committed)
+        return committed
 
     def receive(self) -> Committed:
         """The next reply of a replica that is alive, however slow. Raises ContextGone when it lacks the session."""
         until_s = time.monotonic() + self._patience_s
         while True:
             try:
-                return self._open_stream.receive()
+                committed = self._open_stream.receive()
+                self._charges.replied(committed)
+                return committed
             except DeadlineExceeded:
+                self._charges.waits()
                 if self._cancelled.is_set():
                     raise AnswerCancelled("the answer was given up") from None
                 if not self._used.alive(ALIVE_S):
@@ -176,7 +195,9 @@ class RemoteSession:
         stream, self._stream = self._stream, None
         if stream is None:
             return
+        due = stream.due
         stream.close()
+        self._charges.close(stream.bytes_up, stream.bytes_down, due=due)
         self._stats.bytes_up += stream.bytes_up
         self._stats.opening_bytes += stream.opening_bytes
         self._stats.bytes_down += stream.bytes_down
@@ -200,11 +221,14 @@ class RemoteSession:
         return self._stream
 
     def _best(self) -> LanguageLink | None:
-        """The replica to use now; None: none can go on with the answer."""
+        """The replica to use now; None: none can go on with the answer, or nothing more may be spent on it."""
+        if self._over is not None:
+            return None
         return self._replicas.best(self._stalled, self._sequence)
 
     def _new_stream(self) -> GenerateStream:
-        return self._used.open_generate_stream(self._replicas.pin(self._sequence).vocab)
+        self._charges = StreamCharges(self._tariff, self._sequence.request.top_logprobs or 0)
+        return self._used.open_generate_stream(self._replicas.pin(self._sequence).vocab, self._charges.before_sending)
 
     def _leave_retired(self) -> bool:
         """Disconnect from a stream that was closed for want of use. Returns whether it was."""
@@ -219,13 +243,17 @@ class RemoteSession:
 
     def _attempt(
         self, link: LanguageLink, remote: Callable[[], Iterator[Token]]
-    ) -> Generator[Token, None, LinkError | ServiceError | None]:
+    ) -> Generator[Token, None, LinkError | ServiceError | OverBudget | None]:
         """As many tokens as one replica gives; what ended it too early."""
         if not self.connected:
             self._link = link
         self._stats.fell_back = False
         try:
             yield from remote()
+        except OverBudget as error:
+            self._over, self._stats.problem = error, str(error)
+            self.disconnect()
+            return error
         except (LinkError, ServiceError) as error:
             self._stats.problem = f"{error}; went on with what was committed"
             self._handle.held = 0  # what is left there of the session is not known

@@ -25,6 +25,10 @@ from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 RECEIVE_TIMEOUT_S = 1.0  # a caller that has waited this long checks whether the cloud is alive
 
 
+def allow(up_bytes: int, tokens: int) -> None:
+    """Anything may be sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamObservation:
     """Bytes sent and transit time of one round. `elapsed_s` leaves out the cloud's own time; None if unknown."""
@@ -41,8 +45,14 @@ class GenerateStream:
         stub: pb_grpc.IsthmusStub,
         vocab: int,
         on_reply: Callable[[StreamObservation | IsthmusError], None],
+        before_sending: Callable[[int, int], None] = allow,
     ) -> None:
-        """`on_reply` gets an observation of each reply, and a failure of the stream, in the thread that receives it."""
+        """`on_reply` gets an observation of each reply, and a failure of the stream, in the thread that receives it.
+
+        before_sending: called with each message's bytes and the tokens that the cloud may decode for it; what it raises
+        keeps the message from being sent.
+        """
+        self._before_sending = before_sending
         self._vocab = vocab
         self._on_reply = on_reply
         self._outgoing: SimpleQueue[pb.GenerateRequest | None] = SimpleQueue()
@@ -59,7 +69,7 @@ class GenerateStream:
 
     def open(self, opening: Opening) -> None:
         """Send the session and its tokens. Rounds may follow without waiting for a reply."""
-        size = self._send(wire_session.pack_opening(opening))
+        size = self._send(wire_session.pack_opening(opening), 0)
         self.opening_bytes += size
         self._unanswered = size
         self._sent.clear()
@@ -67,7 +77,7 @@ class GenerateStream:
 
     def send(self, round_: Round) -> None:
         """Send one round."""
-        size = self._send(wire_session.pack_round(round_))
+        size = self._send(wire_session.pack_round(round_), 1 + len(round_.draft) + round_.extend)
         self._rounds_due, self._tokens_due = self._rounds_due + 1, round_.extend
         self._sent.append((time.monotonic(), size + self._unanswered))
         self._unanswered = 0
@@ -96,8 +106,7 @@ class GenerateStream:
 
         What is sent later raises ContextGone: the session is to be opened over another stream.
         """
-        due = self._rounds_due > 0 or self._tokens_due > 0
-        if not due and time.monotonic() - self._active_s > limits.IDLE_STREAM_S:
+        if not self.due and time.monotonic() - self._active_s > limits.IDLE_STREAM_S:
             self.retired = True
             self._outgoing.put(None)
 
@@ -130,14 +139,20 @@ class GenerateStream:
         alone = not self._sent and committed.tokens  # queued after another round, or stale: the transit time is unknown
         return StreamObservation(size, max(transit_s, 0.0) if alone else None)
 
-    def _send(self, message: pb.GenerateRequest) -> int:
+    @property
+    def due(self) -> bool:
+        """Whether replies may be on the way."""
+        return self._rounds_due > 0 or self._tokens_due > 0
+
+    def _send(self, message: pb.GenerateRequest, tokens: int) -> int:
         if self._failure is not None:
             raise self._failure
         if self.retired:
             raise ContextGone("the stream was idle and is closed")
+        size = message.ByteSize() + GRPC_PREFIX_BYTES
+        self._before_sending(size, tokens)
         self._active_s = time.monotonic()
         self._outgoing.put(message)
-        size = message.ByteSize() + GRPC_PREFIX_BYTES
         self.bytes_up += size
         return size
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakSet
 
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.exploration import ProbeSchedule
 from isthmus.edge_agent.transport.cloud_link import CloudLink
-from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation
+from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation, allow
 from isthmus.edge_agent.transport.prober import Match
 from isthmus.models.errors import IsthmusError, LinkDown, Refused
 
@@ -33,15 +34,15 @@ class LanguageLink(CloudLink):
         self._generating = WeakSet[GenerateStream]()
         self._start(match, self._retire_idle)
 
-    def open_generate_stream(self, vocab: int) -> GenerateStream:
+    def open_generate_stream(self, vocab: int, before_sending: Callable[[int, int], None] = allow) -> GenerateStream:
         """Open a `Generate` stream for one answer of a model with so many token ids.
 
-        Raises LinkDown while the breaker is open, AgentClosed after `close`.
+        before_sending: as of GenerateStream. Raises LinkDown while the breaker is open, AgentClosed after `close`.
         """
         self._lifetime.check()
         if (reason := self.unavailable_reason()) is not None:
             raise LinkDown(reason)
-        stream = GenerateStream(self._stub, vocab, self._on_reply)
+        stream = GenerateStream(self._stub, vocab, self._on_reply, before_sending)
         self._generating.add(stream)
         return stream
 

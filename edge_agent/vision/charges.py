@@ -5,30 +5,13 @@ A message without a reply has spent all that was reserved for it: the cloud may 
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 
 from isthmus.edge_agent.ledger import Ledger, Reservation
 from isthmus.edge_agent.policy.budgets import Spend
+from isthmus.edge_agent.radio import Radio
 from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.models.errors import OverBudget
-
-
-class Radio:
-    """When the device last sent anything: until then its radio was awake."""
-
-    def __init__(self) -> None:
-        self._sent_s = -math.inf
-
-    def since_s(self) -> float:
-        """Seconds since then; infinite before the first."""
-        return time.monotonic() - self._sent_s
-
-    def sends(self) -> float:
-        """It sends now. Returns the seconds since the last time."""
-        since_s, self._sent_s = self.since_s(), time.monotonic()
-        return since_s
 
 
 def probe_charge(ledger: Ledger, costs: Costs, radio: Radio) -> Callable[[int], bool]:

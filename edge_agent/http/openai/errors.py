@@ -14,6 +14,7 @@ from isthmus.models.errors import (
     InvalidGrammar,
     InvalidInput,
     LinkError,
+    OverBudget,
     ServiceError,
 )
 
@@ -52,6 +53,8 @@ def translate(error: Exception, grammar_field: str = "response_format") -> ApiEr
             return ApiError(400, str(error), code=CONTEXT_CODE)
         case InvalidGrammar():
             return ApiError(400, f"{grammar_field}: {error}", param=grammar_field, code="invalid_json_schema")
+        case OverBudget():
+            return ApiError(429, str(error), type="insufficient_quota", code="budget_exhausted")
         case InvalidInput():
             return ApiError(400, str(error))
         case DeadlineExceeded():

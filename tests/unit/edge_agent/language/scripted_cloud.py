@@ -19,6 +19,7 @@ from isthmus.edge_agent.language.cloud_model import BoundModel, CloudModel
 from isthmus.edge_agent.language.request import Source
 from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache
 from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.transport.generate_stream import allow
 from isthmus.models.errors import ContextGone, DeadlineExceeded, LinkDown
 from isthmus.models.language.sampling import Floats, choose
 from isthmus.models.messages import GREEDY, Committed, ModelInfo, Opening, Round, Sampling, TokenizerInfo
@@ -120,8 +121,8 @@ class Cloud:
     def alive(self, timeout_s: float) -> bool:
         return self.living
 
-    def open_generate_stream(self, vocab: int) -> Talk:
-        self.talks.append(Talk(self, random.Random(self.seed + len(self.talks))))
+    def open_generate_stream(self, vocab: int, before_sending: Callable[[int, int], None]) -> Talk:
+        self.talks.append(Talk(self, random.Random(self.seed + len(self.talks)), before_sending))
         return self.talks[-1]
 
     def close(self) -> None:
@@ -131,8 +132,10 @@ class Cloud:
 class Talk:
     """A conversation. `truth` says of each position where the token that was told first came from."""
 
-    def __init__(self, cloud: Cloud, random_: random.Random) -> None:
-        self._cloud, self._random = cloud, random_
+    def __init__(
+        self, cloud: Cloud, random_: random.Random, before_sending: Callable[[int, int], None] = allow
+    ) -> None:
+        self._cloud, self._random, self._before_sending = cloud, random_, before_sending
         self._messages: deque[Any] = deque()
         self._text: TokenSequence | None = None
         self._held = 0
@@ -141,16 +144,18 @@ class Talk:
         self.truth: dict[int, Source] = {}
         self.openings: list[Opening] = []
         self.rounds: list[Round] = []
-        self.closed = self.retired = False
+        self.closed = self.retired = self.due = False
         self.bytes_up = self.bytes_down = self.opening_bytes = 0
 
     def open(self, opening: Opening) -> None:
+        self._before_sending(1, 0)
         self.openings.append(opening)
         self._put(wire_session.pack_opening(opening))
         self.opening_bytes += 1
 
     def send(self, round_: Round) -> None:
         assert self.openings and not self.closed
+        self._before_sending(1, 1 + len(round_.draft) + round_.extend)
         self.rounds.append(round_)
         self._put(wire_session.pack_round(round_))
 

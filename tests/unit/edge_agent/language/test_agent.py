@@ -13,10 +13,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from isthmus.edge_agent.config import LanguageConfig
-from isthmus.edge_agent.language.agent import UNCHARGED, LanguageAgent
+from isthmus.edge_agent.language.agent import LanguageAgent
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
-from isthmus.edge_agent.spending import Budgets
 from isthmus.models.errors import AnswerCancelled, BundleError, ContextExceeded, InvalidInput, LinkDown
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.onnx.decoder import OnnxDecoder
@@ -73,11 +72,6 @@ def test_the_device_alone_says_what_its_model_says(
     )
     assert 0 < summary.device.tokens < len(text), "what other answers began with is not read again"
     assert ended or len(tokens) == 12
-
-
-def test_budgets_that_do_not_limit_prompts_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with LanguageAgent(LanguageConfig(str(folder), context=CONTEXT, threads=1, budgets=Budgets(bytes_hour=1000))):
-        assert UNCHARGED in caplog.text
 
 
 def test_an_answer_ends_at_an_end_of_text(agent: LanguageAgent) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
+from isthmus.edge_agent.cost_profiles import open_profile
+from isthmus.edge_agent.language.charges import Tariff
 from isthmus.edge_agent.language.remote_session import RemoteSession, token_opening
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
-from isthmus.models.errors import AnswerCancelled, DeadlineExceeded, LinkDown
+from isthmus.edge_agent.ledger import Ledger
+from isthmus.edge_agent.policy.budgets import HOUR_S, Budget
+from isthmus.models.errors import AnswerCancelled, DeadlineExceeded, LinkDown, OverBudget
 from isthmus.models.messages import Committed, Round, Sampling
 from isthmus.protos.wire_session import checksum
 from tests.unit.edge_agent.language.scripted_cloud import ENDS, Brain, Cloud, bound
@@ -149,3 +153,37 @@ def test_patience_ends_with_a_replica_that_is_dead(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("tests.unit.edge_agent.language.scripted_cloud.Talk.receive", late)
     with pytest.raises(LinkDown, match="does not answer any more"):
         remote.receive()
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["device goes on", "no device"])
+def test_when_a_budget_is_used_up_the_device_goes_on_or_the_answer_fails(alone: bool) -> None:
+    """Three of thirty calls an hour may be made at once; the cloud is not at fault."""
+    cloud = Cloud(BRAIN)
+    replicas = Replicas([cloud], bound(), 0.05)  # type: ignore[list-item]
+    sequence, stats = AnswerSequence(GenerationRequest(PROMPT, 8, "cloud"), ENDS), GenerationStats()
+    ledger = Ledger([Budget("calls", 30, HOUR_S)])
+    tariff = Tariff(ledger, open_profile("wifi"))
+    remote = RemoteSession(replicas, sequence, stats, token_opening(sequence, 3), tariff=tariff)
+
+    def one_by_one() -> Iterator[Token]:
+        while sequence.generated < 8:
+            remote.open()
+            remote.send(Round(len(sequence)))
+            sequence.append(remote.receive().tokens[0])
+            remote.held = len(sequence)
+            yield Token(sequence.tokens[-1], "cloud")
+
+    def device(tokens: Sequence[int]) -> Token:
+        return Token(BRAIN.next(tokens), "edge")
+
+    answer = remote.tokens(one_by_one, device if alone else None, lambda: sequence.generated == 8)
+    if alone:
+        assert [token.source for token in answer] == ["cloud"] * 3 + ["edge"] * 5
+        assert stats.degraded and "the budget of calls has" in stats.why
+    else:
+        with pytest.raises(OverBudget, match="budget of calls"):
+            list(answer)
+        assert sequence.generated == 3
+    remote.close()
+    assert cloud.failures == [] and ledger.totals.spent.calls == 3
+    assert [len(talk.rounds) for talk in cloud.talks] == [3, *[0] * (len(cloud.talks) - 1)]

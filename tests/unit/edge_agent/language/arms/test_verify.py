@@ -537,7 +537,7 @@ def test_a_round_is_sent_while_others_are_under_way() -> None:
 
     brain = Brain(26, ends=False)
     cloud = Cloud(brain)
-    cloud.open_generate_stream = lambda vocab: cloud.talks.append(Slow(cloud, random.Random(0))) or cloud.talks[-1]  # type: ignore
+    cloud.open_generate_stream = lambda *_: cloud.talks.append(Slow(cloud, random.Random(0))) or cloud.talks[-1]  # type: ignore
     answer = Answer(cloud, count=60, draft=Source(brain, 1.0), latency=speculation(acceptance=0.99))
     next(iter(answer))
     rounds = cloud.talks[0].rounds
