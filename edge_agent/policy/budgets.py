@@ -41,6 +41,10 @@ class Spend(NamedTuple):
         """Both together."""
         return Spend(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
+    def beyond(self, other: Spend) -> Spend:
+        """What it takes more than the other of each amount."""
+        return Spend(*(max(mine - theirs, 0.0) for mine, theirs in zip(self, other, strict=True)))
+
 
 UNLIMITED = Spend(math.inf, math.inf, math.inf, math.inf)
 

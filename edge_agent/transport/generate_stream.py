@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -25,7 +25,20 @@ from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 RECEIVE_TIMEOUT_S = 1.0  # a caller that has waited this long checks whether the cloud is alive
 
 
-def allow(up_bytes: int, tokens: int) -> None:
+class Traffic(NamedTuple):
+    """Of a stream, with the message that is to be sent: bytes so far, rounds, and the most that may still come."""
+
+    up_bytes: int
+    down_bytes: int
+    rounds: int
+    replies_due: int
+    tokens_due: int
+
+
+BeforeSending = Callable[[Traffic], None]
+
+
+def allow(traffic: Traffic) -> None:
     """Anything may be sent."""
 
 
@@ -45,12 +58,11 @@ class GenerateStream:
         stub: pb_grpc.IsthmusStub,
         vocab: int,
         on_reply: Callable[[StreamObservation | IsthmusError], None],
-        before_sending: Callable[[int, int], None] = allow,
+        before_sending: BeforeSending = allow,
     ) -> None:
         """`on_reply` gets an observation of each reply, and a failure of the stream, in the thread that receives it.
 
-        before_sending: called with each message's bytes and the tokens that the cloud may decode for it; what it raises
-        keeps the message from being sent.
+        before_sending: called for each message; what it raises keeps the message from being sent.
         """
         self._before_sending = before_sending
         self._vocab = vocab
@@ -61,6 +73,7 @@ class GenerateStream:
         self._unanswered = 0  # bytes of an opening, counted with the round that follows it
         self._failure: IsthmusError | None = None
         self._rounds_due = self._tokens_due = 0  # replies to rounds, and tokens that the cloud decodes after a round
+        self._rounds = self._longest = 0  # rounds sent, and the most tokens of one's draft
         self._active_s = time.monotonic()  # when a message was last sent or received
         self.retired = False
         self.bytes_up = self.bytes_down = self.opening_bytes = 0  # bytes_up includes openings
@@ -69,7 +82,7 @@ class GenerateStream:
 
     def open(self, opening: Opening) -> None:
         """Send the session and its tokens. Rounds may follow without waiting for a reply."""
-        size = self._send(wire_session.pack_opening(opening), 0)
+        size = self._send(wire_session.pack_opening(opening))
         self.opening_bytes += size
         self._unanswered = size
         self._sent.clear()
@@ -77,7 +90,7 @@ class GenerateStream:
 
     def send(self, round_: Round) -> None:
         """Send one round."""
-        size = self._send(wire_session.pack_round(round_), 1 + len(round_.draft) + round_.extend)
+        size = self._send(wire_session.pack_round(round_), round_)
         self._rounds_due, self._tokens_due = self._rounds_due + 1, round_.extend
         self._sent.append((time.monotonic(), size + self._unanswered))
         self._unanswered = 0
@@ -126,7 +139,6 @@ class GenerateStream:
             self._failure = message
             self._on_reply(message)
             raise message
-        self.bytes_down += message.ByteSize() + GRPC_PREFIX_BYTES
         committed = wire_session.unpack_committed(message, self._vocab)
         self._on_reply(self._observe(committed, arrived_s))
         return committed
@@ -144,25 +156,35 @@ class GenerateStream:
         """Whether replies may be on the way."""
         return self._rounds_due > 0 or self._tokens_due > 0
 
-    def _send(self, message: pb.GenerateRequest, tokens: int) -> int:
+    def _send(self, message: pb.GenerateRequest, round_: Round | None = None) -> int:
         if self._failure is not None:
             raise self._failure
         if self.retired:
             raise ContextGone("the stream was idle and is closed")
         size = message.ByteSize() + GRPC_PREFIX_BYTES
-        self._before_sending(size, tokens)
+        self._before_sending(self._traffic(size, round_))
         self._active_s = time.monotonic()
         self._outgoing.put(message)
         self.bytes_up += size
         return size
+
+    def _traffic(self, size: int, round_: Round | None) -> Traffic:
+        """With a message of so many bytes; an opening ends what was due before it."""
+        if round_ is None:
+            return Traffic(self.bytes_up + size, self.bytes_down, self._rounds, 0, 0)
+        self._rounds, self._longest = self._rounds + 1, max(self._longest, len(round_.draft))
+        rounds_due, tokens_due = self._rounds_due + 1, max(self._tokens_due, round_.extend)
+        tokens = rounds_due * (1 + self._longest) + tokens_due
+        return Traffic(self.bytes_up + size, self.bytes_down, self._rounds, rounds_due + tokens_due, tokens)
 
     def _requests(self) -> Iterator[pb.GenerateRequest]:
         while (message := self._outgoing.get()) is not None:
             yield message
 
     def _count(self, response: pb.GenerateResponse) -> None:
-        """What is due after a response."""
+        """What is due after a response, and its bytes."""
         self._active_s = time.monotonic()
+        self.bytes_down += response.ByteSize() + GRPC_PREFIX_BYTES
         if response.HasField("error"):
             self._rounds_due = self._tokens_due = 0
         elif response.extension:

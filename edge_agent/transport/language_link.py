@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from weakref import WeakSet
 
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.exploration import ProbeSchedule
 from isthmus.edge_agent.transport.cloud_link import CloudLink
-from isthmus.edge_agent.transport.generate_stream import GenerateStream, StreamObservation, allow
+from isthmus.edge_agent.transport.generate_stream import BeforeSending, GenerateStream, StreamObservation, allow
 from isthmus.edge_agent.transport.prober import Match
 from isthmus.models.errors import IsthmusError, LinkDown, Refused
 
@@ -34,7 +33,7 @@ class LanguageLink(CloudLink):
         self._generating = WeakSet[GenerateStream]()
         self._start(match, self._retire_idle)
 
-    def open_generate_stream(self, vocab: int, before_sending: Callable[[int, int], None] = allow) -> GenerateStream:
+    def open_generate_stream(self, vocab: int, before_sending: BeforeSending = allow) -> GenerateStream:
         """Open a `Generate` stream for one answer of a model with so many token ids.
 
         before_sending: as of GenerateStream. Raises LinkDown while the breaker is open, AgentClosed after `close`.

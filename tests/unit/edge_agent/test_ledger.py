@@ -245,6 +245,14 @@ def test_processes_that_are_killed_again_and_again_never_send_more_than_the_budg
     assert "refused" in said
 
 
+def test_probes_take_a_small_share_of_what_is_left(tmp_path: Path) -> None:
+    """Or measuring a link would leave nothing to use it for."""
+    ledger = Ledger([Budget("bytes", 1000.0, HOUR_S)], tmp_path / "l.db", Device().now)
+    assert not ledger.spend(Spend(30.0)) and ledger.totals.refused == 0
+    assert ledger.spend(Spend(25.0)) and not ledger.spend(Spend(25.0))
+    assert Ledger().spend(Spend(1e12)), "without budgets"
+
+
 def test_the_clock_is_that_of_the_boot() -> None:
     first, second = boot_clock(), boot_clock()
     assert first.boot == second.boot and second.seconds >= first.seconds > 0

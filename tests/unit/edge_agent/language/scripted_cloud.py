@@ -19,7 +19,7 @@ from isthmus.edge_agent.language.cloud_model import BoundModel, CloudModel
 from isthmus.edge_agent.language.request import Source
 from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache
 from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.transport.generate_stream import allow
+from isthmus.edge_agent.transport.generate_stream import BeforeSending, Traffic, allow
 from isthmus.models.errors import ContextGone, DeadlineExceeded, LinkDown
 from isthmus.models.language.sampling import Floats, choose
 from isthmus.models.messages import GREEDY, Committed, ModelInfo, Opening, Round, Sampling, TokenizerInfo
@@ -121,7 +121,7 @@ class Cloud:
     def alive(self, timeout_s: float) -> bool:
         return self.living
 
-    def open_generate_stream(self, vocab: int, before_sending: Callable[[int, int], None]) -> Talk:
+    def open_generate_stream(self, vocab: int, before_sending: BeforeSending) -> Talk:
         self.talks.append(Talk(self, random.Random(self.seed + len(self.talks)), before_sending))
         return self.talks[-1]
 
@@ -132,9 +132,7 @@ class Cloud:
 class Talk:
     """A conversation. `truth` says of each position where the token that was told first came from."""
 
-    def __init__(
-        self, cloud: Cloud, random_: random.Random, before_sending: Callable[[int, int], None] = allow
-    ) -> None:
+    def __init__(self, cloud: Cloud, random_: random.Random, before_sending: BeforeSending = allow) -> None:
         self._cloud, self._random, self._before_sending = cloud, random_, before_sending
         self._messages: deque[Any] = deque()
         self._text: TokenSequence | None = None
@@ -148,14 +146,15 @@ class Talk:
         self.bytes_up = self.bytes_down = self.opening_bytes = 0
 
     def open(self, opening: Opening) -> None:
-        self._before_sending(1, 0)
+        self._before_sending(Traffic(self.bytes_up + 1, 0, len(self.rounds), 0, 0))
         self.openings.append(opening)
         self._put(wire_session.pack_opening(opening))
         self.opening_bytes += 1
 
     def send(self, round_: Round) -> None:
         assert self.openings and not self.closed
-        self._before_sending(1, 1 + len(round_.draft) + round_.extend)
+        tokens = 1 + len(round_.draft) + round_.extend
+        self._before_sending(Traffic(self.bytes_up + 1, 0, len(self.rounds) + 1, 1 + round_.extend, tokens))
         self.rounds.append(round_)
         self._put(wire_session.pack_round(round_))
 
