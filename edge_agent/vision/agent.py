@@ -25,11 +25,12 @@ from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.audit import Audit
 from isthmus.edge_agent.policy.exits import OperatingPoint, RoutePlan
+from isthmus.edge_agent.radio import Radio
 from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.audit import DEADLINE_S, Auditor, Device, audited_levels
 from isthmus.edge_agent.vision.audited_pairs import AuditedPairs, pairs_path
 from isthmus.edge_agent.vision.batch import in_order
-from isthmus.edge_agent.vision.charges import Charges, Radio, probe_charge
+from isthmus.edge_agent.vision.charges import Charges, probe_charge
 from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.edge_agent.vision.exit_rule import VOID, certified, exit_rule, exit_shares
 from isthmus.edge_agent.vision.image_input import Photo, as_image

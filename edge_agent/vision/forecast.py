@@ -21,7 +21,7 @@ from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.ledger import Ledger
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import RoutePlan
-from isthmus.edge_agent.vision.charges import Radio
+from isthmus.edge_agent.radio import Radio
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.exit_rule import VOID, certified, exit_rule, exit_shares
 from isthmus.edge_agent.vision.request import Overrides, RequestState, image_of, images_of, resolve_request

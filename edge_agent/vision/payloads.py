@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from PIL import Image
 
@@ -50,7 +49,7 @@ class PayloadEncoder:
         with state.stage("encode"):
             latent_CHW = self._head.encode(tap, source_CHW, planned.width)
             rate, data = self._codecs[tap].compress(latent_CHW, planned.rate)
-        point = replace(planned, rate=rate)
+        point = planned._replace(rate=rate)
         self._costs.encode_s[tap][point.width].observe(state.stage_ms["encode"] / 1000, time.monotonic())
         self._costs.point_bytes[point].observe(len(data))
         if self._metrics:

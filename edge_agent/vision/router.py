@@ -15,7 +15,7 @@ from isthmus.edge_agent.policy.budgets import UNLIMITED, Spend
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal, Limits, RoutePlan, Situation, candidates, describe, plan
 from isthmus.edge_agent.policy.exploration import Exploration
-from isthmus.edge_agent.vision.charges import Radio
+from isthmus.edge_agent.radio import Radio
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import RequestState
 

@@ -25,8 +25,8 @@ from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.ledger import Ledger
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exits import Goal
+from isthmus.edge_agent.radio import Radio
 from isthmus.edge_agent.spending import Budgets
-from isthmus.edge_agent.vision.charges import Radio
 from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.request import Overrides, RequestState, resolve_request
 from isthmus.edge_agent.vision.router import Router

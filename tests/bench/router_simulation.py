@@ -17,9 +17,10 @@ from isthmus.edge_agent.ledger import Ledger, Moment
 from isthmus.edge_agent.policy.estimates import Probe
 from isthmus.edge_agent.policy.exits import OperatingPoint, RoutePlan
 from isthmus.edge_agent.policy.exploration import ProbeSchedule
+from isthmus.edge_agent.radio import Radio
 from isthmus.edge_agent.transport.health import NOT_ANSWERING, PROBE_TIMEOUT_S, Attempt, CloudHealth
 from isthmus.edge_agent.transport.prober import OUT_OF_BUDGET, PROBES
-from isthmus.edge_agent.vision.charges import Charges, Radio, probe_charge
+from isthmus.edge_agent.vision.charges import Charges, probe_charge
 from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.edge_agent.vision.exit_rule import certified, exit_rule, exit_shares
 from isthmus.edge_agent.vision.request import Overrides, RequestState, image_of, images_of, resolve_request

@@ -14,9 +14,10 @@ from prometheus_client import CollectorRegistry
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.budgets import UNLIMITED
 from isthmus.edge_agent.policy.estimates import LinkEstimate
+from isthmus.edge_agent.radio import Radio
 from isthmus.edge_agent.spending import Budgets, OwnWeights
 from isthmus.edge_agent.transport.exchanges import Exchange
-from isthmus.edge_agent.vision.charges import Radio, probe_charge
+from isthmus.edge_agent.vision.charges import probe_charge
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.models.errors import InvalidInput, LinkDown
