@@ -24,7 +24,6 @@ from isthmus.edge_agent.state_file import open_state, transaction
 from isthmus.models.errors import InvalidInput
 from isthmus.models.user_folders import user_folder
 
-PROBE_SHARE = 0.25  # of what may be spent now: a probe takes no more
 HELD_S = 900.0  # after so long a reservation counts as spent: no request lasts longer, whoever made it was killed
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SCHEMA = """
@@ -156,12 +155,12 @@ class Ledger:
             return None
         return reservation
 
-    def spend(self, spend: Spend) -> bool:
-        """Whether probes may spend it, whose end nobody watches; if so it is spent.
+    def spend(self, spend: Spend, share: float = 1.0) -> bool:
+        """Whether it may be spent, as that share of what is left at most; if so it is.
 
-        They take a small share of what is left, or measuring a link would leave nothing to use it for.
+        For messages whose end nobody watches, such as probes.
         """
-        if any(needed > PROBE_SHARE * has for needed, has in zip(spend, self.allowance(), strict=True)):
+        if any(needed > share * has for needed, has in zip(spend, self.allowance(), strict=True)):
             return False
         reservation = self.reserve(spend)
         if reservation is not None:

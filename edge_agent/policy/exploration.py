@@ -14,10 +14,12 @@ BURST_S = 900.0  # a quarter of an hour's bytes may be spent at once: changes co
 HOUR_S = 3600.0
 PROBE_BYTES_PER_HOUR = 256 << 10  # about fourteen measurements, of 18 KB each
 
-Spend = Callable[[int], bool]
+MEASURING_SHARE = 0.25  # of what a budget has left: measuring a link must leave enough to use it
+
+Spend = Callable[[int, float], bool]  # bytes, and the share of what is left that they may take
 
 
-def always(size: int) -> bool:
+def always(size: int, share: float) -> bool:
     """Any number of bytes may be spent."""
     return True
 
@@ -77,7 +79,7 @@ class ProbeSchedule:
         if self._filled_s > -math.inf:
             self._left = min(self._left + (now_s - self._filled_s) * self._bytes_per_s, self._burst)
         self._filled_s = self._probed_s = now_s
-        if size > self._left or not self.spend(size):
+        if size > self._left or not self.spend(size, MEASURING_SHARE):
             return False
         self._left -= size
         self._changes = changes

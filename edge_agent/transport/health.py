@@ -205,7 +205,7 @@ class CloudHealth:
 
     def may_spend(self, size: int) -> bool:
         """Whether `size` bytes may be sent now to find out whether the cloud answers."""
-        return self._probes.spend(size)
+        return self._probes.spend(size, 1.0)
 
     def probe_wait_s(self) -> float:
         """Seconds until the next probe is due; infinite unless the breaker is open."""

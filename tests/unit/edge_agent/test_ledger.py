@@ -245,11 +245,11 @@ def test_processes_that_are_killed_again_and_again_never_send_more_than_the_budg
     assert "refused" in said
 
 
-def test_probes_take_a_small_share_of_what_is_left(tmp_path: Path) -> None:
-    """Or measuring a link would leave nothing to use it for."""
+def test_a_share_of_what_is_left_may_be_spent(tmp_path: Path) -> None:
     ledger = Ledger([Budget("bytes", 1000.0, HOUR_S)], tmp_path / "l.db", Device().now)
-    assert not ledger.spend(Spend(30.0)) and ledger.totals.refused == 0
-    assert ledger.spend(Spend(25.0)) and not ledger.spend(Spend(25.0))
+    assert not ledger.spend(Spend(30.0), 0.25) and ledger.totals.refused == 0
+    assert ledger.spend(Spend(25.0), 0.25) and not ledger.spend(Spend(25.0), 0.25)
+    assert ledger.spend(Spend(25.0))
     assert Ledger().spend(Spend(1e12)), "without budgets"
 
 

@@ -139,5 +139,5 @@ def test_a_budget_that_is_used_up_keeps_the_message_from_being_sent(clock: Time,
 
 def test_probes_pay(clock: Time) -> None:
     tariff = Tariff(ledger_of(bytes=100_000), PROFILE)
-    assert tariff.probe(2300) and not tariff.probe(2300)
+    assert tariff.probe(2300, 0.25) and not tariff.probe(2300, 0.25)
     assert tariff.ledger.totals.spent.bytes == 2300

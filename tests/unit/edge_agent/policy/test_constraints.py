@@ -125,7 +125,7 @@ amounts = st.floats(0, 10)
 ways = st.builds(
     RouteEstimate,
     route=st.sampled_from(["split", "offload", "continue"]),
-    name=st.just("way"),
+    way=st.just("way"),
     seconds=amounts, usd=amounts, point=st.none(), bytes=amounts, joules=amounts, calls=st.sampled_from([0.5, 1.0]),
     agreement=st.floats(0, 1), right=st.none(), spread_s=st.floats(0, 1),
 )  # fmt: skip

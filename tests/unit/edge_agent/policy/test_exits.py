@@ -101,7 +101,7 @@ estimates = st.lists(
     st.builds(
         RouteEstimate,
         route=st.sampled_from(["split", "offload"]),
-        name=st.just("route"),
+        way=st.just("route"),
         seconds=st.floats(0, 10),
         usd=st.floats(0, 1),
         point=st.builds(OperatingPoint, st.integers(0, 1), st.integers(0, 3), st.integers(0, 3)),
@@ -111,6 +111,7 @@ estimates = st.lists(
         agreement=st.floats(0, 1),
         right=st.none(),
         spread_s=st.just(0.0),
+        up_bytes=st.just(0.0),
     ),
     max_size=6,
 )

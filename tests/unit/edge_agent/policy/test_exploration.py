@@ -58,7 +58,7 @@ def test_probes_cost_at_most_so_many_bytes_an_hour() -> None:
 
 def test_a_ledger_may_refuse_every_probe() -> None:
     asked: list[int] = []
-    schedule = ProbeSchedule(1e9, lambda size: bool(asked.append(size)))
+    schedule = ProbeSchedule(1e9, lambda size, share: bool(asked.append(size)))
     assert not any([schedule.take(18_000, 1, float(second)) for second in range(5)])
     assert asked == [18_000] * 5
     assert not ProbeSchedule(0.0).take(1, 1, 0.0)
@@ -66,7 +66,7 @@ def test_a_ledger_may_refuse_every_probe() -> None:
 
 def test_a_probe_that_was_refused_is_asked_for_again_but_not_at_once() -> None:
     allowed = False
-    schedule = ProbeSchedule(1e9, lambda size: allowed)
+    schedule = ProbeSchedule(1e9, lambda size, share: allowed)
     assert not schedule.take(18_000, 1, 0.0)
     assert not schedule.due(0.0, 1, PROBE_GAP_S / 2)
     allowed = True

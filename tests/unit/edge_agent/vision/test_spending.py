@@ -165,7 +165,7 @@ def test_an_explained_answer_has_every_way_and_others_have_none(
 def test_probes_are_charged_to_the_same_budget_but_are_no_calls(new_case: Callable[..., Case]) -> None:
     agent = new_case(budgets=Budgets(bytes_day=100_000, calls_hour=20)).agent
     charge = probe_charge(agent.ledger, agent.costs, Radio())
-    assert [charge(4000) for _ in range(4)] == [True, True, False, False], "a tenth of the day's bytes at once"
+    assert [charge(4000, 1.0) for _ in range(4)] == [True, True, False, False], "a tenth of the day's bytes at once"
     assert agent.ledger.totals.spent[::3] == (8000, 0)
 
 
