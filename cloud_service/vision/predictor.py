@@ -14,7 +14,7 @@ from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, Servic
 from isthmus.models.messages import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
 from isthmus.models.torch_device import CPU
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.images import normalise
+from isthmus.models.vision.images import View, normalise
 from isthmus.models.vision.tail import open_tail
 
 Floats = NDArray[np.float32]
@@ -51,7 +51,7 @@ class Predictor:
         self._tail = open_tail(bundle, device)
         spec = self.manifest.preprocessing
         max_pixels = max(MIN_IMAGE_PIXELS, MAX_ASPECT * spec.resize**2)
-        self.image_input = ImageInput(max_pixels, spec.resize, spec.crop)
+        self.image_input = ImageInput(max_pixels, View.of(spec))
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from isthmus.edge_agent.policy.exits import Candidate
 from isthmus.edge_agent.vision.request import RequestState
-from isthmus.models.vision.manifest import Task
+from isthmus.models.vision.tasks import Task
 
 AnswerRoute = Literal["exit", "split", "offload", "fallback"]
 

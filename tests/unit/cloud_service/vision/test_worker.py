@@ -30,6 +30,7 @@ from isthmus.models.errors import (
     UnknownBundle,
 )
 from isthmus.models.messages import BundleInfo, CloudReply, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.vision.images import View
 
 FINGERPRINT = bytes(range(32))
 INFO = BundleInfo(
@@ -40,7 +41,7 @@ INFO = BundleInfo(
 class FakePredictor:
     """Answers with the payload's first byte; `gate` holds the compute thread back until it is set."""
 
-    image_input = ImageInput(100, 1, (1, 1))
+    image_input = ImageInput(100, View(1, (1, 1)))
 
     def __init__(self) -> None:
         self.info = INFO
