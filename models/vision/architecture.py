@@ -54,9 +54,8 @@ ExitBlocks = Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(m
 class Architecture(Part):
     """Arguments of the builder in `vision.catalog`: backbone, where it is cut, bottlenecks, classes of each task.
 
-    `classes`: of a vector its size.
-
-    `exit_blocks`: for each cut the later blocks of the backbone that form its exit; None where exits are heads.
+    `classes`: of a vector its size. `exit_blocks`: for each cut the later blocks of the backbone that form its exit;
+    None where exits are heads.
     """
 
     builder: Name

@@ -11,9 +11,9 @@ Values only; `outputs` computes and checks answers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from isthmus.models.bundle.manifest import Fraction, Name, Part
 from isthmus.models.vision.architecture import Side
@@ -98,16 +98,20 @@ class EmbedTask(Part):
         return self.size
 
 
-def kind_of(value: Any) -> str:
-    """The kind that a task states; `classify` where it states none."""
-    found = value.get("kind", "classify") if isinstance(value, dict) else getattr(value, "kind", "classify")
-    return found if isinstance(found, str) else ""
+def of_kind(value: Any) -> Any:
+    """A task of the kind that it states, `classify` where it states none. Raises ValueError for an unknown one."""
+    if not isinstance(value, dict):
+        return value
+    if (kind := value.get("kind", "classify")) not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r:.32}, expected one of {', '.join(get_args(Kind))}")
+    return BY_KIND[kind].model_validate(value)
 
 
-Task: TypeAlias = Annotated[
-    Annotated[ClassifyTask, Tag("classify")]
-    | Annotated[DetectTask, Tag("detect")]
-    | Annotated[SegmentTask, Tag("segment")]
-    | Annotated[EmbedTask, Tag("embed")],
-    Discriminator(kind_of),
-]
+AnyTask = ClassifyTask | DetectTask | SegmentTask | EmbedTask
+BY_KIND: dict[str, type[AnyTask]] = {
+    "classify": ClassifyTask,
+    "detect": DetectTask,
+    "segment": SegmentTask,
+    "embed": EmbedTask,
+}
+Task: TypeAlias = Annotated[AnyTask, BeforeValidator(of_kind)]

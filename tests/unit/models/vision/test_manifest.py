@@ -208,8 +208,8 @@ GOOD_TASKS: list[Content] = [
     {"kind": "embed", "name": "likeness", "size": 128, "normalised": False},
 ]
 BAD_TASKS: dict[str, tuple[Content, str]] = {
-    "unknown kind": ({**DETECT, "kind": "guess"}, "union_tag|kind"),
-    "kind of another type": ({**DETECT, "kind": 3}, "union_tag|kind"),
+    "unknown kind": ({**DETECT, "kind": "guess"}, "kind is"),
+    "kind of another type": ({**DETECT, "kind": 3}, "kind is"),
     "one class to choose from": ({"name": "a", "labels": ["x"]}, "labels"),
     "boxes without labels": ({**DETECT, "labels": []}, "labels"),
     "too many boxes": ({**DETECT, "max_boxes": 1001}, "max_boxes"),
