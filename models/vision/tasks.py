@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from isthmus.models.bundle.manifest import Fraction, Name, Part
+from isthmus.models.messages import TaskKind
 from isthmus.models.vision.architecture import Side
 
 MAX_MASK_PIXELS = 1 << 19  # a class and a length of up to six bytes for each fit a message
 MAX_CLASSES = 1 << 16  # numbers of two bytes on the wire
 MAX_BOXES = 1000
 
-Kind = Literal["classify", "detect", "segment", "embed"]
 Labels = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_CLASSES)]
 
 
@@ -102,8 +102,8 @@ def of_kind(value: Any) -> Any:
     """A task of the kind that it states, `classify` where it states none. Raises ValueError for an unknown one."""
     if not isinstance(value, dict):
         return value
-    if (kind := value.get("kind", "classify")) not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r:.32}, expected one of {', '.join(get_args(Kind))}")
+    if (kind := value.get("kind", "classify")) not in get_args(TaskKind):
+        raise ValueError(f"kind is {kind!r:.32}, expected one of {', '.join(get_args(TaskKind))}")
     return BY_KIND[kind].model_validate(value)
 
 

@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.edge_agent.vision.metrics import REASONS, ROUTES, EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.replicas import Replicas
-from isthmus.edge_agent.vision.result import Answer, TaskAnswer
+from isthmus.edge_agent.vision.result import Answer
+from isthmus.edge_agent.vision.task_answers import Classification
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
 from isthmus.models.vision.bundle import Bundle
 
@@ -18,7 +19,7 @@ SPLIT = Answer(
     label="good",
     index=0,
     probabilities=(0.9, 0.1),
-    answers={"defect": TaskAnswer("good", 0, (0.9, 0.1))},
+    answers={"defect": Classification("good", 0, (0.9, 0.1))},
     missing=(),
     route="split",
     exit=None,

@@ -78,7 +78,7 @@ WRONG = {
     "a label more than classes": (put("tasks", 0, "labels", ["a", "b", "c"]), "architecture.classes is (2,)"),
     "class more than labels": (put("architecture", "classes", [3]), "architecture.classes is (3,)"),
     "classes of a task that is not there": (put("architecture", "classes", [2, 2]), "architecture.classes is (2, 2)"),
-    "a class of one task": (put("architecture", "classes", [1]), "architecture.classes.0"),
+    "a class of one task": (put("architecture", "classes", [1]), "architecture.classes is (1,)"),
     "shape with no channels": (put("segments", 0, "output", [0, 4, 4]), "segments.0.output"),
     "shape of two numbers": (put("segments", 0, "output", [4, 4]), "segments.0.output"),
     "input that the crop does not give": (put("segments", 0, "input", [3, 9, 8]), "the crop gives (3, 8, 8)"),
