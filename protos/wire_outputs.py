@@ -17,23 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.errors import InvalidReply
-from isthmus.models.messages import DTypeName, OutputBounds, OutputTensor, TensorBound
+from isthmus.models.messages import OutputBounds, OutputTensor, TensorBound
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
-DTYPES: dict[DTypeName, pb.DType.ValueType] = {
+DTYPES: dict[str, pb.DType.ValueType] = {  # by the names of messages.DTypeName
     "float32": pb.DTYPE_FLOAT32,
     "float16": pb.DTYPE_FLOAT16,
     "uint16": pb.DTYPE_UINT16,
     "uint32": pb.DTYPE_UINT32,
 }
-NAMES = {str(np.dtype(name)): name for name in DTYPES}
 SHOWN = 80  # characters of a name, in an error
 
 
 def pack_tensor(tensor: OutputTensor) -> pb.Tensor:
-    name = NAMES[str(tensor.array.dtype)]
-    data = np.ascontiguousarray(tensor.array, np.dtype(name).newbyteorder("<")).tobytes()
-    return pb.Tensor(name=tensor.name, dtype=DTYPES[name], shape=tensor.array.shape, data=data)
+    dtype = tensor.array.dtype
+    data = tensor.array.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+    return pb.Tensor(name=tensor.name, dtype=DTYPES[dtype.name], shape=tensor.array.shape, data=data)
 
 
 def unpack_outputs(messages: Sequence[pb.Tensor], expected: Sequence[OutputBounds]) -> tuple[OutputTensor, ...]:

@@ -44,7 +44,7 @@ class Exchanges:
         expected: Sequence[int | OutputBounds],
         late: Callable[[], None],
     ) -> None:
-        """`expected` of each task is as `wire.unpack_answer` says. `late` is called for each reply that came after its deadline."""
+        """`expected` of each task: see `wire.unpack_answer`. `late` is called for each reply after its deadline."""
         self._stub, self._fingerprint, self._expected, self._late = stub, fingerprint, expected, late
         self._lock = threading.Lock()
         self._stream: InferStream | None = None

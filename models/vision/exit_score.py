@@ -25,7 +25,7 @@ LEAST = 1e-6  # a probability below it counts as it
 def exit_score(exits: Sequence[ExitOutput], exit_: Exit) -> float:
     """The score, 0 to 1, of the last of the exits run so far, from what they gave.
 
-    Of a detector it says how sure the exit is that there is nothing: 1 less the highest score. Other kinds have none: 0.
+    Of a detector: how sure the exit is that there is nothing, 1 less the highest score. Of other kinds: 0.
     """
     last = exits[-1]
     exits_K = [each for each in exits if isinstance(each, np.ndarray)]

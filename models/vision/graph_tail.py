@@ -66,7 +66,7 @@ class GraphTail:
         return self._run(self._image, {"x": np.stack(images)}, tasks)
 
     def _run(self, graph: Any, inputs: Inputs, tasks: Sequence[int]) -> list[Floats | Raw]:
-        """Raises BundleError when the graph fails, Overloaded when memory is exhausted, InvalidInput for other tasks."""
+        """Raises BundleError when the graph fails, Overloaded without memory, InvalidInput for tasks that are none."""
         if any(task >= len(self._tasks) for task in tasks):
             raise InvalidInput(f"tasks {list(tasks)} were requested, the network has {len(self._tasks)}")
         with translated("tail"):
