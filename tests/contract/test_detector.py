@@ -56,13 +56,13 @@ def check(found: Detections) -> None:
 def test_boxes_are_in_pixels_of_the_photo_given(bundle: Bundle, cloud: CloudProcess, mode: str) -> None:
     with EdgeAgent(EdgeConfig(bundle.folder, (cloud.target,), mode=mode, threads=1, connect_s=10.0)) as agent:  # type: ignore[arg-type]
         for photo in (painted(), turned()):
-            answer = agent.infer(photo)
-            assert (answer.route, answer.degraded, answer.missing) == (mode, False, ())
+            answer = agent.infer(photo, 10.0)
+            assert (answer.route, answer.degraded, answer.missing) == (mode, False, ()), answer.why
             assert (answer.label, answer.index, answer.probabilities) == (None, None, None)
             found = answer.answers["things"]
             assert isinstance(found, Detections)
             check(found)
-        assert len(agent.infer(Image.new("RGB", WIDE, (255, 255, 255))).answers["things"]) == 0  # type: ignore[arg-type]
+        assert len(agent.infer(Image.new("RGB", WIDE, (255, 255, 255)), 10.0).answers["things"]) == 0  # type: ignore[arg-type]
 
 
 def test_without_a_cloud_a_detector_without_exits_says_what_is_missing(bundle: Bundle) -> None:
