@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from PIL import Image
+
 from isthmus.edge_agent.policy.exits import Candidate
+from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.request import RequestState
 from isthmus.edge_agent.vision.task_answers import Classification, TaskAnswer
 from isthmus.models.vision.tasks import Task
@@ -49,6 +52,13 @@ class Answer:
     why: str
     modelled_joules: float = 0.0
     candidates: tuple[Candidate, ...] | None = None
+
+    def plot(self, photo: Photo) -> Image.Image:
+        """A copy of the photo with the answers to all tasks drawn on it."""
+        image = as_image(photo)
+        for found in self.answers.values():
+            image = found.draw(image)
+        return image
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON has them, led by the first task's answer; candidates only where they were asked for."""

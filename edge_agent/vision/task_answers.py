@@ -13,6 +13,7 @@ from PIL import Image
 from isthmus.edge_agent.vision import plot
 from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.models.vision.geometry import Geometry
+from isthmus.models.vision.images import given_size
 from isthmus.models.vision.outputs import from_runs, to_runs
 from isthmus.models.vision.tasks import AnyTask, DetectTask, EmbedTask, SegmentTask
 
@@ -33,7 +34,11 @@ class Classification:
 
     def plot(self, photo: Photo) -> Image.Image:
         """A copy of the photo with the label and its probability on it."""
-        return plot.caption(as_image(photo), str(self))
+        return self.draw(as_image(photo))
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """As `plot`, of a photo that `as_image` has read."""
+        return plot.caption(image, str(self))
 
     def __str__(self) -> str:
         return f"{self.label} ({max(self.probabilities):.1%})"
@@ -72,8 +77,14 @@ class Detections:
 
     def plot(self, photo: Photo) -> Image.Image:
         """A copy of the photo with the boxes, their labels and scores on it."""
+        return self.draw(as_image(photo))
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """As `plot`, of a photo that `as_image` has read, perhaps at a smaller scale."""
         words = [f"{name} {score:.0%}" for name, score in zip(self.names, self.scores, strict=True)]
-        return plot.boxes(as_image(photo), self.boxes, words, self.classes)
+        width, height = given_size(image)
+        scale_4 = np.array([image.width / width, image.height / height] * 2, np.float32)
+        return plot.boxes(image, self.boxes * scale_4, words, self.classes)
 
     def __str__(self) -> str:
         counts = {name: self.names.count(name) for name in dict.fromkeys(self.names)}
@@ -117,7 +128,11 @@ class Segmentation:
 
     def plot(self, photo: Photo) -> Image.Image:
         """A copy of the photo with every label's pixels tinted."""
-        return plot.mask(as_image(photo), self.mask(), len(self.labels))
+        return self.draw(as_image(photo))
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """As `plot`, of a photo that `as_image` has read."""
+        return plot.mask(image, self.mask(), len(self.labels))
 
     def __str__(self) -> str:
         shares_K = np.bincount(self.map.reshape(-1), minlength=len(self.labels)) / self.map.size
@@ -137,7 +152,11 @@ class Embedding:
 
     def plot(self, photo: Photo) -> Image.Image:
         """A copy of the photo: a vector has no place on it."""
-        return as_image(photo)
+        return self.draw(as_image(photo))
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """As `plot`, of a photo that `as_image` has read."""
+        return image
 
     def __str__(self) -> str:
         return f"a vector of {len(self.vector)} numbers"
