@@ -114,7 +114,7 @@ class Segmentation:
         rows, columns = self.map.shape
         at_y = cells(self.geometry.height, top, bottom, rows)
         at_x = cells(self.geometry.width, left, right, columns)
-        found_HW = self.map[np.ix_(at_y.clip(0, rows - 1), at_x.clip(0, columns - 1))]
+        found_HW: NDArray[np.uint16] = self.map[np.ix_(at_y.clip(0, rows - 1), at_x.clip(0, columns - 1))]
         found_HW[(at_y < 0) | (at_y >= rows)] = UNSEEN
         found_HW[:, (at_x < 0) | (at_x >= columns)] = UNSEEN
         return found_HW
