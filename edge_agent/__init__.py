@@ -18,20 +18,25 @@ if TYPE_CHECKING:
     from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
     from isthmus.edge_agent.language.text import TextAnswer
     from isthmus.edge_agent.vision.agent import EdgeAgent
-    from isthmus.edge_agent.vision.result import Answer, TaskAnswer
+    from isthmus.edge_agent.vision.result import Answer
+    from isthmus.edge_agent.vision.task_answers import Classification, Detections, Embedding, Segmentation, TaskAnswer
     from isthmus.models.messages import Sampling
 
     __version__: str
 
 __all__ = [
     "Answer",
+    "Classification",
+    "Detections",
     "Dropped",
     "EdgeAgent",
     "EdgeConfig",
+    "Embedding",
     "GenerationRequest",
     "LanguageAgent",
     "LanguageConfig",
     "Sampling",
+    "Segmentation",
     "Summary",
     "TaskAnswer",
     "TextAnswer",
@@ -41,15 +46,19 @@ __all__ = [
 
 MODULES = {
     "Answer": "edge_agent.vision.result",
+    "Classification": "edge_agent.vision.task_answers",
+    "Detections": "edge_agent.vision.task_answers",
     "Dropped": "edge_agent.vision.live",
     "EdgeAgent": "edge_agent.vision.agent",
     "EdgeConfig": "edge_agent.config",
+    "Embedding": "edge_agent.vision.task_answers",
     "GenerationRequest": "edge_agent.language.request",
     "LanguageAgent": "edge_agent.language.agent",
     "LanguageConfig": "edge_agent.config",
     "Sampling": "models.messages",
+    "Segmentation": "edge_agent.vision.task_answers",
     "Summary": "edge_agent.language.request",
-    "TaskAnswer": "edge_agent.vision.result",
+    "TaskAnswer": "edge_agent.vision.task_answers",
     "TextAnswer": "edge_agent.language.text",
     "Token": "edge_agent.language.request",
 }

@@ -7,11 +7,13 @@ Describe    ServiceInfo: a BundleInfo for each bundle, a ModelInfo for each lang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from numpy.typing import NDArray
 
 from isthmus.models.errors import InvalidInput
 
@@ -24,6 +26,8 @@ MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
 
 Numerics = Literal["bitwise", "engine"]
+TaskKind = Literal["classify", "detect", "segment", "embed"]
+DTypeName = Literal["float32", "float16", "uint16", "uint32"]
 CloudArm = Literal["cloud", "verify", "handoff"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 Processor = Literal["logit_bias", "penalties", "json_object", "json_schema", "regex", "lark"]
@@ -60,21 +64,52 @@ class CloudRequest:
     tasks: tuple[int, ...] = (0,)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputTensor:
+    """One named array of an answer that is no class probabilities. Its element type is a DTypeName."""
+
+    name: str
+    array: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBound:
+    """What an OutputTensor must be. `at_most`: its first size may be smaller."""
+
+    name: str
+    dtype: DTypeName
+    shape: tuple[int, ...]
+    at_most: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBounds:
+    """What the tensors of one task must be, in order; `check` raises ValueError for values that no answer has."""
+
+    tensors: tuple[TensorBound, ...]
+    check: Callable[[Sequence[NDArray[Any]]], None]
+
+
 @dataclass(frozen=True, slots=True)
 class CloudReply:
-    """Class probabilities of each requested task, in the bundle's order, and the cloud's time in seconds."""
+    """What the cloud found of each requested task, in the bundle's order, and its time in seconds.
+
+    probabilities: of each task that classifies. outputs: of the others.
+    """
 
     probabilities: tuple[tuple[float, ...], ...]
     queue_s: float
     compute_s: float
+    outputs: tuple[OutputTensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """A task of a bundle, and the number of its classes."""
+    """A task of a bundle, the number of its classes (of a vector its size), and its kind."""
 
     name: str
     labels: int
+    kind: TaskKind = "classify"
 
 
 @dataclass(frozen=True, slots=True)

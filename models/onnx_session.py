@@ -27,12 +27,16 @@ OP_TYPE = re.compile(
 OP_TYPE_BYTES = 16
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+ANY = -1  # a size that may be fixed or not
 FLOAT, INT64 = "tensor(float)", "tensor(int64)"
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and element type of a graph's input or output. A size of None stands for a dimension of any size."""
+    """Shape and element type of a graph's input or output.
+
+    A size of None stands for a dimension of any size; ANY also for one of a size that only the graph knows.
+    """
 
     shape: tuple[int | None, ...]
     type: str = FLOAT
@@ -42,10 +46,12 @@ class TensorSpec:
         if node.type != self.type or len(node.shape) != len(self.shape):
             return False
         pairs = zip(node.shape, self.shape, strict=True)
-        return all(not isinstance(found, int) if size is None else found == size for found, size in pairs)
+        return all(
+            size == ANY or (not isinstance(found, int) if size is None else found == size) for found, size in pairs
+        )
 
     def __str__(self) -> str:
-        return f"{self.type}[{', '.join('any' if size is None else str(size) for size in self.shape)}]"
+        return f"{self.type}[{', '.join('any' if size in (None, ANY) else str(size) for size in self.shape)}]"
 
 
 def open_session(
@@ -121,11 +127,20 @@ def translated(label: str) -> Iterator[None]:
         raise BundleError(f"{label}: the graph failed: {reason}") from error
 
 
-def check_signature(session: Any, label: str, inputs: Mapping[str, TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Raise BundleError unless a session has exactly these inputs, by name, and these outputs, in order."""
+def check_signature(
+    session: Any, label: str, inputs: Mapping[str, TensorSpec], outputs: Sequence[TensorSpec] | Mapping[str, TensorSpec]
+) -> None:
+    """Raise BundleError unless a session has exactly these inputs, by name, and these outputs, in order.
+
+    Outputs of a mapping have these names too.
+    """
     names = [node.name for node in session.get_inputs()]
     if sorted(names) != sorted(inputs):
         raise BundleError(f"{label}: inputs are named {names}, expected {list(inputs)}")
+    if isinstance(outputs, Mapping):
+        if (found := [node.name for node in session.get_outputs()]) != list(outputs):
+            raise BundleError(f"{label}: outputs are named {found}, expected {list(outputs)}")
+        outputs = list(outputs.values())
     if len(session.get_outputs()) != len(outputs):
         raise BundleError(f"{label}: {len(session.get_outputs())} outputs, expected {len(outputs)}")
     pairs = [("input", node, inputs[node.name]) for node in session.get_inputs()]

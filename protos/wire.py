@@ -32,10 +32,12 @@ from isthmus.models.messages import (
     CloudReply,
     CloudRequest,
     Codec,
+    OutputBounds,
     Payload,
 )
 from isthmus.protos import limits, status
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
+from isthmus.protos.wire_outputs import outputs_checksum, pack_tensor, unpack_outputs
 
 UINT32 = (1 << 32) - 1
 MICROSECONDS = 1_000_000
@@ -122,6 +124,7 @@ def pack_answer(request_id: int, answer: CloudReply) -> pb.InferResponse:
         probabilities=itertools.chain.from_iterable(answer.probabilities),
         queue_us=microseconds(answer.queue_s),
         compute_us=microseconds(answer.compute_s),
+        outputs=[pack_tensor(tensor) for tensor in answer.outputs],
     )
     message.crc32 = answer_checksum(message)
     return message
@@ -148,15 +151,16 @@ def unpack_failure(message: pb.Error) -> IsthmusError:
     return error
 
 
-def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudReply:
-    """`labels`: the number of classes of each requested task, in the bundle's order.
+def unpack_answer(message: pb.InferResponse, expected: Sequence[int | OutputBounds]) -> CloudReply:
+    """`expected` of each requested task, in the bundle's order: its number of classes, or what its outputs must be.
 
     Raises the error that the response carries, or InvalidReply unless its checksum is right, it holds that many
-    probabilities and those of each task sum to 1.
+    probabilities, those of each task sum to 1, and it has the outputs that are expected.
     """
     check_answer(message)
     if message.HasField("error"):
         raise unpack_failure(message.error)
+    labels = [each for each in expected if isinstance(each, int)]
     if len(message.probabilities) != sum(labels):
         raise InvalidReply(f"the cloud sent {len(message.probabilities)} probabilities, expected {sum(labels)}")
     rest = iter(message.probabilities)
@@ -164,7 +168,8 @@ def unpack_answer(message: pb.InferResponse, labels: Sequence[int]) -> CloudRepl
     for answer in answers:
         if not all(0 <= p <= 1 for p in answer) or not math.isclose(sum(answer), 1, abs_tol=1e-3):
             raise InvalidReply("the cloud sent values that are not probabilities")
-    return CloudReply(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS)
+    outputs = unpack_outputs(message.outputs, [each for each in expected if not isinstance(each, int)])
+    return CloudReply(answers, message.queue_us / MICROSECONDS, message.compute_us / MICROSECONDS, outputs)
 
 
 def checksum(message: pb.InferRequest) -> int:
@@ -178,7 +183,8 @@ def answer_checksum(message: pb.InferResponse) -> int:
     error = message.error
     head = struct.pack("<5I", message.request_id, message.queue_us, message.compute_us, error.code, error.retry_ms)
     probabilities = np.asarray(message.probabilities, "<f4").tobytes()
-    return zlib.crc32(error.message.encode(), zlib.crc32(probabilities, zlib.crc32(head)))
+    found = zlib.crc32(error.message.encode(), zlib.crc32(probabilities, zlib.crc32(head)))
+    return outputs_checksum(message.outputs, found)
 
 
 def check_answer(message: pb.InferResponse) -> None:

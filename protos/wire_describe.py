@@ -26,11 +26,13 @@ from isthmus.models.messages import (
     ServiceInfo,
     TapInfo,
     TaskInfo,
+    TaskKind,
     TokenizerInfo,
 )
 from isthmus.protos import limits
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 
+TASK_KINDS: dict[str, TaskKind] = {"": "classify", "detect": "detect", "segment": "segment", "embed": "embed"}
 DESCRIBE = "/isthmus.v1.Isthmus/Describe"
 
 
@@ -40,7 +42,7 @@ def pack_service(info: ServiceInfo, padding: int = 0) -> pb.DescribeResponse:
         pb.Bundle(
             fingerprint=b.fingerprint,
             name=b.name,
-            tasks=[pb.Task(name=task.name, labels=task.labels) for task in b.tasks],
+            tasks=[pack_task(task) for task in b.tasks],
             taps=[pb.Tap(name=tap.name, rates=tap.rates) for tap in b.taps],
         )
         for b in info.bundles
@@ -132,20 +134,26 @@ def unpack_model(message: pb.Model) -> ModelInfo:
     )
 
 
+def pack_task(task: TaskInfo) -> pb.Task:
+    """Without its kind where it classifies."""
+    return pb.Task(name=task.name, labels=task.labels, kind="" if task.kind == "classify" else task.kind)
+
+
 def unpack_bundle(message: pb.Bundle) -> BundleInfo:
     """Raises InvalidReply for values out of range."""
     valid = (
         len(message.fingerprint) == limits.FINGERPRINT_BYTES
         and 1 <= len(message.tasks) <= limits.MAX_TASKS
         and 1 <= len(message.taps) <= limits.MAX_TAPS
-        and all(2 <= task.labels <= limits.MAX_LABELS for task in message.tasks)
+        and all(bool(not task.kind) + 1 <= task.labels <= limits.MAX_LABELS for task in message.tasks)
+        and all(task.kind in TASK_KINDS for task in message.tasks)
         and all(1 <= tap.rates <= limits.MAX_RATES for tap in message.taps)
     )
     if not valid:
         raise InvalidReply(
-            "the service lists a bundle with an invalid fingerprint, number of labels or number of rates"
+            "the service lists a bundle with an invalid fingerprint, kind of task, number of labels or number of rates"
         )
-    tasks = tuple(TaskInfo(task.name, task.labels) for task in message.tasks)
+    tasks = tuple(TaskInfo(task.name, task.labels, TASK_KINDS[task.kind]) for task in message.tasks)
     return BundleInfo(
         message.fingerprint, message.name, tasks, tuple(TapInfo(tap.name, tap.rates) for tap in message.taps)
     )

@@ -22,8 +22,9 @@ from isthmus.models.recipes.vision.parts import Parts, Trained, TrainedTap, halv
 from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import dependencies
-from isthmus.models.vision.manifest import Manifest, Preprocessing, Task
+from isthmus.models.vision.manifest import Manifest, Preprocessing
 from isthmus.models.vision.split import SplitClassifier
+from isthmus.models.vision.tasks import ClassifyTask
 
 SIDE = 64
 TASKS = (("defect", ("good", "bad")), ("colour", ("red", "green", "blue")))
@@ -107,7 +108,7 @@ def write_tiny_bundle(folder: Path, split: SplitClassifier) -> Bundle:
         TrainedTap(name, laplace_tables(built.latent_channels, GAINS[: built.rates]), CAP)
         for name, built in zip(TAPS, TINY.taps, strict=True)
     )
-    tasks = tuple(Task(name=name, labels=labels) for name, labels in TASKS)
+    tasks = tuple(ClassifyTask(name=name, labels=labels) for name, labels in TASKS)
     ranges = random_images(4, seed=9)
     parts = head_parts(Trained(split, tuple(trained_taps), tasks, TINY, PREPROCESSING, ranges))
     files = {**parts.files, "weights.safetensors": safetensors.torch.save(weights)}

@@ -18,29 +18,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.errors import InvalidInput, Overloaded
-from isthmus.models.vision.images import MAX_DECODE_BYTES, crop, open_image
+from isthmus.models.vision.images import FITS, MAX_DECODE_BYTES, View, fitted, open_image
 
 Pixels = NDArray[np.uint8]
 
 READY = b"R"
-REQUEST = struct.Struct("<5I")  # bytes of the file, then the fields of ImageInput
+REQUEST = struct.Struct("<5I4B")  # bytes of the file, then the fields of ImageInput and its view; fit indexes FITS
 REPLY = struct.Struct("<BI")  # index into OUTCOMES, bytes that follow
 OUTCOMES = (None, InvalidInput, Overloaded)  # None: the pixels follow, else the words of an error
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """What a network takes: the crop (height, width) of an image scaled to `resize`, of at most `max_pixels`."""
+    """How a network sees an image of at most `max_pixels`."""
 
     max_pixels: int
-    resize: int
-    crop: tuple[int, int]
+    view: View
+
+    def pack(self, size: int) -> bytes:
+        """The header of a file of `size` bytes."""
+        view = self.view
+        return REQUEST.pack(size, self.max_pixels, view.resize, *view.crop, FITS.index(view.fit), *view.fill)
+
+    @classmethod
+    def unpack(cls, header: bytes) -> tuple[int, ImageInput]:
+        """The size of the file that follows, and how it is seen."""
+        size, max_pixels, resize, height, width, fit, *fill = REQUEST.unpack(header)
+        red, green, blue = fill
+        return size, cls(max_pixels, View(resize, (height, width), FITS[fit], (red, green, blue)))
 
 
 def decode(data: bytes, spec: ImageInput) -> Pixels:
     """An image file as pixels (H, W, 3). Raises InvalidInput and Overloaded as `open_image` does."""
     try:
-        return crop(open_image(data, spec.max_pixels), spec.resize, spec.crop)
+        return fitted(open_image(data, spec.max_pixels), spec.view)
     except MemoryError:
         raise Overloaded("not enough memory to decode this image") from None
 
@@ -58,8 +69,8 @@ def main() -> None:
     sink.write(READY)
     sink.flush()
     while header := source.read(REQUEST.size):
-        size, max_pixels, resize, height, width = REQUEST.unpack(header)
-        outcome, body = answer(source.read(size), ImageInput(max_pixels, resize, (height, width)))
+        size, spec = ImageInput.unpack(header)
+        outcome, body = answer(source.read(size), spec)
         sink.write(REPLY.pack(outcome, len(body)) + body)
         sink.flush()
 

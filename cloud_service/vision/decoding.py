@@ -12,7 +12,7 @@ from asyncio.subprocess import PIPE, Process
 
 import numpy as np
 
-from isthmus.cloud_service.vision.decode_process import OUTCOMES, READY, REPLY, REQUEST, ImageInput, Pixels
+from isthmus.cloud_service.vision.decode_process import OUTCOMES, READY, REPLY, ImageInput, Pixels
 from isthmus.models.errors import InvalidInput, IsthmusError, ServiceError
 
 # Without warnings: Pillow quotes from the file in them, so a device could fill the log.
@@ -86,10 +86,10 @@ class ImageDecoder:
 async def exchange(process: Process, data: bytes, spec: ImageInput) -> Pixels | IsthmusError:
     """Pixels or an error from the process. Raises EOFError or OSError when it ended or sent what it never sends."""
     sink, source = pipes(process)
-    sink.write(REQUEST.pack(len(data), spec.max_pixels, spec.resize, *spec.crop) + data)
+    sink.write(spec.pack(len(data)) + data)
     await sink.drain()
     outcome, size = REPLY.unpack(await source.readexactly(REPLY.size))
-    shape = (*spec.crop, 3)
+    shape = (*spec.view.crop, 3)
     if outcome >= len(OUTCOMES) or (size > MAX_WORDS if outcome else size != math.prod(shape)):
         raise OSError("unexpected reply")
     body = await source.readexactly(size)

@@ -11,17 +11,20 @@ from numpy.typing import NDArray
 
 from isthmus.cloud_service.vision.decode_process import ImageInput, Pixels
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
-from isthmus.models.messages import BundleInfo, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.messages import BundleInfo, CloudRequest, Codec, OutputTensor, Payload, TapInfo, TaskInfo
 from isthmus.models.torch_device import CPU
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.images import normalise
+from isthmus.models.vision.images import View, normalise
+from isthmus.models.vision.outputs import Raw, finish, named
 from isthmus.models.vision.tail import open_tail
+from isthmus.models.vision.tasks import AnyTask
 
 Floats = NDArray[np.float32]
 MIN_IMAGE_PIXELS = 1 << 20  # the pixel cap of a bundle with a small input; a megapixel decodes in about 10 ms
 MAX_ASPECT = 16  # a device sends the shorter side at the network's size, so the cap is 16 squares of it
 
-Probabilities = tuple[tuple[float, ...], ...]  # of each task asked for, in the bundle's order
+# Of each task asked for, in the bundle's order: probabilities where it classifies, else its tensors.
+TaskAnswers = tuple[tuple[float, ...] | tuple[OutputTensor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Predictor:
         self._tail = open_tail(bundle, device)
         spec = self.manifest.preprocessing
         max_pixels = max(MIN_IMAGE_PIXELS, MAX_ASPECT * spec.resize**2)
-        self.image_input = ImageInput(max_pixels, spec.resize, spec.crop)
+        self.image_input = ImageInput(max_pixels, View.of(spec))
 
     @property
     def device(self) -> torch.device:
@@ -71,20 +74,20 @@ class Predictor:
             raise InvalidInput(f"tap {payload.tap} does not exist, the bundle has {numbered(taps)}")
         self._codecs[payload.tap].check(len(payload.data), payload.rate)
 
-    def predict(self, kind: Kind, inputs: Sequence[Payload | Pixels]) -> list[Probabilities | IsthmusError]:
-        """Probabilities or an error for each input of one kind; a bad payload affects no other.
+    def predict(self, kind: Kind, inputs: Sequence[Payload | Pixels]) -> list[TaskAnswers | IsthmusError]:
+        """The answers or an error for each input of one kind; a bad payload affects no other.
 
         A whole image comes as the pixels (H, W, 3) of `image_input`.
         """
-        results: list[Probabilities | IsthmusError] = []
+        results: list[TaskAnswers | IsthmusError] = []
         decoded: dict[int, Decoded] = {}
         for index, given in enumerate(inputs):
             outcome = self._decode(given) if isinstance(given, Payload) else self._normalise(given)
             if isinstance(outcome, Decoded):
                 decoded[index] = outcome
             results.append(InvalidInput("not computed") if isinstance(outcome, Decoded) else outcome)
-        for index, probabilities in zip(decoded, self._compute(kind, list(decoded.values())), strict=True):
-            results[index] = probabilities
+        for index, answers in zip(decoded, self._compute(kind, list(decoded.values())), strict=True):
+            results[index] = answers
         return results
 
     def warm_up(self) -> None:
@@ -107,7 +110,7 @@ class Predictor:
         except MemoryError:
             return Overloaded("not enough memory for this input")
 
-    def _compute(self, kind: Kind, inputs: Sequence[Decoded]) -> list[Probabilities | IsthmusError]:
+    def _compute(self, kind: Kind, inputs: Sequence[Decoded]) -> list[TaskAnswers | IsthmusError]:
         """Run the tail on a batch; when that fails, on each input alone, so that one cannot fail the others."""
         if not inputs:
             return []
@@ -124,12 +127,27 @@ class Predictor:
             exhausted = isinstance(error, MemoryError | Overloaded) or "memory" in str(error)
             error_kind = Overloaded if exhausted else ServiceError
             return [error_kind("the tail failed on this input")]
-        return [
-            tuple(tuple(row.tolist()) for row in rows)
-            if all(np.isfinite(row).all() for row in rows)
-            else ServiceError("the tail gave no finite answer")
-            for rows in zip(*answers, strict=True)
-        ]
+        return [self._finish(kind.tasks, answers, index) for index in range(len(inputs))]
+
+    def _finish(self, tasks: Sequence[int], answers: Sequence[Floats | Raw], index: int) -> TaskAnswers | IsthmusError:
+        """The answers to the input of this index in the batch."""
+        try:
+            return tuple(
+                self._answer(self.manifest.tasks[task], answer, index)
+                for task, answer in zip(tasks, answers, strict=True)
+            )
+        except ValueError:
+            return ServiceError("the tail gave no finite answer")
+
+    def _answer(self, task: AnyTask, answer: Floats | Raw, index: int) -> tuple[float, ...] | tuple[OutputTensor, ...]:
+        """Raises ValueError for values that are none."""
+        if isinstance(answer, np.ndarray):
+            if not np.isfinite(answer[index]).all():
+                raise ValueError("values that are not finite")
+            return tuple(answer[index].tolist())
+        size = self.manifest.preprocessing.crop
+        row = {name: batch[index] for name, batch in answer.items()}
+        return named(task, finish(task, row, size), size)
 
 
 def info_of(bundle: Bundle) -> BundleInfo:
@@ -138,7 +156,7 @@ def info_of(bundle: Bundle) -> BundleInfo:
     return BundleInfo(
         fingerprint=bundle.fingerprint,
         name=manifest.name,
-        tasks=tuple(TaskInfo(task.name, len(task.labels)) for task in manifest.tasks),
+        tasks=tuple(TaskInfo(task.name, task.channels, task.kind) for task in manifest.tasks),
         taps=tuple(TapInfo(tap.name, len(tap.widths[0].rates)) for tap in manifest.taps),
     )
 

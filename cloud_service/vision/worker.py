@@ -31,9 +31,9 @@ from isthmus.cloud_service.vision.batching import (
 from isthmus.cloud_service.vision.compute_time import ComputeTimes
 from isthmus.cloud_service.vision.decode_process import Pixels
 from isthmus.cloud_service.vision.decoding import ImageDecoder
-from isthmus.cloud_service.vision.predictor import Kind, Predictor, Probabilities
+from isthmus.cloud_service.vision.predictor import Kind, Predictor, TaskAnswers
 from isthmus.models.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded, ServiceError, UnknownBundle
-from isthmus.models.messages import CloudReply, CloudRequest, Codec, Payload
+from isthmus.models.messages import CloudReply, CloudRequest, Codec, OutputTensor, Payload
 from isthmus.protos.limits import BUNDLE_ID_BYTES
 
 ONE = BatchLimits(1, 0.0)
@@ -241,11 +241,11 @@ class Worker:
                 continue
             if pending.queued.deadline_s <= ended_s:
                 self.metrics.expired("compute")
-            resolve(pending, CloudReply(result, waited_s, ended_s - started_s))
+            resolve(pending, reply_of(result, waited_s, ended_s - started_s))
 
     async def _predict(
         self, predictor: Predictor, kind: Kind, batch: Sequence[PendingRequest]
-    ) -> Sequence[Probabilities | IsthmusError]:
+    ) -> Sequence[TaskAnswers | IsthmusError]:
         """On the compute thread. Whatever fails, every caller gets a result and the worker lives on."""
         inputs = [pending.given for pending in batch if pending.given is not None]  # all: that is how they were chosen
         loop = asyncio.get_running_loop()
@@ -267,6 +267,13 @@ def resolve(pending: PendingRequest, result: CloudReply | IsthmusError) -> None:
         pending.reply.set_exception(result)
     else:
         pending.reply.set_result(result)
+
+
+def reply_of(answers: TaskAnswers, queue_s: float, compute_s: float) -> CloudReply:
+    """Probabilities and tensors apart, as a reply holds them."""
+    tensors = tuple(each for answer in answers for each in answer if isinstance(each, OutputTensor))
+    numbers = [tuple(each for each in answer if isinstance(each, float)) for answer in answers]
+    return CloudReply(tuple(answer for answer in numbers if answer), queue_s, compute_s, tensors)
 
 
 def queued_bytes(queue: Sequence[QueuedInput]) -> int:

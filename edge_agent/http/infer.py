@@ -102,6 +102,7 @@ class InferApi:
                 "name": manifest.name,
                 "fingerprint": manifest.fingerprint,
                 "tasks": {task.name: task.labels for task in manifest.tasks},
+                "kinds": {task.name: task.kind for task in manifest.tasks},
                 "taps": taps,
             },
             "mode": self._agent.config.mode,

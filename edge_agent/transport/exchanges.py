@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES
 from isthmus.edge_agent.transport.health import Attempt
 from isthmus.edge_agent.transport.infer_stream import InferStream
 from isthmus.models.errors import DeadlineExceeded, Draining, LinkDown
-from isthmus.models.messages import CloudReply, CloudRequest, Payload
+from isthmus.models.messages import CloudReply, CloudRequest, OutputBounds, Payload
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
 from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
@@ -38,10 +38,14 @@ class Exchanges:
     """One stream at a time; a new one when that has ended. Safe to call from several threads."""
 
     def __init__(
-        self, stub: pb_grpc.IsthmusStub, fingerprint: bytes, labels: tuple[int, ...], late: Callable[[], None]
+        self,
+        stub: pb_grpc.IsthmusStub,
+        fingerprint: bytes,
+        expected: Sequence[int | OutputBounds],
+        late: Callable[[], None],
     ) -> None:
-        """`labels` are the classes of each task. `late` is called for each reply that came after its deadline."""
-        self._stub, self._fingerprint, self._labels, self._late = stub, fingerprint, labels, late
+        """`expected` of each task: see `wire.unpack_answer`. `late` is called for each reply after its deadline."""
+        self._stub, self._fingerprint, self._expected, self._late = stub, fingerprint, expected, late
         self._lock = threading.Lock()
         self._stream: InferStream | None = None
         self._next_id = 0
@@ -101,7 +105,7 @@ class Exchanges:
             stream.give_up(request_id)  # without effect after a reply
         attempt.replied = True
         elapsed_s = time.monotonic() - started_s
-        reply = wire.unpack_answer(response, [self._labels[task] for task in tasks])
+        reply = wire.unpack_answer(response, [self._expected[task] for task in tasks])
         return Exchange(reply, up_bytes, response.ByteSize() + GRPC_PREFIX_BYTES, elapsed_s)
 
     def _request_id(self) -> int:

@@ -6,7 +6,7 @@ infer -> a slot of the window (health) -> the circuit breaker (health) -> sent, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from isthmus.edge_agent.config import Tls
@@ -17,7 +17,7 @@ from isthmus.edge_agent.transport.exchanges import Exchange, Exchanges
 from isthmus.edge_agent.transport.health import Attempt
 from isthmus.edge_agent.transport.prober import FetchTokenizer
 from isthmus.models.errors import Overloaded, UnknownBundle
-from isthmus.models.messages import Payload, ServiceInfo
+from isthmus.models.messages import OutputBounds, Payload, ServiceInfo
 
 
 class Link(CloudLink):
@@ -27,20 +27,20 @@ class Link(CloudLink):
         self,
         target: str,
         fingerprint: bytes,
-        labels: tuple[int, ...],
+        expected: Sequence[int | OutputBounds],
         tls: Tls | None = None,
         breaker: BreakerLimits = BreakerLimits(),
         late: Callable[[], None] = lambda: None,
         *,
         probes: ProbeSchedule | None = None,
     ) -> None:
-        """`fingerprint` is of a bundle with `labels` classes per task.
+        """`fingerprint` is of a bundle; `expected` of each of its tasks, as `wire.unpack_answer` says.
 
         `late` is called for each reply that came after its deadline; `probes` says when the link is measured that no
         photo measures. Does not wait for the cloud.
         """
         super().__init__(target, tls, breaker, self._abandon, probes)
-        self._exchanges = Exchanges(self._stub, fingerprint, labels, late)
+        self._exchanges = Exchanges(self._stub, fingerprint, expected, late)
         self._start(HeldBundle(fingerprint), self._exchanges.retire_idle)
 
     @property

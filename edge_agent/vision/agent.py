@@ -50,17 +50,20 @@ from isthmus.edge_agent.vision.request import (
 )
 from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer
 from isthmus.edge_agent.vision.router import Router, goal_of
+from isthmus.edge_agent.vision.task_answers import task_answer
 from isthmus.edge_agent.vision.warm_up import warm_up
-from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown
+from isthmus.models.errors import InvalidInput, IsthmusError, LinkDown, ServiceError
 from isthmus.models.messages import CloudReply, Payload
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import void_because
 from isthmus.models.vision.head import Head
-from isthmus.models.vision.images import preprocess
+from isthmus.models.vision.images import geometry, preprocess
 from isthmus.models.vision.manifest import Head as Described
+from isthmus.models.vision.outputs import bounds_of, finish
 
 log = logging.getLogger("isthmus.edge")
 
+Found = NDArray[Any] | Sequence[NDArray[Any]]  # of one task: probabilities, or the tensors of another kind
 LOSSLESS = 100  # quality of a PNG
 BACK_PRESSURE = "more photos came than the cloud answers in time"
 MAX_THREADS = 32  # of `ainfer` and `infer_many` together; most of them wait for the device or the cloud
@@ -95,9 +98,7 @@ class EdgeAgent:
         self.costs.send_whole_as(image_of(self.costs.points, config), images_of(self.costs.points, config))
         self._codecs = [bundle.codec(tap) for tap in range(len(bundle.manifest.taps))]
         self._head = Head(bundle, config.threads, config.precision)
-        self._payloads = PayloadEncoder(
-            self._head, self._codecs, self.costs, self.manifest.preprocessing.resize, metrics
-        )
+        self._payloads = PayloadEncoder(self._head, self._codecs, self.costs, self.manifest.preprocessing, metrics)
         described = bundle.manifest.heads[config.precision]
         self._exits = [exit_.name for exit_ in described.exits]
         self.exit_rule = exit_rule(described, config.epsilon, config.promise, config.among)
@@ -144,7 +145,8 @@ class EdgeAgent:
         config = self.config
         epsilon, levels = audited_levels(described, config.epsilon, config.promise, config.among)
         audited = config.mode == "auto" and config.clouds and config.audits.share
-        if self.certificates_void or not levels or not audited:
+        classifies = self.manifest.tasks[0].kind == "classify" and all(exit_.answers for exit_ in described.exits)
+        if self.certificates_void or not levels or not audited or not classifies:
             return None
         file = pairs_path(config.audits.folder, self.manifest.name, self.manifest.fingerprint, config.precision)
         device = Device(self._head, self._slots, lambda: self._answering > 0, self._ask_cloud, self._use_thresholds)
@@ -164,7 +166,7 @@ class EdgeAgent:
         if link is None or not link.ready:
             raise LinkDown("no cloud has room for a photo that nobody waits for")
         state = RequestState(InferenceRequest((0,), (), True, "audited"), DEADLINE_S)
-        payload = image_payload(image, self.manifest.preprocessing.resize, "png", LOSSLESS)
+        payload = image_payload(image, self.manifest.preprocessing, "png", LOSSLESS)
         reply = self._exchange(payload, (0,), state)
         if self.metrics:
             self.metrics.audited(state.up_bytes, state.down_bytes)
@@ -295,6 +297,7 @@ class EdgeAgent:
         with self._computing(state):
             with state.stage("decode"):
                 image = as_image(photo)
+                state.geometry = geometry(image, self.manifest.preprocessing)
                 pixels_CHW = preprocess(image, self.manifest.preprocessing)
             step = self._next(state)
             while step.route == "continue":
@@ -337,8 +340,8 @@ class EdgeAgent:
         before_ms = state.stage_ms.get("head", 0.0)
         with state.stage("head"):
             source_CHW = pixels_CHW if state.features is None else state.features
-            state.features, probabilities_K = self._head.segment(index, source_CHW)
-        state.exits.append(probabilities_K)
+            state.features, output = self._head.segment(index, source_CHW)
+        state.exits.append(output)
         state.score = self.exit_rule.score(state.exits)
         self.costs.segment_s[index].observe((state.stage_ms["head"] - before_ms) / 1000, time.monotonic())
         if self.metrics:
@@ -377,7 +380,7 @@ class EdgeAgent:
             with self._computing(state, urgent=True) if not state.exits else nullcontext():
                 return self._answer_locally(why, state, pixels_CHW, degraded_reason(error))
         self._router.replied()
-        answers = dict(zip(tasks, map(np.array, reply.probabilities), strict=True))
+        answers = self._read_reply(tasks, reply)
         why = "; but ".join((step.why, *state.detours))
         return self._answer("split" if point else "offload", answers, state, why, point)
 
@@ -407,22 +410,49 @@ class EdgeAgent:
         if degraded and self.metrics:
             self.metrics.degraded(degraded)
         route: AnswerRoute = "fallback" if degraded else "exit"
-        return self._answer(route, {0: state.exits[-1]}, state, why)
+        return self._answer(route, self._read_exit(state), state, why)
+
+    def _read_reply(self, tasks: Sequence[int], reply: CloudReply) -> dict[int, Found]:
+        """What a cloud found of each task: probabilities, or its tensors."""
+        numbers, tensors = iter(reply.probabilities), iter(reply.outputs)
+        found: dict[int, Found] = {}
+        for task in tasks:
+            bounds = bounds_of(self.manifest.tasks[task], self.manifest.preprocessing.crop)
+            if isinstance(bounds, int):
+                found[task] = np.array(next(numbers))
+            else:
+                found[task] = [next(tensors).array for _ in bounds.tensors]
+        return found
+
+    def _read_exit(self, state: RequestState) -> dict[int, Found]:
+        """What the deepest exit that has run found of the first task; nothing where there is none."""
+        outputs = [each for each in state.exits if each is not None]
+        if not outputs:
+            return {}
+        if isinstance(outputs[-1], np.ndarray):
+            return {0: outputs[-1]}
+        try:
+            return {0: finish(self.manifest.tasks[0], outputs[-1], self.manifest.preprocessing.crop)}
+        except ValueError as error:
+            raise ServiceError(f"the exit gave {error}") from error
 
     def _answer(
         self,
         route: AnswerRoute,
-        found: Mapping[int, NDArray[Any]],
+        found: Mapping[int, Found],
         state: RequestState,
         why: str,
         point: OperatingPoint | None = None,
     ) -> Answer:
-        """`found`: probabilities of each task that was answered, by its index."""
+        """`found`: of each task that was answered, by its index."""
+        tasks, size, back = self.manifest.tasks, self.manifest.preprocessing.crop, state.geometry
+        assert back is not None  # the photo was decoded
+        answers = {task: task_answer(tasks[task], each, size, back) for task, each in found.items()}
         state.stage_ms["total"] = 1000 * (time.monotonic() - state.started_s)
         return build_answer(
             state,
-            self.manifest.tasks,
-            found,
+            tasks,
+            answers,
             route=route,
             exit_name=self._exits[len(state.exits) - 1] if route in ("exit", "fallback") else None,
             point=self.costs.points.parts(point) if point else (None, None, None),

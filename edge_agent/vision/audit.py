@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from isthmus.edge_agent.policy.audit import DELTA, UNKNOWN, Audit, Level, Pair
@@ -99,7 +100,7 @@ class Auditor:
         if self._closed or not auditable(state) or answer.route == "fallback":
             return
         try:
-            exits_K = tuple(state.exits)
+            exits_K = tuple(each for each in state.exits if isinstance(each, np.ndarray))  # all: the task classifies
             with self._lock:
                 drawn = self.audit.draw(self._reached(exits_K))
             if drawn and self._jobs.full():
@@ -194,7 +195,8 @@ class Auditor:
                 x_CHW, probabilities_K = head.segment(index, x_CHW)
             finally:
                 self._device.slots.release()
-            found.append(probabilities_K)
+            if isinstance(probabilities_K, np.ndarray):
+                found.append(probabilities_K)
         return found
 
     def _record(self, pair: Pair) -> None:

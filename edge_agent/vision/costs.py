@@ -16,6 +16,7 @@ from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.edge_agent.vision.request import InferenceRequest
 from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.manifest import ImageForm, ImageWay, Manifest, Precision
+from isthmus.models.vision.outputs import most_bytes, usual_bytes
 from isthmus.protos.limits import MAX_ERROR_CHARACTERS, MAX_FRAMING_BYTES
 
 CLOUD_MACS_PER_S = 20e9  # prior for the cloud's speed, replaced by the first reply
@@ -24,7 +25,7 @@ IMAGE_BYTES_PER_PIXEL = 0.1  # prior for a compressed photo
 IMAGE_ENCODE_S: dict[ImageForm, float] = {"jpeg": 0.002, "webp": 0.015, "png": 0.027}  # priors for a whole photo
 QUICKEST = Goal("fastest", 2.0, Weights(1.0, 0.0, 0.0, 0.0))  # by seconds alone
 COMPUTE_SPREAD = 0.25  # relative standard deviation of computing on either side
-BYTES_PER_LABEL, REPLY_FRAMING_BYTES = 4, 32  # of an answer: a probability each, and what is around them
+REPLY_FRAMING_BYTES = 32  # of an answer: what is around it
 EXIT_SHARE = 0.3  # prior, replaced by the bundle's figure
 SHARE_WEIGHT = 0.02  # of one photo: a share is estimated from noughts and ones
 
@@ -80,9 +81,9 @@ class Costs:
     def __init__(self, manifest: Manifest, profile: CostProfile, precision: Precision = "fp32") -> None:
         self._profile, self._prices = profile, profile.prices
         self._exits = manifest.heads[precision].exits
-        labels = sum(len(task.labels) for task in manifest.tasks)
-        self.reply_bytes = float(BYTES_PER_LABEL * labels + REPLY_FRAMING_BYTES)  # of an answer to every task
-        self._most_reply_bytes = max(self.reply_bytes, MAX_ERROR_CHARACTERS + REPLY_FRAMING_BYTES)
+        usual, most = (sum(map(each, manifest.tasks)) for each in (usual_bytes, most_bytes))
+        self.reply_bytes = float(usual + REPLY_FRAMING_BYTES)  # of an answer to every task
+        self._most_reply_bytes = max(most, MAX_ERROR_CHARACTERS) + float(REPLY_FRAMING_BYTES)
         height, width = manifest.preprocessing.crop
         head_macs = [segment.macs for segment in manifest.segments]
         self.whole_macs = sum(head_macs) + manifest.tail_macs

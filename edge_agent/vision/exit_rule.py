@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from isthmus.models.vision.exit_score import exit_score
 from isthmus.models.vision.manifest import NEVER, Among, Exit, Head, Promise, Threshold
+from isthmus.models.vision.outputs import ExitOutput
 
 VOID = "no exit answers early, as its certificates are void: {}"
 
@@ -21,9 +19,9 @@ class ExitRule:
     exits: Sequence[Exit]
     confidences: Sequence[float]
 
-    def score(self, exits_K: Sequence[NDArray[np.float32]]) -> float:
-        """Of the last of the exits run so far, from their class probabilities."""
-        return exit_score(exits_K, self.exits[len(exits_K) - 1])
+    def score(self, exits: Sequence[ExitOutput]) -> float:
+        """Of the last of the exits run so far, from what they gave."""
+        return exit_score(exits, self.exits[len(exits) - 1])
 
     def confidence(self, passed: int) -> float:
         """From which the last of the `passed` exits answers; NEVER before the first."""

@@ -13,6 +13,7 @@ from isthmus.edge_agent.vision.audit_metrics import AuditMetrics
 from isthmus.edge_agent.vision.live import DROPPING
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.edge_agent.vision.result import Answer
+from isthmus.edge_agent.vision.task_answers import Detections
 from isthmus.models.errors import DeadlineExceeded, IsthmusError, LinkDown, OverBudget, PayloadTooLarge
 from isthmus.models.vision.manifest import Manifest
 
@@ -139,6 +140,9 @@ class RequestMetrics:
         self._missing = Counter(
             "isthmus_edge_missing_answers", "Tasks not answered, for lack of a cloud.", ["task"], registry=registry
         )
+        self._boxes = Counter(
+            "isthmus_edge_boxes", "Boxes in answers to tasks that detect.", ["model", "task"], registry=registry
+        )
         self.degraded = Counter(
             "isthmus_edge_degraded_responses", "Answers below the owner's quality.", ["reason"], registry=registry
         )
@@ -153,6 +157,9 @@ class RequestMetrics:
     def answered(self, answer: Answer) -> None:
         for task in answer.missing:
             self._missing.labels(task).inc()
+        for name, found in answer.answers.items():
+            if isinstance(found, Detections):
+                self._boxes.labels(self._model, name).inc(len(found))
         self._requests.labels(answer.route, "ok", self._model).inc()
         self._duration.labels(answer.route).observe(answer.stage_ms["total"] / 1000)
         if answer.exit is not None:
@@ -168,8 +175,12 @@ class RequestMetrics:
         self._requests.labels("exit", "error", self._model)
         for exit_ in manifest.heads["fp32"].exits:  # exits have the same names at every precision
             self._exits.labels(self._model, exit_.name)
-        for task in manifest.tasks[1:]:  # every exit answers the first
+        answered = all(exit_.answers for exit_ in manifest.heads["fp32"].exits)
+        for task in manifest.tasks[answered:]:  # every exit answers the first, or none anything
             self._missing.labels(task.name)
+        for task in manifest.tasks:
+            if task.kind == "detect":
+                self._boxes.labels(self._model, task.name)
         for reason in REASONS:
             self.degraded.labels(reason)
         for policy in DROPPING:

@@ -19,7 +19,7 @@ from isthmus.models.errors import PayloadTooLarge
 from isthmus.models.messages import Codec, Payload
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import FileFormat, encode_whole
-from isthmus.models.vision.manifest import ImageWay
+from isthmus.models.vision.manifest import ImageWay, Preprocessing
 from isthmus.protos.limits import MAX_IMAGE_BYTES
 
 
@@ -27,13 +27,18 @@ class PayloadEncoder:
     """Encodes payloads, and records their sizes and latencies in the cost model."""
 
     def __init__(
-        self, head: Head, codecs: Sequence[ContextualCodec], costs: Costs, resize: int, metrics: EdgeMetrics | None
+        self,
+        head: Head,
+        codecs: Sequence[ContextualCodec],
+        costs: Costs,
+        preprocessing: Preprocessing,
+        metrics: EdgeMetrics | None,
     ) -> None:
-        """`codecs` are one per tap. A whole image is sent with at most `resize` pixels on its shorter side."""
+        """`codecs` are one per tap. A whole image is sent no larger than `preprocessing` says."""
         self._head = head
         self._codecs = codecs
         self._costs = costs
-        self._resize = resize
+        self._preprocessing = preprocessing
         self._metrics = metrics
 
     def bottleneck(
@@ -62,15 +67,15 @@ class PayloadEncoder:
         Raises PayloadTooLarge.
         """
         with state.stage("encode"):
-            payload = image_payload(image, self._resize, way.form, way.quality)
+            payload = image_payload(image, self._preprocessing, way.form, way.quality)
         self._costs.image_encode_s[way.form].observe(state.stage_ms["encode"] / 1000)
         self._costs.bytes_of(way).observe(len(payload.data))
         return payload
 
 
-def image_payload(image: Image.Image, resize: int, form: FileFormat, quality: int) -> Payload:
+def image_payload(image: Image.Image, spec: Preprocessing, form: FileFormat, quality: int) -> Payload:
     """A photo as an image file. Raises PayloadTooLarge."""
-    data = encode_whole(image, resize, form, quality)
+    data = encode_whole(image, spec.resize, form, quality, spec.fit)
     if len(data) > MAX_IMAGE_BYTES:
         raise PayloadTooLarge(f"the photo has {len(data)} bytes as {form}, the cap is {MAX_IMAGE_BYTES}")
     return Payload(Codec.IMAGE, 0, 0, data)

@@ -22,6 +22,7 @@ from isthmus.edge_agent.vision.request import RequestState
 from isthmus.models.errors import LinkDown, LinkError, ServiceError
 from isthmus.models.messages import Payload
 from isthmus.models.vision.manifest import Manifest
+from isthmus.models.vision.outputs import bounds_of
 
 MARGIN = 2.0  # times its predicted time: what a cloud has at least, and FAIR_WAIT_S, where two share a photo's time
 
@@ -122,12 +123,12 @@ def connect(
     `fingerprint` is the bundle's. `late` is called for each reply that nobody waits for any more, `spend` with the
     bytes of each probe before it is sent: it may refuse them.
     """
-    labels = tuple(len(task.labels) for task in manifest.tasks)
+    expected = tuple(bounds_of(task, manifest.preprocessing.crop) for task in manifest.tasks)
     clouds = config.clouds if config.mode != "edge" else ()
     each = config.probe_bytes_per_hour / max(len(clouds), 1)
     replicas = Replicas(
         [
-            Link(cloud, fingerprint, labels, config.tls, config.breaker, late, probes=ProbeSchedule(each, spend))
+            Link(cloud, fingerprint, expected, config.tls, config.breaker, late, probes=ProbeSchedule(each, spend))
             for cloud in clouds
         ]
     )

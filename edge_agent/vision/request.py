@@ -17,7 +17,9 @@ from isthmus.edge_agent.policy.exits import Candidate, OperatingPoint
 from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.errors import InvalidInput
 from isthmus.models.messages import CloudReply
+from isthmus.models.vision.geometry import Geometry
 from isthmus.models.vision.manifest import ImageWay, Manifest
+from isthmus.models.vision.outputs import ExitOutput
 
 Floats = NDArray[np.float32]
 
@@ -72,9 +74,10 @@ class RequestState:
         self.started_s = time.monotonic()
         self.deadline_s = self.started_s + deadline_s
         self.stage_ms: dict[str, float] = {}
-        self.exits: list[Floats] = []  # class probabilities of each exit run
+        self.exits: list[ExitOutput] = []  # what each exit run gave
         self.score: float | None = None  # of the last exit run, as `exit_score` says
         self.features: Floats | None = None
+        self.geometry: Geometry | None = None  # from the network's input back to the photo
         self.image: ImageWay | None = None  # how the router would send it whole
         self.up_bytes = 0
         self.down_bytes = 0

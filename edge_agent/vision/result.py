@@ -7,29 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from numpy.typing import NDArray
+from PIL import Image
 
 from isthmus.edge_agent.policy.exits import Candidate
+from isthmus.edge_agent.vision.image_input import Photo, as_image
 from isthmus.edge_agent.vision.request import RequestState
-from isthmus.models.vision.manifest import Task
+from isthmus.edge_agent.vision.task_answers import Classification, TaskAnswer
+from isthmus.models.vision.tasks import Task
 
+LEADING = ("label", "index", "probabilities")  # fields that repeat the first task's answer
 AnswerRoute = Literal["exit", "split", "offload", "fallback"]
-
-
-@dataclass(frozen=True, slots=True)
-class TaskAnswer:
-    """The answer to one task: its most likely label, the index of that label, and the probabilities of all labels."""
-
-    label: str
-    index: int
-    probabilities: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """`route` says who answered: an exit, the cloud (split or whole image), or the best exit in place of the cloud.
 
-    label, index, probabilities: of the first task requested; of the bundle's first task if that one is missing.
+    label, index, probabilities: of the first task requested; of the bundle's first task if that one is missing. None
+    where that task does not classify; `answers` has what was found.
     answers: by name of the task. missing: requested tasks that have no exit, when the cloud did not answer.
     tap, width, rate: of the bottleneck that was sent, None if none was.
     bytes_up, bytes_down: our messages with gRPC's 5-byte prefix, without HTTP/2. stage_ms: wait (for other photos of
@@ -39,9 +34,9 @@ class Answer:
     were considered at the last step, where that was asked for.
     """
 
-    label: str
-    index: int
-    probabilities: tuple[float, ...]
+    label: str | None
+    index: int | None
+    probabilities: tuple[float, ...] | None
     answers: Mapping[str, TaskAnswer]
     missing: tuple[str, ...]
     route: AnswerRoute
@@ -58,18 +53,28 @@ class Answer:
     modelled_joules: float = 0.0
     candidates: tuple[Candidate, ...] | None = None
 
+    def plot(self, photo: Photo) -> Image.Image:
+        """A copy of the photo with the answers to all tasks drawn on it."""
+        image = as_image(photo)
+        for found in self.answers.values():
+            image = found.draw(image)
+        return image
+
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them; candidates only where they were asked for."""
-        fields = dataclasses.asdict(self)
-        if self.candidates is None:
-            del fields["candidates"]
-        return fields
+        """The fields as JSON has them, led by the first task's answer; candidates only where they were asked for."""
+        answers = {name: answer.to_json() for name, answer in self.answers.items()}
+        first = next(iter(answers.values()), {})
+        rest = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[len(LEADING) :]}
+        candidates = rest.pop("candidates")
+        if candidates is not None:
+            rest["candidates"] = [dataclasses.asdict(each) for each in candidates]
+        return {**first, **rest, "answers": answers}
 
 
 def build_answer(
     state: RequestState,
     tasks: Sequence[Task],
-    found: Mapping[int, NDArray[Any]],
+    found: Mapping[int, TaskAnswer],
     *,
     route: AnswerRoute,
     exit_name: str | None,
@@ -78,16 +83,17 @@ def build_answer(
     why: str,
     modelled_joules: float = 0.0,
 ) -> Answer:
-    """`tasks` are the bundle's, `found` the class probabilities of those that were answered, by index."""
+    """`tasks` are the bundle's, `found` the answers to those that were answered, by index."""
     requested = state.request.tasks
-    order = [task for task in requested if task in found] or [0]  # exits answer the first task only
-    answers = {tasks[task].name: task_answer(tasks[task], found[task]) for task in order}
-    first = answers[tasks[order[0]].name]
+    order = [task for task in requested if task in found] or list(found)  # exits answer the first task only
+    answers = {tasks[task].name: found[task] for task in order}
+    first = next(iter(answers.values()), None)
+    lead = first if isinstance(first, Classification) else None
     tap, width, rate = point
     return Answer(
-        label=first.label,
-        index=first.index,
-        probabilities=first.probabilities,
+        label=lead.label if lead else None,
+        index=lead.index if lead else None,
+        probabilities=lead.probabilities if lead else None,
         answers=answers,
         missing=tuple(tasks[task].name for task in requested if task not in found),
         route=route,
@@ -106,19 +112,10 @@ def build_answer(
     )
 
 
-def task_answer(task: Task, probabilities_K: NDArray[Any]) -> TaskAnswer:
-    """The most likely label of `task`, with all probabilities."""
-    index = int(probabilities_K.argmax())
-    return TaskAnswer(task.labels[index], index, tuple(float(p) for p in probabilities_K))
-
-
 def format_answer(photo: str, answer: Answer) -> list[str]:
     """Lines of text for people."""
     named = len(answer.answers) + len(answer.missing) > 1
-    labels = [
-        f"{name + ' ' if named else ''}{task.label} ({max(task.probabilities):.1%})"
-        for name, task in answer.answers.items()
-    ]
+    labels = [f"{name + ' ' if named else ''}{found}" for name, found in answer.answers.items()]
     labels += [f"{name} MISSING" for name in answer.missing]
     stages = ", ".join(f"{name} {value:.1f}" for name, value in answer.stage_ms.items() if name != "total")
     return [

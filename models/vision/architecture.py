@@ -54,12 +54,13 @@ ExitBlocks = Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(m
 class Architecture(Part):
     """Arguments of the builder in `vision.catalog`: backbone, where it is cut, bottlenecks, classes of each task.
 
-    `exit_blocks`: for each cut the later blocks of the backbone that form its exit; None where exits are heads.
+    `classes`: of a vector its size. `exit_blocks`: for each cut the later blocks of the backbone that form its exit;
+    None where exits are heads.
     """
 
     builder: Name
     backbone: Name
-    classes: Annotated[tuple[Annotated[int, Field(ge=2, le=100_000)], ...], Field(min_length=1, max_length=8)]
+    classes: Annotated[tuple[Annotated[int, Field(ge=1, le=100_000)], ...], Field(min_length=1, max_length=8)]
     cuts: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=8)]
     taps: Annotated[tuple[TapArchitecture, ...], Field(min_length=1, max_length=8)]
     exit_blocks: Annotated[tuple[ExitBlocks, ...], Field(min_length=1, max_length=8)] | None = None

@@ -13,14 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.models.vision.manifest import Exit
+from isthmus.models.vision.outputs import ExitOutput
 
 Floats = NDArray[np.float32]
+
+DETECTED = 2  # dimensions of a detector's scores; a map has three
 
 LEAST = 1e-6  # a probability below it counts as it
 
 
-def exit_score(exits_K: Sequence[Floats], exit_: Exit) -> float:
-    """The score, 0 to 1, of the last of the exits run so far; `exits_K` are their class probabilities."""
+def exit_score(exits: Sequence[ExitOutput], exit_: Exit) -> float:
+    """The score, 0 to 1, of the last of the exits run so far, from what they gave.
+
+    Of a detector: how sure the exit is that there is nothing, 1 less the highest score. Of other kinds: 0.
+    """
+    last = exits[-1]
+    exits_K = [each for each in exits if isinstance(each, np.ndarray)]
+    if not isinstance(last, np.ndarray):
+        scores_NC = last.get("scores") if last else None
+        return 1 - float(scores_NC.max(initial=0.0)) if scores_NC is not None and scores_NC.ndim == DETECTED else 0.0
     if exit_.score is None:
         return float(exits_K[-1].max())
     return sigmoid(exit_.score.bias + float(np.dot(features(exits_K), exit_.score.weights)))

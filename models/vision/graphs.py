@@ -14,7 +14,7 @@ def open_graph(
     name: str,
     threads: int,
     inputs: Mapping[str, TensorSpec],
-    outputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec] | Mapping[str, TensorSpec],
     *,
     cuda: int | None = None,
 ) -> Any:

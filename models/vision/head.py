@@ -1,4 +1,4 @@
-"""The device's half of a split classifier, run by ONNX Runtime. Knows nothing about policy, coding or the link."""
+"""The device's half of a split network, run by ONNX Runtime. Knows nothing about policy, coding or the link."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from isthmus.models.vision.architecture import Shape
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.graphs import open_graph
 from isthmus.models.vision.manifest import Precision
+from isthmus.models.vision.outputs import ExitOutput, graph_outputs
 
 Floats = NDArray[np.float32]
 
@@ -29,30 +30,41 @@ class Head:
         if precision not in manifest.heads:
             raise InvalidInput(f"precision {precision!r} is not in the bundle, there is {', '.join(manifest.heads)}")
         self.exits = len(manifest.segments)
-        logits = TensorSpec((1, len(manifest.tasks[0].labels)))
+        described, task = manifest.heads[precision], manifest.tasks[0]
+        self._classifies, self._outputs = task.kind == "classify", graph_outputs(task, 1)
         self._segments = [
-            open_graph(bundle, name, threads, {"x": one(segment.input)}, [one(segment.output), logits])
-            for name, segment in zip(manifest.heads[precision].files, manifest.segments, strict=True)
+            open_graph(
+                bundle, name, threads, {"x": one(segment.input)}, [one(segment.output), *self._specs(exit_.answers)]
+            )
+            for name, segment, exit_ in zip(described.files, manifest.segments, described.exits, strict=True)
         ]
         self._widths = [len(tap.widths) for tap in manifest.taps]
         self._encoders = [self._encoder(bundle, index, threads) for index in range(len(manifest.taps))]
 
-    def segment(self, index: int, x_CHW: Floats) -> tuple[Floats, Floats]:
-        """Image (index 0) or features of the segment before -> features_CHW, probabilities_K of exit `index`.
+    def segment(self, index: int, x_CHW: Floats) -> tuple[Floats, ExitOutput]:
+        """Image (index 0) or features of the segment before -> features_CHW, what exit `index` gives.
 
         Raises BundleError when the graph fails, Overloaded when memory is exhausted; `encode` too.
         """
         with translated(f"segment {index} of the head"):
-            features_1CHW, logits_1K = self._segments[index].run(None, {"x": x_CHW[None]})
-        return features_1CHW[0], softmax(logits_1K[0])
+            features_1CHW, *outputs = self._segments[index].run(None, {"x": x_CHW[None]})
+        if not outputs:
+            return features_1CHW[0], None
+        if self._classifies:
+            return features_1CHW[0], softmax(outputs[0][0])
+        return features_1CHW[0], {name: batch[0] for name, batch in zip(self._outputs, outputs, strict=True)}
 
     def run(self, image_CHW: Floats) -> tuple[list[Floats], list[Floats]]:
-        """All segments: the image and the features after each of them; the probabilities of each exit."""
+        """All segments: the image and the features after each of them; the probabilities of each exit.
+
+        Exits that give none are left out.
+        """
         inputs, exits_K = [image_CHW], list[Floats]()
         for index in range(self.exits):
-            features_CHW, probabilities_K = self.segment(index, inputs[-1])
+            features_CHW, output = self.segment(index, inputs[-1])
             inputs.append(features_CHW)
-            exits_K.append(probabilities_K)
+            if isinstance(output, np.ndarray):
+                exits_K.append(output)
         return inputs, exits_K
 
     def encode(self, tap: int, x_CHW: Floats, width: int) -> Floats:
@@ -68,6 +80,9 @@ class Head:
         with translated(f"encoder of tap {tap}"):
             latent_CHW: Floats = self._encoders[tap].run(None, inputs)[0][0]
         return latent_CHW
+
+    def _specs(self, answers: bool) -> list[TensorSpec]:
+        return list(self._outputs.values()) if answers else []
 
     def _encoder(self, bundle: Bundle, index: int, threads: int) -> Any:
         manifest = bundle.manifest

@@ -6,8 +6,9 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded
+from isthmus.models.vision.geometry import Geometry, placement
 from isthmus.models.vision.image_files import (
     Form,
     check_png_chunks,
@@ -26,7 +28,7 @@ from isthmus.models.vision.image_files import (
     name_of,
     webp_size,
 )
-from isthmus.models.vision.manifest import Preprocessing
+from isthmus.models.vision.manifest import Fit, Preprocessing
 
 FileFormat = Literal["jpeg", "png", "webp", "avif"]
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -41,6 +43,7 @@ FULL_SCALE_PIXELS = 16_000_000  # a larger photo is reduced by a whole factor be
 MAX_SCANS = 32  # of a JPEG; progressive encoders write about ten, and each costs a pass over all pixels
 BACKGROUND = (255, 255, 255)  # shows through transparent pixels
 ORIENTATION = 0x0112  # the EXIF tag
+GIVEN_SIZE = "isthmus_given_size"  # in a decoded image's info: width and height of the photo before it was reduced
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,6 +53,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+FITS: tuple[Fit, ...] = get_args(Fit)
+SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
 
 
 def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -132,12 +137,13 @@ def decode_scans(data: bytes, scans: int, max_pixels: int | None) -> Image.Image
     with JpegImageFile(io.BytesIO(data)) as image:
         buffered = scans > 1 or "progressive" in image.info
         check_pixels(image.size, "progressive JPEG" if buffered else "JPEG", max_pixels)
+        given = image.size
         factor = next(
             (factor for factor in (1, 2, 4) if image.width * image.height <= FULL_SCALE_PIXELS * factor**2), 8
         )
         if factor > 1:
             image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-        return to_rgb(image)
+        return to_rgb(image, given)
 
 
 def check_pixels(size: tuple[int, int], kind: str, max_pixels: int | None) -> None:
@@ -152,12 +158,14 @@ def check_pixels(size: tuple[int, int], kind: str, max_pixels: int | None) -> No
         raise InvalidInput(f"image has {width}x{height} pixels, at most {most} are accepted of a {kind} file")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, given: tuple[int, int] | None = None) -> Image.Image:
     """A new RGB image: 8 bits a channel, transparency composited on BACKGROUND, turned upright by its EXIF orientation.
 
-    An image of more than FULL_SCALE_PIXELS is reduced. Raises InvalidInput for floating-point pixels.
+    An image of more than FULL_SCALE_PIXELS is reduced. `given`: the photo's size where `image` is decoded at a smaller
+    scale; `given_size` of the result says it, upright. Raises InvalidInput for floating-point pixels.
     """
     image.load()
+    width, height = given or image.size
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     eight = eight_bits(image)
     if eight.has_transparency_data:
@@ -171,8 +179,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         opaque.paste(eight, mask=eight.getchannel("A"))
         eight = opaque
     if turn is not None:
-        return eight.transpose(turn)
-    return eight.copy() if eight is image else eight
+        eight = eight.transpose(turn)
+    upright = eight.copy() if eight is image else eight
+    upright.info[GIVEN_SIZE] = (height, width) if turn in SIDEWAYS else (width, height)
+    return upright
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -196,9 +206,9 @@ def encode_image(image: Image.Image, form: FileFormat, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def encode_whole(image: Image.Image, resize: int, form: FileFormat, quality: int) -> bytes:
-    """An RGB photo as a device sends it whole: its shorter side at most `resize` pixels, one channel if it is grey."""
-    small = shrink(image, resize)
+def encode_whole(image: Image.Image, resize: int, form: FileFormat, quality: int, fit: Fit = "crop") -> bytes:
+    """An RGB photo as a device sends it whole: no larger than `Preprocessing` says, one channel if it is grey."""
+    small = shrink(image, resize, fit)
     return encode_image(small.convert("L") if is_grey(small) else small, form, quality)
 
 
@@ -208,30 +218,68 @@ def is_grey(image: Image.Image) -> bool:
     return bool((pixels_HW3 == pixels_HW3[..., :1]).all())
 
 
-def shrink(image: Image.Image, pixels: int) -> Image.Image:
-    """The image scaled so that its shorter side has at most `pixels`, proportions kept."""
-    shorter = min(image.size)
-    if shorter <= pixels:
+def shrink(image: Image.Image, pixels: int, fit: Fit = "crop") -> Image.Image:
+    """The image scaled so that its shorter side, for a letterbox its longer, has at most `pixels`, proportions kept."""
+    governing = max(image.size) if fit == "letterbox" else min(image.size)
+    if governing <= pixels:
         return image
-    width, height = (max(pixels, round(side * pixels / shorter)) for side in image.size)
+    least = 1 if fit == "letterbox" else pixels
+    width, height = (max(least, round(side * pixels / governing)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How an input of `crop` (height, width) shows a photo: `fit` and `resize` as in `Preprocessing`."""
+
+    resize: int
+    crop: tuple[int, int]
+    fit: Fit = "crop"
+    fill: tuple[int, int, int] = (0, 0, 0)  # of what a letterbox leaves empty
+
+    @classmethod
+    def of(cls, spec: Preprocessing) -> View:
+        """What a bundle's preprocessing says."""
+        red, green, blue = (min(max(round(255 * mean), 0), 255) for mean in spec.mean)
+        return cls(spec.resize, spec.crop, spec.fit, (red, green, blue))
 
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.float32]:
     """RGB image -> float32 array of shape (3, crop height, crop width)."""
-    return normalise(crop(image, spec.resize, spec.crop), spec)
+    return normalise(fitted(image, View.of(spec)), spec)
 
 
-def crop(image: Image.Image, resize: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The middle of an RGB image whose shorter side is scaled to `resize`: (H, W, 3) of `size` (height, width)."""
-    scale = resize / min(image.size)
-    scaled_width, scaled_height = (max(resize, round(side * scale)) for side in image.size)
-    height, width = size
-    left, top = (scaled_width - width) // 2, (scaled_height - height) // 2
-    across, down = image.width / scaled_width, image.height / scaled_height
+def fitted(image: Image.Image, view: View) -> NDArray[np.uint8]:
+    """An RGB image as a network sees it: (H, W, 3)."""
+    if view.fit != "letterbox":
+        return crop(image, view)
+    height, width = view.crop
+    at = placement(view.fit, view.resize, view.crop, image.size)
+    canvas = Image.new("RGB", (width, height), view.fill)
+    canvas.paste(image.resize((at.width, at.height), Image.Resampling.BILINEAR), (at.left, at.top))
+    return np.asarray(canvas)
+
+
+def crop(image: Image.Image, view: View) -> NDArray[np.uint8]:
+    """An input that the photo covers, (H, W, 3)."""
+    height, width = view.crop
+    at = placement(view.fit, view.resize, view.crop, image.size)
+    across, down = image.width / at.width, image.height / at.height
     # Only the crop is resized: a 1 x 65,535 photo would grow to gigabytes if it were scaled as a whole.
+    left, top = -at.left, -at.top
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
+
+
+def geometry(image: Image.Image, spec: Preprocessing) -> Geometry:
+    """From pixels of the network's input back to those of the photo that `open_image` or `to_rgb` read."""
+    return Geometry(placement(spec.fit, spec.resize, spec.crop, image.size), *given_size(image))
+
+
+def given_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the upright photo, of which `image` may be a reduced copy."""
+    size: tuple[int, int] = image.info.get(GIVEN_SIZE, image.size)
+    return size
 
 
 def normalise(pixels_HW3: NDArray[np.uint8], spec: Preprocessing) -> NDArray[np.float32]:

@@ -32,7 +32,9 @@ def summary(manifest: Manifest) -> list[str]:
     ]
     for task in manifest.tasks:
         more = f" and {len(task.labels) - SHOWN_LABELS} more" if len(task.labels) > SHOWN_LABELS else ""
-        lines.append(f"task {task.name}: {', '.join(task.labels[:SHOWN_LABELS])}{more}")
+        kind = "" if task.kind == "classify" else f" ({task.kind})"
+        what = ", ".join(task.labels[:SHOWN_LABELS]) or f"{task.channels} numbers"
+        lines.append(f"task {task.name}{kind}: {what}{more}")
     for precision, head in manifest.heads.items():
         lines += head_table(precision, head, manifest.segments)
     for tap, built in zip(manifest.taps, manifest.architecture.taps, strict=True):

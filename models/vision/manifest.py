@@ -12,11 +12,13 @@ from pydantic import Field, field_validator, model_validator
 
 from isthmus.models.bundle.manifest import BundleManifest, FileEntry, FileName, Fraction, Name, Part, Sha256
 from isthmus.models.vision.architecture import Architecture, Shape, Side, TapArchitecture
+from isthmus.models.vision.tasks import Task
 
 Precision = Literal["fp32", "int8"]
 ImageForm = Literal["jpeg", "webp", "png"]
 Promise = Literal["accuracy", "agreement"]
 Among = Literal["all", "exited"]
+Fit = Literal["crop", "stretch", "letterbox"]
 
 NEVER = 2.0  # a score that no exit reaches
 FEATURES = 5  # of a correctness head
@@ -25,12 +27,18 @@ DEFAULT_EPSILON = 0.005  # half a point: the loss of accuracy that a device allo
 
 
 class Preprocessing(Part):
-    """Photo -> network input: RGB, shorter side to `resize` (bilinear), centre crop, (x / 255 - mean) / deviation."""
+    """Photo -> network input: RGB, scaled (bilinear) to `crop` as `fit` says, (x / 255 - mean) / deviation.
+
+    fit: crop scales the shorter side to `resize` and takes the middle; stretch scales both sides; letterbox scales the
+    longer side and fills what is left with `mean`. A photo sent whole has at most `resize` pixels on its shorter side,
+    with letterbox on its longer side.
+    """
 
     resize: Side
     crop: tuple[Side, Side]  # height, width
     mean: tuple[float, float, float]
     deviation: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    fit: Annotated[Fit, Field(exclude_if=lambda fit: fit == "crop")] = "crop"  # older manifests do not have it
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Preprocessing:
@@ -40,17 +48,13 @@ class Preprocessing(Part):
 
 
 class Graphs(Part):
-    """The cloud's part of a network whose code it does not have: ONNX for any batch, from each input to logits."""
+    """The cloud's part of a network whose code it does not have: ONNX for any batch, from each input to the outputs.
+
+    Outputs are those of all tasks in their order, named as `tasks` says; of a single classification under any name.
+    """
 
     image: FileName
     taps: Annotated[tuple[FileName, ...], Field(min_length=1, max_length=8)]  # latent_BCHW, rate_B
-
-
-class Task(Part):
-    """One classification that the cloud computes. Exits compute the first task only."""
-
-    name: Name
-    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)]
 
 
 class Segment(Part):
@@ -71,13 +75,15 @@ class CorrectnessHead(Part):
 class Exit(Part):
     """An early exit after the segment of its index, measured on the calibration part as if every input took it.
 
-    Its answer is judged by `score`, or by its highest probability where there is none.
+    Its answer is judged by `score`, or by its highest probability where there is none. `answers` False: there is none
+    after this segment, whose graph gives features only; `accuracy` and `agreement` are 0.
     """
 
     name: Name
     accuracy: Fraction
     agreement: Fraction  # with the cloud model
     score: CorrectnessHead | None = None
+    answers: Annotated[bool, Field(exclude_if=bool)] = True
 
 
 class Rate(Part):
@@ -221,8 +227,10 @@ class Manifest(BundleManifest):
         files = [self.weights] if self.weights else []
         if self.graphs:
             files += [self.graphs.image, *self.graphs.taps]
-            if len(self.graphs.taps) != len(self.taps) or len(self.tasks) > 1:
-                raise ValueError("graphs must have one for each tap, and answer one task")
+            if len(self.graphs.taps) != len(self.taps):
+                raise ValueError("graphs must have one for each tap")
+        elif others := [task.kind for task in self.tasks if task.kind != "classify"]:
+            raise ValueError(f"weights answer tasks of kind classify, {', '.join(others)} needs graphs")
         files += [name for head in self.heads.values() for name in head.files]
         files += [name for tap in self.taps for name in (tap.encoder, tap.tables)]
         if missing := sorted(set(files) - set(self.files)):
@@ -238,8 +246,16 @@ class Manifest(BundleManifest):
                 raise ValueError(f"exits of {precision} must be named like those of fp32")
             if any({len(each.confidences), len(each.shares)} != {len(head.exits)} for each in head.thresholds):
                 raise ValueError(f"thresholds of {precision} must have a confidence and a share for each exit")
+            self._exits_can_answer(precision, head)
             if head.depends_on.precision != precision:
                 raise ValueError(f"certificates of {precision} depend on {head.depends_on.precision}")
+
+    def _exits_can_answer(self, precision: Precision, head: Head) -> None:
+        for index, exit_ in enumerate(head.exits):
+            if exit_.score and (not exit_.answers or self.tasks[0].kind != "classify"):
+                raise ValueError(f"exit {exit_.name} of {precision} has a score, but answers no classification")
+            if not exit_.answers and any(each.confidences[index] <= 1 for each in head.thresholds):
+                raise ValueError(f"exit {exit_.name} of {precision} answers nothing, but a threshold lets it")
 
     def _segments_fit(self) -> None:
         if self.segments[0].input != (3, *self.preprocessing.crop):
@@ -249,7 +265,7 @@ class Manifest(BundleManifest):
         for index, (before, after) in enumerate(zip(self.segments, self.segments[1:], strict=False)):
             if before.output != after.input:
                 raise ValueError(f"segment {index} gives {before.output}, segment {index + 1} takes {after.input}")
-        if self.architecture.classes != tuple(len(task.labels) for task in self.tasks):
+        if self.architecture.classes != tuple(task.channels for task in self.tasks):
             raise ValueError(f"architecture.classes is {self.architecture.classes}, tasks have other label counts")
 
     def _names_differ(self) -> None:

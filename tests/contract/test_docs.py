@@ -17,7 +17,8 @@ from starlette.routing import Route
 from isthmus.edge_agent.http.app import create_app
 from isthmus.edge_agent.http.openai.routes import routes
 from isthmus.edge_agent.http.openai.schema import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
-from isthmus.edge_agent.vision.result import Answer, TaskAnswer
+from isthmus.edge_agent.vision.result import Answer
+from isthmus.edge_agent.vision.task_answers import Classification
 from tests.bench.processes import ROOT
 
 DOCS = ROOT / "docs"
@@ -69,7 +70,7 @@ def test_openapi_has_the_fields_of_requests(model: Any) -> None:
     assert set(schema.get("required", ())) == required
 
 
-@pytest.mark.parametrize("model", [Answer, TaskAnswer])
+@pytest.mark.parametrize("model", [Answer, Classification])
 def test_openapi_has_the_fields_of_answers(model: Any) -> None:
     assert list(SCHEMAS[model.__name__]["properties"]) == [field.name for field in dataclasses.fields(model)]
 

@@ -33,14 +33,14 @@ from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite
 from isthmus.models.vision.images import open_file, preprocess
-from isthmus.models.vision.manifest import Task
 from isthmus.models.vision.slim import SlimEncoder
 from isthmus.models.vision.split import SplitClassifier
 from isthmus.models.vision.tail import load_split
+from isthmus.models.vision.tasks import ClassifyTask
 
 TASKS = (
-    Task(name="defect", labels=("functional", "defective")),
-    Task(name="cell_type", labels=("monocrystalline", "polycrystalline")),
+    ClassifyTask(name="defect", labels=("functional", "defective")),
+    ClassifyTask(name="cell_type", labels=("monocrystalline", "polycrystalline")),
 )
 LICENCE = "CC BY-NC-SA 4.0 (trained on ELPV); ImageNet weights Apache-2.0"
 # Price of a coded kilobyte at each rate, in units of cross-entropy.

@@ -16,6 +16,7 @@ from isthmus.models.bundle.manifest import Interval
 from isthmus.models.recipes.common.intervals import interval
 from isthmus.models.recipes.vision.calibrate import Answers, calibrate
 from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.graph_tail import probabilities
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import encode_whole, open_image, preprocess
 from isthmus.models.vision.manifest import Exit, ImageForm, Manifest, Precision
@@ -121,14 +122,18 @@ class Measuring:
         """One RGB photo, answered every way."""
         image_CHW = preprocess(photo, self._manifest.preprocessing)
         passed = {name: head.run(image_CHW) for name, head in self.heads.items()}
-        files = [encode_whole(photo, self._manifest.preprocessing.resize, *way) for way in IMAGE_WAYS]
-        decoded = [preprocess(open_image(file), self._manifest.preprocessing) for file in files]
+        spec = self._manifest.preprocessing
+        files = [encode_whole(photo, spec.resize, *way, spec.fit) for way in IMAGE_WAYS]
+        decoded = [preprocess(open_image(file), spec) for file in files]
         return PhotoAnswers(
             exits={name: answers for name, (_, answers) in passed.items()},
             taps=[self._tap(tap, passed["fp32"][0]) for tap in range(len(self._codecs))],
             images=self._tail.answer_images(decoded),
             image_bytes=list(map(len, files)),
-            cloud=[rows[0] for rows in self._tail.images_to_tasks([image_CHW], range(len(self._manifest.tasks)))],
+            cloud=[
+                probabilities(rows)[0]
+                for rows in self._tail.images_to_tasks([image_CHW], range(len(self._manifest.tasks)))
+            ],
         )
 
     def _tap(self, tap: int, features: Sequence[Floats]) -> tuple[list[Floats], list[list[int]], list[Floats]]:
@@ -142,7 +147,7 @@ class Measuring:
             first.append(self._tail.answer_latents(tap, latents, [rate for rate, _ in sent]))
             sizes.append([len(data) for _, data in sent])
         others = self._tail.latents_to_tasks(tap, latents[-1:], [sent[-1][0]], range(1, len(self._manifest.tasks)))
-        return first, sizes, [rows[0] for rows in others]
+        return first, sizes, [probabilities(rows)[0] for rows in others]
 
 
 def calibrated(measured: Measurements, design: Measurements | None) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def calibrated(measured: Measurements, design: Measurements | None) -> dict[str,
     for precision, exits_ENK in measured.exits.items():
         found = calibrate(answers_of(measured, precision), answers_of(design, precision) if design else None)
         exits = [
-            Exit(name=f"exit{index}", **figures(answer_N, labels_N, cloud_N), score=score)
+            Exit.model_validate({"name": f"exit{index}", **figures(answer_N, labels_N, cloud_N), "score": score})
             for index, (answer_N, score) in enumerate(zip(exits_ENK.argmax(2), found.scores, strict=True))
         ]
         heads[precision] = {

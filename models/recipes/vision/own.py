@@ -29,8 +29,9 @@ from isthmus.models.recipes.vision.own_training import EPOCH_IMAGES, answers, no
 from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.recipes.vision.rates import integers
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.manifest import Preprocessing, Task
+from isthmus.models.vision.manifest import Preprocessing
 from isthmus.models.vision.split import SplitClassifier
+from isthmus.models.vision.tasks import ClassifyTask
 
 JPEG_SHARE = 0.1  # of the mean size of a JPEG of quality 75: the unit of PRICES
 LOG_GAINS = (-0.9, 0.5)  # initial, of the highest and the lowest price; a latent's mean variance is 1
@@ -108,7 +109,7 @@ def build(
     ranges = [normalise(image_3HW, spec) for image_3HW in train_part.images_N3HW[:RANGE_IMAGES]]
     return export.write(
         folder,
-        Trained(split, (tap,), (Task(name=settings.task, labels=names),), built, spec, ranges),
+        Trained(split, (tap,), (ClassifyTask(name=settings.task, labels=names),), built, spec, ranges),
         about={"name": settings.name, "licence": settings.licence},
         training={
             "command": command,

@@ -21,10 +21,11 @@ from isthmus.models.recipes.vision.int8 import quantise_head
 from isthmus.models.recipes.vision.slim_onnx import slim_onnx
 from isthmus.models.vision.architecture import Architecture
 from isthmus.models.vision.catalog import BUILDERS
-from isthmus.models.vision.manifest import Precision, Preprocessing, Task
+from isthmus.models.vision.manifest import Precision, Preprocessing
 from isthmus.models.vision.slim import SlimEncoder
 from isthmus.models.vision.split import SplitClassifier, Tap
 from isthmus.models.vision.tail import in_channels
+from isthmus.models.vision.tasks import Task
 
 Floats = NDArray[np.float32]
 

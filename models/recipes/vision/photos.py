@@ -37,8 +37,9 @@ from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.efficientnet_lite import EfficientNetLite, fuse_batch_norms
 from isthmus.models.vision.images import open_file
-from isthmus.models.vision.manifest import Preprocessing, Task
+from isthmus.models.vision.manifest import Preprocessing
 from isthmus.models.vision.split import SplitClassifier
+from isthmus.models.vision.tasks import ClassifyTask
 
 SIDE = 260
 PREPROCESSING = Preprocessing(resize=SIDE, crop=(SIDE, SIDE), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
@@ -163,7 +164,7 @@ def make(folder: Path, run: Run, command: str, photos: Path, labelled_photos: Pa
     split.eval()
     sent = integers(np.asarray(views.passes[0]["front"]), tap.encoder, bottleneck.rates)
     taps = (TrainedTap("bottleneck", fit(sent, bottleneck.rates.gains_RC), MAX_BYTES),)
-    names = Task(name="object", labels=class_names())
+    names = ClassifyTask(name="object", labels=class_names())
     return export.write(
         folder,
         Trained(split, taps, (names,), ARCHITECTURE, PREPROCESSING, ranges(views)),

@@ -42,6 +42,27 @@ CODEC_IMAGE: Codec.ValueType  # 2
 """a whole JPEG, PNG or WebP file; point is 0"""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
+class _DType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DTYPE_UNSPECIFIED: _DType.ValueType  # 0
+    DTYPE_FLOAT32: _DType.ValueType  # 1
+    DTYPE_FLOAT16: _DType.ValueType  # 2
+    DTYPE_UINT16: _DType.ValueType  # 3
+    DTYPE_UINT32: _DType.ValueType  # 4
+
+class DType(_DType, metaclass=_DTypeEnumTypeWrapper): ...
+
+DTYPE_UNSPECIFIED: DType.ValueType  # 0
+DTYPE_FLOAT32: DType.ValueType  # 1
+DTYPE_FLOAT16: DType.ValueType  # 2
+DTYPE_UINT16: DType.ValueType  # 3
+DTYPE_UINT32: DType.ValueType  # 4
+Global___DType: _TypeAlias = DType  # noqa: Y015
+
 @_typing.final
 class InferRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -103,10 +124,11 @@ class InferResponse(_message.Message):
     COMPUTE_US_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """of the request"""
     queue_us: _builtins.int
-    """of shape (labels,) with sum 1; empty with an error
+    """another; each of shape (labels,) with sum 1; empty with an error
     microseconds between arrival and start of the batch; decoding of images included
     """
     compute_us: _builtins.int
@@ -115,10 +137,18 @@ class InferResponse(_message.Message):
     """CRC-32 (zlib) of: request_id, queue_us, compute_us, error.code, error.retry_ms as"""
     @_builtins.property
     def probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """of the requested tasks, in the bundle's order, one task after another; each"""
+        """of the requested tasks that classify, in the bundle's order, one task after"""
 
     @_builtins.property
     def error(self) -> Global___Error: ...
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
+        """little-endian uint32; probabilities as little-endian float32; error.message as UTF-8; then of
+        each output: the size of its name, dtype, the size of its shape, its shape and
+        the size of its data as little-endian uint32, its name as UTF-8, its data
+        of the requested tasks of other kinds, in the bundle's order; none with an error.
+        """
+
     def __init__(
         self,
         *,
@@ -128,14 +158,48 @@ class InferResponse(_message.Message):
         compute_us: _builtins.int = ...,
         error: Global___Error | None = ...,
         crc32: _builtins.int = ...,
+        outputs: _abc.Iterable[Global___Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "crc32", b"crc32", "error", b"error", "probabilities", b"probabilities", "queue_us", b"queue_us", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "crc32", b"crc32", "error", b"error", "outputs", b"outputs", "probabilities", b"probabilities", "queue_us", b"queue_us", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InferResponse: _TypeAlias = InferResponse  # noqa: Y015
+
+@_typing.final
+class Tensor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of the task and of its output"""
+    dtype: Global___DType.ValueType
+    data: _builtins.bytes
+    """row-major, little-endian"""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """within what the bundle allows"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        dtype: Global___DType.ValueType = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "name", b"name", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class Error(_message.Message):
@@ -614,18 +678,22 @@ class Task(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     labels: _builtins.int
-    """number of classes"""
+    """number of classes; of a task that embeds the size of its vector"""
+    kind: _builtins.str
+    """"detect", "segment" or "embed"; empty where it classifies"""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         labels: _builtins.int = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "labels", b"labels", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -164,6 +164,8 @@ BAD_SERVICES: dict[str, tuple[pb.DescribeResponse, type[IsthmusError]]] = {
     "no tasks": (described(tasks=[]), InvalidReply),
     "nine tasks": (described(tasks=[pb.Task(labels=2)] * 9), InvalidReply),
     "one label": (described(tasks=[pb.Task(labels=2), pb.Task(labels=1)]), InvalidReply),
+    "no label of a detector": (described(tasks=[pb.Task(labels=0, kind="detect")]), InvalidReply),
+    "unknown kind": (described(tasks=[pb.Task(labels=2, kind="guess")]), InvalidReply),
     "wild number of labels": (described(tasks=[pb.Task(labels=limits.MAX_LABELS + 1)]), InvalidReply),
     "no taps": (described(taps=[]), InvalidReply),
     "nine taps": (described(taps=[pb.Tap(rates=1)] * 9), InvalidReply),

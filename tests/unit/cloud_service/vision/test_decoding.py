@@ -21,9 +21,9 @@ from isthmus.cloud_service.vision import decode_process, decoding
 from isthmus.cloud_service.vision.decode_process import READY, REPLY, REQUEST, ImageInput
 from isthmus.cloud_service.vision.decoding import ImageDecoder
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
-from isthmus.models.vision.images import crop, open_image
+from isthmus.models.vision.images import View, fitted, open_image
 
-SPEC = ImageInput(1 << 20, 48, (32, 48))
+SPEC = ImageInput(1 << 20, View(48, (32, 48)))
 
 
 def encoded(photo: Image.Image, form: str = "PNG") -> bytes:
@@ -56,9 +56,7 @@ def test_one_process_decodes_image_after_image_and_refuses_the_broken_ones(photo
             for refused, words in ((b"", "empty"), (data[: len(data) // 2], "is truncated"), (b"GIF89a", "a GIF file")):
                 with pytest.raises(InvalidInput, match=words):
                     await decoder.decode(refused, SPEC)
-            np.testing.assert_array_equal(
-                await decoder.decode(data, SPEC), crop(open_image(data), SPEC.resize, SPEC.crop)
-            )
+            np.testing.assert_array_equal(await decoder.decode(data, SPEC), fitted(open_image(data), SPEC.view))
         with pytest.raises(InvalidInput, match="1024x1025 pixels, at most 1048576"):
             await decoder.decode(encoded(Image.new("L", (1024, 1025))), SPEC)
         for number in (signal.SIGTERM, signal.SIGINT):  # of the group that the service is stopped with
@@ -124,7 +122,7 @@ def test_a_cancelled_decode_leaves_no_reply_for_the_next(monkeypatch: pytest.Mon
         with pytest.raises(asyncio.CancelledError):
             await task
         found = await decoder.decode(encoded(photo), SPEC)
-        np.testing.assert_array_equal(found, crop(open_image(encoded(photo)), SPEC.resize, SPEC.crop))
+        np.testing.assert_array_equal(found, fitted(open_image(encoded(photo)), SPEC.view))
 
     scenario(play)
 

@@ -16,7 +16,7 @@ from isthmus.cloud_service.vision import worker
 from isthmus.cloud_service.vision.batching import BatchLimits
 from isthmus.cloud_service.vision.compute_time import ComputeTimes
 from isthmus.cloud_service.vision.decode_process import ImageInput, Pixels
-from isthmus.cloud_service.vision.predictor import Kind, Probabilities
+from isthmus.cloud_service.vision.predictor import Kind, TaskAnswers
 from isthmus.cloud_service.vision.worker import Worker
 from isthmus.models.errors import (
     DeadlineExceeded,
@@ -30,6 +30,7 @@ from isthmus.models.errors import (
     UnknownBundle,
 )
 from isthmus.models.messages import BundleInfo, CloudReply, CloudRequest, Codec, Payload, TapInfo, TaskInfo
+from isthmus.models.vision.images import View
 
 FINGERPRINT = bytes(range(32))
 INFO = BundleInfo(
@@ -40,7 +41,7 @@ INFO = BundleInfo(
 class FakePredictor:
     """Answers with the payload's first byte; `gate` holds the compute thread back until it is set."""
 
-    image_input = ImageInput(100, 1, (1, 1))
+    image_input = ImageInput(100, View(1, (1, 1)))
 
     def __init__(self) -> None:
         self.info = INFO
@@ -54,7 +55,7 @@ class FakePredictor:
         if len(request.payload.data) > 8:
             raise PayloadTooLarge("9 bytes, the cap is 8")
 
-    def predict(self, kind: Kind, inputs: Sequence[Payload | Pixels]) -> list[Probabilities | IsthmusError]:
+    def predict(self, kind: Kind, inputs: Sequence[Payload | Pixels]) -> list[TaskAnswers | IsthmusError]:
         self.gate.wait(10)
         self.kinds.append(kind)
         found = [given.data if isinstance(given, Payload) else given.tobytes() for given in inputs]

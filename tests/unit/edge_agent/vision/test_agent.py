@@ -27,8 +27,8 @@ from isthmus.edge_agent.vision.costs import Costs
 from isthmus.edge_agent.vision.exit_rule import certified, exit_rule
 from isthmus.edge_agent.vision.metrics import REASONS, EdgeMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
-from isthmus.edge_agent.vision.result import TaskAnswer
 from isthmus.edge_agent.vision.router import FALLBACK_RESERVE_S, HEAD_IDLE_AT_MOST
+from isthmus.edge_agent.vision.task_answers import Classification
 from isthmus.models.errors import (
     AgentClosed,
     DeadlineExceeded,
@@ -276,8 +276,8 @@ def test_one_upload_answers_every_task_requested(
     answer = in_mode(case, mode).agent.infer(photo, tasks=names)
     assert case.link.tasks == [sent]
     expected = {
-        "defect": TaskAnswer("bad", 1, (0.25, 0.75)),
-        "colour": TaskAnswer("red", 0, (0.5, 0.125, 0.375)),
+        "defect": Classification("bad", 1, (0.25, 0.75)),
+        "colour": Classification("red", 0, (0.5, 0.125, 0.375)),
     }
     assert list(answer.answers.items()) == [(name, expected[name]) for name in names]
     first = expected[names[0]]

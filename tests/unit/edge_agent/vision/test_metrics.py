@@ -3,22 +3,26 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from isthmus.edge_agent.vision.metrics import REASONS, ROUTES, EdgeMetrics, degraded_reason
 from isthmus.edge_agent.vision.replicas import Replicas
-from isthmus.edge_agent.vision.result import Answer, TaskAnswer
+from isthmus.edge_agent.vision.result import Answer
+from isthmus.edge_agent.vision.task_answers import Classification, Detections
 from isthmus.models.errors import DeadlineExceeded, InvalidInput, IsthmusError, LinkDown, Overloaded, PayloadTooLarge
 from isthmus.models.vision.bundle import Bundle
+from tests.tiny_detector import write_tiny_detector
 
 SPLIT = Answer(
     label="good",
     index=0,
     probabilities=(0.9, 0.1),
-    answers={"defect": TaskAnswer("good", 0, (0.9, 0.1))},
+    answers={"defect": Classification("good", 0, (0.9, 0.1))},
     missing=(),
     route="split",
     exit=None,
@@ -113,3 +117,14 @@ def test_promtool_accepts_the_metrics(metrics: EdgeMetrics, registry: CollectorR
     metrics.answered(SPLIT)
     result = subprocess.run(["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
+
+
+def test_boxes_are_counted_by_task(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    metrics = EdgeMetrics(registry, write_tiny_detector(tmp_path / "b").manifest)
+    labels = {"model": "tiny-detector", "task": "things"}
+    assert registry.get_sample_value("isthmus_edge_boxes_total", labels) == 0
+    three = Detections(np.zeros((3, 4), np.float32), np.ones(3, np.float32), np.zeros(3, np.uint16), ("red", "green"))
+    metrics.answered(replace(SPLIT, answers={"things": three}))
+    assert registry.get_sample_value("isthmus_edge_boxes_total", labels) == 3
+    assert registry.get_sample_value("isthmus_edge_missing_answers_total", {"task": "things"}) == 0

@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from isthmus.edge_agent.vision.request import InferenceRequest, RequestState
-from isthmus.edge_agent.vision.result import Answer, AnswerRoute, TaskAnswer, build_answer, format_answer
+from isthmus.edge_agent.vision.result import Answer, AnswerRoute, build_answer, format_answer
+from isthmus.edge_agent.vision.task_answers import Classification
 from isthmus.models.vision.bundle import Bundle
 
-DEFECT, COLOUR = TaskAnswer("bad", 1, (0.25, 0.75)), TaskAnswer("red", 0, (0.5, 0.125, 0.375))
+DEFECT, COLOUR = Classification("bad", 1, (0.25, 0.75)), Classification("red", 0, (0.5, 0.125, 0.375))
 SPLIT = Answer(
     label="bad",
     index=1,
@@ -66,11 +66,11 @@ def built(bundle: Bundle, requested: tuple[int, ...], found: tuple[int, ...], ro
     """An answer to `requested` tasks of which `found` were answered."""
     state = RequestState(InferenceRequest(requested, (), forced_split=False, no_exit=None), 1.0)
     state.stage_ms = {"total": 1.23456}
-    probabilities = {0: np.array([0.25, 0.75]), 1: np.array([0.5, 0.125, 0.375])}
+    answers = {0: DEFECT, 1: COLOUR}
     return build_answer(
         state,
         bundle.manifest.tasks,
-        {task: probabilities[task] for task in found},
+        {task: answers[task] for task in found},
         route=route,
         exit_name=None,
         point=(None, None, None),

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from isthmus.models.errors import BundleError
 from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.manifest import Preprocessing
+from isthmus.models.vision.tasks import Task
 from tests.conftest import Parts
 
 Content = dict[str, Any]
@@ -75,7 +78,7 @@ WRONG = {
     "a label more than classes": (put("tasks", 0, "labels", ["a", "b", "c"]), "architecture.classes is (2,)"),
     "class more than labels": (put("architecture", "classes", [3]), "architecture.classes is (3,)"),
     "classes of a task that is not there": (put("architecture", "classes", [2, 2]), "architecture.classes is (2, 2)"),
-    "a class of one task": (put("architecture", "classes", [1]), "architecture.classes.0"),
+    "a class of one task": (put("architecture", "classes", [1]), "architecture.classes is (1,)"),
     "shape with no channels": (put("segments", 0, "output", [0, 4, 4]), "segments.0.output"),
     "shape of two numbers": (put("segments", 0, "output", [4, 4]), "segments.0.output"),
     "input that the crop does not give": (put("segments", 0, "input", [3, 9, 8]), "the crop gives (3, 8, 8)"),
@@ -192,3 +195,51 @@ def test_a_manifest_cannot_be_changed_once_read(paper: Parts, tmp_path: Path) ->
     manifest = Bundle.open(paper.write(tmp_path / "b")).manifest
     with pytest.raises(ValueError, match="frozen"):
         manifest.name = "other"
+
+
+DETECT = {
+    "kind": "detect", "name": "things", "labels": ["dog"], "max_boxes": 100, "min_score": 0.3, "nms_iou": 0.6,
+}  # fmt: skip
+GOOD_TASKS: list[Content] = [
+    {"name": "a", "labels": ["x", "y"]},
+    {"kind": "classify", "name": "a", "labels": ["x", "y"]},
+    DETECT,
+    {"kind": "segment", "name": "ground", "labels": ["road"], "shape": [512, 1024]},
+    {"kind": "embed", "name": "likeness", "size": 128, "normalised": False},
+]
+BAD_TASKS: dict[str, tuple[Content, str]] = {
+    "unknown kind": ({**DETECT, "kind": "guess"}, "kind is"),
+    "kind of another type": ({**DETECT, "kind": 3}, "kind is"),
+    "one class to choose from": ({"name": "a", "labels": ["x"]}, "labels"),
+    "boxes without labels": ({**DETECT, "labels": []}, "labels"),
+    "too many boxes": ({**DETECT, "max_boxes": 1001}, "max_boxes"),
+    "any score": ({**DETECT, "min_score": 0}, "min_score"),
+    "overlap above one": ({**DETECT, "nms_iou": 1.5}, "nms_iou"),
+    "a field of another kind": ({**DETECT, "shape": [3, 3]}, "shape"),
+    "a map too large": ({"kind": "segment", "name": "g", "labels": ["x"], "shape": [1024, 1024]}, "pixels"),
+    "no vector": ({"kind": "embed", "name": "e", "size": 0}, "size"),
+}
+
+
+@pytest.mark.parametrize("task", GOOD_TASKS, ids=lambda task: task.get("kind", "none"))
+def test_a_task_is_of_the_kind_that_it_states(task: Content) -> None:
+    read = TypeAdapter[Task](Task).validate_python(task)
+    assert read.kind == task.get("kind", "classify")
+    written = read.model_dump(mode="json")
+    assert written == {key: value for key, value in task.items() if (key, value) != ("kind", "classify")}
+    assert TypeAdapter[Task](Task).validate_python(read) == read
+
+
+@pytest.mark.parametrize("case", BAD_TASKS)
+def test_a_task_out_of_bounds_is_refused(case: str) -> None:
+    task, words = BAD_TASKS[case]
+    with pytest.raises(ValidationError, match=words):
+        TypeAdapter(Task).validate_python(task)
+
+
+def test_a_fit_is_written_only_where_it_is_another() -> None:
+    plain = {"resize": 8, "crop": [8, 8], "mean": [0, 0, 0], "deviation": [1, 1, 1]}
+    assert Preprocessing.model_validate(plain).model_dump(mode="json") == plain
+    assert Preprocessing.model_validate({**plain, "fit": "letterbox"}).model_dump()["fit"] == "letterbox"
+    with pytest.raises(ValidationError, match="fit"):
+        Preprocessing.model_validate({**plain, "fit": "squash"})

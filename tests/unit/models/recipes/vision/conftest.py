@@ -15,8 +15,8 @@ from isthmus.models.recipes.vision import export
 from isthmus.models.recipes.vision.measure import Measurements, Samples, measure
 from isthmus.models.recipes.vision.parts import Trained, TrainedTap
 from isthmus.models.vision.bundle import Bundle
-from isthmus.models.vision.manifest import Task
 from isthmus.models.vision.split import SplitClassifier
+from isthmus.models.vision.tasks import ClassifyTask
 from tests.tiny_bundle import GAINS, PREPROCESSING, TAPS, TASKS, TINY, random_images
 
 LABELS = (np.arange(6) % 2, np.arange(6) % 3)
@@ -44,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_split: SplitClassifier
     trained = Trained(
         copy.deepcopy(tiny_split),
         tuple(taps),
-        tuple(Task(name=name, labels=labels) for name, labels in TASKS),
+        tuple(ClassifyTask(name=name, labels=labels) for name, labels in TASKS),
         TINY,
         PREPROCESSING,
         random_images(4, seed=3),

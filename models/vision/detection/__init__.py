@@ -1,0 +1,1 @@
+"""Boxes: what device, cloud and recipes compute of them alike. NumPy only."""
