@@ -97,3 +97,9 @@ def test_an_animated_avif_is_refused() -> None:
     frames = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 90, 200)]
     with pytest.raises(InvalidInput, match="animation of 3 frames"):
         open_photo(encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:]))
+
+
+@pytest.mark.parametrize("name", ["GIF of endless extensions", "GIF of an endless comment"])
+def test_a_flood_of_blocks_is_refused_before_pillow_reads_it(name: str) -> None:
+    with pytest.raises(InvalidInput, match="more than 1024 blocks"):
+        open_photo(HOSTILE[name])
