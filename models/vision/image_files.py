@@ -43,9 +43,7 @@ CAMERA_FORMS: dict[str, CameraForm] = {  # by what `name_of` says
 MULTIPART = re.compile(rb"\s*--[^\r\n]{1,70}\r?\ncontent-", re.IGNORECASE)
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; neither a stuffed 255 nor a restart
 MAX_MARKERS = 4096  # of a JPEG: 64 MB in the largest segments have 1,024
-MAX_CHUNKS = (
-    1024  # before a GIF's first frame; of a PNG, and one more for each 4,096 bytes: libpng writes chunks of 8,192
-)
+MAX_CHUNKS = 1024  # of a PNG, and one more for each 4,096 bytes: libpng writes chunks of 8,192
 MAX_BLOCKS = 1024  # of a GIF before its first frame
 SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
 

@@ -1,15 +1,16 @@
 """Routes of the page: `/` and `/page/NAME`, files of the package that are read once. Nothing comes from elsewhere.
 
-The page talks to the agent by its HTTP API alone. Its policy allows no inline script, no inline style, no other host and
-no frame around it.
+The page talks to the agent by its HTTP API alone. Its policy allows no inline script, no inline style, no other host
+and no frame around it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from importlib.resources import files
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -40,21 +41,41 @@ HEADERS = {
 
 
 def page_routes() -> list[Route]:
-    """A route for each file; there are no other paths, so none leads out of the folder."""
+    """`/` and `/page/NAME`. Names are looked up in what was read before, so no path leads out of the folder."""
     folder = files("isthmus.edge_agent.http.page") / "static"
-    found = {each.name: each.read_bytes() for each in folder.iterdir() if each.name.rpartition(".")[2] in KINDS}
-    return [Route("/" if name == "index.html" else f"/page/{name}", sender(name, data)) for name, data in found.items()]
+    found = {each.name: static(each.name, each.read_bytes()) for each in folder.iterdir() if kind_of(each.name)}
+
+    async def index(request: Request) -> Response:
+        return found["index.html"].answer(request)
+
+    async def part(request: Request) -> Response:
+        if (file := found.get(request.path_params["name"])) is None:
+            raise HTTPException(404)
+        return file.answer(request)
+
+    return [Route("/", index), Route("/page/{name}", part)]
 
 
-def sender(name: str, data: bytes) -> Callable[[Request], Awaitable[Response]]:
-    """What answers with one file, or with 304 where the client has it."""
-    tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-    headers = {**HEADERS, "ETag": tag}
-    kind = KINDS[name.rpartition(".")[2]]
+@dataclass(frozen=True, slots=True)
+class StaticFile:
+    """One file, and the tag by which a client asks whether it has changed."""
 
-    async def send(request: Request) -> Response:
-        if tag in request.headers.get("if-none-match", ""):
+    data: bytes
+    kind: str
+    tag: str
+
+    def answer(self, request: Request) -> Response:
+        """The file, or 304 where the client has it."""
+        headers = {**HEADERS, "ETag": self.tag}
+        if self.tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(data, media_type=kind, headers=headers)
+        return Response(self.data, media_type=self.kind, headers=headers)
 
-    return send
+
+def static(name: str, data: bytes) -> StaticFile:
+    return StaticFile(data, kind_of(name), f'"{hashlib.sha256(data).hexdigest()[:32]}"')
+
+
+def kind_of(name: str) -> str:
+    """The media type by the name's ending; empty for what is not served."""
+    return KINDS.get(name.rpartition(".")[2], "")
