@@ -3,6 +3,7 @@ import { bytes, element, find, problem, say } from "./dom.js";
 
 const ARMS = ["auto", "edge", "cloud", "verify", "handoff", "cascade"];
 const ROUTED = ["auto", "cascade"]; // which have a quality
+const MAX_TOKENS = 256; // of an answer; greedy, as in the terminal
 const messages = [];
 let running = null;
 
@@ -41,7 +42,7 @@ function summary(field, tokens, seconds) {
 
 function body() {
   const arm = find("arm").value, quality = find("dial").disabled ? {} : { quality: Number(find("dial").value) };
-  return JSON.stringify({ model: arm, messages, stream: true, ...(ROUTED.includes(arm) ? quality : {}) });
+  return JSON.stringify({ model: arm, messages, stream: true, temperature: 0, max_tokens: MAX_TOKENS, ...(ROUTED.includes(arm) ? quality : {}) });
 }
 
 async function read(reply, shown, pieces) {

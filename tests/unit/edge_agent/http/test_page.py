@@ -53,8 +53,18 @@ def test_what_the_client_has_is_not_sent_again(client: TestClient) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/page/", "/page/routes.py", "/page/..%2froutes.py", "/page/%2e%2e/routes.py", "/page/..%5croutes.py"]
-    + ["/page/static/page.css", "/page//etc/passwd", "/page/%2fetc%2fpasswd", "/page/page.css%00", "/page/index"],
+    [
+        "/page/",
+        "/page/routes.py",
+        "/page/..%2froutes.py",
+        "/page/%2e%2e/routes.py",
+        "/page/..%5croutes.py",
+        "/page/static/page.css",
+        "/page//etc/passwd",
+        "/page/%2fetc%2fpasswd",
+        "/page/page.css%00",
+        "/page/index",
+    ],
 )
 def test_no_path_leads_out_of_the_folder(client: TestClient, path: str) -> None:
     reply = client.get(path)
