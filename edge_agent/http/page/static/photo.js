@@ -77,7 +77,7 @@ function showLabels(answer, names, boxes) {
 function showWays(answer, whole) {
   const ways = answer.candidates ?? [];
   const image = ways.find((each) => /image|jpeg|whole/i.test(each.name));
-  const rows = [row([`this answer: ${answer.route}`, bytes(answer.bytes_up), answer.stage_ms.total.toFixed(1)], true)];
+  const rows = [row([`this answer: ${answer.route}`, bytes(answer.bytes_up + answer.bytes_down), answer.stage_ms.total.toFixed(1)], true)];
   if (image) rows.push(row([`${image.name}, predicted`, bytes(image.bytes), (1000 * image.seconds).toFixed(1)]));
   if (whole) rows.push(row(["the photo as a JPEG of quality 75", bytes(whole), "–"]));
   find("against").tBodies[0].replaceChildren(...rows);

@@ -34,7 +34,11 @@ function facts(status, metrics) {
       found.push(["Budget", `${budget.amount}: ${budget.left.toPrecision(3)} of ${budget.limit} left in ${budget.period_s} s`]);
     }
     found.push(["Photos", routes(metrics)]);
-    if (saved.photos) found.push(["Saved here", `${bytes(saved.sent)} sent instead of ${bytes(saved.whole)} as JPEG, ${percent(1 - saved.sent / saved.whole)} less`]);
+    if (saved.photos) {
+      const less = 1 - saved.sent / saved.whole;
+      const compared = `${percent(Math.abs(less))} ${less < 0 ? "more" : "less"}`;
+      found.push(["Sent by page", `${bytes(saved.sent)}, ${compared} than ${bytes(saved.whole)} as JPEG`]);
+    }
   }
   if (language) {
     found.push(["Model", [language.model, language.cloud_model && `cloud: ${language.cloud_model}`].filter(Boolean).join("; ")]);
