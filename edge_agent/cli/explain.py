@@ -34,8 +34,9 @@ UNKNOWN = "-"
 def explain(files: tuple[Path, ...], as_json: bool, private: bool) -> None:
     """Say why photos are answered as they are.
 
-    FILES are JPEG, PNG or WebP. Each is answered as by `edge-agent infer`. The table lists every way that was
-    considered at the last step, marks the chosen one with >, and says which constraint excludes others.
+    FILES are JPEG, PNG, WebP, HEIC, AVIF, TIFF, BMP or GIF. Each is answered as by `edge-agent infer`. The table
+    lists every way that was considered at the last step, marks the chosen one with >, and says which constraint
+    excludes others.
 
     Columns: predicted latency with its standard deviation, bytes both ways, money, energy by the profile's model,
     calls of the cloud, agreement with the cloud's model, and chance of being right.

@@ -5,6 +5,7 @@ GET /v1/status                                      of both: bundles, whether th
 /v1/chat/completions, /v1/completions, /v1/models   see openai.routes, with a language model
 GET /healthz, /health                               200 as long as the agent can answer, with or without a cloud
 GET /metrics                                        Prometheus
+GET /, /page/…                                      see page.routes: a page to look at
 
 Every request passes the guard first.
 """
@@ -28,6 +29,7 @@ from isthmus.edge_agent.http.guard import HEALTH_PATHS, Guard, problem
 from isthmus.edge_agent.http.infer import InferApi
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.http.origins import OriginPolicy
+from isthmus.edge_agent.http.page.routes import page_routes
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 
@@ -59,6 +61,7 @@ def create_app(
         *language,
         *(api.routes if api else ()),
         *own,
+        *page_routes(),
         Route("/metrics", export),
     ]
     metrics = HttpMetrics(registry, [route.path_format for route in routes])

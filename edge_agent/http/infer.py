@@ -1,6 +1,6 @@
 """HTTP endpoints for photos. Knows nothing about models or the link beyond EdgeAgent.
 
-POST /v1/infer    body: a JPEG, PNG or WebP file -> the answer as JSON; ?deadline_ms=
+POST /v1/infer    body: an image file, or a multipart form with one -> the answer as JSON; ?deadline_ms=
                   ?task= names a task, repeatable; ?tap= ?width= ?rate= force a split at that operating point
                   ?private=1, or the header X-Isthmus-Private: nothing leaves the device
                   ?explain=1: with every way that was considered
@@ -23,6 +23,7 @@ from starlette.routing import Route
 from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, HttpConfig
 from isthmus.edge_agent.http.admission import AdmissionSlots
 from isthmus.edge_agent.http.disconnect import while_connected
+from isthmus.edge_agent.http.forms import image_file
 from isthmus.edge_agent.http.guard import CLIENT_LEFT, problem
 from isthmus.edge_agent.http.privacy import is_private, is_true
 from isthmus.edge_agent.http.uploads import UploadRefused, Uploads
@@ -65,10 +66,11 @@ class InferApi:
             if is_private(request.headers):
                 arguments["private"] = True
             self._slots.check()
-            async with self._uploads.body(request) as photo, while_connected(request.receive):
-                if not photo:
-                    raise InvalidInput("the body is empty, expected a JPEG, PNG or WebP file")
+            async with self._uploads.body(request) as body, while_connected(request.receive):
+                if not body:
+                    raise InvalidInput("the body is empty, expected an image file or a multipart form with one")
                 with self._slots.hold():
+                    photo = await run_in_threadpool(image_file, body, request.headers.get("content-type", ""))
                     return await self._answer(photo, arguments, received_s)
         except UploadRefused as error:
             return problem(error.status, str(error), {"Retry-After": "1"} if error.status == 503 else None)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.vision.images import guarded, open_image, to_rgb
+from isthmus.models.vision.camera_files import open_photo
+from isthmus.models.vision.images import guarded, to_rgb
 
 Photo = Image.Image | NDArray[Any] | bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]
 
@@ -34,13 +35,13 @@ def as_image(photo: Photo) -> Image.Image:
         case np.ndarray():
             return from_array(photo)
         case bytes():
-            return open_image(photo)
+            return open_photo(photo)
         case bytearray() | memoryview():
-            return open_image(bytes(photo))
+            return open_photo(bytes(photo))
         case str() | os.PathLike():
-            return open_image(read_path(photo))
+            return open_photo(read_path(photo))
         case _ if callable(getattr(photo, "read", None)):
-            return open_image(read_capped(photo, "file object"))
+            return open_photo(read_capped(photo, "file object"))
     raise InvalidInput(
         f"a photo is a path, bytes, a binary file object, a PIL image or a NumPy array, got {type(photo).__name__}"
     )

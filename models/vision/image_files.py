@@ -6,12 +6,14 @@ Reads bytes without decoding pixels. Knows nothing about Pillow or limits.
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
 from isthmus.models.errors import InvalidInput
 
 Form = Literal["JPEG", "PNG", "WEBP"]
+CameraForm = Literal["AVIF", "BMP", "GIF", "HEIC", "TIFF"]
 
 SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"GIF8", "a GIF file"),
@@ -31,10 +33,18 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"<", "SVG, XML or HTML text"),
     (b"{", "JSON text"),
 )
+CAMERA_FORMS: dict[str, CameraForm] = {  # by what `name_of` says
+    "this is an AVIF file": "AVIF",
+    "this is a BMP file": "BMP",
+    "this is a GIF file": "GIF",
+    "this is a HEIC file": "HEIC",
+    "this is a TIFF file": "TIFF",
+}
 MULTIPART = re.compile(rb"\s*--[^\r\n]{1,70}\r?\ncontent-", re.IGNORECASE)
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG; neither a stuffed 255 nor a restart
 MAX_MARKERS = 4096  # of a JPEG: 64 MB in the largest segments have 1,024
 MAX_CHUNKS = 1024  # of a PNG, and one more for each 4,096 bytes: libpng writes chunks of 8,192
+MAX_BLOCKS = 1024  # of a GIF before its first frame
 SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
 
 
@@ -45,6 +55,11 @@ def form_of(data: bytes) -> Form | None:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def camera_form_of(data: bytes) -> CameraForm | None:
+    """The format by its first bytes, of those that only a device reads, or None if it is none of them."""
+    return CAMERA_FORMS.get(name_of(data))
 
 
 def name_of(data: bytes) -> str:
@@ -83,6 +98,41 @@ def webp_size(data: bytes) -> tuple[int, int] | None:
     if chunk == b"VP8 ":
         return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
     return None
+
+
+def gif_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that hold a GIF's canvas and its first frame, or None when it has no frame.
+
+    GIF89a, sections 18 to 24. Pillow may allocate both when it opens the file. Raises InvalidInput for more than
+    MAX_BLOCKS blocks before the frame, because Pillow copies a comment once for each.
+    """
+    size = struct.Struct("<2H")
+    if len(data) < 13:
+        return None
+    width, height = size.unpack_from(data, 6)
+    at, blocks = 13 + color_table(data[10]), 0
+    while data[at : at + 1] == b"!":  # an extension, of blocks that each state their length
+        at += 2
+        while length := int.from_bytes(data[at : at + 1]):
+            at, blocks = at + 1 + length, blocks + 1
+            check_blocks(blocks)
+        at, blocks = at + 1, blocks + 1
+        check_blocks(blocks)
+    if data[at : at + 1] != b"," or len(data) < at + 10:
+        return None
+    (left, top), (across, down) = size.unpack_from(data, at + 1), size.unpack_from(data, at + 5)
+    return max(width, left + across), max(height, top + down)
+
+
+def check_blocks(count: int) -> None:
+    """Raises InvalidInput for more than MAX_BLOCKS."""
+    if count > MAX_BLOCKS:
+        raise InvalidInput(f"this GIF file has more than {MAX_BLOCKS} blocks before its first frame")
+
+
+def color_table(flags: int) -> int:
+    """Bytes of the table that a GIF's flags announce."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,12 @@ BYTES_PER_PIXEL = {  # held while decoding, with Pillow's four bytes a pixel and
     "progressive JPEG": 8,  # coefficients of all scans are kept at full size
     "PNG": 8,
     "WEBP": 18,  # libwebp keeps two canvases besides the frame
+    "AVIF": 20,
+    "BMP": 8,
+    "GIF": 8,
+    "HEIC": 11,  # 48 megapixels of a phone
+    "HEIC with transparency": 20,
+    "TIFF": 14,
 }
 FULL_SCALE_PIXELS = 16_000_000  # a larger photo is reduced by a whole factor before anything else is done with it
 MAX_SCANS = 32  # of a JPEG; progressive encoders write about ten, and each costs a pass over all pixels

@@ -71,6 +71,8 @@ def test_it_holds_every_module_and_a_small_bundle(wheel: Path) -> None:
         names = set(archive.namelist())
     modules = {f"isthmus/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert modules <= names
+    static = (ROOT / "edge_agent/http/page/static").iterdir()
+    assert {f"isthmus/{path.relative_to(ROOT)}" for path in static} <= names
     for bundle in SHIPPED:
         assert {f"isthmus/{path.relative_to(ROOT)}" for path in (ROOT / "models/zoo" / bundle).iterdir()} <= names
     assert {name.split("/")[3] for name in names if name.startswith("isthmus/models/zoo/")} == SHIPPED

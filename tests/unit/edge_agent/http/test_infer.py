@@ -82,7 +82,7 @@ def test_the_query_becomes_arguments_of_the_agent(
     ("path", "body", "code", "words"),
     [
         ("/v1/infer", b"", 400, "empty"),
-        ("/v1/infer", b"GIF89a not one of ours", 400, "JPEG, PNG, WEBP"),
+        ("/v1/infer", b"GIF89a not one of ours", 400, "this GIF file is broken"),
         ("/v1/infer?deadline_ms=soon", b"x", 400, "deadline_ms"),
         ("/v1/infer?deadline_ms=-5", b"x", 400, "deadline_ms"),
         ("/v1/infer?deadline_ms=nan", b"x", 400, "deadline_ms"),
@@ -223,8 +223,21 @@ def test_exhausted_memory_is_overload(client: TestClient, png: bytes, monkeypatc
     assert "not enough memory" in reply.json()["error"]["message"]
 
 
+def test_a_form_with_one_file_is_answered(client: TestClient, png: bytes) -> None:
+    form, plain = client.post("/v1/infer", files={"file": png}), client.post("/v1/infer", content=png)
+    assert (form.status_code, form.json()["label"]) == (200, plain.json()["label"])
+    none = client.post("/v1/infer", files={"a": (None, "b")})
+    assert (none.status_code, none.json()["error"]["message"]) == (
+        400,
+        "the multipart form has no file: no part has a file name",
+    )
+
+
 def test_a_body_that_is_no_image_file_is_named(client: TestClient, png: bytes) -> None:
-    replies = [client.post("/v1/infer", files={"file": png}), client.post("/v1/infer", content=gzip.compress(png))]
+    replies = [
+        client.post("/v1/infer", content=b'--x\r\nContent-Disposition: form-data; name="f"\r\n\r\n' + png),
+        client.post("/v1/infer", content=gzip.compress(png)),
+    ]
     for reply, words in zip(replies, ("this is a multipart form", "this is gzip data"), strict=True):
         assert reply.status_code == 400
         assert words in reply.json()["error"]["message"]

@@ -1,0 +1,80 @@
+"""Multipart forms (RFC 7578): the one file in a body that has been read. Knows nothing about what the file holds."""
+
+from __future__ import annotations
+
+import logging
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from isthmus.models.errors import InvalidInput
+
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a client's nonsense is no event of ours
+MAX_PARTS = 16  # of a form: the file, and fields, which are not looked at
+MAX_HEADER_BYTES = 4096  # of a part
+
+
+class _FilePart:
+    """Collects the first part that has a file name."""
+
+    def __init__(self) -> None:
+        self.data: bytearray | None = None
+        self.parts = self.files = self.header_bytes = 0
+        self._header, self._value, self._is_file, self.ended = b"", b"", False, False
+
+    def on_part_begin(self) -> None:
+        self.parts += 1
+        self.header_bytes, self._is_file = 0, False
+        if self.parts > MAX_PARTS:
+            raise InvalidInput(f"the form has more than {MAX_PARTS} parts")
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += self._counted(data[start:end])
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += self._counted(data[start:end])
+
+    def on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._is_file = b"filename" in parse_options_header(self._value)[1]
+        self._header = self._value = b""
+
+    def on_headers_finished(self) -> None:
+        self.files += self._is_file
+        if self.files > 1:
+            raise InvalidInput("the form has more than one file, expected one photo a request")
+        if self._is_file:
+            self.data = bytearray()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._is_file and self.data is not None:
+            self.data += memoryview(data)[start:end]
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    def _counted(self, data: bytes) -> bytes:
+        self.header_bytes += len(data)
+        if self.header_bytes > MAX_HEADER_BYTES:
+            raise InvalidInput(f"a part of the form has more than {MAX_HEADER_BYTES} bytes of headers")
+        return data
+
+
+def image_file(body: bytes, content_type: str) -> bytes:
+    """The body, or the one file in it if it is a multipart form. Raises InvalidInput for a form without one file."""
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data":
+        return body
+    if not (boundary := options.get(b"boundary")):
+        raise InvalidInput("Content-Type is multipart/form-data without a boundary")
+    part = _FilePart()
+    names = ("part_begin", "part_data", "header_field", "header_value", "header_end", "headers_finished", "end")
+    try:
+        MultipartParser(boundary, {f"on_{name}": getattr(part, f"on_{name}") for name in names}).write(body)
+    except FormParserError as error:
+        raise InvalidInput(f"the multipart form is broken: {error}") from None
+    if not part.ended:
+        raise InvalidInput("the multipart form is truncated: its last boundary is missing")
+    if part.data is None:
+        raise InvalidInput("the multipart form has no file: no part has a file name")
+    return bytes(part.data)
