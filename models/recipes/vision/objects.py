@@ -53,9 +53,10 @@ PREPROCESSING = Preprocessing(
 )
 LATENT, DECODER_HIDDEN = 128, 96
 PER_KILOBYTE = (0.6, 0.25, 0.1, 0.04, 0.015)  # price of a coded kilobyte at each rate, in units of the task's loss
-LOG_GAINS = (-1.4, 0.3)  # initial, of the highest and the lowest price: about 1.5 and 12 kB of untrained components
+LOG_GAINS = (-1.9, -0.5)  # initial, of the highest and the lowest price: about 1 and 9 kB of untrained components
 EPOCHS, RAMP_EPOCHS = 24, 3
 COMPONENT_VIEWS = 128
+STAGE = "bottleneck"  # of the training
 MAPS = ("fine", "middle", "coarse")
 MAX_BYTES = 1 << 15
 
@@ -118,7 +119,7 @@ def train(run: Run, views: Views, net: nanodet.NanoDet) -> DetectorDistillation:
             yield MapBatch([arrays[name] for name in MAPS], ramp(epoch, RAMP_EPOCHS))
 
     schedule = Schedule(EPOCHS, len(views) // BATCH, peak_lr=1e-3)
-    average = run.fit("bottleneck", module, batches, module.loss, schedule)
+    average = run.fit(STAGE, module, batches, module.loss, schedule)
     assert isinstance(average, DetectorDistillation)
     return average
 
@@ -209,9 +210,9 @@ def trained(run: Run, photos: Path) -> tuple[Detector, nn.Module]:
 def load(prepared: Prepared) -> tuple[DetectorDistillation, Tables]:
     """The bottleneck that a run has reached, in eval mode, with its tables."""
     module, run = new_distillation(prepared.net), prepared.run
-    reached = run.checkpoint("bottleneck")
+    reached = run.checkpoint(STAGE)
     if reached.exists():
-        run.load_average("bottleneck", module)
+        run.load_average(STAGE, module)
     else:
         reached = started(run, module, prepared.views)
     module.eval()
@@ -237,6 +238,8 @@ def make(folder: Path, run: Run, command: str, photos: Path, *, train: bool = Tr
         prepared.net, Trunk(prepared.net), module.encoder, FromLatent(module.decoder, module.heads), found
     )
     what = f"{len(prepared.paths)} photographs without labels; figures of {len(held_out)} others"
+    if not prepared.run.checkpoint(STAGE).exists():
+        what += "; the bottleneck is the components of the maps, not trained"
     training = {"command": command, "seed": run.seed, "seconds": prepared.run.seconds(), "data": what}
     about = {"name": "objects", "licence": LICENCE, "training": training}
     return write(folder, split, TASK, PREPROCESSING, about, MAX_BYTES, held_out)
