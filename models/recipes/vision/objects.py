@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,9 @@ def started(run: Run, module: DetectorDistillation, views: Callable[[], Views]) 
     """Initialise encoder and decoder with the components of some views' maps; the file that keeps them."""
     file = run.folder / "start.safetensors"
     if not file.exists():
+        begun = time.monotonic()
         start(module, views())
+        run.record("start", time.monotonic() - begun)
         partial = file.with_suffix(".part")
         save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, partial)
         partial.replace(file)
