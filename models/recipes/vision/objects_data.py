@@ -93,7 +93,7 @@ def draw(folder: Path, paths: Sequence[Path], seed: int) -> Views:
             with Image.open(path) as image:
                 image.draft("RGB", (3 * SIDE, 3 * SIDE))
                 image = image.convert("RGB")
-            views = [image, part(image, generator), part(image, generator)]
+            views = [image, *(part(image, generator) for _ in range(VIEWS - 1))]
             yield np.stack([padded(mirrored(scaled(view), generator)) for view in views]).transpose(0, 3, 1, 2)
 
     return draw_views(folder, len(paths), (3, SIDE, SIDE), rows(), VIEWS)
