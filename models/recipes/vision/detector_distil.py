@@ -49,23 +49,23 @@ class DetectorDistillation(nn.Module):
         rate_B = torch.arange(len(packed_BCHW)) % len(self.rates.per_kilobyte)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                wanted = self.heads(batch.maps)
+                teacher = self.heads(batch.maps)
             latent_BCHW = self.encoder(packed_BCHW)
         bits_B, latent_BCHW = self.rates(latent_BCHW, rate_B)
         with torch.autocast("cpu", torch.bfloat16):
             decoded_BCHW = self.decoder(latent_BCHW, rate_B)
             got = self.heads(unpack(decoded_BCHW))
-        task, figures = detection_loss(wanted, got)
+        task, figures = detection_loss(teacher, got)
         distance = relative_distance(packed_BCHW, decoded_BCHW)
         price, bytes_each = self.rates.price(bits_B, rate_B)
         loss = task + FEATURES * distance + batch.ramp * price
         return loss, {"task": task.item(), **figures, "features": distance.item(), **bytes_each}
 
 
-def detection_loss(wanted: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+def detection_loss(teacher: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
     """Scores, distributions over distances and boxes against the detector's own, by object."""
     (logits_BNC, distances_BN4D), (own_logits_BNC, own_distances_BN4D) = (
-        (logits.float(), distances.float()) for logits, distances in (wanted, got)
+        (logits.float(), distances.float()) for logits, distances in (teacher, got)
     )
     wanted_BNC, own_BNC = logits_BNC.sigmoid(), own_logits_BNC.sigmoid()
     object_BN = wanted_BNC.amax(2).square()

@@ -151,8 +151,8 @@ class Measuring:
         features_CHW, _ = self._head.segment(0, image_CHW)
         latent_CHW = self._head.encode(0, features_CHW, 0)
         sent = []
-        for wanted in range(self._rates):
-            rate, payload = self._codec.compress(latent_CHW, wanted)
+        for chosen in range(self._rates):
+            rate, payload = self._codec.compress(latent_CHW, chosen)
             decoded_CHW = self._codec.dequantise(self._codec.decode(payload, rate), rate)
             sent.append((self._boxes(self._tail.latents_to_tasks(0, [decoded_CHW], [rate], (0,))[0]), len(payload)))
         whole = []

@@ -31,7 +31,7 @@ def pack(maps: Sequence[Tensor]) -> Tensor:
 def unpack(packed_BCHW: Tensor) -> list[Tensor]:
     """The inverse of `pack`; coarse positions are the mean of their four copies."""
     width = packed_BCHW.shape[1] // 6
-    fine, middle, coarse = packed_BCHW.split([4 * width, width, width], 1)
+    fine, middle, coarse = torch.split(packed_BCHW, [4 * width, width, width], 1)
     return [F.pixel_shuffle(fine, 2), middle, F.avg_pool2d(coarse, 2)]
 
 

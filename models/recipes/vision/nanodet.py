@@ -115,8 +115,8 @@ class Heads(nn.Module):
         rows = [
             output(conv(x_BCHW)).flatten(2) for conv, output, x_BCHW in zip(self.convs, self.outputs, maps, strict=True)
         ]
-        logits_BNC, distances_BND = torch.cat(rows, 2).transpose(1, 2).split([CLASSES, 4 * BINS], 2)
-        return logits_BNC, distances_BND.unflatten(2, (4, BINS))
+        logits_BNC, distances_BND = torch.split(torch.cat(rows, 2).transpose(1, 2), [CLASSES, 4 * BINS], 2)
+        return logits_BNC, distances_BND.reshape(*distances_BND.shape[:2], 4, BINS)
 
 
 def candidates(logits_BNC: Tensor, distances_BN4D: Tensor, side: int = SIDE) -> tuple[Tensor, Tensor]:

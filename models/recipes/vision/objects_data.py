@@ -72,7 +72,7 @@ def scaled(image: Image.Image) -> Image.Image:
 
 def padded(image: Image.Image) -> Pixels:
     """A scaled image in the middle of the square, shape (SIDE, SIDE, 3)."""
-    canvas = Image.new("RGB", (SIDE, SIDE), PADDING)  # type: ignore[arg-type]
+    canvas = Image.new("RGB", (SIDE, SIDE), PADDING)
     canvas.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return np.array(canvas)
 
@@ -90,9 +90,9 @@ def draw(folder: Path, paths: Sequence[Path], seed: int) -> Views:
     def rows() -> Iterator[Pixels]:
         for row, path in enumerate(track(paths, "drawing")):
             generator = np.random.default_rng((seed, row))
-            with Image.open(path) as image:
-                image.draft("RGB", (3 * SIDE, 3 * SIDE))
-                image = image.convert("RGB")
+            with Image.open(path) as opened_image:
+                opened_image.draft("RGB", (3 * SIDE, 3 * SIDE))
+                image = opened_image.convert("RGB")
             views = [image, *(part(image, generator) for _ in range(VIEWS - 1))]
             yield np.stack([padded(mirrored(scaled(view), generator)) for view in views]).transpose(0, 3, 1, 2)
 
