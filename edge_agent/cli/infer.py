@@ -52,8 +52,8 @@ def infer(
     """Answer photos from files.
 
     FILES are JPEG, PNG, WebP, HEIC, AVIF, TIFF, BMP or GIF. Each answer says what was found, where it was made, how
-    long that took, and why. Without --cloud the device answers alone. An answer that it gives in place of a cloud that is
-    late or unreachable is marked DEGRADED.
+    long that took, and why. Without --cloud the device answers alone. An answer that it gives in place of a cloud that
+    is late or unreachable is marked DEGRADED.
     """
     agent = open_photos()
     from isthmus.edge_agent.vision.result import format_answer
