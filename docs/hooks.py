@@ -97,6 +97,9 @@ def openapi_tables(path: str) -> Iterator[str]:
     yield "\n## Schemas"
     for name, schema in api["components"]["schemas"].items():
         yield f"\n### {name}\n\n{schema.get('description', '')}\n"
+        if "oneOf" in schema:
+            yield f"One of {', '.join(type_of(part) for part in schema['oneOf'])}."
+            continue
         yield from header("field", "type", "meaning")
         for field, part in schema["properties"].items():
             needed = " (required)" if field in schema.get("required", ()) else ""

@@ -63,18 +63,18 @@ def suppress(
     rows_K, classes_K = np.nonzero(usable_NC)
     order_K = np.argsort(-scores_NC[rows_K, classes_K], kind="stable")[:MAX_CANDIDATES]
     rows_K, classes_K = rows_K[order_K], classes_K[order_K]
-    kept_M = np.array(survivors(clipped_N4[rows_K], classes_K, nms_iou, max_boxes), np.intp)
-    rows_M, classes_M = rows_K[kept_M], classes_K[kept_M]
+    chosen_M = np.array(survivors(clipped_N4[rows_K], classes_K, nms_iou, max_boxes), np.intp)
+    rows_M, classes_M = rows_K[chosen_M], classes_K[chosen_M]
     scores_M = scores_NC[rows_M, classes_M].astype(np.float32)
     return Boxes(clipped_N4[rows_M], scores_M, classes_M.astype(np.uint16))
 
 
 def survivors(boxes_K4: Floats, classes_K: NDArray[np.intp], nms_iou: float, most: int) -> list[int]:
     """Indices of the boxes, best first, that no better one of their class suppresses."""
-    kept, waiting_K = list[int](), np.arange(len(classes_K))
-    while len(waiting_K) and len(kept) < most:
+    chosen, waiting_K = list[int](), np.arange(len(classes_K))
+    while len(waiting_K) and len(chosen) < most:
         best, rest = int(waiting_K[0]), waiting_K[1:]
-        kept.append(best)
+        chosen.append(best)
         near = iou(boxes_K4[best][None], boxes_K4[rest])[0] > nms_iou
         waiting_K = rest[~(near & (classes_K[rest] == classes_K[best]))]
-    return kept
+    return chosen

@@ -42,7 +42,8 @@ def codecs(tiny_bundle: Bundle) -> list[ContextualCodec]:
 @pytest.fixture
 def encoder(tiny_bundle: Bundle, codecs: list[ContextualCodec], costs: Costs) -> PayloadEncoder:
     resize = tiny_bundle.manifest.preprocessing.resize
-    return PayloadEncoder(Head(tiny_bundle, 1), codecs, costs, resize, None)
+    spec = tiny_bundle.manifest.preprocessing.model_copy(update={"resize": resize})
+    return PayloadEncoder(Head(tiny_bundle, 1), codecs, costs, spec, None)
 
 
 @pytest.fixture
