@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, cast
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from isthmus.models.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a client's nonsense is no event of ours
 MAX_PARTS = 16  # of a form: the file, and fields, which are not looked at
@@ -70,7 +74,8 @@ def image_file(body: bytes, content_type: str) -> bytes:
     part = _FilePart()
     names = ("part_begin", "part_data", "header_field", "header_value", "header_end", "headers_finished", "end")
     try:
-        MultipartParser(boundary, {f"on_{name}": getattr(part, f"on_{name}") for name in names}).write(body)
+        callbacks = cast("MultipartCallbacks", {f"on_{name}": getattr(part, f"on_{name}") for name in names})
+        MultipartParser(boundary, callbacks).write(body)
     except FormParserError as error:
         raise InvalidInput(f"the multipart form is broken: {error}") from None
     if not part.ended:

@@ -75,7 +75,8 @@ def open_heic(file: io.BytesIO) -> Image.Image:
         from pillow_heif.as_plugin import HeifImageFile
     except ImportError:
         raise InvalidInput("this is a HEIC file, which needs pillow-heif: pip install 'isthmus[heif]'") from None
-    return HeifImageFile(file)
+    opener: Callable[[io.BytesIO], Image.Image] = HeifImageFile  # it has no types
+    return opener(file)
 
 
 OPENERS: dict[CameraForm, Callable[[io.BytesIO], Image.Image]] = {

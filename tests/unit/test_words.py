@@ -102,6 +102,7 @@ PHRASES = {
 
 # Where a word is right all the same, and why.
 ALLOWED: dict[str, str] = {
+    r"^edge_agent/http/app\.py: .*\bhttp\.page\b": "the package of the page at /",
     r"^models/options\.py: .*\bclick\.Option\b": "a class of click",
     r"^protos/wire_session\.py: .*\bkept\b": "a field of the wire",
     r"^docs/benchmarks/index\.md: .*\bjudge of tokens\b": "quotes the legend of a picture that was measured before",

@@ -1,6 +1,6 @@
 """Routes of the page: `/` and `/page/NAME`, files of the package that are read once. Nothing comes from elsewhere.
 
-The page talks to the agent by its HTTP API alone. Its policy allows no inline script, no inline style, no other host
+The page uses the agent by its HTTP API alone. Its policy allows no inline script, no inline style, no other host
 and no frame around it.
 """
 
