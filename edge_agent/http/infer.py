@@ -4,6 +4,7 @@ POST /v1/infer    body: an image file, or a multipart form with one -> the answe
                   ?task= names a task, repeatable; ?tap= ?width= ?rate= force a split at that operating point
                   ?private=1, or the header X-Isthmus-Private: nothing leaves the device
                   ?explain=1: with every way that was considered
+POST /v1/vision/detection   boxes in the form that DeepStack's clients expect, with a bundle that detects
 GET  /v1/status   bundle, whether the cloud answers, link estimates
 """
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -22,14 +24,17 @@ from starlette.routing import Route
 
 from isthmus.edge_agent.config import MAX_DEADLINE_S, MIN_DEADLINE_S, HttpConfig
 from isthmus.edge_agent.http.admission import AdmissionSlots
+from isthmus.edge_agent.http.deepstack import answered, failed, least_confidence
 from isthmus.edge_agent.http.disconnect import while_connected
-from isthmus.edge_agent.http.forms import image_file
+from isthmus.edge_agent.http.forms import Form, read_form
 from isthmus.edge_agent.http.guard import CLIENT_LEFT, problem
 from isthmus.edge_agent.http.privacy import is_private, is_true
 from isthmus.edge_agent.http.uploads import UploadRefused, Uploads
 from isthmus.edge_agent.policy.breaker import WORDS
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
+from isthmus.edge_agent.vision.result import Answer
+from isthmus.edge_agent.vision.task_answers import Detections
 from isthmus.models.errors import InvalidInput, Overloaded
 from isthmus.models.settings import MAX_SHOWN, nearest
 from isthmus.protos.limits import MAX_IMAGE_BYTES
@@ -37,6 +42,7 @@ from isthmus.protos.limits import MAX_IMAGE_BYTES
 MAX_COMPUTING = 4  # requests in threads at once; ONNX Runtime uses every core for each
 PARAMETERS = ("deadline_ms", "task", "tap", "width", "rate", "private", "explain")
 MAX_BODY_BYTES = 4 * MAX_IMAGE_BYTES  # an original from a camera; it is made smaller before it is sent on
+Arguments: TypeAlias = dict[str, Any]  # of EdgeAgent.infer
 MAX_HELD_BYTES = 8 * MAX_BODY_BYTES  # of all bodies together, arriving, waiting and being answered
 
 
@@ -49,10 +55,14 @@ class InferApi:
         self._slots = AdmissionSlots(http.max_requests)
         self._uploads = Uploads(MAX_BODY_BYTES, MAX_HELD_BYTES, http.client_timeout_s)
         self._computing = asyncio.Semaphore(MAX_COMPUTING)
+        self._detector = next((task.name for task in agent.manifest.tasks if task.kind == "detect"), None)
 
     @property
     def routes(self) -> list[Route]:
-        return [Route("/v1/infer", self.infer, methods=["POST"])]
+        routes = [Route("/v1/infer", self.infer, methods=["POST"])]
+        if self._detector is not None:
+            routes.append(Route("/v1/vision/detection", self.detection, methods=["POST"]))
+        return routes
 
     def update_metrics(self) -> None:
         """Export the current state of the links and the budgets."""
@@ -60,36 +70,58 @@ class InferApi:
         self._metrics.budgets(self._agent.ledger)
 
     async def infer(self, request: Request) -> Response:
+        """POST /v1/infer."""
+        return await self._serve(request, query, self._infer, problem)
+
+    async def detection(self, request: Request) -> Response:
+        """POST /v1/vision/detection."""
+        return await self._serve(request, privacy, self._detect, failed)
+
+    async def _serve(
+        self,
+        request: Request,
+        parse: Callable[[Request], Arguments],
+        respond: Callable[[Form, Arguments, float], Awaitable[Response]],
+        problem: Callable[[int, str, dict[str, str] | None], Response],
+    ) -> Response:
+        """One photo of a client that may leave; `problem` is an error in the words of the API."""
         received_s = time.monotonic()
         try:
-            arguments = query(request)
-            if is_private(request.headers):
-                arguments["private"] = True
+            arguments = parse(request)
             self._slots.check()
             async with self._uploads.body(request) as body, while_connected(request.receive):
                 if not body:
                     raise InvalidInput("the body is empty, expected an image file or a multipart form with one")
                 with self._slots.hold():
-                    photo = await run_in_threadpool(image_file, body, request.headers.get("content-type", ""))
-                    return await self._answer(photo, arguments, received_s)
+                    form = await run_in_threadpool(read_form, body, request.headers.get("content-type", ""))
+                    return await respond(form, arguments, received_s)
         except UploadRefused as error:
             return problem(error.status, str(error), {"Retry-After": "1"} if error.status == 503 else None)
         except InvalidInput as error:
             self._metrics.refused()
-            return problem(400, str(error))
+            return problem(400, str(error), None)
         except Overloaded as error:
             return problem(503, str(error), {"Retry-After": "1"})
         except ClientDisconnect:
             pass
         return Response(status_code=CLIENT_LEFT)
 
-    async def _answer(self, photo: bytes, arguments: dict[str, Any], received_s: float) -> Response:
+    async def _infer(self, form: Form, arguments: Arguments, received_s: float) -> Response:
+        return JSONResponse((await self._answer(form.file, arguments, received_s)).as_dict())
+
+    async def _detect(self, form: Form, arguments: Arguments, received_s: float) -> Response:
+        least, name = least_confidence(form.fields), str(self._detector)
+        found = (await self._answer(form.file, {**arguments, "tasks": [name]}, received_s)).answers.get(name)
+        if not isinstance(found, Detections):
+            return failed(503, "no cloud answered, and the device has no exit", {"Retry-After": "1"})
+        return JSONResponse(answered(found, least, time.monotonic() - received_s))
+
+    async def _answer(self, photo: bytes, arguments: Arguments, received_s: float) -> Answer:
         async with self._computing:
             if "deadline_s" in arguments:  # the upload and the wait for a thread count
                 left_s = arguments["deadline_s"] - (time.monotonic() - received_s)
                 arguments["deadline_s"] = max(left_s, MIN_DEADLINE_S)
-            answer = await run_in_threadpool(partial(self._agent.infer, photo, **arguments))
-        return JSONResponse(answer.as_dict())
+            return await run_in_threadpool(partial(self._agent.infer, photo, **arguments))
 
     def status(self) -> dict[str, Any]:
         """What /v1/status says of photos."""
@@ -131,13 +163,18 @@ class InferApi:
         }
 
 
-def query(request: Request) -> dict[str, Any]:
+def privacy(request: Request) -> Arguments:
+    """What a request without a query says."""
+    return {"private": True} if is_private(request.headers) else {}
+
+
+def query(request: Request) -> Arguments:
     """The query as arguments of `EdgeAgent.infer`, which checks names itself. Raises InvalidInput."""
     given = request.query_params
     for name in given:
         if name not in PARAMETERS:
             raise InvalidInput(f"unknown query parameter {ascii(name)[:MAX_SHOWN]}{nearest(name, PARAMETERS)}")
-    arguments: dict[str, Any] = {"tasks": given.getlist("task") or None, "tap": given.get("tap")}
+    arguments: Arguments = {"tasks": given.getlist("task") or None, "tap": given.get("tap")}
     if "deadline_ms" in given:
         arguments["deadline_s"] = (
             number(given["deadline_ms"], "deadline_ms", 1000 * MIN_DEADLINE_S, 1000 * MAX_DEADLINE_S) / 1000
@@ -149,7 +186,7 @@ def query(request: Request) -> dict[str, Any]:
             raise InvalidInput(f"rate is {rate[:20]!r}, expected a whole number")
         arguments["rate"] = int(rate)
     arguments |= {name: True for name in ("private", "explain") if is_true(given.get(name, ""))}
-    return arguments
+    return arguments | privacy(request)
 
 
 def number(text: str, name: str, least: float, most: float) -> float:

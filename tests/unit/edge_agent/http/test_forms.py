@@ -3,7 +3,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from isthmus.edge_agent.http.forms import MAX_PARTS, image_file
+from isthmus.edge_agent.http.forms import MAX_FIELD_BYTES, MAX_PARTS, read_form
 from isthmus.models.errors import InvalidInput
 
 KIND = "multipart/form-data; boundary=x"
@@ -12,13 +12,15 @@ FILE = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r
 
 @pytest.mark.parametrize("kind", ["", "image/jpeg", "application/octet-stream", "nonsense;;;"])
 def test_a_body_that_is_no_form_is_the_file(kind: str) -> None:
-    assert image_file(b"--x\r\n", kind) == b"--x\r\n"
+    assert read_form(b"--x\r\n", kind) == (b"--x\r\n", {})
 
 
 def test_the_file_of_a_form_is_found_beside_fields_whatever_its_name() -> None:
     photo = bytes(range(256)) * 300 + b"\r\n--"
-    request = httpx.Request("POST", "http://localhost", data={"a": "b"}, files={"any": ("x.jpg", photo)})
-    assert image_file(request.read(), request.headers["Content-Type"]) == photo
+    fields = {"a": "b", "long": "c" * (MAX_FIELD_BYTES + 1), "full": "d" * MAX_FIELD_BYTES}
+    request = httpx.Request("POST", "http://localhost", data=fields, files={"any": ("x.jpg", photo)})
+    found = read_form(request.read(), request.headers["Content-Type"])
+    assert found == (photo, {"a": "b", "full": "d" * MAX_FIELD_BYTES}), "a field that is too long is left out"
 
 
 @pytest.mark.parametrize(
@@ -36,5 +38,5 @@ def test_the_file_of_a_form_is_found_beside_fields_whatever_its_name() -> None:
 )
 def test_forms_without_exactly_one_file_are_refused_in_a_line(kind: str, body: bytes, words: str) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
-        image_file(body, kind)
+        read_form(body, kind)
     assert "\n" not in str(caught.value)
