@@ -55,14 +55,13 @@ class InferApi:
         self._slots = AdmissionSlots(http.max_requests)
         self._uploads = Uploads(MAX_BODY_BYTES, MAX_HELD_BYTES, http.client_timeout_s)
         self._computing = asyncio.Semaphore(MAX_COMPUTING)
-        self._detector = next((task.name for task in agent.manifest.tasks if task.kind == "detect"), None)
 
     @property
     def routes(self) -> list[Route]:
-        routes = [Route("/v1/infer", self.infer, methods=["POST"])]
-        if self._detector is not None:
-            routes.append(Route("/v1/vision/detection", self.detection, methods=["POST"]))
-        return routes
+        return [
+            Route("/v1/infer", self.infer, methods=["POST"]),
+            Route("/v1/vision/detection", self.detection, methods=["POST"]),
+        ]
 
     def update_metrics(self) -> None:
         """Export the current state of the links and the budgets."""
@@ -75,7 +74,14 @@ class InferApi:
 
     async def detection(self, request: Request) -> Response:
         """POST /v1/vision/detection."""
+        if self._detector is None:
+            return failed(404, f"bundle {self._agent.manifest.name} has no task that detects")
         return await self._serve(request, privacy, self._detect, failed)
+
+    @property
+    def _detector(self) -> str | None:
+        """The first task that detects."""
+        return next((task.name for task in self._agent.manifest.tasks if task.kind == "detect"), None)
 
     async def _serve(
         self,

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from isthmus.cloud_service.vision import decode_process, decoding
-from isthmus.cloud_service.vision.decode_process import READY, REPLY, REQUEST, ImageInput
+from isthmus.cloud_service.vision.decode_process import READY, REPLY, ImageInput
 from isthmus.cloud_service.vision.decoding import ImageDecoder
 from isthmus.models.errors import InvalidInput, IsthmusError, Overloaded, ServiceError
 from isthmus.models.vision.images import View, fitted, open_image
@@ -225,7 +225,7 @@ def test_a_process_whose_service_was_killed_ends_without_a_word(photo: Image.Ima
     assert process.stdout.read(1) == READY
     process.stdout.close()
     data = encoded(photo)
-    process.stdin.write(REQUEST.pack(len(data), SPEC.max_pixels, SPEC.resize, *SPEC.crop) + data)
+    process.stdin.write(SPEC.pack(len(data)) + data)
     process.stdin.close()
     assert process.stderr.read() == b""
     assert process.wait(20) == -signal.SIGPIPE

@@ -212,7 +212,8 @@ def test_mode_split_sends_a_bottleneck_of_the_owners_quality(case: Case, photo: 
 def test_the_router_weighs_every_bottleneck_before_the_head_runs(case: Case, photo: Image.Image) -> None:
     for segment in case.agent.costs.segment_s:
         segment.calibrate(10.0)
-    case.agent.costs.image_bytes.value = 1e6
+    for way in case.agent.manifest.images:
+        case.agent.costs.bytes_of(way).value = 1e6
     answer = case.agent.infer(photo, deadline_s=100.0)
     assert (answer.route, answer.tap) == ("split", "light")
     assert "head" not in answer.stage_ms
