@@ -74,23 +74,20 @@ class InferApi:
 
     async def detection(self, request: Request) -> Response:
         """POST /v1/vision/detection."""
-        if self._detector is None:
-            return failed(404, f"bundle {self._agent.manifest.name} has no task that detects")
-        return await self._serve(request, privacy, self._detect, failed)
-
-    @property
-    def _detector(self) -> str | None:
-        """The first task that detects."""
-        return next((task.name for task in self._agent.manifest.tasks if task.kind == "detect"), None)
+        manifest = self._agent.manifest
+        task = next((each.name for each in manifest.tasks if each.kind == "detect"), None)
+        if task is None:
+            return failed(404, f"bundle {manifest.name} has no task that detects")
+        return await self._serve(request, privacy, partial(self._detect, task), failed)
 
     async def _serve(
         self,
         request: Request,
         parse: Callable[[Request], Arguments],
         respond: Callable[[Form, Arguments, float], Awaitable[Response]],
-        problem: Callable[[int, str, dict[str, str] | None], Response],
+        refuse: Callable[[int, str, dict[str, str] | None], Response],
     ) -> Response:
-        """One photo of a client that may leave; `problem` is an error in the words of the API."""
+        """One photo of a client that may leave; `refuse` is an error in the words of the API."""
         received_s = time.monotonic()
         try:
             arguments = parse(request)
@@ -102,12 +99,12 @@ class InferApi:
                     form = await run_in_threadpool(read_form, body, request.headers.get("content-type", ""))
                     return await respond(form, arguments, received_s)
         except UploadRefused as error:
-            return problem(error.status, str(error), {"Retry-After": "1"} if error.status == 503 else None)
+            return refuse(error.status, str(error), {"Retry-After": "1"} if error.status == 503 else None)
         except InvalidInput as error:
             self._metrics.refused()
-            return problem(400, str(error), None)
+            return refuse(400, str(error), None)
         except Overloaded as error:
-            return problem(503, str(error), {"Retry-After": "1"})
+            return refuse(503, str(error), {"Retry-After": "1"})
         except ClientDisconnect:
             pass
         return Response(status_code=CLIENT_LEFT)
@@ -115,9 +112,9 @@ class InferApi:
     async def _infer(self, form: Form, arguments: Arguments, received_s: float) -> Response:
         return JSONResponse((await self._answer(form.file, arguments, received_s)).as_dict())
 
-    async def _detect(self, form: Form, arguments: Arguments, received_s: float) -> Response:
-        least, name = least_confidence(form.fields), str(self._detector)
-        found = (await self._answer(form.file, {**arguments, "tasks": [name]}, received_s)).answers.get(name)
+    async def _detect(self, task: str, form: Form, arguments: Arguments, received_s: float) -> Response:
+        least = least_confidence(form.fields)
+        found = (await self._answer(form.file, {**arguments, "tasks": [task]}, received_s)).answers.get(task)
         if not isinstance(found, Detections):
             return failed(503, "no cloud answered, and the device has no exit", {"Retry-After": "1"})
         return JSONResponse(answered(found, least, time.monotonic() - received_s))

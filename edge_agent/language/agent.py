@@ -38,6 +38,7 @@ from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.arms import ARMS, Arm
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.edge_agent.policy.exploration import ProbeSchedule
+from isthmus.edge_agent.radio import probe_charge
 from isthmus.edge_agent.transport.language_link import LanguageLink
 from isthmus.models.errors import AnswerCancelled, ContextExceeded, InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
@@ -67,7 +68,9 @@ class LanguageAgent(TextInterface):
             raise InvalidInput(f"config is {type(config).__name__}, expected a LanguageConfig")
         self.config = config
         self.ledger = Ledger(config.budgets.budgets, config.ledger or default_path())
-        self._tariff = Tariff(self.ledger, open_profile(config.profile, config.prices))
+        profile = open_profile(config.profile, config.prices)
+        tariff = Tariff(self.ledger, profile)
+        self._probe_charge = probe_charge(self.ledger, profile, tariff.radio)
         self._lifetime = Lifetime()
         self._metrics = metrics
         self._device = device = open_device(config)
@@ -88,7 +91,7 @@ class LanguageAgent(TextInterface):
             router=router,
             handoff=device.handoff if device else None,
             grammars=self._grammars_of,
-            tariff=self._tariff,
+            tariff=tariff,
         )
         until_s = time.monotonic() + config.connect_s
         for link in links:
@@ -220,7 +223,7 @@ class LanguageAgent(TextInterface):
         self.close()
 
     def _link(self, target: str) -> LanguageLink:
-        probes = ProbeSchedule(self.config.probe_bytes_per_hour / len(self.config.clouds), self._tariff.probe)
+        probes = ProbeSchedule(self.config.probe_bytes_per_hour / len(self.config.clouds), self._probe_charge)
         return LanguageLink(target, ReplicaMatch(self._cloud, target), self.config.tls, BREAKER, probes=probes)
 
     def _grammars_of(self, vocabulary: bytes) -> Grammars:

@@ -42,16 +42,6 @@ class Tariff:
         """What the radio's tail since the last message takes, if one is sent now."""
         return Spend(joules=self._energy.radio_j(0, 0, self.radio.since_s()))
 
-    def probe(self, size: int, share: float) -> bool:
-        """What a probe calls before it moves so many bytes: whether the budgets allow it, and if so they pay.
-
-        share: of what is left, that it may take.
-        """
-        allowed = self.ledger.spend(self.carried(size, 0, 0).plus(self.tail()), share)
-        if allowed:
-            self.radio.sends()
-        return allowed
-
 
 FREE = Tariff(Ledger(), CostProfile("free", Prices(0.0, 0.0), Energy(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)))
 

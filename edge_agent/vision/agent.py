@@ -25,12 +25,12 @@ from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.audit import Audit
 from isthmus.edge_agent.policy.exits import OperatingPoint, RoutePlan
-from isthmus.edge_agent.radio import Radio
+from isthmus.edge_agent.radio import Radio, probe_charge
 from isthmus.edge_agent.slots import FairSlots, compute_slots
 from isthmus.edge_agent.vision.audit import DEADLINE_S, Auditor, Device, audited_levels
 from isthmus.edge_agent.vision.audited_pairs import AuditedPairs, pairs_path
 from isthmus.edge_agent.vision.batch import in_order
-from isthmus.edge_agent.vision.charges import Charges, probe_charge
+from isthmus.edge_agent.vision.charges import Charges
 from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.edge_agent.vision.exit_rule import VOID, certified, exit_rule, exit_shares
 from isthmus.edge_agent.vision.image_input import Photo, as_image
@@ -118,7 +118,7 @@ class EdgeAgent:
         blank_CHW = np.zeros((3, *self.manifest.preprocessing.crop), np.float32)
         warm_up(self._head, self._codecs, self.costs, blank_CHW)
         late = metrics.late if metrics else lambda: None
-        spend = probe_charge(self.ledger, self.costs, self._radio)
+        spend = probe_charge(self.ledger, self.profile, self._radio)
         self.replicas = connect(config, self.manifest, bundle.fingerprint, late, spend)
         self._answering = 0  # photos; a race between threads may miscount, and an audit then waits its patience out
         self._auditor = self._open_audit(described)

@@ -14,18 +14,6 @@ from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.models.errors import OverBudget
 
 
-def probe_charge(ledger: Ledger, costs: Costs, radio: Radio) -> Callable[[int, float], bool]:
-    """What a probe calls before it moves so many bytes both ways: whether the budgets allow it, and if so they pay."""
-
-    def charge(size: int, share: float) -> bool:
-        allowed = ledger.spend(costs.probe(size, radio.since_s()), share)
-        if allowed:
-            radio.sends()
-        return allowed
-
-    return charge
-
-
 class Charges:
     """Those of one photo. Close it when nothing more is sent."""
 

@@ -173,11 +173,6 @@ class Costs:
         joules = energy.radio_j(up_bytes, reply.bytes, since_s) + reply.waited_s * energy.idle_w
         return Spend(up_bytes + reply.bytes, usd, joules, 1.0)
 
-    def probe(self, size: float, since_s: float) -> Spend:
-        """What messages of so many bytes, that only measure the link, take of the budgets; they are no calls."""
-        usd, energy = self._prices.usd(size, 0, 0), self._profile.energy
-        return Spend(size, usd, energy.radio_j(size, 0, since_s), 0.0)
-
     def own(self, device_s: float) -> Spend:
         """What the device's own computation takes; no budget limits it."""
         return Spend(0.0, self._prices.usd(0, 0, device_s), device_s * self._profile.energy.compute_w, 0.0)

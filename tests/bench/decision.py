@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,14 @@ def measure(name: str, ledger: Ledger) -> dict[str, Any]:
                 break
         return passed + 1
 
-    walks = {link: microseconds(lambda link=link: decide(link, False)) for link in LINKS}  # type: ignore[misc]
+    walks = {link: microseconds(partial(decide, link, to_the_end=False)) for link in LINKS}
     worst = max(walks, key=walks.__getitem__)
     return {
         "bundle": name,
         "us_per_photo": round(walks[worst], 1),
         "worst_link": {"rtt_ms": 1000 * worst.rtt_s, "mbit_s": worst.bytes_per_s * 8e-6},
-        "worst_steps": decide(worst, False),
-        "us_all_steps": round(microseconds(lambda: decide(LINK, True)), 1),
+        "worst_steps": decide(worst, to_the_end=False),
+        "us_all_steps": round(microseconds(partial(decide, LINK, to_the_end=True)), 1),
         "steps": len(exits) + 1,
         "ways": len(request.points) + 1,
     }

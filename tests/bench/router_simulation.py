@@ -17,10 +17,10 @@ from isthmus.edge_agent.ledger import Ledger, Moment
 from isthmus.edge_agent.policy.estimates import Probe
 from isthmus.edge_agent.policy.exits import OperatingPoint, RoutePlan
 from isthmus.edge_agent.policy.exploration import ProbeSchedule
-from isthmus.edge_agent.radio import Radio
+from isthmus.edge_agent.radio import Radio, probe_charge
 from isthmus.edge_agent.transport.health import NOT_ANSWERING, PROBE_TIMEOUT_S, Attempt, CloudHealth
 from isthmus.edge_agent.transport.prober import OUT_OF_BUDGET, PROBES
-from isthmus.edge_agent.vision.charges import Charges, probe_charge
+from isthmus.edge_agent.vision.charges import Charges
 from isthmus.edge_agent.vision.costs import Costs, Reply
 from isthmus.edge_agent.vision.exit_rule import certified, exit_rule, exit_shares
 from isthmus.edge_agent.vision.request import Overrides, RequestState, image_of, images_of, resolve_request
@@ -152,7 +152,8 @@ class SimulatedAgent:
         self._world, self._config, self._clock = world, config, clock
         head = manifest.heads[config.precision]
         self._exits = [each.name for each in head.exits]
-        self.costs = Costs(manifest, open_profile(config.profile, config.prices), config.precision)
+        profile = open_profile(config.profile, config.prices)
+        self.costs = Costs(manifest, profile, config.precision)
         self._whole = image_of(self.costs.points, config)
         self.costs.send_whole_as(self._whole, images_of(self.costs.points, config))
         self._rule = exit_rule(head, config.epsilon, config.promise, config.among)
@@ -162,7 +163,7 @@ class SimulatedAgent:
         self._radio = Radio()
         self._router = Router(self.costs, self._exits, self.ledger, self._radio)
         self._request = resolve_request(self.costs.points, manifest, config, None, Overrides())
-        spend = probe_charge(self.ledger, self.costs, self._radio)
+        spend = probe_charge(self.ledger, profile, self._radio)
         self._health = CloudHealth(config.breaker, lambda: None, ProbeSchedule(config.probe_bytes_per_hour, spend))
         self._uplink = Uplink(world)
         self._probes = Probes(self._uplink, self._health, clock)

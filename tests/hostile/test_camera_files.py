@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import struct
 import tracemalloc
@@ -10,24 +9,15 @@ from contextlib import suppress
 
 import pytest
 from PIL import Image
-from pillow_heif import from_pillow
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.camera_files import open_photo
+from tests.camera_file import camera_file
 
 FORMS = ("AVIF", "BMP", "GIF", "HEIC", "TIFF")
 
 
-def encoded(image: Image.Image, form: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    if form == "HEIC":
-        from_pillow(image).save(buffer, **options)
-    else:
-        image.save(buffer, form, **options)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-SMALL = {form: encoded(Image.effect_noise((64, 64), 90).convert("RGB"), form) for form in FORMS}
+SMALL = {form: camera_file(Image.effect_noise((64, 64), 90).convert("RGB"), form) for form in FORMS}
 
 
 def patched(form: str, old: bytes, new: bytes) -> bytes:
@@ -52,7 +42,7 @@ HOSTILE = {
     "BMP bomb": patched("BMP", struct.pack("<2i", 64, 64), struct.pack("<2i", 60_000, 60_000)),
     "BMP of negative width": patched("BMP", struct.pack("<2i", 64, 64), struct.pack("<2i", -64, 64)),
     "TIFF bomb": patched("TIFF", struct.pack("<2H2I", 256, 4, 1, 64), struct.pack("<2H2I", 256, 4, 1, 2**31)),
-    "TIFF of floating-point pixels": encoded(Image.new("F", (9, 9)), "TIFF"),
+    "TIFF of floating-point pixels": camera_file(Image.new("F", (9, 9)), "TIFF"),
     "TIFF of no pages": b"II*\0\0\0\0\0",
     "TIFF whose page lies behind the end": b"II*\0\xff\xff\xff\x7f",
     "HEIC bomb": patched("HEIC", struct.pack(">2I", 64, 64), struct.pack(">2I", 60_000, 60_000)),
@@ -96,7 +86,7 @@ def test_a_damaged_file_is_refused_or_opened(form: str) -> None:
 def test_an_animated_avif_is_refused() -> None:
     frames = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 90, 200)]
     with pytest.raises(InvalidInput, match="animation of 3 frames"):
-        open_photo(encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:]))
+        open_photo(camera_file(frames[0], "AVIF", save_all=True, append_images=frames[1:]))
 
 
 @pytest.mark.parametrize("name", ["GIF of endless extensions", "GIF of an endless comment"])

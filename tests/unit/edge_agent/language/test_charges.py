@@ -135,9 +135,3 @@ def test_a_budget_that_is_used_up_keeps_the_message_from_being_sent(clock: Time,
         for rounds in range(1, 100):
             charges.before_sending(message(200 * rounds, 0, rounds))
             clock.now_s += 1.0
-
-
-def test_probes_pay(clock: Time) -> None:
-    tariff = Tariff(ledger_of(bytes=100_000), PROFILE)
-    assert tariff.probe(2300, 0.25) and not tariff.probe(2300, 0.25)
-    assert tariff.ledger.totals.spent.bytes == 2300

@@ -14,10 +14,9 @@ from prometheus_client import CollectorRegistry
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.policy.budgets import UNLIMITED
 from isthmus.edge_agent.policy.estimates import LinkEstimate
-from isthmus.edge_agent.radio import Radio
+from isthmus.edge_agent.radio import Radio, probe_charge
 from isthmus.edge_agent.spending import Budgets, OwnWeights
 from isthmus.edge_agent.transport.exchanges import Exchange
-from isthmus.edge_agent.vision.charges import probe_charge
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.edge_agent.vision.replicas import Replicas
 from isthmus.models.errors import InvalidInput, LinkDown
@@ -164,7 +163,7 @@ def test_an_explained_answer_has_every_way_and_others_have_none(
 
 def test_probes_are_charged_to_the_same_budget_but_are_no_calls(new_case: Callable[..., Case]) -> None:
     agent = new_case(budgets=Budgets(bytes_day=100_000, calls_hour=20)).agent
-    charge = probe_charge(agent.ledger, agent.costs, Radio())
+    charge = probe_charge(agent.ledger, agent.profile, Radio())
     assert [charge(4000, 1.0) for _ in range(4)] == [True, True, False, False], "a tenth of the day's bytes at once"
     assert agent.ledger.totals.spent[::3] == (8000, 0)
 
