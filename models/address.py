@@ -9,6 +9,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Annotated
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator
 
@@ -104,3 +105,9 @@ def reachable(text: str) -> str:
 # Fields of settings: the address without spaces around it.
 ListenAddress = Annotated[str, AfterValidator(listening)]
 PeerAddress = Annotated[str, AfterValidator(reachable)]
+
+
+def shown_url(url: str) -> str:
+    """An address without user, password and query, which may be secrets."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from isthmus.edge_agent.config import PREFIX, ChatConfig, EdgeConfig, HttpConfig, LanguageConfig
+from isthmus.edge_agent.streams.config import StreamConfig
 from isthmus.models.options import Function, Section, known_settings, options
 
-KNOWN = known_settings(EdgeConfig, LanguageConfig, HttpConfig, ChatConfig)
+KNOWN = known_settings(EdgeConfig, LanguageConfig, HttpConfig, ChatConfig, StreamConfig)
 SECTIONS: dict[str, Section] = {
     "Server": HttpConfig,
     "Chat": ChatConfig,
+    "Streams": StreamConfig,
     "Cloud and device": (EdgeConfig, LanguageConfig),
     "Photos": EdgeConfig,
     "Language model": LanguageConfig,

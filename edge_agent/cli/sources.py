@@ -22,8 +22,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
 
+from isthmus.models.address import shown_url
 from isthmus.models.bundle.files import MANIFEST
 from isthmus.models.bundle.installed import NAME, SHIPPED
 from isthmus.models.errors import BundleError, InvalidInput, LinkDown
@@ -69,7 +70,7 @@ class WebFolder:
 
     def open(self, name: str) -> IO[bytes]:
         url = f"{self._url}/{quote(name)}"
-        with translated(shown(url)):
+        with translated(shown_url(url)):
             stream: IO[bytes] = get(url)
         return stream
 
@@ -131,7 +132,7 @@ def by_name(name: str) -> str:
 def get(url: str) -> Any:
     """The answer to a GET. Raises OSError and InvalidInput."""
     if urlsplit(url).scheme not in ("http", "https"):
-        raise InvalidInput(f"{shown(url)}: only http and https addresses can be fetched")
+        raise InvalidInput(f"{shown_url(url)}: only http and https addresses can be fetched")
     return OPENER.open(url, timeout=TIMEOUT_S)
 
 
@@ -141,7 +142,8 @@ class WebOnly(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request: Any, *rest: Any) -> urllib.request.Request | None:
         target = urlsplit(rest[-1]).scheme
         if target not in ("http", "https") or (request.type == "https" and target == "http"):
-            raise InvalidInput(f"{shown(request.full_url)} redirects to {shown(rest[-1])}, which is not followed")
+            here, there = shown_url(request.full_url), shown_url(rest[-1])
+            raise InvalidInput(f"{here} redirects to {there}, which is not followed")
         return super().redirect_request(request, *rest)
 
 
@@ -151,12 +153,12 @@ OPENER = urllib.request.build_opener(WebOnly)
 def download(url: str, scratch: Path, progress: Begin) -> Path:
     """An archive, whole. Raises LinkDown when it ends early, InvalidInput when it is larger than a bundle may be."""
     path = scratch / PurePosixPath(urlsplit(url).path).name
-    with translated(shown(url)), get(url) as response, path.open("wb") as file:
+    with translated(shown_url(url)), get(url) as response, path.open("wb") as file:
         length = response.headers.get("Content-Length", "")
         size = int(length) if length.isdecimal() else None
         done = copy(response, file, path.name, MAX_BUNDLE_BYTES, progress(path.name, size))
         if size is not None and done < size:
-            raise LinkDown(f"{shown(url)}: ended after {done} of {size} bytes")
+            raise LinkDown(f"{shown_url(url)}: ended after {done} of {size} bytes")
     return path
 
 
@@ -244,9 +246,3 @@ def translated(what: str) -> Iterator[None]:
         raise InvalidInput(f"{what}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InvalidInput(f"{what}: a broken archive: {error}") from error
-
-
-def shown(url: str) -> str:
-    """An address without user, password and query, which may be secrets."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

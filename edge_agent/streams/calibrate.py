@@ -1,0 +1,38 @@
+"""The frames of a clip with their answers, each by the agent as it is set up: what a calibration is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from isthmus.edge_agent.streams.answers import as_json
+from isthmus.edge_agent.streams.calibration import MOST_FRAMES, Seen
+from isthmus.edge_agent.streams.camera import Agent
+from isthmus.edge_agent.streams.config import StreamConfig
+from isthmus.edge_agent.streams.gate import Bytes, thumbnail
+from isthmus.edge_agent.streams.sources import Pace, Source
+from isthmus.models.errors import InvalidInput
+
+
+def seen_by(agent: Agent, source: Source, config: StreamConfig) -> list[Seen]:
+    """Frames that cannot be decoded are left out, and those that `fps` leaves out. Raises IsthmusError."""
+    read: list[tuple[float, Bytes]] = []
+
+    def images() -> Iterator[Image.Image]:
+        pace = Pace(config.fps)
+        for shot in source.shots():
+            if not pace.takes(shot.at_s):
+                continue
+            if len(read) == MOST_FRAMES:
+                raise InvalidInput(f"{source.name}: the clip has more than {MOST_FRAMES} frames; --fps leaves some out")
+            try:
+                image = shot.decode()
+            except InvalidInput:
+                continue
+            read.append((shot.at_s, thumbnail(image)))
+            yield image
+
+    answers: list[dict[str, Any]] = [as_json(each)["answers"] for each in agent.infer_many(images(), when_full="block")]
+    return [Seen(at_s, small_HW, found) for (at_s, small_HW), found in zip(read, answers, strict=True)]

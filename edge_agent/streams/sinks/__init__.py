@@ -1,0 +1,1 @@
+"""Where the outcomes of frames go."""
