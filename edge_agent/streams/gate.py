@@ -19,6 +19,7 @@ CELL = 4  # of its cells
 FLAT = 8.0  # grey levels: the least standard deviation, so that noise of an even picture is not a change
 
 Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 
 def thumbnail(image: Image.Image) -> Bytes:
@@ -27,16 +28,17 @@ def thumbnail(image: Image.Image) -> Bytes:
     return np.asarray(small.convert("L"))
 
 
-def change(one_HW: Bytes, other_HW: Bytes) -> float:
-    """Difference of two thumbnails in standard deviations of their luma; 0 for equal ones, symmetric."""
-    difference_HW = np.abs(normalised(one_HW) - normalised(other_HW))
+def change(one_HW: Floats, other_HW: Floats) -> float:
+    """Difference of two normalised thumbnails in standard deviations of their luma; 0 for equal ones, symmetric."""
+    difference_HW = np.abs(one_HW - other_HW)
     cells = SIDE // CELL
     return float(difference_HW.reshape(cells, CELL, cells, CELL).mean((1, 3)).max())
 
 
-def normalised(thumbnail_HW: Bytes) -> NDArray[np.float32]:
+def normalised(thumbnail_HW: Bytes) -> Floats:
+    """Without mean, by the standard deviation."""
     pixels_HW = thumbnail_HW.astype(np.float32)
-    normalised_HW: NDArray[np.float32] = (pixels_HW - pixels_HW.mean()) / max(float(pixels_HW.std()), FLAT)
+    normalised_HW: Floats = (pixels_HW - pixels_HW.mean()) / max(float(pixels_HW.std()), FLAT)
     return normalised_HW
 
 
@@ -46,12 +48,12 @@ class ChangeGate:
 
     threshold: float | None
     most_s: float
-    reference: Bytes | None = None
+    reference: Floats | None = None  # normalised
     at_s: float = 0.0  # of the reference, in the time of the source
 
     def measure(self, thumbnail_HW: Bytes) -> float | None:
         """The change since the reference; None without one."""
-        return None if self.reference is None else change(thumbnail_HW, self.reference)
+        return None if self.reference is None else change(normalised(thumbnail_HW), self.reference)
 
     def reuses(self, change: float | None, at_s: float) -> bool:
         """Whether a frame of this time and change takes the reference's answer."""
@@ -61,7 +63,7 @@ class ChangeGate:
 
     def refer(self, thumbnail_HW: Bytes, at_s: float) -> None:
         """This frame gets an answer of its own, which later ones may take."""
-        self.reference, self.at_s = thumbnail_HW, at_s
+        self.reference, self.at_s = normalised(thumbnail_HW), at_s
 
     def forget(self) -> None:
         """The next frame gets an answer of its own."""

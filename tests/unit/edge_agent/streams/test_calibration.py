@@ -25,7 +25,9 @@ from isthmus.edge_agent.streams.calibration import (
 from isthmus.edge_agent.streams.gate import SIDE, Bytes
 from isthmus.models.errors import InvalidInput
 
-SCENES_HW: list[Bytes] = [np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE)).astype(np.uint8) for seed in (0, 1)]
+SCENES_HW: list[Bytes] = [
+    np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE)).astype(np.uint8) for seed in (0, 1)
+]
 
 
 def clip(seconds: int, label_of: Any, scene_of: Any) -> list[Seen]:
@@ -45,31 +47,31 @@ def test_p_values_are_those_of_hoeffding_and_bentkus() -> None:
 
 @pytest.mark.parametrize("mean", [0.02, 0.2])
 def test_a_certificate_fails_as_rarely_as_it_says(mean: float) -> None:
-    """The bound is below the true mean in at most DELTA of 300 clips; losses are shares of 5 frames."""
+    """The bound is below the true mean in at most DELTA of 100 clips; losses are shares of 5 frames."""
     random = np.random.default_rng(0)
-    losses_CN = random.binomial(5, mean, (300, 60)) / 5
+    losses_CN = random.binomial(5, mean, (100, 60)) / 5
     failures = sum(least_epsilon(losses_N.tolist()) < mean for losses_N in losses_CN)
-    assert failures <= DELTA * 300
+    assert failures <= DELTA * 100
 
 
 def test_a_still_scene_with_one_answer_is_certified() -> None:
-    found = certify(clip(60, lambda _: 0, lambda _: 0), most_s=2.0)
+    found = certify(clip(20, lambda _: 0, lambda _: 0), most_s=2.0)
     assert [each.threshold for each in found] == list(GRID)
-    assert all((each.blocks, each.frames, each.differing) == (30, 600, 0.0) for each in found)
+    assert all((each.blocks, each.frames, each.differing) == (10, 200, 0.0) for each in found)
     assert found[0].reused == pytest.approx(0.95)  # one in 20 frames is answered
-    assert found[0].epsilon == pytest.approx(1 - DELTA ** (1 / 30), abs=1e-6)
+    assert found[0].epsilon == pytest.approx(1 - DELTA ** (1 / 10), abs=1e-6)
 
 
 def test_answers_that_change_in_a_still_scene_are_not_certified() -> None:
-    found = certify(clip(60, lambda index: index % 2, lambda _: 0), most_s=2.0)
+    found = certify(clip(20, lambda index: index % 2, lambda _: 0), most_s=2.0)
     assert found[0].differing == pytest.approx(0.5) and found[0].epsilon > 0.5
     assert choose(found, 0.05, 2.0) is None
 
 
 def test_a_scene_that_changes_with_its_answer_costs_nothing_below_that_change() -> None:
-    frames = clip(40, lambda index: index // 7 % 2, lambda index: index // 7 % 2)
+    frames = clip(20, lambda index: index // 7 % 2, lambda index: index // 7 % 2)
     reused_N, differing_N = replay(frames, GRID[0], most_s=2.0)
-    assert reused_N.sum() == 400 - 58 and not differing_N.any()
+    assert reused_N.sum() == 200 - 29 and not differing_N.any()
     found = certify(frames, most_s=2.0)
     assert found[-1].differing > 0.1  # above every change, answers stay as they are
     assert [each.epsilon for each in found] == sorted(each.epsilon for each in found)

@@ -16,7 +16,7 @@ def frame(index: int) -> Frame:
     return Frame("front", index, index / 10)
 
 
-@given(steps=st.lists(st.sampled_from(["send", "repeat", "filter", "answer", "drop", "fail"]), max_size=60))
+@given(steps=st.lists(st.sampled_from(["send", "repeat", "filter", "answer", "drop", "fail"]), max_size=30))
 def test_the_account_is_whole(steps: list[str]) -> None:
     reported: list[Frame] = []
     log, sent, waiting, read = FrameLog(reported.append, None), list[Frame](), 0, 0

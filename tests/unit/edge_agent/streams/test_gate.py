@@ -8,10 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from isthmus.edge_agent.streams.gate import SIDE, ChangeGate, change, thumbnail
+from isthmus.edge_agent.streams.gate import SIDE, Bytes, ChangeGate, normalised, thumbnail
+from isthmus.edge_agent.streams.gate import change as change_of
 from tests.tiny_clip import scenes
 
 SCENE, OTHER = scenes(1, 1, size=(320, 240))
+
+
+def change(one_HW: Bytes, other_HW: Bytes) -> float:
+    return change_of(normalised(one_HW), normalised(other_HW))
 
 
 def with_noise(image: Image.Image, deviation: float, seed: int = 0) -> Image.Image:
