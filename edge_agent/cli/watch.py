@@ -75,14 +75,14 @@ def watch_all(
 ) -> None:
     """Watch, and end the program with 1 if a camera ended early. Raises InvalidInput."""
     with needing("edge,video"):
-        from isthmus.edge_agent.streams.metrics import StreamMetrics
+        from isthmus.edge_agent.streams.metrics import SINKS, StreamMetrics
         from isthmus.edge_agent.streams.sinks.lines import last_frames
         from isthmus.edge_agent.streams.watch import Watch, summary
 
         watched = Watch(
             sources,
             config,
-            StreamMetrics(registry, [source.name for source in sources]),
+            StreamMetrics(registry, [source.name for source in sources], SINKS),
             model=agent.manifest.name,
             thresholds={source.name: threshold_of(agent, source.name, config) for source in sources},
             after=last_frames(config.results) if resume and config.results else {},

@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter
 
 from isthmus.edge_agent.streams.frames import OUTCOMES, Frame
 
+SINKS = ("mqtt", "pictures", "webhook")
+
 
 class StreamMetrics:
     """One instance per registry."""

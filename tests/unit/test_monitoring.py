@@ -20,6 +20,7 @@ from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.edge_agent.config import HttpConfig
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.language.metrics import LanguageMetrics
+from isthmus.edge_agent.streams.metrics import StreamMetrics
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.messages import BundleInfo, TapInfo, TaskInfo
 from isthmus.models.settings import settings_of
@@ -48,6 +49,7 @@ def registries(tiny_bundle: Bundle) -> tuple[CollectorRegistry, CollectorRegistr
     EdgeMetrics(edge, manifest)
     LanguageMetrics(edge)
     HttpMetrics(edge, ["/v1/infer"])
+    StreamMetrics(edge, ["front"], ["webhook"])
     tasks, taps = (TaskInfo("defect", 2), TaskInfo("colour", 3)), (TapInfo("light", 3), TapInfo("deep", 2))
     info = BundleInfo(bytes.fromhex(manifest.fingerprint), manifest.name, tasks, taps)
     CloudMetrics(cloud, (info,))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
 
 from isthmus.models.errors import InvalidInput
+
+MAX_LINE = 1 << 20  # bytes
 
 
 class Lines:
@@ -40,14 +43,17 @@ class Lines:
 
 
 def opened(path: Path) -> int:
-    """A descriptor that adds to the file, which ends with a whole line."""
+    """A descriptor that adds to the file, which ends with a whole line. Raises OSError, InvalidInput."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    with path.open("rb") as content:
-        whole = 0
-        for line in content:
-            whole += len(line) if line.endswith(b"\n") else 0
-    if path.is_file():
-        os.ftruncate(file, whole)
+    if not stat.S_ISREG((status := os.fstat(file)).st_mode):
+        return file
+    start = max(0, status.st_size - MAX_LINE)
+    end = os.pread(file, MAX_LINE, start)
+    if cut := end[end.rfind(b"\n") + 1 :]:
+        if not cut.startswith(b'{"') or len(cut) == MAX_LINE:
+            os.close(file)
+            raise InvalidInput(f"{path} does not end with a line of results, to which others could be added")
+        os.ftruncate(file, status.st_size - len(cut))
     return file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from isthmus.models.errors import AgentClosed, LinkDown
 from tests.tiny_clip import mjpeg_server, scenes, write_clip
 
 GATE = 0.5
+LONG = StreamConfig(reuse=Reuse(most_s=60.0))
 
 
 class FakeAnswer:
@@ -58,7 +60,7 @@ class FakeAgent:
 def watched(
     address: object,
     agent: Any,
-    config: StreamConfig = StreamConfig(reuse=Reuse(most_s=60.0)),
+    config: StreamConfig = LONG,
     threshold: float | None = GATE,
     **more: Any,
 ) -> tuple[Camera, list[Frame]]:
@@ -145,8 +147,7 @@ def test_a_camera_that_ends_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> 
             stop.set()
 
     with mjpeg_server(scenes(2, 2)) as url:
-        config = StreamConfig(when_full="block", reuse=Reuse(most_s=60.0))
-        _, frames = watched(url, FakeAgent(), config, stop=stop, on_reopen=on_reopen)
+        _, frames = watched(url, FakeAgent(), replace(LONG, when_full="block"), stop=stop, on_reopen=on_reopen)
     assert len(reopened) == 3 and whole(frames) and len(frames) == 12
     assert [frame.outcome for frame in frames if frame.index % 4 == 0] == ["answered"] * 3  # nothing outlives a loss
 
@@ -187,10 +188,10 @@ def test_what_is_too_much_is_dropped_and_counted(tmp_path: Path, policy: Any, mo
     clip = write_clip(tmp_path / "clip.mp4", scenes(*[1] * 12))
     _, frames = watched(clip, FakeAgent(hold=hold), StreamConfig(when_full=policy), threshold=None)
     assert whole(frames) and len(frames) == 12
-    found = outcomes(frames)
-    assert found.count("answered") == 4 and found.count("dropped") == 8
     kept = [frame.index for frame in frames if frame.outcome == "answered"]
-    assert kept == ([0, 1, 10, 11] if policy == "drop_oldest" else [0, 1, 2, 3])
+    assert 4 <= len(kept) <= 5  # under way or waiting, and one more whose answer is being waited for
+    assert outcomes(frames).count("dropped") == 12 - len(kept)
+    assert kept[-2:] == [10, 11] if policy == "drop_oldest" else kept == list(range(len(kept)))
 
 
 def test_a_file_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
         last_frames(path)
 
 
+def test_nothing_is_added_to_or_cut_from_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"\xff\xd8 a photo")
+    with pytest.raises(InvalidInput, match=r"photo\.jpg does not end"):
+        Lines(path)
+    assert path.read_bytes() == b"\xff\xd8 a photo"
+
+
 def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot be written"):
         Lines(tmp_path)
