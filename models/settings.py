@@ -135,7 +135,8 @@ def problem(model: type[Any], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where} is missing"
     message = first["msg"].removeprefix("Value error, ")  # of a validator of ours
-    shown = USER.sub("//…@", ascii(first["input"]))[:MAX_SHOWN]
+    secret = first["loc"] and SecretStr in members(get_type_hints(model).get(str(first["loc"][0])))
+    shown = "secret" if secret else USER.sub("//…@", ascii(first["input"]))[:MAX_SHOWN]
     return f"{where} is {shown}: {message[0].lower()}{message[1:]}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 import subprocess
@@ -30,9 +31,11 @@ class Broker:
         self.port, self.seen = free_port(), dict[str, Any]()
         passwords = folder / "passwords"
         subprocess.run(["mosquitto_passwd", "-b", "-c", str(passwords), "agent", "s3cret"], check=True)
-        passwords.chmod(0o644)
         self._config = folder / "mosquitto.conf"
-        self._config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous false\npassword_file {passwords}\n")
+        self._config.write_text(
+            f"user {getpass.getuser()}\nlistener {self.port} 127.0.0.1\nallow_anonymous false\n"
+            f"password_file {passwords}\n"
+        )
         self.start()
 
     def start(self) -> None:
