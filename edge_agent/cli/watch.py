@@ -125,7 +125,7 @@ def threshold_of(agent: EdgeAgent, camera: str, config: StreamConfig) -> float |
     if found is None:
         lacking = f"least certified is {known[0].epsilon:.3f}" if known else "it is not calibrated"
         click.echo(f"{camera}: no answer is reused at --reuse-epsilon {config.reuse.epsilon}: {lacking}", err=True)
-    return found and found.threshold
+    return found.threshold if found else None
 
 
 def certify_all(agent: EdgeAgent, sources: list[Source], config: StreamConfig, as_json: bool) -> None:

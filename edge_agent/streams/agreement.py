@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 SAME_IOU = 0.5  # boxes of one object overlap at least so much
-TOLERANCE = 0.2  # of the share of boxes that have no counterpart
+TOLERANCE = 0.2  # of what two answers have not in common
 
 
 def differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether any task's answer differs by more than the tolerance: a label at all, boxes by their F1 score."""
+    """Whether any task's answer differs by more than the tolerance.
+
+    Labels differ at all, boxes by their F1 score, maps by cells, vectors by their angle.
+    """
     if one.keys() != other.keys():
         return True
     return any(difference(one[task], other[task]) > TOLERANCE for task in one)
@@ -23,7 +28,28 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
         return float(one["index"] != other.get("index"))
     if "detections" in one:
         return unmatched(one["detections"], other.get("detections", ()))
+    if "runs" in one:
+        return other_labels(one, other)
+    if "embedding" in one:
+        return 1 - cosine(one["embedding"], other.get("embedding", ()))
     return float(one != other)
+
+
+def other_labels(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The share of a map's cells that have other labels in two segmentations."""
+    if one["shape"] != other.get("shape"):
+        return 1.0
+    runs = (np.array(each["runs"], np.int64).reshape(-1, 2) for each in (one, other))
+    first_N, second_N = (np.repeat(runs_R2[:, 0], runs_R2[:, 1]) for runs_R2 in runs)
+    return float((first_N != second_N).mean())
+
+
+def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of two vectors; 0 where they have no angle."""
+    if len(one) != len(other):
+        return 0.0
+    length = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(np.dot(one, other)) / length if length else 0.0
 
 
 def unmatched(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> float:

@@ -9,7 +9,8 @@ from isthmus.edge_agent.vision.result import Answer
 
 def as_json(answer: Answer) -> dict[str, Any]:
     """`edge-agent infer --json` without probabilities: of a thousand labels they are 20 KB a frame."""
-    return without_probabilities(answer.as_dict())
+    found: dict[str, Any] = without_probabilities(answer.as_dict())
+    return found
 
 
 def without_probabilities(value: Any) -> Any:

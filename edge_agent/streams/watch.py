@@ -45,7 +45,7 @@ class Totals:
             self.bytes_up += frame.answer["bytes_up"]
 
     def as_dict(self) -> dict[str, Any]:
-        counts = {outcome: self.outcomes[outcome] for outcome in OUTCOMES}
+        counts: dict[str, int] = {outcome: self.outcomes[outcome] for outcome in OUTCOMES}
         return {"frames": sum(counts.values()), **counts, "uploads": self.uploads, "bytes_up": self.bytes_up}
 
 

@@ -34,7 +34,8 @@ class MqttSink:
         self._status = f"{config.topic}/status"
         self._client = paho.Client(CallbackAPIVersion.VERSION2)
         if config.user is not None:
-            self._client.username_pw_set(config.user, config.password and config.password.get_secret_value())
+            password = config.password.get_secret_value() if config.password else None
+            self._client.username_pw_set(config.user, password)
         if config.ca is not None:
             try:
                 self._client.tls_set(str(config.ca))
@@ -79,7 +80,9 @@ class MqttSink:
         """Topic and content, as Home Assistant's MQTT integration reads them."""
         unique = re.sub(r"[^A-Za-z0-9_-]", "_", f"{self._config.topic}_{camera}_{task}")
         value = f"value_json['answers'][{task!r}]"
-        value = f"{value}['label']" if "label" in answer else f"{value}['detections'] | count"
+        value += (
+            "['label']" if "label" in answer else "['detections'] | count" if "detections" in answer else "['kind']"
+        )
         topic = f"{self._config.topic}/{camera}"
         return f"{self._config.discovery}/sensor/{unique}/config", {
             "name": task,

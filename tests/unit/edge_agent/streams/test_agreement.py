@@ -28,8 +28,14 @@ PERSON, CAR = box(0, 0, 0, 10, 10), box(2, 20, 20, 40, 30)
         ({"a": {"detections": [PERSON]}}, {"a": {"detections": []}}, True),
         ({"a": {"detections": [PERSON, CAR]}}, {"a": {"detections": [CAR, box(0, 1, 0, 10, 10)]}}, False),
         ({"a": {"detections": [PERSON]}}, {"a": {"detections": [box(1, 0, 0, 10, 10)]}}, True),
-        ({"a": {"vector": [1, 2]}}, {"a": {"vector": [1, 2]}}, False),
-        ({"a": {"vector": [1, 2]}}, {"a": {"vector": [1, 3]}}, True),
+        ({"a": {"embedding": [1, 2]}}, {"a": {"embedding": [1.1, 2]}}, False),
+        ({"a": {"embedding": [1, 0]}}, {"a": {"embedding": [0, 1]}}, True),
+        ({"a": {"embedding": [0, 0]}}, {"a": {"embedding": [1]}}, True),
+        ({"a": {"shape": [2, 5], "runs": [[0, 10]]}}, {"a": {"shape": [2, 5], "runs": [[0, 8], [1, 2]]}}, False),
+        ({"a": {"shape": [2, 5], "runs": [[0, 10]]}}, {"a": {"shape": [2, 5], "runs": [[0, 7], [1, 3]]}}, True),
+        ({"a": {"shape": [2, 5], "runs": [[0, 10]]}}, {"a": {"shape": [1, 1], "runs": [[0, 1]]}}, True),
+        ({"a": {"other": 1}}, {"a": {"other": 1}}, False),
+        ({"a": {"other": 1}}, {"a": {"other": 2}}, True),
     ],
 )
 def test_differs(one: dict[str, Any], other: dict[str, Any], different: bool) -> None:
