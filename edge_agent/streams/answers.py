@@ -17,7 +17,7 @@ def without_probabilities(value: Any) -> Any:
     """Every list of probabilities is replaced by `confidence`, the largest of them."""
     if not isinstance(value, dict):
         return value
-    kept = {key: without_probabilities(each) for key, each in value.items() if key != "probabilities"}
+    left = {key: without_probabilities(each) for key, each in value.items() if key != "probabilities"}
     if value.get("probabilities"):
-        kept["confidence"] = round(max(value["probabilities"]), 4)
-    return kept
+        left["confidence"] = round(max(value["probabilities"]), 4)
+    return left

@@ -12,7 +12,7 @@ from isthmus.edge_agent.streams.calibration import MOST_FRAMES, Seen
 from isthmus.edge_agent.streams.camera import Agent
 from isthmus.edge_agent.streams.config import StreamConfig
 from isthmus.edge_agent.streams.gate import Bytes, thumbnail
-from isthmus.edge_agent.streams.sources import Pace, Source
+from isthmus.edge_agent.streams.sources import FrameRate, Source
 from isthmus.models.errors import InvalidInput
 
 
@@ -21,9 +21,9 @@ def seen_by(agent: Agent, source: Source, config: StreamConfig) -> list[Seen]:
     read: list[tuple[float, Bytes]] = []
 
     def images() -> Iterator[Image.Image]:
-        pace = Pace(config.fps)
+        frame_rate = FrameRate(config.fps)
         for shot in source.shots():
-            if not pace.takes(shot.at_s):
+            if not frame_rate.takes(shot.at_s):
                 continue
             if len(read) == MOST_FRAMES:
                 raise InvalidInput(f"{source.name}: the clip has more than {MOST_FRAMES} frames; --fps leaves some out")

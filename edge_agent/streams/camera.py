@@ -19,7 +19,7 @@ from isthmus.edge_agent.streams.answers import as_json
 from isthmus.edge_agent.streams.config import StreamConfig
 from isthmus.edge_agent.streams.frames import Frame, FrameLog
 from isthmus.edge_agent.streams.gate import ChangeGate, thumbnail
-from isthmus.edge_agent.streams.sources import Pace, Shot, Source
+from isthmus.edge_agent.streams.sources import FrameRate, Shot, Source
 from isthmus.edge_agent.vision.live import Dropped
 from isthmus.models.errors import AgentClosed, InvalidInput, IsthmusError
 
@@ -62,7 +62,7 @@ class Camera:
         self._when_full = config.when_full or ("drop_oldest" if source.live else "block")
         self._after = after
         self._next = after + 1 if source.endless else 0  # index of the next frame
-        self._pace = Pace(config.fps)
+        self._rate = FrameRate(config.fps)
         self.problem: str | None = None  # why it ended early
 
     def run(self, agent: Agent) -> None:
@@ -98,7 +98,7 @@ class Camera:
     def _pass(self, agent: Agent) -> IsthmusError | None:
         """One opening of the source, to its end. What ended it, if that was an error."""
         self._gate.forget()
-        self._pace, over = Pace(self._config.fps), threading.Event()
+        self._rate, over = FrameRate(self._config.fps), threading.Event()
         if not self.source.endless:
             self._after, self._next = max(self._after, self._next - 1), 0
         policy = "drop_newest" if self._when_full == "block" else self._when_full  # nothing is dropped: frames wait
@@ -141,7 +141,7 @@ class Camera:
 
     def _look(self, frame: Frame, shot: Shot) -> Image.Image | None:
         """The frame's image if the agent is to answer it; otherwise it is settled."""
-        if not self._pace.takes(frame.at_s):
+        if not self._rate.takes(frame.at_s):
             self._log.settle(frame, "filtered", "more frames a second than are looked at")
             return None
         try:

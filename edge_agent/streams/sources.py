@@ -78,7 +78,7 @@ class Source:
         return paced(video(self)) if self.live and not self.endless else video(self)
 
 
-class Pace:
+class FrameRate:
     """Frames a second that are looked at; None for all."""
 
     def __init__(self, fps: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Answered frames as JPEG files with their answers drawn; of each camera the newest are kept."""
+"""Answered frames as JPEG files with their answers drawn; of each camera the newest are own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pictures:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._kept: dict[str, deque[Path]] = {}
+        self._files: dict[str, deque[Path]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -33,20 +33,20 @@ class Pictures:
         frame, image = item
         path = self._folder / f"{frame.camera}-{frame.index:08d}.jpg"
         annotated(image, (frame.answer or {}).get("answers", {})).save(path, "JPEG", quality=QUALITY)
-        kept = self._of(frame.camera)
-        if path not in kept:
-            kept.append(path)
-        while len(kept) > self._keep:
-            kept.popleft().unlink(missing_ok=True)
+        own = self._of(frame.camera)
+        if path not in own:
+            own.append(path)
+        while len(own) > self._keep:
+            own.popleft().unlink(missing_ok=True)
 
     def _of(self, camera: str) -> deque[Path]:
         """Files of this camera, oldest first, those of earlier runs included."""
-        if camera not in self._kept:
+        if camera not in self._files:
             own = (
                 path for path in self._folder.glob(f"{camera}-*.jpg") if path.stem.removeprefix(f"{camera}-").isdigit()
             )
-            self._kept[camera] = deque(sorted(own))
-        return self._kept[camera]
+            self._files[camera] = deque(sorted(own))
+        return self._files[camera]
 
 
 def annotated(image: Image.Image, answers: Mapping[str, Any]) -> Image.Image:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.edge_agent.streams.sources import Pace, Shot, paced, parse_source, parse_sources
+from isthmus.edge_agent.streams.sources import FrameRate, Shot, paced, parse_source, parse_sources
 from isthmus.models.errors import InvalidInput, LinkDown
 from tests.tiny_clip import mjpeg_server, scenes, write_clip
 
@@ -100,10 +100,10 @@ def test_a_clip_that_is_cut_gives_what_it_has(tmp_path: Path) -> None:
 
 
 def test_pace_keeps_the_average() -> None:
-    pace = Pace(10)
-    assert sum(pace.takes(index / 25) for index in range(250)) == 100
-    assert all(Pace(None).takes(0.0) for _ in range(3))
-    assert sum(Pace(30).takes(index / 25) for index in range(1)) == 1
+    frame_rate = FrameRate(10)
+    assert sum(frame_rate.takes(index / 25) for index in range(250)) == 100
+    assert all(FrameRate(None).takes(0.0) for _ in range(3))
+    assert sum(FrameRate(30).takes(index / 25) for index in range(1)) == 1
 
 
 def test_a_clip_at_its_own_speed_is_live(tmp_path: Path) -> None:
