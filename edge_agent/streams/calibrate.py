@@ -34,5 +34,13 @@ def seen_by(agent: Agent, source: Source, config: StreamConfig) -> list[Seen]:
             read.append((shot.at_s, thumbnail(image)))
             yield image
 
-    answers: list[dict[str, Any]] = [as_json(each)["answers"] for each in agent.infer_many(images(), when_full="block")]
+    answers = [answered(source, as_json(each)) for each in agent.infer_many(images(), when_full="block")]
     return [Seen(at_s, small_HW, found) for (at_s, small_HW), found in zip(read, answers, strict=True)]
+
+
+def answered(source: Source, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of each task. Raises InvalidInput for one that the device gave in place of the cloud, or not at all."""
+    if answer["degraded"] or answer.get("missing"):
+        raise InvalidInput(f"{source.name}: the cloud did not answer a frame, so that nothing is certified")
+    found: dict[str, Any] = answer["answers"]
+    return found

@@ -50,7 +50,9 @@ class Frame:
         """Whether its answer may be taken by another frame: it is on its way, or good."""
         if self.outcome is None:
             return True
-        return self.outcome in ("answered", "late") and self.answer is not None and not self.answer["degraded"]
+        if self.outcome not in ("answered", "late") or self.answer is None:
+            return False
+        return not (self.answer["degraded"] or self.answer.get("missing"))
 
     @property
     def fresh(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from isthmus.edge_agent.streams.calibrate import answered
 from isthmus.edge_agent.streams.calibration import (
     DELTA,
     GRID,
@@ -23,6 +24,7 @@ from isthmus.edge_agent.streams.calibration import (
     save,
 )
 from isthmus.edge_agent.streams.gate import SIDE, Bytes
+from isthmus.edge_agent.streams.sources import Source
 from isthmus.models.errors import InvalidInput
 
 SCENES_HW: list[Bytes] = [
@@ -86,6 +88,14 @@ def test_the_most_permissive_threshold_is_chosen() -> None:
 def test_a_clip_without_frames_is_refused() -> None:
     with pytest.raises(InvalidInput, match="no frames"):
         certify([], 2.0)
+
+
+@pytest.mark.parametrize("lack", [{"degraded": True}, {"degraded": False, "missing": ["object"]}])
+def test_nothing_is_certified_of_what_the_cloud_did_not_answer(lack: dict[str, Any]) -> None:
+    source = Source("front", "rtsp", "rtsp://host/x")
+    assert answered(source, {"degraded": False, "missing": (), "answers": {"a": 1}}) == {"a": 1}
+    with pytest.raises(InvalidInput, match="front: the cloud did not answer"):
+        answered(source, {"answers": {}, **lack})
 
 
 def test_certificates_are_kept_by_bundle_and_camera(tmp_path: Path) -> None:

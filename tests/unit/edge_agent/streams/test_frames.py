@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,9 +79,10 @@ def test_answers_after_their_time_are_late() -> None:
     assert [each.fresh for each in reported] == [True, False]
 
 
-def test_degraded_answers_are_not_taken_by_later_frames() -> None:
+@pytest.mark.parametrize("lack", [{"degraded": True}, {"missing": ["object"]}])
+def test_degraded_answers_are_not_taken_by_later_frames(lack: dict[str, Any]) -> None:
     log, new = FrameLog(lambda _: None, None), frame(0)
     log.send(new)
     assert new.usable
-    log.answered({**ANSWER, "degraded": True})
+    log.answered({**ANSWER, **lack})
     assert not new.usable
