@@ -135,6 +135,13 @@ class Audits(Settings):
             " new ones. auto: the agent makes them itself when it has enough pairs."
         ),
     ] = "ask"
+    drift: Annotated[
+        Literal["audit", "stop", "off"],
+        Field(
+            description="When photos begin to look unlike those before. audit: many answers by exits are checked by the"
+            " cloud for a while. stop: no exit answers meanwhile, either. off: photos are not compared."
+        ),
+    ] = "audit"
     folder: Annotated[
         Path | None,
         Field(

@@ -7,8 +7,9 @@ stakes on "they differ more often than promised" (Waudby-Smith & Ramdas, "Estima
 by betting", JRSS B 2023): where the promise holds, the capital grows a hundredfold with a probability of 1 %. Part of
 the capital is brought in evenly over time (Shiryaev's and Roberts's way), so that a shift that comes late is seen too.
 
-An audit costs an upload, so few are made until something looks odd: bets that a shift began lately (Page's test), on
-disagreement and, for nothing, on the share of inputs that exit, raise the share of audits. They never raise the alarm.
+An audit costs an upload, so few are made until something looks odd: bets that disagreement began lately (Page's test)
+raise the share of audits, and never the alarm. Inputs that look unlike those before (`policy.drift`) are an alarm, too:
+what was certified says nothing about them, until enough of them are audited.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ ODDS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # times the promised odds: what is bet
 LEAST, MOST = 1e-4, 0.99  # rates that can be bet on
 RICHEST = 1e12  # capital that is told apart
 RAISED = 0.5  # the share of inputs that is audited at most
-ODD = 20.0  # times its stake: what a bet on the share of exits gains before more is audited
-TOLERANCE = 0.02  # of the share of exits that a calibration part predicts
 DELTA = 0.1  # a certificate fails with at most this probability
 UNKNOWN = -1  # the cloud's answer where it was not asked; no exit agrees with it
 
@@ -43,15 +42,9 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A threshold of each exit, and the share of all inputs that the first exit that may answer is known to answer."""
+    """A threshold of each exit."""
 
     confidences: tuple[float, ...]
-    first_share: float
-
-    @property
-    def first(self) -> int | None:
-        """The first exit that may answer."""
-        return next((index for index, confidence in enumerate(self.confidences) if confidence <= 1), None)
 
     def exit(self, scores: Sequence[float]) -> int | None:
         """The first exit whose score reaches its threshold."""
@@ -101,63 +94,49 @@ class Bets:
             self.lately[index] = min(max(self.lately[index] * gain, 1.0), RICHEST)
 
 
-class ExitShare:
-    """Bets that the share of inputs that exit is not the predicted one, in either direction."""
-
-    def __init__(self, coverage: float) -> None:
-        self._more, self._fewer = Bets(coverage + TOLERANCE), Bets(1 - coverage + TOLERANCE)
-
-    @property
-    def odd(self) -> bool:
-        """Whether it looks different from what is predicted."""
-        return max(self._more.suspicion, self._fewer.suspicion) >= ODD
-
-    def observe(self, exited: bool) -> None:
-        """One input, audited or not."""
-        self._more.observe(exited)
-        self._fewer.observe(not exited)
-
-
 class Audit:
     """The audit of one promise: among all inputs, exits differ from the cloud model in at most `epsilon`.
 
     levels: strictest last; the first is the owner's. The one in force is the first that no bet has won against;
-    after the last one no exit answers.
+    after the last one no exit answers. strict: no exit answers either while inputs look unlike those before.
     """
 
-    def __init__(self, epsilon: float, levels: Sequence[Level], share: float, seed: int = 0) -> None:
-        self.epsilon, self.levels, self._share = epsilon, tuple(levels), share
+    def __init__(
+        self, epsilon: float, levels: Sequence[Level], share: float, seed: int = 0, *, strict: bool = False
+    ) -> None:
+        self.epsilon, self.levels, self._share, self._strict = epsilon, tuple(levels), share, strict
         self._owners = self.levels
         self.bets = [Bets(epsilon) for _ in self.levels]
-        self.pairs_in_alarm = 0
+        self.doubted = False  # inputs look unlike those before, and not enough of them are audited yet
+        self.pairs_in_alarm = self._differing = 0
         self._random = random.Random(seed)
         self._inputs = 0  # since the last pair
-        self._watched: Level | None = None
-        self._exit_share, self._learnt = ExitShare(0.5), (0, 0)
-        self._watch()
 
     @property
     def level(self) -> int:
         """Index of the level in force; the number of levels where no exit may answer."""
+        return len(self.levels) if self.doubted and self._strict else self._holding
+
+    @property
+    def _holding(self) -> int:
+        """Index of the first level that no bet has won against."""
         holding = (index for index, each in enumerate(self.bets) if each.capital < 1 / ALPHA)
         return next(holding, len(self.levels))
 
     @property
     def alarm(self) -> bool:
-        """Whether the owner's level does not keep the promise."""
-        return self.level > 0
+        """Whether the owner's level does not keep the promise, or nothing is known about such inputs."""
+        return self.doubted or self._holding > 0
 
     @property
     def share(self) -> float:
         """The probability with which the next input is audited."""
         if self._share == 0:
             return 0.0
-        level = self.level
-        if level and self.pairs_in_alarm < self.pairs_due:
-            return max(self._share, RAISED)  # pairs for a recalibration
-        if level == len(self.levels):
-            return self._share
-        raised = RAISED if self._exit_share.odd else self._share * self.bets[level].suspicion
+        if self.doubted or (self.alarm and self.pairs_in_alarm < self.pairs_due):
+            return max(self._share, RAISED)
+        level = self._holding
+        raised = self._share * self.bets[level].suspicion if level < len(self.levels) else 0.0
         return max(self._share, min(raised, RAISED))
 
     @property
@@ -170,15 +149,16 @@ class Audit:
         """None where no exit may answer."""
         return self.levels[self.level] if self.level < len(self.levels) else None
 
-    def draw(self, reached: bool | None) -> bool:
-        """Whether to audit the next input.
-
-        reached: whether the first exit that may answer did, None where it did not run.
-        """
+    def draw(self) -> bool:
+        """Whether to audit the next input."""
         self._inputs += 1
-        if reached is not None:
-            self._exit_share.observe(reached)
         return self._random.random() < self.share
+
+    def doubt(self) -> None:
+        """Inputs look unlike those before: an alarm, until `pairs_due` of them are audited and keep the promise."""
+        if not self.alarm:
+            self.pairs_in_alarm = self._differing = 0
+        self.doubted = True
 
     def dump(self) -> dict[str, Any]:
         """What was found so far, for JSON."""
@@ -187,7 +167,8 @@ class Audit:
             "owners": dumped(self._owners),
             "levels": dumped(self.levels),
             "bets": [[each.capitals, each.lately] for each in self.bets],
-            "pairs_in_alarm": self.pairs_in_alarm,
+            "doubted": self.doubted,
+            "in_alarm": [self.pairs_in_alarm, self._differing],
         }
 
     def load(self, found: Mapping[str, Any]) -> bool:
@@ -197,56 +178,38 @@ class Audit:
         """
         if (found["epsilon"], found["owners"]) != (self.epsilon, dumped(self._owners)):
             return False
-        levels = tuple(Level(tuple(map(float, confidences)), float(share)) for confidences, share in found["levels"])
+        levels = tuple(Level(tuple(map(float, confidences))) for confidences in found["levels"])
         bets = [Bets.of(self.epsilon, capitals, lately) for capitals, lately in found["bets"]]
         exits = len(self._owners[0].confidences)
         if len(levels) != len(bets) or any(len(level.confidences) != exits for level in levels):
             raise ValueError(f"{len(bets)} bets on {len(levels)} levels, not all of {exits} exits")
-        pairs_in_alarm = int(found["pairs_in_alarm"])
-        if levels != self.levels:
-            self.levels = levels
-        self.bets, self.pairs_in_alarm = bets, pairs_in_alarm
-        self._watch()
+        pairs_in_alarm, differing = map(int, found["in_alarm"])
+        self.levels, self.bets, self.doubted = levels, bets, bool(found["doubted"])
+        self.pairs_in_alarm, self._differing = pairs_in_alarm, differing
         return True
 
     def renew(self, levels: Sequence[Level]) -> None:
         """Other levels from now on, of which nothing is known yet. The alarm ends."""
         self.levels, self.bets = tuple(levels), [Bets(self.epsilon) for _ in levels]
-        self.pairs_in_alarm = 0
-        self._watch()
+        self.doubted, self.pairs_in_alarm, self._differing = False, 0, 0
 
     def add(self, pair: Pair) -> bool:
         """One audited input, in whatever order they come back. Returns whether another level is in force now."""
-        before = self.level
+        before, alarm = self.level, self.alarm
         inputs, self._inputs = self._inputs, 0
         for level, bets in zip(self.levels, self.bets, strict=True):
             bets.observe(level.differs(pair), inputs)
-        self.pairs_in_alarm += before > 0
-        self._watch(pair)
+        self.pairs_in_alarm += alarm
+        if self.doubted and (holding := self._holding) < len(self.levels):
+            self._differing += self.levels[holding].differs(pair)
+            holds = self._differing <= self.epsilon * self.pairs_in_alarm
+            self.doubted = self.pairs_in_alarm < self.pairs_due or not holds
         return self.level != before
-
-    def _watch(self, pair: Pair | None = None) -> None:
-        """Watch how often the first exit of the level in force answers.
-
-        What has been looked into without finding more disagreement than promised is how things are now.
-        """
-        level = self.in_force
-        if level is not self._watched:
-            self._watched, self._learnt = level, (0, 0)
-            self._exit_share = ExitShare(level.first_share if level else 0.0)
-        first = level.first if level else None
-        if pair is None or level is None or first is None or not self._exit_share.odd:
-            self._learnt = (0, 0)
-            return
-        reached, count = self._learnt
-        self._learnt = (reached + (pair.scores[first] >= level.confidences[first]), count + 1)
-        if self._learnt[1] >= self.pairs_due and self.bets[self.level].suspicion < ODD:
-            self._exit_share, self._learnt = ExitShare(self._learnt[0] / self._learnt[1]), (0, 0)
 
 
 def dumped(levels: Sequence[Level]) -> list[Any]:
     """For JSON."""
-    return [[list(level.confidences), level.first_share] for level in levels]
+    return [list(level.confidences) for level in levels]
 
 
 def pairs_needed(epsilon: float, delta: float = DELTA) -> int:

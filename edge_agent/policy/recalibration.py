@@ -44,7 +44,7 @@ def certify(pairs: Sequence[Pair], epsilon: float, delta: float = DELTA) -> Cert
         differing = int((exits_N & differ_NE[np.arange(count), first_N]).sum())
         if binomial_cdf(differing, count, epsilon) > delta:
             break
-        level = Level((confidence,) * scores_NE.shape[1], float(reached_NE[:, 0].mean()))
+        level = Level((confidence,) * scores_NE.shape[1])
         found = Certificate(epsilon, delta, level, float(exits_N.mean()), differing / count, count)
     return found if found and found.coverage else None
 

@@ -24,6 +24,7 @@ from isthmus.edge_agent.cost_profiles import open_profile
 from isthmus.edge_agent.ledger import Ledger, default_path
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.audit import Audit
+from isthmus.edge_agent.policy.drift import DriftGate
 from isthmus.edge_agent.policy.exits import OperatingPoint, RoutePlan
 from isthmus.edge_agent.radio import Radio, probe_charge
 from isthmus.edge_agent.slots import FairSlots, compute_slots
@@ -142,21 +143,22 @@ class EdgeAgent:
 
     def _open_audit(self, described: Described) -> Auditor | None:
         """The audit of the exits' promise; None where no exit may answer, or nothing may be sent."""
-        config = self.config
+        config, audits = self.config, self.config.audits
         epsilon, levels = audited_levels(described, config.epsilon, config.promise, config.among)
-        audited = config.mode == "auto" and config.clouds and config.audits.share
+        audited = config.mode == "auto" and config.clouds and audits.share
         classifies = self.manifest.tasks[0].kind == "classify" and all(exit_.answers for exit_ in described.exits)
         if self.certificates_void or not levels or not audited or not classifies:
             return None
-        file = pairs_path(config.audits.folder, self.manifest.name, self.manifest.fingerprint, config.precision)
+        file = pairs_path(audits.folder, self.manifest.name, self.manifest.fingerprint, config.precision)
         device = Device(self._head, self._slots, lambda: self._answering > 0, self._ask_cloud, self._use_thresholds)
         return Auditor(
-            Audit(epsilon, levels, config.audits.share, config.audits.seed),
+            Audit(epsilon, levels, audits.share, audits.seed, strict=audits.drift == "stop"),
             AuditedPairs.kept_in(file),
             self.exit_rule,
             device,
             self.metrics.audit if self.metrics else None,
-            config.audits.recalibrate == "auto",
+            audits.recalibrate == "auto",
+            None if audits.drift == "off" else DriftGate(audits.seed),
         )
 
     def _ask_cloud(self, image: Image.Image) -> int:
@@ -341,6 +343,8 @@ class EdgeAgent:
         with state.stage("head"):
             source_CHW = pixels_CHW if state.features is None else state.features
             state.features, output = self._head.segment(index, source_CHW)
+        if index == 0:
+            state.first_features = state.features
         state.exits.append(output)
         state.score = self.exit_rule.score(state.exits)
         self.costs.segment_s[index].observe((state.stage_ms["head"] - before_ms) / 1000, time.monotonic())

@@ -1,6 +1,7 @@
 """The audit of photos: sends some that an exit answered, in the background, and moves to a stricter threshold.
 
-    answer is ready -> drawn? -> bounded queue -> a thread of its own -> rest of the head, whole photo to the cloud
+    answer is ready -> unlike those before? -> policy.audit
+                    -> drawn? -> bounded queue -> a thread of its own -> rest of the head, whole photo to the cloud
                                                                       -> pair on disk -> policy.audit -> thresholds
 
 No answer waits for it, nor fails with it: what cannot be audited is counted and forgotten. It begins while no photo is
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from isthmus.edge_agent.policy.audit import DELTA, UNKNOWN, Audit, Level, Pair
+from isthmus.edge_agent.policy.drift import DriftGate, statistics
 from isthmus.edge_agent.policy.recalibration import recalibrated, upper_bound
 from isthmus.edge_agent.slots import FairSlots
 from isthmus.edge_agent.vision.audit_metrics import AuditMetrics, Result
@@ -80,13 +82,18 @@ class Auditor:
         device: Device,
         metrics: AuditMetrics | None,
         auto: bool,
+        gate: DriftGate | None = None,
     ) -> None:
-        """`auto`: make new thresholds without being asked. Goes on from what `pairs` holds."""
-        self.audit, self.pairs = audit, pairs
+        """`auto`: make new thresholds without being asked. Without a `gate` inputs are not compared with those before.
+
+        Goes on from what `pairs` holds.
+        """
+        self.audit, self.pairs, self._gate = audit, pairs, gate
         self._rule, self._device, self._metrics, self._auto = rule, device, metrics, auto
         self._jobs: queue.Queue[Job | None] = queue.Queue(MOST_QUEUED)
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._new_doubt = False  # not on disk yet
         self._lock = threading.Lock()  # of the audit, and the start of the thread
         try:
             with pairs.entry() as state:
@@ -102,7 +109,8 @@ class Auditor:
         try:
             exits_K = tuple(each for each in state.exits if isinstance(each, np.ndarray))  # all: the task classifies
             with self._lock:
-                drawn = self.audit.draw(self._reached(exits_K))
+                self._look(state.first_features, exits_K)
+                drawn = self.audit.draw()
             if drawn and self._jobs.full():
                 self._count("skipped")
             elif drawn:
@@ -135,13 +143,26 @@ class Auditor:
         except queue.Full:
             self._count("skipped")
 
-    def _reached(self, exits_K: Sequence[Floats]) -> bool | None:
-        """Whether the first exit that may answer did; None where it did not run."""
-        level = self.audit.in_force
-        first = level.first if level else None
-        if level is None or first is None or len(exits_K) <= first:
-            return None
-        return self._rule.score(exits_K[: first + 1]) >= level.confidences[first]
+    def _look(self, features: Floats | None, exits_K: Sequence[Floats]) -> None:
+        """Whether this input looks unlike those before; nothing where the head did not run."""
+        if self._gate is None or self.audit.doubted or features is None or not exits_K:
+            return
+        self._gate.observe(statistics(features, self._rule.score(exits_K[:1])))
+        if not self._gate.alarm:
+            return
+        alarm = self.audit.alarm
+        self._gate, self._new_doubt = DriftGate(), True
+        self.audit.doubt()
+        log.warning(
+            "photos look unlike those before: %d of them are checked by the cloud%s",
+            self.audit.pairs_due,
+            "" if self.audit.in_force else ", and no exit answers until then",
+        )
+        if self._metrics:
+            self._metrics.drifted()
+            if not alarm:
+                self._metrics.alarmed()
+        self._apply()
 
     def _work(self) -> None:
         while not self._closed:
@@ -204,21 +225,32 @@ class Auditor:
         with self.pairs.entry() as state:
             with self._lock:
                 self._load(state)
-                alarm = self.audit.alarm
-                changed = self.audit.add(pair)
-            self.pairs.add(pair, alarm)
+                if self._new_doubt:
+                    self.audit.doubt()
+                    self._new_doubt = False
+                before, level = self.audit.alarm, self.audit.level
+                self.audit.add(pair)
+            self.pairs.add(pair, before)
             if self._auto and self.audit.alarm:
                 self._recalibrate()
+            if before and not self.audit.alarm:
+                self.pairs.alarm_ended()
             state[STATE] = self.audit.dump()
-        if changed and not alarm and self._metrics:
+        self._tell(before, level)
+        self._apply()
+
+    def _tell(self, before: bool, level: int) -> None:
+        """Log what a pair changed, and count it. `before`, `level`: alarm and level before it."""
+        if self.audit.alarm and not before and self._metrics:
             self._metrics.alarmed()
-        if changed:
+        if self.audit.level > level:
             log.warning(
                 "exits differ from the cloud model in more than %.2g %% of all photos: %s",
                 100 * self.audit.epsilon,
                 "a stricter threshold is used" if self.audit.in_force else "no exit answers any more",
             )
-        self._apply()
+        elif before and not self.audit.alarm:
+            log.info("exits differ from the cloud model no more often than promised: the alarm ends")
 
     def _recalibrate(self) -> None:
         """Make new levels, at numbers of pairs that double; the chance of a wrong certificate is divided among them."""
@@ -232,7 +264,6 @@ class Auditor:
             return
         with self._lock:
             self.audit.renew([each.level for each in found])
-        self.pairs.alarm_ended()
         log.warning("new thresholds from %d audited pairs: exits answer %.0f %%", count, 100 * found[0].coverage)
         if self._metrics:
             self._metrics.renewed()
@@ -278,16 +309,11 @@ def audited_levels(
     usable = [each for each in allowed if each.epsilon <= epsilon + 1e-12 and each.answers]
     levels: list[Level] = []
     for each in usable:
-        level = Level(tuple(each.confidences), first_share(each))
+        level = Level(tuple(each.confidences))
         if not levels or level.confidences != levels[-1].confidences:
             levels.append(level)
     bound = promised(usable[0]) if usable and promise == "accuracy" else 0.0
     return max(epsilon, bound), tuple(levels)
-
-
-def first_share(threshold: Threshold) -> float:
-    """The share of all inputs that the first exit that may answer does."""
-    return next(share for share, c in zip(threshold.shares, threshold.confidences, strict=True) if c <= 1)
 
 
 def promised(threshold: Threshold) -> float:

@@ -24,7 +24,7 @@ class AuditMetrics:
         self._results = {name: results.labels(model, name) for name in get_args(Result)}
         alarm = Gauge(
             "isthmus_edge_audit_alarm",
-            "1 while exits differ from the cloud model more often than promised.",
+            "1 while exits differ from the cloud model more often than promised, or photos look unlike those before.",
             ["model"],
             registry=registry,
         )
@@ -34,12 +34,22 @@ class AuditMetrics:
             ["model"],
             registry=registry,
         )
+        drift = Gauge(
+            "isthmus_edge_drift",
+            "1 while photos look unlike those before, and not enough of them are audited yet.",
+            ["model"],
+            registry=registry,
+        )
+        drifts = Counter(
+            "isthmus_edge_drifts", "Times that photos began to look unlike those before.", ["model"], registry=registry
+        )
         share = Gauge("isthmus_edge_audit_share_ratio", "Share of photos drawn now.", ["model"], registry=registry)
         alarms = Counter("isthmus_edge_audit_alarms", "Alarms of the audit.", ["model"], registry=registry)
         renewals = Counter(
             "isthmus_edge_recalibrations", "New thresholds made from audited pairs.", ["model"], registry=registry
         )
         self._alarm, self._level, self._share = alarm.labels(model), level.labels(model), share.labels(model)
+        self._drift, self._drifts = drift.labels(model), drifts.labels(model)
         self._alarms, self._renewals = alarms.labels(model), renewals.labels(model)
 
     def result(self, name: Result) -> None:
@@ -50,6 +60,10 @@ class AuditMetrics:
         """An alarm began."""
         self._alarms.inc()
 
+    def drifted(self) -> None:
+        """Photos began to look unlike those before."""
+        self._drifts.inc()
+
     def renewed(self) -> None:
         """Thresholds were made anew."""
         self._renewals.inc()
@@ -57,5 +71,6 @@ class AuditMetrics:
     def observe(self, audit: Audit) -> None:
         """Export where the audit stands."""
         self._alarm.set(audit.alarm)
+        self._drift.set(audit.doubted)
         self._level.set(audit.level)
         self._share.set(audit.share)

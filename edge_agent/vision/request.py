@@ -77,6 +77,7 @@ class RequestState:
         self.exits: list[ExitOutput] = []  # what each exit run gave
         self.score: float | None = None  # of the last exit run, as `exit_score` says
         self.features: Floats | None = None
+        self.first_features: Floats | None = None  # after the first segment
         self.geometry: Geometry | None = None  # from the network's input back to the photo
         self.image: ImageWay | None = None  # how the router would send it whole
         self.up_bytes = 0

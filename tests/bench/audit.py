@@ -74,7 +74,7 @@ def alarms(outcome: Outcome) -> Row:
 def shifted(case: Case, share: float, runs: int, streams: tuple[Stream, Stream], seed: int) -> Row:
     """Alarms within WITHIN inputs after the shift, of runs without an alarm before it."""
     random = np.random.default_rng(seed)
-    sampled, full = (Runs(case.epsilon, case.level, each, runs) for each in (share, 1.0))
+    sampled, full = (Runs(case.epsilon, each, runs) for each in (share, 1.0))
     calm = [each.only(run(each, streams[0], BEFORE, random).alarm_R == 0) for each in (sampled, full)]
     after, ceiling = (run(each, streams[1], WITHIN, random) for each in calm)
     delays = after.alarm_R[after.alarm_R > 0]
@@ -93,7 +93,7 @@ def shifted(case: Case, share: float, runs: int, streams: tuple[Stream, Stream],
 
 def unshifted(case: Case, share: float, runs: int, stream: Stream, inputs: int) -> Row:
     """False alarms, and what the audits cost."""
-    outcome = run(Runs(case.epsilon, case.level, share, runs), stream, inputs, np.random.default_rng(0))
+    outcome = run(Runs(case.epsilon, share, runs), stream, inputs, np.random.default_rng(0))
     return {
         "disagreement": float(stream.differs_N.mean()),
         "coverage": float(stream.exits_N.mean()),

@@ -10,7 +10,7 @@ from tests.bench.audit import Case, measure, table
 from tests.bench.audit_recording import AS_IS, Recorded
 from tests.bench.audit_runs import Runs, Stream
 
-EPSILON, LEVEL = 0.02, Level((0.7, 0.6), 0.5)
+EPSILON, LEVEL = 0.02, Level((0.7, 0.6))
 
 
 def answers(wrong: float, reached: float, count: int = 2000) -> Recorded:
@@ -27,15 +27,15 @@ def test_runs_in_arrays_are_the_policys(wrong: float, reached: float, alarms: in
     count, inputs, found = 4, 1500, answers(wrong, reached)
     stream, random = Stream.of(found, LEVEL), np.random.default_rng(1)
     photos, uniform = random.integers(len(stream), size=(inputs, count)), random.random((inputs, count))
-    runs, audits = Runs(EPSILON, LEVEL, 0.05, count), [Audit(EPSILON, [LEVEL], 0.05) for _ in range(count)]
+    runs, audits = Runs(EPSILON, 0.05, count), [Audit(EPSILON, [LEVEL], 0.05) for _ in range(count)]
     ended = 0
     for index_R, uniform_R in zip(photos, uniform, strict=True):
-        drawn_R = runs.draw(stream.reached_N[index_R], uniform_R)
+        drawn_R = runs.draw(uniform_R)
         rows = np.array([row for row in np.flatnonzero(drawn_R) if not audits[row].alarm], int)
-        alarmed = runs.add(rows, stream.differs_N[index_R[rows]], stream.reached_N[index_R[rows]])
+        alarmed = runs.add(rows, stream.differs_N[index_R[rows]])
         for row, audit in enumerate(audits):
             if not audit.alarm:
-                audit.draw(bool(stream.reached_N[index_R[row]]))
+                audit.draw()
                 assert (uniform_R[row] < audit.share) == drawn_R[row]
         for row, alarm in zip(rows, alarmed, strict=True):
             photo = index_R[row]

@@ -9,7 +9,7 @@ import pytest
 from isthmus.edge_agent.policy.audit import ALPHA, RAISED, Audit, Bets, Level, Pair, pairs_needed
 from isthmus.edge_agent.policy.recalibration import binomial_cdf, certify, recalibrated, upper_bound
 
-LEVELS = (Level((0.7, 0.7), 0.5), Level((0.9, 0.9), 0.2))
+LEVELS = (Level((0.7, 0.7)), Level((0.9, 0.9)))
 RIGHT, WRONG, SENT = Pair((0.8, 0.9), (1, 1), 1), Pair((0.8, 0.95), (0, 1), 1), Pair((0.1, 0.2), (0, 0), 1)
 
 
@@ -49,21 +49,41 @@ def test_a_promise_that_is_kept_gives_no_alarm() -> None:
 
 
 def test_what_is_drawn_is_seeded_and_no_more_than_the_share() -> None:
-    drawn = [[Audit(0.01, LEVELS, 0.01, seed).draw(None) for _ in range(1)] for seed in (1, 1)]
+    drawn = [[Audit(0.01, LEVELS, 0.01, seed).draw() for _ in range(1)] for seed in (1, 1)]
     assert drawn[0] == drawn[1]
     audit = Audit(0.01, LEVELS, 0.01)
-    assert 70 <= sum(audit.draw(None) for _ in range(10_000)) <= 130
-    assert not any(Audit(0.01, LEVELS, 0.0).draw(None) for _ in range(100))
+    assert 70 <= sum(audit.draw() for _ in range(10_000)) <= 130
+    assert not any(Audit(0.01, LEVELS, 0.0).draw() for _ in range(100))
 
 
-def test_another_share_of_exits_raises_the_audits_and_never_the_alarm() -> None:
+def test_inputs_unlike_those_before_are_an_alarm_until_enough_of_them_keep_the_promise() -> None:
     audit = Audit(0.01, LEVELS, 0.01)
-    for _ in range(200):
-        audit.draw(True)  # half of them are expected
-    assert audit.share == RAISED and not audit.alarm
-    for _ in range(audit.pairs_due):
-        audit.add(RIGHT)
-    assert audit.share < RAISED, "they were looked into, and agree"
+    audit.doubt()
+    assert audit.alarm and audit.share == RAISED and audit.in_force == LEVELS[0], "exits go on"
+    for count in range(audit.pairs_due):
+        assert audit.alarm
+        audit.add(WRONG if count == 5 else RIGHT)
+    assert not audit.alarm and audit.share < RAISED
+
+
+def test_a_strict_audit_lets_no_exit_answer_inputs_unlike_those_before() -> None:
+    audit = Audit(0.01, LEVELS, 0.01, strict=True)
+    audit.doubt()
+    assert audit.in_force is None
+    changed = [audit.add(RIGHT) for _ in range(audit.pairs_due)]
+    assert changed == [False] * (audit.pairs_due - 1) + [True] and audit.in_force == LEVELS[0]
+
+
+def test_a_doubt_lasts_while_exits_differ_more_often_than_promised() -> None:
+    audit = Audit(0.05, LEVELS, 0.01)
+    audit.doubt()
+    for count in range(2 * audit.pairs_due):
+        audit.add(WRONG if count % 15 == 0 else RIGHT)
+    assert audit.doubted
+    loaded = Audit(0.05, LEVELS, 0.01)
+    assert loaded.load(json.loads(json.dumps(audit.dump()))) and loaded.dump() == audit.dump() and loaded.doubted
+    audit.renew([LEVELS[1]])
+    assert not audit.alarm
 
 
 def test_a_single_difference_raises_the_share_for_a_while() -> None:
@@ -89,11 +109,11 @@ def test_an_audit_goes_on_from_its_dump_and_ends_its_alarm_with_other_levels() -
 @pytest.mark.parametrize(
     "change",
     [
-        {"levels": [[[0.7], 0.5], [[0.9], 0.2]]},
-        {"levels": [[["a", "b"], 0.5], [[0.9, 0.9], 0.2]]},
+        {"levels": [[0.7], [0.9]]},
+        {"levels": [["a", "b"], [0.9, 0.9]]},
         {"bets": []},
         {"bets": [[[1.0], [1.0]]] * 2},
-        {"pairs_in_alarm": None},
+        {"in_alarm": None},
     ],
 )
 def test_what_no_audit_has_dumped_changes_nothing(change: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -16,28 +17,32 @@ from isthmus.edge_agent import EdgeAgent, EdgeConfig
 from isthmus.edge_agent.cli.main import main
 from isthmus.edge_agent.config import Audits
 from isthmus.edge_agent.policy.audit import Audit, Level, Pair
+from isthmus.edge_agent.policy.drift import DriftGate
 from isthmus.edge_agent.vision.audit import MOST_QUEUED, Auditor, Device
 from isthmus.edge_agent.vision.audited_pairs import AuditedPairs
 from isthmus.edge_agent.vision.exit_rule import exit_rule
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 from isthmus.models.errors import LinkDown
 from isthmus.models.vision.bundle import Bundle
+from isthmus.models.vision.images import preprocess
 
 
 class Case:
     """An agent whose first exit answers everything, and whose cloud says `label`."""
 
-    def __init__(self, bundle: Bundle, folder: Path, auto: bool = False, share: float = 1.0) -> None:
+    def __init__(
+        self, bundle: Bundle, folder: Path, auto: bool = False, share: float = 1.0, strict: bool = False
+    ) -> None:
         self.registry, self.asked, self.label, self.error = CollectorRegistry(), 0, 0, False
         metrics = EdgeMetrics(self.registry, bundle.manifest)
         self.agent = EdgeAgent(EdgeConfig(bundle.folder, threads=1), metrics)
         self.file = folder / "pairs.db"
         self.pairs = AuditedPairs(self.file)
         device = Device(self.agent._head, self.agent._slots, lambda: False, self.cloud, self.agent._use_thresholds)
-        levels = [Level((0.0, 0.0), 1.0), Level((2.0, 2.0), 0.0)]
+        levels = [Level((0.0, 0.0)), Level((2.0, 2.0))]
         rule = exit_rule(bundle.manifest.heads["fp32"], 0.0)
         self.agent._auditor = self.auditor = Auditor(
-            Audit(0.05, levels, share), self.pairs, rule, device, metrics.audit, auto
+            Audit(0.05, levels, share, strict=strict), self.pairs, rule, device, metrics.audit, auto, DriftGate()
         )
 
     def cloud(self, image: Image.Image) -> int:
@@ -79,6 +84,43 @@ def test_disagreement_raises_the_alarm_and_exits_answer_no_more(case: Case, phot
     assert case.auditor.audit.alarm and min(case.agent.exit_rule.confidences) > 1
     assert case.registry.get_sample_value("isthmus_edge_audit_alarm", {"model": "tiny"}) == 1
     assert case.registry.get_sample_value("isthmus_edge_audit_alarms_total", {"model": "tiny"}) == 1
+    case.agent.close()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_photos_unlike_those_before_are_audited_until_enough_keep_the_promise(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    monkeypatch.setattr("isthmus.edge_agent.policy.drift.FIRST", 20)
+    case, random = Case(tiny_bundle, tmp_path, share=1e-9, strict=strict), np.random.default_rng(0)
+    thresholds, spec = case.agent.exit_rule.confidences, tiny_bundle.manifest.preprocessing
+
+    def agreeing(image: Image.Image) -> int:
+        case.asked += 1
+        return int(case.agent._head.segment(0, preprocess(image, spec))[1].argmax())
+
+    object.__setattr__(case.auditor._device, "cloud", agreeing)
+
+    def photos(least: int, most: int, count: int) -> None:
+        for _ in range(count):
+            case.agent.infer(random.integers(least, most, (64, 64, 3), np.uint8))
+            case.auditor.wait()
+
+    def metric(name: str) -> float | None:
+        return case.registry.get_sample_value(f"isthmus_edge_{name}", {"model": "tiny"})
+
+    photos(0, 200, 120)
+    assert (case.asked, metric("drift"), metric("audit_alarm")) == (0, 0, 0)
+    photos(100, 256, 50)
+    assert (metric("drift"), metric("drifts_total"), metric("audit_alarms_total")) == (1, 1, 1) and case.asked
+    assert (case.agent.exit_rule.confidences == thresholds) is not strict
+    again = Audit(0.05, case.auditor.audit.levels, 0.01)
+    with case.pairs.entry() as state:
+        assert again.load(state["audit"]) and again.doubted, "it is on disk with the first pair"
+    for _ in range(case.auditor.audit.pairs_due):
+        case.auditor._record(Pair((0.9, 0.9), (1, 1), 1))
+    assert (metric("drift"), metric("audit_alarm")) == (0, 0) and case.pairs.pairs(in_alarm=True) == []
+    assert case.agent.exit_rule.confidences == thresholds
     case.agent.close()
 
 
@@ -168,7 +210,7 @@ def test_a_child_of_a_fork_leaves_the_audit_to_its_parent(
 
 def test_a_state_that_is_not_readable_begins_anew(case: Case, photo: Image.Image) -> None:
     with case.pairs.entry() as state:
-        state["audit"] = {**case.auditor.audit.dump(), "levels": [[[0.5], 1.0], [["a", "b"], 1.0]]}
+        state["audit"] = {**case.auditor.audit.dump(), "levels": [[0.5], ["a", "b"]]}
     answer(case, photo)
     case.pairs._file.execute("UPDATE state SET value = 'no JSON'")
     answer(case, photo)
