@@ -18,7 +18,7 @@ from isthmus.edge_agent.vision.operating_points import OperatingPoints
 from isthmus.models.errors import InvalidInput, IsthmusError
 from isthmus.models.vision.bundle import Bundle
 from tests.bench.processes import ROOT
-from tests.bench.router_grid import Bench, grid, once, run_traces
+from tests.bench.router_grid import Bench, grid, latency_targets, once, run_traces
 from tests.bench.router_recording import Recording
 from tests.bench.sc2_photos import labelled_option, photos_of
 
@@ -43,7 +43,7 @@ def bench_of(bundle: Bundle, recording: Recording) -> Bench:
     return Bench(recording, bundle.manifest, EdgeConfig(bundle.folder, ("simulated:1",), deadline_s=DEADLINE_S))
 
 
-def summary(cells: list[Row], traces: dict[str, Row]) -> Row:
+def summary(cells: list[Row], traces: dict[str, Row], targets: list[Row], share: float) -> Row:
     """What the benchmark is to show."""
     ratios = [cell["ratio"] for cell in cells if cell["ratio"] is not None]
     worst = max(cells, key=lambda cell: cell["ratio"] or 0.0)
@@ -66,6 +66,8 @@ def summary(cells: list[Row], traces: dict[str, Row]) -> Row:
         "chosen_once": once(cells),
         "whole_grid": means,
         "settled_worst": max(settled, default=None),
+        "targets": len(targets),
+        "targets_missed": sum(row["router"] < share for row in targets),
     }
 
 
@@ -90,6 +92,8 @@ def report(found: Row) -> str:
         f"(no such arm in {found['cells'] - found['cells_with_an_arm_of_that_quality']}).",
         f"Of those arms that the bundle's figures allow: at worst {found['worst_ratio_allowed']}.",
         f"Against the arm chosen once: {chosen['ratio']}. Ten seconds after a step: at worst {found['settled_worst']}.",
+        f"Latency targets that an arm of the wished agreement meets: missed {found['targets_missed']} of"
+        f" {found['targets']}.",
     ]
     return "\n".join(lines)
 
@@ -143,12 +147,14 @@ def main(
         recording = Recording.load(recorded)
         bench = bench_of(opened, recording if order is None else recording.shuffled(order))
         cells, traces = grid(bench, photos, quick), run_traces(bench, quick)
+        targets = latency_targets(bench, photos, quick)
         result = {
             "recording": {"machine": recording.machine, "photos": len(recording), "bundle": recording.fingerprint},
             "bundle": opened.fingerprint.hex(),
-            "summary": summary(cells, traces),
+            "summary": summary(cells, traces, targets, bench.config.target_share),
             "cells": cells,
             "traces": traces,
+            "targets": targets,
         }
         if checked:
             from tests.bench.router_check import check

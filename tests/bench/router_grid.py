@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from tests.bench.router_simulation import form_of, route
 from tests.bench.router_world import Conditions, Outcome, World, way_name
 
 MBITS, RTTS_MS, SLOWER = (0.25, 1, 5, 25, 100), (5, 20, 50, 100, 150), (1, 4)
+TARGETS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 TRACE_S, PERIOD_S = 120.0, 0.5
 SETTLE_S = 10.0  # after a step, within which the router is to be near the best again
 
@@ -77,12 +78,15 @@ def compare(bench: Bench, world: World, photos: int, period_s: float) -> tuple[R
 
 def allowed(bench: Bench, rows: Mapping[str, Row]) -> list[str]:
     """The arms of at least the router's quality that the bundle's figures do not exclude for an agent."""
-    least, manifest = bench.config.min_agreement, bench.manifest
+    known = stated(bench.manifest)
+    return [name for name in equals(rows) if known.get(name.removeprefix("arm "), 0.0) >= bench.config.min_agreement]
+
+
+def stated(manifest: Manifest) -> dict[str, float]:
+    """The agreement that the bundle states of each arm."""
     exits = {f"exit{index}": each.agreement for index, each in enumerate(manifest.heads["fp32"].exits)}
     points = {way_name(point): rate.agreement for point, rate in OperatingPoints(manifest).figures.items()}
-    images = {form_of(way): way.agreement for way in manifest.images}
-    known = {**exits, **points, **images}
-    return [name for name in equals(rows) if known.get(name.removeprefix("arm "), 0.0) >= least]
+    return {**exits, **points, **{form_of(way): way.agreement for way in manifest.images}}
 
 
 def equals(rows: Mapping[str, Row]) -> list[str]:
@@ -106,15 +110,46 @@ def ratio(rows: Mapping[str, Row], best: str | None) -> float | None:
     return round(rows["router"]["mean_ms"] / rows[best]["mean_ms"], 4) if best else None
 
 
-def grid(bench: Bench, photos: int, quick: bool) -> list[Row]:
-    """Every cell; in quick mode the corners of the links, and one device and cloud."""
+def conditions(quick: bool) -> Iterator[tuple[float, float, float, float]]:
+    """Mbit/s, round trip in ms, device and cloud of each cell; in quick mode the corners, one device and cloud."""
     mbits, rtts, slower = (MBITS[::4], RTTS_MS[::4], SLOWER[:1]) if quick else (MBITS, RTTS_MS, SLOWER)
+    return itertools.product(mbits, rtts, slower, slower)
+
+
+def grid(bench: Bench, photos: int, quick: bool) -> list[Row]:
+    """Every cell."""
     cells = []
-    for mbit, rtt_ms, device, cloud in itertools.product(mbits, rtts, slower, slower):
+    for mbit, rtt_ms, device, cloud in conditions(quick):
         world = bench.world([(0.0, Conditions(mbit, rtt_ms / 1000, cloud))], device)
         row, _ = compare(bench, world, photos, 0.0)
         cells.append({"mbit": mbit, "rtt_ms": rtt_ms, "device": device, "cloud": cloud, **row})
     return cells
+
+
+def latency_targets(bench: Bench, photos: int, quick: bool) -> list[Row]:
+    """Each cell and target that some arm of the wished agreement meets: the share of photos in time, of both."""
+    least, share = bench.config.min_agreement, bench.config.target_share
+    arms = {
+        name: walk
+        for name, walk in single_arms(bench.recording, bench.manifest).items()
+        if stated(bench.manifest).get(name, 0.0) >= least and walk.way is not None
+    }
+    found = []
+    for mbit, rtt_ms, device, cloud in conditions(quick):
+        world = bench.world([(0.0, Conditions(mbit, rtt_ms / 1000, cloud))], device)
+        runs = [follow(world, always(walk), photos, 0.0) for walk in arms.values()]
+        for target_s in TARGETS_S:
+            best = max(in_time(run, target_s) for run in runs)
+            if best >= share:
+                run = route(world, bench.manifest, replace(bench.config, target_s=target_s), photos, 0.0)
+                cell = {"mbit": mbit, "rtt_ms": rtt_ms, "device": device, "cloud": cloud}
+                found.append({**cell, "target_s": target_s, "best": best, "router": in_time(run, target_s)})
+    return found
+
+
+def in_time(outcomes: Sequence[Outcome], target_s: float) -> float:
+    """The share of photos answered within a time."""
+    return float(np.mean([found.seconds <= target_s for found in outcomes]))
 
 
 def once(cells: Sequence[Row]) -> Row:

@@ -15,7 +15,7 @@ from isthmus.models.errors import InvalidInput
 from isthmus.models.vision.bundle import Bundle
 from tests.bench import router
 from tests.bench.router_arms import always, follow, oracle, single_arms
-from tests.bench.router_grid import Bench, hindsight, once, ratio, settled, traces
+from tests.bench.router_grid import Bench, hindsight, in_time, latency_targets, once, ratio, settled, traces
 from tests.bench.router_record import answers, recording
 from tests.bench.router_recording import FORMS, Recording, Stages
 from tests.bench.router_simulation import route
@@ -152,6 +152,14 @@ def test_the_best_arm_in_hindsight_is_of_the_routers_quality() -> None:
     assert hindsight(rows) == "arm b" and ratio(rows, "arm b") == pytest.approx(50 / 60, abs=1e-4)
     assert once([{"runs": rows}])["best_arm"] == "arm b"
     assert ratio(rows, None) is None
+
+
+def test_a_latency_target_counts_where_an_arm_of_the_wished_agreement_meets_it(bench: Bench) -> None:
+    assert in_time([Outcome(0, 0.0, 0.1, "x", 0, 0), Outcome(0, 0.0, 0.3, "x", 0, 0)], 0.2) == 0.5
+    wished = replace(bench, config=replace(bench.config, min_agreement=0.0))
+    rows = latency_targets(wished, COUNT, quick=True)
+    assert rows and all(row["best"] >= bench.config.target_share for row in rows)
+    assert all(row["router"] >= bench.config.target_share for row in rows if row["target_s"] == 0.8)
 
 
 def test_after_a_step_only_what_has_settled_counts(recorded: Recording) -> None:
