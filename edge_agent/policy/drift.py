@@ -11,10 +11,12 @@ exchangeable: a scene that lasts is a shift to it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
+Floats = NDArray[np.floating[Any]]
 
 MOST_CAPITAL = 1000.0  # at which the alarm goes: one false alarm in a thousand streams of HORIZON inputs
 HORIZON = 20_000
