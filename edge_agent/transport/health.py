@@ -37,6 +37,7 @@ FAIR_WAIT_S = 0.1  # a shorter wait without a reply says nothing about the cloud
 CHECK_INTERVAL_S = 2.0  # between checks of a cloud that did not reply within waits too short to count
 MAX_HOLD_S = 2.0  # that a cloud without room can ask for: a wild hint must not keep a device away for long
 MAX_AHEAD_S = 0.25  # of earlier messages on their way up when one is sent: enough to keep the uplink busy
+MAX_QUEUED_S = 1.0  # of the way of a photo behind others: half of the time in which a ping is to be answered
 NOT_ANSWERING = "the cloud is not answering"
 
 
@@ -175,6 +176,8 @@ class CloudHealth:
         with self._lock:
             self._estimator.observe(up, transit_s, now_s, down_bytes=down, ahead_bytes=ahead)
             self._estimator.replied(down, reply.queue_s, now_s)
+            if ahead and transit_s > MAX_QUEUED_S:
+                self._window.overloaded(now_s - elapsed_s, now_s)
         self.record_answer()
 
     def record_error(self, error: BaseException, attempt: Attempt) -> None:

@@ -78,7 +78,7 @@ def watch(
         seconds = time.monotonic() - started_s
     missing = [frame.index for frame in frames if frame.answer is None or frame.answer["degraded"]]
     if camera.problem or missing or not frames:
-        raise IsthmusError(f"{source.name}: {camera.problem or f'the cloud did not answer frames {missing[:5]}'}")
+        raise IsthmusError(f"mode {config.mode}: {camera.problem or f'the cloud did not answer frames {missing[:5]}'}")
     return seconds, frames
 
 
@@ -175,10 +175,10 @@ def demo(clip: Path, count: int, spec: LinkSpec, console: Console) -> tuple[dict
     return result, runs, source
 
 
-@click.command(epilog="Example: python -m tests.bench.demo_video --clip clip.mp4 --frames 40 --kbit 256")
+@click.command(epilog="Example: python -m tests.bench.demo_video --clip clip.mp4 --frames 40 --kbit 512")
 @click.option("--clip", type=click.Path(path_type=Path, exists=True), help="Without it: one that a package carries.")
 @click.option("--frames", default=40, show_default=True, type=click.IntRange(2, 5000), help="Spread over the clip.")
-@click.option("--kbit", default=256.0, show_default=True, type=click.FloatRange(0), help="Link rate; 0: unlimited.")
+@click.option("--kbit", default=512.0, show_default=True, type=click.FloatRange(0), help="Link rate; 0: unlimited.")
 @click.option("--rtt-ms", default=100.0, show_default=True, type=click.FloatRange(0, 10_000))
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the picture here (PNG).")
