@@ -99,8 +99,8 @@ def watch_all(
     with ExitStack() as stack:
         if config.metrics is not None:
             stack.callback(serve_metrics(config.metrics, registry))
-        if config.page is not None:
-            stack.enter_context(page(photos, watched, config.page, registry))
+        if config.view is not None:
+            stack.enter_context(live_view(photos, watched, config.view, registry))
         watched.run(agent)
     for line in summary(watched.totals):
         click.echo(line, err=True)
@@ -111,11 +111,11 @@ def watch_all(
     sys.exit(1 if watched.problem or problems else 0)
 
 
-def page(
+def live_view(
     photos: tuple[EdgeAgent, EdgeMetrics], watched: Watch, listen: str, registry: CollectorRegistry
 ) -> AbstractContextManager[Any]:
     """The page and the HTTP API while it is open. Raises InvalidInput if the address is taken."""
-    from isthmus.edge_agent.cli.page import served
+    from isthmus.edge_agent.cli.serve_beside import served
     from isthmus.edge_agent.config import HttpConfig
     from isthmus.edge_agent.http.app import create_app
 

@@ -86,7 +86,7 @@ class Watch:
                 threshold=thresholds.get(source.name),
                 stop=self.stop,
                 after=after.get(source.name, -1),
-                keep_images=config.frames_folder is not None or config.page is not None,
+                keep_images=config.frames_folder is not None or config.view is not None,
                 on_reopen=partial(self._reopened, source.name),
             )
             for source in sources
@@ -95,7 +95,7 @@ class Watch:
 
     def _open(self, config: StreamConfig, model: str) -> list[Deliver]:
         """The sinks that are asked for, each in a thread of its own."""
-        found: list[Deliver] = [self.view.put] if config.page else []
+        found: list[Deliver] = [self.view.put] if config.view else []
         if config.frames_folder is not None:
             from isthmus.edge_agent.streams.sinks.pictures import Pictures
 
