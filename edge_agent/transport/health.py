@@ -62,7 +62,7 @@ class Attempt:
         self.ahead_bytes = 0.0  # of other messages, which were on their way up when the last one of it was sent
         self.replied = False
         self._on_sent, self._queued, self.charge = on_sent, queued, charge
-        self.give_turn = lambda: None  # the next one may be sent
+        self.give_turn: Callable[[], None] = lambda: None  # the next one may be sent
 
     def admitted(self) -> None:
         """It has a slot: what is left of its time is for the exchange."""
