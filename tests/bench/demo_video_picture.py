@@ -36,7 +36,7 @@ def plot(result: Mapping[str, Any], runs: Mapping[str, Sequence[Frame]], source:
     for column, (name, title) in enumerate(shown):
         frame = runs[name][chosen]
         axes = figure.add_subplot(grid[0, 3 * column : 3 * column + 3])
-        axes.imshow(annotated(image, (frame.answer or {})["answers"]))
+        axes.imshow(annotated(image, (frame.answer or {}).get("answers", {})))
         size = (frame.answer or {})["bytes_up"]
         axes.set_title(f"{title.rstrip(': ')}: {size:,} B", fontsize=10)
         axes.axis("off")
@@ -59,7 +59,9 @@ def plot(result: Mapping[str, Any], runs: Mapping[str, Sequence[Frame]], source:
 
 def busiest(frames: Sequence[Frame]) -> int:
     """The frame with the most boxes."""
-    counts = [sum(len(each["detections"]) for each in (frame.answer or {})["answers"].values()) for frame in frames]
+    counts = [
+        sum(len(each["detections"]) for each in (frame.answer or {}).get("answers", {}).values()) for frame in frames
+    ]
     return counts.index(max(counts))
 
 
