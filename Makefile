@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-language test acceptance lint types docs bench protos up down
+.PHONY: help env demo demo-video demo-language test acceptance lint types docs bench protos up down
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: env  ## compare the arms on 200 photos over an emulated thin link
 	@mkdir -p runs
 	$(BIN)/python -m tests.bench.demo --json runs/demo.json --plot runs/demo.png
+
+demo-video: env  ## boxes in a camera's clip over an emulated thin link, beside JPEG frames; fetches a clip
+	@mkdir -p runs
+	$(BIN)/python -m tests.bench.demo_video --json runs/demo_video.json --plot runs/demo_video.png
 
 demo-language: env  ## a chat by every arm over an emulated link, each token in the colour of where it was made
 	@mkdir -p runs

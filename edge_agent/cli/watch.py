@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from isthmus.edge_agent.streams.calibration import Certificate
     from isthmus.edge_agent.streams.sources import Source
+    from isthmus.edge_agent.streams.watch import Watch
     from isthmus.edge_agent.vision.agent import EdgeAgent
+    from isthmus.edge_agent.vision.metrics import EdgeMetrics
 
 EXAMPLES = """\b
 Examples:
@@ -58,22 +60,27 @@ def watch(sources: tuple[str, ...], calibrate: bool, resume: bool, as_json: bool
     except InvalidInput as error:
         fail(error)
     registry = CollectorRegistry()
-    agent, _ = open_photos_with_metrics(registry)
+    agent, metrics = open_photos_with_metrics(registry)
     with agent:
         warn_of(agent.replicas)
         try:
             if calibrate:
                 certify_all(agent, parsed, config, as_json)
             else:
-                watch_all(agent, parsed, config, registry, resume)
+                watch_all((agent, metrics), parsed, config, registry, resume)
         except InvalidInput as error:
             fail(error)
 
 
 def watch_all(
-    agent: EdgeAgent, sources: list[Source], config: StreamConfig, registry: CollectorRegistry, resume: bool
+    photos: tuple[EdgeAgent, EdgeMetrics],
+    sources: list[Source],
+    config: StreamConfig,
+    registry: CollectorRegistry,
+    resume: bool,
 ) -> None:
     """Watch, and end the program with 1 if a camera ended early. Raises InvalidInput."""
+    agent, _ = photos
     with needing("edge,video"):
         from isthmus.edge_agent.streams.metrics import SINKS, StreamMetrics
         from isthmus.edge_agent.streams.sinks.lines import last_frames
@@ -92,6 +99,8 @@ def watch_all(
     with ExitStack() as stack:
         if config.metrics is not None:
             stack.callback(serve_metrics(config.metrics, registry))
+        if config.view is not None:
+            stack.enter_context(live_view(photos, watched, config.view, registry))
         watched.run(agent)
     for line in summary(watched.totals):
         click.echo(line, err=True)
@@ -100,6 +109,18 @@ def watch_all(
         if problem:
             click.echo(f"error: {problem}", err=True)
     sys.exit(1 if watched.problem or problems else 0)
+
+
+def live_view(
+    photos: tuple[EdgeAgent, EdgeMetrics], watched: Watch, listen: str, registry: CollectorRegistry
+) -> AbstractContextManager[Any]:
+    """The page and the HTTP API while it is open. Raises InvalidInput if the address is taken."""
+    from isthmus.edge_agent.cli.serve_beside import served
+    from isthmus.edge_agent.config import HttpConfig
+    from isthmus.edge_agent.http.app import create_app
+
+    http = HttpConfig(listen=listen)
+    return served(create_app(registry, photos, http=http, streams=watched.view), http)
 
 
 def serve_metrics(listen: str, registry: CollectorRegistry) -> Any:

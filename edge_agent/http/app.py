@@ -1,6 +1,7 @@
 """The agent's local HTTP API: composes the endpoints of photos and of a language model into one application.
 
 /v1/infer                                           see infer, with a vision bundle
+GET /v1/streams, …                                  see streams, with cameras
 GET /v1/status                                      of both: bundles, whether the cloud answers, link estimates
 /v1/chat/completions, /v1/completions, /v1/models   see openai.routes, with a language model
 GET /healthz, /health                               200 as long as the agent can answer, with or without a cloud
@@ -30,6 +31,8 @@ from isthmus.edge_agent.http.infer import InferApi
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.http.origins import OriginPolicy
 from isthmus.edge_agent.http.page.routes import page_routes
+from isthmus.edge_agent.http.streams import stream_routes
+from isthmus.edge_agent.streams.view import StreamView
 from isthmus.edge_agent.vision.agent import EdgeAgent
 from isthmus.edge_agent.vision.metrics import EdgeMetrics
 
@@ -42,8 +45,12 @@ def create_app(
     language: Sequence[Route] = (),
     http: HttpConfig = DEFAULTS,
     language_status: Callable[[], dict[str, Any]] | None = None,
+    streams: StreamView | None = None,
 ) -> Starlette:
-    """The ASGI application: for photos, for a language model, or for both. `language_status`: what /v1/status adds."""
+    """The ASGI application: for photos, for a language model, or for both, and of cameras.
+
+    `language_status`: what /v1/status adds.
+    """
     api = InferApi(*photos, http) if photos is not None else None
 
     async def export(request: Request) -> Response:
@@ -53,7 +60,7 @@ def create_app(
 
     async def status(request: Request) -> Response:
         both = {**(api.status() if api else {}), **({"language": language_status()} if language_status else {})}
-        return JSONResponse(both)
+        return JSONResponse({**both, **({"streams": streams.cameras} if streams else {})})
 
     own = [Route("/v1/status", status)] if api or language_status else []
     routes = [
@@ -61,6 +68,7 @@ def create_app(
         *language,
         *(api.routes if api else ()),
         *own,
+        *(stream_routes(streams) if streams else ()),
         *page_routes(),
         Route("/metrics", export),
     ]

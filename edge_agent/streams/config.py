@@ -133,6 +133,11 @@ class StreamConfig(Settings):
         int, Field(ge=1, le=1_000_000, description="Files of each camera that are kept there; older ones are deleted.")
     ] = 1000
     mqtt: Mqtt = Mqtt()
+    view: Annotated[
+        ListenAddress | None,
+        Field(description="Address of the page and the HTTP API, with a live view of the cameras. Without it: none."),
+        Flag("page_listen", metavar="HOST:PORT"),
+    ] = None
     metrics: Annotated[
         ListenAddress | None,
         Field(description="Address of /metrics for Prometheus. Without it: none."),

@@ -23,6 +23,7 @@ from isthmus.edge_agent.streams.metrics import StreamMetrics
 from isthmus.edge_agent.streams.sinks.background import Background
 from isthmus.edge_agent.streams.sinks.lines import Lines
 from isthmus.edge_agent.streams.sources import Source
+from isthmus.edge_agent.streams.view import StreamView
 from isthmus.models.errors import InvalidInput
 
 log = logging.getLogger("isthmus.streams")
@@ -69,6 +70,7 @@ class Watch:
         self.stop, self.totals = threading.Event(), {source.name: Totals() for source in sources}
         self.problem: str | None = None
         self._metrics, self._lock, self._sinks = metrics, threading.Lock(), ExitStack()
+        self.view = StreamView(self._counts)
         self._lines = Lines(config.results)
         self._sinks.callback(self._lines.close)
         try:
@@ -84,7 +86,7 @@ class Watch:
                 threshold=thresholds.get(source.name),
                 stop=self.stop,
                 after=after.get(source.name, -1),
-                keep_images=config.frames_folder is not None,
+                keep_images=config.frames_folder is not None or config.view is not None,
                 on_reopen=partial(self._reopened, source.name),
             )
             for source in sources
@@ -93,7 +95,7 @@ class Watch:
 
     def _open(self, config: StreamConfig, model: str) -> list[Deliver]:
         """The sinks that are asked for, each in a thread of its own."""
-        found: list[Deliver] = []
+        found: list[Deliver] = [self.view.put] if config.view else []
         if config.frames_folder is not None:
             from isthmus.edge_agent.streams.sinks.pictures import Pictures
 
@@ -168,6 +170,10 @@ class Watch:
             except InvalidInput as error:
                 self.problem = str(error)
                 self.stop.set()
+
+    def _counts(self) -> dict[str, dict[str, Any]]:
+        with self._lock:
+            return {camera: found.as_dict() for camera, found in self.totals.items()}
 
     def _undelivered(self, sink: str) -> None:
         self._metrics.undelivered(sink)

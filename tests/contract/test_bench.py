@@ -210,6 +210,7 @@ def test_student_benchmark(tmp_path: Path, tiny_llama: Path) -> None:
 
 MODULES = [
     "demo",
+    "demo_video",
     "device",
     "codec",
     "lossless",

@@ -54,7 +54,7 @@ def test_tables_are_made_from_settings_and_openapi(site: Path) -> None:
 
 def test_openapi_has_the_routes_of_the_app() -> None:
     nothing: Any = object()  # only handlers look at it
-    app = create_app(CollectorRegistry(), (nothing, nothing), routes(nothing))
+    app = create_app(CollectorRegistry(), (nothing, nothing), routes(nothing), streams=nothing)
     known = {route.path.replace(":path", ""): route.methods for route in app.routes if isinstance(route, Route)}
     assert set(known) == set(API["paths"])
     for path, operations in API["paths"].items():

@@ -3,6 +3,7 @@ import { startChat } from "./chat.js";
 import { find } from "./dom.js";
 import { startPhotos } from "./photo.js";
 import { showState } from "./state.js";
+import { startStreams } from "./streams.js";
 
 const PERIOD_MS = 5000;
 
@@ -16,6 +17,7 @@ async function refresh() {
 
 try {
   const status = await showState();
+  if (status.streams) startStreams(status.streams);
   if (status.bundle) startPhotos(status.bundle.tasks);
   if (status.language) await startChat(status.language);
 } catch {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -180,13 +181,25 @@ def test_a_file_that_cannot_be_read_ends_with_its_problem(tmp_path: Path) -> Non
     assert frames == [] and camera.problem is not None and "clip.mp4" in camera.problem
 
 
+def until(act: Callable[[], None]) -> Iterator[Image.Image]:
+    """No photo; `act` is called when it is asked for one."""
+    act()
+    yield from ()
+
+
 @pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest"])
 def test_what_is_too_much_is_dropped_and_counted(tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeAgent, "AT_ONCE", 2)
     hold = threading.Event()
-    threading.Timer(0.3, hold.set).start()
+
+    class Busy(FakeAgent):
+        """Answers when every frame was given."""
+
+        def infer_many(self, photos: Iterable[Image.Image], *, when_full: Any) -> Iterator[Any]:
+            return super().infer_many(itertools.chain(photos, until(hold.set)), when_full=when_full)
+
     clip = write_clip(tmp_path / "clip.mp4", scenes(*[1] * 12))
-    _, frames = watched(clip, FakeAgent(hold=hold), StreamConfig(when_full=policy), threshold=None)
+    _, frames = watched(clip, Busy(hold=hold), StreamConfig(when_full=policy), threshold=None)
     assert whole(frames) and len(frames) == 12
     kept = [frame.index for frame in frames if frame.outcome == "answered"]
     assert 4 <= len(kept) <= 5  # under way or waiting, and one more whose answer is being waited for
