@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from isthmus.cloud_service.config import PREFIX, CloudConfig, RayConfig
+from isthmus.cloud_service.keys.command import keys
 from isthmus.models.address import parse_address
 from isthmus.models.bundle.installed import missing
 from isthmus.models.errors import InvalidInput, IsthmusError
@@ -130,6 +131,9 @@ def ray(show_config: bool, as_json: bool) -> None:
         fail(error)
 
 
+main.add_command(keys)
+
+
 def refuse_options(context: click.Context, command: str) -> None:
     """Raises click.UsageError for an option before a command, which that would not see."""
     for param in context.command.params:
@@ -143,6 +147,8 @@ def prepare(config: CloudConfig, as_json: bool) -> None:
         if problem := missing(bundle):
             fail(problem)
     start_logging(as_json)
+    if config.tls and os.environ.get("GRPC_VERBOSITY") == "NONE":
+        del os.environ["GRPC_VERBOSITY"]  # what it says of failed handshakes is counted and told in plain words
     # OpenMP threads that spin while they wait make a pass twenty times slower as soon as one core is taken.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # Or products' bits depend on where in memory their rows are, which differs between threads.

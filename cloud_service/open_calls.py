@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
 
+from isthmus.cloud_service.access import Device
 from isthmus.models.errors import Overloaded
 from isthmus.protos.limits import IDLE_STREAM_S
 
@@ -19,9 +20,9 @@ SHORT_IDLE_S = 0.1  # between two messages of a busy device
 class OpenCall:
     """One call of a peer, answered by the task that makes this object."""
 
-    def __init__(self, peer: str, busy: Callable[[], bool], finish: Callable[[], None]) -> None:
+    def __init__(self, device: Device, busy: Callable[[], bool], finish: Callable[[], None]) -> None:
         """`busy`: whether something is computed for it. `finish`: ends it once all that waits is written."""
-        self.peer = peer
+        self.device = device
         self.ended = False  # others may have its place
         self._busy, self._finish = busy, finish
         self._task = asyncio.current_task()
@@ -43,6 +44,15 @@ class OpenCall:
         elif not self.ended:
             self._finish()
         self.ended = True
+
+    @property
+    def peer(self) -> str:
+        return self.device.peer
+
+    def abort(self) -> None:
+        """End the call at once, with nothing more computed or written."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def reading(self, messages: AsyncIterator[T]) -> AsyncIterator[T]:
         """The messages that the peer sends."""
@@ -89,6 +99,12 @@ class OpenCalls:
         for call in self._open:
             if call.idle_s >= idle_s:
                 call.end()
+
+    def abort(self, refused: Callable[[Device], bool]) -> None:
+        """Abort the calls of devices that are `refused`."""
+        for call in self._open:
+            if refused(call.device):
+                call.abort()
 
     def _end_one(self, new_peer: str) -> None:
         count = Counter(call.peer for call in self._open if not call.ended)
