@@ -23,7 +23,15 @@ from isthmus.cloud_service.open_calls import OpenCall, OpenCalls
 from isthmus.cloud_service.outbox import Outbox
 from isthmus.cloud_service.quotas import Usage
 from isthmus.cloud_service.services import LanguageService, StreamHandler, VisionService
-from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, Overloaded, ServiceError
+from isthmus.models.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidInput,
+    IsthmusError,
+    Overloaded,
+    Refused,
+    ServiceError,
+)
 from isthmus.models.messages import (
     CloudReply,
     Committed,
@@ -62,8 +70,13 @@ class Servicer(pb_grpc.IsthmusServicer):
         self._calls = OpenCalls(MAX_CALLS)
 
     def end_refused(self) -> None:
-        """Abort the calls of devices that may not use the service any more."""
-        self._calls.abort(lambda device: self.access.refusal(device) is not None)
+        """End the calls of devices that may not use the service any more."""
+
+        def why(device: Device) -> Refused | None:
+            refusal = self.access.refusal(device)
+            return refusal[0] if refusal else None
+
+        self._calls.refuse(why)
 
     def drain(self) -> None:
         """Ask every stream to half-close; outstanding requests are still answered."""
@@ -95,16 +108,18 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def InferStream(
         self, requests: AsyncIterator[pb.InferRequest], context: Context
     ) -> AsyncIterator[pb.InferResponse]:
-        outbox: Outbox[pb.InferResponse | InvalidInput] = Outbox(limits.MAX_STREAM_INFLIGHT, self._queue)
+        outbox: Outbox[pb.InferResponse | IsthmusError] = Outbox(limits.MAX_STREAM_INFLIGHT, self._queue)
         computing: set[asyncio.Task[None]] = set()
-        call = OpenCall(device_of(context, self.access), lambda: bool(computing), lambda: outbox.notify(None))
+        device = device_of(context, self.access)
+        call = OpenCall(device, lambda: bool(computing), lambda: outbox.notify(None), outbox.notify)
         notice = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
         async with self._open(call, context):
             feeder = asyncio.create_task(self._feed(call.reading(requests), outbox, computing, call.device))
             drain_notice = asyncio.create_task(self._notify_drain(outbox.notify, notice))
             try:
                 async for response in outbox.messages():
-                    if isinstance(response, InvalidInput):
+                    if isinstance(response, IsthmusError):
+                        feeder.cancel()  # after an abort there is nothing to read from
                         await context.abort(*status.of_error(response))
                     else:
                         with call.writing():
@@ -119,7 +134,12 @@ class Servicer(pb_grpc.IsthmusServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         device = device_of(context, self.access)
         handler = self._language.new_handler(device.peer, self.access.quota(device).session_bytes)
-        call = OpenCall(device, lambda: handler.busy, lambda: handler.events.put_nowait(None))
+
+        def refuse(error: Refused) -> None:
+            handler.events.put_nowait(error)
+            handler.events.put_nowait(None)
+
+        call = OpenCall(device, lambda: handler.busy, lambda: handler.events.put_nowait(None), refuse)
         notice = Draining("the service is shutting down")
         async with self._open(call, context):
             listener = asyncio.create_task(self._listen(call.reading(requests), handler, device))
@@ -176,7 +196,7 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def _feed(
         self,
         requests: AsyncIterator[pb.InferRequest],
-        outbox: Outbox[pb.InferResponse | InvalidInput],
+        outbox: Outbox[pb.InferResponse | IsthmusError],
         computing: set[asyncio.Task[None]],
         device: Device,
     ) -> None:
@@ -200,7 +220,7 @@ class Servicer(pb_grpc.IsthmusServicer):
             outbox.notify(None)
 
     async def _answer_into(
-        self, outbox: Outbox[pb.InferResponse | InvalidInput], message: pb.InferRequest, device: Device
+        self, outbox: Outbox[pb.InferResponse | IsthmusError], message: pb.InferRequest, device: Device
     ) -> None:
         response = await self._answer(message, "InferStream", device, None)
         try:
