@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 EVERY_S = 60.0  # a line for a cause, at most so often: devices try again every two seconds
 READ_BYTES = 64 << 10
@@ -83,7 +84,7 @@ def watching(log_: HandshakeLog) -> Iterator[None]:
         thread.join(1.0)
         sys.stderr = python_stderr
         for handler in moved:
-            handler.setStream(python_stderr)
+            handler.setStream(cast(io.TextIOBase, python_stderr))
 
 
 def move_handlers(old: object, new: io.TextIOWrapper) -> list[logging.StreamHandler[io.TextIOBase]]:

@@ -6,7 +6,7 @@ level  grows by `rate` a second up to BURST_S seconds' worth, falls by what is u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -44,6 +44,9 @@ class Usage:
     tokens: int = 0
 
 
+KINDS = ("requests", "bytes", "tokens")
+
+
 @dataclass(slots=True)
 class Levels:
     """What a device has left now."""
@@ -78,7 +81,7 @@ class Quotas:
         levels = self._levels.get(peer)
         if levels is None:
             self._forget_full(now_s)
-            levels = self._levels[peer] = Levels(*(full.get(f.name, 0.0) for f in fields(Usage)), now_s)
+            levels = self._levels[peer] = Levels(*(full.get(kind, 0.0) for kind in KINDS), at_s=now_s)
         elapsed_s, levels.at_s = now_s - levels.at_s, now_s
         for kind, rate in rates(quota):
             setattr(levels, kind, min(getattr(levels, kind) + rate * elapsed_s, full[kind]))
