@@ -418,6 +418,15 @@ class HttpConfig(Settings):
         ),
         Flag("allowed_origin"),
     ] = ()
+    api_token_file: Annotated[
+        Path | None,
+        Field(description="File with a token that clients must send, as OpenAI's do: Authorization: Bearer …"),
+        Flag(is_file=True),
+    ] = None
+    api_token: Annotated[
+        SecretStr | None,
+        Field(description="The token itself; in the environment, since a command line can be seen by others."),
+    ] = None
     max_requests: Annotated[
         int,
         Field(ge=1, le=4096, description="Photos, and prompts, that are worked on or wait at once; above it 503."),
@@ -438,6 +447,11 @@ class HttpConfig(Settings):
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="Seconds to answer the requests in flight after SIGTERM.")
     ] = 20.0
+
+    @property
+    def secret(self) -> str:
+        """The token, or an empty text. Raises InvalidInput for what cannot be one."""
+        return read_secret(self.api_token_file, self.api_token, f"{PREFIX}_API_TOKEN", "a token")
 
 
 def proxy_variable() -> str | None:
