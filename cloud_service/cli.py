@@ -132,6 +132,20 @@ def ray(show_config: bool, as_json: bool) -> None:
         fail(error)
 
 
+@main.command(cls=Command, epilog="Example: cloud-service doctor --config cloud.toml", context_settings=WIDE)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@options(PREFIX, KNOWN, SECTIONS)
+def doctor(as_json: bool) -> None:
+    """Check settings, clock, bundles, certificates, devices and ports, and say what to fix.
+
+    Ends with 1 where something is wrong. Takes the options of the service, which it does not start.
+    """
+    from isthmus.cloud_service.doctor import findings
+    from isthmus.protos.diagnosis import tell
+
+    tell(findings(read(CloudConfig)), as_json)
+
+
 main.add_command(keys)
 
 
