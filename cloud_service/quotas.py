@@ -44,9 +44,6 @@ class Usage:
     tokens: int = 0
 
 
-KINDS = ("requests", "bytes", "tokens")
-
-
 @dataclass(slots=True)
 class Levels:
     """What a device has left now."""
@@ -81,7 +78,9 @@ class Quotas:
         levels = self._levels.get(peer)
         if levels is None:
             self._forget_full(now_s)
-            levels = self._levels[peer] = Levels(*(full.get(kind, 0.0) for kind in KINDS), at_s=now_s)
+            levels = self._levels[peer] = Levels(
+                full.get("requests", 0.0), full.get("bytes", 0.0), full.get("tokens", 0.0), now_s
+            )
         elapsed_s, levels.at_s = now_s - levels.at_s, now_s
         for kind, rate in rates(quota):
             setattr(levels, kind, min(getattr(levels, kind) + rate * elapsed_s, full[kind]))
