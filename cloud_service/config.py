@@ -222,6 +222,11 @@ class CloudConfig(Settings):
         Field(ge=1 << 20, description="Mebibytes of payloads, answers and texts that may wait; more are refused."),
         Flag("queue_mb", 1 / (1 << 20)),
     ] = 256 << 20  # sixty of the largest photos; a queue of usual payloads takes a few
+    drain_s: Annotated[float, Field(ge=0, le=600, description="Seconds to finish what is running after SIGTERM.")] = (
+        20.0
+    )
+    tls: Tls | None = None
+    engine: EngineConfig | None = None
     insecure_listen: Annotated[
         bool,
         Field(description="Listen beyond loopback without TLS, or without knowing the devices: for a trusted network."),
@@ -234,11 +239,6 @@ class CloudConfig(Settings):
         ),
         Flag(is_file=True),
     ] = None
-    drain_s: Annotated[float, Field(ge=0, le=600, description="Seconds to finish what is running after SIGTERM.")] = (
-        20.0
-    )
-    tls: Tls | None = None
-    engine: EngineConfig | None = None
 
     def __post_init__(self) -> None:
         host = parse_address(self.listen).host

@@ -268,6 +268,14 @@ class EdgeConfig(Settings):
     audits: Audits = Audits()
     breaker: BreakerLimits = BreakerLimits()
     tls: Tls | None = None
+    require_signature: Annotated[
+        str | None,
+        Field(
+            description="Public key of minisign (RW…), or its file: the bundle must be signed with it"
+            " (`minisign -Sm manifest.json`). Without it: no signature is asked for."
+        ),
+        Flag(metavar="KEY"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -418,15 +426,6 @@ class HttpConfig(Settings):
         ),
         Flag("allowed_origin"),
     ] = ()
-    api_token_file: Annotated[
-        Path | None,
-        Field(description="File with a token that clients must send, as OpenAI's do: Authorization: Bearer …"),
-        Flag(is_file=True),
-    ] = None
-    api_token: Annotated[
-        SecretStr | None,
-        Field(description="The token itself; in the environment, since a command line can be seen by others."),
-    ] = None
     max_requests: Annotated[
         int,
         Field(ge=1, le=4096, description="Photos, and prompts, that are worked on or wait at once; above it 503."),
@@ -447,6 +446,15 @@ class HttpConfig(Settings):
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="Seconds to answer the requests in flight after SIGTERM.")
     ] = 20.0
+    api_token_file: Annotated[
+        Path | None,
+        Field(description="File with a token that clients must send, as OpenAI's do: Authorization: Bearer …"),
+        Flag(is_file=True),
+    ] = None
+    api_token: Annotated[
+        SecretStr | None,
+        Field(description="The token itself; in the environment, since a command line can be seen by others."),
+    ] = None
 
     @property
     def secret(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -14,6 +15,7 @@ from isthmus.models.options import Command, read
 from isthmus.models.vision.manifest import Manifest
 from isthmus.protos.diagnosis import (
     Finding,
+    attempt,
     look_at_bundle,
     look_at_certificate,
     look_at_clock,
@@ -43,6 +45,8 @@ def findings(config: EdgeConfig, http: HttpConfig) -> Iterator[Finding]:
     yield Finding("settings", "ok", "valid")
     yield look_at_clock()
     yield look_at_bundle(config.bundle, Manifest)
+    if config.require_signature is not None:
+        yield look_at_signature(config.bundle, config.require_signature)
     yield from look_at_tls(config.tls)
     if http.api_token_file is not None:
         yield look_at_secrecy(http.api_token_file)
@@ -54,6 +58,15 @@ def findings(config: EdgeConfig, http: HttpConfig) -> Iterator[Finding]:
         yield Finding("cloud", "warning", "none is given: the device answers alone", "give --cloud HOST:PORT")
     for target in config.clouds:
         yield look_at_cloud(target, config)
+
+
+def look_at_signature(folder: Path, key: str) -> Finding:
+    from isthmus.models.bundle.signature import read_public_key, signed_fingerprint
+
+    def check() -> str:
+        return f"of {signed_fingerprint(folder, read_public_key(key))[:12]}, by the key that is asked for"
+
+    return attempt("signature", check, "sign it: minisign -Sm manifest.json")
 
 
 def look_at_tls(tls: Tls | None) -> Iterator[Finding]:
