@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
+from isthmus.cloud_service.access import Access
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.handshakes import HandshakeLog, watching
 from isthmus.cloud_service.language import service as language_service
 from isthmus.cloud_service.language.service import LanguageService
 from isthmus.cloud_service.server import Server
@@ -49,14 +52,16 @@ async def serve(config: CloudConfig, load_vision: LoadVision = vision_service.lo
     vision = load_vision(config, registry, device)
     vision.metrics.watch(queue)
     language = language_service.load(config, registry, queue, device)
-    server = Server(Servicer(vision, language, vision.metrics, queue), vision, language)
-    ports = await server.start(config, registry)
-    names = ", ".join(held(vision, language))
-    log.info("serving %s on %s", names, ports.describe(config))
-    await server.stopping.wait()
-    log.info("draining, at most %.0f s", config.drain_s)
-    await server.drain(config.drain_s)
-    log.info("drained")
+    access = Access(config.access, by_certificate=bool(config.tls and config.tls.client_ca))
+    server = Server(Servicer(vision, language, vision.metrics, queue, access), vision, language, vision.metrics)
+    with watching(HandshakeLog(vision.metrics.auth_failed)) if config.tls else nullcontext():
+        ports = await server.start(config, registry)
+        names = ", ".join(held(vision, language))
+        log.info("serving %s on %s", names, ports.describe(config))
+        await server.stopping.wait()
+        log.info("draining, at most %.0f s", config.drain_s)
+        await server.drain(config.drain_s)
+        log.info("drained")
 
 
 def held(vision: Worker | Forwarder, language: LanguageService) -> Iterator[str]:

@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from isthmus.cloud_service.config import PREFIX, CloudConfig, RayConfig
+from isthmus.cloud_service.keys.command import keys
 from isthmus.models.address import parse_address
 from isthmus.models.bundle.installed import missing
 from isthmus.models.errors import InvalidInput, IsthmusError
@@ -29,7 +30,8 @@ KNOWN = known_settings(RayConfig, CloudConfig)
 EXAMPLES = """\b
 Examples:
   cloud-service --bundle photos
-  cloud-service --bundle photos --bundle elpv --listen 0.0.0.0:50051 --metrics 0.0.0.0:9101
+  cloud-service --bundle photos --bundle elpv --listen 0.0.0.0:50051 --tls-certificate keys/service.pem \
+      --tls-key keys/service.key --tls-client-ca keys/ca.pem --access keys/access.json
   cloud-service --model smollm2 --handoff smollm2
   cloud-service --engine-url http://127.0.0.1:8000 --engine-tokenizer models/Qwen3-8B
   cloud-service --check 127.0.0.1:50051
@@ -130,6 +132,23 @@ def ray(show_config: bool, as_json: bool) -> None:
         fail(error)
 
 
+@main.command(cls=Command, epilog="Example: cloud-service doctor --config cloud.toml", context_settings=WIDE)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@options(PREFIX, KNOWN, SECTIONS)
+def doctor(as_json: bool) -> None:
+    """Check settings, clock, bundles, certificates, devices and ports, and say what to fix.
+
+    Ends with 1 where something is wrong. Takes the options of the service, which it does not start.
+    """
+    from isthmus.cloud_service.doctor import findings
+    from isthmus.protos.diagnosis import tell
+
+    tell(findings(read(CloudConfig)), as_json)
+
+
+main.add_command(keys)
+
+
 def refuse_options(context: click.Context, command: str) -> None:
     """Raises click.UsageError for an option before a command, which that would not see."""
     for param in context.command.params:
@@ -143,6 +162,8 @@ def prepare(config: CloudConfig, as_json: bool) -> None:
         if problem := missing(bundle):
             fail(problem)
     start_logging(as_json)
+    if config.tls and os.environ.get("GRPC_VERBOSITY") == "NONE":
+        del os.environ["GRPC_VERBOSITY"]  # what it says of failed handshakes is counted and told in plain words
     # OpenMP threads that spin while they wait make a pass twenty times slower as soon as one core is taken.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # Or products' bits depend on where in memory their rows are, which differs between threads.
@@ -202,6 +223,8 @@ def health_of(address: str, pems: Sequence[bytes | None] | None, name: str | Non
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
             info = describe(partial(channel.unary_unary(DESCRIBE), timeout=3))
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:  # it says what it holds to devices with a token only
+                return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)), [], []
             return str(error.code().name), [], []
         except IsthmusError as error:
             return str(error), [], []

@@ -14,13 +14,14 @@ from pydantic import AfterValidator, Field, SecretStr
 from pydantic.dataclasses import dataclass
 
 from isthmus.cloud_service.vision.batching import BatchLimits
-from isthmus.models.address import ListenAddress, PeerAddress
+from isthmus.models.address import ListenAddress, PeerAddress, is_loopback, parse_address
 from isthmus.models.bundle.installed import find_all
 from isthmus.models.errors import InvalidInput
+from isthmus.models.secret_file import read_secret
 from isthmus.models.settings import Flag, Settings
 
 PREFIX = "ISTHMUS_CLOUD"  # of names in the environment
-MAX_KEY_BYTES = 4096
+AUTHENTICATION = "to know the devices (--tls-client-ca or --access)"
 DEVICE = re.compile(r"cpu|auto|cuda(:[0-9]{1,3})?", re.ASCII)
 
 
@@ -122,22 +123,7 @@ class EngineConfig(Settings):
     @property
     def secret(self) -> str:
         """The key, or an empty text. Raises InvalidInput for what cannot be one, and for a file that holds none."""
-        given = self.key.get_secret_value().strip() if self.key else ""
-        if self.key_file is None and not given:
-            return ""
-        text = given if self.key_file is None else read_key(self.key_file)
-        if not text or len(text) > MAX_KEY_BYTES or not text.isascii() or not text.isprintable():
-            raise InvalidInput(f"{self.key_file or 'ISTHMUS_CLOUD_ENGINE_KEY'}: expected one line with an API key")
-        return text
-
-
-def read_key(path: Path) -> str:
-    """What a file holds, its first bytes if it is too long. Raises InvalidInput when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_KEY_BYTES + 1).decode(errors="replace").strip()
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read: {(error.strerror or 'no reason given').lower()}") from error
+        return read_secret(self.key_file, self.key, f"{PREFIX}_ENGINE_KEY", "an API key")
 
 
 @dataclass(frozen=True)
@@ -241,3 +227,29 @@ class CloudConfig(Settings):
     )
     tls: Tls | None = None
     engine: EngineConfig | None = None
+    insecure_listen: Annotated[
+        bool,
+        Field(description="Listen beyond loopback without TLS, or without knowing the devices: for a trusted network."),
+    ] = False
+    access: Annotated[
+        Path | None,
+        Field(
+            description="File of tokens, quotas and revoked devices, made by `cloud-service keys`; read again when it"
+            " changes. Without --tls-client-ca each device must show one of its tokens."
+        ),
+        Flag(is_file=True),
+    ] = None
+
+    def __post_init__(self) -> None:
+        host = parse_address(self.listen).host
+        if is_loopback(host) or self.insecure_listen:
+            return
+        missing = [
+            *(() if self.tls else ("TLS (--tls-certificate and --tls-key)",)),
+            *(() if self.access or (self.tls and self.tls.client_ca) else (AUTHENTICATION,)),
+        ]
+        if missing:
+            raise InvalidInput(
+                f"--listen {self.listen} can be reached from other machines, which needs {' and '.join(missing)};"
+                " `cloud-service keys init` makes the files, --insecure-listen goes without"
+            )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from isthmus.cloud_service import handshakes
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.models.errors import IsthmusError, PayloadCorrupt, PayloadTooLarge, UnsupportedVersion
 from isthmus.models.messages import BundleInfo
@@ -17,7 +18,9 @@ LATENCY_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 METHODS = ("Infer", "InferStream", "Generate", "Describe")
 IMAGE = "(image)"  # in place of a tap's name, which has no brackets
-REJECTIONS = ("queue", "deadline", "draining", "calls")
+REJECTIONS = ("queue", "deadline", "draining", "calls", "quota")
+# Of handshakes, then of calls.
+AUTH_FAILURES = (*handshakes.REASONS, "no_token", "wrong_token", "revoked")
 DECODE_FAILURES: dict[type[IsthmusError], str] = {
     PayloadCorrupt: "corrupt",
     PayloadTooLarge: "too_large",
@@ -54,11 +57,22 @@ class CloudMetrics:
         self._inflight = Gauge("isthmus_cloud_inflight_requests", "Requests being answered.", registry=registry)
         self._rejected = counter(
             "requests_rejected",
-            "Inputs refused before they were computed: queue full or too long, deadline passed, draining, many calls.",
+            "Inputs refused before they were computed: queue full or too long, deadline passed, draining, many calls,"
+            " a device's quota.",
             "reason",
         )
         expired = "Inputs with too little time left in the queue (not computed), or late after they were computed."
         self._expired = counter("expired_work", expired, "stage")
+        self._auth = counter(
+            "auth_failures",
+            "Devices that could not show who they are: TLS handshakes that failed, and calls that were refused.",
+            "reason",
+        )
+        self._not_after = Gauge(
+            "isthmus_tls_certificate_not_after_timestamp_seconds",
+            "When the service's certificate expires, seconds since 1970; 0 without TLS.",
+            registry=registry,
+        )
         self._decode = counter("decode_failures", "Payloads that could not be decoded.", "reason")
         self._inputs = counter("inputs", "Inputs computed, by tap.", "model", "tap")
         self._tasks = counter("task_answers", "Predictions, by requested task.", "model", "task")
@@ -101,6 +115,14 @@ class CloudMetrics:
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
 
+    def auth_failed(self, reason: str) -> None:
+        """Safe to call from any thread."""
+        self._auth.labels(reason).inc()
+
+    def watch_certificate(self, not_after_s: Callable[[], float]) -> None:
+        """Export when the certificate in use expires."""
+        self._not_after.set_function(not_after_s)
+
     def expired(self, stage: str) -> None:
         self._expired.labels(stage).inc()
 
@@ -128,6 +150,8 @@ class CloudMetrics:
             self._duration.labels(method)
         for reason in REJECTIONS:
             self._rejected.labels(reason)
+        for reason in AUTH_FAILURES:
+            self._auth.labels(reason)
         for stage in ("queue", "compute"):
             self._expired.labels(stage)
         for reason in ("checksum", *DECODE_FAILURES.values()):

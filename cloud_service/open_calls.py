@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
 
-from isthmus.models.errors import Overloaded
+from isthmus.cloud_service.access import Device
+from isthmus.models.errors import Overloaded, Refused
 from isthmus.protos.limits import IDLE_STREAM_S
 
 T = TypeVar("T")
@@ -19,9 +20,18 @@ SHORT_IDLE_S = 0.1  # between two messages of a busy device
 class OpenCall:
     """One call of a peer, answered by the task that makes this object."""
 
-    def __init__(self, peer: str, busy: Callable[[], bool], finish: Callable[[], None]) -> None:
-        """`busy`: whether something is computed for it. `finish`: ends it once all that waits is written."""
-        self.peer = peer
+    def __init__(
+        self,
+        device: Device,
+        busy: Callable[[], bool],
+        finish: Callable[[], None],
+        refuse: Callable[[Refused], None] = lambda error: None,
+    ) -> None:
+        """`busy`: whether something is computed for it. `finish`: ends it once all that waits is written.
+
+        refuse: ends it with an error; nothing where it ends soon by itself.
+        """
+        self.device, self._refuse = device, refuse
         self.ended = False  # others may have its place
         self._busy, self._finish = busy, finish
         self._task = asyncio.current_task()
@@ -43,6 +53,17 @@ class OpenCall:
         elif not self.ended:
             self._finish()
         self.ended = True
+
+    @property
+    def peer(self) -> str:
+        return self.device.peer
+
+    def refuse(self, error: Refused) -> None:
+        """End the call with an error, or give it up if the peer does not read."""
+        if self._blocked and self._task is not None:
+            self._task.cancel()
+        else:
+            self._refuse(error)
 
     async def reading(self, messages: AsyncIterator[T]) -> AsyncIterator[T]:
         """The messages that the peer sends."""
@@ -89,6 +110,12 @@ class OpenCalls:
         for call in self._open:
             if call.idle_s >= idle_s:
                 call.end()
+
+    def refuse(self, why: Callable[[Device], Refused | None]) -> None:
+        """End the calls of devices that may not use the service any more."""
+        for call in self._open:
+            if (error := why(call.device)) is not None:
+                call.refuse(error)
 
     def _end_one(self, new_peer: str) -> None:
         count = Counter(call.peer for call in self._open if not call.ended)

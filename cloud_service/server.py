@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import ssl
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +13,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from isthmus.cloud_service.config import CloudConfig, Tls
+from isthmus.cloud_service.authentication import Authentication, follow
+from isthmus.cloud_service.config import CloudConfig
+from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.metrics_server import MetricsServer
 from isthmus.cloud_service.servicer import SERVICE_NAME, Servicer, attach
+from isthmus.cloud_service.tls import RotatingCertificate
 from isthmus.models.address import Address, parse_address
 from isthmus.models.errors import InvalidInput
 from isthmus.protos import limits
@@ -53,11 +55,15 @@ class Runner(Protocol):
 class Server:
     """One service process. `stopping` is set by a signal, or when a runner ends by itself."""
 
-    def __init__(self, servicer: Servicer, vision: Runner, language: Runner) -> None:
-        """Needs a running event loop."""
+    def __init__(
+        self, servicer: Servicer, vision: Runner, language: Runner, metrics: CloudMetrics | None = None
+    ) -> None:
+        """Needs a running event loop. `metrics`: count devices that are refused."""
         self.stopping = asyncio.Event()
         self._servicer, self._vision, self._language = servicer, vision, language
-        self._server = grpc.aio.server(options=limits.server_options())
+        self._counts = metrics
+        refuse = Authentication(servicer.access, metrics.auth_failed if metrics else lambda reason: None)
+        self._server = grpc.aio.server(interceptors=(refuse,), options=limits.server_options())
         self._health = health.aio.HealthServicer()
         self._running: list[asyncio.Task[None]] = []
         self._metrics: MetricsServer | None = None
@@ -67,7 +73,10 @@ class Server:
 
     async def start(self, config: CloudConfig, registry: CollectorRegistry) -> Ports:
         """Bind, start both runners and report SERVING. Raises InvalidInput when a port cannot be had."""
-        grpc_port = bind(self._server, config.listen, config.tls)
+        certificate = RotatingCertificate(config.tls) if config.tls else None
+        if certificate is not None and self._counts is not None:
+            self._counts.watch_certificate(lambda: certificate.not_after_s)
+        grpc_port = bind(self._server, config.listen, certificate)
         if config.metrics is not None:
             self._metrics = MetricsServer(config.metrics, registry)
             self._metrics_task = asyncio.create_task(self._metrics.run_until_exit())
@@ -78,6 +87,7 @@ class Server:
         for task in self._running:
             task.add_done_callback(lambda _: self.stopping.set())  # or the service would look healthy without it
         self._ending_idle = asyncio.create_task(self._servicer.end_idle_streams())
+        self._following = asyncio.create_task(follow(self._servicer.access, self._servicer.end_refused))
         await self._server.start()
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -89,6 +99,7 @@ class Server:
         Raises what a runner raised.
         """
         self._ending_idle.cancel()
+        self._following.cancel()
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
         self._language.drain()
@@ -124,30 +135,11 @@ class Server:
                 task.result()
 
 
-def bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
-    """Bind to an address and return the port. Raises InvalidInput when it is taken or a certificate is unreadable."""
+def bind(server: grpc.aio.Server, address: str, certificate: RotatingCertificate | None) -> int:
+    """Bind to an address and return the port. Raises InvalidInput when it is taken."""
     try:
-        if tls is None:
+        if certificate is None:
             return int(server.add_insecure_port(address))
-        check_pems(tls)
-        pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-        roots = tls.client_ca.read_bytes() if tls.client_ca else None
-        credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
-        return int(server.add_secure_port(address, credentials))
+        return int(server.add_secure_port(address, certificate.credentials()))
     except (RuntimeError, OSError) as error:
         raise InvalidInput(f"cannot listen on {address}: {str(error).splitlines()[0]}") from error
-
-
-def check_pems(tls: Tls) -> None:
-    """Raises OSError for files that gRPC would refuse with words about the address."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(tls.certificate, tls.key, password="")
-    except ssl.SSLError as error:
-        why = (error.reason or "not readable").lower().replace("_", " ")
-        raise OSError(f"{tls.certificate} and {tls.key} are no certificate with its key ({why})") from error
-    if tls.client_ca is not None:
-        try:
-            context.load_verify_locations(tls.client_ca)
-        except ssl.SSLError as error:
-            raise OSError(f"{tls.client_ca} holds no certificate of an authority") from error

@@ -8,19 +8,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import version
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from isthmus.cloud_service.access import Access, Device
+from isthmus.cloud_service.authentication import Context, device_of
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.metrics import CloudMetrics
 from isthmus.cloud_service.open_calls import OpenCall, OpenCalls
 from isthmus.cloud_service.outbox import Outbox
+from isthmus.cloud_service.quotas import Usage
 from isthmus.cloud_service.services import LanguageService, StreamHandler, VisionService
-from isthmus.models.errors import DeadlineExceeded, Draining, InvalidInput, IsthmusError, Overloaded, ServiceError
+from isthmus.models.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidInput,
+    IsthmusError,
+    Overloaded,
+    Refused,
+    ServiceError,
+)
 from isthmus.models.messages import (
     CloudReply,
     Committed,
@@ -36,7 +47,6 @@ LARGE_MESSAGE_BYTES = 16 << 10  # of a prompt or of hidden states: unpacking mor
 
 T = TypeVar("T")
 UNDECODABLE = "the stream carries bytes that are not a message"
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 MAX_CALLS = 1024  # streams and requests; health, reflection and Describe are not among them
 DRAIN_POLL_S = 0.02
 
@@ -45,14 +55,28 @@ class Servicer(pb_grpc.IsthmusServicer):
     """isthmus.v1.Isthmus over both wings."""
 
     def __init__(
-        self, vision: VisionService, language: LanguageService, metrics: CloudMetrics, queue: ByteBudget
+        self,
+        vision: VisionService,
+        language: LanguageService,
+        metrics: CloudMetrics,
+        queue: ByteBudget,
+        access: Access | None = None,
     ) -> None:
-        """`queue`: for payloads and answers that wait."""
+        """`queue`: for payloads and answers that wait. `access`: who may use the service; without it everyone."""
         self._vision, self._language = vision, language
         self._version = version("isthmus")
-        self._metrics, self._queue = metrics, queue
+        self._metrics, self._queue, self.access = metrics, queue, access or Access()
         self._draining = asyncio.Event()
         self._calls = OpenCalls(MAX_CALLS)
+
+    def end_refused(self) -> None:
+        """End the calls of devices that may not use the service any more."""
+
+        def why(device: Device) -> Refused | None:
+            refusal = self.access.refusal(device)
+            return refusal[0] if refusal else None
+
+        self._calls.refuse(why)
 
     def drain(self) -> None:
         """Ask every stream to half-close; outstanding requests are still answered."""
@@ -72,8 +96,9 @@ class Servicer(pb_grpc.IsthmusServicer):
             self._calls.end_idle(limits.MAX_IDLE_S)
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
-        async with self._open(OpenCall(peer_of(context), lambda: True, lambda: None), context):
-            response = await self._answer(request, "Infer", peer_of(context), context.time_remaining())
+        call = OpenCall(device_of(context, self.access), lambda: True, lambda: None)
+        async with self._open(call, context):
+            response = await self._answer(request, "Infer", call.device, context.time_remaining())
         if response.HasField("error"):
             error = response.error
             pushback = ((limits.RETRY_PUSHBACK, str(error.retry_ms)),) if error.retry_ms else ()
@@ -83,16 +108,18 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def InferStream(
         self, requests: AsyncIterator[pb.InferRequest], context: Context
     ) -> AsyncIterator[pb.InferResponse]:
-        outbox: Outbox[pb.InferResponse | InvalidInput] = Outbox(limits.MAX_STREAM_INFLIGHT, self._queue)
+        outbox: Outbox[pb.InferResponse | IsthmusError] = Outbox(limits.MAX_STREAM_INFLIGHT, self._queue)
         computing: set[asyncio.Task[None]] = set()
-        call = OpenCall(peer_of(context), lambda: bool(computing), lambda: outbox.notify(None))
+        device = device_of(context, self.access)
+        call = OpenCall(device, lambda: bool(computing), lambda: outbox.notify(None), outbox.notify)
         notice = wire.pack_error(0, Draining("the service is shutting down; send nothing more here"))
         async with self._open(call, context):
-            feeder = asyncio.create_task(self._feed(call.reading(requests), outbox, computing, call.peer))
+            feeder = asyncio.create_task(self._feed(call.reading(requests), outbox, computing, call.device))
             drain_notice = asyncio.create_task(self._notify_drain(outbox.notify, notice))
             try:
                 async for response in outbox.messages():
-                    if isinstance(response, InvalidInput):
+                    if isinstance(response, IsthmusError):
+                        feeder.cancel()  # after an abort there is nothing to read from
                         await context.abort(*status.of_error(response))
                     else:
                         with call.writing():
@@ -105,16 +132,22 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def Generate(
         self, requests: AsyncIterator[pb.GenerateRequest], context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        handler = self._language.new_handler(peer_of(context))
-        call = OpenCall(peer_of(context), lambda: handler.busy, lambda: handler.events.put_nowait(None))
+        device = device_of(context, self.access)
+        handler = self._language.new_handler(device.peer, self.access.quota(device).session_bytes)
+
+        def refuse(error: Refused) -> None:
+            handler.events.put_nowait(error)
+            handler.events.put_nowait(None)
+
+        call = OpenCall(device, lambda: handler.busy, lambda: handler.events.put_nowait(None), refuse)
         notice = Draining("the service is shutting down")
         async with self._open(call, context):
-            listener = asyncio.create_task(self._listen(call.reading(requests), handler))
+            listener = asyncio.create_task(self._listen(call.reading(requests), handler, device))
             drain_notice = asyncio.create_task(self._notify_drain(handler.events.put_nowait, notice))
             try:
                 while (event := await handler.events.get()) is not None:
                     with call.writing():
-                        yield self._pack(event)
+                        yield self._pack(event, device)
                     if isinstance(event, Draining):
                         break
             finally:
@@ -136,7 +169,7 @@ class Servicer(pb_grpc.IsthmusServicer):
 
     async def Tokenizer(self, request: pb.TokenizerRequest, context: Context) -> AsyncIterator[pb.TokenizerPart]:
         started_s = time.monotonic()
-        call = OpenCall(peer_of(context), lambda: True, lambda: None)
+        call = OpenCall(device_of(context, self.access), lambda: True, lambda: None)
         async with self._open(call, context):
             raw = self._language.tokenizer(request.sha256)
             if raw is None:
@@ -163,9 +196,9 @@ class Servicer(pb_grpc.IsthmusServicer):
     async def _feed(
         self,
         requests: AsyncIterator[pb.InferRequest],
-        outbox: Outbox[pb.InferResponse | InvalidInput],
+        outbox: Outbox[pb.InferResponse | IsthmusError],
         computing: set[asyncio.Task[None]],
-        peer: str,
+        device: Device,
     ) -> None:
         """Answer requests as they arrive; one is read when there is a place for it. None follows the last response.
 
@@ -177,7 +210,7 @@ class Servicer(pb_grpc.IsthmusServicer):
                 with contextlib.suppress(DecodeError):
                     await outbox.place()
                     async for message in requests:
-                        computing.add(task := group.create_task(self._answer_into(outbox, message, peer)))
+                        computing.add(task := group.create_task(self._answer_into(outbox, message, device)))
                         task.add_done_callback(computing.discard)
                         await outbox.place()
                     undecodable = False
@@ -187,34 +220,41 @@ class Servicer(pb_grpc.IsthmusServicer):
             outbox.notify(None)
 
     async def _answer_into(
-        self, outbox: Outbox[pb.InferResponse | InvalidInput], message: pb.InferRequest, peer: str
+        self, outbox: Outbox[pb.InferResponse | IsthmusError], message: pb.InferRequest, device: Device
     ) -> None:
-        response = await self._answer(message, "InferStream", peer, None)
+        response = await self._answer(message, "InferStream", device, None)
         try:
             outbox.put(response, response.ByteSize())
         except Overloaded as error:
             self._metrics.rejected("queue")
             outbox.put(wire.pack_error(message.request_id, error), 0)
 
-    async def _listen(self, requests: AsyncIterator[pb.GenerateRequest], handler: StreamHandler) -> None:
+    async def _listen(
+        self, requests: AsyncIterator[pb.GenerateRequest], handler: StreamHandler, device: Device
+    ) -> None:
         """Read messages until the device half-closes. An invalid one is answered with an error, and reading goes on.
 
         Bytes that are no message at all count as the end: gRPC reads nothing after them.
         """
         try:
             async for message in requests:
-                await self._handle(message, handler)
+                await self._handle(message, handler, device)
                 while handler.events.qsize() >= limits.MAX_STREAM_INFLIGHT:  # the device sends without reading
                     await asyncio.sleep(0.02)
         except DecodeError:
             handler.events.put_nowait(InvalidInput(UNDECODABLE))
         handler.end()
 
-    async def _handle(self, message: pb.GenerateRequest, handler: StreamHandler) -> None:
+    async def _handle(self, message: pb.GenerateRequest, handler: StreamHandler, device: Device) -> None:
         try:
-            if message.WhichOneof("kind") == "open":
+            opening = message.WhichOneof("kind") == "open"
+            if opening:
                 handler.begin_opening()
-            await handler.handle(await unpack_generate(message))
+            self._spend(device, Usage(int(opening), message.ByteSize()))
+            request = await unpack_generate(message)
+            if isinstance(request, Opening):
+                self.access.spend(device, Usage(tokens=len(request.tokens)), used=True)
+            await handler.handle(request)
         except IsthmusError as error:
             handler.events.put_nowait(error)
         except Exception:  # a fault of the service
@@ -225,22 +265,31 @@ class Servicer(pb_grpc.IsthmusServicer):
         await self._draining.wait()
         notify(notice)
 
-    def _pack(self, event: Committed | IsthmusError) -> pb.GenerateResponse:
+    def _spend(self, device: Device, usage: Usage) -> None:
+        """Raises Overloaded beyond the device's quota."""
+        try:
+            self.access.spend(device, usage)
+        except Overloaded:
+            self._metrics.rejected("quota")
+            raise
+
+    def _pack(self, event: Committed | IsthmusError, device: Device) -> pb.GenerateResponse:
         if isinstance(event, IsthmusError):
             self._metrics.answered("Generate", status.of_error(event)[0].name, 0.0)
             return wire_session.pack_generate_error(event)
+        self.access.spend(device, Usage(tokens=len(event.tokens)), used=True)
         if not event.extension:
             self._metrics.answered("Generate", "OK", event.queue_s + event.compute_s)
         return wire_session.pack_committed(event)
 
     async def _answer(
-        self, message: pb.InferRequest, method: str, peer: str, remaining_s: float | None
+        self, message: pb.InferRequest, method: str, device: Device, remaining_s: float | None
     ) -> pb.InferResponse:
         """The response to one message, errors included. `remaining_s`: until the call's own deadline, if it has one."""
         started_s = time.monotonic()
         self._metrics.started()
         try:
-            response = wire.pack_answer(message.request_id, await self._submit(message, peer, remaining_s))
+            response = wire.pack_answer(message.request_id, await self._submit(message, device, remaining_s))
             code = grpc.StatusCode.OK
         except IsthmusError as error:
             response, (code, _) = wire.pack_error(message.request_id, error), status.of_error(error)
@@ -252,7 +301,7 @@ class Servicer(pb_grpc.IsthmusServicer):
         self._metrics.answered(method, code.name, time.monotonic() - started_s)
         return response
 
-    async def _submit(self, message: pb.InferRequest, peer: str, remaining_s: float | None) -> CloudReply:
+    async def _submit(self, message: pb.InferRequest, device: Device, remaining_s: float | None) -> CloudReply:
         try:
             request = wire.unpack_request(message)
         except IsthmusError as error:
@@ -261,9 +310,10 @@ class Servicer(pb_grpc.IsthmusServicer):
         if remaining_s is not None and remaining_s <= 0:
             self._metrics.rejected("deadline")
             raise DeadlineExceeded("the call's deadline had passed on arrival")
+        self._spend(device, Usage(1, message.ByteSize()))
         try:
             with self._waiting(len(request.payload.data)):
-                return await self._vision.submit(request, peer)
+                return await self._vision.submit(request, device.peer)
         except IsthmusError as error:
             self._metrics.unreadable(error, on_arrival=False)
             raise
@@ -280,15 +330,6 @@ class Servicer(pb_grpc.IsthmusServicer):
             yield
         finally:
             self._queue.give(size_bytes)
-
-
-def peer_of(context: Context) -> str:
-    """Who takes turns with others: the name in the device's certificate, or else its connection.
-
-    Without certificates an address proves nothing, and all devices behind one router or proxy share it.
-    """
-    names: Sequence[bytes] = context.peer_identities() or ()
-    return b", ".join(names).decode(errors="replace") or context.peer()
 
 
 async def unpack_generate(message: pb.GenerateRequest) -> Opening | Round:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic.dataclasses import dataclass
 
 from isthmus.edge_agent.policy.arms import Arm
@@ -19,6 +19,8 @@ from isthmus.edge_agent.policy.prices import Objective, Prices
 from isthmus.edge_agent.spending import Budgets, OwnWeights
 from isthmus.models.address import ListenAddress, PeerAddress
 from isthmus.models.bundle.installed import find
+from isthmus.models.errors import InvalidInput
+from isthmus.models.secret_file import read_secret
 from isthmus.models.settings import Flag, Settings
 from isthmus.models.vision.manifest import DEFAULT_EPSILON, Among, Precision, Promise
 
@@ -73,13 +75,17 @@ LedgerFile = Annotated[
 
 @dataclass(frozen=True)
 class Tls(Settings):
-    """PEM files: `ca` signs the cloud's certificate; `certificate` and `key` are the device's own, for mutual TLS."""
+    """How cloud and device show who they are: PEM files, and the device's token where the cloud knows it by one.
+
+    `ca` signs the cloud's certificate; with `system` those do that this system trusts. `certificate` and `key` are the
+    device's own, for mutual TLS. Files are read again when they change.
+    """
 
     ca: Annotated[
-        Path,
+        Path | None,
         Field(description="PEM file of the authority that signed the cloud's certificate; turns TLS on."),
         Flag("tls_ca", is_file=True),
-    ]
+    ] = None
     certificate: Annotated[
         Path | None,
         Field(description="PEM file with this device's certificate, for mutual TLS."),
@@ -90,6 +96,38 @@ class Tls(Settings):
         Field(description="PEM file with the key of that certificate."),
         Flag("tls_key", is_file=True),
     ] = None
+    system: Annotated[
+        bool,
+        Field(description="Turn TLS on, with the authorities that this system trusts where --tls-ca names none."),
+        Flag("tls"),
+    ] = False
+    token_file: Annotated[
+        Path | None,
+        Field(description="File with this device's token, where the cloud knows devices by tokens."),
+        Flag(is_file=True),
+    ] = None
+    token: Annotated[
+        SecretStr | None,
+        Field(description="The token itself; in the environment, since a command line can be seen by others."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise InvalidInput("--tls-certificate and --tls-key need each other")
+        if (self.token_file or self.token) and not self.on:
+            raise InvalidInput("a token needs --tls-ca or --tls, or everybody on the way to the cloud could read it")
+        if self.certificate is not None and not self.on:
+            raise InvalidInput("--tls-certificate needs --tls-ca, or --tls for the authorities of this system")
+
+    @property
+    def on(self) -> bool:
+        """Whether TLS is used at all."""
+        return self.system or self.ca is not None
+
+    @property
+    def secret(self) -> str:
+        """The token, or an empty text. Raises InvalidInput for what cannot be one."""
+        return read_secret(self.token_file, self.token, f"{PREFIX}_TOKEN", "a token")
 
 
 @dataclass(frozen=True)
@@ -230,6 +268,14 @@ class EdgeConfig(Settings):
     audits: Audits = Audits()
     breaker: BreakerLimits = BreakerLimits()
     tls: Tls | None = None
+    require_signature: Annotated[
+        str | None,
+        Field(
+            description="Public key of minisign (RW…), or its file: the bundle must be signed with it"
+            " (`minisign -Sm manifest.json`). Without it: no signature is asked for."
+        ),
+        Flag(metavar="KEY"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -400,6 +446,20 @@ class HttpConfig(Settings):
     drain_s: Annotated[
         float, Field(ge=0, le=600, description="Seconds to answer the requests in flight after SIGTERM.")
     ] = 20.0
+    api_token_file: Annotated[
+        Path | None,
+        Field(description="File with a token that clients must send, as OpenAI's do: Authorization: Bearer …"),
+        Flag(is_file=True),
+    ] = None
+    api_token: Annotated[
+        SecretStr | None,
+        Field(description="The token itself; in the environment, since a command line can be seen by others."),
+    ] = None
+
+    @property
+    def secret(self) -> str:
+        """The token, or an empty text. Raises InvalidInput for what cannot be one."""
+        return read_secret(self.api_token_file, self.api_token, f"{PREFIX}_API_TOKEN", "a token")
 
 
 def proxy_variable() -> str | None:

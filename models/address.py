@@ -83,6 +83,19 @@ def is_ipv6(text: str) -> bool:
     return "]" not in text  # which a scope may contain
 
 
+def is_ip_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(name: str) -> bool:
+    """Whether only this machine reaches a name or address."""
+    return name == "localhost" or (is_ip_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
 def shown(text: str) -> str:
     return ascii(text[:MAX_SHOWN])
 

@@ -24,6 +24,7 @@
             ├── InvalidReply    it sent a reply that cannot be right
             └── Refused         it refuses every request of this device, until Describe says otherwise
                 ├── UnknownBundle       it does not hold this fingerprint
+                ├── Unauthenticated     it does not know who this device is
                 └── UnsupportedVersion  it speaks another wire version
 
 Each message states what was wrong, what was expected and where; none contains a path of the server or a secret.
@@ -130,6 +131,10 @@ class Refused(PeerError):
 
 class UnknownBundle(Refused):
     """The service does not hold the bundle of this fingerprint."""
+
+
+class Unauthenticated(Refused):
+    """The service does not know who this device is: a token is missing or wrong."""
 
 
 class UnsupportedVersion(Refused):

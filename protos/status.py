@@ -32,6 +32,7 @@ CODES: dict[type[errors.IsthmusError], grpc.StatusCode] = {
     errors.InvalidReply: grpc.StatusCode.INTERNAL,
     errors.Refused: grpc.StatusCode.PERMISSION_DENIED,
     errors.UnknownBundle: grpc.StatusCode.NOT_FOUND,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.UnsupportedVersion: grpc.StatusCode.FAILED_PRECONDITION,
     errors.IsthmusError: grpc.StatusCode.INTERNAL,
 }
@@ -44,7 +45,7 @@ ERRORS: dict[grpc.StatusCode, type[errors.IsthmusError]] = {
     grpc.StatusCode.NOT_FOUND: errors.UnknownBundle,
     grpc.StatusCode.ALREADY_EXISTS: errors.InvalidInput,
     grpc.StatusCode.PERMISSION_DENIED: errors.Refused,
-    grpc.StatusCode.UNAUTHENTICATED: errors.Refused,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     grpc.StatusCode.FAILED_PRECONDITION: errors.UnsupportedVersion,
     grpc.StatusCode.ABORTED: errors.ContextGone,

@@ -60,9 +60,9 @@ class LanguageService:
                 return self._tokenizers[sha256]
         return None
 
-    def new_handler(self, peer: str) -> GenerateHandler:
-        """A handler for one `Generate` stream of a connection."""
-        return GenerateHandler(self._find, peer)
+    def new_handler(self, peer: str, session_bytes: int | None = None) -> GenerateHandler:
+        """A handler for one `Generate` stream of a peer, whose sessions may hold so many bytes of KV caches."""
+        return GenerateHandler(self._find, peer, session_bytes)
 
     async def run(self) -> None:
         """Run all engines until drained. Raises what an engine raises, at once."""

@@ -167,6 +167,13 @@ class Sessions(SessionTable[Session]):
         self._remove(session)
         self.report()
 
+    def keep_within(self, peer: str, limit_bytes: int) -> bool:
+        """Evict sessions of a peer without a device, the stalest first, until all of its own need at most so much."""
+        while sum(session.needs_bytes for session in self if session.peer == peer) > limit_bytes:
+            if not self._forget_stalest([session.name for session in self if session.peer == peer]):
+                return False
+        return True
+
     def forget_idle(self) -> None:
         """Evict what no device has been connected to for IDLE_S."""
         for name in self.budget.idle(time.monotonic()):

@@ -6,6 +6,7 @@ import click
 
 from isthmus.edge_agent.cli.chat_command import chat
 from isthmus.edge_agent.cli.config import config
+from isthmus.edge_agent.cli.doctor import doctor
 from isthmus.edge_agent.cli.explain import explain
 from isthmus.edge_agent.cli.infer import infer
 from isthmus.edge_agent.cli.plan import plan
@@ -23,7 +24,8 @@ Examples:
   edge-agent chat --cloud cloud:50051               the cloud's language model in the terminal
   edge-agent run --cloud cloud:50051                the same over HTTP
   edge-agent plan --bundle elpv                     what the router would do on 25 links
-  edge-agent recalibrate                            new thresholds from audited photos, after an alarm"""
+  edge-agent recalibrate                            new thresholds from audited photos, after an alarm
+  edge-agent doctor --cloud cloud:50051             what is wrong with this device, and what to fix"""
 
 
 @click.group(epilog=EXAMPLES, context_settings=WIDE)
@@ -32,5 +34,5 @@ def main() -> None:
     """The edge half of Isthmus: answers photos and prompts on this device, and sends what is hard to the cloud."""
 
 
-for command in (infer, watch, explain, recalibrate, run, chat, plan, config):
+for command in (infer, watch, explain, recalibrate, run, chat, plan, config, doctor):
     main.add_command(command)

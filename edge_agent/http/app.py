@@ -74,7 +74,14 @@ def create_app(
     ]
     metrics = HttpMetrics(registry, [route.path_format for route in routes])
     origins = OriginPolicy(http.listen, http.allowed_hosts, http.allowed_origins)
-    guard = Middleware(Guard, routes=routes, origins=origins, metrics=metrics, timeout_s=http.client_timeout_s)
+    guard = Middleware(
+        Guard,
+        routes=routes,
+        origins=origins,
+        metrics=metrics,
+        timeout_s=http.client_timeout_s,
+        token=http.secret,
+    )
     return Starlette(
         routes=routes, middleware=[guard, *cross_origin(http)], exception_handlers={HTTPException: http_problem}
     )

@@ -1,4 +1,4 @@
-"""What every request passes before the application: the health check, the origin, the path, and the count at its end.
+"""What every request passes before the application: health check, origin, token, path, and the count at its end.
 
 /healthz and /health are answered here, whatever else is refused or busy. Before an error is sent, what still comes of
 the body is read and thrown away: closing a connection with unread bytes resets it, and the client never sees the error.
@@ -7,6 +7,7 @@ the body is read and thrown away: closing a connection with unread bytes resets 
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,10 +65,17 @@ class Guard:
     """ASGI middleware around the application with these routes."""
 
     def __init__(
-        self, app: ASGIApp, routes: Iterable[Route], origins: OriginPolicy, metrics: HttpMetrics, timeout_s: float
+        self,
+        app: ASGIApp,
+        routes: Iterable[Route],
+        origins: OriginPolicy,
+        metrics: HttpMetrics,
+        timeout_s: float,
+        token: str = "",
     ) -> None:
-        """`timeout_s`: for the body of a request that is refused."""
+        """`timeout_s`: for the body of a request that is refused. `token`: that clients must send; empty for none."""
         self._app, self._routes = app, tuple(routes)
+        self._expected = f"Bearer {token}".encode() if token else b""
         self._origins, self._metrics, self._timeout_s = origins, metrics, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +94,17 @@ class Guard:
         if scope["path"] in HEALTH_PATHS and scope["method"] in ("GET", "HEAD"):
             return JSONResponse({"status": "ok"})
         refusal = self._origins.refusal(scope["method"], headers)
-        return self._app if refusal is None else problem(403, refusal)
+        if refusal is not None:
+            return problem(403, refusal)
+        if not self._authorized(scope["method"], headers):
+            return problem(401, "this agent asks for a token: Authorization: Bearer …", {"www-authenticate": "Bearer"})
+        return self._app
+
+    def _authorized(self, method: str, headers: Headers) -> bool:
+        """Whether the token is right, or none is needed: browsers send none when they only ask what they may do."""
+        if not self._expected or method == "OPTIONS":
+            return True
+        return hmac.compare_digest(headers.get("authorization", "").encode(), self._expected)
 
     def _label(self, scope: Scope) -> str:
         return next((route.path_format for route in self._routes if route.matches(scope)[0] != Match.NONE), OTHER)

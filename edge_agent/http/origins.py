@@ -10,12 +10,11 @@ Knows nothing about how a response is sent.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 
-from isthmus.models.address import parse_address
+from isthmus.models.address import is_ip_address, is_loopback, parse_address
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # they change nothing, and a page of another origin cannot read the answer
 MAX_SHOWN = 60
@@ -68,15 +67,3 @@ def host_name(host: str) -> str:
     if not separator or not (port.isdecimal() or not port):
         name = host.strip().lower()
     return name.removeprefix("[").removesuffix("]").rstrip(".")
-
-
-def is_ip_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def is_loopback(name: str) -> bool:
-    return name == "localhost" or (is_ip_address(name) and ipaddress.ip_address(name).is_loopback)

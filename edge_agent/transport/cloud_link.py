@@ -6,16 +6,17 @@ prober: finds a lost cloud again, looks for one that may be lost, half-closes an
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from isthmus.edge_agent.config import Tls
 from isthmus.edge_agent.lifetime import Lifetime
 from isthmus.edge_agent.policy.breaker import BreakerLimits, State
 from isthmus.edge_agent.policy.estimates import LinkEstimate
 from isthmus.edge_agent.policy.exploration import ProbeSchedule
-from isthmus.edge_agent.transport.channel import open_channel
+from isthmus.edge_agent.transport.cloud_stub import CloudStub
 from isthmus.edge_agent.transport.health import NOT_ANSWERING, CloudHealth
 from isthmus.edge_agent.transport.prober import Match, Prober
-from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
+from isthmus.edge_agent.transport.tls_failures import explain_closed
 
 
 class CloudLink:
@@ -38,13 +39,20 @@ class CloudLink:
         """
         self.target = target
         self._lifetime = Lifetime()
-        self._channel = open_channel(target, tls)
-        self._stub = pb_grpc.IsthmusStub(self._channel)
+        self._tls = tls
+        self._stub = CloudStub(target, tls)
         self._health = CloudHealth(breaker, opened, probes or ProbeSchedule())
 
     def _start(self, match: Match, retire_idle: Callable[[], None]) -> None:
         """Begin to probe. `retire_idle` is called now and then."""
-        self._prober = Prober(self._stub, match, self._health, retire_idle)
+
+        def tend() -> None:
+            if self._stub.renew():
+                self._renewed()
+            retire_idle()
+
+        explain = partial(explain_closed, target=self.target, tls=self._tls)
+        self._prober = Prober(self._stub, match, self._health, tend, explain)
 
     def wait_probed(self, timeout_s: float) -> bool:
         """Wait for the first probe. Returns whether the cloud holds the bundle or model."""
@@ -92,7 +100,10 @@ class CloudLink:
             return
         self._cancel()
         self._prober.close()
-        self._channel.close()
+        self._stub.close()
 
     def _cancel(self) -> None:
         """Cancel requests under way."""
+
+    def _renewed(self) -> None:
+        """Later calls go over another channel; those under way may end over the former one."""

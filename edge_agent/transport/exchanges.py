@@ -13,13 +13,13 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
 from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES
+from isthmus.edge_agent.transport.cloud_stub import CloudStub
 from isthmus.edge_agent.transport.health import Attempt
 from isthmus.edge_agent.transport.infer_stream import InferStream
 from isthmus.models.errors import DeadlineExceeded, Draining, LinkDown
 from isthmus.models.messages import CloudReply, CloudRequest, OutputBounds, Payload
 from isthmus.protos import limits, wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
-from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 RETRY_LEFT_S = 0.005  # of a request's time; with less it is not sent a second time
 
@@ -39,7 +39,7 @@ class Exchanges:
 
     def __init__(
         self,
-        stub: pb_grpc.IsthmusStub,
+        stub: CloudStub,
         fingerprint: bytes,
         expected: Sequence[int | OutputBounds],
         late: Callable[[], None],
@@ -69,6 +69,13 @@ class Exchanges:
         with self._lock:
             if self._stream is not None and self._stream.idle_s > limits.IDLE_STREAM_S:
                 self._stream.retire(LinkDown("the stream was idle"))
+                self._stream = None
+
+    def retire(self) -> None:
+        """Send nothing more over the stream; what is under way is still answered."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.retire(LinkDown("the stream's certificate was renewed"))
                 self._stream = None
 
     def abandon(self) -> None:

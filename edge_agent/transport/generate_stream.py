@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import grpc
 
 from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, rpc_error
+from isthmus.edge_agent.transport.cloud_stub import CloudStub
 from isthmus.models.errors import CallerError, ContextGone, DeadlineExceeded, IsthmusError, LinkDown, PeerError
 from isthmus.models.messages import Committed, Opening, Round
 from isthmus.protos import limits, wire_session
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
-from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 RECEIVE_TIMEOUT_S = 1.0  # a caller that has waited this long checks whether the cloud is alive
 
@@ -55,7 +55,7 @@ class GenerateStream:
 
     def __init__(
         self,
-        stub: pb_grpc.IsthmusStub,
+        stub: CloudStub,
         vocab: int,
         on_reply: Callable[[StreamObservation | IsthmusError], None],
         before_sending: BeforeSending = allow,

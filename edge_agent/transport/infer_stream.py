@@ -15,10 +15,10 @@ from typing import Any
 import grpc
 
 from isthmus.edge_agent.transport.channel import rpc_error
+from isthmus.edge_agent.transport.cloud_stub import CloudStub
 from isthmus.models.errors import Draining, InvalidReply, IsthmusError, LinkDown
 from isthmus.protos import wire
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
-from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 
 class InferStream:
@@ -27,7 +27,7 @@ class InferStream:
     Safe to call from several threads.
     """
 
-    def __init__(self, stub: pb_grpc.IsthmusStub, late: Callable[[], None]) -> None:
+    def __init__(self, stub: CloudStub, late: Callable[[], None]) -> None:
         """`late` is called for each response that nobody waits for any more."""
         self._outgoing: SimpleQueue[pb.InferRequest | None] = SimpleQueue()
         self._pending: dict[int, Future[pb.InferResponse]] = {}

@@ -107,6 +107,9 @@ class Link(CloudLink):
     def _cancel(self) -> None:
         self._exchanges.cancel()
 
+    def _renewed(self) -> None:
+        self._exchanges.retire()
+
 
 class HeldBundle:
     """What an agent for photos wants of a cloud: the bundle of this fingerprint."""

@@ -16,12 +16,12 @@ import grpc
 from isthmus.edge_agent.policy.estimates import Probe
 from isthmus.edge_agent.transport import health
 from isthmus.edge_agent.transport.channel import GRPC_PREFIX_BYTES, rpc_error
+from isthmus.edge_agent.transport.cloud_stub import CloudStub
 from isthmus.edge_agent.transport.health import CloudHealth
 from isthmus.models.errors import IsthmusError, LinkDown
 from isthmus.models.messages import ServiceInfo, TokenizerInfo
 from isthmus.protos import limits, wire_describe
 from isthmus.protos.isthmus.v1 import isthmus_pb2 as pb
-from isthmus.protos.isthmus.v1 import isthmus_pb2_grpc as pb_grpc
 
 IDLE_CHECK_S = limits.IDLE_STREAM_S / 2
 PROBE_BYTES = 8192  # each way, enough to measure the bandwidth of a thin link: 33 ms at 2 Mbit/s
@@ -50,10 +50,19 @@ class Prober:
     """Starts at once."""
 
     def __init__(
-        self, stub: pb_grpc.IsthmusStub, match: Match, cloud: CloudHealth, retire_idle: Callable[[], None]
+        self,
+        stub: CloudStub,
+        match: Match,
+        cloud: CloudHealth,
+        retire_idle: Callable[[], None],
+        explain: Callable[[str], str | None] = lambda text: None,
     ) -> None:
-        """`match` says whether the cloud may be used. `retire_idle` is called now and then."""
+        """`match` says whether the cloud may be used. `retire_idle` is called now and then.
+
+        `explain` turns the text of a connection that failed into plain words, where it can.
+        """
         self._stub, self._match, self._cloud, self._retire_idle = stub, match, cloud, retire_idle
+        self._explain = explain
         self._probed = threading.Event()
         self._closed = False
         self._description_bytes = DESCRIPTION_BYTES
@@ -120,7 +129,7 @@ class Prober:
             measured = [self._describe(up, down)[1] for up, down in PROBES if measure]
         except IsthmusError as error:
             self._match.lost()
-            self._cloud.record_probe(str(error))
+            self._cloud.record_probe(self._explain(str(error)) or str(error))
         else:
             self._cloud.record_probe(None, measured)
         self._probed.set()

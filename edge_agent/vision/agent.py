@@ -88,6 +88,10 @@ class EdgeAgent:
         if config.mode not in MODES or (config.mode in ("split", "offload") and not config.clouds):
             raise InvalidInput(f"mode {config.mode!r} is unknown or needs a cloud, expected one of {', '.join(MODES)}")
         bundle = Bundle.open(config.bundle)
+        if config.require_signature is not None:
+            from isthmus.models.bundle.signature import check_signature  # cryptography takes 80 ms to import
+
+            check_signature(config.bundle, config.require_signature, bundle.manifest.fingerprint)
         self.config = config
         self.manifest = bundle.manifest
         self.metrics = metrics

@@ -17,7 +17,7 @@ from isthmus.cloud_service.config import CloudConfig
 from isthmus.cloud_service.language.engines.metrics import RequestMetrics
 from isthmus.cloud_service.language.metrics import EngineMetricFamilies, EngineMetrics
 from isthmus.cloud_service.metrics import CloudMetrics
-from isthmus.edge_agent.config import HttpConfig
+from isthmus.edge_agent.config import EdgeConfig, HttpConfig
 from isthmus.edge_agent.http.metrics import HttpMetrics
 from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.streams.metrics import StreamMetrics
@@ -190,6 +190,18 @@ def test_the_service_on_a_card_takes_the_place_of_the_one_on_the_cpu() -> None:
     assert card["build"]["args"].keys() <= set(arguments) and card["build"]["args"]["ONNXRUNTIME"] == "onnxruntime-gpu"
     names = {f"ISTHMUS_CLOUD_{setting.key.upper()}" for setting in settings_of(CloudConfig)}
     assert card["environment"].keys() <= names
+
+
+def test_compose_with_tls_gives_each_side_its_own_keys_and_names_settings_that_exist() -> None:
+    services = yaml.safe_load((ROOT / "compose.tls.yaml").read_text())["services"]
+    volumes = {name: [volume.split(":")[0] for volume in service["volumes"]] for name, service in services.items()}
+    assert volumes["cloud"] == ["cloud-keys"] and volumes["edge"] == ["edge-keys"]  # the authority's key is in neither
+    cloud, edge = ({setting.key.upper() for setting in settings_of(model)} for model in (CloudConfig, EdgeConfig))
+    check = {"CHECK_CA", "CHECK_CERTIFICATE", "CHECK_KEY"}
+    assert {name.removeprefix("ISTHMUS_CLOUD_") for name in services["cloud"]["environment"]} <= cloud | check
+    assert {name.removeprefix("ISTHMUS_EDGE_") for name in services["edge"]["environment"]} <= edge
+    owned = (ROOT / "cloud_service/Dockerfile").read_text()
+    assert all(volume.split(":")[1] in owned for volume in services["keys"]["volumes"])
 
 
 def test_prometheus_scrapes_the_ports_that_compose_opens() -> None:

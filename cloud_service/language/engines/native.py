@@ -135,6 +135,11 @@ class LanguageEngine:
         session.events.on_read = lambda: None
         self._changed.set()
 
+    async def keep_within(self, peer: str, limit_bytes: int) -> bool:
+        """Free KV caches that no device of `peer` is connected to, beyond a limit. Whether the others are within it."""
+        async with self._busy:  # a step may be extending one
+            return self._sessions.keep_within(peer, limit_bytes)
+
     def drain(self) -> None:
         """Send Draining to every device, which keeps its tokens; `run` returns after the step under way."""
         self._draining = True

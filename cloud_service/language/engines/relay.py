@@ -114,6 +114,10 @@ class RelayHost:
         if session.task is None:
             session.task = asyncio.create_task(self._settle_all(session))
 
+    async def keep_within(self, peer: str, limit_bytes: int) -> bool:
+        """Its sessions hold no KV caches: the engine does."""
+        return True
+
     def end(self, session: RelaySession) -> None:
         """The device sends no more rounds: None follows the events of those that are outstanding."""
         session.ending = True

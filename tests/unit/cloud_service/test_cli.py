@@ -83,7 +83,9 @@ def test_a_key_of_an_engine_is_hidden(tmp_path: Path) -> None:
 
 
 def test_a_taken_port_is_named(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    result = invoke("--bundle", str(tiny_bundle.folder), "--listen", "256.0.0.1:50051", "--metrics", "")
+    result = invoke(
+        "--bundle", str(tiny_bundle.folder), "--listen", "256.0.0.1:50051", "--metrics", "", "--insecure-listen"
+    )
     assert result.exit_code == 1
     assert "cannot listen on 256.0.0.1:50051" in result.stderr
 

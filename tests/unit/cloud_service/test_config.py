@@ -101,3 +101,24 @@ def test_a_key_may_end_with_a_newline(tmp_path: Path) -> None:
 def test_a_key_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot be read: is a directory"):
         _ = EngineConfig("http://h", "t", key_file=tmp_path).secret
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "cloud.example:1", "[::ffff:127.0.0.1]:1"])
+def test_beyond_loopback_the_service_needs_tls_and_devices_that_it_knows(listen: str) -> None:
+    known, certified = Tls(Path("c"), Path("k"), Path("ca")), Tls(Path("c"), Path("k"))
+    for given, words in (
+        ({}, "TLS (--tls-certificate and --tls-key) and to know the devices (--tls-client-ca or --access)"),
+        ({"tls": certified}, "needs to know the devices"),
+        ({"access": Path("a")}, "needs TLS (--tls-certificate and --tls-key);"),
+    ):
+        with pytest.raises(InvalidInput, match="can be reached from other machines") as caught:
+            CloudConfig(listen=listen, **given)
+        assert words in str(caught.value) and "--insecure-listen goes without" in str(caught.value)
+    CloudConfig(listen=listen, tls=known)
+    CloudConfig(listen=listen, tls=certified, access=Path("a"))
+    CloudConfig(listen=listen, insecure_listen=True)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
+def test_on_loopback_it_needs_neither(listen: str) -> None:
+    CloudConfig(listen=listen)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from isthmus.cloud_service import open_calls as module
+from isthmus.cloud_service.access import Device
 from isthmus.cloud_service.open_calls import OpenCall, OpenCalls
 from isthmus.models.errors import Overloaded
 from isthmus.protos.limits import IDLE_STREAM_S
@@ -31,7 +32,7 @@ class Caller:
 
     def __init__(self, peer: str = "a", busy: bool = False) -> None:
         self.busy, self.ended = busy, 0
-        self.call = OpenCall(peer, lambda: self.busy, self._finish)
+        self.call = OpenCall(Device(peer), lambda: self.busy, self._finish)
 
     def _finish(self) -> None:
         self.ended += 1
@@ -103,7 +104,7 @@ def test_one_call_too_many_takes_the_place_of_the_longest_idle_one_of_the_peer_w
             stack.enter_context(calls.open(few.call))
             for caller in many:
                 clock.now_s += 1.0
-                caller.call = OpenCall("many", lambda caller=caller: caller.busy, caller._finish)  # type: ignore[misc]
+                caller.call = OpenCall(Device("many"), lambda caller=caller: caller.busy, caller._finish)  # type: ignore[misc]
                 stack.enter_context(calls.open(caller.call))
             clock.now_s += IDLE_STREAM_S
             stack.enter_context(calls.open(Caller("new").call))

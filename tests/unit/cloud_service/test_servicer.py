@@ -13,6 +13,7 @@ import trustme
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service import servicer as module
+from isthmus.cloud_service.access import Access
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language.service import LanguageService
 from isthmus.cloud_service.metrics import CloudMetrics
@@ -433,6 +434,7 @@ def test_devices_with_certificates_are_told_apart_by_their_names() -> None:
 
     async def play() -> set[str]:
         harness = ServicerHarness()
+        harness.servicer.access = Access(by_certificate=True)
         server = grpc.aio.server(options=limits.server_options())
         attach(harness.servicer, server)
         pair = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes())

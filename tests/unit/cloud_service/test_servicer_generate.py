@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from isthmus.cloud_service import servicer
+from isthmus.cloud_service.access import Device
 from isthmus.cloud_service.byte_budget import ByteBudget
 from isthmus.cloud_service.language import model_runner
 from isthmus.cloud_service.language.handler import GenerateHandler
@@ -326,7 +327,9 @@ def test_a_device_that_sends_and_does_not_read_is_not_read_either(checkpoint: Ch
 
     async def play() -> None:
         handler = GenerateHandler({}, "peer")
-        listening = asyncio.create_task(ServerHarness(checkpoint, decoder).servicer._listen(flood(), handler))
+        listening = asyncio.create_task(
+            ServerHarness(checkpoint, decoder).servicer._listen(flood(), handler, Device("peer"))
+        )
         await asyncio.sleep(0.1)
         assert handler.events.qsize() == limits.MAX_STREAM_INFLIGHT
         events = 0

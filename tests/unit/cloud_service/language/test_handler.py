@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from isthmus.cloud_service.language.handler import GenerateHandler
-from isthmus.models.errors import ContextGone, InvalidInput, UnknownBundle
+from isthmus.models.errors import ContextGone, InvalidInput, Overloaded, UnknownBundle
 from isthmus.models.messages import Opening, Round
 
 MODEL = b"modelid8"
@@ -143,3 +143,27 @@ def test_a_stream_without_a_session_ends_at_once() -> None:
         assert handler.events.get_nowait() is None
 
     assert run(play) == []
+
+
+def test_beyond_its_device_s_quota_of_memory_a_session_is_left_and_refused() -> None:
+    class Full(ScriptedEngine):
+        within = True
+
+        async def keep_within(self, peer: str, limit_bytes: int) -> bool:
+            self.calls.append(("keep_within", peer, limit_bytes))
+            return self.within
+
+    async def play() -> list[tuple[Any, ...]]:
+        engine = Full()
+        handler = GenerateHandler(finding(engine), "peer", 1000)
+        await open_session(handler, opening())
+        await handler.handle(Round(2))
+        engine.within = False
+        with pytest.raises(Overloaded, match="more than the 1000 bytes of its quota") as caught:
+            await handler.handle(Round(3))
+        assert caught.value.retry_s > 0
+        await handler.handle(Round(4))  # dropped: the refusal answers it
+        return engine.calls
+
+    asked = ("keep_within", "peer", 1000)
+    assert asyncio.run(play()) == [asked, asked, ("add", 1, 2), asked, ("leave", 1), asked]

@@ -312,3 +312,24 @@ def test_memory_that_a_step_allocates_for_a_device_that_disconnects_is_counted(s
         await until(lambda: harness.count("contexts_bytes") == harness.most_bytes > 0)
 
     scenario(play)
+
+
+def test_a_peer_s_sessions_are_kept_within_its_own_limit_and_others_are_left_alone(scenario: Scenario) -> None:
+    async def play(harness: EngineHarness) -> None:
+        first, second = (Device(harness, number, [7, 8, number], peer="a") for number in range(2))
+        other = Device(harness, 2, [7, 8, 2], peer="b")
+        for device in (first, second, other):
+            await device.open()
+            await device.ask()
+        page = harness.decoder.new_cache().bytes_for(1)
+        assert await harness.engine.keep_within("a", 2 * page)
+        assert not await harness.engine.keep_within("a", page)  # a device is connected to each
+        first.leave()
+        other.leave()
+        assert await harness.engine.keep_within("a", page)
+        with pytest.raises(ContextGone):
+            await first.open(start=3)
+        await second.ask()
+        await other.open(start=3)
+
+    scenario(play)

@@ -21,10 +21,10 @@ ROUTES = [Route("/v1/models", print), Route("/v1/models/{id:path}", print), Rout
 class Guarded:
     """A guard around one application, with what it has counted."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, token: str = "") -> None:
         self.registry = CollectorRegistry()
         metrics = HttpMetrics(self.registry, [route.path_format for route in ROUTES])
-        self.guard = Guard(app, ROUTES, OriginPolicy("127.0.0.1:80", ()), metrics, timeout_s=0.05)
+        self.guard = Guard(app, ROUTES, OriginPolicy("127.0.0.1:80", ()), metrics, timeout_s=0.05, token=token)
         self.client = TestClient(self.guard, base_url="http://localhost", raise_server_exceptions=False)
 
     def counted(self) -> dict[tuple[str, str], float]:
@@ -129,3 +129,25 @@ def test_a_disconnect_after_the_end_is_none() -> None:
     guarded = Guarded(complete)
     guarded.client.get("/v1/models")
     assert guarded.counted() == {("/v1/models", "200"): 1}
+
+
+def test_with_a_token_everything_but_health_and_what_browsers_ask_first_needs_it() -> None:
+    client = Guarded(echo, token="secret").client
+    for header in (
+        None,
+        "secret",
+        "Bearer",
+        "Bearer ",
+        "Bearer secre",
+        "Bearer secret2",
+        "bearer secret",
+        "Basic secret",
+    ):
+        reply = client.get("/v1/models", headers={"Authorization": header} if header else {})
+        assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+        assert "secret" not in reply.text
+    assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert client.get("/v1/models", headers={b"Authorization": b"Bearer \xff\xfe"}).status_code == 401
+    assert client.get("/healthz").status_code == client.options("/v1/models").status_code == 200
+    evil = {"Authorization": "Bearer secret", "Origin": "https://evil.example"}
+    assert client.post("/v1/models", headers=evil).status_code == 403
