@@ -69,7 +69,7 @@ def architecture(captured: Captured, cuts: Sequence[str]) -> Architecture:
         rates=len(PRICES),
     )
     numbers = tuple(range(1, len(cuts) + 1))
-    return Architecture(builder=BUILDER, backbone="own", classes=(captured.classes,), cuts=numbers, taps=(tap,))
+    return Architecture(builder=BUILDER, backbone="own", classes=(captured.channels,), cuts=numbers, taps=(tap,))
 
 
 def table(captured: Captured, chosen: Sequence[str], image_values: int) -> list[str]:

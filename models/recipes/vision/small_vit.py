@@ -20,7 +20,7 @@ from isthmus.models.recipes.common.trainer import Run, Schedule
 from isthmus.models.recipes.vision.augment import random_affine, random_mirror
 from isthmus.models.recipes.vision.exit_heads import token_exits
 from isthmus.models.recipes.vision.own_data import Images
-from isthmus.models.recipes.vision.own_training import normalised
+from isthmus.models.recipes.vision.own_training import EPOCH_IMAGES, normalised
 from isthmus.models.vision.manifest import Preprocessing
 
 WIDTH, LAYERS, HEADS, RATIO = 48, 8, 3, 2
@@ -121,8 +121,8 @@ def train(run: Run, part: Images, spec: Preprocessing, classes: int, epochs: int
     module = WithExits(SmallVit(spec.crop[0], classes), spec.crop[0], classes)
 
     def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
-        order = torch.randperm(len(part), generator=generator)
-        for number, start in enumerate(range(0, len(part) - BATCH + 1, BATCH)):
+        order = torch.randperm(len(part), generator=generator)[:EPOCH_IMAGES]
+        for number, start in enumerate(range(0, len(order) - BATCH + 1, BATCH)):
             chosen = order[start : start + BATCH]
             images_B3HW = torch.from_numpy(part.images_N3HW[chosen.numpy()]).float() / 255
             images_B3HW = random_affine(random_mirror(images_B3HW, generator), generator)
@@ -133,7 +133,9 @@ def train(run: Run, part: Images, spec: Preprocessing, classes: int, epochs: int
         right = (answers[-1].argmax(1) == batch.label_B).float().mean()
         return alternating(answers, batch), {"right": right.item()}
 
-    average = run.fit("network", module, batches, loss_of, Schedule(epochs, len(part) // BATCH, PEAK_LR, warmup_epochs=0.5))
+    average = run.fit(
+        "network", module, batches, loss_of, Schedule(epochs, len(part) // BATCH, PEAK_LR, warmup_epochs=0.5)
+    )
     assert isinstance(average, WithExits)
     return average
 

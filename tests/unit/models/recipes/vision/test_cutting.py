@@ -67,7 +67,7 @@ def test_cuts_are_where_modules_end_and_one_map_crosses(small: nn.Module) -> Non
         ("late", (16, 4, 4)),
         ("adaptive_avg_pool2d", (16, 1, 1)),
     ]
-    assert captured.classes == 5
+    assert captured.channels == 5
 
 
 def test_costs_add_up(small: nn.Module) -> None:
@@ -311,7 +311,10 @@ def not_finite() -> nn.Module:
         (not_finite, "the model's answers to noise are not finite"),
         (Broken, "the model's graph cannot be captured: first line"),
         (Dense, "the model cannot be cut: no point of it is passed by a single feature map"),
-        (lambda: nn.Conv2d(3, 4, 3), r"the model's output for two images is \(2, 4, 30, 30\), expected logits"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2)),
+            r"the model's output for two images is \(2, 4, 900\), expected logits",
+        ),
         (lambda: nn.Conv2d(5, 4, 3), "the model's graph cannot be captured"),
     ],
     ids=[
