@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common import origin
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import export, own_data
-from isthmus.models.recipes.vision.cutting import Captured
+from isthmus.models.recipes.vision.cutting import Captured, cut_indices
 from isthmus.models.recipes.vision.distil import Distillation
+from isthmus.models.recipes.vision.exit_heads import token_exits
 from isthmus.models.recipes.vision.own_checks import WholeImage, check_order, find_warnings, logits_of, whole_images
 from isthmus.models.recipes.vision.own_data import Images, normalise
 from isthmus.models.recipes.vision.own_model import PRICES, architecture, backbone, proposed
@@ -49,6 +50,7 @@ class Settings:
     preprocessing: Preprocessing
     cuts: tuple[str, ...] = ()
     task: str = "class"
+    exits: nn.ModuleList | None = None  # already trained; where there are none, those of the features that cross
 
 
 def make(
@@ -99,6 +101,10 @@ def build(
     built = architecture(captured, cuts)
     torch.manual_seed(run.seed)
     split = SplitClassifier(built, backbone(captured, cuts))
+    if settings.exits is not None:
+        split.exits = settings.exits
+    elif all(captured.is_tokens(index) for index in cut_indices(captured, cuts)):
+        split.exits = token_exits([split.backbone.channels[cut - 1] for cut in split.cuts], captured.channels)
     split.eval()
     labels_N = answers(split, train_part, spec).numpy() if train_part.labels_N is None else train_part.labels_N
     if (true_N := parts["calibration"].labels_N) is not None:
