@@ -30,6 +30,7 @@ from isthmus.models.recipes.vision.layout import channel_axes
 
 REPEATS = 5
 MOST_MAPS = 5  # of several scales at one cut
+TOKENS = ("tokens", "columns")  # forms of a sequence
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Captured:
 
     def is_tokens(self, index: int) -> bool:
         """Whether a sequence of tokens crosses a cut."""
-        return self.layouts[index][0].form in ("tokens", "columns")
+        return self.layouts[index][0].form in TOKENS
 
 
 def capture(model: nn.Module, image_CHW: Shape, kind: TaskKind | None = None) -> Captured:
@@ -105,6 +106,8 @@ def cuts_of(graph: GraphModule, profile: Profile, kind: TaskKind, image: tuple[i
             continue
         crossing, name = Crossing(found), name_of(node, after)
         if cuts and (cuts[-1].macs, cuts[-1].values) == (macs, crossing.values):  # laid out in another way
+            continue
+        if found[0].form in TOKENS and name == node.name:  # between attention and perceptron of one layer
             continue
         taken = sum(cut.name.partition(":")[0] == name for cut in cuts)
         name = f"{name}:{taken + 1}" if taken else name
@@ -197,12 +200,12 @@ class Block(nn.Module):
 
     def __init__(self, graph: GraphModule, before: Sequence[Layout] | None, after: Sequence[Layout] | None) -> None:
         super().__init__()
-        self.graph = graph
+        self.section = graph
         self.unpack = Unpack(before) if before else None
         self.pack = Pack(after) if after else None
 
     def forward(self, x: Tensor) -> Any:
-        found = self.graph(*(self.unpack(x) if self.unpack else (x,)))
+        found = self.section(*(self.unpack(x) if self.unpack else (x,)))
         return self.pack(*found) if self.pack else found[0] if len(found) == 1 else found
 
 

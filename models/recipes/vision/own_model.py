@@ -38,6 +38,11 @@ def load_model(reference: str) -> nn.Module:
 
     Raises InvalidInput when it cannot be imported, does not exist, fails, or returns something else.
     """
+    if reference.endswith(".onnx"):
+        raise InvalidInput(
+            f"--model {reference}: ONNX files are not taken, give the torch.nn.Module that it was exported from,"
+            " as package.module:factory"
+        )
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise InvalidInput(f"--model {reference!r}: expected package.module:factory")
@@ -52,11 +57,15 @@ def load_model(reference: str) -> nn.Module:
 
 
 def proposed(captured: Captured) -> tuple[str, ...]:
-    """One or two cuts: the smallest feature map within HEAD_SHARE of the operations, and one for an earlier exit."""
+    """One or two cuts: the smallest feature map within HEAD_SHARE of the operations, and one for an earlier exit.
+
+    Of maps of one size the earliest; of sequences of tokens, which all have one, the latest.
+    """
+    tokens = {cut.name for index, cut in enumerate(captured.cuts) if captured.is_tokens(index)}
 
     def smallest(share: float, of: int) -> Cut:
         within = [cut for cut in captured.cuts if cut.macs <= share * of] or list(captured.cuts[:1])
-        return min(within, key=lambda cut: (cut.values, cut.macs))
+        return min(within, key=lambda cut: (cut.values, -cut.macs if cut.name in tokens else cut.macs))
 
     main = smallest(HEAD_SHARE, captured.macs)
     first = smallest(FIRST_SHARE, main.macs)
