@@ -379,10 +379,11 @@ def split(
         sys.path.insert(0, "")
         captured = capture(own_model.load_model(model), (3, *size), kind)
         fit = fit or ("letterbox" if captured.kind == "detect" else "crop")
+        spec = Preprocessing(resize=max(*size, resize or 0), crop=size, mean=mean, deviation=deviation, fit=fit)
         split = own_split.OwnSplit(
             captured,
             found,
-            Preprocessing(resize=max(*size, resize or 0), crop=size, mean=mean, deviation=deviation, fit=fit),
+            spec,
             cuts,
             labels.read_text(encoding="utf-8").splitlines() if labels else [],
             own_model.Detection(min_score, nms_iou, max_boxes),
@@ -395,9 +396,7 @@ def split(
     if as_json:
         click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
         return
-    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
-    for line in notes.lines:
-        click.echo(line)
+    click.echo("\n".join([f"wrote {out}: {bundle.manifest.fingerprint}", *notes.lines]))
     for warning in notes.warnings:
         click.echo(f"warning: {warning}", err=True)
 

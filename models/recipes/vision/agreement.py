@@ -38,9 +38,9 @@ def agreement(task: AnyTask, references: Sequence[Answer], answers: Sequence[Ans
 
 def mean_iou(references: Sequence[NDArray[Any]], answers: Sequence[NDArray[Any]]) -> float:
     """Over all pixels of all maps: the mean over the classes that either has somewhere."""
-    wanted, found = (np.concatenate([each.reshape(-1) for each in maps]) for maps in (references, answers))
-    classes = np.union1d(wanted, found)
-    pairs = [(wanted == index, found == index) for index in classes]
+    theirs, ours = (np.concatenate([each.reshape(-1) for each in maps]) for maps in (references, answers))
+    classes = np.union1d(theirs, ours)
+    pairs = [(theirs == index, ours == index) for index in classes]
     ious = [(a & b).sum() / (a | b).sum() for a, b in pairs]
     return float(np.mean(ious))
 

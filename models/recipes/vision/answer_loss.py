@@ -59,9 +59,9 @@ def clamped(scores: Tensor) -> Tensor:
     return scores.clamp(LEAST_SCORE, 1 - LEAST_SCORE)
 
 
-def cross_entropy(chance: Tensor, wanted: Tensor) -> Tensor:
+def cross_entropy(chance: Tensor, target: Tensor) -> Tensor:
     """Of each probability; both lie inside (0, 1)."""
-    return -(wanted * chance.log() + (1 - wanted) * (1 - chance).log())
+    return -(target * chance.log() + (1 - target) * (1 - chance).log())
 
 
 def paired_iou(a_BN4: Tensor, b_BN4: Tensor) -> Tensor:

@@ -26,15 +26,15 @@ STEPS = 60  # of the search for the water level
 
 
 class Recording(Interpreter):
-    """Runs a graph and keeps what some nodes give."""
+    """Runs a graph and records what some nodes give."""
 
-    def __init__(self, captured: Captured, kept: set[Node]) -> None:
+    def __init__(self, captured: Captured, nodes: set[Node]) -> None:
         super().__init__(captured.graph)
-        self.kept, self.values = kept, dict[Node, Tensor]()
+        self.nodes, self.values = nodes, dict[Node, Tensor]()
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if n in self.kept:
+        if n in self.nodes:
             self.values[n] = result
         return result
 
@@ -53,11 +53,11 @@ def candidates(captured: Captured, share: float) -> list[int]:
 @torch.enable_grad()
 def measured_bytes(captured: Captured, indices: Sequence[int], images_N3HW: Tensor) -> dict[int, float]:
     """Bytes of an image at some cuts, at the same harm. `images_N3HW`: some, normalised."""
-    kept = {node for index in indices for node in captured.ends[index]}
+    recorded = {node for index in indices for node in captured.ends[index]}
     totals: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
     for image_13HW in torch.split(images_N3HW, 1):
-        recording = Recording(captured, kept)
+        recording = Recording(captured, recorded)
         outputs = recording.run(image_13HW.detach().requires_grad_(True))
         nodes = list(recording.values)
         likelihood = sampled_likelihood(captured.kind, outputs, generator)
@@ -84,7 +84,7 @@ def flat(map_1CHW: Tensor) -> Tensor:
 
 
 def repeats(pack: Pack) -> Tensor:
-    """By which the gradient of each channel is divided among its copies."""
+    """By which the gradient of each channel is divided among its repeats."""
     shares = [1 / times**2 if times < -1 else 1.0 for times in pack.factors]
     return torch.cat([torch.full((width,), share) for width, share in zip(pack.widths, shares, strict=True)])
 
@@ -93,7 +93,8 @@ def variances(covariance_CC: Tensor, harm_CC: Tensor) -> Tensor:
     """Of independent directions, in units of harm; none negative."""
     values_C, vectors_CC = torch.linalg.eigh(harm_CC.double())
     root_CC = vectors_CC @ torch.diag(values_C.clamp_min(0).sqrt()) @ vectors_CC.T
-    return torch.linalg.eigvalsh(root_CC @ covariance_CC.double() @ root_CC).clamp_min(0)
+    found_C: Tensor = torch.linalg.eigvalsh(root_CC @ covariance_CC.double() @ root_CC)
+    return found_C.clamp_min(0)
 
 
 def bits(variance_C: Tensor, positions: int) -> float:

@@ -215,13 +215,13 @@ def section(whole: GraphModule, starts: Sequence[Node], ends: Sequence[Node]) ->
     for index, start in enumerate(starts):
         made[start] = graph.placeholder(f"x{index}")
     first = made[starts[0]]
-    wanted = needed(starts, ends)
+    required = needed(starts, ends)
 
     def taken(node: Node) -> Node:
         return made[node]
 
     for node in whole.graph.nodes:
-        if node in made or node not in wanted:
+        if node in made or node not in required:
             continue
         if node.target is SIZE:  # of the batch, which everything that crosses has
             made[node] = graph.call_function(SIZE, (first, 0))
