@@ -154,7 +154,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "myvit.py").write_text(vit, encoding="utf-8")
     (root / "mydet.py").write_text(code, encoding="utf-8")
     (root / "things.txt").write_text("square\nnothing\n", encoding="utf-8")
-    images, covered = zip(*(photo_of_things(rng) for _ in range(120)), strict=True)
+    images, covered = zip(*(photo_of_things(rng) for _ in range(170)), strict=True)
     for index, image in enumerate(images):
         image.save(root / "things" / f"{index}.png")
     images[0].save(root / "thing.png")
