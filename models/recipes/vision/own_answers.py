@@ -38,7 +38,7 @@ LOG_GAINS = (-1.5, 0.0)  # initial, of the highest and the lowest price
 JPEG_SHARE = 0.1  # of the mean size of a JPEG of quality 75: the unit of PRICES
 JPEG_IMAGES, EPOCH_IMAGES = 128, 2048
 STEPS, RAMP_SHARE = 3000, 0.15  # of training; of its epochs, while the price of bytes rises
-LEAST_EPOCHS, MOST_EPOCHS = 8, 60
+LEAST_EPOCHS, MOST_EPOCHS = 8, 40
 VIEWS = 2  # of an image: itself and mirrored
 MAX_BYTES = 1 << 16
 
