@@ -98,7 +98,7 @@ def cuts_of(graph: GraphModule, profile: Profile, kind: TaskKind, image: tuple[i
         seconds += statistics.median(profile.seconds[node][1:])  # the first run allocates
         live = lives.at(index)
         most = 1 if kind == "classify" else MOST_MAPS
-        if not 0 < len(live) <= most or (profile.macs[after] == 0 and only_changed(live, after)):
+        if not macs or not 0 < len(live) <= most or (profile.macs[after] == 0 and only_changed(live, after)):
             continue
         values = [each.meta["val"] for each in live]
         found = layouts_of(values, [axes.get(each) for each in live], image)
