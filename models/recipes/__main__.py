@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
+from isthmus.models.messages import TaskKind
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.options import (
     Size,
@@ -20,7 +20,7 @@ from isthmus.models.recipes.options import (
     training_options,
     use_threads,
 )
-from isthmus.models.vision.manifest import DEFAULT_EPSILON, Preprocessing
+from isthmus.models.vision.manifest import Fit, Preprocessing
 
 
 @click.group(epilog="Example: python -m isthmus.models.recipes elpv --out models/zoo/elpv")
@@ -243,6 +243,26 @@ def fashion(out: Path, data: Path, run: Run, as_json: bool) -> None:
     report(out, bundle, as_json)
 
 
+@main.command("fashion-vit", epilog="Example: python -m isthmus.models.recipes fashion-vit --out fashion-vit")
+@out_option()
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=Path("runs/fashion/data"),
+    show_default=True,
+    help="Fashion-MNIST; fetched from its Debian package where the folder is not there.",
+)
+@training_options("runs/fashion-vit")
+@manifest_as_json
+def fashion_vit(out: Path, data: Path, run: Run, as_json: bool) -> None:
+    """Fashion-MNIST: train a small vision transformer with exits, and split it. Half an hour on two cores."""
+    from isthmus.models.recipes.vision.fashion_vit import make
+
+    with failing_clearly(run.folder):
+        bundle = make(out, run, f"python -m isthmus.models.recipes fashion-vit --seed {run.seed}", data)
+    report(out, bundle, as_json)
+
+
 @main.command(epilog="Example: python -m isthmus.models.recipes measure models/zoo/fashion --out models/zoo/fashion")
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @out_option()
@@ -302,6 +322,24 @@ def baselines(methods: tuple[str, ...], bundle: Path, run: Run, as_json: bool) -
 @click.option("--mean", nargs=3, type=float, default=(0.485, 0.456, 0.406), show_default=True, help="Of values to 1.")
 @click.option("--deviation", nargs=3, type=float, default=(0.229, 0.224, 0.225), show_default=True)
 @click.option("--cut", "cuts", multiple=True, metavar="NAME", help="Repeatable, in order.  [default: proposed]")
+@click.option(
+    "--kind",
+    type=click.Choice(["classify", "detect", "segment", "embed"]),
+    help="Of the answer.  [default: by the shapes of the outputs; embed must be given]",
+)
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Of boxes and maps, a line each, in the model's order.  [default: numbers]",
+)
+@click.option(
+    "--fit",
+    type=click.Choice(["crop", "stretch", "letterbox"]),
+    help="Of a photo to --size.  [default: letterbox of a detector, else crop]",
+)
+@click.option("--min-score", default=0.3, show_default=True, type=click.FloatRange(0.01, 1), help="Of a box.")
+@click.option("--nms-iou", default=0.6, show_default=True, type=click.FloatRange(0, 1), help="Of boxes of one label.")
+@click.option("--max-boxes", default=100, show_default=True, type=click.IntRange(1, 1000), help="Of a photo.")
 @click.option("--table", is_flag=True, help="Print where the model can be cut, and stop.")
 @training_options("runs/split")
 @manifest_as_json
@@ -316,49 +354,51 @@ def split(
     mean: tuple[float, float, float],
     deviation: tuple[float, float, float],
     cuts: tuple[str, ...],
+    kind: TaskKind | None,
+    labels: Path | None,
+    fit: Fit | None,
+    min_score: float,
+    nms_iou: float,
+    max_boxes: int,
     table: bool,
     run: Run,
     as_json: bool,
 ) -> None:
-    """Your own classifier: split it, distil exits and a bottleneck, calibrate, and write a bundle.
+    """Your own network: split it, distil a bottleneck and a classifier's exits, calibrate, and write a bundle.
 
-    The model does not change, and neither device nor cloud needs its code. An hour for 2,000 images on two cores.
+    A classifier, a detector, a network for segmentation or one for embeddings. It does not change, and neither device
+    nor cloud needs its code. An hour for 2,000 images on two cores.
     """
-    from isthmus.models.recipes.vision import own, own_data, own_model
-    from isthmus.models.recipes.vision.cutting import capture, cut_indices
-    from isthmus.models.vision.inspect import exits_note, summary
+    from isthmus.models.recipes.vision import own_data, own_model, own_split
+    from isthmus.models.recipes.vision.cutting import capture
 
     with failing_clearly(run.folder):
         found = own_data.find(data)
         for note in found.notes:
             click.echo(note, err=True)
         sys.path.insert(0, "")
-        captured = capture(own_model.load_model(model), (3, *size))
-        if captured.removed:
-            click.echo(
-                f"the model's {captured.removed} is left out: answers are made of its logits, one for an image",
-                err=True,
-            )
-        chosen = cuts or own_model.proposed(captured)
-        cut_indices(captured, chosen)  # invalid cuts are refused before the images are read
-        click.echo("\n".join(own_model.table(captured, chosen, 3 * math.prod(size))), err=as_json)
+        captured = capture(own_model.load_model(model), (3, *size), kind)
+        fit = fit or ("letterbox" if captured.kind == "detect" else "crop")
+        spec = Preprocessing(resize=max(*size, resize or 0), crop=size, mean=mean, deviation=deviation, fit=fit)
+        split = own_split.OwnSplit(
+            captured,
+            found,
+            spec,
+            cuts,
+            labels.read_text(encoding="utf-8").splitlines() if labels else [],
+            own_model.Detection(min_score, nms_iou, max_boxes),
+        )
+        click.echo("\n".join(split.table()), err=as_json)
         if table:
             return
-        spec = Preprocessing(resize=max(*size, resize or 0), crop=size, mean=mean, deviation=deviation)
-        settings = own.Settings(name or out.name, licence, spec, chosen)
         command = shlex.join(["python", "-m", "isthmus.models.recipes", *sys.argv[1:]])
-        bundle, whole = own.make(out, run, command, captured, found, settings)
+        bundle, notes = split.make(out, run, command, {"name": name or out.name, "licence": licence})
     if as_json:
         click.echo(bundle.manifest.model_dump_json(indent=1, exclude_none=True))
         return
-    click.echo(f"wrote {out}: {bundle.manifest.fingerprint}")
-    for line in summary(bundle.manifest):
-        click.echo(line)
-    for sent in whole:
-        same = f"the model answers {sent.agreement:.1%} as the original"
-        click.echo(f"a whole image as {sent.name}: {sent.mean_bytes:.0f} bytes, {same}")
-    if note := exits_note(bundle.manifest.heads["fp32"], DEFAULT_EPSILON):
-        click.echo(f"warning: {note}", err=True)
+    click.echo("\n".join([f"wrote {out}: {bundle.manifest.fingerprint}", *notes.lines]))
+    for warning in notes.warnings:
+        click.echo(f"warning: {warning}", err=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from tests.contract.test_readme import environment
 
 PAGE = (ROOT / "docs" / "tutorials" / "own-model.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+CODES = [block for kind, block in BLOCKS if kind == "python"]  # a classifier, a transformer, a detector
+ALL = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+COMMANDS, VIT, DETECTOR = ALL[:6], ALL[6], ALL[7:]
 SIDE, PHOTOS = 64, 240
 # As `split` does by default.
 SEEN = Preprocessing(resize=SIDE, crop=(SIDE, SIDE), mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225))
@@ -40,7 +42,7 @@ def folder_of(label: int) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the page asks for: `mynet.py` as it stands there, its trained weights, `cells`, and a photo."""
     root, cells = tmp_path_factory.mktemp("own"), load("train")
-    (code,) = (block for kind, block in BLOCKS if kind == "python")
+    code, *_ = CODES
     (root / "mynet.py").write_text(code, encoding="utf-8")
     for name, path, label in zip(range(PHOTOS), cells.paths, cells.labels_N, strict=False):
         target = root / "cells" / folder_of(label)
@@ -94,8 +96,8 @@ def test_the_page_has_the_commands_in_their_order() -> None:
         "python -m isthmus.models.bundle inspect",
         "cloud-service",
     ]
-    assert len(COMMANDS) == 6
-    for command, start in zip(COMMANDS, [*starts, "edge-agent infer", "edge-agent infer"], strict=True):
+    starts += ["edge-agent infer"] * 2 + ["python -m isthmus.models.recipes split"] * 2
+    for command, start in zip(ALL, [*starts, "cloud-service", "edge-agent infer"], strict=True):
         assert command.startswith(start)
 
 
@@ -121,7 +123,7 @@ def test_device_and_cloud_run_the_bundle(address: str, folder: Path, command: st
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(tmp_path: Path, change: tuple[str, str], words: str) -> None:
-    (code,) = (block for kind, block in BLOCKS if kind == "python")
+    code, *_ = CODES
     (tmp_path / "mynet.py").write_text(code.replace("net.load_state_dict", "# net.load_state_dict"), encoding="utf-8")
     for folder in ("empty", "cells"):
         (tmp_path / folder).mkdir()
@@ -130,3 +132,68 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(tmp_path: Path, change: t
     assert found.returncode == 1 and found.stdout == "" and not (tmp_path / "my-bundle").exists()
     assert found.stderr.splitlines()[-1].startswith(words)
     assert "Traceback" not in found.stderr and sys.executable not in found.stderr
+
+
+def photo_of_things(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray[Any, Any]]:
+    """A red square on grey, and the cells of 8 pixels whose middle it covers."""
+    pixels = np.clip(rng.normal(110, 10, (SIDE, SIDE, 3)), 0, 255)
+    top, left = rng.integers(0, SIDE - 24, 2)
+    pixels[top : top + 24, left : left + 24] = (220, 40, 40)
+    middles = 8 * np.arange(SIDE // 8) + 4
+    covered = [(edge <= middles) & (middles < edge + 24) for edge in (top, left)]
+    return Image.fromarray(pixels.astype(np.uint8)), np.outer(*covered).reshape(-1)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`mydet.py` and `myvit.py` as they stand on the page, a trained detector of red squares, and photos."""
+    root, rng = tmp_path_factory.mktemp("things"), np.random.default_rng(0)
+    (root / "things").mkdir()
+    (root / "cells").mkdir()
+    _, vit, code = CODES
+    (root / "myvit.py").write_text(vit, encoding="utf-8")
+    (root / "mydet.py").write_text(code, encoding="utf-8")
+    (root / "things.txt").write_text("square\nnothing\n", encoding="utf-8")
+    images, covered = zip(*(photo_of_things(rng) for _ in range(170)), strict=True)
+    for index, image in enumerate(images):
+        image.save(root / "things" / f"{index}.png")
+    images[0].save(root / "thing.png")
+    images[0].save(root / "cells" / "0.png")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    torch.manual_seed(0)
+    net = names["Detector"]()
+    images_N3HW = torch.from_numpy(np.stack([preprocess(image, SEEN) for image in images]))
+    wanted_NM = torch.from_numpy(np.stack(covered)).float()
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for _ in range(80):
+        scores_NM2 = net(images_N3HW)[1]
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy(scores_NM2, torch.stack([wanted_NM, 0 * wanted_NM], 2)).backward()
+        optimizer.step()
+    torch.save(net.state_dict(), root / "mydet.pt")
+    return root
+
+
+def test_a_transformer_is_cut_where_tokens_cross(things: Path) -> None:
+    table = run(VIT, things)
+    assert table.returncode == 0, table.stderr[-2000:]
+    assert re.search(r"^> layers\.\d +48x8x8 ", table.stdout, re.MULTILINE), table.stdout
+
+
+def test_a_detector_s_boxes_come_through_its_bottleneck(things: Path) -> None:
+    split, serve, infer = DETECTOR
+    made = run(f"{split} --threads 1", things)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert "task objects (detect): square, nothing" in made.stdout
+    (things / "mydet.py").unlink()
+    port = free_port()
+    arguments = serve.replace("127.0.0.1:50052", f"127.0.0.1:{port}").split()
+    with subprocess.Popen([*arguments, "--metrics", ""], cwd=things, env=environment()) as server:
+        for _ in range(20):  # the cloud may not be up yet
+            found = run(infer.replace("127.0.0.1:50052", f"127.0.0.1:{port}"), things)
+            if found.returncode == 0 and "DEGRADED" not in found.stdout and "no cloud" not in found.stdout:
+                break
+        server.terminate()
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "square" in found.stdout and "tap bottleneck" in found.stdout

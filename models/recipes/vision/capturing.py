@@ -1,12 +1,24 @@
-"""A classifier as one graph from images to logits; what no such graph can answer as the classifier does is refused."""
+"""A network as one graph from images to its answer; what no such graph can answer as the network does is refused.
+
+kind      what the module returns for a batch
+classify  logits (B, K)
+detect    boxes (B, N, 4) as corners in pixels of the input, scores (B, N, K) in [0, 1]
+segment   scores (B, K, H, W)
+embed     vectors (B, D)
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+from torch.fx.node import map_arg
 
 from isthmus.models.errors import InvalidInput
+from isthmus.models.messages import TaskKind
 
 MAX_BATCH = 1024
 SIZE = torch.ops.aten.sym_size.int
@@ -14,30 +26,74 @@ PASSING = {"clone", "detach", "alias", "dropout", "contiguous", "to", "_to_copy"
 PROBABILITIES = {"softmax": "softmax", "_softmax": "softmax", "special_softmax": "softmax", "sigmoid": "sigmoid"}
 SAME_ANSWER = 1e-3  # of the largest logit: kernels for other batch sizes add up in another order
 ONE_ROW = 1e-3  # of 1, by which a row of probabilities may miss it
+DIMENSIONS: dict[TaskKind, list[int]] = {"classify": [2], "detect": [3, 3], "segment": [4], "embed": [2]}
+EXPECTED: dict[TaskKind, str] = {
+    "classify": "logits of shape (2, classes)",
+    "detect": "boxes (2, N, 4) and scores (2, N, classes)",
+    "segment": "scores (2, classes, height, width)",
+    "embed": "vectors (2, size)",
+}
 
 
-def captured_graph(model: nn.Module, images_B3HW: Tensor) -> tuple[GraphModule, str | None]:
-    """The graph of a classifier in eval mode for any batch; and the activation that was removed after its logits.
+def captured_graph(
+    model: nn.Module, images_B3HW: Tensor, kind: TaskKind | None = None
+) -> tuple[GraphModule, TaskKind, str | None]:
+    """The graph of a network in eval mode for any batch; its kind; and the activation removed after a class's logits.
 
-    Raises InvalidInput when `torch.export` fails, the output is not logits_BK, or it depends on the batch or on chance.
+    kind: None for what the outputs' shapes say; vectors are told from logits by `embed` alone. Raises InvalidInput when
+    `torch.export` fails, the outputs are not those of the kind, or they depend on the batch or on chance.
     """
     try:
-        graph = without_mutation(exported(model.eval(), images_B3HW))
+        graph = flat_outputs(without_mutation(exported(model.eval(), images_B3HW)))
         with torch.inference_mode():
-            logits = graph(images_B3HW)
+            outputs = graph(images_B3HW)
     except Exception as error:  # any, from the user's code
         raise InvalidInput(f"the model's graph cannot be captured: {reason_of(error)}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InvalidInput(f"the model's output for two images is {found}, expected logits of shape (2, classes)")
-    if logits.shape[1] == 1:
+    kind = kind or kind_of(outputs)
+    check_shapes(outputs, kind)
+    removed = without_activation(graph) if kind == "classify" else None
+    check_answers(graph, images_B3HW, kind)
+    return graph, kind, removed
+
+
+def flat_outputs(graph: GraphModule) -> GraphModule:
+    """The graph with a tuple of tensors as its output, whatever structure the module returned them in."""
+    nodes = output_nodes(graph)
+    (output,) = graph.graph.find_nodes(op="output")
+    output.args = (tuple(nodes),)
+    graph.graph.set_codegen(CodeGen())
+    graph.recompile()
+    return graph
+
+
+def output_nodes(graph: GraphModule) -> list[Node]:
+    """The nodes of a graph's outputs, in order; one may come twice."""
+    (output,) = graph.graph.find_nodes(op="output")
+    found: list[Node] = []
+    map_arg(output.args, found.append)
+    return found
+
+
+def kind_of(outputs: Sequence[Tensor]) -> TaskKind:
+    """The kind that the shapes of a network's outputs say."""
+    if len(outputs) == 2 and [each.ndim for each in outputs] == [3, 3]:
+        return "detect"
+    return "segment" if len(outputs) == 1 and outputs[0].ndim == 4 else "classify"
+
+
+def check_shapes(outputs: Sequence[Tensor], kind: TaskKind) -> None:
+    """Raise InvalidInput unless the outputs for two images are those of the kind."""
+    found = ", ".join(str(tuple(each.shape)) for each in outputs)
+    dimensions = [each.ndim for each in outputs]
+    if dimensions != DIMENSIONS[kind]:
+        raise InvalidInput(f"the model's output for two images is {found}, expected {EXPECTED[kind]}")
+    if kind == "detect" and (outputs[0].shape[2] != 4 or outputs[0].shape[1] != outputs[1].shape[1]):
+        raise InvalidInput(f"the model's outputs for two images are {found}, expected {EXPECTED[kind]}")
+    if kind == "classify" and outputs[0].shape[1] == 1:
         raise InvalidInput(
             "the model answers with one logit, expected one for each class: return"
             " torch.cat([torch.zeros_like(x), x], 1) for a single logit x of the second of two classes"
         )
-    removed = without_activation(graph)
-    check_answers(graph, images_B3HW)
-    return graph, removed
 
 
 def exported(model: nn.Module, images_B3HW: Tensor) -> GraphModule:
@@ -91,31 +147,39 @@ def name_of(node: Node) -> str:
 
 
 @torch.inference_mode()
-def check_answers(graph: GraphModule, images_B3HW: Tensor) -> None:
-    """Raise InvalidInput unless an image's answer is finite logits that depend on this image alone."""
+def check_answers(graph: GraphModule, images_B3HW: Tensor, kind: TaskKind) -> None:
+    """Raise InvalidInput unless an image's answer is finite numbers that depend on this image alone."""
     noise_B3HW = torch.randn(3, *images_B3HW.shape[1:], generator=torch.Generator().manual_seed(0))
-    logits_BK = graph(noise_B3HW)
-    if not logits_BK.isfinite().all():
+    answers = graph(noise_B3HW)
+    if not all(answer.isfinite().all() for answer in answers):
         raise InvalidInput("the model's answers to noise are not finite: are its weights?")
-    if not close(graph(noise_B3HW), logits_BK):
+    if not close(graph(noise_B3HW), answers):
         raise InvalidInput(
             "the model's answers to one image differ: they are random even in eval mode, as by a dropout"
         )
     try:
-        alone_BK = torch.cat([graph(noise_13HW) for noise_13HW in torch.split(noise_B3HW, 1)])
+        each = [graph(noise_13HW) for noise_13HW in torch.split(noise_B3HW, 1)]
+        alone = [torch.cat(rows) for rows in zip(*each, strict=True)]
     except Exception:  # a batch of one has no statistics
-        alone_BK = torch.full_like(logits_BK, torch.inf)
-    if not close(alone_BK, logits_BK):
+        alone = [torch.full_like(answer, torch.inf) for answer in answers]
+    if not close(alone, answers):
         raise InvalidInput(
             "the model's answer to an image depends on the others of its batch, and a device has no others:"
             " are there batch norms without running statistics?"
         )
-    if (logits_BK >= 0).all() and ((logits_BK.sum(1) - 1).abs() < ONE_ROW).all():
+    last = answers[-1]
+    if kind == "classify" and (last >= 0).all() and ((last.sum(1) - 1).abs() < ONE_ROW).all():
         raise InvalidInput("the model's answers are probabilities, which add up to 1: return logits, without a softmax")
+    if kind == "detect" and not ((last >= 0) & (last <= 1)).all():
+        raise InvalidInput("the model's scores are not in [0, 1]: return probabilities, as a sigmoid gives them")
 
 
-def close(a_BK: Tensor, b_BK: Tensor) -> bool:
-    return bool((a_BK - b_BK).abs().max() <= SAME_ANSWER * b_BK.abs().max().clamp_min(1e-6))
+def close(answers: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether answers are the same but for the order of sums."""
+    return all(
+        bool((a - b).abs().max() <= SAME_ANSWER * b.abs().max().clamp_min(1e-6))
+        for a, b in zip(answers, others, strict=True)
+    )
 
 
 def operations(graph: GraphModule) -> list[Node]:

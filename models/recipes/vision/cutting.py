@@ -1,15 +1,15 @@
-"""Any image classifier as a sequence of blocks: its graph, cut where it passes through a single feature map.
+"""Any network for images as a sequence of blocks: its graph, cut where few values pass.
 
     module --torch.export--> operations in order --cuts--> block | block | block
 
-Operations carry the path of their module, so a cut is named after the module that ends there; a second call of the
-module gives `name:2`.
+Classifiers are cut where a single feature map or sequence of tokens passes; networks of other kinds also where maps of
+several scales do, as after a detector's neck. Between blocks there is one map (`crossing`). Operations carry the path
+of their module, so a cut is named after the module that ends there; a second call of the module gives `name:2`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections import defaultdict
@@ -23,83 +23,129 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from isthmus.models.errors import InvalidInput
-from isthmus.models.recipes.vision.capturing import SIZE, captured_graph, operations
-from isthmus.models.recipes.vision.layout import channels_last
+from isthmus.models.messages import TaskKind
+from isthmus.models.recipes.vision.capturing import SIZE, captured_graph, operations, output_nodes
+from isthmus.models.recipes.vision.crossing import Crossing, Layout, Pack, Shape, Unpack, layouts_of
+from isthmus.models.recipes.vision.layout import channel_axes
 
 REPEATS = 5
-TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # (B, C, H, W) -> (B, H, W, C), and back
-
-Shape = tuple[int, int, int]
+MOST_MAPS = 5  # of several scales at one cut
+TOKENS = ("tokens", "columns")  # forms of a sequence
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A point in the graph that only one feature map passes: the module that ends there, and the cost up to there."""
+    """A point in the graph that few values pass: the module that ends there, and the cost up to there."""
 
     name: str
-    shape: Shape  # channels, height, width
+    shape: Shape  # channels, height, width of the one map that crosses
     macs: int  # multiply-accumulate operations of one image
     seconds: float  # of one image, median
-
-    @property
-    def values(self) -> int:
-        """Values of the feature map."""
-        return math.prod(self.shape)
+    values: int  # that cross
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A classifier's graph for one image size and any batch, its possible cuts, and its total cost."""
+    """A network's graph for one image size and any batch, its possible cuts, and its total cost."""
 
     graph: GraphModule
     cuts: tuple[Cut, ...]
-    ends: tuple[Node, ...]  # the feature map of each cut
-    classes: int
+    ends: tuple[tuple[Node, ...], ...]  # what crosses each cut
+    layouts: tuple[tuple[Layout, ...], ...]
+    kind: TaskKind
+    channels: int  # of its answer: classes, or numbers of a vector
     macs: int
     seconds: float
-    turned: frozenset[Node]  # of the ends, those whose channels are last: they cross a cut as (B, C, H, W)
     removed: str | None = None  # softmax or sigmoid, after the logits
 
+    @property
+    def whole(self) -> nn.Module:
+        """The network: images -> its outputs, a tensor where there is one."""
+        return blocks(self, ())
 
-def capture(model: nn.Module, image_CHW: Shape) -> Captured:
-    """The graph of a classifier in eval mode, and its cuts from the image to the logits.
+    def is_tokens(self, index: int) -> bool:
+        """Whether a sequence of tokens crosses a cut."""
+        return self.layouts[index][0].form in TOKENS
 
-    Raises InvalidInput when it cannot be captured (`capturing.captured_graph`), or there is no possible cut.
+
+def capture(model: nn.Module, image_CHW: Shape, kind: TaskKind | None = None) -> Captured:
+    """The graph of a network in eval mode, and its cuts from the image to its answer.
+
+    kind: of the answer; None for what the shapes of its outputs say. Raises InvalidInput when it cannot be captured
+    (`capturing.captured_graph`), or there is no possible cut.
     """
     images_B3HW = torch.zeros(2, *image_CHW)
-    graph, removed = captured_graph(model, images_B3HW)
+    graph, kind, removed = captured_graph(model, images_B3HW, kind)
     profile = Profile(graph)
     with torch.inference_mode():
         for _ in range(REPEATS + 1):
             profile.run(images_B3HW[:1])
-    (output,) = graph.graph.find_nodes(op="output")
-    (last,) = output.all_input_nodes
-    return replace(cuts_of(graph, profile, int(last.meta["val"].shape[1])), removed=removed)
+    last = output_nodes(graph)[-1].meta["val"]
+    channels = last.shape[2 if kind == "detect" else 1]
+    return replace(cuts_of(graph, profile, kind, image_CHW[1:]), channels=int(channels), removed=removed)
 
 
-def cuts_of(graph: GraphModule, profile: Profile, classes: int) -> Captured:
-    """Every point that only one feature map passes, unless the next operation is its normalisation or activation."""
-    nodes = operations(graph)
-    turned = channels_last(graph)
+def cuts_of(graph: GraphModule, profile: Profile, kind: TaskKind, image: tuple[int, int]) -> Captured:
+    """Every point that few values pass, unless the next operation only normalises or activates the only one."""
+    nodes, axes = operations(graph), channel_axes(graph)
+    lives = Lives(graph, nodes)
     cuts: list[Cut] = []
-    ends: list[Node] = []
+    ends: list[tuple[Node, ...]] = []
+    layouts: list[tuple[Layout, ...]] = []
     macs, seconds = 0, 0.0
-    for index, (node, after) in enumerate(zip(nodes, [*nodes[1:], None], strict=True)):
+    for index, (node, after) in enumerate(itertools.pairwise(nodes)):
         macs += profile.macs[node]
         seconds += statistics.median(profile.seconds[node][1:])  # the first run allocates
-        if after is not None and is_only_live(nodes, index) and not (profile.macs[after] == 0 and same(node, after)):
-            channels, height, width = node.meta["val"].shape[1:]
-            if node in turned:
-                channels, height, width = width, channels, height
-            name = name_of(node, after)
-            taken = sum(cut.name.partition(":")[0] == name for cut in cuts)
-            cuts.append(Cut(f"{name}:{taken + 1}" if taken else name, (channels, height, width), macs, seconds))
-            ends.append(node)
+        live = lives.at(index)
+        most = 1 if kind == "classify" else MOST_MAPS
+        if not macs or not 0 < len(live) <= most or (profile.macs[after] == 0 and only_changed(live, after)):
+            continue
+        values = [each.meta["val"] for each in live]
+        found = layouts_of(values, [axes.get(each) for each in live], image)
+        if found is None:
+            continue
+        crossing, name = Crossing(found), name_of(node, after)
+        if cuts and (cuts[-1].macs, cuts[-1].values) == (macs, crossing.values):  # laid out in another way
+            continue
+        if found[0].form in TOKENS and name == node.name:  # between attention and perceptron of one layer
+            continue
+        taken = sum(cut.name.partition(":")[0] == name for cut in cuts)
+        name = f"{name}:{taken + 1}" if taken else name
+        cuts.append(Cut(name, crossing.shape, macs, seconds, crossing.values))
+        ends.append(live)
+        layouts.append(tuple(found))
     if not cuts:
         raise InvalidInput(
-            "the model cannot be cut: no point of it is passed by a single feature map (B, C, H, W) only"
+            "the model cannot be cut: no point of it is passed by a single feature map (B, C, H, W) or sequence of"
+            " tokens (B, N, D) only"
         )
-    return Captured(graph, tuple(cuts), tuple(ends), classes, macs, seconds, turned & set(ends))
+    macs, seconds = macs + profile.macs[nodes[-1]], seconds + statistics.median(profile.seconds[nodes[-1]][1:])
+    return Captured(graph, tuple(cuts), tuple(ends), tuple(layouts), kind, 0, macs, seconds)
+
+
+class Lives:
+    """What later operations need of earlier ones, at every point of a graph."""
+
+    def __init__(self, graph: GraphModule, nodes: Sequence[Node]) -> None:
+        position = {node: index for index, node in enumerate(nodes)}
+        (self._image,) = graph.graph.find_nodes(op="placeholder")
+        seen = {self._image}
+        for node in nodes:
+            if seen & set(node.all_input_nodes):
+                seen.add(node)
+        self._of_image = seen - {self._image}
+        self._nodes = nodes
+        self._last = {
+            node: max((position.get(user, len(nodes)) for user in node.users if user.target is not SIZE), default=-1)
+            for node in (self._image, *nodes)
+        }
+
+    def at(self, index: int) -> tuple[Node, ...]:
+        """The values of an image that cross after an operation; none where the image itself does, or no tensor."""
+        if self._last[self._image] > index:
+            return ()
+        live = tuple(node for node in self._nodes[: index + 1] if node in self._of_image and self._last[node] > index)
+        return live if all(isinstance(node.meta["val"], Tensor) for node in live) else ()
 
 
 class Profile(Interpreter):
@@ -134,59 +180,80 @@ def cut_indices(captured: Captured, names: Sequence[str]) -> list[int]:
 
 
 def blocks(captured: Captured, names: Sequence[str]) -> nn.Sequential:
-    """The classifier in len(names) + 1 blocks, which share the graph's weights. Raises InvalidInput."""
-    ends = [captured.ends[index] for index in cut_indices(captured, names)]
-    nodes = list(captured.graph.graph.nodes)
-    (source,) = (node for node in nodes if node.op == "placeholder")
-    (output,) = (node for node in nodes if node.op == "output")
-    (last,) = output.all_input_nodes
-    crossing = [source, *ends, last]
-    return nn.Sequential(*(block(captured, start, end) for start, end in itertools.pairwise(crossing)))
+    """The network in len(names) + 1 blocks, which share the graph's weights. Raises InvalidInput."""
+    (source,) = captured.graph.graph.find_nodes(op="placeholder")
+    chosen = cut_indices(captured, names)
+    crossing = [(source,), *(captured.ends[index] for index in chosen), tuple(output_nodes(captured.graph))]
+    layouts = [None, *(captured.layouts[index] for index in chosen), None]
+    return nn.Sequential(
+        *(
+            Block(section(captured.graph, start, end), before, after)
+            for (start, end), (before, after) in zip(
+                itertools.pairwise(crossing), itertools.pairwise(layouts), strict=True
+            )
+        )
+    )
 
 
-def block(captured: Captured, start: Node, end: Node) -> GraphModule:
-    """The part of a graph that computes `end` from `start`."""
-    whole, graph, made = captured.graph, Graph(), {}
-    made[start] = graph.placeholder("x")
-    if start in captured.turned:
-        made[start] = turn(graph, made[start], TO_LAST)
+class Block(nn.Module):
+    """A part of a graph from one cut to the next; both ends are one map, the network's own are as they are."""
+
+    def __init__(self, graph: GraphModule, before: Sequence[Layout] | None, after: Sequence[Layout] | None) -> None:
+        super().__init__()
+        self.section = graph
+        self.unpack = Unpack(before) if before else None
+        self.pack = Pack(after) if after else None
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.section(*(self.unpack(x) if self.unpack else (x,)))
+        return self.pack(*found) if self.pack else found[0] if len(found) == 1 else found
+
+
+def section(whole: GraphModule, starts: Sequence[Node], ends: Sequence[Node]) -> GraphModule:
+    """The part of a graph that computes `ends` from `starts`, as a tuple."""
+    graph, made = Graph(), dict[Node, Node]()
+    for index, start in enumerate(starts):
+        made[start] = graph.placeholder(f"x{index}")
+    first = made[starts[0]]
+    required = needed(starts, ends)
 
     def taken(node: Node) -> Node:
-        if node not in made and node.op == "get_attr":
-            made[node] = graph.get_attr(str(node.target))
-        elif node not in made:  # the batch size, which every feature map has
-            made[node] = graph.call_function(SIZE, (made[start], 0))
         return made[node]
 
-    inside = False
     for node in whole.graph.nodes:
-        if inside and node.op == "call_function" and node.target is not SIZE:
+        if node in made or node not in required:
+            continue
+        if node.target is SIZE:  # of the batch, which everything that crosses has
+            made[node] = graph.call_function(SIZE, (first, 0))
+        elif node.op == "get_attr":
+            made[node] = graph.get_attr(str(node.target))
+        else:
             made[node] = graph.node_copy(node, taken)
-        inside = (inside or node is start) and node is not end
-    graph.output(turn(graph, made[end], TO_FIRST) if end in captured.turned else made[end])
+    graph.output(tuple(made[end] for end in ends))
     return GraphModule(whole, graph)
 
 
-def turn(graph: Graph, node: Node, order: Sequence[int]) -> Node:
-    """The node with its axes in another order, laid out anew: what follows may ask for a view."""
-    turned = graph.call_function(torch.ops.aten.permute.default, (node, list(order)))
-    return graph.call_function(torch.ops.aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
+def needed(starts: Sequence[Node], ends: Sequence[Node]) -> set[Node]:
+    """The nodes that `ends` are computed from, back to `starts`; a size of the batch comes from anywhere."""
+    found, waiting = set[Node](), list(ends)
+    while waiting:
+        node = waiting.pop()
+        if node in found or node in starts:
+            continue
+        found.add(node)
+        waiting += () if node.target is SIZE else node.all_input_nodes
+    return found
 
 
-def is_only_live(nodes: Sequence[Node], index: int) -> bool:
-    """Whether later operations use only this one's result, a feature map, of all results so far."""
-    later = set(nodes[index + 1 :])
-    live = [node for node in nodes[: index + 1] if later & node.users.keys()]
-    images = nodes[0].graph.find_nodes(op="placeholder")
-    value = nodes[index].meta["val"]
-    is_map = isinstance(value, Tensor) and value.ndim == 4
-    return is_map and live == [nodes[index]] and not any(later & image.users.keys() for image in images)
-
-
-def same(node: Node, after: Node) -> bool:
-    """Whether an operation keeps its input's shape: a normalisation, an activation."""
+def only_changed(live: Sequence[Node], after: Node) -> bool:
+    """Whether the next operation takes the only value that crosses, no other does, and it keeps its shape."""
     value = after.meta["val"]
-    return isinstance(value, Tensor) and value.shape == node.meta["val"].shape
+    return (
+        len(live) == 1
+        and set(live[0].users) == {after}
+        and isinstance(value, Tensor)
+        and value.shape == live[0].meta["val"].shape
+    )
 
 
 def name_of(node: Node, after: Node) -> str:

@@ -1,4 +1,4 @@
-"""Where the channels of a graph's feature maps are: second as in (B, C, H, W), or last as in (B, H, W, C).
+"""Where the channels of a graph's values are: second as in (B, C, H, W), or last as in (B, H, W, C) and (B, N, D).
 
 A graph does not say. Convolutions and linear layers do, and other operations move the axis or leave it where it is.
 """
@@ -13,14 +13,14 @@ SECOND |= {"adaptive_avg_pool2d", "avg_pool2d", "group_norm", "pixel_shuffle"}
 LAST = {"linear", "layer_norm"}
 
 
-def channels_last(graph: GraphModule) -> frozenset[Node]:
-    """The operations that give feature maps (B, H, W, C). One of which nothing is known is taken for (B, C, H, W)."""
+def channel_axes(graph: GraphModule) -> dict[Node, int | None]:
+    """The axis of the channels of every value; None where it is not known."""
     axes: dict[Node, int | None] = {}
     for node in graph.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and node.op in ("placeholder", "call_function"):
             axes[node] = 1 if node.op == "placeholder" else axis_of(node, value, axes)
-    return frozenset(node for node, axis in axes.items() if axis == 3 and node.meta["val"].ndim == 4)
+    return axes
 
 
 def axis_of(node: Node, value: Tensor, axes: dict[Node, int | None]) -> int | None:

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.models.errors import InvalidInput
 from isthmus.models.recipes.common import origin
 from isthmus.models.recipes.common.fit_tables import fit
 from isthmus.models.recipes.common.trainer import Run
 from isthmus.models.recipes.vision import export, own_data
-from isthmus.models.recipes.vision.cutting import Captured
+from isthmus.models.recipes.vision.cutting import Captured, cut_indices
 from isthmus.models.recipes.vision.distil import Distillation
+from isthmus.models.recipes.vision.exit_heads import token_exits
 from isthmus.models.recipes.vision.own_checks import WholeImage, check_order, find_warnings, logits_of, whole_images
 from isthmus.models.recipes.vision.own_data import Images, normalise
 from isthmus.models.recipes.vision.own_model import PRICES, architecture, backbone, proposed
@@ -49,6 +50,7 @@ class Settings:
     preprocessing: Preprocessing
     cuts: tuple[str, ...] = ()
     task: str = "class"
+    exits: nn.ModuleList | None = None  # already trained; where there are none, those of the features that cross
 
 
 def make(
@@ -59,9 +61,9 @@ def make(
     Raises InvalidInput when data and model do not match, or the run's folder has checkpoints of another model, data or
     options. An interrupted run resumes after its last epoch.
     """
-    if data.classes and len(data.classes) != captured.classes:
+    if data.classes and len(data.classes) != captured.channels:
         raise InvalidInput(
-            f"{data.root} has {len(data.classes)} sub-folders as classes, the model answers {captured.classes} classes"
+            f"{data.root} has {len(data.classes)} sub-folders as classes, the model answers {captured.channels} classes"
         )
     parts = own_data.load(data, settings.preprocessing)
     run = run.of(
@@ -72,15 +74,15 @@ def make(
         cuts=" ".join(settings.cuts or proposed(captured)),
     )
     calibration = parts["calibration"]
-    logits_NK = logits_of(captured.graph, calibration.images_N3HW, settings.preprocessing)
+    logits_NK = logits_of(captured.whole, calibration.images_N3HW, settings.preprocessing)
     for warning in find_warnings(logits_NK, calibration.labels_N):
         print(f"warning: {warning}", file=sys.stderr)
-    names = data.classes or tuple(f"class {index}" for index in range(captured.classes))
+    names = data.classes or tuple(f"class {index}" for index in range(captured.channels))
     what = "labelled" if data.classes else "unlabelled: accuracy is agreement with the model"
     bundle = build(
         folder, run, command, captured, parts, names, f"{len(data.paths)} images of the user's, {what}", settings
     )
-    return bundle, whole_images(captured.graph, parts["test"], settings.preprocessing)
+    return bundle, whole_images(captured.whole, parts["test"], settings.preprocessing)
 
 
 def build(
@@ -99,11 +101,15 @@ def build(
     built = architecture(captured, cuts)
     torch.manual_seed(run.seed)
     split = SplitClassifier(built, backbone(captured, cuts))
+    if settings.exits is not None:
+        split.exits = settings.exits
+    elif all(captured.is_tokens(index) for index in cut_indices(captured, cuts)):
+        split.exits = token_exits([split.backbone.channels[cut - 1] for cut in split.cuts], captured.channels)
     split.eval()
     labels_N = answers(split, train_part, spec).numpy() if train_part.labels_N is None else train_part.labels_N
     if (true_N := parts["calibration"].labels_N) is not None:
         check_order(answers(split, parts["calibration"], spec).numpy(), true_N, names)
-    targets_NK = torch.eye(captured.classes)[torch.from_numpy(labels_N)]
+    targets_NK = torch.eye(captured.channels)[torch.from_numpy(labels_N)]
     finished = distilled(run, split, train_part, targets_NK, spec)
     split, tap = finished.split.eval(), trained_tap(finished, train_part, spec)
     ranges = [normalise(image_3HW, spec) for image_3HW in train_part.images_N3HW[:RANGE_IMAGES]]

@@ -67,7 +67,7 @@ def test_cuts_are_where_modules_end_and_one_map_crosses(small: nn.Module) -> Non
         ("late", (16, 4, 4)),
         ("adaptive_avg_pool2d", (16, 1, 1)),
     ]
-    assert captured.classes == 5
+    assert captured.channels == 5
 
 
 def test_costs_add_up(small: nn.Module) -> None:
@@ -238,12 +238,19 @@ def test_a_transformer_encoder_is_captured_without_pytorchs_fused_layer(frozen: 
         torch.manual_seed(0)
         model = Tokens().eval().requires_grad_(not frozen)
         captured = capture(model, IMAGE)
-    assert [cut.name for cut in captured.cuts] == ["stem", "patch"]
+    assert [(cut.name, cut.shape) for cut in captured.cuts if "cat" not in cut.name] == [
+        ("stem", (8, 16, 16)),
+        ("patch", (32, 4, 4)),
+        ("encoder.layers.0.norm1", (32, 5, 4)),  # a row for the class token
+        ("encoder", (32, 5, 4)),
+    ]
     assert not [node for node in captured.graph.graph.nodes if "_transformer" in str(node.target)]
     assert torch.backends.mha.get_fastpath_enabled()
     images_B3HW = torch.randn(3, *IMAGE)
-    split = blocks(captured, ("stem",))
-    torch.testing.assert_close(split(images_B3HW), model(images_B3HW), rtol=1e-4, atol=1e-5)
+    wanted_BK = model(images_B3HW)
+    for cut in ("encoder.layers.0.norm1", "stem"):
+        split = blocks(captured, (cut,))
+        torch.testing.assert_close(split(images_B3HW), wanted_BK, rtol=1e-4, atol=1e-5)
     with torch.inference_mode(False):
         onnx_bytes(split[1], {"x": torch.zeros(2, 8, 16, 16)}, 1)
 
@@ -311,7 +318,10 @@ def not_finite() -> nn.Module:
         (not_finite, "the model's answers to noise are not finite"),
         (Broken, "the model's graph cannot be captured: first line"),
         (Dense, "the model cannot be cut: no point of it is passed by a single feature map"),
-        (lambda: nn.Conv2d(3, 4, 3), r"the model's output for two images is \(2, 4, 30, 30\), expected logits"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2)),
+            r"the model's output for two images is \(2, 4, 900\), expected logits",
+        ),
         (lambda: nn.Conv2d(5, 4, 3), "the model's graph cannot be captured"),
     ],
     ids=[

@@ -3,41 +3,54 @@ from __future__ import annotations
 import torch
 
 from isthmus.models.recipes.vision import nanodet
-from isthmus.models.recipes.vision.components import components_of, start_decoder
-from isthmus.models.recipes.vision.detector_distil import (
-    DetectorDistillation,
+from isthmus.models.recipes.vision.answer_distil import (
+    AnswerDistillation,
+    FromLatent,
     MapBatch,
-    detection_loss,
+    MapEncoder,
     information,
-    paired_iou,
 )
-from isthmus.models.recipes.vision.detector_tap import PACKED, FromLatent, MapEncoder, pack, unpack
+from isthmus.models.recipes.vision.answer_loss import detection_loss, paired_iou
+from isthmus.models.recipes.vision.components import components_of, start_decoder
+from isthmus.models.recipes.vision.crossing import Pack
+from isthmus.models.recipes.vision.cutting import blocks, capture
+from isthmus.models.recipes.vision.detector_tap import LAYOUTS, PackedHeads, Trunk
 from isthmus.models.recipes.vision.rates import Rates
 from isthmus.models.vision.split import DenseDecoder
 
 PRICES = (1.0, 0.1)
+PACKED = Pack(LAYOUTS).shape[0]
+GRID = nanodet.SIDE // nanodet.STRIDES[1]
 
 
-def maps(batch: int, side: int = 8, width: int = nanodet.WIDTH) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, width, each, each, generator=generator) for each in (2 * side, side, side // 2)]
+def packed(batch: int) -> torch.Tensor:
+    return torch.randn(batch, PACKED, GRID, GRID, generator=torch.Generator().manual_seed(0))
 
 
-def test_unpacking_gives_the_packed_maps() -> None:
-    given = maps(2, width=3)
-    packed_BCHW = pack(given)
-    assert packed_BCHW.shape == (2, 18, 8, 8)
-    for wanted, found in zip(given, unpack(packed_BCHW), strict=True):
-        torch.testing.assert_close(found, wanted)
+@torch.inference_mode()
+def test_the_cut_after_the_neck_is_one_of_those_found_in_the_graph() -> None:
+    torch.manual_seed(0)
+    net = nanodet.NanoDet().eval()
+    captured = capture(net, (3, nanodet.SIDE, nanodet.SIDE))
+    (cut,) = (cut for cut in captured.cuts if cut.name == "neck")
+    assert captured.kind == "detect" and captured.channels == nanodet.CLASSES
+    assert cut.shape == (PACKED, GRID, GRID) and cut.values == 128 * (52**2 + 26**2 + 13**2)
+    trunk, rest = blocks(captured, ("neck",))
+    images_1B3HW = torch.randn(1, 3, nanodet.SIDE, nanodet.SIDE)
+    found_BCHW = trunk(images_1B3HW)
+    torch.testing.assert_close(found_BCHW, Trunk(net)(images_1B3HW))
+    for own, wanted in zip(PackedHeads(net.heads)(found_BCHW), net(images_1B3HW), strict=True):
+        torch.testing.assert_close(own, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(rest(found_BCHW), net(images_1B3HW), strict=True))
 
 
 def test_components_carry_the_maps_before_training() -> None:
     torch.manual_seed(0)
-    heads = nanodet.Heads()
-    low_BCHW = torch.randn(4, 5, 8, 8)
+    heads = PackedHeads(nanodet.Heads())
+    low_BCHW = torch.randn(4, 5, GRID, GRID)
     packed_BCHW = torch.einsum("cl,blhw->bchw", torch.randn(PACKED, 5), low_BCHW) + 1  # five directions and a mean
-    found = components_of(packed_BCHW, information(packed_BCHW, heads), 5)
-    encoder, decoder = MapEncoder(5), DenseDecoder(5, PACKED, 8, len(PRICES))
+    found = components_of(packed_BCHW, information("detect", packed_BCHW, heads), 5)
+    encoder, decoder = MapEncoder(PACKED, 5), DenseDecoder(5, PACKED, 8, len(PRICES))
     encoder.start(found)
     start_decoder(decoder, found)
     with torch.no_grad():
@@ -47,15 +60,12 @@ def test_components_carry_the_maps_before_training() -> None:
 
 def test_the_detector_s_own_answer_loses_nothing_and_another_one_does() -> None:
     generator = torch.Generator().manual_seed(0)
-    cells = 3549
-    logits, distances = (
-        torch.randn(1, cells, 80, generator=generator),
-        torch.randn(1, cells, 4, 11, generator=generator),
-    )
-    same, _ = detection_loss((logits, distances), (logits, distances))
+    corners = torch.rand(1, 50, 2, generator=generator)
+    boxes, scores = torch.cat([corners, corners + 1], 2), torch.rand(1, 50, 80, generator=generator)
+    same, _ = detection_loss((boxes, scores), (boxes, scores))
     assert abs(float(same)) < 1e-5
-    for changed in ((logits + 0.5, distances), (logits, distances.flip(3))):
-        assert float(detection_loss((logits, distances), changed)[0]) > 0.01
+    for changed in ((boxes + 0.3, scores), (boxes, scores.flip(2))):
+        assert float(detection_loss((boxes, scores), changed)[0]) > 0.01
 
 
 def test_overlap_of_paired_boxes() -> None:
@@ -66,13 +76,14 @@ def test_overlap_of_paired_boxes() -> None:
 
 def test_training_reaches_encoder_rates_and_decoder_and_leaves_the_heads() -> None:
     torch.manual_seed(0)
-    heads = nanodet.Heads()
+    heads = PackedHeads(nanodet.Heads())
     rates = Rates(4, PRICES, hard=True)
-    module = DetectorDistillation(MapEncoder(4), rates, DenseDecoder(4, PACKED, 8, len(PRICES)), heads)
+    encoder, decoder = MapEncoder(PACKED, 4), DenseDecoder(4, PACKED, 8, len(PRICES))
+    module = AnswerDistillation("detect", encoder, rates, decoder, heads)
     module.train()
-    loss, figures = module.loss(MapBatch(maps(2, nanodet.SIDE // 16)))
+    loss, figures = module.loss(MapBatch(packed(2)))
     loss.backward()  # type: ignore[no-untyped-call]
-    assert {"task", "scores", "boxes", "distances", "features", "bytes0", "bytes1"} <= figures.keys()
+    assert {"task", "scores", "boxes", "features", "bytes0", "bytes1"} <= figures.keys()
     assert module.encoder.linear.weight.grad is not None
     assert module.decoder.linear.weight.grad is not None
     assert rates.log_gain_RC.grad is not None
@@ -80,8 +91,8 @@ def test_training_reaches_encoder_rates_and_decoder_and_leaves_the_heads() -> No
 
 
 def test_the_cloud_s_part_gives_a_box_and_scores_for_each_cell() -> None:
-    part = FromLatent(DenseDecoder(4, PACKED, 8, 2), nanodet.Heads())
+    part = FromLatent(DenseDecoder(4, PACKED, 8, 2), PackedHeads(nanodet.Heads()))
     with torch.no_grad():
-        boxes_BN4, scores_BNC = part(torch.zeros(2, 4, 26, 26), torch.tensor([0, 1]))
+        boxes_BN4, scores_BNC = part(torch.zeros(2, 4, GRID, GRID), torch.tensor([0, 1]))
     assert boxes_BN4.shape == (2, 3549, 4)
     assert scores_BNC.shape == (2, 3549, 80)

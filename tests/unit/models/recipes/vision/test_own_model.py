@@ -46,6 +46,7 @@ def test_blocks_after_the_last_cut_are_the_rest_of_the_model(captured: Captured,
     ("reference", "words"),
     [
         ("nets", "expected package.module:factory"),
+        ("folder/net.onnx", "ONNX files are not taken, give the torch.nn.Module"),
         ("no_such_package.nets:make", "ModuleNotFoundError"),
         ("{here}:missing", "AttributeError"),
         ("{here}:broken", "RuntimeError: .*no weights here"),

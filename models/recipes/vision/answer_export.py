@@ -1,6 +1,7 @@
-"""A detector with a bottleneck -> a bundle of graphs, measured as it runs: mean average precision in place of accuracy.
+"""A network of any kind with a bottleneck -> a bundle of graphs, measured as it runs: agreement in place of accuracy.
 
-The reference of every way are the boxes that the whole network serves for the photo as it is.
+The reference of every way is what the whole network serves for the photo as it is: of boxes the mean average precision
+at an overlap of one half, of maps the mean intersection over union, of vectors the mean cosine (`agreement`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from isthmus.models.bundle.files import write_bundle
 from isthmus.models.codecs import checkerboard
 from isthmus.models.codecs.checkerboard import Tables
 from isthmus.models.recipes.common.environment import environment
-from isthmus.models.recipes.vision.average_precision import mean_average_precision
-from isthmus.models.recipes.vision.detector_tap import FromLatent, MapEncoder, Trunk
+from isthmus.models.recipes.vision.agreement import UNIT, Answer, agreement
+from isthmus.models.recipes.vision.answer_distil import FromLatent, MapEncoder
 from isthmus.models.recipes.vision.export import UNITS, VERSIONS, placeholders, with_figures
 from isthmus.models.recipes.vision.graphs import compact, onnx_bytes
 from isthmus.models.recipes.vision.measure import IMAGE_WAYS
@@ -32,23 +33,22 @@ from isthmus.models.recipes.vision.parts import chw, halve, macs
 from isthmus.models.vision.architecture import Architecture, TapArchitecture
 from isthmus.models.vision.bundle import Bundle
 from isthmus.models.vision.certificates import dependencies
-from isthmus.models.vision.detection.boxes import Boxes
 from isthmus.models.vision.head import Head
 from isthmus.models.vision.images import encode_whole, open_image, preprocess
 from isthmus.models.vision.manifest import NEVER, Manifest, Preprocessing
-from isthmus.models.vision.outputs import Raw, finish
+from isthmus.models.vision.outputs import Raw, finish, graph_outputs
 from isthmus.models.vision.tail import open_tail
-from isthmus.models.vision.tasks import DetectTask
+from isthmus.models.vision.tasks import AnyTask
 
 EPSILON, DELTA = 0.005, 0.1  # of the certificate that no exit answers: there is none
 
 
 @dataclass(frozen=True)
-class SplitDetector:
-    """The parts of a detector: whole, before its bottleneck, its encoder, after its decoder; and its tables."""
+class SplitNetwork:
+    """The parts of a network: whole, before its bottleneck, its encoder, after its decoder; and its tables."""
 
     whole: nn.Module
-    trunk: Trunk
+    trunk: nn.Module
     encoder: MapEncoder
     rest: FromLatent
     tables: Tables
@@ -56,8 +56,8 @@ class SplitDetector:
 
 def write(
     folder: Path,
-    split: SplitDetector,
-    task: DetectTask,
+    split: SplitNetwork,
+    task: AnyTask,
     spec: Preprocessing,
     about: dict[str, Any],
     max_bytes: int,
@@ -79,9 +79,9 @@ def write(
     return Bundle.open(write_bundle(folder, with_figures(manifest, found), files, Manifest))
 
 
-def graphs(split: SplitDetector, task: DetectTask, spec: Preprocessing) -> dict[str, bytes]:
+def graphs(split: SplitNetwork, task: AnyTask, spec: Preprocessing) -> dict[str, bytes]:
     """The graphs of both ends by their files' names."""
-    names = (f"{task.name}.boxes", f"{task.name}.scores")
+    names = [f"{task.name}.{name}" for name in graph_outputs(task, None)]
     image_13HW, images_23HW = (torch.zeros(batch, 3, *spec.crop) for batch in (1, 2))
     with torch.no_grad():
         packed_2CHW = split.trunk(images_23HW)
@@ -94,7 +94,7 @@ def graphs(split: SplitDetector, task: DetectTask, spec: Preprocessing) -> dict[
     }
 
 
-def entries(split: SplitDetector, task: DetectTask, spec: Preprocessing, max_bytes: int) -> dict[str, Any]:
+def entries(split: SplitNetwork, task: AnyTask, spec: Preprocessing, max_bytes: int) -> dict[str, Any]:
     """Manifest entries that are known before anything is measured."""
     image_13HW, rate_1 = torch.zeros(1, 3, *spec.crop), torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
@@ -131,13 +131,13 @@ def entries(split: SplitDetector, task: DetectTask, spec: Preprocessing, max_byt
         "tail_macs": macs(split.whole, image_13HW) - head_macs,
         "units": {
             **UNITS,
-            "accuracy, agreement": "mean average precision at IoU 0.5 against the whole network's boxes",
+            "accuracy, agreement": UNIT[task.kind],
         },
     }
 
 
 class Measuring:
-    """The shipped parts of a detector's bundle, opened to answer one photo after the other."""
+    """The shipped parts of a bundle, opened to answer one photo after the other."""
 
     def __init__(self, opened: Bundle) -> None:
         (self._task,) = opened.manifest.tasks
@@ -145,8 +145,8 @@ class Measuring:
         self._rates = opened.manifest.architecture.taps[0].rates
         self._head, self._tail, self._codec = Head(opened), open_tail(opened), opened.codec(0)
 
-    def photo(self, photo: Image.Image) -> tuple[Boxes, list[tuple[Boxes, int]], list[tuple[Boxes, int]]]:
-        """The reference, and each rate's and each whole image's boxes and bytes."""
+    def photo(self, photo: Image.Image) -> tuple[Answer, list[tuple[Answer, int]], list[tuple[Answer, int]]]:
+        """The reference, and each rate's and each whole image's answer and bytes."""
         image_CHW = preprocess(photo, self._spec)
         features_CHW, _ = self._head.segment(0, image_CHW)
         latent_CHW = self._head.encode(0, features_CHW, 0)
@@ -154,27 +154,24 @@ class Measuring:
         for chosen in range(self._rates):
             rate, payload = self._codec.compress(latent_CHW, chosen)
             decoded_CHW = self._codec.dequantise(self._codec.decode(payload, rate), rate)
-            sent.append((self._boxes(self._tail.latents_to_tasks(0, [decoded_CHW], [rate], (0,))[0]), len(payload)))
+            sent.append((self._answer(self._tail.latents_to_tasks(0, [decoded_CHW], [rate], (0,))[0]), len(payload)))
         whole = []
         for form, quality in IMAGE_WAYS:
             file = encode_whole(photo, self._spec.resize, form, quality, self._spec.fit)
             whole.append((self._whole(preprocess(open_image(file), self._spec)), len(file)))
         return self._whole(image_CHW), sent, whole
 
-    def _whole(self, image_CHW: NDArray[np.float32]) -> Boxes:
-        return self._boxes(self._tail.images_to_tasks([image_CHW], (0,))[0])
+    def _whole(self, image_CHW: NDArray[np.float32]) -> Answer:
+        return self._answer(self._tail.images_to_tasks([image_CHW], (0,))[0])
 
-    def _boxes(self, answer: NDArray[np.float32] | Raw) -> Boxes:
+    def _answer(self, answer: NDArray[np.float32] | Raw) -> Answer:
         assert not isinstance(answer, np.ndarray)
-        boxes_M4, scores_M, classes_M = finish(
-            self._task, {name: batch[0] for name, batch in answer.items()}, self._spec.crop
-        )
-        return Boxes(boxes_M4, scores_M, classes_M)
+        return finish(self._task, {name: batch[0] for name, batch in answer.items()}, self._spec.crop)
 
 
 def measured(opened: Bundle, photos: Sequence[Path]) -> dict[str, Any]:
-    """Figures of every way on photos: bytes, and mean average precision as accuracy and agreement."""
-    measuring = Measuring(opened)
+    """Figures of every way on photos: bytes, and agreement, also in place of accuracy."""
+    measuring, (task,) = Measuring(opened), opened.manifest.tasks
     references, rates, images = [], [], []
     for path in track(photos, "measuring"):
         reference, sent, whole = measuring.photo(open_image(path.read_bytes()))
@@ -186,9 +183,9 @@ def measured(opened: Bundle, photos: Sequence[Path]) -> dict[str, Any]:
     exit_ = {"name": "exit0", "accuracy": 0.0, "agreement": 0.0, "answers": False}
     return {
         "heads": {"fp32": {"exits": [exit_], "thresholds": [never]}},
-        "rates": [[[figures(references, way, most=True) for way in zip(*rates, strict=True)]]],
+        "rates": [[[figures(task, references, way, most=True) for way in zip(*rates, strict=True)]]],
         "images": [
-            {"form": form, "quality": quality, **figures(references, way)}
+            {"form": form, "quality": quality, **figures(task, references, way)}
             for (form, quality), way in zip(IMAGE_WAYS, zip(*images, strict=True), strict=True)
         ],
         "calibration_samples": len(photos),
@@ -196,9 +193,11 @@ def measured(opened: Bundle, photos: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def figures(references: Sequence[Boxes], way: Sequence[tuple[Boxes, int]], *, most: bool = False) -> dict[str, Any]:
+def figures(
+    task: AnyTask, references: Sequence[Answer], way: Sequence[tuple[Answer, int]], *, most: bool = False
+) -> dict[str, Any]:
     """Of one way over all photos."""
     sizes = [size for _, size in way]
-    precision = mean_average_precision(references, [boxes for boxes, _ in way])
-    found = {"mean_bytes": float(np.mean(sizes)), "accuracy": precision, "agreement": precision}
+    same = agreement(task, references, [answer for answer, _ in way])
+    found = {"mean_bytes": float(np.mean(sizes)), "accuracy": same, "agreement": same}
     return found | ({"max_bytes": max(sizes)} if most else {})
