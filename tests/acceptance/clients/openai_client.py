@@ -1,4 +1,4 @@
-"""OpenAI's client: a tool, whole, streamed and asynchronous; structured output; responses. Arguments: the URL, the model."""
+"""OpenAI's client: a tool, whole, streamed, asynchronous; structured output; responses. Arguments: URL and model."""
 
 import asyncio
 import json
