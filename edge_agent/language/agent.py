@@ -75,10 +75,10 @@ class LanguageAgent(TextInterface):
         self._metrics = metrics
         self._device = device = open_device(config)
         self._grammars = LastGrammars()
-        router, local = Router(config), None
+        router, local = Router(config, prices=profile.prices), None
         if device is not None:
             weights = device.fingerprint if device.handoff else b""
-            router = Router(config, device.routers, device.estimate, weights)
+            router = Router(config, device.routers, device.estimate, weights, profile.prices)
             local = device.start(router.local)
         self._cloud = CloudModel(config.cloud_model, device, TokenizerCache(cache_folder("tokenizers")))
         links = [self._link(target) for target in config.clouds]
