@@ -169,9 +169,9 @@ class SpeculationStats:
 
     draft_s: Average = field(default_factory=lambda: Average(0.02))
     step_s: Average = field(default_factory=lambda: Average(0.1))  # slow until known: then drafting is tried
-    read_s: Average = field(default_factory=lambda: Average(0.01))  # of a token of a prompt
     acceptance: Acceptance = field(default_factory=Acceptance)
     measured: MeasuredLatency = field(default_factory=MeasuredLatency)
+    read_s: Average = field(default_factory=lambda: Average(0.01))  # of a token of a prompt
 
     def latency(self, rtt_s: float) -> LatencyModel:
         """What a token costs over a link of this round trip."""
