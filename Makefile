@@ -40,7 +40,7 @@ demo-language: env  ## a chat by every arm over an emulated link, each token in 
 test: env  ## run every test
 	$(BIN)/python -m pytest tests -q -n 2 --dist loadfile
 
-acceptance: env  ## test with real engines, haproxy and Ray, where they are installed; vLLM is installed into build/
+acceptance: env  ## test with real engines, haproxy, Ray and API clients; vLLM and the clients are installed into build/
 	$(BIN)/python -m pytest tests/acceptance -v -rsP
 
 lint: env  ## style, formatting, and who may import whom

@@ -249,6 +249,7 @@ class Opening:
 class Round:
     """Draft tokens that follow position `base`; after verifying them the cloud may decode `extend` tokens by itself.
 
+    With `score` the draft is committed without verification, and its log-probabilities come back.
     With `states`, one for each draft token, the draft is committed without verification, and `extend` 1 requests the
     token after it, decoded from the last state. `decoded_from`: states from which a token was decoded before.
     """
@@ -258,6 +259,7 @@ class Round:
     extend: int = 0
     states: tuple[bytes, ...] = ()
     decoded_from: tuple[int, ...] = ()
+    score: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +346,7 @@ class ModelInfo:
     compared: int = 0
     mismatched: int = 0
     processors: tuple[Processor, ...] = ()  # what its choices can be made with
+    scores: bool = False  # whether it gives log-probabilities of a text that the device sends
 
 
 def describe_model(info: ModelInfo) -> str:

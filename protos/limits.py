@@ -22,6 +22,7 @@ RETRY_PUSHBACK = "grpc-retry-pushback-ms"  # gRPC's own name (A6), in the traili
 
 MAX_TOKENS = 1 << 18  # of a session: far above the context of supported models, small enough to allocate
 MAX_DRAFT = 64  # tokens of a round; longer drafts are rarely accepted, and all of a round's tokens are computed
+MAX_SCORED = 512  # tokens of a round with `score`: its reply has 90 kB with the likeliest twenty of each
 MAX_ROUNDS = 8  # of one session that may be queued in the cloud; a device that drafts ahead has two or three
 MAX_LOGPROBS = 20  # the limit of the OpenAI API
 MAX_END_IDS = 64  # that end an answer; models have one to five

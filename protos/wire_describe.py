@@ -97,6 +97,7 @@ def pack_model(model: ModelInfo) -> pb.Model:
         compared=model.compared,
         mismatched=model.mismatched,
         processors=model.processors,
+        scores=model.scores,
     )
 
 
@@ -131,6 +132,7 @@ def unpack_model(message: pb.Model) -> ModelInfo:
         compared=message.compared,
         mismatched=message.mismatched,
         processors=tuple(name for name in get_args(Processor) if name in message.processors),
+        scores=message.scores,
     )
 
 

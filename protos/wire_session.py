@@ -57,7 +57,12 @@ def pack_opening(opening: Opening) -> pb.GenerateRequest:
 
 def pack_round(round_: Round) -> pb.GenerateRequest:
     message = pb.Round(
-        base=round_.base, draft=round_.draft, extend=round_.extend, states=round_.states, decided=round_.decoded_from
+        base=round_.base,
+        draft=round_.draft,
+        extend=round_.extend,
+        states=round_.states,
+        decided=round_.decoded_from,
+        score=round_.score,
     )
     if round_.states:
         message.crc32 = states_checksum(message)
@@ -119,18 +124,25 @@ def unpack_round(message: pb.Round) -> Round:
         raise PayloadCorrupt("the round has a CRC-32 of hidden states and no hidden states")
     if message.decided:
         raise InvalidInput("the round has `decided` indices and no hidden states")
-    if len(message.draft) > limits.MAX_DRAFT:
-        raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, expected at most {limits.MAX_DRAFT}")
+    most = limits.MAX_SCORED if message.score else limits.MAX_DRAFT
+    if len(message.draft) > most:
+        raise PayloadTooLarge(f"the draft has {len(message.draft)} tokens, expected at most {most}")
+    if message.score and (message.extend or not message.draft):
+        raise InvalidInput(
+            f"a scored round has {len(message.draft)} tokens and extend {message.extend}, expected tokens and no extend"
+        )
     if not 1 <= message.base <= limits.MAX_TOKENS:
         raise InvalidInput(f"base is {message.base}, expected 1 to {limits.MAX_TOKENS}")
     if message.extend > limits.MAX_TOKENS:
         raise InvalidInput(f"extend is {message.extend}, expected at most {limits.MAX_TOKENS}")
-    return Round(message.base, tuple(message.draft), message.extend)
+    return Round(message.base, tuple(message.draft), message.extend, score=message.score)
 
 
 def unpack_states(message: pb.Round) -> Round:
     """A round of a handoff session. The session itself checks the bundle's own limit on the size of a state."""
     count = len(message.states)
+    if message.score:
+        raise InvalidInput("a round of hidden states cannot be scored")
     if count > limits.MAX_STATES:
         raise PayloadTooLarge(f"the round has {count} states, expected at most {limits.MAX_STATES}")
     if len(message.draft) != count:
@@ -189,7 +201,7 @@ def unpack_committed(message: pb.GenerateResponse, vocab: int) -> Committed:
     if message.HasField("error"):
         error = unpack_failure(message.error)
         raise PeerError(str(error)) if isinstance(error, PayloadCorrupt) else error
-    if message.accepted > limits.MAX_DRAFT or len(message.tokens) > limits.MAX_TOKENS:
+    if message.accepted > limits.MAX_SCORED or len(message.tokens) > limits.MAX_TOKENS:
         raise InvalidReply("the cloud committed more tokens than a round allows")
     if any(id_ >= vocab for id_ in message.tokens):
         raise InvalidReply(f"the cloud sent a token outside the vocabulary of {vocab}")

@@ -265,13 +265,15 @@ class SglangSpeaker(Speaker):
             return {"output_ids": [50], "meta_info": {"input_token_logprobs": rows}}
         tokens = answer_to(self.ids, 1)
         start = body["logprob_start_len"]
-        rows = [None]
+        rows, own = [None], [[None, self.ids[start], None]]
         for index in range(start + 1, len(self.ids)):
             entries = self.scored(index)
             rows.append([[entry["logprob"], int(id_), None] for id_, entry in entries.items()])
+            own.append([entries[str(self.ids[index])]["logprob"], self.ids[index], None])
         if self.engine.fault == "counts":
             rows.pop()
         meta = {"completion_tokens": 1, "finish_reason": {"type": "length"}, "input_top_logprobs": rows}
+        meta["input_token_logprobs"] = own
         return {"output_ids": tokens, "meta_info": {**meta, **self.rows(self.ids, tokens)}}
 
 

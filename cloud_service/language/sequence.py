@@ -29,12 +29,11 @@ class TokenSequence(CommittedTokens):
         chooser: TokenChooser | None = None,
     ) -> None:
         """`chooser`: None for that of a sampling without a grammar."""
-        super().__init__(tokens, eos_ids, context)
+        super().__init__(tokens, eos_ids, context, opening.logprobs)
         self.prefill_layers = opening.prefill_layers
         stop = len(tokens) - exact_last(len(tokens)) if opening.prefill_layers else 0
         self._approximated = range(EXACT_FIRST, max(stop, EXACT_FIRST))  # positions that may skip the upper layers
         self.cache: KVCache | None = None
-        self._logprobs = opening.logprobs
         self._chooser = chooser or TokenChooser(opening.sampling, opening.answer_start)
 
     @property
@@ -59,7 +58,7 @@ class TokenSequence(CommittedTokens):
     @property
     def final_length(self) -> int:
         """Tokens that the cache may hold when the scheduled round has ended."""
-        return len(self.tokens) + (len(self.scheduled.draft) if self.scheduled else 0)
+        return len(self.tokens) + (len(self.scheduled.draft) - self.scheduled.score if self.scheduled else 0)
 
     @property
     def pending_tokens(self) -> int:
@@ -101,7 +100,7 @@ class TokenSequence(CommittedTokens):
             index = first + row + 1 - length  # of the draft token that these logits confirm or reject
             if index < work.matched:  # committed already, or computed again after an eviction
                 continue
-            token = self._chooser.choose(logits_NV[row], self._text(index))
+            token = work.draft[index] if work.score else self._chooser.choose(logits_NV[row], self._text(index))
             self._note(work, logits_NV[row], token)
             if (committed := self.settle(token)) is not None:
                 return committed

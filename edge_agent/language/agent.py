@@ -30,7 +30,7 @@ from isthmus.edge_agent.language.metrics import LanguageMetrics
 from isthmus.edge_agent.language.replicas import Replicas
 from isthmus.edge_agent.language.request import GenerationRequest, Summary, Token
 from isthmus.edge_agent.language.router import Router
-from isthmus.edge_agent.language.scoring import score_locally
+from isthmus.edge_agent.language.scoring import score_locally, score_remotely
 from isthmus.edge_agent.language.text import TextInterface
 from isthmus.edge_agent.language.tokenizer_cache import TokenizerCache, cache_folder
 from isthmus.edge_agent.ledger import Ledger, default_path
@@ -75,10 +75,10 @@ class LanguageAgent(TextInterface):
         self._metrics = metrics
         self._device = device = open_device(config)
         self._grammars = LastGrammars()
-        router, local = Router(config), None
+        router, local = Router(config, prices=profile.prices), None
         if device is not None:
             weights = device.fingerprint if device.handoff else b""
-            router = Router(config, device.routers, device.estimate, weights)
+            router = Router(config, device.routers, device.estimate, weights, profile.prices)
             local = device.start(router.local)
         self._cloud = CloudModel(config.cloud_model, device, TokenizerCache(cache_folder("tokenizers")))
         links = [self._link(target) for target in config.clouds]
@@ -195,14 +195,19 @@ class LanguageAgent(TextInterface):
         return events if self._metrics is None else self._metrics.watch(events)
 
     def score(self, request: GenerationRequest, cancelled: threading.Event | None = None) -> list[Token]:
-        """The prompt's tokens with log probabilities by the device's model; the first has none. Raises IsthmusError."""
+        """The prompt's tokens with log probabilities, of which the first has none. Raises IsthmusError.
+
+        By the device's model (`edge`, `auto` with one), or by the cloud's (`cloud`, `verify`, `auto` without).
+        """
         self._lifetime.check()
         check_values(replace(request, max_tokens=1))
         local, device = self._resources.local, self._device
+        if request.arm in ("cloud", "verify") or (request.arm == "auto" and device is None):
+            if refusal := self._sides.refusal("cloud"):
+                raise InvalidInput(refusal)
+            return score_remotely(self._resources, request, cancelled or threading.Event())
         if request.arm not in ("edge", "auto") or local is None or device is None:
-            raise InvalidInput(
-                f"arm {request.arm} has no log probabilities of prompts: arm edge of a device with a model"
-            )
+            raise InvalidInput(f"arm {request.arm} has no log probabilities of prompts, the arms edge and cloud have")
         if request.vocabulary not in (b"", device.tokenizer.vocabulary):
             raise InvalidInput("the prompt was encoded by another tokenizer than arm edge has: encode it again")
         if not 0 <= min(request.prompt) <= max(request.prompt) < device.vocab:

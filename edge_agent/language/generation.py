@@ -24,7 +24,7 @@ from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.edge_agent.language.router import Router
 from isthmus.edge_agent.language.sequence import AnswerSequence
 from isthmus.edge_agent.language.stats import GenerationStats
-from isthmus.edge_agent.policy.arms import Arm
+from isthmus.edge_agent.policy.arms import Arm, ArmPlan
 from isthmus.models.errors import ContextExceeded, InvalidInput, LinkDown
 from isthmus.models.language.drafts import Draft, LookupDraft, PredictionDraft
 from isthmus.models.language.grammar import Grammars, GrammarState
@@ -126,12 +126,18 @@ class Generation:
         resources, router = self._resources, self._resources.router
         goal = router.goal(self.sequence.request.quality)
         bundle = router.bundles.for_cloud(resources.replicas.model)
+        session = self._token_session()
+
+        def route(usable: bool, now: Arm | None) -> ArmPlan:
+            unread, remaining = len(self.sequence) - session.held, self.sequence.remaining
+            return router.plan(goal, resources.replicas, usable, now, bundle=bundle, unread=unread, remaining=remaining)
+
         return AutoArm(
             self.sequence,
             self.stats,
             LocalPredictor(self._model, bundle.head if bundle else None, router.confidence),
-            RemoteQuery(self._token_session(), self.sequence, self.stats, router.local),
-            partial(router.plan, goal, resources.replicas, bundle=bundle),
+            RemoteQuery(session, self.sequence, self.stats, router.local),
+            route,
             self.arm,
             self._fallback(),
         )
@@ -149,7 +155,9 @@ class Generation:
         goal, draft = router.goal(self.sequence.request.quality), DeviceDraft(self.sequence, self._model)
         bundle = router.bundles.for_answers(resources.replicas.model)
         assert bundle is not None and bundle.verifier is not None  # checked before the answer begins
-        plan = router.plan_answer(goal, resources.replicas, bundle, cloud_alone=self._free)
+        plan = router.plan_answer(
+            goal, resources.replicas, bundle, cloud_alone=self._free, prompt=len(self.sequence.request.prompt)
+        )
         cloud = partial(self._cloud_answer, draft)
         return CascadeArm(self.sequence, self.stats, draft, bundle.verifier, plan, cloud)
 

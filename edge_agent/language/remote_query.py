@@ -81,7 +81,7 @@ class RemoteQuery:
         committed = self._receive()
         self._asked = None
         self._count(committed)
-        if committed.base != len(self._sequence) or len(committed.tokens) != 1:
+        if (committed.base, committed.accepted, len(committed.tokens)) != (len(self._sequence), 0, 1):
             raise InvalidReply("the cloud answered what it was not asked")
         self._sequence.append(committed.tokens[0])
         self._session.held = len(self._sequence)

@@ -14,10 +14,12 @@ from isthmus.edge_agent.policy.arms import (
     ConfidenceStats,
     HandoffEstimate,
     LocalEstimate,
+    Reading,
     RoutingGoal,
     choose,
     estimate_arms,
 )
+from isthmus.edge_agent.policy.prices import Prices
 from isthmus.edge_agent.policy.speculation import Acceptance, SpeculationStats
 from isthmus.edge_agent.policy.whole_answers import AnswerCosts, AnswerPlan, plan_answer
 from isthmus.models.language.router.bundle import RouterBundle
@@ -38,10 +40,12 @@ class Router:
         bundles: RouterBundles = NO_BUNDLES,
         handoff: HandoffEstimate | None = None,
         weights: bytes = b"",
+        prices: Prices | None = None,
     ) -> None:
         """`bundles`: with levels of the local model's confidence. `handoff` counts while the cloud holds the `weights`
-        of this fingerprint, for which it was measured.
+        of this fingerprint, for which it was measured. `prices`: of the cost profile; None: those configured.
         """
+        self._prices = prices or config.prices
         self._config, self.bundles, self._handoff, self._weights = config, bundles, handoff, weights
         levels = bundles.bundles[0].levels if bundles.bundles else ()
         prior = 1 - levels[0].wrong.value if levels else PRIOR_ACCEPTANCE[config.device_bits]
@@ -60,7 +64,7 @@ class Router:
     def goal(self, quality: float | None) -> RoutingGoal:
         """What a request asks for; None: the owner's quality."""
         quality = self._config.quality if quality is None else quality
-        return RoutingGoal(quality, self._config.objective, self._config.prices)
+        return RoutingGoal(quality, self._config.objective, self._prices)
 
     def plan(
         self,
@@ -70,9 +74,12 @@ class Router:
         now: Arm | None,
         *,
         bundle: RouterBundle | None = None,
+        unread: int = 0,
+        remaining: int = 1,
     ) -> ArmPlan:
         """The best arm for the next tokens. `usable`: the local model can continue; `now`: the current arm.
 
+        `unread`: tokens of the text that the cloud does not hold; `remaining`: those that the answer may have.
         `bundle`: the one whose confidence head the answer uses; its levels count while the cloud's model is its own.
         """
         link, model = replicas.best() or next(iter(replicas)), replicas.model
@@ -82,7 +89,8 @@ class Router:
         paired = bundle if bundle is not None and model is not None and bundle.fits(model) else None
         local = self._local_estimate(goal, paired.levels if paired else ()) if usable else None
         handoff = self._handoff if usable and same and model is not None and "handoff" in model.arms else None
-        estimates = estimate_arms(goal, latency, drafts, self.local.draft_s.value, local, handoff)
+        reading = self._reading(unread, remaining)
+        estimates = estimate_arms(goal, latency, drafts, self.local.draft_s.value, local, handoff, reading)
         plan = choose(estimates, goal, now)
         note = self._note(goal, model, paired) if usable and local is None else ""
         return replace(plan, why=f"{plan.why}; {note}") if note else plan
@@ -98,12 +106,20 @@ class Router:
         )
 
     def plan_answer(
-        self, goal: RoutingGoal, replicas: Replicas, bundle: RouterBundle, *, cloud_alone: bool
+        self, goal: RoutingGoal, replicas: Replicas, bundle: RouterBundle, *, cloud_alone: bool, prompt: int = 0
     ) -> AnswerPlan:
-        """Who gives a whole answer. `cloud_alone`: whether that may be the cloud without asking the device."""
+        """Who gives a whole answer to a `prompt` of so many tokens.
+
+        `cloud_alone`: whether that may be the cloud without asking the device.
+        """
         link, levels = replicas.best() or next(iter(replicas)), bundle.manifest
-        costs = AnswerCosts(ANSWER_TOKENS, self.local.draft_s.value, self.local.step_s.value, link.estimate.rtt_s)
+        device_s, step_s, rtt_s = self.local.draft_s.value, self.local.step_s.value, link.estimate.rtt_s
+        costs = AnswerCosts(ANSWER_TOKENS, device_s, step_s, rtt_s, self._reading(prompt, int(ANSWER_TOKENS)))
         return plan_answer(goal, levels.answer_levels, levels.query_levels, costs, cloud_alone=cloud_alone)
+
+    def _reading(self, unread: int, remaining: int) -> Reading:
+        """By what of late a token took to be read, whoever drafted."""
+        return Reading(unread, self.local.read_s.value, min(float(remaining), ANSWER_TOKENS))
 
     def _local_estimate(self, goal: RoutingGoal, levels: Sequence[OffloadLevel]) -> LocalEstimate | None:
         if goal.quality <= 0:

@@ -57,7 +57,10 @@ def open_bundles(config: LanguageConfig, name: str, weights: Callable[[], bytes]
     bits = config.device_bits
     if config.kv_bits != CERTIFIED_KV_BITS:
         certified = f"router bundles are certified for KV caches of {CERTIFIED_KV_BITS} bits"
-        return RouterBundles(problem=f"{certified}, and not used with {config.kv_bits}")
+        problem = f"{certified}, and not used with {config.kv_bits}"
+        if config.router is not None:
+            log.warning("%s", problem)
+        return RouterBundles(problem=problem)
     if config.router is not None:
         bundle = RouterBundle.open(config.router)
         if problem := mismatch(bundle, bits, weights):

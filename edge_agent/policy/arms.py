@@ -36,6 +36,7 @@ FADING = 8  # one in so many of the recent confidences is forgotten with each an
 MARGIN = 0.9  # another arm must look this much better than the current one: a change costs a round trip
 STREAM_BYTES = 2.0  # sent per token while the cloud decodes by itself: an opening, once per answer
 ROUND_BYTES = 60.0  # of a round of drafts, or of a remote token query
+TOKEN_BYTES = 3.0  # of a token of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,28 @@ class RoutingGoal:
     quality: float
     objective: Objective = "fastest"
     prices: Prices = Prices()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the cloud reads before it decides a token, which has a price: `unread` tokens of the text, once.
+
+    token_s: of one. remaining: tokens of the answer that share it.
+    """
+
+    unread: int = 0
+    token_s: float = 0.0
+    remaining: float = 1.0
+
+    def usd(self, prices: Prices, offload_rate: float) -> float:
+        """Dollars a token where so many are the cloud's; the text of the device is read up to the last of them."""
+        needed = 1 - math.pow(1 - offload_rate, self.remaining)
+        unread = needed * self.unread / max(self.remaining, 1.0)
+        read = unread + (needed * (1 - offload_rate) if offload_rate < 1 else 0.0)
+        return prices.usd(read * TOKEN_BYTES, read * self.token_s, 0.0)
+
+
+NOTHING_UNREAD = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,21 +199,26 @@ def estimate_arms(
     device_s: float,
     local: LocalEstimate | None,
     handoff: HandoffEstimate | None,
+    reading: Reading = NOTHING_UNREAD,
 ) -> list[ArmEstimate]:
     """Every arm that keeps the quality.
 
     drafts: whether the device can draft at present. device_s: of a local step. local, handoff: None when that arm does
-    not keep the quality or cannot be used.
+    not keep the quality or cannot be used. reading: of the text, by the cloud.
     """
     prices = goal.prices
+    read_usd = reading.usd(prices, 1.0)
     if drafts and not latency.prefers_streaming:
         seconds = latency.drafting_s
         rounds = 1 / latency.drafts + 1 - latency.acceptance  # per token, about: a round ends full, or at a wrong draft
-        found = [ArmEstimate("verify", seconds, prices.usd(rounds * ROUND_BYTES, rounds * latency.step_s, seconds))]
+        usd = prices.usd(rounds * ROUND_BYTES, rounds * latency.step_s, seconds) + rounds * prices.usd_per_token
+        found = [ArmEstimate("verify", seconds, usd + read_usd)]
     else:
-        found = [ArmEstimate("cloud", latency.stream_s, prices.usd(STREAM_BYTES, latency.step_s, 0.0))]
+        usd = prices.usd(STREAM_BYTES, latency.step_s, 0.0) + prices.usd_per_token
+        found = [ArmEstimate("cloud", latency.stream_s, usd + read_usd)]
     if local is not None:
         usd = prices.usd(local.offload_rate * ROUND_BYTES, local.offload_rate * latency.step_s, device_s)
+        usd += local.offload_rate * prices.usd_per_token + reading.usd(prices, local.offload_rate)
         seconds = local.token_s(latency, device_s)
         found.append(ArmEstimate("edge", seconds, usd, local.likely, local.offload_rate, local.slowness))
     if handoff is not None and handoff.quality >= goal.quality:

@@ -18,6 +18,7 @@ from isthmus.models.messages import Committed
 
 MIN_DRAFTS, MAX_DRAFTS = 4, 16  # of a round
 MAX_ROUNDS = 4  # in flight at once
+READ_TOKENS = 16  # that a reply has to have taken at least to say what reading one takes
 MARGIN = 0.9  # drafting must look this much better than streaming: a wrong choice costs more than it saves
 BINS = 10
 MEMORY, LONG_MEMORY = 100, 500  # drafts that the averages remember: of this text, of all texts
@@ -170,6 +171,7 @@ class SpeculationStats:
     step_s: Average = field(default_factory=lambda: Average(0.1))  # slow until known: then drafting is tried
     acceptance: Acceptance = field(default_factory=Acceptance)
     measured: MeasuredLatency = field(default_factory=MeasuredLatency)
+    read_s: Average = field(default_factory=lambda: Average(0.01))  # of a token of a prompt
 
     def latency(self, rtt_s: float) -> LatencyModel:
         """What a token costs over a link of this round trip."""
@@ -177,7 +179,10 @@ class SpeculationStats:
         return LatencyModel(rtt_s, step_s, draft_s, acceptance, self.measured.value, self.measured.tokens)
 
     def observe_reply(self, committed: Committed) -> None:
-        """A reply that took one forward pass says what a step of the cloud takes."""
+        """A reply that took one forward pass says what a step of the cloud takes, a long one what reading does."""
+        fresh = committed.processed.tokens - committed.processed.repeated
+        if fresh >= READ_TOKENS:
+            self.read_s.observe(committed.compute_s / fresh)
         if committed.passes == 1:
             self.step_s.observe(committed.queue_s + committed.compute_s)
 

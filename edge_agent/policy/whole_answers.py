@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from isthmus.edge_agent.policy.arms import STREAM_BYTES, RoutingGoal
+from isthmus.edge_agent.policy.arms import NOTHING_UNREAD, STREAM_BYTES, Reading, RoutingGoal
 from isthmus.models.language.router.manifest import OffloadLevel, level_for
 
 Way = Literal["edge", "query", "cascade", "cloud"]
@@ -25,12 +25,16 @@ ALWAYS, NEVER = 0.0, 2.0  # scores that every answer reaches, and none
 
 @dataclass(frozen=True, slots=True)
 class AnswerCosts:
-    """Of a typical answer of so many tokens: seconds of a token on each side, and of a round trip."""
+    """Of a typical answer of so many tokens: seconds of a token on each side, and of a round trip.
+
+    reading: of the prompt, by the cloud.
+    """
 
     tokens: float
     device_s: float
     cloud_s: float
     rtt_s: float
+    reading: Reading = NOTHING_UNREAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ def spent(goal: RoutingGoal, costs: AnswerCosts, device: float, cloud: float) ->
     """Seconds and dollars of an answer, of which the device and the cloud generate these shares."""
     device_s, cloud_s = device * costs.tokens * costs.device_s, cloud * costs.tokens * costs.cloud_s
     usd = goal.prices.usd(cloud * costs.tokens * STREAM_BYTES, cloud_s, device_s)
+    usd += cloud * costs.tokens * (goal.prices.usd_per_token + costs.reading.usd(goal.prices, 1.0))
     return device_s + cloud * costs.rtt_s + cloud_s, usd
 
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from isthmus.models.errors import InvalidGrammar, InvalidInput
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
 from isthmus.models.language.drafts import shared_length
+from isthmus.models.language.json_schemas import narrowed, read_schema
 from isthmus.models.messages import Grammar
 
 if TYPE_CHECKING:  # it is in the library's stubs alone
@@ -245,26 +246,14 @@ def source_of(grammar: Grammar) -> str:
         case "json_object":
             schema: object = ANY_OBJECT
         case "json_schema":
-            schema = read_schema(grammar.text)
+            schema = narrowed(read_schema(grammar.text))
     return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
 
 
 def json_rule(schema: object) -> str:
-    """What stands for a JSON value of `schema` in a Lark grammar, with the separators of all JSON here."""
+    """What stands for a JSON value of `schema` in a Lark grammar, with the separators and bounds of all JSON here."""
+    schema = narrowed(schema)
     return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS} if isinstance(schema, dict) else schema)
-
-
-def read_schema(text: str) -> dict[str, object]:
-    """A JSON schema that is an object; true is {}. Raises InvalidGrammar."""
-    try:
-        schema = json.loads(text)
-    except ValueError as error:
-        raise InvalidGrammar(f"the schema is not JSON: {one_line(str(error))}") from error
-    if schema is True:
-        return {}
-    if not isinstance(schema, dict):
-        raise InvalidGrammar(f"the schema is {one_line(json.dumps(schema))[:40]}, expected a JSON object")
-    return schema
 
 
 def check_nesting(text: str) -> None:

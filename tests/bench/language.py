@@ -63,8 +63,15 @@ class Method(NamedTuple):
     quality: float | None = None
 
 
+def pair_methods() -> dict[str, Method]:
+    """Of two different models; `auto` needs a router bundle of the pair, and `auto-q1` none."""
+    int4: Settings = (("device_bits", 4),)
+    singles = {name: Method(arm, int4) for name, arm in (("cloud", "cloud"), ("verify", "verify"), ("edge", "edge"))}
+    return singles | {f"auto-q{quality:g}": Method("auto", int4, quality) for quality in QUALITIES}
+
+
 def methods(handoff: Path | None) -> dict[str, Method]:
-    """By name. Those that need a handoff bundle are left out without one."""
+    """Of one model, by name. Those that need a handoff bundle are left out without one."""
     int8: Settings = (("device_bits", 8),)
     by_name = {
         "cloud": Method("cloud", int8),
@@ -178,19 +185,20 @@ def compare_with_best_single(row: Row, quality: float, singles: Mapping[str, Row
 
 
 def agents(
-    stack: ExitStack, chosen: dict[str, Method], model: str, target: str, threads: int
+    stack: ExitStack, chosen: dict[str, Method], device: str, target: str, threads: int
 ) -> dict[Settings, LanguageAgent]:
     """An agent for each combination of settings."""
     opened: dict[Settings, LanguageAgent] = {}
     for method in chosen.values():
         if method.settings not in opened:
-            config = LanguageConfig(model, (target,), threads=threads, connect_s=10.0, **dict(method.settings))
+            config = LanguageConfig(device, (target,), threads=threads, connect_s=10.0, **dict(method.settings))
             opened[method.settings] = stack.enter_context(LanguageAgent(config))
     return opened
 
 
 def run(
     model: str,
+    device: str,
     handoff: Path | None,
     chosen: dict[str, Method],
     prompts: Prompts,
@@ -220,7 +228,7 @@ def run(
                 )
                 stack.enter_context(cloud)
                 proxy = stack.enter_context(LinkProxy(cloud.port, LinkSpec(None, rtt_ms / 1000)))
-                agents_by_settings = agents(stack, chosen, model, f"127.0.0.1:{proxy.port}", len(device_cores))
+                agents_by_settings = agents(stack, chosen, device, f"127.0.0.1:{proxy.port}", len(device_cores))
                 agents_of = {name: (agents_by_settings[method.settings], method) for name, method in chosen.items()}
                 timed = interleave(agents_of, prompts, settings["max_tokens"], lambda: bar.advance(task))
             here = {name: summarize(timed[name], prompts, each, full) for name, each in chosen.items()}
@@ -303,7 +311,8 @@ def plot(rows: list[Row], names: Iterable[str], file: Path) -> None:
     epilog="Example: python -m tests.bench.language --handoff models/zoo/smollm2 --prompts p.jsonl --json l.json"
 )
 @click.option("--prompts", type=click.Path(path_type=Path, exists=True), help="Spec-Bench JSON lines, or text lines.")
-@click.option("--model", default="smollm2", show_default=True)
+@click.option("--model", default="smollm2", show_default=True, help="The cloud's, and the device's without --device.")
+@click.option("--device", help="Another model on the device, in 4 bits.")
 @click.option(
     "--handoff", type=click.Path(path_type=Path, exists=True), help="Handoff bundle of the model, for handoff and auto."
 )
@@ -316,13 +325,15 @@ def plot(rows: list[Row], names: Iterable[str], file: Path) -> None:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path))
 def main(
-    prompts: Path | None, model: str, handoff: Path | None, n: int, tokens: int, rtts_ms: tuple[int, ...],
-    slowdowns: tuple[int, ...], only: tuple[str, ...], quick: bool, json_file: Path, plot_file: Path | None,
+    prompts: Path | None, model: str, device: str | None, handoff: Path | None, n: int, tokens: int,
+    rtts_ms: tuple[int, ...], slowdowns: tuple[int, ...], only: tuple[str, ...], quick: bool, json_file: Path,
+    plot_file: Path | None,
 ) -> None:  # fmt: skip
     """Measure every arm on every link."""
     n, tokens = (2, 12) if quick else (n, tokens)
     settings: Row = {
         "model": model,
+        **({"device": device} if device else {}),
         "handoff": str(handoff) if handoff else None,
         "prompts": n,
         "max_tokens": tokens,
@@ -338,8 +349,9 @@ def main(
         json_file.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
     ids = load_prompts(prompts, Checkpoint.open(model).tokenizer, n, LONGEST_TOKENS)
-    chosen = {name: method for name, method in methods(handoff).items() if not only or name.startswith(only)}
-    run(model, handoff, chosen, ids, settings, rows, save)
+    known = pair_methods() if device else methods(handoff)
+    chosen = {name: method for name, method in known.items() if not only or name.startswith(only)}
+    run(model, device or model, handoff, chosen, ids, settings, rows, save)
     Console().print(table(rows))
     if plot_file:
         plot(rows, chosen, plot_file)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from isthmus.edge_agent.language import scoring
 from isthmus.edge_agent.language.arms.verify import SpeculationStats
+from isthmus.edge_agent.language.request import GenerationRequest, Token
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.messages import GREEDY, Sampling
 from tests.bench.lossless import MODELS, SCRIPTED, Bench, Case
 from tests.bench.processes import CloudProcess
 from tests.bench.prompts import stubborn
 from tests.contract.conftest import LANGUAGE
-from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of
+from tests.contract.language_parts import CHATTER, Answer, language_agent, prompt_of, until
 
 TOKENS = 48
 TEXTS = ("What is a bridge?", "one two three one two three one two", "x", "The sea, " * 20)
@@ -72,6 +75,26 @@ def test_verify_is_cloud_with_six_at_once(new_bench: NewBench, sampling: Samplin
     assert sum(case.mismatches for case in cases) == 0
     for name in drafts:
         check_drafts(name, [case for case in cases if case.draft == name])
+
+
+def test_a_prompt_has_the_log_probabilities_of_the_answer_that_it_was(
+    cloud: CloudProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, in parts, and again from what the cloud still holds; after a restart from the beginning."""
+    monkeypatch.setattr(scoring, "MAX_SCORED", 20)
+    with language_agent(None, cloud.target) as agent:
+        prompt = prompt_of(agent, TEXTS[0])
+        request = GenerationRequest(prompt, TOKENS, "cloud", top_logprobs=2)
+        answer = [event for event in agent.generate(request) if isinstance(event, Token)]
+        whole = replace(request, prompt=(*prompt, *(token.id for token in answer)))
+        scored = agent.score(whole)
+        assert [token.id for token in scored] == list(whole.prompt)
+        assert [replace(token, source="cloud") for token in scored[len(prompt) :]] == answer
+        assert (scored[0].logprob, len(scored[1].top)) == (None, 2)
+        cloud.kill()
+        cloud.start()
+        until(lambda: agent.replicas.best() is not None)
+        assert agent.score(replace(whole, arm="auto")) == scored
 
 
 def check_drafts(draft: str, cases: list[Case]) -> None:

@@ -76,6 +76,15 @@ def likeliest(values: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
     return sorted(values, key=lambda pair: (-pair[1], pair[0]))
 
 
+def own(values: Iterable[tuple[int, float]], id_: int, top: int) -> Logprobs:
+    """Of the text's own token, which an engine lists beside the likeliest `top`."""
+    ordered = likeliest(values)
+    value = next((value for listed_id, value in ordered if listed_id == id_), None)
+    if value is None:
+        raise EngineFault(f"the engine sent no log-probability of the text's token {id_}")
+    return Logprobs(value, tuple(ordered[:top]))
+
+
 def chosen(values: Iterable[tuple[int, float]], top: int | None) -> Choice:
     """The greedy choice among the likeliest tokens of a position."""
     ordered = likeliest(values)

@@ -2,6 +2,7 @@
 
 ids, sampling, limit ── stream_call ──> Call ··· events ── StreamReader.read ──> choices
 ids, start           ── score_call  ──> Call ··· answer ── read_scores       ──> choices
+                                                        ── read_prompt       ──> log-probabilities of ids
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from isthmus.cloud_service.language.engines.answers import listed, mapping
 from isthmus.cloud_service.language.engines.protocol import Choice, EngineIdentity
 from isthmus.models.errors import EngineDown
-from isthmus.models.messages import Processor, Sampling
+from isthmus.models.messages import Logprobs, Processor, Sampling
 
 MODELS = "/v1/models"  # of vLLM, SGLang, and whatever calls itself compatible with OpenAI
 MIN_TOP = 2  # likeliest tokens of a scored position: equal ones are told apart by their ids
@@ -74,6 +75,10 @@ class Dialect(Protocol):
     def score_call(self, model: str, ids: Sequence[int], start: int, top: int | None) -> Call: ...
 
     def read_scores(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int | None) -> list[Choice]: ...
+
+    def read_prompt(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int) -> list[Logprobs]:
+        """Of the text's own tokens, from the answer to a `score_call`."""
+        ...
 
 
 class Probe(Protocol):

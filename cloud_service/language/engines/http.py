@@ -29,7 +29,7 @@ from isthmus.cloud_service.language.engines.events import MAX_EVENT_BYTES, Event
 from isthmus.cloud_service.language.engines.metrics import RequestMetrics
 from isthmus.cloud_service.language.engines.protocol import Choice, EngineIdentity
 from isthmus.models.errors import EngineDown, EngineFault, IsthmusError, Overloaded
-from isthmus.models.messages import Sampling
+from isthmus.models.messages import Logprobs, Sampling
 
 CONNECT_S = 5.0
 PING_S = 5.0
@@ -124,6 +124,11 @@ class HttpEngine:
     async def score(self, ids: Sequence[int], start: int, top: int | None) -> list[Choice]:
         call = self._spoken.score_call(self._name, ids, start, top)
         read = partial(self._spoken.read_scores, ids=ids, start=start, top=top)
+        return await self._ask(call, MAX_LIST_BYTES + POSITION_BYTES * len(ids), read)
+
+    async def prompt_logprobs(self, ids: Sequence[int], start: int, top: int) -> list[Logprobs]:
+        call = self._spoken.score_call(self._name, ids, start, top)
+        read = partial(self._spoken.read_prompt, ids=ids, start=start, top=top)
         return await self._ask(call, MAX_LIST_BYTES + POSITION_BYTES * len(ids), read)
 
     @property

@@ -296,7 +296,7 @@ class LanguageEngine:
         own = min(len(outcome.tokens), 1) + work.forced  # beside forced tokens at most the last one is new
         if work.states:
             self._metrics.handoff_round(own)
-        else:
+        elif not work.score:
             self._metrics.committed(work.matched, len(work.draft), own)
         session.sequence.next_extension(now_s)
         session.answered = True
@@ -328,4 +328,5 @@ def describe_model(checkpoint: Checkpoint, decoder: Decoder, handoffs: Sequence[
         precision=decoder.precision,
         handoffs=tuple(handoff.fingerprint for handoff in handoffs),
         processors=get_args(Processor),
+        scores=True,
     )

@@ -25,7 +25,7 @@ from isthmus.cloud_service.language.engines.protocol import Choice
 from isthmus.cloud_service.language.engines.vllm import COMPLETIONS, VllmDialect, only_choice
 from isthmus.models.errors import EngineFault
 from isthmus.models.language.checkpoint.tokenizer import Tokenizer
-from isthmus.models.messages import Sampling
+from isthmus.models.messages import Logprobs, Sampling
 
 LIST = Call(MODELS)
 PROBE = "One, two, three"
@@ -77,6 +77,9 @@ class TextDialect:
         raise EngineFault("the engine does not say how likely the tokens of a text are")
 
     def read_scores(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int | None) -> list[Choice]:
+        raise EngineFault("the engine does not say how likely the tokens of a text are")
+
+    def read_prompt(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int) -> list[Logprobs]:
         raise EngineFault("the engine does not say how likely the tokens of a text are")
 
     def stream_call(

@@ -66,6 +66,10 @@ class Engine(Protocol):
         """The greedy choices of the positions `start` to len(ids), the last of which follows the text; `start` >= 1."""
         ...
 
+    async def prompt_logprobs(self, ids: Sequence[int], start: int, top: int) -> list[Logprobs]:
+        """Of the tokens at `start` to len(ids) - 1 themselves, where `score` can be called; `start` >= 1."""
+        ...
+
     async def close(self) -> None:
         """End every request."""
         ...

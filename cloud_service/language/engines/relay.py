@@ -88,7 +88,9 @@ class RelayHost:
         former = self._sessions.get(opening.session)
         known = former.sequence.tokens if former is not None else []
         tokens = opened_tokens(opening, known, info.vocab, info.context)
-        session = RelaySession(opening, CommittedTokens(tokens, info.end_ids, info.context), events, peer)
+        session = RelaySession(
+            opening, CommittedTokens(tokens, info.end_ids, info.context, opening.logprobs), events, peer
+        )
         self._sessions.admit(session)
         if former is not None:
             session.reached = min(former.reached, shared_length(known, tokens))
@@ -106,7 +108,9 @@ class RelayHost:
             return
         check_ids(round_.draft, info.vocab)
         session.check(round_)
-        if round_.draft and "verify" not in info.arms:
+        if round_.score and not info.scores:
+            raise InvalidInput("the engine behind this service gives no log-probabilities of a text")
+        if round_.draft and not round_.score and "verify" not in info.arms:
             raise InvalidInput("the engine behind this service cannot verify drafts: use the arm cloud")
         if len(session.rounds) >= MAX_ROUNDS:
             raise Overloaded(f"{MAX_ROUNDS} rounds of this session are waiting already")
@@ -204,7 +208,12 @@ class RelayHost:
     async def _score(self, session: RelaySession, work: ScheduledWork) -> None:
         tokens, started_s = session.sequence.tokens, time.monotonic()
         self._metrics.processed(session.spend(0, len(tokens) + len(work.draft)))
-        choices = await self._engine.score([*tokens, *work.draft], len(tokens), session.opening.logprobs)
+        ids, top = [*tokens, *work.draft], session.opening.logprobs
+        if work.score:
+            rows = await self._engine.prompt_logprobs(ids, len(tokens), top or 0)
+            choices = [Choice(id_, row) for id_, row in zip(work.draft, rows, strict=True)]
+        else:
+            choices = await self._engine.score(ids, len(tokens), top)
         work.compute_s = time.monotonic() - started_s
         for choice in choices:
             if self._commit(session, work, choice):
@@ -247,7 +256,8 @@ class RelayHost:
         if committed is None:
             return False
         session.reached = len(session.sequence.tokens) - 1
-        self._metrics.committed(work.matched + min(len(committed.tokens), 1))
+        if not work.score:
+            self._metrics.committed(work.matched + min(len(committed.tokens), 1))
         session.sequence.next_extension(time.monotonic())
         session.send(committed)
         self._sessions.settle(session, grow=True)

@@ -66,6 +66,8 @@ class RelaySession:
     def check(self, round_: Round) -> None:
         """Raises InvalidInput for a round that cannot be settled exactly."""
         self.sequence.check(round_)
+        if round_.score:
+            return
         temperature, processors = self.opening.sampling.temperature, self.opening.sampling.processors
         if round_.draft and temperature > 0:
             raise InvalidInput(

@@ -65,6 +65,18 @@ class SglangDialect:
             raise EngineFault(f"the engine sent {len(last)} tokens after a text, expected 1")
         return [*(chosen(read_top(row, self._vocab), top) for row in rows[1:]), *last]
 
+    def read_prompt(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int) -> list[Logprobs]:
+        meta, count = meta_of(answer), len(ids) - start + 1
+        rows = listed(meta.get("input_top_logprobs"), "lists of likely tokens", count)
+        values = listed(meta.get("input_token_logprobs"), "log-probabilities of the prompt", count)
+        found = [read_top([value], self._vocab)[0] for value in values[1:]]
+        if [id_ for id_, _ in found] != list(ids[start:]):
+            raise EngineFault("the engine sent log-probabilities of another text")
+        return [
+            Logprobs(value, tuple(read_top(row, self._vocab)[:top]))
+            for row, (_, value) in zip(rows[1:], found, strict=True)
+        ]
+
     def _body(self, ids: Sequence[int], limit: int, sampling: Sampling, top: int | None) -> dict[str, Any]:
         body: dict[str, Any] = {"input_ids": list(ids), "sampling_params": self._sampling(sampling, limit)}
         if top is not None:

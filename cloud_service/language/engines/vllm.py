@@ -18,6 +18,7 @@ from isthmus.cloud_service.language.engines.answers import (
     logprob,
     mapping,
     numeral,
+    own,
     read_event,
     token_id,
 )
@@ -69,13 +70,19 @@ class VllmDialect:
             raise EngineFault(f"the engine sent {len(last)} tokens after a text, expected 1")
         return [*(self._scored(row, top) for row in rows[start:]), *last]
 
+    def read_prompt(self, answer: dict[str, Any], ids: Sequence[int], start: int, top: int) -> list[Logprobs]:
+        rows = listed(only_choice(answer).get("prompt_logprobs"), "log-probabilities of the prompt", len(ids))
+        return [own(self._values(row), id_, top) for row, id_ in zip(rows[start:], ids[start:], strict=True)]
+
     def _scored(self, row: Any, top: int | None) -> Choice:
-        entries = mapping(row, "log-probabilities of a position").items()
-        values = [
+        return chosen(self._values(row), top)
+
+    def _values(self, row: Any) -> list[tuple[int, float]]:
+        """Of the likeliest tokens of a position and the text's own."""
+        return [
             (numeral(key, self._vocab), logprob(mapping(entry, "log-probability").get("logprob")))
-            for key, entry in entries
+            for key, entry in mapping(row, "log-probabilities of a position").items()
         ]
-        return chosen(values, top)
 
     def _body(
         self, model: str, prompt: list[int] | str, limit: int, sampling: Sampling, top: int | None
@@ -144,11 +151,11 @@ def read_choices(choice: dict[str, Any], vocab: int, top: int | None) -> list[Ch
     if top is None:
         return [Choice(id_) for id_ in ids]
     found = mapping(choice.get("logprobs"), "log-probabilities")
-    own = listed(found.get("token_logprobs"), "log-probabilities of tokens", len(ids))
+    values = listed(found.get("token_logprobs"), "log-probabilities of tokens", len(ids))
     rows = listed(found.get("top_logprobs"), "lists of likely tokens", len(ids))
     return [
         Choice(id_, Logprobs(logprob(value), read_top(row, vocab, top)))
-        for id_, value, row in zip(ids, own, rows, strict=True)
+        for id_, value, row in zip(ids, values, rows, strict=True)
     ]
 
 

@@ -107,7 +107,7 @@ class Watch:
         if self._settings.check_tokens:
             processors = await applied(self._engine, self.tokenizer, processors)
         found = declare(identity.name, self.tokenizer, context, verifies, (compared, mismatched))
-        return replace(found, processors=processors)
+        return replace(found, processors=processors, scores=identity.scores and identity.logprobs)
 
     async def _until_lost(self) -> None:
         """Raises EngineDown when it is."""

@@ -157,7 +157,7 @@ class HandoffArm:
 
     def _receive(self) -> Committed:
         committed = self._session.receive()
-        if not self._in_flight or committed.base != self._in_flight[0][0]:
+        if not self._in_flight or committed.base != self._in_flight[0][0] or committed.accepted:
             raise InvalidReply("the cloud answered what it was not asked")
         _, self._session.held = self._in_flight.popleft()
         self._stats.count_cost(committed)

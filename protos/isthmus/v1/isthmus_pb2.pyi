@@ -398,6 +398,9 @@ class Round(_message.Message):
     """"From position `base` the text continues with `draft`." The service answers with the number of accepted draft tokens
     and the token that follows them. It answers with no token when the draft was stale.
 
+    With `score`: "from position `base` the text is `draft`", whatever the model would choose. The service answers that all of
+    it is accepted, with its log-probabilities (Open.logprobs is not 0), and with no token.
+
     With `states`: "from position `base` the text is `draft`, replacing what was there, and these are its hidden states."
     The service answers with the token that follows if `extend` is 1, else with none. That token becomes part of the text
     when the device sends it, with its hidden state.
@@ -411,19 +414,26 @@ class Round(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
     DECIDED_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
     base: _builtins.int
     """position of the first draft token, at most the number of committed tokens; at least 1,"""
     extend: _builtins.int
-    """tokens that the service may decode afterwards, until the next round arrives. With states"""
+    """for each state
+    tokens that the service may decode afterwards, until the next round arrives. With states
+    """
     crc32: _builtins.int
     """limits.MAX_STATES of at most limits.MAX_STATE_BYTES each. The state of position 0 is
     ignored and should be empty: the service computes it
     with states CRC-32 (zlib) of: base, extend, draft and decided as little-endian uint32;
     """
+    score: _builtins.bool
+    """round that sends them again after the service lost them
+    the draft is not verified; `extend` is 0. Only where Model.scores
+    """
     @_builtins.property
     def draft(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """or 0 with states
-        token ids, at most limits.MAX_DRAFT; with states one for each state
+        token ids, at most limits.MAX_DRAFT, with score 1 to limits.MAX_SCORED; with states one
         """
 
     @_builtins.property
@@ -447,10 +457,11 @@ class Round(_message.Message):
         states: _abc.Iterable[_builtins.bytes] | None = ...,
         crc32: _builtins.int = ...,
         decided: _abc.Iterable[_builtins.int] | None = ...,
+        score: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "crc32", b"crc32", "decided", b"decided", "draft", b"draft", "extend", b"extend", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "crc32", b"crc32", "decided", b"decided", "draft", b"draft", "extend", b"extend", "score", b"score", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -739,6 +750,7 @@ class Model(_message.Message):
     COMPARED_FIELD_NUMBER: _builtins.int
     MISMATCHED_FIELD_NUMBER: _builtins.int
     PROCESSORS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
     """32 bytes; of weights that the service holds the SHA-256 over them, configuration and"""
     name: _builtins.str
@@ -755,6 +767,8 @@ class Model(_message.Message):
     """tokens that were both streamed and verified at start"""
     mismatched: _builtins.int
     """of `compared`: where the two chose another token"""
+    scores: _builtins.bool
+    """Round.score: log-probabilities of a text that the device sends"""
     @_builtins.property
     def handoffs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """"engine": greedy choices of an engine, see `mismatched`
@@ -791,10 +805,11 @@ class Model(_message.Message):
         compared: _builtins.int = ...,
         mismatched: _builtins.int = ...,
         processors: _abc.Iterable[_builtins.str] | None = ...,
+        scores: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokenizer", b"tokenizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arms", b"arms", "compared", b"compared", "context", b"context", "end_ids", b"end_ids", "fingerprint", b"fingerprint", "handoffs", b"handoffs", "mismatched", b"mismatched", "name", b"name", "numerics", b"numerics", "precision", b"precision", "processors", b"processors", "tokenizer", b"tokenizer", "vocab", b"vocab"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arms", b"arms", "compared", b"compared", "context", b"context", "end_ids", b"end_ids", "fingerprint", b"fingerprint", "handoffs", b"handoffs", "mismatched", b"mismatched", "name", b"name", "numerics", b"numerics", "precision", b"precision", "processors", b"processors", "scores", b"scores", "tokenizer", b"tokenizer", "vocab", b"vocab"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-// The AI SDK: generateText with a tool, generateObject, streamObject and streamText. Argument: the URL.
+// The AI SDK: generateText with a tool, generateObject, streamObject and streamText. Arguments: the URL, the model.
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateObject, generateText, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
@@ -6,7 +6,7 @@ import { z } from "zod";
 const provider = createOpenAICompatible({
   name: "isthmus", baseURL: process.argv[2] + "/v1", supportsStructuredOutputs: true,
 });
-const model = provider("edge");
+const model = provider(process.argv[3]);
 const schema = z.object({ capital: z.boolean(), population: z.number().int().min(0).max(99999999) });
 const weather = tool({ description: "Weather of a city", inputSchema: z.object({ city: z.string().max(20) }) });
 const asked = { model, temperature: 0, maxRetries: 0 };

@@ -1,4 +1,4 @@
-"""instructor: a model of pydantic by tools, by JSON schema, and piece by piece. Argument: the URL."""
+"""instructor: a model of pydantic by tools, by JSON schema, and piece by piece. Arguments: the URL, the model."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ class City(BaseModel):
 
 def main() -> None:
     client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
-    ask = {"model": "edge", "messages": [{"role": "user", "content": "Describe Paris."}], "temperature": 0}
+    ask = {"model": sys.argv[2], "messages": [{"role": "user", "content": "Describe Paris."}], "temperature": 0}
     found = {}
     for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
         made = instructor.from_openai(client, mode=mode)

@@ -1,4 +1,4 @@
-"""LangChain: bind_tools and with_structured_output, whole and streamed. Argument: the URL."""
+"""LangChain: bind_tools and with_structured_output, whole and streamed. Arguments: the URL, the model."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ class City(BaseModel):
 
 
 def main() -> None:
-    model = ChatOpenAI(base_url=sys.argv[1] + "/v1", api_key="none", model="edge", temperature=0, max_tokens=120)
+    model = ChatOpenAI(base_url=sys.argv[1] + "/v1", api_key="none", model=sys.argv[2], temperature=0, max_tokens=120)
     bound = model.bind_tools([get_weather], tool_choice="get_weather")
     question = HumanMessage("What is the weather in Paris?")
     said = bound.invoke([question])

@@ -1,11 +1,11 @@
-"""LiteLLM: a text, a tool and a stream. Argument: the URL."""
+"""LiteLLM: a text, a tool and a stream. Arguments: the URL, the model."""
 
 import json
 import sys
 
 import litellm
 
-ASK = {"model": "openai/edge", "api_base": sys.argv[1] + "/v1", "api_key": "none", "temperature": 0}
+ASK = {"model": "openai/" + sys.argv[2], "api_base": sys.argv[1] + "/v1", "api_key": "none", "temperature": 0}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
 

@@ -1,4 +1,4 @@
-"""Ollama's client: a chat, a stream, a tool's schema, a format, and the models. Argument: the URL."""
+"""Ollama's client: a chat, a stream, a tool's schema, a format, and the models. Arguments: the URL, the model."""
 
 import json
 import sys
@@ -12,12 +12,14 @@ def main() -> None:
     client = ollama.Client(host=sys.argv[1])
     question = [{"role": "user", "content": "Name a river."}]
     options = {"temperature": 0, "num_predict": 8}
-    stream = client.chat("edge", question, stream=True, options=options)
+    stream = client.chat(sys.argv[2], question, stream=True, options=options)
     found = {
-        "chat": client.chat("edge", question, options=options).message.content,
+        "chat": client.chat(sys.argv[2], question, options=options).message.content,
         "streamed": "".join(part.message.content for part in stream),
-        "generate": client.generate("edge", "Name a river.", options=options).response,
-        "format": json.loads(client.chat("edge", question, format=SCHEMA, options={"temperature": 0}).message.content),
+        "generate": client.generate(sys.argv[2], "Name a river.", options=options).response,
+        "format": json.loads(
+            client.chat(sys.argv[2], question, format=SCHEMA, options={"temperature": 0}).message.content
+        ),
         "models": [model.model for model in client.list().models],
     }
     try:

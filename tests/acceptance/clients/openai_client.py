@@ -1,4 +1,4 @@
-"""OpenAI's client: a tool, whole, streamed and asynchronous; structured output; responses. Argument: the URL."""
+"""OpenAI's client: a tool, whole, streamed, asynchronous; structured output; responses. Arguments: URL and model."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ URL = sys.argv[1] + "/v1"
 QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS}}
-ASK = {"model": "edge", "messages": QUESTION, "tools": [WEATHER], "tool_choice": "required", "temperature": 0}
+ASK = {"model": sys.argv[2], "messages": QUESTION, "tools": [WEATHER], "tool_choice": "required", "temperature": 0}
 
 
 class City(BaseModel):
@@ -24,7 +24,7 @@ def whole(client: openai.OpenAI) -> dict[str, object]:
     call = choice.message.tool_calls[0]
     result = {"role": "tool", "tool_call_id": call.id, "content": "22 degrees, sunny"}
     messages = [*QUESTION, choice.message, result]
-    answer = client.chat.completions.create(model="edge", messages=messages, tools=[WEATHER], max_tokens=40)
+    answer = client.chat.completions.create(model=sys.argv[2], messages=messages, tools=[WEATHER], max_tokens=40)
     return {
         "finish": choice.finish_reason,
         "name": call.function.name,
@@ -49,17 +49,19 @@ async def asynchronous() -> dict[str, object]:
 
 def parsed(client: openai.OpenAI) -> dict[str, object]:
     question = [{"role": "user", "content": "Describe Paris."}]
-    completion = client.chat.completions.parse(model="edge", messages=question, response_format=City, temperature=0)
+    completion = client.chat.completions.parse(
+        model=sys.argv[2], messages=question, response_format=City, temperature=0
+    )
     return completion.choices[0].message.parsed.model_dump()
 
 
 def responses(client: openai.OpenAI) -> dict[str, object]:
     tool = {"type": "function", **WEATHER["function"]}
-    asked = {"model": "edge", "input": "What is the weather in Paris?", "temperature": 0}
-    text = client.responses.create(model="edge", input="Name a river.", max_output_tokens=8)
+    asked = {"model": sys.argv[2], "input": "What is the weather in Paris?", "temperature": 0}
+    text = client.responses.create(model=sys.argv[2], input="Name a river.", max_output_tokens=8)
     call = client.responses.create(**asked, tools=[tool], tool_choice="required").output[0]
-    form = client.responses.parse(model="edge", input="Describe Paris.", text_format=City, temperature=0)
-    with client.responses.stream(model="edge", input="Describe Paris.", text_format=City, temperature=0) as stream:
+    form = client.responses.parse(model=sys.argv[2], input="Describe Paris.", text_format=City, temperature=0)
+    with client.responses.stream(model=sys.argv[2], input="Describe Paris.", text_format=City, temperature=0) as stream:
         kinds = [event.type for event in stream]
         last = stream.get_final_response()
     return {

@@ -63,6 +63,11 @@ def test_describe_response_with_processors_is_golden(golden: Callable[[str, byte
     assert wire_describe.unpack_service(message) == info
 
 
+def test_a_model_that_scores_texts_says_so() -> None:
+    info = dataclasses.replace(SERVICE, models=(dataclasses.replace(MODEL, scores=True),))
+    assert wire_describe.unpack_service(wire_describe.pack_service(info)) == info
+
+
 def test_describe_request_is_golden(golden: Callable[[str, bytes], None]) -> None:
     golden("describe_request_v3.bin", pb.DescribeRequest(padding=bytes(3)).SerializeToString(deterministic=True))
 

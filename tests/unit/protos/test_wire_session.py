@@ -164,6 +164,8 @@ def test_an_opening_arrives_as_it_was_sent(opening: Opening) -> None:
 )
 def test_a_round_arrives_as_it_was_sent(base: int, draft: tuple[int, ...], extend: int) -> None:
     round_ = Round(base, draft, extend)
+    scored = Round(base, (*draft, 1), score=True)
+    assert wire_session.unpack_generate(sent(wire_session.pack_round(scored))) == scored
     assert wire_session.unpack_generate(sent(wire_session.pack_round(round_))) == round_
 
 
@@ -305,6 +307,13 @@ BAD_ROUNDS: dict[str, tuple[pb.Round, type[IsthmusError], str]] = {
         PayloadTooLarge,
         "the draft has 65 tokens, expected at most 64",
     ),
+    "long scored text": (
+        pb.Round(base=1, draft=[1] * (limits.MAX_SCORED + 1), score=True),
+        PayloadTooLarge,
+        "the draft has 513 tokens, expected at most 512",
+    ),
+    "scoring nothing": (pb.Round(base=1, score=True), InvalidInput, "a scored round has 0 tokens and extend 0"),
+    "scoring and more": (pb.Round(base=1, draft=[1], extend=1, score=True), InvalidInput, "has 1 tokens and extend 1"),
     "checksum of nothing": (
         pb.Round(base=1, crc32=1),
         PayloadCorrupt,
@@ -324,6 +333,7 @@ def handed(**fields: Any) -> pb.Round:
 
 TOO_MANY = limits.MAX_STATES + 1
 BAD_ROUNDS |= {
+    "scored states": (handed(score=True), InvalidInput, "a round of hidden states cannot be scored"),
     "too many states": (
         handed(draft=[1] * TOO_MANY, states=[b""] * TOO_MANY),
         PayloadTooLarge,
@@ -395,7 +405,7 @@ def row(own: float = -1.0, tokens: tuple[int, ...] = (1,), values: tuple[float, 
 
 BAD_RESPONSES: dict[str, tuple[pb.GenerateResponse, str]] = {
     "token outside": (pb.GenerateResponse(tokens=[VOCAB]), "outside the vocabulary of 49152"),
-    "accepted too many": (pb.GenerateResponse(accepted=limits.MAX_DRAFT + 1), "more tokens than a round allows"),
+    "accepted too many": (pb.GenerateResponse(accepted=limits.MAX_SCORED + 1), "more tokens than a round allows"),
     "committed too many": (
         pb.GenerateResponse(tokens=[0] * (limits.MAX_TOKENS + 1)),
         "more tokens than a round allows",
@@ -474,7 +484,7 @@ def test_flipped_bits_are_a_message_within_limits_or_an_error_of_ours(good: byte
         assert arrived.base + len(arrived.states) <= limits.MAX_TOKENS
     else:
         assert 1 <= arrived.base <= limits.MAX_TOKENS
-        assert len(arrived.draft) <= limits.MAX_DRAFT
+        assert len(arrived.draft) <= (limits.MAX_SCORED if arrived.score else limits.MAX_DRAFT)
 
 
 def test_a_round_of_8_drafts_and_its_answer_are_at_most_200_bytes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from isthmus.cloud_service.language.engines import native
 from isthmus.models.errors import Draining, InvalidInput, Overloaded, ServiceError
 from isthmus.models.language.checkpoint.checkpoint import Checkpoint
 from isthmus.models.language.handoff.bundle import HandoffBundle
-from isthmus.models.language.sampling import choose
+from isthmus.models.language.sampling import choose, logprobs
 from isthmus.models.language.torch.decoder import Decoder, Span
 from isthmus.models.language.torch.kv_fill import EXACT_FIRST, EXACT_LAST, KVFill
-from isthmus.models.messages import GREEDY, Committed, Round, TokenizerInfo
+from isthmus.models.messages import GREEDY, Committed, Logprobs, Round, TokenizerInfo
 from isthmus.protos.limits import MAX_ROUNDS
 from tests.bench.tiny_llama import write_tiny_llama
 from tests.tiny_handoff import write_tiny_handoff
@@ -45,6 +46,41 @@ def test_an_extension_streams_tokens_after_its_round(scenario: Scenario, decoder
         assert len(device.tokens) == 11
         await asyncio.sleep(0.05)
         assert device.events.empty()
+
+    scenario(play)
+
+
+def test_scored_tokens_are_committed_as_they_are(scenario: Scenario, decoder: Decoder) -> None:
+    text = [5, 0, *prompts(1, seed=4)[0], 2, 9, 0]  # ends of text are tokens like others
+
+    async def play(harness: EngineHarness) -> None:
+        device, found, accepted = Device(harness, 1, text[:1]), list[Logprobs](), list[int]()
+        await device.open(logprobs=2)
+        assert device.session is not None
+        for start, stop in pairwise([1, 2, 5, len(text) - 3, len(text)]):
+            harness.engine.add(device.session, Round(start, tuple(text[start:stop]), score=True))
+            reply = await device.receive(text[start:stop])
+            accepted.append(reply.accepted)
+            found += reply.logprobs
+            assert reply.tokens == ()
+        assert accepted == [1, 3, len(text) - 8, 3]
+        cache = decoder.new_cache()
+        for position, row in enumerate(found):
+            x_NH = decoder.forward(decoder.embed([text[position]]), [Span(cache, position, 1)])
+            assert row == Logprobs(*logprobs(decoder.logits(x_NH)[0].numpy(), text[position + 1], 2))
+        assert harness.count("draft_tokens_total", result="accepted") == 0
+        assert len((await device.ask()).tokens) == 1  # the text goes on from there
+
+    scenario(play)
+
+
+def test_a_scored_round_needs_log_probabilities(scenario: Scenario) -> None:
+    async def play(harness: EngineHarness) -> None:
+        device = Device(harness, 1, [5, 6])
+        await device.open()
+        assert device.session is not None
+        with pytest.raises(InvalidInput, match="without log-probabilities"):
+            harness.engine.add(device.session, Round(2, (7,), score=True))
 
     scenario(play)
 

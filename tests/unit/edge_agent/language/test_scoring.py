@@ -53,7 +53,13 @@ def test_an_agent_scores_by_its_device(folder: Path) -> None:
     with LanguageAgent(LanguageConfig(str(folder), context=CONTEXT, threads=1)) as agent:
         assert len(agent.score(REQUEST)) == len(PROMPT)
         assert len(agent.score(replace(REQUEST, arm="auto", prompt=(65,), top_logprobs=None))) == 1
-        for wrong in ({"arm": "cloud"}, {"prompt": ()}, {"prompt": (65, 10**6)}, {"vocabulary": b"other"}):
+        for wrong in (
+            {"arm": "cloud"},
+            {"arm": "handoff"},
+            {"prompt": ()},
+            {"prompt": (65, 10**6)},
+            {"vocabulary": b"other"},
+        ):
             with pytest.raises(InvalidInput):
                 agent.score(replace(REQUEST, **wrong))  # type: ignore[arg-type]
     with pytest.raises(AgentClosed):

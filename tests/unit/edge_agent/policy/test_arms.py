@@ -17,6 +17,7 @@ from isthmus.edge_agent.policy.arms import (
     ConfidenceStats,
     HandoffEstimate,
     LocalEstimate,
+    Reading,
     RoutingGoal,
     choose,
     estimate_arms,
@@ -184,6 +185,28 @@ def test_prices_count() -> None:
     none = LocalEstimate(likely=0.99, offload_rate=0.99)
     assert choose(estimate_arms(free_link, SLOW, True, EDGE_S, none, HANDOFF), free_link, None).arm == "verify"
     assert choose(estimate_arms(dear_link, FAST, True, EDGE_S, none, HANDOFF), dear_link, None).arm == "cloud"
+
+
+def test_a_long_prompt_is_read_once_and_its_price_is_shared() -> None:
+    """Where the cloud has yet to read much, `cheapest` leaves the answer to a device that hardly asks."""
+    goal = RoutingGoal(0.9, "cheapest", Prices(0.0, 1e-5, 2e-6))  # the device's time has a price too
+    sure = replace(LOCAL, offload_rate=0.001)
+
+    def best(unread: int, remaining: float = 64) -> str:
+        reading = Reading(unread, 0.01, remaining)
+        return choose(estimate_arms(goal, FAST, False, EDGE_S, sure, None, reading), goal, None).arm
+
+    dollars = [Reading(1000, 0.01, 50).usd(goal.prices, rate) for rate in (1.0, 0.1, 0.001, 0.0)]
+    assert dollars[0] == pytest.approx(1000 * 0.01 * 1e-5 / 50)
+    assert dollars[1:] == sorted(dollars[1:], reverse=True) and dollars[-1] == 0
+    assert (best(0), best(4000), best(4000, 1e6)) == ("cloud", "edge", "cloud")
+
+
+def test_an_engine_that_charges_by_token_counts_its_own() -> None:
+    prices = Prices(0.0, 0.0, usd_per_token=1e-6)
+    cloud, edge = estimate_arms(RoutingGoal(0.95, "cheapest", prices), FAST, False, EDGE_S, LOCAL, None)
+    assert cloud.usd == pytest.approx(1e-6)
+    assert edge.usd == pytest.approx(LOCAL.offload_rate * 1e-6)
 
 
 def test_a_change_must_be_worth_it() -> None:

@@ -217,7 +217,7 @@ def test_an_error_in_a_reply_is_raised_and_the_stream_goes_on(
     "response",
     [
         wire_session.pack_committed(Committed(3, 0, (VOCAB,))),
-        wire_session.pack_committed(Committed(3, limits.MAX_DRAFT + 1)),
+        wire_session.pack_committed(Committed(3, limits.MAX_SCORED + 1)),
         wire_session.pack_committed(Committed(3, 0, (1,), logprobs=(Logprobs(float("nan")),))),
     ],
     ids=["token", "accepted", "nan"],

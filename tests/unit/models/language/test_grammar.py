@@ -179,6 +179,15 @@ def test_answers_are_what_their_schema_says(words: Tokenizer) -> None:
     assert ended >= 40
 
 
+def test_what_a_schema_leaves_open_comes_to_an_end(words: Tokenizer) -> None:
+    """Properties that it does not name, and digits without end: a small model writes them until it is cut."""
+    schema = {"type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}
+    state = state_of(words, "json_schema", schema)
+    digits = words.encode('{"count": ' + 18 * "1")
+    allowed = {bytes(words.token_bytes(int(id_))) for id_ in np.flatnonzero(state.mask(digits))}
+    assert allowed == {b"}"}, "no further digit, and no other property"
+
+
 HOSTILE = {
     "not json": ("json_schema", '{"type": '),
     "a list": ("json_schema", "[1]"),

@@ -70,6 +70,22 @@ def test_vllm_scores_from_the_start_and_equal_tokens_go_to_the_lowest_id() -> No
     assert VLLM.read_scores(answer, (5, 6, 7), 2, None) == [Choice(12), Choice(41)]
 
 
+def test_log_probabilities_of_a_text_are_those_of_its_own_tokens() -> None:
+    rows = [None, {"6": {"logprob": -9.0}, "29": {"logprob": -0.9}, "28": {"logprob": -2.0}}, {"7": {"logprob": -1.0}}]
+    answer = vllm_choice(prompt_logprobs=rows, token_ids=[41])
+    expected = [Logprobs(-9.0, ((29, -0.9), (28, -2.0))), Logprobs(-1.0, ((7, -1.0),))]
+    assert VLLM.read_prompt(answer, (5, 6, 7), 1, 2) == expected
+    assert VLLM.read_prompt(answer, (5, 6, 7), 2, 0) == [Logprobs(-1.0)]
+    with pytest.raises(EngineFault, match="no log-probability of the text's token 8"):
+        VLLM.read_prompt(answer, (5, 6, 8), 2, 0)
+    own = [[None, 5, None], [-9.0, 6, None], [-1.0, 7, None]]
+    top = [None, [[-0.9, 29, None], [-2.0, 28, None]], [[-1.0, 7, None]]]
+    meta = {"input_token_logprobs": own, "input_top_logprobs": top}
+    assert SGLANG.read_prompt({"meta_info": meta}, (5, 6, 7), 1, 2) == expected
+    with pytest.raises(EngineFault, match="of another text"):
+        SGLANG.read_prompt({"meta_info": meta}, (5, 6, 8), 1, 2)
+
+
 def test_ids_of_another_tokenizer_are_read_to_be_compared() -> None:
     assert VLLM.read_tokens(vllm_choice(prompt_token_ids=[5000, 1])) == [5000, 1]
     rows = [[None, 5000, None], [-1.0, 1, None]]

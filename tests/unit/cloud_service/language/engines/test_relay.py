@@ -17,7 +17,7 @@ from isthmus.models.errors import (
     Overloaded,
     UnknownBundle,
 )
-from isthmus.models.messages import Processed, Sampling
+from isthmus.models.messages import Processed, Round, Sampling
 from tests.scripted_engine import VOCAB, answer_to, next_token
 from tests.unit.cloud_service.language.engines.relayed import PROMPT, Device, play, relayed, tiny_tokenizer, until
 
@@ -88,6 +88,35 @@ def test_log_probabilities_come_with_streamed_and_scored_tokens(dialect: str) ->
             assert streamed[0].own == -0.5
             assert streamed[0].top == ((first, -0.5), ((first + 1) % VOCAB, -1.5))
             assert [row.own for row in scored] == [-0.5, -0.5]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("dialect", IDS)
+def test_a_scored_round_has_the_log_probabilities_of_its_own_tokens(dialect: str) -> None:
+    async def scenario() -> None:
+        async with relayed(dialect) as relay:
+            device = await Device(relay).open(logprobs=3)
+            first = next_token(device.tokens)
+            relay.host.add(device.session, Round(4, (first, 200, 0, 201), score=True))  # type: ignore[arg-type]
+            reply = await device.receive((first, 200, 0, 201))
+            assert (reply.accepted, reply.tokens) == (4, ())
+            assert [row.own for row in reply.logprobs] == [-0.5, -20.0, -20.0, -20.0]
+            assert [len(row.top) for row in reply.logprobs] == [3] * 4
+            assert relay.host.info is not None and relay.host.info.scores
+            reply = await device.ask()
+            assert reply.tokens == (next_token(device.tokens[:-1]),)
+
+    play(scenario)
+
+
+def test_a_text_server_scores_no_text() -> None:
+    async def scenario() -> None:
+        async with relayed("openai", engine={"scores": False}) as relay:
+            device = await Device(relay).open(logprobs=None)
+            assert relay.host.info is not None and not relay.host.info.scores
+            with pytest.raises(InvalidInput, match="without log-probabilities"):
+                relay.host.add(device.session, Round(4, (200,), score=True))  # type: ignore[arg-type]
 
     play(scenario)
 
