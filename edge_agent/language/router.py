@@ -119,7 +119,7 @@ class Router:
 
     def _reading(self, unread: int, remaining: int) -> Reading:
         """By what of late a token took to be read, whoever drafted."""
-        return Reading(unread, self.local.read_s.value, min(float(remaining), ANSWER_TOKENS))
+        return Reading(unread, self.local.reading_s, min(float(remaining), ANSWER_TOKENS))
 
     def _local_estimate(self, goal: RoutingGoal, levels: Sequence[OffloadLevel]) -> LocalEstimate | None:
         if goal.quality <= 0:

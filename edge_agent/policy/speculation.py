@@ -171,7 +171,13 @@ class SpeculationStats:
     step_s: Average = field(default_factory=lambda: Average(0.1))  # slow until known: then drafting is tried
     acceptance: Acceptance = field(default_factory=Acceptance)
     measured: MeasuredLatency = field(default_factory=MeasuredLatency)
-    read_s: Average = field(default_factory=lambda: Average(0.01))  # of a token of a prompt
+    read_s: Average = field(default_factory=lambda: Average(0.0))  # of a token of a prompt; 0: not known
+
+    @property
+    def reading_s(self) -> float:
+        """What reading a token of a prompt takes, which is never more than a step; until it is known, a part of one."""
+        step_s = self.step_s.value
+        return min(self.read_s.value or step_s / READ_TOKENS, step_s)
 
     def latency(self, rtt_s: float) -> LatencyModel:
         """What a token costs over a link of this round trip."""
