@@ -39,6 +39,9 @@ MAX_STREAM_INFLIGHT = 64  # outstanding requests of one stream; above this the s
 # half-closes its stream before that; without a call it sends no pings, and the service's keep the connection open.
 KEEPALIVE_MS = 5_000
 PING_TIMEOUT_MS = 2_000
+# gRPC's probes of the bandwidth are pings, too: one that waits behind a photo on a thin uplink ends the connection.
+# Without them windows do not grow, so they begin as large as 25 Mbit/s and 150 ms fill.
+WINDOW_BYTES = 1 << 20
 IDLE_STREAM_S = 7.5  # at most two pings, checked at most this late
 MAX_STREAM_S = 30.0  # of use; then a device opens another, which a balancer may place at a replica that came since
 MAX_IDLE_S = 120.0  # the service ends a stream that nothing goes over for so long; a device does long before
@@ -56,6 +59,8 @@ def client_options() -> ChannelOptions:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -72,6 +77,8 @@ def server_options() -> ChannelOptions:
         ("grpc.max_concurrent_streams", MAX_CONNECTION_STREAMS),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),

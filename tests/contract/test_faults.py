@@ -11,13 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from isthmus.edge_agent import Answer, EdgeAgent
+from isthmus.edge_agent.config import WholeImage
 from isthmus.edge_agent.policy.breaker import BreakerLimits
 from isthmus.models.vision.bundle import Bundle
+from isthmus.protos.limits import PING_TIMEOUT_MS
 from tests.bench.processes import CloudProcess, free_port
 from tests.bench.proxy import LinkProxy, LinkSpec
 from tests.tiny_bundle import random_split, write_tiny_bundle
@@ -201,6 +204,18 @@ def test_a_half_open_link_costs_at_most_the_deadline(
         until(lambda: agent.infer(photo).route == "split")
     assert all(answer.degraded for answer in lost) and not late(lost, 0.5)
     assert sum("no answer" in answer.why for answer in lost) <= 3
+
+
+def test_a_photo_that_fills_a_thin_uplink_for_longer_than_a_ping_may_take_is_answered(
+    elpv_bundle: Bundle, new_agent: NewAgent
+) -> None:
+    """Its bytes hold up everything behind them, a ping of the connection too."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8))
+    settings = {"bundle": elpv_bundle.folder, "mode": "offload", "whole_image": WholeImage(form="png")}
+    with CloudProcess(elpv_bundle.folder) as cloud, LinkProxy(cloud.port, LinkSpec(800e3, 0.05)) as thin:
+        answer = new_agent(f"127.0.0.1:{thin.port}", deadline_s=20.0, **settings).infer(noise)
+    assert (answer.route, answer.degraded) == ("offload", False), answer.why
+    assert 8 * answer.bytes_up / 800e3 > PING_TIMEOUT_MS / 1000
 
 
 def test_a_reply_after_the_deadline_is_dropped(cloud: CloudProcess, new_agent: NewAgent, photo: Image.Image) -> None:
