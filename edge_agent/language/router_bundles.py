@@ -67,8 +67,9 @@ def open_bundles(config: LanguageConfig, name: str, weights: Callable[[], bytes]
             log.warning("%s", problem)
             return RouterBundles(problem=problem)
         return RouterBundles((bundle,))
-    named = (each for each in installed() if each.manifest.device.name == name)
-    return RouterBundles(tuple(each for each in named if not mismatch(each, bits, weights)))
+    named = [(each, mismatch(each, bits, weights)) for each in installed() if each.manifest.device.name == name]
+    fitting = tuple(bundle for bundle, problem in named if not problem)
+    return RouterBundles(fitting, "" if fitting else "; ".join(problem for _, problem in named))
 
 
 def mismatch(bundle: RouterBundle, bits: int, weights: Callable[[], bytes]) -> str:

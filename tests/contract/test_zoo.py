@@ -33,7 +33,11 @@ FOLDERS = sorted(path.parent for path in (ROOT / "models" / "zoo").glob("*/manif
 ZOO = [folder for folder in FOLDERS if kind_of(folder) is None]
 DETECTORS = ("objects",)
 MAX_ZOO_BYTES, MAX_STUDENT_BYTES = 120_000_000, 40_000_000
-ROUTERS = {"smollm2-4-smollm2": 4, "smollm2-8-smollm2": 8}  # bits on the device
+ROUTERS = (  # bundle, model and bits of the device
+    ("smollm2-4-smollm2", "smollm2", 4),
+    ("smollm2-8-smollm2", "smollm2", 8),
+    ("student-4-smollm2", "student", 4),
+)
 
 
 @pytest.fixture(scope="module", params=ZOO, ids=lambda folder: folder.name)
@@ -49,8 +53,10 @@ def test_the_zoo_is_complete_and_small() -> None:
         "photos",
         "smollm2",
         "smollm2-25",
-        *ROUTERS,
+        "smollm2-4-smollm2",
+        "smollm2-8-smollm2",
         "student",
+        "student-4-smollm2",
     ]
     assert sum(path.stat().st_size for path in (ROOT / "models" / "zoo").rglob("*") if path.is_file()) <= MAX_ZOO_BYTES
 
@@ -71,13 +77,14 @@ def test_exits_of_the_language_model_belong_to_it(name: str, depths: tuple[int, 
         ConfidenceHead.from_tensors(handoff.exit(index))
 
 
-@pytest.mark.parametrize(("name", "bits"), ROUTERS.items())
-def test_router_bundles_are_of_the_language_model_with_itself(name: str, bits: int) -> None:
+@pytest.mark.parametrize(("name", "device", "bits"), ROUTERS)
+def test_router_bundles_are_of_the_language_model_with_itself_or_its_student(name: str, device: str, bits: int) -> None:
     checkpoint, folder = Checkpoint.open("smollm2"), ROOT / "models" / "zoo" / name
     bundle = RouterBundle.open(folder)
-    manifest, weights = bundle.manifest, checkpoint.fingerprint.hex()
+    manifest, weights = bundle.manifest, Checkpoint.open(device).fingerprint.hex()
     assert (manifest.name, manifest.device.bits, manifest.device.weights) == (name, bits, weights)
-    assert manifest.cloud.weights == weights and manifest.cloud.tokenizer == checkpoint.tokenizer.fingerprint.hex()
+    assert manifest.cloud.weights == checkpoint.fingerprint.hex()
+    assert manifest.cloud.tokenizer == checkpoint.tokenizer.fingerprint.hex()
     assert bundle.head is not None and len(bundle.levels) >= 10 and "test device alone" in manifest.scores
     assert manifest.training.command.startswith("python -m isthmus.models.recipes router")
     assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
