@@ -68,9 +68,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=900
-    )
+    """With one thread: the other core is the other tests'."""
+    alone = {**environment(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=alone, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
