@@ -39,7 +39,7 @@ MAX_STREAM_INFLIGHT = 64  # outstanding requests of one stream; above this the s
 # half-closes its stream before that; without a call it sends no pings, and the service's keep the connection open.
 KEEPALIVE_MS = 5_000
 PING_TIMEOUT_MS = 2_000
-# gRPC's probes of the bandwidth are pings, too: one that waits until a photo has left a thin uplink ends the connection.
+# gRPC's probes of the bandwidth are pings, too: one that waits until a photo has left a thin link ends the connection.
 # Without them windows do not grow, so they begin as large as 25 Mbit/s and 150 ms fill.
 WINDOW_BYTES = 1 << 20
 IDLE_STREAM_S = 7.5  # at most two pings, checked at most this late
