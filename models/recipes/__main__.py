@@ -223,15 +223,18 @@ def student(
     click.echo(manifest.model_dump_json(indent=1) if as_json else "\n".join(summary(manifest)))
 
 
-@main.command(epilog="Example: python -m isthmus.models.recipes fashion --out models/zoo/fashion")
-@out_option("models/zoo/fashion")
-@click.option(
+fashion_data_option = click.option(
     "--data",
     type=click.Path(path_type=Path),
     default=Path("runs/fashion/data"),
     show_default=True,
     help="Fashion-MNIST; fetched from its Debian package where the folder is not there.",
 )
+
+
+@main.command(epilog="Example: python -m isthmus.models.recipes fashion --out models/zoo/fashion")
+@out_option("models/zoo/fashion")
+@fashion_data_option
 @training_options("runs/fashion")
 @manifest_as_json
 def fashion(out: Path, data: Path, run: Run, as_json: bool) -> None:
@@ -245,13 +248,7 @@ def fashion(out: Path, data: Path, run: Run, as_json: bool) -> None:
 
 @main.command("fashion-vit", epilog="Example: python -m isthmus.models.recipes fashion-vit --out fashion-vit")
 @out_option()
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    default=Path("runs/fashion/data"),
-    show_default=True,
-    help="Fashion-MNIST; fetched from its Debian package where the folder is not there.",
-)
+@fashion_data_option
 @training_options("runs/fashion-vit")
 @manifest_as_json
 def fashion_vit(out: Path, data: Path, run: Run, as_json: bool) -> None:
